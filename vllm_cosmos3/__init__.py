@@ -1,0 +1,20 @@
+"""NVIDIA Cosmos 3 on stock vLLM. Public names are imported on first use, so this stays light."""
+
+from __future__ import annotations
+
+import importlib
+
+from vllm_cosmos3.version import __version__
+
+_PUBLIC = {
+    "Cosmos3": "vllm_cosmos3.engine",
+    "GenerateRequest": "vllm_cosmos3.request",
+    "Output": "vllm_cosmos3.engine",
+}
+__all__ = ["Cosmos3", "GenerateRequest", "Output", "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)

@@ -1,0 +1,71 @@
+"""Every error a user can meet. Errors carry facts; the command line and the server format them."""
+
+from __future__ import annotations
+
+
+class Cosmos3Error(Exception):
+    """Base of all errors of this package. ``code`` is a stable slug for programs."""
+
+    code = "internal_error"
+
+
+class InvalidRequest(Cosmos3Error, ValueError):
+    """A request field has a value that cannot be served.
+
+    ``field`` is the public name, ``value`` what was given, ``possible`` what would be accepted,
+    as the end of the sentence "... must be".
+    """
+
+    code = "invalid_value"
+
+    def __init__(self, field: str, value: object, possible: str) -> None:
+        self.field, self.value, self.possible = field, value, possible
+        shown = repr(value)
+        if len(shown) > 80:
+            shown = f"{shown[:77]}..."
+        super().__init__(f"{field} is {shown}, must be {possible}")
+
+    def __reduce__(self) -> tuple[type[InvalidRequest], tuple[str, object, str]]:
+        return type(self), (self.field, self.value, self.possible)
+
+
+class Unsupported(Cosmos3Error):
+    """The request or checkpoint is understood, but this version cannot serve it."""
+
+    code = "unsupported"
+
+
+class CheckpointError(Cosmos3Error):
+    """The checkpoint is missing, incomplete or corrupt. One sentence, with file and tensor names."""
+
+    code = "checkpoint"
+
+
+class Busy(Cosmos3Error):
+    """The queue is full; try again later."""
+
+    code = "busy"
+
+
+class Cancelled(Cosmos3Error):
+    """The request was cancelled by its owner."""
+
+    code = "cancelled"
+
+
+class OutOfMemory(Cosmos3Error):
+    """The request does not fit into the memory of the device. Says what is needed and free."""
+
+    code = "out_of_memory"
+
+
+class DeadlineExceeded(Cosmos3Error):
+    """The request took longer than it was allowed to."""
+
+    code = "deadline_exceeded"
+
+
+class WorkerDied(Cosmos3Error):
+    """A worker process ended while it was needed."""
+
+    code = "worker_died"
