@@ -152,15 +152,14 @@ def test_a_mesh_is_legal_when_every_rank_has_whole_heads(
 ) -> None:
     config = transformer(num_key_value_heads=kv_heads, intermediate_size=intermediate)
     legal = kv_heads % (tp * ulysses) == 0 and intermediate % tp == 0
-    try:
+    degrees = {"tensor_parallel_size": tp, "ulysses_degree": ulysses}
+    if legal:
         m.check_degrees(parallel(1, ulysses, tp), config)
-    except InvalidRequest as error:
-        assert not legal
-        given_value = {"tensor_parallel_size": tp, "ulysses_degree": ulysses}[error.field]
-        assert error.value == given_value
-        assert "1" in error.possible
-    else:
-        assert legal
+        return
+    with pytest.raises(InvalidRequest) as refusal:
+        m.check_degrees(parallel(1, ulysses, tp), config)
+    assert refusal.value.value == degrees[refusal.value.field]
+    assert "1" in refusal.value.possible
 
 
 @pytest.mark.parametrize(
