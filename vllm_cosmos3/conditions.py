@@ -30,7 +30,7 @@ class Defaults:
     num_inference_steps: int
     guidance_scale: float
     flow_shift: float
-    known: tuple[int, ...]  # latent frames that are given
+    condition_frame_indexes_vision: tuple[int, ...]
     negative_prompts: tuple[str, ...]  # files under assets/ of the checkpoint; none: empty text
 
 
@@ -42,7 +42,7 @@ _VIDEO = Defaults(
     num_inference_steps=35,
     guidance_scale=6.0,
     flow_shift=10.0,
-    known=(),
+    condition_frame_indexes_vision=(),
     negative_prompts=("negative_prompt.json",),
 )
 DEFAULTS = {
@@ -54,16 +54,16 @@ DEFAULTS = {
         num_inference_steps=50,
         guidance_scale=4.0,
         flow_shift=3.0,
-        known=(),
+        condition_frame_indexes_vision=(),
         negative_prompts=(),
     ),
     "text2video": _VIDEO,
     "image2video": replace(
         _VIDEO,
-        known=(0,),
+        condition_frame_indexes_vision=(0,),
         negative_prompts=("negative_prompt_i2v.json", "negative_prompt.json"),
     ),
-    "video2video": replace(_VIDEO, known=(0, 1)),
+    "video2video": replace(_VIDEO, condition_frame_indexes_vision=(0, 1)),
 }
 
 ASPECT_RATIOS = ("1,1", "4,3", "3,4", "16,9", "9,16")
@@ -111,7 +111,11 @@ def resolve(request: GenerateRequest, model: ModelConfig) -> Parameters:
     num_frames, rounded = _frames(request, default, fps)
     warnings += [*rounded, *_check_frames(request, num_frames, fps, width, height)]
     steps, guidance = _fixed_steps(request, model, default)
-    known = tuple(sorted(set(request.condition_frame_indexes_vision or default.known)))
+    known = tuple(
+        sorted(
+            set(request.condition_frame_indexes_vision or default.condition_frame_indexes_vision)
+        )
+    )
     _check_known(request, known, num_frames)
     return Parameters(
         mode=mode,
@@ -211,7 +215,7 @@ def _vision_stream(
         name="vision",
         shape=(1, vae.z_dim, frames, rows, columns),
         rate=parameters.fps,
-        known=parameters.condition_frame_indexes_vision,
+        condition_frame_indexes_vision=parameters.condition_frame_indexes_vision,
         source=pixels,
     )
 
@@ -221,7 +225,9 @@ def _crop_warning(width: int, height: int, to_width: int, to_height: int) -> lis
     lost = 1 - (to_width * to_height) / (scale * width * scale * height)
     if lost < 0.1:
         return []
-    return [f"the {width}x{height} input loses {lost:.0%} of its area to fill {to_width}x{to_height}"]
+    return [
+        f"the {width}x{height} input loses {lost:.0%} of its area to fill {to_width}x{to_height}"
+    ]
 
 
 def _sound_stream(duration: float, model: ModelConfig) -> StreamPlan:
@@ -379,7 +385,9 @@ def _frames(request: GenerateRequest, default: Defaults, fps: float) -> tuple[in
     if asked is None:
         return default.num_frames, []
     frames = round_frames(asked)
-    return frames, [f"num_frames {asked} is rounded up to {frames} (4k+1)"] if frames != asked else []
+    return frames, [
+        f"num_frames {asked} is rounded up to {frames} (4k+1)"
+    ] if frames != asked else []
 
 
 def round_frames(frames: int) -> int:
@@ -433,9 +441,7 @@ def _check_known(request: GenerateRequest, known: tuple[int, ...], num_frames: i
         raise InvalidRequest("condition_frame_indexes_vision", known, possible)
 
 
-def _sound_duration(
-    request: GenerateRequest, model: ModelConfig, seconds: float
-) -> float | None:
+def _sound_duration(request: GenerateRequest, model: ModelConfig, seconds: float) -> float | None:
     if not request.generate_sound:
         return None
     if model.sound is None:
@@ -470,4 +476,8 @@ def _shown(source: object) -> str | None:
     """A source of pixels as a word in a record: its file, or its type."""
     if source is None:
         return None
-    return str(source) if hasattr(source, "__fspath__") or isinstance(source, str) else type(source).__name__
+    return (
+        str(source)
+        if hasattr(source, "__fspath__") or isinstance(source, str)
+        else type(source).__name__
+    )

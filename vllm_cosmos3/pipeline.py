@@ -158,9 +158,7 @@ class Pipeline:
         """Turn the latents of every sample into pixels and sound on the host."""
         state.texts.clear()
         for seed, latents in zip(state.plan.seeds, state.denoised, strict=True):
-            named = {
-                stream.name: x for stream, x in zip(state.plan.streams, latents, strict=True)
-            }
+            named = {stream.name: x for stream, x in zip(state.plan.streams, latents, strict=True)}
             make = self._decoded if state.plan.decoded else self._undecoded
             state.samples.append(make(state, seed, named))
         state.denoised.clear()
@@ -290,10 +288,9 @@ class Timers:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._spans: list[tuple[str, torch.Event, torch.Event]] = []
-        self._seconds: dict[str, float] = {
-            name: 0.0
-            for name in ("text", "vae_encode", "denoise", "vae_decode", "sound", "to_cpu")
-        }
+        self._seconds: dict[str, float] = dict.fromkeys(
+            ("text", "vae_encode", "denoise", "vae_decode", "sound", "to_cpu"), 0.0
+        )
 
     @contextmanager
     def phase(self, name: str, *, paced: bool = False) -> Iterator[None]:

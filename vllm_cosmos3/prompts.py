@@ -30,7 +30,9 @@ class Tokenizer(Protocol):
 
     eos_token_id: int
 
-    def apply_chat_template(self, conversation: Sequence[Mapping[str, str]], **kwargs: Any) -> Any: ...
+    def apply_chat_template(
+        self, conversation: Sequence[Mapping[str, str]], **kwargs: Any
+    ) -> Any: ...
 
     def convert_tokens_to_ids(self, tokens: str) -> int | None: ...
 
@@ -97,7 +99,9 @@ def encode(
     ids = list(encoded["input_ids"])
     end, opening = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(SUFFIX)
     if opening is None or end not in ids:
-        raise CheckpointError(f"the tokenizer has no {SUFFIX} token, or no chat template of Cosmos3")
+        raise CheckpointError(
+            f"the tokenizer has no {SUFFIX} token, or no chat template of Cosmos3"
+        )
     suffix = [end, opening]
     length = len(ids) + len(suffix)
     if length > limit:
@@ -151,9 +155,7 @@ def _with_facts(caption: dict[str, Any], facts: Facts) -> dict[str, Any]:
     return caption
 
 
-def _sentences(
-    facts: Facts, length: str, size: str, duration: bool, resolution: bool
-) -> list[str]:
+def _sentences(facts: Facts, length: str, size: str, duration: bool, resolution: bool) -> list[str]:
     kind = "image" if facts.is_image else "video"
     sentences = []
     if duration and not facts.is_image:

@@ -306,7 +306,9 @@ def from_fields(fields: Mapping[str, Any]) -> GenerateRequest:
             import difflib
 
             near = difflib.get_close_matches(name, SPECS, n=1)
-            hint = f"left out; did you mean {near[0]}?" if near else "left out: there is no such field"
+            hint = (
+                f"left out; did you mean {near[0]}?" if near else "left out: there is no such field"
+            )
             raise InvalidRequest(name, fields[name], hint, "unknown_parameter")
     return GenerateRequest(**fields)
 
@@ -373,8 +375,10 @@ def _check_conditions(request: GenerateRequest) -> None:
         possible = "left out, or generate_sound=True with it"
         raise InvalidRequest("sound_duration", request.sound_duration, possible, "conflict")
     indexes = request.condition_frame_indexes_vision
-    if indexes is not None and request.video is None and not (
-        request.image is not None and indexes == (0,)
+    if (
+        indexes is not None
+        and request.video is None
+        and not (request.image is not None and indexes == (0,))
     ):
         possible = "left out, or given with a video (an image is always latent frame 0)"
         raise InvalidRequest("condition_frame_indexes_vision", indexes, possible, "conflict")
