@@ -13,7 +13,7 @@ LAYERS = [
     {"version", "errors"},
     {"config", "plan", "embodiments", "compat"},
     {"runtime.mesh"},
-    {"inventory", "request", "prompts", "media", "sampling"},
+    {"inventory", "request", "prompts", "media", "sampling", "hub"},
     {"conditions", "checkpoint", "models.weights", "runtime.attention", "runtime.halo", "output"},
     {"models.transformer", "models.vae", "models.sound"},
     {"models.processing", "models.video_loader", "models.config_parser", "models.reasoning_parser"},
@@ -25,7 +25,17 @@ LAYERS = [
     {"cli"},
 ]
 # Within one package of the table (sampling, server, cli) modules may import each other downward.
-NO_TORCH = {"errors", "config", "plan", "embodiments", "conditions", "request", "inventory", "cli"}
+NO_TORCH = {
+    "errors",
+    "config",
+    "plan",
+    "embodiments",
+    "conditions",
+    "request",
+    "inventory",
+    "hub",
+    "cli",
+}
 
 
 def modules() -> dict[str, Path]:

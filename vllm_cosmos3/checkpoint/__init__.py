@@ -14,7 +14,12 @@ import torch
 from safetensors.torch import save_file
 
 from vllm_cosmos3.checkpoint.files import SIZES, published_files
-from vllm_cosmos3.checkpoint.tokenizer import token_ids, train_tokenizer, write_tokenizer
+from vllm_cosmos3.checkpoint.tokenizer import (
+    spoken_ids,
+    token_ids,
+    train_tokenizer,
+    write_tokenizer,
+)
 from vllm_cosmos3.checkpoint.weights import draw
 from vllm_cosmos3.config import read_config, read_vision_config
 from vllm_cosmos3.errors import CheckpointError
@@ -59,7 +64,7 @@ def write_checkpoint(
     for name, contents in files.items():
         _write_json(folder / name, contents)
     if weights:
-        _write_weights(folder, seed, DTYPES[dtype])
+        _write_weights(folder, seed, DTYPES[dtype], spoken_ids(tokenizer))
 
 
 def _clear(folder: Path, *, force: bool) -> None:
@@ -72,10 +77,11 @@ def _clear(folder: Path, *, force: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _write_weights(folder: Path, seed: int, dtype: torch.dtype) -> None:
+def _write_weights(folder: Path, seed: int, dtype: torch.dtype, spoken: list[int]) -> None:
     config = read_config(folder)
     prefix = "diffusion_pytorch_model"
     transformer = draw(transformer_tensors(config.transformer), seed, dtype)
+    transformer["lm_head.weight"] *= _rows(spoken, config.transformer.vocab_size, others=0.25)
     shards = _write_shards(folder / "transformer", prefix, transformer, TRANSFORMER_SHARDS)
     vision = draw(vision_tensors(read_vision_config(folder)), seed, dtype)
     encoder = _write_shards(folder / "vision_encoder", "model", vision, 1)
@@ -90,6 +96,13 @@ def _write_weights(folder: Path, seed: int, dtype: torch.dtype) -> None:
     if config.sound is not None:
         sound = draw(sound_tensors(config.sound), seed, torch.float32)
         _write_shards(folder / "sound_tokenizer", prefix, sound, 1)
+
+
+def _rows(chosen: list[int], count: int, *, others: float) -> torch.Tensor:
+    """One factor per row: 1 for the ``chosen``, ``others`` for the rest."""
+    factors = torch.full((count, 1), others)
+    factors[chosen] = 1.0
+    return factors
 
 
 def _write_shards(
