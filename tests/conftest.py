@@ -1,11 +1,4 @@
-<<<<<<< HEAD
-"""Checkpoints that many tests read, and processes for code that runs on several ranks.
-
-Nobody writes into a checkpoint: copy the folder to change it.
-"""
-=======
 """Fixtures of the whole test suite."""
->>>>>>> transformer
 
 from __future__ import annotations
 
@@ -40,14 +33,3 @@ def tiny_checkpoint_fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny-float32"
     write_checkpoint(folder, dtype="float32")
     return folder
-<<<<<<< HEAD
-
-
-@pytest.fixture(scope="session")
-def ranks() -> Iterator[Ranks]:
-    """Runs a function on every rank of a mesh: ``ranks(parallel, function, *args)``."""
-    pool = Ranks()
-    yield pool
-    pool.close()
-=======
->>>>>>> transformer

@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "vllm_cosmos3"
 LAYERS = [
     {"version", "errors"},
     {"config", "plan", "embodiments", "compat"},
-    {"runtime.mesh"},
-    {"inventory", "request", "prompts", "media", "sampling", "hub"},
+    {"runtime.mesh", "media"},
+    {"inventory", "request", "prompts", "sampling", "hub"},
     {"conditions", "checkpoint", "models.weights", "runtime.attention", "runtime.halo", "output"},
     {"models.transformer", "models.vae", "models.sound"},
     {"models.processing", "models.video_loader", "models.config_parser", "models.reasoning_parser"},

@@ -174,12 +174,14 @@ def _nothing(_: GenerateRequest, __: Parameters) -> np.ndarray | None:
     return None
 
 
-def _image(request: GenerateRequest, parameters: Parameters) -> np.ndarray | None:
+def _image(request: GenerateRequest, _: Parameters) -> np.ndarray | None:
+    assert request.image is not None  # so says its mode
     return media.read_image(request.image)[None]
 
 
 def _video(request: GenerateRequest, parameters: Parameters) -> np.ndarray | None:
     """The pixels under the latent frames up to the last known one: the encoder looks back only."""
+    assert request.video is not None  # so says its mode
     needed = 4 * parameters.condition_frame_indexes_vision[-1] + 1
     frames = media.read_video(request.video, frames=needed, keep=request.condition_video_keep)
     if len(frames) < needed:
@@ -215,7 +217,7 @@ def _vision_stream(
         name="vision",
         shape=(1, vae.z_dim, frames, rows, columns),
         rate=parameters.fps,
-        condition_frame_indexes_vision=parameters.condition_frame_indexes_vision,
+        known=parameters.condition_frame_indexes_vision,
         source=pixels,
     )
 
@@ -401,9 +403,10 @@ def _check_frames(
     limit = MAX_TRAINED_FRAMES[tier_of(width, height)]
     if frames > round_frames(limit):
         if not request.allow_untrained_size:
-            field, given, most = ("num_frames", request.num_frames, float(limit))
-            if given is None:
-                field, given, most = ("seconds", request.seconds, limit / fps)
+            field, most = "num_frames", float(limit)
+            if request.num_frames is None:
+                field, most = "seconds", limit / fps
+            given = getattr(request, field)
             possible = f"at most {most:g} at {width}x{height}, or allow_untrained_size set"
             raise InvalidRequest(field, given, possible, "too_large")
         return [f"num_frames {frames} is above the trained {limit} at {width}x{height}"]
@@ -446,7 +449,9 @@ def _sound_duration(request: GenerateRequest, model: ModelConfig, seconds: float
         return None
     if model.sound is None:
         possible = "False: this checkpoint makes no sound"
-        raise InvalidRequest("generate_sound", True, possible, "unsupported_by_model")
+        raise InvalidRequest(
+            "generate_sound", request.generate_sound, possible, "unsupported_by_model"
+        )
     return request.sound_duration or seconds
 
 

@@ -18,8 +18,9 @@ from typing import Any, overload
 
 import torch
 
-from vllm_cosmos3.config import EngineConfig, ParallelConfig, resolve
+from vllm_cosmos3.config import EngineConfig, ParallelConfig
 from vllm_cosmos3.errors import Cancelled, Cosmos3Error, InvalidRequest
+from vllm_cosmos3.hub import resolve
 from vllm_cosmos3.output import Output, Progress, Report, Sample
 from vllm_cosmos3.pipeline import Pipeline
 from vllm_cosmos3.plan import Plan
@@ -69,7 +70,7 @@ class Cosmos3:
             raise InvalidRequest("dtype", dtype, f"one of {', '.join(DTYPES)}")
         self.device = _device(device)
         config = EngineConfig(
-            model=resolve(str(model), revision),
+            model=resolve(model, revision),
             dtype=dtype,
             device=str(self.device),
             load_format=load_format,

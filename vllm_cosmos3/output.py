@@ -124,7 +124,7 @@ class Output:
                 path,
                 sample.video,
                 fps=self.fps,
-                sound_2N=sample.sound,
+                sound=sample.sound,
                 sample_rate=self.sample_rate or 48000,
                 crf=crf,
             )

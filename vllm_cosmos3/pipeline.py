@@ -21,8 +21,8 @@ from vllm_cosmos3 import conditions, prompts
 from vllm_cosmos3.config import EngineConfig, ModelConfig, read_config
 from vllm_cosmos3.inventory import sound_tensors, transformer_tensors, vae_tensors
 from vllm_cosmos3.models.sound import SoundVAE
-from vllm_cosmos3.models.transformer import Rope, TextCache, Transformer
-from vllm_cosmos3.models.vae import VideoVAE
+from vllm_cosmos3.models.transformer import Rope, TextCache, Transformer, weight_table
+from vllm_cosmos3.models.vae import VideoVAE, to_frames, to_pixels
 from vllm_cosmos3.models.weights import Table, identity_table, load_dummy_weights, load_weights
 from vllm_cosmos3.output import Output, Sample
 from vllm_cosmos3.plan import Plan, StreamPlan
@@ -96,10 +96,15 @@ class Pipeline:
         model = read_config(config.model)
         tokenizer = prompts.load_tokenizer(config.model)
         dtype = getattr(torch, config.dtype)
-        attend = make_attend(config.attention_backend, device)
+        attend = make_attend(
+            config.attention_backend,
+            device=device,
+            dtype=dtype,
+            head_dim=model.transformer.head_dim,
+        )
         transformer = Transformer(model.transformer, mesh, attend, dtype=dtype, device=device)
         shapes = transformer_tensors(model.transformer)
-        _fill(transformer, transformer.weight_table(), config, "transformer", shapes, device)
+        _fill(transformer, weight_table(model.transformer), config, "transformer", shapes, device)
         with device:
             vae = VideoVAE(model.vae, mesh.world, config.parallel.vae_parallel).to(dtype)
         shapes = vae_tensors(model.vae)
@@ -117,7 +122,7 @@ class Pipeline:
         """Check a request against this checkpoint. The same on every rank; touches no weight."""
         return conditions.make_plan(request, self.model, self.tokenizer)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def encode(self, plan: Plan) -> State:
         """Read the prompts, once for all samples, and encode what is given of each stream."""
         schedule = make_schedule(
@@ -140,7 +145,7 @@ class Pipeline:
             state.known = tuple(self._known(stream) for stream in plan.streams)
         return state
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self, state: State) -> None:
         """One denoising step of one sample. The first step of a sample draws its noise."""
         sample, index = divmod(state.index, state.plan.num_inference_steps)
@@ -153,7 +158,7 @@ class Pipeline:
             state.denoised.append(tuple(stream.x for stream in state.streams))
             state.streams, state.solver = (), ()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def decode(self, state: State) -> None:
         """Turn the latents of every sample into pixels and sound on the host."""
         state.texts.clear()
@@ -202,15 +207,11 @@ class Pipeline:
             free = torch.ones((1, stream.length), dtype=torch.bool)
             return Known(clean=clean, free=free.to(self.device))
         if stream.source is not None:
-            given = self.vae.encode(self._pixels(stream))
+            pixels = torch.from_numpy(stream.source).to(self.device)
+            given = self.vae.encode(to_pixels(pixels))
             for frame in stream.known:
                 clean[:, :, frame] = given[:, :, frame]
         return Known(clean=clean, free=free_frames(stream.length, stream.known).to(self.device))
-
-    def _pixels(self, stream: StreamPlan) -> Tensor:
-        """uint8 [T, H, W, 3] to [1, 3, T, H, W] in [-1, 1]."""
-        pixels_THWC = torch.from_numpy(stream.source).to(self.device)
-        return (pixels_THWC.permute(3, 0, 1, 2)[None].float() / 127.5) - 1
 
     # Denoising.
 
@@ -237,7 +238,10 @@ class Pipeline:
 
         def predict(branch: int) -> tuple[Tensor, ...]:
             text, rope = state.texts[branch]
-            return self.transformer(state.streams, text, rope, timestep, plan.domain_id)
+            velocities: tuple[Tensor, ...] = self.transformer(
+                state.streams, text, rope, timestep, plan.domain_id
+            )
+            return velocities
 
         velocities = guide(predict, state.guidance[index], self.mesh.cfg)
         solver = SOLVERS[plan.solver]
@@ -246,11 +250,11 @@ class Pipeline:
             shapes = {stream.name: stream.shape for stream in plan.streams}
             fresh = step_noise(shapes, seed=seed, rule=plan.noise, index=index)
         streams, remembered = [], []
-        for stream, v, memory in zip(state.streams, velocities, state.solver, strict=True):
+        for stream, v, before in zip(state.streams, velocities, state.solver, strict=True):
             noise = fresh[stream.name].to(self.device) if fresh else None
-            x, memory = solver.step(stream.x, v, memory, schedule.sigmas, index, noise)
+            x, after = solver.step(stream.x, v, before, schedule.sigmas, index, noise)
             streams.append(stream.restored(x))
-            remembered.append(memory)
+            remembered.append(after)
         state.streams, state.solver = tuple(streams), tuple(remembered)
 
     # Decoding.
@@ -263,7 +267,7 @@ class Pipeline:
         first = self.mesh.world.rank == 0
         with state.timers.phase("vae_decode"):
             # Bytes at once: a chunk of floats lives only until the next one.
-            chunks = [_bytes(chunk) for chunk in self.vae.decode(latents["vision"]) if first]
+            chunks = [to_frames(chunk) for chunk in self.vae.decode(latents["vision"]) if first]
         if not first:
             return Sample(seed=seed)
         waveform = None
@@ -321,12 +325,6 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return int(torch.accelerator.max_memory_allocated(device))
-
-
-def _bytes(chunk: Tensor) -> Tensor:
-    """[1, 3, t, H, W] in [-1, 1] to uint8 [t, H, W, 3]."""
-    pixels = ((chunk[0].float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return pixels.permute(1, 2, 3, 0)
 
 
 def _fill(

@@ -66,7 +66,9 @@ def positive_text(
         return json.dumps(_with_facts(caption, facts))
     if style == "json":
         raise InvalidRequest("prompt", prompt, "a JSON object, as prompt_format is json")
-    return _with_sentences(prompt, _sentences(facts, DURATION, RESOLUTION, duration, resolution))
+    return _with_sentences(
+        prompt, _sentences(facts, DURATION, RESOLUTION, duration=duration, resolution=resolution)
+    )
 
 
 def negative_text(
@@ -80,7 +82,9 @@ def negative_text(
         return prompt
     inverse = metadata == "inverse"
     templates = (DURATION_INVERSE, RESOLUTION_INVERSE) if inverse else (DURATION, RESOLUTION)
-    return _with_sentences(prompt, _sentences(facts, *templates, duration, resolution))
+    return _with_sentences(
+        prompt, _sentences(facts, *templates, duration=duration, resolution=resolution)
+    )
 
 
 def encode(
@@ -155,7 +159,9 @@ def _with_facts(caption: dict[str, Any], facts: Facts) -> dict[str, Any]:
     return caption
 
 
-def _sentences(facts: Facts, length: str, size: str, duration: bool, resolution: bool) -> list[str]:
+def _sentences(
+    facts: Facts, length: str, size: str, *, duration: bool, resolution: bool
+) -> list[str]:
     kind = "image" if facts.is_image else "video"
     sentences = []
     if duration and not facts.is_image:

@@ -12,19 +12,15 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from vllm_cosmos3.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import numpy as np
     import torch
-    from PIL.Image import Image
 
-    ImageSource = str | Path | bytes | Image | np.ndarray
-    VideoSource = str | Path | bytes | np.ndarray | Sequence[Image]
+    from vllm_cosmos3.media import ImageSource, VideoSource
 
 MAX_SEED = 2**32 - 1  # numpy's RandomState, the reference's noise rule, takes 32 bits
 
@@ -80,7 +76,7 @@ class Spec:
         return low and number <= self.high  # false for nan
 
 
-def field(default: Any, **spec: Any) -> Any:
+def _field(*, default: Any = None, **spec: Any) -> Any:
     """A request field: its default (None where it follows from the mode) and its `Spec`."""
     return dataclasses.field(default=default, metadata={"spec": Spec(**spec)})
 
@@ -98,53 +94,49 @@ class GenerateRequest:
         InvalidRequest: a value has the wrong type or range, or two fields contradict each other.
     """
 
-    prompt: str | None = field(
-        None, kind="text", high=2**20, help="what to show: plain text, or a structured JSON caption"
+    prompt: str | None = _field(
+        kind="text", high=2**20, help="what to show: plain text, or a structured JSON caption"
     )
-    negative_prompt: str | None = field(
-        None,
+    negative_prompt: str | None = _field(
         kind="text",
         high=2**20,
         help="what to avoid; omitted: the checkpoint's own for videos, none for images",
     )
-    image: ImageSource | None = field(
-        None, kind="image", help="first frame of the video: a file, bytes, or an RGB picture"
+    image: ImageSource | None = _field(  # noqa: RUF009
+        kind="image", help="first frame of the video: a file, bytes, or an RGB picture"
     )
-    video: VideoSource | None = field(
-        None, kind="video", help="clip to continue: a file, bytes, or RGB frames"
+    video: VideoSource | None = _field(  # noqa: RUF009
+        kind="video", help="clip to continue: a file, bytes, or RGB frames"
     )
-    condition_frame_indexes_vision: tuple[int, ...] | None = field(
-        None,
+    condition_frame_indexes_vision: tuple[int, ...] | None = _field(
         kind="ints",
         low=0,
         high=1000,
         help="latent frames taken from the video (index k needs 4k+1 frames of it)",
     )
-    condition_video_keep: str = field(
-        "first",
+    condition_video_keep: Literal["first", "last"] = _field(
+        default="first",
         kind="choice",
         choices=("first", "last"),
         help="which end of the video supplies those frames",
     )
-    size: str | None = field(
-        None, kind="size", help="WIDTHxHEIGHT in pixels, multiples of 16, instead of the two"
+    size: str | None = _field(
+        kind="size", help="WIDTHxHEIGHT in pixels, multiples of 16, instead of the two"
     )
-    height: int | None = field(
-        None, kind="int", low=16, high=65536, unit="pixels", help="height, a multiple of 16"
+    height: int | None = _field(
+        kind="int", low=16, high=65536, unit="pixels", help="height, a multiple of 16"
     )
-    width: int | None = field(
-        None, kind="int", low=16, high=65536, unit="pixels", help="width, a multiple of 16"
+    width: int | None = _field(
+        kind="int", low=16, high=65536, unit="pixels", help="width, a multiple of 16"
     )
-    num_frames: int | None = field(
-        None,
+    num_frames: int | None = _field(
         kind="int",
         low=1,
         high=100_000,
         unit="frames",
         help="length, rounded up to 4k+1; 1 makes an image",
     )
-    seconds: float | None = field(
-        None,
+    seconds: float | None = _field(
         kind="float",
         low=0,
         above=True,
@@ -152,116 +144,115 @@ class GenerateRequest:
         unit="seconds",
         help="length, instead of num_frames",
     )
-    fps: float | None = field(
-        None, kind="float", low=1, high=60, unit="frames per second", help="frame rate"
+    fps: float | None = _field(
+        kind="float", low=1, high=60, unit="frames per second", help="frame rate"
     )
-    num_inference_steps: int | None = field(
-        None, kind="int", low=1, high=200, unit="steps", help="denoising steps"
+    num_inference_steps: int | None = _field(
+        kind="int", low=1, high=200, unit="steps", help="denoising steps"
     )
-    guidance_scale: float | None = field(
-        None,
+    guidance_scale: float | None = _field(
         kind="float",
         low=0,
         high=20,
         help="strength of classifier-free guidance; 1 is none and takes half the time",
     )
-    guidance_interval: tuple[float, float] | None = field(
-        None,
+    guidance_interval: tuple[float, float] | None = _field(
         kind="pair",
         low=0,
         high=1000,
         help="lowest and highest timestep with guidance, both included; omitted: all",
     )
-    flow_shift: float | None = field(
-        None,
+    flow_shift: float | None = _field(
         kind="float",
         low=0,
         above=True,
         high=100,
         help="shift of the noise schedule; larger spends more steps on structure",
     )
-    schedule: str = field(
-        "native",
+    schedule: str = _field(
+        default="native",
         kind="choice",
         choices=("native", "diffusers", "karras"),
         help="noise levels: the reference's own, or the flow or Karras schedule of diffusers",
     )
-    seed: int | None = field(
-        None, kind="int", low=0, high=MAX_SEED, help="of the initial noise; omitted: random"
+    seed: int | None = _field(
+        kind="int", low=0, high=MAX_SEED, help="of the initial noise; omitted: random"
     )
-    noise: str = field(
-        "numpy",
+    noise: str = _field(
+        default="numpy",
         kind="choice",
         choices=("numpy", "torch"),
         help="how the seed becomes noise: the reference's rule, or a torch generator",
     )
-    n: int = field(
-        1, kind="int", low=1, high=10, help="results per request, of seeds seed to seed+n-1"
+    n: int = _field(
+        default=1, kind="int", low=1, high=10, help="results per request, of seeds seed to seed+n-1"
     )
-    generate_sound: bool = field(False, kind="bool", help="make a synchronized sound track")
-    sound_duration: float | None = field(
-        None,
+    generate_sound: bool = _field(
+        default=False, kind="bool", help="make a synchronized sound track"
+    )
+    sound_duration: float | None = _field(
         kind="float",
         low=0.04,
         high=600,
         unit="seconds",
         help="length of the sound; omitted: that of the video",
     )
-    use_resolution_template: bool = field(
-        True, kind="bool", help="end plain prompts with a sentence on the resolution"
+    use_resolution_template: bool = _field(
+        default=True, kind="bool", help="end plain prompts with a sentence on the resolution"
     )
-    use_duration_template: bool = field(
-        True, kind="bool", help="end plain video prompts with a sentence on length and frame rate"
+    use_duration_template: bool = _field(
+        default=True,
+        kind="bool",
+        help="end plain video prompts with a sentence on length and frame rate",
     )
-    negative_metadata_mode: str = field(
-        "same",
+    negative_metadata_mode: str = _field(
+        default="same",
         kind="choice",
         choices=("none", "same", "inverse"),
         help="what the negative prompt says of size and length: nothing, the same, the opposite",
     )
-    use_system_prompt: bool = field(
-        False, kind="bool", help="put the model's system sentence before the prompt"
+    use_system_prompt: bool = _field(
+        default=False, kind="bool", help="put the model's system sentence before the prompt"
     )
-    prompt_format: str = field(
-        "auto",
+    prompt_format: str = _field(
+        default="auto",
         kind="choice",
         choices=("auto", "plain", "json"),
         help="plain: end the prompt with sentences on size and length; json: write them into the"
         " JSON caption; auto: json for a prompt that is a JSON object",
     )
-    max_sequence_length: int = field(
-        4096,
+    max_sequence_length: int = _field(
+        default=4096,
         kind="int",
         low=64,
         high=32768,
         unit="tokens",
         help="longest prompt with its chat frame; the text is cut at its end, never the frame",
     )
-    prompt_token_ids: tuple[int, ...] | None = field(
-        None,
+    prompt_token_ids: tuple[int, ...] | None = _field(
         kind="ints",
         low=0,
         high=2**31,
         help="token ids of the whole prompt with its chat frame, instead of the text",
     )
-    negative_prompt_token_ids: tuple[int, ...] | None = field(
-        None,
+    negative_prompt_token_ids: tuple[int, ...] | None = _field(
         kind="ints",
         low=0,
         high=2**31,
         help="token ids of the whole negative prompt, instead of the text",
     )
-    allow_untrained_size: bool = field(
-        False, kind="bool", help="accept larger or longer outputs than the model was trained for"
+    allow_untrained_size: bool = _field(
+        default=False,
+        kind="bool",
+        help="accept larger or longer outputs than the model was trained for",
     )
-    output_type: str = field(
-        "pixels",
+    output_type: str = _field(
+        default="pixels",
         kind="choice",
         choices=("pixels", "latent"),
         help="decoded pixels and sound, or the latents alone",
     )
-    latents: Mapping[str, np.ndarray | torch.Tensor] | None = field(
-        None,
+    latents: Mapping[str, np.ndarray | torch.Tensor] | None = _field(
         kind="arrays",
         help="initial noise by stream: vision [1,48,T,h,w], sound [64,T_s], action [T_a,64]",
     )
@@ -342,7 +333,6 @@ def _check_size(request: GenerateRequest) -> None:
     if (height is None) != (width is None):
         missing, other = ("width", "height") if width is None else ("height", "width")
         raise InvalidRequest(missing, None, f"given together with {other}", "missing_required")
-    given = "size" if request.size is not None else None
     if request.size is not None:
         size = parse_size(request.size)
         if height is not None and size != (width, height):
@@ -351,13 +341,15 @@ def _check_size(request: GenerateRequest) -> None:
                 "conflict",
             )  # fmt: skip
         width, height = size
-    for name, pixels in (("width", width), ("height", height)):
-        if pixels is not None and (pixels % 16 or pixels < 16):
-            nearest = max(16, round(pixels / 16) * 16)
-            value = request.size if given else pixels
-            raise InvalidRequest(
-                given or name, value, f"multiples of 16; the nearest {name} is {nearest}"
-            )
+    if width is None or height is None:
+        return
+    near_width, near_height = (max(16, round(side / 16) * 16) for side in (width, height))
+    if request.size is not None and (width, height) != (near_width, near_height):
+        possible = f"multiples of 16, such as {near_width}x{near_height}"
+        raise InvalidRequest("size", request.size, possible)
+    for name, side, near in (("width", width, near_width), ("height", height, near_height)):
+        if side != near:
+            raise InvalidRequest(name, side, f"a multiple of 16, such as {near}")
 
 
 def _check_conditions(request: GenerateRequest) -> None:
@@ -370,7 +362,9 @@ def _check_conditions(request: GenerateRequest) -> None:
                 raise InvalidRequest(name, value, possible, "unsupported_combination")
         if request.generate_sound:
             possible = "False, as num_frames=1 makes an image"
-            raise InvalidRequest("generate_sound", True, possible, "unsupported_combination")
+            raise InvalidRequest(
+                "generate_sound", request.generate_sound, possible, "unsupported_combination"
+            )
     if request.sound_duration is not None and not request.generate_sound:
         possible = "left out, or generate_sound=True with it"
         raise InvalidRequest("sound_duration", request.sound_duration, possible, "conflict")

@@ -19,7 +19,9 @@ from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.request import SPECS, GenerateRequest, Spec, from_fields
 
 if TYPE_CHECKING:
-    from vllm_cosmos3.engine import Cosmos3, Output, Progress
+    import numpy as np
+
+    from vllm_cosmos3.engine import Cosmos3, Output, Progress, Sample
 
 METAVARS = {
     "text": "TEXT", "int": "N", "float": "X", "size": "WxH", "ints": "I,J,...", "pair": "LOW,HIGH",
@@ -89,7 +91,8 @@ def request_of(args: argparse.Namespace) -> GenerateRequest:
 def dry_run(args: argparse.Namespace, request: GenerateRequest) -> int:
     """Everything but the weights: the checkpoint's numbers, its tokenizer, the media, the plan."""
     from vllm_cosmos3.conditions import make_plan
-    from vllm_cosmos3.config import read_config, resolve
+    from vllm_cosmos3.config import read_config
+    from vllm_cosmos3.hub import resolve
     from vllm_cosmos3.prompts import load_tokenizer
 
     model = read_config(resolve(args.model, args.revision))
@@ -115,7 +118,7 @@ def generate(
     model: Cosmos3, request: GenerateRequest, args: argparse.Namespace, folder: Path
 ) -> tuple[Output, list[Path], dict[str, float]]:
     """Run the request and write its media. Returns the files and the timings of it all."""
-    with progress_shown(sys.stderr.isatty()) as report:
+    with progress_shown(terminal=sys.stderr.isatty()) as report:
         output = model.generate(request, progress=report)
     start = time.perf_counter()
     stem = "latents" if output.latents is not None else "vision"
@@ -179,7 +182,7 @@ def defaults_table() -> str:
 
 
 @contextmanager
-def progress_shown(terminal: bool) -> Iterator[Callable[[Progress], None]]:
+def progress_shown(*, terminal: bool) -> Iterator[Callable[[Progress], None]]:
     """A bar with steps and the time left on a terminal; one line per phase in a log."""
     if not terminal:
         seen: set[str] = set()
@@ -280,7 +283,7 @@ def _read_latents(path: str) -> dict[str, Any]:
 # Words.
 
 
-def _content(output: Output, sample: Any) -> dict[str, object]:
+def _content(output: Output, sample: Sample) -> dict[str, object]:
     """What a file holds, in numbers."""
     if sample.video is not None:
         frames, height, width, _ = sample.video.shape
@@ -290,22 +293,24 @@ def _content(output: Output, sample: Any) -> dict[str, object]:
         return {**size, "num_frames": frames, "fps": output.fps, "seconds": seconds, **sound}
     if sample.image is not None:
         return {"width": sample.image.shape[1], "height": sample.image.shape[0]}
-    return {"latents": {name: list(x.shape) for name, x in sample.latents.items()}}
+    return {"latents": {name: list(x.shape) for name, x in _latents(sample).items()}}
 
 
-def _described(output: Output, sample: Any) -> str:
-    content = _content(output, sample)
+def _described(output: Output, sample: Sample) -> str:
+    """The same in words."""
+    seed = f"seed {sample.seed}"
     if sample.video is not None:
-        sound = f", sound {output.sample_rate} Hz" if sample.sound is not None else ""
-        return (
-            "{width}x{height}, {num_frames} frames at {fps:g} fps, {seconds:.2f} s".format(
-                **content
-            )
-            + f"{sound}, seed {sample.seed}"
-        )
+        frames, height, width, _ = sample.video.shape
+        sound = "" if sample.sound is None else f" with sound at {output.sample_rate} Hz"
+        length = f"{frames} frames at {output.fps:g} fps, {frames / output.fps:.2f} s"
+        return f"{width}x{height}, {length}{sound}, {seed}"
     if sample.image is not None:
-        return "{width}x{height}".format(**content) + f", seed {sample.seed}"
-    return f"{content['latents']}, seed {sample.seed}"
+        return f"{sample.image.shape[1]}x{sample.image.shape[0]}, {seed}"
+    return ", ".join([*(f"{name} {list(x.shape)}" for name, x in _latents(sample).items()), seed])
+
+
+def _latents(sample: Sample) -> Mapping[str, np.ndarray]:
+    return sample.latents or {}
 
 
 def _listed(values: tuple[int, ...]) -> str:
