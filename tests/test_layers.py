@@ -11,8 +11,9 @@ PACKAGE = Path(__file__).parents[1] / "vllm_cosmos3"
 
 LAYERS = [
     {"version", "errors"},
-    {"config", "plan", "embodiments"},
-    {"inventory", "conditions", "prompts", "media", "sampling", "runtime.mesh", "compat"},
+    {"config", "plan", "embodiments", "compat"},
+    {"runtime.mesh"},
+    {"inventory", "conditions", "prompts", "media", "sampling"},
     {"request", "checkpoint", "models.weights", "runtime.attention", "runtime.halo"},
     {"models.transformer", "models.vae", "models.sound"},
     {"models.processing", "models.video_loader", "models.config_parser", "models.reasoning_parser"},
