@@ -74,10 +74,10 @@ def read_image(source: ImageSource, *, field: str = "image") -> Pixels:
     if isinstance(source, np.ndarray):
         return _checked_array(source, 3, field)
     with _decoding(source, field, AN_IMAGE):
-        if not isinstance(source, Image.Image):
-            source = Image.open(_opened(source), formats=IMAGE_FORMATS)
-        _check_size(*source.size, field)
-        return _rgb(source)
+        if isinstance(source, Image.Image):
+            return _rgb(source, field)
+        with _opened(source) as file, Image.open(file, formats=IMAGE_FORMATS) as image:
+            return _rgb(image, field)
 
 
 def read_video(
@@ -88,10 +88,9 @@ def read_video(
     fps: float | None = None,
     field: str = "video",
 ) -> Pixels:
-    """The first or last ``frames`` of a clip, uint8 [frames, H, W, 3].
+    """The first or last ``frames`` of a clip, or all of a shorter one: uint8 [T, H, W, 3].
 
-    ``source`` is a path, encoded bytes, a uint8 array or a sequence of pictures. A shorter clip
-    repeats its last frame. With ``fps``, the frames on screen at that rate by their timestamps;
+    ``source`` is a path, encoded bytes, a uint8 array or a sequence of pictures. With ``fps``, the frames on screen at that rate by their timestamps;
     without, the stored frames, whatever their timing. Upright by the display matrix.
     InvalidRequest of ``field`` if it is damaged, empty, too large or too long.
     """
@@ -105,8 +104,7 @@ def read_video(
         raise InvalidRequest(field, _described(source), "a video with at least one frame")
     if len({frame.shape for frame in clip}) > 1:
         raise InvalidRequest(field, _described(source), "frames of one size")
-    clip = clip[:frames] if keep == "first" else clip[-frames:]
-    return np.stack(clip + clip[-1:] * (frames - len(clip)))
+    return np.stack(clip[:frames] if keep == "first" else clip[-frames:])
 
 
 def cover_crop(frames: Pixels, *, height: int, width: int) -> Pixels:
@@ -287,7 +285,8 @@ def thumbnail(image: Pixels, *, side: int = 320) -> bytes:
     return encode_image(np.array(small), "webp", quality=80)
 
 
-def _rgb(image: Image.Image) -> Pixels:
+def _rgb(image: Image.Image, field: str) -> Pixels:
+    _check_size(image.width, image.height, field)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
         levels = np.asarray(image).astype(np.float64) / 257
@@ -336,7 +335,10 @@ def _intact(container: av.container.InputContainer, field: str) -> Iterator[av.V
 
 
 def _on_screen(frames: Iterable[av.VideoFrame], rate: Fraction) -> Iterator[av.VideoFrame]:
-    """The frame that is shown at each multiple of 1 / rate since the first one."""
+    """The frame that is shown at each multiple of 1 / rate since the first one.
+
+    Containers round timestamps to their time base (Matroska: milliseconds), hence the tolerance.
+    """
     shown, start, ticks = None, Fraction(0), 0
     for frame in frames:
         if frame.pts is None:
@@ -344,7 +346,7 @@ def _on_screen(frames: Iterable[av.VideoFrame], rate: Fraction) -> Iterator[av.V
         time = frame.pts * frame.time_base
         if shown is None:
             start = time
-        while shown is not None and ticks / rate < time - start:
+        while shown is not None and ticks / rate < time - start - frame.time_base:
             yield shown
             ticks += 1
         shown = frame

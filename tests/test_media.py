@@ -1,0 +1,474 @@
+"""What is written reads back the same, and what users send becomes upright RGB or one clear error."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from contextlib import suppress
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms.v2 import functional as tv
+
+from vllm_cosmos3 import media
+from vllm_cosmos3.errors import InvalidRequest
+
+TAG_ORIENTATION = 274
+
+
+def clip(frames: int, height: int, width: int) -> media.Pixels:
+    """A smooth picture whose blue says which frame it is."""
+    y, x = np.mgrid[0:height, 0:width]
+    red, green = x * 255 // width, y * 255 // height
+    return np.stack(
+        [np.stack([red, green, np.full_like(red, 10 * t % 250)], -1) for t in range(frames)]
+    ).astype(np.uint8)
+
+
+def tones(samples: int) -> np.ndarray:
+    t = np.arange(samples) / 48_000
+    both = np.stack([np.sin(2 * np.pi * 440 * t), np.sin(2 * np.pi * 880 * t)])
+    return (0.2 * both).astype(np.float32)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    assert a.shape == b.shape
+    return float(np.abs(a.astype(int) - b.astype(int)).mean())
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("video") / "clip.mp4"
+    media.write_video(path, clip(20, 48, 64), fps=24)
+    return path.read_bytes()
+
+
+# Out
+
+
+@pytest.mark.parametrize(
+    ("fps", "rate"),
+    [(24, Fraction(24)), (30, Fraction(30)), (23.976, Fraction(24000, 1001)), (10, Fraction(10))],
+)
+@pytest.mark.parametrize(("height", "width"), [(48, 80), (33, 47)])
+def test_video_reads_back(
+    tmp_path: Path, fps: float, rate: Fraction, height: int, width: int
+) -> None:
+    frames = clip(25, height, width)
+    media.write_video(tmp_path / "v.mp4", frames, fps=fps, sound=tones(48_000))
+    with av.open(str(tmp_path / "v.mp4")) as container:
+        picture, audio = container.streams.video[0], container.streams.audio[0]
+        assert picture.average_rate == rate
+        assert picture.frames == 25
+        assert (picture.codec_context.name, picture.codec_context.pix_fmt) == ("h264", "yuv420p")
+        assert (picture.height, picture.width) == (height + height % 2, width + width % 2)
+        assert float(picture.duration * picture.time_base) == pytest.approx(25 / rate, abs=1e-3)
+        assert (audio.rate, audio.channels, audio.codec_context.name) == (48_000, 2, "aac")
+        assert container.duration / 1e6 == pytest.approx(max(25 / rate, 1), abs=2e-3)
+        back = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+    assert distance(back[:, :height, :width], frames) < 3
+
+
+def test_sound_is_not_delayed_and_lies_between_the_frames(tmp_path: Path) -> None:
+    sound = tones(96_000) * 0.1
+    sound[1, 30_000] = 0.9
+    media.write_video(tmp_path / "v.mp4", clip(48, 32, 32), fps=24, sound=sound)
+    with av.open(str(tmp_path / "v.mp4")) as container:
+        decoded = list(container.decode(audio=0))
+    assert decoded[0].pts == 0
+    waveform = np.concatenate([frame.to_ndarray() for frame in decoded], axis=1)
+    assert abs(int(np.abs(waveform[1]).argmax()) - 30_000) <= 1
+    near = waveform[0, 40_000:50_000] - sound[0, 40_000:50_000]
+    assert np.abs(near).max() < 0.01
+    with av.open(str(tmp_path / "v.mp4")) as container:
+        kinds = [packet.stream.type for packet in container.demux() if packet.size]
+    assert "audio" in kinds[:5]
+    assert "video" in kinds[-20:]
+
+
+def test_chunks_make_the_same_file_as_the_whole(tmp_path: Path) -> None:
+    frames = clip(17, 32, 48)
+    media.write_video(tmp_path / "whole.mp4", frames, fps=24, sound=tones(34_000))
+    with media.VideoWriter(tmp_path / "chunks.mp4", fps=24, sound=tones(34_000)) as writer:
+        for chunk in np.split(frames, [1, 5, 9, 13]):
+            writer.write(chunk)
+    assert (tmp_path / "chunks.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+
+
+def test_index_precedes_the_data(video: bytes) -> None:
+    assert video.index(b"moov") < video.index(b"mdat")
+
+
+def test_lower_crf_is_closer_and_larger(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (6, 32, 48, 3), dtype=np.uint8)
+    sizes, errors = [], []
+    for crf in (5, 40):
+        media.write_video(tmp_path / "v.mp4", noise, fps=24, crf=crf)
+        sizes.append((tmp_path / "v.mp4").stat().st_size)
+        errors.append(distance(media.read_video(tmp_path / "v.mp4", frames=6), noise))
+    assert sizes[0] > sizes[1]
+    assert errors[0] < errors[1]
+
+
+def test_a_failure_of_the_caller_leaves_no_file(tmp_path: Path) -> None:
+    def fail() -> None:
+        with media.VideoWriter(tmp_path / "v.mp4", fps=24) as writer:
+            writer.write(clip(3, 32, 32))
+            raise RuntimeError("decoding failed")
+
+    with pytest.raises(RuntimeError, match="decoding failed"):
+        fail()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failure_of_the_encoder_reaches_the_caller_and_leaves_no_file(tmp_path: Path) -> None:
+    writer = media.VideoWriter(tmp_path / "v.mp4", fps=24)
+    writer.write(clip(3, 32, 32))
+    writer.write(np.zeros((1, 32, 32, 4), np.uint8))
+    with pytest.raises(ValueError, match="shape"):
+        writer.close()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("fps", "rate"),
+    [
+        (24, "24"),
+        (23.976, "24000/1001"),
+        (29.97, "30000/1001"),
+        (59.94, "60000/1001"),
+        (12.5, "25/2"),
+        (16.0, "16"),
+        (7.3, "73/10"),
+    ],
+)
+def test_frame_rate(fps: float, rate: str) -> None:
+    assert media.frame_rate(fps) == Fraction(rate)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "error"), [(".png", 0), (".jpg", 3), (".jpeg", 3), (".webp", 3)]
+)
+def test_pictures_read_back(tmp_path: Path, suffix: str, error: float) -> None:
+    picture = clip(1, 33, 47)[0]
+    media.write_image(tmp_path / f"p{suffix}", picture)
+    assert distance(media.read_image(tmp_path / f"p{suffix}"), picture) <= error
+
+
+def test_quality_makes_larger_pictures() -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    for kind in ("jpeg", "webp"):
+        sizes = [len(media.encode_image(noise, kind, quality=quality)) for quality in (20, 95)]
+        assert sizes[0] < sizes[1]
+
+
+def test_unknown_suffix_names_the_possible_ones(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"path is .*p\.tga.*\.png, \.jpg, \.jpeg, \.webp"):
+        media.write_image(tmp_path / "p.tga", clip(1, 8, 8)[0])
+
+
+def test_thumbnail_keeps_the_shape() -> None:
+    small = media.read_image(media.thumbnail(clip(1, 180, 320)[0], side=64))
+    assert small.shape == (36, 64, 3)
+
+
+# Pictures in
+
+
+PICTURE = clip(1, 6, 10)[0]
+UPRIGHT_FROM = {  # EXIF orientation: what has to be done to the stored picture
+    1: lambda x: x,
+    2: np.fliplr,
+    3: lambda x: np.rot90(x, 2),
+    4: np.flipud,
+    5: lambda x: np.rot90(np.fliplr(x), 1),
+    6: lambda x: np.rot90(x, -1),
+    7: lambda x: np.rot90(np.fliplr(x), -1),
+    8: lambda x: np.rot90(x, 1),
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT_FROM)
+def test_orientation_is_applied(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[TAG_ORIENTATION] = orientation
+    read = media.read_image(encoded(Image.fromarray(PICTURE), exif=exif))
+    assert np.array_equal(read, UPRIGHT_FROM[orientation](PICTURE))
+
+
+@pytest.mark.parametrize("alpha", [0, 128, 255])
+def test_transparency_lies_over_white(alpha: int) -> None:
+    rgba = np.dstack([PICTURE, np.full(PICTURE.shape[:2], alpha, np.uint8)])
+    expected = PICTURE * (alpha / 255) + 255 * (1 - alpha / 255)
+    assert np.abs(media.read_image(encoded(Image.fromarray(rgba))) - expected).max() <= 1
+
+
+def test_transparent_palette_and_grey_lie_over_white() -> None:
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([255, 0, 0, 0, 255, 0])
+    assert (media.read_image(encoded(palette)) == [0, 255, 0]).all()
+    assert (media.read_image(encoded(palette, transparency=1)) == 255).all()
+    assert (media.read_image(encoded(Image.new("LA", (4, 4), (7, 0)))) == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("image", "kind", "expected"),
+    [
+        (Image.new("L", (4, 4), 100), "PNG", 100),
+        (Image.new("1", (4, 4), 1), "PNG", 255),
+        (Image.new("I;16", (4, 4), 0x8000), "PNG", 128),
+        (Image.new("I;16", (4, 4), 0xFFFF), "TIFF", 255),
+        (Image.new("CMYK", (4, 4), (0, 0, 0, 155)), "JPEG", 100),
+        (Image.new("YCbCr", (4, 4), (100, 128, 128)), "JPEG", 100),
+    ],
+    ids=lambda value: getattr(value, "mode", str(value)),
+)
+def test_other_colour_modes(image: Image.Image, kind: str, expected: int) -> None:
+    read = media.read_image(encoded(image, kind))
+    assert read.shape == (4, 4, 3)
+    assert np.abs(read.astype(int) - expected).max() <= 2
+
+
+def test_floating_point_levels_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match="floating point"):
+        media.read_image(encoded(Image.new("F", (4, 4), 0.5), "TIFF"))
+
+
+def test_animation_gives_its_first_picture() -> None:
+    red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+    data = encoded(red, "GIF", save_all=True, append_images=[blue])
+    assert (media.read_image(data) == [255, 0, 0]).all()
+
+
+def test_arrays_and_pillow_images_pass() -> None:
+    assert np.array_equal(media.read_image(PICTURE), PICTURE)
+    assert np.array_equal(media.read_image(Image.fromarray(PICTURE)), PICTURE)
+    with pytest.raises(InvalidRequest, match=r"frame is 'float32 \[6, 10, 3\]'"):
+        media.read_image(PICTURE.astype(np.float32), field="frame")
+
+
+def png_header(width: int, height: int) -> bytes:
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    ihdr = struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+    idat = b"\x00\x00\x00\x00IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    return b"\x89PNG\r\n\x1a\n" + ihdr + idat
+
+
+@pytest.mark.parametrize("side", [9_000, 12_000, 60_000])  # ours, Pillow's warning, Pillow's error
+def test_decompression_bombs_are_refused_by_their_header(side: int) -> None:
+    with pytest.raises(InvalidRequest, match="image is"):
+        media.read_image(png_header(side, side))
+
+
+def test_thin_lines_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match="image is '4000x1', must be at most 20 times"):
+        media.read_image(encoded(Image.new("RGB", (4000, 1))))
+
+
+@pytest.mark.parametrize("read", [media.read_image, lambda s: media.read_video(s, frames=1)])
+@pytest.mark.parametrize(
+    "source",
+    [
+        b"",
+        b"not a picture",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:///etc/hosts\n#EXT-X-ENDLIST\n",
+        b"ffconcat version 1.0\nfile /etc/hosts\n",
+        "/no/such/file.png",
+        "http://127.0.0.1/picture.png",
+    ],
+    ids=["empty", "text", "postscript", "playlist", "concat", "absent", "url"],
+)
+def test_everything_else_is_one_error_that_names_the_field(read: object, source: object) -> None:
+    with pytest.raises(InvalidRequest, match=r"^(image|video) is "):
+        read(source)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@settings(max_examples=150, deadline=None)
+@given(
+    kind=st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"]),
+    keep=st.floats(0, 1),
+    flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=3),
+)
+def test_damaged_pictures_are_read_or_refused(
+    kind: str, keep: float, flips: list[tuple[float, int]]
+) -> None:
+    data = bytearray(encoded(Image.fromarray(clip(1, 24, 32)[0]), kind))
+    for place, value in flips:
+        data[int(place * len(data))] = value
+    with suppress(InvalidRequest):
+        read = media.read_image(bytes(data[: int(keep * len(data))]))
+        assert read.dtype == np.uint8
+        assert read.shape[2] == 3
+
+
+# Videos in
+
+
+def blues(frames: media.Pixels) -> list[int]:
+    """Which frames of `clip` these are."""
+    return [round(float(value) / 10) for value in frames[..., 2].mean(axis=(1, 2))]
+
+
+@pytest.mark.parametrize(
+    ("count", "keep", "expected"),
+    [
+        (1, "first", [0]),
+        (5, "first", [0, 1, 2, 3, 4]),
+        (5, "last", [15, 16, 17, 18, 19]),
+        (22, "first", list(range(20))),
+        (22, "last", list(range(20))),
+    ],
+)
+def test_first_or_last_frames(video: bytes, count: int, keep: str, expected: list[int]) -> None:
+    frames = media.read_video(video, frames=count, keep=keep)
+    assert frames.shape[1:] == (48, 64, 3)
+    assert blues(frames) == expected
+    pictures = list(clip(20, 48, 64))
+    assert blues(media.read_video(pictures, frames=count, keep=keep)) == expected
+    assert blues(media.read_video(np.stack(pictures), frames=count, keep=keep)) == expected
+
+
+def write_at(path: Path, times: list[int], container_format: str = "mp4") -> Path:
+    """A video whose frames begin at ``times`` in hundredths of a second."""
+    with av.open(str(path), "w", format=container_format) as container:
+        stream = container.add_stream("libx264", rate=100)
+        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
+        for time, pixels in zip(times, clip(len(times), 32, 32), strict=True):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 100)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def test_variable_frame_rate_follows_the_timestamps(tmp_path: Path) -> None:
+    path = write_at(tmp_path / "v.mp4", [0, 10, 50, 55, 80])
+    assert blues(media.read_video(path, frames=5)) == [0, 1, 2, 3, 4]
+    shown = media.read_video(path, frames=9, fps=10)
+    assert blues(shown) == [0, 1, 1, 1, 1, 2, 3, 3, 4]
+    assert blues(media.read_video(path, frames=3, keep="last", fps=10)) == [3, 3, 4]
+
+
+def test_timestamps_rounded_by_the_container_do_not_repeat_frames(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "v.mkv"), "w") as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
+        for pixels in clip(20, 32, 32):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    assert blues(media.read_video(tmp_path / "v.mkv", frames=20, fps=30)) == list(range(20))
+
+
+@pytest.mark.parametrize(
+    ("matrix", "turns"), [((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)]
+)
+def test_rotated_video_is_upright(
+    video: bytes, matrix: tuple[int, int, int, int], turns: int
+) -> None:
+    a, b, c, d = (value << 16 for value in matrix)
+    place = video.index(b"tkhd") + 44
+    turned = (
+        video[:place] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + video[place + 36 :]
+    )
+    upright = media.read_video(turned, frames=2)
+    assert np.array_equal(upright, np.rot90(media.read_video(video, frames=2), turns, axes=(1, 2)))
+
+
+def test_file_without_pictures_is_refused(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "v.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=48_000, layout="stereo")
+        frame = av.AudioFrame.from_ndarray(tones(4096), format="fltp", layout="stereo")
+        frame.sample_rate = 48_000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with pytest.raises(InvalidRequest, match="a file with a video track"):
+        media.read_video(tmp_path / "v.mp4", frames=1)
+
+
+def test_empty_and_uneven_lists_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match="at least one frame"):
+        media.read_video([], frames=1)
+    with pytest.raises(InvalidRequest, match="one size"):
+        media.read_video([clip(1, 8, 8)[0], clip(1, 8, 9)[0]], frames=1)
+
+
+def test_too_many_frames_are_refused(video: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(media, "MAX_FRAMES", 10)
+    with pytest.raises(InvalidRequest, match="at most 10"):
+        media.read_video(video, frames=2, keep="last")
+    assert len(media.read_video(video, frames=2)) == 2
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9, 0.999])
+def test_truncated_video_is_refused(video: bytes, share: float) -> None:
+    with pytest.raises(InvalidRequest, match=r"video is '.* bytes', must be a complete MP4"):
+        media.read_video(video[: int(share * len(video))], frames=20)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    flips=st.lists(
+        st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=20
+    ),
+    fps=st.sampled_from([None, 10.0]),
+)
+def test_damaged_video_is_read_or_refused(
+    video: bytes, flips: list[tuple[float, int]], fps: float | None
+) -> None:
+    data = bytearray(video)
+    for place, value in flips:
+        data[int(place * len(data))] = value
+    with suppress(InvalidRequest):
+        frames = media.read_video(bytes(data), frames=30, fps=fps)
+        assert frames.dtype == np.uint8
+        assert 0 < len(frames) <= 30
+
+
+# Sizes
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    source=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    target=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+)
+def test_cover_crop_fills_the_canvas(source: tuple[int, int], target: tuple[int, int]) -> None:
+    height, width = 16 * target[0], 16 * target[1]
+    out = media.cover_crop(clip(2, *source), height=height, width=width)
+    assert out.shape == (2, height, width, 3)
+
+
+@pytest.mark.parametrize("source", [(33, 47), (100, 31), (48, 80), (7, 5), (481, 853)])
+@pytest.mark.parametrize("target", [(48, 80), (80, 48), (64, 64)])
+def test_cover_crop_agrees_with_torchvision(
+    source: tuple[int, int], target: tuple[int, int]
+) -> None:
+    frame = np.random.default_rng(0).integers(0, 255, (1, *source, 3), dtype=np.uint8)
+    scale = max(target[0] / source[0], target[1] / source[1])
+    size = [int(np.ceil(scale * side)) for side in source]
+    tensor = torch.from_numpy(frame).movedim(3, 1).float()
+    expected = tv.center_crop(tv.resize(tensor, size, antialias=True), list(target)).round()
+    out = media.cover_crop(frame, height=target[0], width=target[1])
+    assert np.array_equal(out[0], expected[0].movedim(0, 2).numpy().astype(np.uint8))
+
+
+def test_cover_crop_of_the_right_size_changes_nothing() -> None:
+    frames = np.random.default_rng(0).integers(0, 255, (2, 32, 48, 3), dtype=np.uint8)
+    assert np.array_equal(media.cover_crop(frames, height=32, width=48), frames)
