@@ -7,6 +7,7 @@ before the engine starts) and with what arrives while the weights are loaded. Im
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import struct
@@ -14,8 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from vllm_cosmos3.config import read_json
+from vllm_cosmos3.config import VisionConfig, read_json
 from vllm_cosmos3.errors import CheckpointError
+from vllm_cosmos3.inventory import Tensors, vision_tensors
 
 TEXT, VISION = "transformer", "vision_encoder"  # the two folders that are read
 
@@ -57,7 +59,7 @@ def expected_tensors(config: Mapping[str, Any]) -> dict[str, Expected]:
     try:
         tied = bool(config.get("tie_word_embeddings"))
         text = _text_tensors(config["text_config"], tied=tied)
-        vision = _vision_tensors(config["vision_config"])
+        vision = vision_tensors(_vision_config(config["vision_config"]))
     except KeyError as missing:
         raise CheckpointError(f"config.json lacks the key {missing}") from None
     return {name: Expected(TEXT, shape) for name, shape in text.items()} | {
@@ -116,7 +118,7 @@ def check_shape(name: str, shape: tuple[int, ...], expected: Expected, place: st
         )
 
 
-def _text_tensors(c: Mapping[str, Any], *, tied: bool) -> dict[str, tuple[int, ...]]:
+def _text_tensors(c: Mapping[str, Any], *, tied: bool) -> Tensors:
     hidden, mlp, head = c["hidden_size"], c["intermediate_size"], c["head_dim"]
     query, kv = c["num_attention_heads"] * head, c["num_key_value_heads"] * head
     layer = {
@@ -140,36 +142,12 @@ def _text_tensors(c: Mapping[str, Any], *, tied: bool) -> dict[str, tuple[int, .
     return tensors
 
 
-def _vision_tensors(c: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    width, mlp, out = c["hidden_size"], c["intermediate_size"], c["out_hidden_size"]
-    merged = width * c["spatial_merge_size"] ** 2  # the mergers see merge x merge patches at once
-    tensors: dict[str, tuple[int, ...]] = {
-        "pos_embed.weight": (c["num_position_embeddings"], width)
-    }
-
-    def add(name: str, *shape: int) -> None:
-        tensors[f"{name}.weight"] = shape
-        tensors[f"{name}.bias"] = shape[:1]
-
-    patch = (c["temporal_patch_size"], c["patch_size"], c["patch_size"])
-    add("patch_embed.proj", width, c["in_channels"], *patch)
-    for index in range(c["depth"]):
-        block = f"blocks.{index}"
-        add(f"{block}.norm1", width)
-        add(f"{block}.norm2", width)
-        add(f"{block}.attn.qkv", 3 * width, width)
-        add(f"{block}.attn.proj", width, width)
-        add(f"{block}.mlp.linear_fc1", mlp, width)
-        add(f"{block}.mlp.linear_fc2", width, mlp)
-    deepstack = [f"deepstack_merger_list.{i}" for i in range(len(c["deepstack_visual_indexes"]))]
-    for name, norm in [("merger", width)] + [(name, merged) for name in deepstack]:
-        add(f"{name}.norm", norm)
-        add(f"{name}.linear_fc1", merged, merged)
-        add(f"{name}.linear_fc2", out, merged)
-    return tensors
+def _vision_config(values: Mapping[str, Any]) -> VisionConfig:
+    chosen = {field.name: values[field.name] for field in dataclasses.fields(VisionConfig)}
+    return VisionConfig(**chosen)
 
 
-def _read_header(shard: Path) -> dict[str, tuple[int, ...]]:
+def _read_header(shard: Path) -> Tensors:
     """Shapes by name from the header of a safetensors file, whose length must fit the header."""
     size = shard.stat().st_size
     with shard.open("rb") as file:
