@@ -27,6 +27,7 @@ LAYERS = [
         "checkpoint",
         "models.weights",
         "models.reasoner_weights",
+        "models.root_config",
         "runtime.attention",
         "runtime.halo",
     },

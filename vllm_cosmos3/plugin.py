@@ -36,7 +36,8 @@ def _register_config() -> None:
     from vllm.transformers_utils.config import _CONFIG_FORMAT_TO_CONFIG_PARSER
 
     from vllm_cosmos3.compat import knows_model_type
-    from vllm_cosmos3.models.config_parser import MODEL_TYPE, Cosmos3ConfigParser
+    from vllm_cosmos3.models.config_parser import Cosmos3ConfigParser
+    from vllm_cosmos3.models.root_config import MODEL_TYPE
 
     # register_config_parser() would log a line in each process, and a warning when repeated.
     _CONFIG_FORMAT_TO_CONFIG_PARSER[NAME] = Cosmos3ConfigParser

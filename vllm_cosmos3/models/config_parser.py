@@ -1,13 +1,11 @@
-"""The configuration of a checkpoint folder that has no ``config.json`` of its own.
+"""The config format ``cosmos3``: ``vllm serve FOLDER --config-format cosmos3``.
 
-A diffusers-style folder describes the same model in ``transformer/config.json``,
-``vision_encoder/config.json`` and ``text_tokenizer/``. Used with ``--config-format cosmos3``; vLLM's
-automatic choice looks for a root ``config.json`` and cannot be extended.
+For folders without a root ``config.json``. vLLM's automatic choice looks for that file and cannot be
+extended, hence the flag.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +14,9 @@ from transformers import AutoConfig, PretrainedConfig
 from vllm.transformers_utils.config_parser_base import ConfigParserBase
 
 from vllm_cosmos3.config import read_json
-from vllm_cosmos3.errors import CheckpointError
+from vllm_cosmos3.models.root_config import assemble
 
 ARCHITECTURE = "Cosmos3ReasonerForConditionalGeneration"
-MODEL_TYPE = "cosmos3_omni"
-_SPECIAL = {
-    "image_token_id": "<|image_pad|>",
-    "video_token_id": "<|video_pad|>",
-    "vision_start_token_id": "<|vision_start|>",
-    "vision_end_token_id": "<|vision_end|>",
-}
-_TEXT_KEYS = (
-    "attention_bias",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "rms_norm_eps",
-    "rope_theta",
-    "rope_scaling",
-)
 
 
 class Cosmos3ConfigParser(ConfigParserBase):  # type: ignore[misc]  # vLLM has no types here
@@ -61,39 +39,3 @@ class Cosmos3ConfigParser(ConfigParserBase):  # type: ignore[misc]  # vLLM has n
         values = read_json(root) if root.is_file() else assemble(folder)
         values["architectures"] = [ARCHITECTURE]
         return values, AutoConfig.for_model(**values)
-
-
-def assemble(folder: Path) -> dict[str, Any]:
-    """What the root ``config.json`` of the published checkpoints says, from the parts."""
-    transformer = read_json(folder / "transformer" / "config.json")
-    vision = read_json(folder / "vision_encoder" / "config.json")
-    absent = [key for key in _TEXT_KEYS if key not in transformer]
-    if absent:
-        raise CheckpointError(f"transformer/config.json in {folder} lacks the key '{absent[0]}'")
-    ids = _token_ids(folder / "text_tokenizer" / "tokenizer.json")
-    text = {key: transformer[key] for key in _TEXT_KEYS} | {
-        "model_type": "qwen3_vl_text",
-        "hidden_act": transformer.get("hidden_act", "silu"),  # older exports leave it out
-        "max_position_embeddings": 262144,  # of Qwen3-VL; the folder does not say it
-    }
-    return {
-        "model_type": MODEL_TYPE,
-        "text_config": text,
-        "vision_config": vision | {"model_type": "qwen3_vl_vision"},
-        "tie_word_embeddings": False,
-        "dtype": transformer.get("dtype", "bfloat16"),
-        **{key: ids[token] for key, token in _SPECIAL.items()},
-    }
-
-
-def _token_ids(tokenizer: Path) -> dict[str, int]:
-    """Ids of the added tokens of a fast tokenizer."""
-    try:
-        added = json.loads(tokenizer.read_text())["added_tokens"]
-    except (OSError, ValueError, KeyError):
-        raise CheckpointError(f"{tokenizer} is missing or unreadable") from None
-    ids = {entry["content"]: entry["id"] for entry in added}
-    absent = [token for token in _SPECIAL.values() if token not in ids]
-    if absent:
-        raise CheckpointError(f"{tokenizer} lacks the token {absent[0]}")
-    return ids

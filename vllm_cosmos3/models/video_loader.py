@@ -33,9 +33,19 @@ class Cosmos3VideoBackend(Qwen3VLVideoBackend):  # type: ignore[misc]  # vLLM ha
         cls, data: bytes, num_frames: int = _ALL, fps: float | None = None, **kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
         """Frames [T, H, W, 3] as uint8 and the metadata of transformers' video processors."""
+        _check(
+            "num_frames", num_frames, num_frames == _ALL or _count(num_frames), "-1 or at least 1"
+        )
+        _check("fps", fps, fps is None or _count(fps), "at least 1")
+        _check(
+            "max_frames",
+            kwargs.get("max_frames"),
+            _count(kwargs.get("max_frames", 1)),
+            "at least 1",
+        )
         _refuse_still_image(data)
         cap = max_video_frames()
-        kwargs["max_frames"] = min(int(kwargs.get("max_frames", cap)), cap)
+        kwargs["max_frames"] = min(kwargs.get("max_frames", cap), cap)
         take_all = fps is None and num_frames == _ALL
         rate = _ALL if take_all else (2 if fps is None else fps)
         frames, metadata = super().load_bytes(data, num_frames=num_frames, fps=rate, **kwargs)
@@ -75,3 +85,12 @@ def _refuse_still_image(data: bytes) -> None:
         raise InvalidRequest(
             "video_url", f"a {kind} image", "a video; send images as content of type image_url"
         )
+
+
+def _count(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 1
+
+
+def _check(name: str, value: object, accepted: bool, possible: str) -> None:
+    if not accepted:
+        raise InvalidRequest(f"media_io_kwargs.video.{name}", value, f"a number, {possible}")
