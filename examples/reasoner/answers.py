@@ -163,6 +163,8 @@ def _json_values(text: str) -> Iterator[object]:
                 raise AnswerError("the JSON of the answer is cut off", text) from None
             position = opening.start() + 1  # a bracket of the prose
             continue
+        except RecursionError:
+            raise AnswerError("the JSON of the answer is nested too deeply", text) from None
         if value:  # "[]" in prose says nothing
             yield value
 
@@ -247,4 +249,4 @@ SUBJECTS = _list_of(
 )
 _CLOCK = {"type": "string", "pattern": r"^00:[0-5][0-9]\.[0-9][0-9]$"}
 SEGMENTS = _list_of(start=_CLOCK, end=_CLOCK, caption=_TEXT)
-CHOICE = {"type": "string", "enum": ["(A) Possible", "(B) Impossible"]}
+CHOICE: Json = {"type": "string", "enum": ["(A) Possible", "(B) Impossible"]}

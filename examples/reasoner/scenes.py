@@ -21,7 +21,7 @@ SECONDS, FPS = 4, 12
 SMOOTH = 2  # drawn twice as large, then reduced: PIL does not smooth edges
 
 Scene = Callable[[float], Image.Image]
-Colour = str | tuple[int, int, int]
+Colour = str | tuple[int, ...]
 
 
 def media(name: str, folder: str | Path = "cosmos3-examples") -> Path:
