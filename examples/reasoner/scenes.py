@@ -113,7 +113,7 @@ def table(t: float) -> Image.Image:
     opening = _along(t, [(0, 34), (0.33, 34), (0.37, 26), (0.92, 26), (0.95, 36), (1, 36)])
     held = 0.36 <= t <= 0.93
     cube_x, cube_y = (x, y) if held else ((140, 330) if t < 0.36 else (510, 320))
-    canvas.disc(cube_x, 360 if cube_x < 400 else 372, 34, (120, 92, 66), 7)
+    canvas.disc(cube_x + 8, 374, 40, (120, 92, 66), 6)
     _cube(canvas, cube_x - 23, cube_y, 46, (214, 64, 58))
     canvas.line([(x, -10), (x, y - 62)], (84, 90, 100), 22)
     canvas.box(x - 44, y - 66, 88, 26, (52, 58, 68), 8)
