@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "vllm_cosmos3"
 LAYERS = [
     {"version", "errors"},
     {"config", "plan", "embodiments"},
-    {"inventory", "conditions", "prompts", "media", "sampling", "runtime.mesh", "compat"},
+    {"inventory", "conditions", "prompts", "media", "sampling", "runtime.mesh", "compat", "hub"},
     {"request", "checkpoint", "models.weights", "runtime.attention", "runtime.halo"},
     {"models.transformer", "models.vae", "models.sound"},
     {"models.processing", "models.video_loader", "models.config_parser", "models.reasoning_parser"},
@@ -24,7 +24,17 @@ LAYERS = [
     {"cli"},
 ]
 # Within one package of the table (sampling, server, cli) modules may import each other downward.
-NO_TORCH = {"errors", "config", "plan", "embodiments", "conditions", "request", "inventory", "cli"}
+NO_TORCH = {
+    "errors",
+    "config",
+    "plan",
+    "embodiments",
+    "conditions",
+    "request",
+    "inventory",
+    "hub",
+    "cli",
+}
 
 
 def modules() -> dict[str, Path]:

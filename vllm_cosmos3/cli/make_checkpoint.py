@@ -1,0 +1,36 @@
+"""``make-checkpoint``: a small random checkpoint in the published layout."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="where to write; made if it does not exist")
+    parser.add_argument("--size", choices=("tiny", "nano", "super"), default="tiny")
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument(
+        "--no-weights",
+        action="store_true",
+        help="configuration and tokenizer only, for --load-format dummy and for sizing",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="replace a folder that holds something else"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from vllm_cosmos3.checkpoint import write_checkpoint
+
+    write_checkpoint(
+        args.folder,
+        size=args.size,
+        seed=args.seed,
+        dtype=args.dtype,
+        weights=not args.no_weights,
+        force=args.force,
+    )
+    print(args.folder)
+    return 0
