@@ -58,6 +58,8 @@ WORDS = [
     "car",
     "stops",
 ]
+QUICK = {"concurrency": [1, 16], "output_tokens": [1, 32], "fps": [2.0], "requests": 32}
+QUICK |= {"width": 320, "height": 192, "seconds": 4.0, "clip_fps": 12.0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,18 +141,15 @@ def arguments() -> argparse.Namespace:
     )
     own, after = split(sys.argv[1:])
     args = parser.parse_args(own)
+    if args.quick:  # what was asked for stays
+        parser.set_defaults(**QUICK)
+        args = parser.parse_args(own)
     args.server_flags = after
     args.media = args.media or "video"
     if after and not args.serve:
         parser.error("flags after -- are for --serve")
     if args.url and not args.allow_remote and not is_loopback(args.url):
         parser.error(f"{args.url} is not this machine; --allow-remote if you may load it")
-    if args.quick:
-        quick = {"concurrency": [1, 16], "output_tokens": [1, 32], "fps": [2], "requests": 32}
-        quick |= {"width": 320, "height": 192, "seconds": 4, "clip_fps": 12}
-        for name, value in quick.items():
-            if getattr(args, name) == parser.get_default(name):  # what was asked for stays
-                setattr(args, name, value)
     return args
 
 
@@ -165,7 +164,10 @@ def split(words: list[str]) -> tuple[list[str], list[str]]:
 def is_loopback(url: str) -> bool:
     """Whether every address of the URL's host is this machine."""
     host = urllib.parse.urlsplit(url).hostname
-    found = socket.getaddrinfo(host, None) if host else []
+    try:
+        found = socket.getaddrinfo(host, None) if host else []
+    except socket.gaierror:
+        return False
     return bool(found) and all(ipaddress.ip_address(a[4][0]).is_loopback for a in found)
 
 
