@@ -78,9 +78,7 @@ class Toy:
 
     def _sum(self) -> int:
         axes = (self.mesh.world, self.mesh.cfg, self.mesh.ulysses, self.mesh.tp)
-        return sum(
-            int(rank) for axis in axes for rank in all_gather(torch.tensor(axis.rank), axis)
-        )
+        return sum(int(rank) for axis in axes for rank in all_gather(torch.tensor(axis.rank), axis))
 
     def _moment(self, plan: ToyPlan, name: str) -> None:
         fault = plan.faults.get(name)

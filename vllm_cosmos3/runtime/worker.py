@@ -117,6 +117,8 @@ class DiffusionWorker(WorkerBase):
         # The executor counts its workers as tensor parallel; from here on the layers count.
         self.parallel_config.tensor_parallel_size = parallel.tensor_parallel_size
         self.device = torch.device("cpu")
+        if self._config.engine.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // parallel.world_size))
         if self._config.engine.device != "cpu":
             self.device = torch.device(self._config.engine.device, self.local_rank)
             torch.accelerator.set_device_index(self.device)
