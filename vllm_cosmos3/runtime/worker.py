@@ -10,9 +10,11 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import pickle
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -112,16 +114,17 @@ class DiffusionWorker(WorkerBase):
     def init_device(self) -> None:
         """Choose the device and meet the other ranks."""
         if self._config.backend == "mp":
-            _die_with_parent()
+            end_with_parent(os.getppid())
         parallel = self._config.engine.parallel
         # The executor counts its workers as tensor parallel; from here on the layers count.
         self.parallel_config.tensor_parallel_size = parallel.tensor_parallel_size
         self.device = torch.device("cpu")
-        if self._config.engine.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // parallel.world_size))
         if self._config.engine.device != "cpu":
-            self.device = torch.device(self._config.engine.device, self.local_rank)
+            kind = torch.device(self._config.engine.device).type
+            self.device = torch.device(kind, self.local_rank)
             torch.accelerator.set_device_index(self.device)
+        elif self._config.backend == "mp" and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // parallel.world_size))
         self._mesh = init_mesh(
             parallel,
             rank=self.rank,
@@ -165,12 +168,21 @@ class DiffusionWorker(WorkerBase):
     def decode(self, job: str) -> None:
         self._stage.decode(self._states[job])
 
-    def finish(self, job: str, save: Path | None) -> Any:
-        """The result, or with ``save`` the files it was written to; None but on rank 0."""
+    def finish(self, job: str, save: Path | None = None, spool: Path | None = None) -> Any:
+        """The result; written to ``save`` the files it makes; pickled to ``spool``, or None.
+
+        Only rank 0 has one. Frames are too many bytes for the queue between the processes.
+        """
         result = self._stage.finish(self._states.pop(job))
         if self.rank != 0:
             return None
-        return result if save is None else result.save(save)
+        if save is not None:
+            return result.save(save)
+        if spool is None:
+            return result
+        with spool.open("wb") as file:
+            pickle.dump(result, file, protocol=pickle.HIGHEST_PROTOCOL)
+        return None
 
     def drop(self, job: str) -> None:
         """Forget a request at any point, and give back what it held on the device."""
@@ -193,13 +205,21 @@ def _public(error: Exception, method: str) -> Cosmos3Error:
     return Cosmos3Error(f"{method} failed: {type(error).__name__}: {error}")
 
 
-def _die_with_parent() -> None:
-    """End this process soon after its parent, even from within an exchange that cannot end."""
-    parent = os.getppid()
+def end_with_parent(
+    parent: int, *, patience: float = 0.0, last: Callable[[], None] | None = None
+) -> None:
+    """End this process soon after process ``parent`` is no longer its parent, whatever it does.
+
+    After ``patience`` seconds for an orderly end ``last`` is called. Signals would not do: a rank
+    may wait for ever in an exchange.
+    """
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
+        time.sleep(patience)
+        if last is not None:
+            last()
         os._exit(1)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
