@@ -25,7 +25,12 @@ from vllm_cosmos3.config import ParallelConfig
 SECONDS = 300  # until ranks that do not answer are taken for deadlocked
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(
-    ["vllm_cosmos3.runtime.mesh", "vllm.config", "vllm.model_executor.layers.linear"]
+    [
+        "vllm_cosmos3.runtime.executor",
+        "vllm.config",
+        "vllm.model_executor.layers.linear",
+        "vllm.v1.executor.multiproc_executor",
+    ]
 )
 
 
@@ -84,6 +89,45 @@ class Ranks:
             self.stop()
             raise AssertionError(value)
         return value
+
+
+def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
+    """What ``function(*args)`` returns in a process that has used no thread and no group yet.
+
+    Code that forks must not be tested in the process of pytest, where other tests left threads.
+    """
+    here, there = FORKSERVER.Pipe()
+    process = FORKSERVER.Process(target=_once, args=(there,))
+    process.start()
+    there.close()
+    here.send_bytes(pickle.dumps((sys.path, pickle.dumps((function, args)))))
+    try:
+        if not here.poll(SECONDS):
+            raise AssertionError(f"{function.__name__} hangs")
+        failed, value = pickle.loads(here.recv_bytes())
+    except EOFError:
+        failed, value = True, "the process died"
+    finally:
+        process.join(10)
+        process.kill()
+        here.close()
+    if failed:
+        raise AssertionError(value)
+    return value
+
+
+def _once(pipe: Connection) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    path, job = pickle.loads(pipe.recv_bytes())
+    sys.path[:] = path
+    try:
+        function, args = pickle.loads(job)
+        answer = pickle.dumps((False, function(*args)))
+    except BaseException:  # noqa: BLE001 - the test reports it
+        answer = pickle.dumps((True, traceback.format_exc()))
+    pipe.send_bytes(answer)
 
 
 def _start() -> tuple[Any, Connection]:

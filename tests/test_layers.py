@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "vllm_cosmos3"
 
 LAYERS = [
-    {"version", "errors"},
+    {"version", "errors", "progress"},
     {"config", "plan", "embodiments", "compat"},
     {"runtime.mesh", "media"},
     {"inventory", "request", "prompts", "sampling", "hub", "models.limits"},
@@ -32,7 +32,8 @@ LAYERS = [
         "models.reasoning_parser",
         "models.startup",
     },
-    {"models.reasoner", "pipeline", "runtime.executor", "runtime.worker"},
+    {"models.reasoner", "pipeline", "runtime.worker", "runtime.scheduler"},
+    {"runtime.executor"},
     {"runtime.core"},
     {"runtime.client"},
     {"engine", "plugin"},

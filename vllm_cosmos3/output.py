@@ -5,7 +5,7 @@ All arrays are numpy, on the host. `Progress` is what callbacks get while a requ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,27 +13,13 @@ import numpy as np
 
 from vllm_cosmos3 import media
 from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.progress import Progress, Report
+
+__all__ = ["Output", "Progress", "Report", "Sample"]
 
 VIDEO_SUFFIXES = (".mp4",)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 LATENT_SUFFIXES = (".safetensors",)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """Where a request stands. ``eta`` are the seconds the phase still takes, None if unknown.
-
-    ``phase`` is encode, denoise or decode; ``step`` of ``steps`` are done.
-    """
-
-    phase: str
-    step: int
-    steps: int
-    elapsed: float
-    eta: float | None
-
-
-Report = Callable[[Progress], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -115,6 +115,9 @@ def init_mesh(
         _unlink_shared_memory(meeting)
     world = parallel_state.get_world_group()
     tp = parallel_state.get_tp_group()
+    # vLLM's queue for scheduler messages between tensor-parallel ranks: unused here, and its shared
+    # memory would outlive a killed rank.
+    tp.mq_broadcaster = None
     return Mesh(
         cfg=_join("cfg", 0, parallel, local_rank, backend),
         ulysses=_join("ulysses", 1, parallel, local_rank, backend),

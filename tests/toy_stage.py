@@ -1,0 +1,97 @@
+"""A stage that adds up ranks, with real exchanges on every axis, and fails when it is told to."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from vllm_cosmos3.config import EngineConfig
+from vllm_cosmos3.errors import CheckpointError, InvalidRequest
+from vllm_cosmos3.runtime.mesh import Mesh, all_gather
+
+
+@dataclass(frozen=True)
+class ToyPlan:
+    """``faults`` maps a moment ("encode", "step 2", "decode", "finish") to what happens then.
+
+    A fault is "all" or "one" rank raising before an exchange, "invalid", "memory" (on all ranks),
+    "memory one", "hang" or "kill" on the last rank.
+    """
+
+    steps: int = 3
+    seconds: float = 0.0
+    faults: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class ToyState:
+    plan: ToyPlan
+    index: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True)
+class ToyResult:
+    total: int
+    pids: tuple[int, ...]
+
+    def save(self, path: Path) -> list[Path]:
+        path.write_text(str(self.total))
+        return [path]
+
+
+class Toy:
+    """Each step adds, over all axes, the ranks' numbers: with one rank 4 zeros."""
+
+    def __init__(self, mesh: Mesh, device: torch.device) -> None:
+        self.mesh, self.device = mesh, device
+
+    @classmethod
+    def load(cls, config: EngineConfig, mesh: Mesh, device: torch.device) -> Toy:
+        if not config.model.exists():
+            raise CheckpointError(f"{config.model} is missing")
+        return cls(mesh, device)
+
+    def encode(self, plan: ToyPlan) -> ToyState:
+        self._moment(plan, "encode")
+        return ToyState(plan)
+
+    def step(self, state: ToyState) -> None:
+        self._moment(state.plan, f"step {state.index}")
+        time.sleep(state.plan.seconds)
+        state.total += self._sum()
+        state.index += 1
+
+    def decode(self, state: ToyState) -> None:
+        self._moment(state.plan, "decode")
+        self._sum()
+
+    def finish(self, state: ToyState) -> ToyResult:
+        self._moment(state.plan, "finish")
+        pids = all_gather(torch.tensor(os.getpid()), self.mesh.world)
+        return ToyResult(state.total, tuple(int(pid) for pid in pids))
+
+    def _sum(self) -> int:
+        axes = (self.mesh.world, self.mesh.cfg, self.mesh.ulysses, self.mesh.tp)
+        return sum(int(rank) for axis in axes for rank in all_gather(torch.tensor(axis.rank), axis))
+
+    def _moment(self, plan: ToyPlan, name: str) -> None:
+        fault = plan.faults.get(name)
+        last = self.mesh.world.rank == self.mesh.world.size - 1
+        if fault == "all":
+            raise RuntimeError(f"all ranks fail, this is {self.mesh.world.rank}")
+        if fault == "invalid":
+            raise InvalidRequest("prompt", "", "text")
+        if fault == "memory" or (fault == "memory one" and last):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        if fault == "one" and last:
+            raise RuntimeError("only the last rank fails")
+        if fault == "hang" and last:
+            time.sleep(3600)
+        if fault == "kill" and last:
+            os.kill(os.getpid(), signal.SIGKILL)

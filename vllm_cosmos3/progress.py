@@ -1,0 +1,24 @@
+"""How far a request is: what callbacks and event streams get while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """Where a request stands. ``eta`` are the seconds the phase still takes, None if unknown.
+
+    ``phase`` is encode, denoise or decode; ``step`` of ``steps`` are done; ``elapsed`` seconds
+    have passed since the request was started.
+    """
+
+    phase: str
+    step: int
+    steps: int
+    elapsed: float
+    eta: float | None
+
+
+Report = Callable[[Progress], None]

@@ -1,0 +1,225 @@
+"""The worker: one rank of the mesh, as a vLLM worker without a model runner or a KV cache.
+
+vLLM's executor makes one per device. It holds a stage (the models of this rank) and the states of
+the requests in flight, and makes the stage's calls on them. All ranks get the same calls in the
+same order. It knows nothing of what the stage computes.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import pickle
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.worker.worker_base import WorkerBase
+
+from vllm_cosmos3.config import EngineConfig
+from vllm_cosmos3.errors import Cosmos3Error, OutOfMemory
+from vllm_cosmos3.runtime.mesh import Mesh, all_gather, close_mesh, init_mesh
+
+
+class Result(Protocol):
+    """What a stage makes. It can be written to files by the rank that holds it."""
+
+    def save(self, path: Path) -> list[Path]: ...
+
+
+class Stage(Protocol):
+    """What a rank runs. ``load`` makes it; the others are called for one request after another.
+
+    ``encode`` makes the state of a request from its plan, which says in ``steps`` how often
+    ``step`` follows; then ``decode``, then ``finish``, whose value on rank 0 is the result.
+    """
+
+    @classmethod
+    def load(cls, config: EngineConfig, mesh: Mesh, device: torch.device) -> Stage: ...
+
+    def encode(self, plan: Any) -> Any: ...
+
+    def step(self, state: Any) -> None: ...
+
+    def decode(self, state: Any) -> None: ...
+
+    def finish(self, state: Any) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageConfig:
+    """What is run on which ranks. ``stage`` is "module:Class" of a `Stage`.
+
+    ``backend`` is a name that vLLM's ParallelConfig.distributed_executor_backend knows: "mp" for
+    local processes, "uni" for the calling process, "ray", "external_launcher" under torchrun.
+    Seconds: ``timeout`` until a call that does not answer is taken for hung, ``grace`` that other
+    ranks have to answer once one has failed.
+    """
+
+    engine: EngineConfig
+    stage: str = "vllm_cosmos3.pipeline:Pipeline"
+    backend: str = "mp"
+    timeout: float = 1800.0
+    grace: float = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A rank's answer to call number ``number``: a value, or the error and where it was raised."""
+
+    number: int
+    value: Any = None
+    error: Cosmos3Error | None = None
+    trace: str = ""
+
+
+class NoModel:
+    """Stands for the absent model where vLLM asks a worker's configuration about it.
+
+    vLLM 0.21 to 0.28 read the second attribute and later ones the first, before the worker exists;
+    afterwards None is understood.
+    """
+
+    supports_multimodal_inputs = False
+    is_multimodal_model = False
+
+    def __bool__(self) -> bool:
+        return False
+
+
+class DiffusionWorker(WorkerBase):
+    """One rank. vLLM calls ``init_device`` and ``load_model``; all else goes through ``call``."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        local_rank: int,
+        rank: int,
+        distributed_init_method: str,
+        is_driver_worker: bool = False,  # noqa: FBT001, FBT002 - vLLM's signature
+        **_: object,  # arguments that some versions add
+    ) -> None:
+        vllm_config.model_config = None
+        super().__init__(vllm_config, local_rank, rank, distributed_init_method, is_driver_worker)
+        self._config: StageConfig = vllm_config.additional_config["cosmos3"]
+        self._states: dict[str, Any] = {}
+
+    def init_device(self) -> None:
+        """Choose the device and meet the other ranks."""
+        if self._config.backend == "mp":
+            end_with_parent(os.getppid())
+        parallel = self._config.engine.parallel
+        # The executor counts its workers as tensor parallel; from here on the layers count.
+        self.parallel_config.tensor_parallel_size = parallel.tensor_parallel_size
+        self.device = torch.device("cpu")
+        if self._config.engine.device != "cpu":
+            kind = torch.device(self._config.engine.device).type
+            self.device = torch.device(kind, self.local_rank)
+            torch.accelerator.set_device_index(self.device)
+        elif self._config.backend == "mp" and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // parallel.world_size))
+        self._mesh = init_mesh(
+            parallel,
+            rank=self.rank,
+            local_rank=self.local_rank,
+            init_method=self.distributed_init_method if parallel.world_size > 1 else None,
+        )
+
+    def load_model(self, **_: object) -> None:
+        """Nothing: weights are loaded by the call ``load``, which can report what is wrong."""
+
+    def shutdown(self) -> None:
+        self._states.clear()
+        close_mesh(self._mesh)
+
+    def call(self, number: int, method: str, args: tuple[Any, ...]) -> Reply:
+        """The one remote call. Never raises: a raise would leave vLLM's queues out of step."""
+        try:
+            return Reply(number, getattr(self, method)(*args))
+        except Exception as error:  # noqa: BLE001 - the process boundary
+            return Reply(number, error=_public(error, method), trace=traceback.format_exc())
+
+    # What ``call`` can call.
+
+    def load(self) -> None:
+        module, name = self._config.stage.split(":")
+        stage: type[Stage] = getattr(importlib.import_module(module), name)
+        self._stage = stage.load(self._config.engine, self._mesh, self.device)
+
+    def ping(self, number: int) -> bool:
+        """Whether this rank and its neighbours on every axis are at the same exchange."""
+        own = torch.tensor([number], device=self.device)
+        axes = (self._mesh.world, self._mesh.cfg, self._mesh.ulysses, self._mesh.tp)
+        return all(int(other) == number for axis in axes for other in all_gather(own, axis))
+
+    def encode(self, job: str, plan: Any) -> None:
+        self._states[job] = self._stage.encode(plan)
+
+    def step(self, job: str) -> None:
+        self._stage.step(self._states[job])
+
+    def decode(self, job: str) -> None:
+        self._stage.decode(self._states[job])
+
+    def finish(self, job: str, save: Path | None = None, spool: Path | None = None) -> Any:
+        """The result; written to ``save`` the files it makes; pickled to ``spool``, or None.
+
+        Only rank 0 has one. Frames are too many bytes for the queue between the processes.
+        """
+        result = self._stage.finish(self._states.pop(job))
+        if self.rank != 0:
+            return None
+        if save is not None:
+            return result.save(save)
+        if spool is None:
+            return result
+        with spool.open("wb") as file:
+            pickle.dump(result, file, protocol=pickle.HIGHEST_PROTOCOL)
+        return None
+
+    def drop(self, job: str) -> None:
+        """Forget a request at any point, and give back what it held on the device."""
+        self._states.pop(job, None)
+        gc.collect()
+        if self.device.type != "cpu":
+            torch.accelerator.empty_cache()
+
+
+def _public(error: Exception, method: str) -> Cosmos3Error:
+    """An error that can cross to another process and be shown to a user."""
+    if isinstance(error, Cosmos3Error):
+        return error
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate" in str(error):
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return OutOfMemory(
+            f"out of memory in {method} ({reason}); ask for fewer frames or a smaller size, or "
+            "start with more ranks or --enable-layerwise-offload"
+        )
+    return Cosmos3Error(f"{method} failed: {type(error).__name__}: {error}")
+
+
+def end_with_parent(
+    parent: int, *, patience: float = 0.0, last: Callable[[], None] | None = None
+) -> None:
+    """End this process soon after process ``parent`` is no longer its parent, whatever it does.
+
+    After ``patience`` seconds for an orderly end ``last`` is called. Signals would not do: a rank
+    may wait for ever in an exchange.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        time.sleep(patience)
+        if last is not None:
+            last()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
