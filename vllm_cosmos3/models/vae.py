@@ -93,7 +93,7 @@ class VideoVAE(nn.Module):
             yield sum_over(canvas, self.world).clamp_(-1, 1)
 
     def channels_last(self) -> VideoVAE:
-        """Lay all weights out with channels innermost; activations follow. What tensor cores want."""
+        """Lay all weights out with channels innermost, as tensor cores want; cuDNN's outputs follow."""
         formats = {4: torch.channels_last, 5: torch.channels_last_3d}
         for parameter in self.parameters():
             if parameter.dim() in formats:
