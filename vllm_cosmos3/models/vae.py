@@ -92,6 +92,14 @@ class VideoVAE(nn.Module):
                 part.add_to(canvas, unpatchify(own, config.patch_size), scale)
             yield sum_over(canvas, self.world).clamp_(-1, 1)
 
+    def channels_last(self) -> VideoVAE:
+        """Lay all weights out with channels innermost, as tensor cores want; cuDNN's outputs follow."""
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        for parameter in self.parameters():
+            if parameter.dim() in formats:
+                parameter.data = parameter.contiguous(memory_format=formats[parameter.dim()])
+        return self
+
     def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents, float32 whatever the weights are."""
         values = self.config.latents_mean, self.config.latents_std
