@@ -13,10 +13,25 @@ LAYERS = [
     {"version", "errors"},
     {"config", "plan", "embodiments", "compat"},
     {"runtime.mesh"},
-    {"inventory", "conditions", "prompts", "media", "sampling"},
-    {"request", "checkpoint", "models.weights", "runtime.attention", "runtime.halo"},
+    {"inventory", "request", "prompts", "media", "sampling", "hub", "models.limits"},
+    {
+        "conditions",
+        "checkpoint",
+        "models.weights",
+        "models.reasoner_weights",
+        "models.root_config",
+        "runtime.attention",
+        "runtime.halo",
+        "output",
+    },
     {"models.transformer", "models.vae", "models.sound"},
-    {"models.processing", "models.video_loader", "models.config_parser", "models.reasoning_parser"},
+    {
+        "models.processing",
+        "models.video_loader",
+        "models.config_parser",
+        "models.reasoning_parser",
+        "models.startup",
+    },
     {"models.reasoner", "pipeline", "runtime.executor", "runtime.worker"},
     {"runtime.core"},
     {"runtime.client"},
@@ -25,7 +40,17 @@ LAYERS = [
     {"cli"},
 ]
 # Within one package of the table (sampling, server, cli) modules may import each other downward.
-NO_TORCH = {"errors", "config", "plan", "embodiments", "conditions", "request", "inventory", "cli"}
+NO_TORCH = {
+    "errors",
+    "config",
+    "plan",
+    "embodiments",
+    "conditions",
+    "request",
+    "inventory",
+    "hub",
+    "cli",
+}
 
 
 def modules() -> dict[str, Path]:
