@@ -24,7 +24,7 @@ from vllm_cosmos3.sampling.packing import Stream, free_frames, patch_grid, start
 pytestmark = pytest.mark.parity
 
 CPU = torch.device("cpu")
-BOUND = 1e-5  # relative to the largest value of the reference
+BOUND = 1e-5  # absolute; velocities reach about 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ def test_velocities_equal_those_of_the_reference(
     for stream, a, b in zip(streams, actual, expected, strict=True):
         assert a.dtype == torch.float32
         assert a.shape == stream.x.shape
-        assert (a - b).abs().max() <= BOUND * max(1.0, float(b.abs().max())), stream.name
+        assert (a - b).abs().max() <= BOUND, stream.name
         assert (a.abs().amax() > 0.01) == bool(stream.free.any()), stream.name
 
 
@@ -184,7 +184,14 @@ def reference(
     text = Cosmos3OmniPipeline._prepare_text_segment(pipeline, ids.tolist(), CPU)
     start = text.pop("vision_start_temporal_offset")
     vision = Cosmos3OmniPipeline._prepare_vision_segment(
-        pipeline, latents["vision"], False, start, case.fps, len(ids), CPU, list(case.clean_frames)
+        pipeline,
+        latents["vision"],
+        has_image_condition=False,
+        mrope_offset=start,
+        vision_fps=case.fps,
+        curr=len(ids),
+        device=CPU,
+        condition_frame_indexes=list(case.clean_frames),
     )
     segments, length = [text, vision], len(ids) + vision["num_vision_tokens"]
     arguments = {

@@ -21,7 +21,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, silu
+from torch.nn.functional import silu
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
@@ -175,8 +175,7 @@ class Transformer(nn.Module):
         k_KhD = torch.cat([k_text_KhD, k_ShD[:length]])
         v_KhD = torch.cat([v_text_KhD, v_ShD[:length]])
         o_ShD = self._attend(q_ShD[:length], k_KhD, v_KhD, causal=False)
-        filled = pad(o_ShD, (0, 0, 0, 0, 0, q_ShD.shape[0] - length))
-        return gather_heads(filled, self._ulysses)
+        return gather_heads(_filled(o_ShD, q_ShD.shape[0]), self._ulysses)
 
 
 class Understanding(nn.Module):
@@ -382,6 +381,12 @@ def weight_table(config: TransformerConfig) -> dict[str, Target]:
 def _add_norm(norm: RMSNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     """The norm of the sum, and the sum. vLLM's kernel may write both over its arguments."""
     return (norm(x), x) if residual is None else norm(x, residual)
+
+
+def _filled(x: Tensor, length: int) -> Tensor:
+    """``x`` with zeros appended up to ``length``; no copy where it is that long already."""
+    missing = length - x.shape[0]
+    return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
 
 
 def _adapters(config: TransformerConfig, dtype: torch.dtype) -> nn.ModuleDict:

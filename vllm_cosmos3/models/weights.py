@@ -76,10 +76,10 @@ def _fill(module: nn.Module, table: Table, tensors: Iterable[tuple[str, Tensor]]
         parameter = parameters[target.parameter]
         load: Any = getattr(parameter, "weight_loader", _copy)  # set by vLLM's layers
         load(parameter, tensor, *(() if target.part is None else (target.part,)))
-    _finish(module)
+    choose_kernels(module)
 
 
-def _finish(module: nn.Module) -> None:
+def choose_kernels(module: nn.Module) -> None:
     """vLLM's linear layers choose their kernel after loading; the CPU ones cannot run before."""
     from vllm.model_executor.layers.linear import LinearBase
 
