@@ -30,7 +30,9 @@ def _parser(chosen: str | None) -> tuple[argparse.ArgumentParser, object]:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     module: object = None
     for name, summary in COMMANDS.items():
-        sub = commands.add_parser(name, help=summary, description=summary.capitalize() + ".")
+        sub = commands.add_parser(
+            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}."
+        )
         if name == chosen:
             module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
             module.add_arguments(sub)

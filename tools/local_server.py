@@ -1,0 +1,149 @@
+"""A real server of one's own on a free port of the loopback address: start, wait, stop.
+
+For the demo and the benchmarks. ``with local_server(command, log=path) as server:`` yields when the
+server answers ``/health`` and stops its whole process group at the end, however the block ends.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+# A small share of the machine where vLLM runs on the CPU; what the user has set wins.
+CPU_SHARE = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+class ServerFailed(RuntimeError):
+    """The server ended or did not answer in time. The message holds the lines that matter."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalServer:
+    """A running server. ``pid`` is the process, and the process group, of its launcher."""
+
+    url: str
+    pid: int
+    seconds_to_start: float
+
+    def memory(self) -> int:
+        """Bytes of the whole process tree, shared pages divided among those that share them."""
+        total = 0
+        for pid in _group_members(self.pid):
+            try:
+                rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # ended since it was listed
+            total += next(
+                int(line.split()[1]) * 1024
+                for line in rollup.splitlines()
+                if line.startswith("Pss:")
+            )
+        return total
+
+
+@contextmanager
+def local_server(
+    command: list[str],
+    *,
+    log: Path,
+    timeout: float = 300,
+    waiting: Callable[[float], object] = lambda seconds: None,
+) -> Iterator[LocalServer]:
+    """Run ``command`` with ``--host`` and ``--port`` added, its output in the file ``log``.
+
+    ``waiting`` is called with the elapsed seconds about twice a second until the server is ready.
+    Raises ServerFailed when it ends before that or takes longer than ``timeout`` seconds.
+    """
+    port = _free_port()
+    url = f"http://127.0.0.1:{port}"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=CPU_SHARE | dict(os.environ),
+            start_new_session=True,
+        )
+    started = time.monotonic()
+    try:
+        while not _healthy(url):
+            seconds = time.monotonic() - started
+            if process.poll() is not None:
+                raise ServerFailed(
+                    f"the server ended with status {process.returncode}:\n{useful_lines(log)}"
+                )
+            if seconds > timeout:
+                raise ServerFailed(
+                    f"the server was not ready after {timeout:.0f} s:\n{useful_lines(log)}"
+                )
+            waiting(seconds)
+            time.sleep(0.5)
+        yield LocalServer(url, process.pid, time.monotonic() - started)
+    finally:
+        _stop(process)
+
+
+def useful_lines(log: Path, count: int = 12) -> str:
+    """The last lines that name an error, else the last lines."""
+    lines = [line.rstrip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    telling = [line for line in lines if "Error" in line or "error:" in line.lower()]
+    # the first ones name the cause; what follows is processes ending because of it
+    return "\n".join(telling[:count] or lines[-count:])
+
+
+def _healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as reply:
+            return bool(reply.status == 200)
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask the group to end, then insist. Workers end with the launcher or with their group."""
+    for wish, patience in ((signal.SIGINT, 20), (signal.SIGTERM, 10), (signal.SIGKILL, 10)):
+        try:
+            os.killpg(process.pid, wish)
+        except ProcessLookupError:
+            break
+        deadline = time.monotonic() + patience
+        while _group_members(process.pid) and time.monotonic() < deadline:
+            process.poll()
+            time.sleep(0.1)
+    process.wait()
+
+
+def _group_members(group: int) -> list[int]:
+    """Processes of a group that still run."""
+    members = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                # pid (name) state parent group ...; the name may hold spaces and brackets
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if int(fields[2]) == group and fields[0] != "Z":
+                members.append(int(entry.name))
+    return members
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

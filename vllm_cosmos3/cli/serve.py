@@ -1,0 +1,224 @@
+"""``vllm-cosmos3 serve``: the stock ``vllm serve`` with the defaults that Cosmos 3 needs.
+
+It checks what can be checked in a moment, prints the equivalent stock command and becomes it.
+Flags that it does not know go to vLLM unchanged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import socket
+import sys
+from pathlib import Path
+
+from vllm_cosmos3.config import read_json
+from vllm_cosmos3.errors import CheckpointError, InvalidRequest, Unsupported
+from vllm_cosmos3.models.limits import DEFAULT_FPS, DEFAULT_FRAMES, FPS, FRAMES
+from vllm_cosmos3.models.reasoner_weights import check_folder, expected_tensors
+
+TAKES_REST = True
+
+ARCHITECTURE = "Cosmos3ReasonerForConditionalGeneration"
+PLUGIN = "cosmos3"  # name of our entry points, which VLLM_PLUGINS can switch off
+DEFAULT_PORT = 8000  # vLLM's
+
+_EPILOG = """\
+Every other flag is passed on to vLLM, for example --tensor-parallel-size 4, --max-model-len 32768,
+--allowed-local-media-path /data (for file:// URLs), --reasoning-parser cosmos3 (splits off what
+stands between <think> and </think>) or --load-format dummy. Put the checkpoint first.
+
+  vllm-cosmos3 serve nvidia/Cosmos3-Nano
+  vllm-cosmos3 serve nvidia/Cosmos3-Super --tensor-parallel-size 4 --port 8001
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The few flags that are ours."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EPILOG
+    parser.allow_abbrev = False  # an abbreviation of ours may be the name of a flag of vLLM
+    parser.add_argument("checkpoint", metavar="CKPT", help="folder, or repository id on the hub")
+    parser.add_argument(
+        "--surface",
+        choices=("reasoner", "generator", "both"),
+        default="reasoner",
+        help="what to serve (default: reasoner, the only one in this version)",
+    )
+    parser.add_argument(
+        "--host", metavar="ADDRESS", help="address to listen on (default: all of this machine)"
+    )
+    parser.add_argument(
+        "--port", type=int, default=DEFAULT_PORT, help="port to listen on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-video-fps",
+        type=float,
+        default=DEFAULT_FPS,
+        metavar="N",
+        help="highest fps a request may sample a video at (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--max-video-frames",
+        type=int,
+        default=DEFAULT_FRAMES,
+        metavar="N",
+        help="frames decoded of one video; longer ones are thinned evenly (default: %(default)s)",
+    )
+    parser.set_defaults(rest=[])
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check, print the stock command, run it in this process. Returns its exit status."""
+    if args.surface != "reasoner":
+        raise Unsupported(
+            f"--surface {args.surface} does not exist in this version, which serves the reasoner "
+            "only; use --surface reasoner"
+        )
+    for flag, value in (
+        ("--max-video-fps", args.max_video_fps),
+        ("--max-video-frames", args.max_video_frames),
+    ):
+        if value < 1:
+            raise InvalidRequest(flag, value, "at least 1")
+    _check_plugin_is_on()
+    folder = _local_folder(args.checkpoint)
+    if folder is not None and _value_of("--load-format", args.rest) != "dummy":
+        check_reasoner(folder)
+    _check_port_is_free(args.host, args.port)
+
+    environment = {FPS: f"{args.max_video_fps:g}", FRAMES: str(args.max_video_frames)}
+    command = stock_command(args, folder)
+    shown = [f"{name}={value}" for name, value in environment.items()]
+    print("vllm-cosmos3 serve: running", " ".join([*shown, shlex.join(command)]), flush=True)
+    if "--trust-request-mm-kwargs" in command:
+        print(
+            "vllm-cosmos3 serve: --trust-request-mm-kwargs lets requests choose their own "
+            f"mm_processor_kwargs, such as fps; videos stay within {args.max_video_fps:g} fps and "
+            f"{args.max_video_frames} frames",
+            flush=True,
+        )
+    os.environ.update(environment)
+    return _become(command)
+
+
+def stock_command(args: argparse.Namespace, folder: Path | None) -> list[str]:
+    """The ``vllm serve`` command line; what the user gave wins over our defaults."""
+    from vllm_cosmos3.compat import has_serve_flag
+
+    rest = list(args.rest)
+    overrides = _json_flag("--hf-overrides", rest) or {}
+    overrides.setdefault("architectures", [ARCHITECTURE])
+    media = _json_flag("--media-io-kwargs", rest) or {}
+    media.setdefault("video", {"num_frames": -1})
+    command = ["vllm", "serve", args.checkpoint]
+    if args.host is not None:
+        command += ["--host", args.host]
+    command += ["--port", str(args.port), "--hf-overrides", json.dumps(overrides)]
+    command += ["--media-io-kwargs", json.dumps(media)]
+    if not _given("--mm-encoder-tp-mode", rest):
+        command += ["--mm-encoder-tp-mode", "data"]
+    if not _given("--async-scheduling", rest):
+        command.append("--async-scheduling")
+    trust = "--trust-request-mm-kwargs"
+    if not _given(trust, rest) and has_serve_flag(trust.removeprefix("--")):
+        command.append(trust)
+    if folder is not None and not (folder / "config.json").is_file():
+        if not _given("--config-format", rest):
+            command += ["--config-format", "cosmos3"]
+        if not _given("--tokenizer", rest):
+            command += ["--tokenizer", str(folder / "text_tokenizer")]
+    return command + rest
+
+
+def check_reasoner(folder: Path) -> None:
+    """CheckpointError, in one sentence, unless ``folder`` holds a whole reasoner."""
+    if (folder / "config.json").is_file():
+        config = read_json(folder / "config.json")
+    else:
+        from vllm_cosmos3.models.root_config import assemble
+
+        config = assemble(folder)
+    if "text_config" not in config:
+        raise CheckpointError(
+            f"{folder} is not a Cosmos 3 checkpoint: its config.json has no text_config"
+        )
+    if "quantization_config" not in config:  # stored quantized: vLLM checks those tensors
+        check_folder(folder, expected_tensors(config))
+
+
+def _local_folder(checkpoint: str) -> Path | None:
+    """The checkpoint as a folder, None for a repository id."""
+    folder = Path(checkpoint).expanduser()
+    if folder.is_dir():
+        if not any((folder / part).is_dir() for part in ("transformer", "vision_encoder")):
+            raise CheckpointError(
+                f"{folder} is not a Cosmos 3 checkpoint: it has no transformer/ folder"
+            )
+        return folder
+    if folder.exists() or checkpoint.count("/") != 1 or checkpoint.startswith((".", "~", "/")):
+        raise CheckpointError(
+            f"{checkpoint} is neither a folder nor a repository id such as nvidia/Cosmos3-Nano"
+        )
+    return None
+
+
+def _check_port_is_free(host: str | None, port: int) -> None:
+    family = socket.AF_INET6 if host and ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host or "", port))
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise InvalidRequest("--port", port, f"a free port ({reason.lower()})") from None
+
+
+def _check_plugin_is_on() -> None:
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and PLUGIN not in allowed.split(","):
+        raise InvalidRequest("VLLM_PLUGINS", allowed, f"unset, or a list with {PLUGIN} in it")
+
+
+def _become(command: list[str]) -> int:
+    """Run vLLM's own command line in this process, so that signals and status are its own."""
+    from vllm.entrypoints.cli.main import main
+
+    sys.argv = command
+    main()
+    return 0
+
+
+def _given(flag: str, rest: list[str]) -> bool:
+    """Whether the user set a flag himself, in either spelling or as its negation."""
+    names = {flag, flag.replace("--", "--no-", 1)}
+    return any(word.split("=", 1)[0].replace("_", "-") in names for word in rest)
+
+
+def _value_of(flag: str, rest: list[str]) -> str | None:
+    """The value the user gave to a flag, None if he did not."""
+    for index, word in enumerate(rest):
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") == flag:
+            return value if equals else next(iter(rest[index + 1 :]), None)
+    return None
+
+
+def _json_flag(flag: str, rest: list[str]) -> dict[str, object] | None:
+    """Take a flag with a JSON object out of ``rest``; None if it is not there."""
+    for index, word in enumerate(rest):
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") != flag:
+            continue
+        text = value if equals else next(iter(rest[index + 1 :]), "")
+        del rest[index : index + (1 if equals else 2)]
+        try:
+            parsed = json.loads(text)
+        except ValueError:
+            parsed = None
+        if not isinstance(parsed, dict):
+            raise InvalidRequest(flag, text, "a JSON object")
+        return parsed
+    return None

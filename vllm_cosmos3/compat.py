@@ -1,0 +1,51 @@
+"""The one place that knows that versions of vLLM and transformers differ.
+
+Everything is probed by feature. What is imported from here is the same in every supported version.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+_DELTA_MESSAGE = (
+    "vllm.entrypoints.generate.base.protocol",  # from 0.30
+    "vllm.entrypoints.openai.engine.protocol",  # up to 0.28
+)
+_FRONTEND_ARGS = (
+    "vllm.entrypoints.launchers.cli_args",  # from 0.30
+    "vllm.entrypoints.openai.cli_args",  # up to 0.28
+)
+
+
+def first_module(names: tuple[str, ...]) -> Any:
+    """The first of these modules that exists; ImportError names them all."""
+    for name in names:
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if not name.startswith(str(error.name)):
+                raise
+    raise ImportError(f"this vLLM has none of {', '.join(names)}")
+
+
+def has_serve_flag(name: str) -> bool:
+    """Whether ``vllm serve`` takes ``--name`` among the flags of its HTTP front end."""
+    arguments = first_module(_FRONTEND_ARGS).FrontendArgs
+    return name.replace("-", "_") in arguments.__dataclass_fields__
+
+
+def knows_model_type(name: str) -> bool:
+    """Whether transformers or vLLM has a configuration class for ``model_type``."""
+    from transformers import CONFIG_MAPPING
+    from vllm.transformers_utils.config import _CONFIG_REGISTRY
+
+    return name in CONFIG_MAPPING or name in _CONFIG_REGISTRY
+
+
+def __getattr__(name: str) -> Any:
+    """Classes that moved, resolved on first use so that importing this module stays cheap."""
+    if name == "DeltaMessage":
+        return first_module(_DELTA_MESSAGE).DeltaMessage
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

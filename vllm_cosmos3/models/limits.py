@@ -1,0 +1,36 @@
+"""How much video one request may ask for. Set by the operator in the environment.
+
+Requests may carry their own processor settings where the server trusts them to, so the limits lie
+where no request can reach them.
+"""
+
+from __future__ import annotations
+
+import os
+
+from vllm_cosmos3.errors import InvalidRequest
+
+FRAMES, FPS = "COSMOS3_MAX_VIDEO_FRAMES", "COSMOS3_MAX_VIDEO_FPS"
+DEFAULT_FRAMES = 1800  # a minute at 30 fps; 5 GB of pixels at 1280x720
+DEFAULT_FPS = 30.0
+
+
+def max_video_frames() -> int:
+    """Frames that are decoded of one clip at most."""
+    return int(_positive(FRAMES, DEFAULT_FRAMES))
+
+
+def max_video_fps() -> float:
+    """Highest ``fps`` that a request may sample at."""
+    return _positive(FPS, DEFAULT_FPS)
+
+
+def _positive(name: str, default: float) -> float:
+    text = os.environ.get(name, str(default))
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not value >= 1:
+        raise InvalidRequest(name, text, "a number of at least 1")
+    return value

@@ -1,0 +1,96 @@
+"""Video frames for the reasoner: all of them when the operator asks for all, within a cap.
+
+``--media-io-kwargs '{"video": {"num_frames": -1}}'`` is documented to hand every frame to the
+processor, which then samples at the request's ``fps``. vLLM's Qwen3-VL loader keeps two frames a
+second whatever it is told. This one is chosen for our architecture only.
+"""
+
+from __future__ import annotations
+
+from io import BytesIO
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, Qwen3VLVideoBackend
+
+from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.models.limits import max_video_frames
+
+NAME = "cosmos3"
+_ALL = -1  # rate that stands for "every frame"
+
+
+@VIDEO_LOADER_REGISTRY.register(NAME)
+class Cosmos3VideoBackend(Qwen3VLVideoBackend):  # type: ignore[misc]  # vLLM has no types here
+    """Decodes all frames for ``num_frames == -1`` without ``fps``, else as Qwen3-VL does.
+
+    A clip with more frames than the cap is thinned evenly, and described to the processor as a
+    clip of that many frames at the lower rate, so that every later rule holds without exception.
+    """
+
+    @classmethod
+    def load_bytes(
+        cls, data: bytes, num_frames: int = _ALL, fps: float | None = None, **kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """Frames [T, H, W, 3] as uint8 and the metadata of transformers' video processors."""
+        _check(
+            "num_frames", num_frames, num_frames == _ALL or _count(num_frames), "-1 or at least 1"
+        )
+        _check("fps", fps, fps is None or _count(fps), "at least 1")
+        _check(
+            "max_frames",
+            kwargs.get("max_frames"),
+            _count(kwargs.get("max_frames", 1)),
+            "at least 1",
+        )
+        _refuse_still_image(data)
+        cap = max_video_frames()
+        kwargs["max_frames"] = min(kwargs.get("max_frames", cap), cap)
+        take_all = fps is None and num_frames == _ALL
+        rate = _ALL if take_all else (2 if fps is None else fps)
+        frames, metadata = super().load_bytes(data, num_frames=num_frames, fps=rate, **kwargs)
+        if take_all:
+            metadata = _as_whole_clip(metadata, len(frames))
+        return frames, metadata
+
+    @classmethod
+    def compute_frames_index_to_sample(cls, source: Any, target: Any, **kwargs: Any) -> list[int]:
+        """Indices of the frames to decode, ascending."""
+        if target.fps != _ALL:
+            return list(super().compute_frames_index_to_sample(source, target, **kwargs))
+        total = source.total_frames_num
+        count = min(total, kwargs["max_frames"])
+        return [round(i * (total - 1) / max(count - 1, 1)) for i in range(count)]
+
+
+def _as_whole_clip(metadata: dict[str, Any], count: int) -> dict[str, Any]:
+    """Metadata in which the decoded frames are the whole clip."""
+    total = metadata["total_num_frames"]
+    return metadata | {
+        "total_num_frames": count,
+        "fps": metadata["fps"] * count / total if total else metadata["fps"],
+        "frames_indices": list(range(count)),
+        "do_sample_frames": True,
+    }
+
+
+def _refuse_still_image(data: bytes) -> None:
+    """OpenCV opens a picture as a video of one broken frame."""
+    try:
+        with Image.open(BytesIO(data)) as image:
+            kind, frames = image.format, getattr(image, "n_frames", 1)
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
+        return
+    if frames == 1:
+        raise InvalidRequest(
+            "video_url", f"a {kind} image", "a video; send images as content of type image_url"
+        )
+
+
+def _count(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 1
+
+
+def _check(name: str, value: object, accepted: bool, possible: str) -> None:
+    if not accepted:
+        raise InvalidRequest(f"media_io_kwargs.video.{name}", value, f"a number, {possible}")
