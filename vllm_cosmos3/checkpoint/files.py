@@ -117,22 +117,30 @@ def _distilled(files: dict[str, Json]) -> dict[str, Json]:
     """What a task checkpoint of four steps has instead."""
     adapters = {"action_gen": False, "sound_gen": False}
     root, pipeline = files["config.json"], files["model_index.json"]
+    pipeline = {
+        **pipeline,
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "sound_tokenizer": [None, None],
+    }
+    # The modular index says where each component lies: for a local copy, in its own folder.
+    components = {
+        name: [*pipeline[name], {"subfolder": name, "type_hint": pipeline[name]}]
+        for name in ("scheduler", "text_tokenizer", "transformer", "vae")
+    }
     changed = {
         "config.json": {
             **root,
             "model": {**root["model"], "config": {**root["model"]["config"], **adapters}},
         },
         "transformer/config.json": {**files["transformer/config.json"], **adapters},
-        "model_index.json": {
-            **pipeline,
-            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-            "sound_tokenizer": [None, None],
-        },
+        "model_index.json": pipeline,
         "modular_model_index.json": {
+            "_blocks_class_name": "Cosmos3DistilledBlocks",
             "_class_name": "Cosmos3DistilledModularPipeline",
             "_diffusers_version": "0.40.0.dev0",
             "distilled_sigmas": _DISTILLED_SIGMAS,
             "is_distilled": True,
+            **components,
         },
         "scheduler/scheduler_config.json": {
             "_class_name": "FlowMatchEulerDiscreteScheduler",
