@@ -12,25 +12,9 @@ PACKAGE = Path(__file__).parents[1] / "vllm_cosmos3"
 LAYERS = [
     {"version", "errors"},
     {"config", "plan", "embodiments"},
-    {
-        "inventory",
-        "models.limits",
-        "conditions",
-        "prompts",
-        "media",
-        "sampling",
-        "runtime.mesh",
-        "compat",
-    },
-    {
-        "request",
-        "checkpoint",
-        "models.weights",
-        "models.reasoner_weights",
-        "models.root_config",
-        "runtime.attention",
-        "runtime.halo",
-    },
+    {"inventory", "conditions", "prompts", "media", "sampling", "runtime.mesh", "compat", "hub"},
+    {"request", "checkpoint", "models.weights", "runtime.attention", "runtime.halo"},
+    {"models.limits", "models.reasoner_weights", "models.root_config"},
     {"models.transformer", "models.vae", "models.sound"},
     {
         "models.processing",
@@ -47,7 +31,17 @@ LAYERS = [
     {"cli"},
 ]
 # Within one package of the table (sampling, server, cli) modules may import each other downward.
-NO_TORCH = {"errors", "config", "plan", "embodiments", "conditions", "request", "inventory", "cli"}
+NO_TORCH = {
+    "errors",
+    "config",
+    "plan",
+    "embodiments",
+    "conditions",
+    "request",
+    "inventory",
+    "hub",
+    "cli",
+}
 
 
 def modules() -> dict[str, Path]:

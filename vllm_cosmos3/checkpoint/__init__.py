@@ -14,10 +14,15 @@ import torch
 from safetensors.torch import save_file
 
 from vllm_cosmos3.checkpoint.files import SIZES, published_files
-from vllm_cosmos3.checkpoint.tokenizer import token_ids, train_tokenizer, write_tokenizer
+from vllm_cosmos3.checkpoint.tokenizer import (
+    spoken_ids,
+    token_ids,
+    train_tokenizer,
+    write_tokenizer,
+)
 from vllm_cosmos3.checkpoint.weights import draw
 from vllm_cosmos3.config import read_config, read_vision_config
-from vllm_cosmos3.errors import CheckpointError
+from vllm_cosmos3.errors import CheckpointError, InvalidRequest
 from vllm_cosmos3.inventory import (
     sound_tensors,
     transformer_tensors,
@@ -34,6 +39,7 @@ def write_checkpoint(
     folder: Path,
     *,
     size: str = "tiny",
+    kind: str = "base",
     seed: int = 0,
     dtype: str = "bfloat16",
     weights: bool = True,
@@ -41,10 +47,13 @@ def write_checkpoint(
 ) -> None:
     """Write a checkpoint of ``size`` into ``folder``; the same arguments give the same bytes.
 
+    ``size`` is one of SIZES and ``kind`` one of KINDS; tiny alone can have weights.
     ``dtype`` is that of the transformers and the video autoencoder. The sound autoencoder is always
     float32, as published. Without ``weights`` only the configuration and the tokenizer are written.
     A folder that holds something other than a checkpoint is replaced only with ``force``.
     """
+    if weights and size != "tiny":
+        raise InvalidRequest("--size", size, "tiny, or given together with --no-weights")
     _clear(folder, force=force)
     chosen = SIZES[size]
     tokenizer = train_tokenizer()
@@ -55,14 +64,16 @@ def write_checkpoint(
 
     tokens = tokenizer.get_vocab_size(with_added_tokens=True)
     vocab_size = chosen.vocab_size or -(-tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    files = published_files(chosen, vocab_size, token_ids(tokenizer), dtype)
+    files = published_files(chosen, kind, vocab_size, token_ids(tokenizer), dtype)
     for name, contents in files.items():
         _write_json(folder / name, contents)
     if weights:
-        _write_weights(folder, seed, DTYPES[dtype])
+        _write_weights(folder, seed, DTYPES[dtype], spoken_ids(tokenizer))
 
 
 def _clear(folder: Path, *, force: bool) -> None:
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file, must be a folder")
     if folder.exists() and any(folder.iterdir()):
         if not (force or (folder / "model_index.json").exists()):
             raise CheckpointError(
@@ -72,10 +83,11 @@ def _clear(folder: Path, *, force: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _write_weights(folder: Path, seed: int, dtype: torch.dtype) -> None:
+def _write_weights(folder: Path, seed: int, dtype: torch.dtype, spoken: list[int]) -> None:
     config = read_config(folder)
     prefix = "diffusion_pytorch_model"
     transformer = draw(transformer_tensors(config.transformer), seed, dtype)
+    transformer["lm_head.weight"] *= _rows(spoken, config.transformer.vocab_size, others=0.25)
     shards = _write_shards(folder / "transformer", prefix, transformer, TRANSFORMER_SHARDS)
     vision = draw(vision_tensors(read_vision_config(folder)), seed, dtype)
     encoder = _write_shards(folder / "vision_encoder", "model", vision, 1)
@@ -90,6 +102,13 @@ def _write_weights(folder: Path, seed: int, dtype: torch.dtype) -> None:
     if config.sound is not None:
         sound = draw(sound_tensors(config.sound), seed, torch.float32)
         _write_shards(folder / "sound_tokenizer", prefix, sound, 1)
+
+
+def _rows(chosen: list[int], count: int, *, others: float) -> torch.Tensor:
+    """One factor per row: 1 for the ``chosen``, ``others`` for the rest."""
+    factors = torch.full((count, 1), others)
+    factors[chosen] = 1.0
+    return factors
 
 
 def _write_shards(

@@ -7,6 +7,7 @@ ids differ from the published ones: every reader asks the tokenizer for the id o
 from __future__ import annotations
 
 import json
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,16 @@ def token_ids(tokenizer: Tokenizer) -> dict[str, int]:
     """Id of every markup token."""
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     return {token: vocabulary[token] for token in (*SPECIAL, *PLAIN)}
+
+
+def spoken_ids(tokenizer: Tokenizer) -> list[int]:
+    """Ids of whole words and of the end of a message: what a random reasoner should babble in."""
+    words = [
+        id
+        for token, id in tokenizer.get_vocab(with_added_tokens=False).items()
+        if re.fullmatch("Ġ[A-Za-z]{2,}", token)  # Ġ stands for the space before a word
+    ]
+    return [*words, token_ids(tokenizer)["<|im_end|>"]]
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:

@@ -29,9 +29,11 @@ _SCALES: tuple[tuple[str, float, float], ...] = (
 
 # Matrices and kernels are drawn with 1 / sqrt(inputs), which keeps the variance, times this gain.
 _GAINS: tuple[tuple[str, float], ...] = (
+    ("lm_head.weight", 4.0),  # logits far enough apart that rounding does not reorder them
     ("decoder.conv_out.weight", 0.4),  # pixels, which are cut off at -1 and 1
     ("decoder.block.*.res_unit*.conv2.weight_v", 0.3),  # a chain of 15 residual units
-    ("decoder.conv2.weight_v", 0.15),  # the waveform, cut off likewise
+    ("decoder.conv2.weight_v", 0.05),  # the waveform, cut off likewise
+    ("encoder.layers.10.weight_v", 0.3),  # sound latents
 )
 
 
@@ -46,7 +48,7 @@ def draw(tensors: Tensors, seed: int, dtype: torch.dtype) -> dict[str, torch.Ten
 
 
 def _draw(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     noise = torch.randn(shape, generator=generator)
     if name.endswith(".weight_g"):
         return noise
