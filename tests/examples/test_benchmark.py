@@ -12,6 +12,7 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from servers import Server
 
 from clips import ClipShape, clip, picture
 from load import RequestFailed, Timing, summary
@@ -81,10 +82,10 @@ def test_refusals(arguments: list[str], expected: str) -> None:
 
 @pytest.mark.serve
 @pytest.mark.parametrize("media", [[], ["--image"], ["--text"]])
-def test_a_run(media: list[str], reasoner_url: str, tmp_path: Path) -> None:
+def test_a_run(media: list[str], reasoner_server: Server, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     done = bench(
-        *("--url", reasoner_url, "--quick", "--seconds", "1", "--requests", "6"),
+        *("--url", reasoner_server.url, "--quick", "--seconds", "1", "--requests", "6"),
         *("--concurrency", "3", "--output-tokens", "1", "8", "--json", str(report), *media),
     )
     assert done.returncode == 0, done.stdout + done.stderr
