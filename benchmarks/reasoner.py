@@ -36,7 +36,7 @@ from load import Body, closed_loop
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tools"))
-from local_server import LocalServer, ServerFailed, local_server  # noqa: E402
+from local_server import LocalServer, ServerFailed, local_server, program  # noqa: E402
 
 WORDS = [
     "the",
@@ -269,7 +269,7 @@ def server(args: argparse.Namespace) -> Iterator[tuple[str, LocalServer | None]]
             yield args.url.rstrip("/"), None
             return
         log = Path(folder) / "server.log"
-        command = [sys.executable, "-m", "vllm_cosmos3.cli", "serve", args.serve]
+        command = [program(), "serve", args.serve]
         command += ["--surface", "reasoner", "--allowed-local-media-path", folder]
         try:
             with local_server([*command, *args.server_flags], log=log) as started:

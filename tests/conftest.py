@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 from ranks import Ranks
+from servers import ARCHITECTURE, BIN, SMALL, Server, running
 
 from vllm_cosmos3.checkpoint import write_checkpoint
+from vllm_cosmos3.compat import has_serve_flag
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +38,53 @@ def ranks() -> Iterator[Ranks]:
     pool = Ranks()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def vllm_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What vLLM keeps between starts; the servers of a session share it."""
+    return tmp_path_factory.mktemp("vllm-cache")
+
+
+@pytest.fixture(scope="session")
+def media_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where servers may read ``file://`` URLs."""
+    return tmp_path_factory.mktemp("media")
+
+
+@pytest.fixture(scope="session")
+def reasoner_server(
+    tiny_checkpoint_fp32: Path,
+    media_folder: Path,
+    vllm_cache: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Server]:
+    """The documented stock command, in float32, with the reasoning parser."""
+    command = [str(BIN / "vllm"), "serve", str(tiny_checkpoint_fp32)]
+    command += ["--hf-overrides", ARCHITECTURE, "--tensor-parallel-size", "1"]
+    command += ["--mm-encoder-tp-mode", "data", "--async-scheduling"]
+    command += ["--allowed-local-media-path", str(media_folder)]
+    command += ["--media-io-kwargs", '{"video": {"num_frames": -1}}']
+    if has_serve_flag("trust-request-mm-kwargs"):
+        command.append("--trust-request-mm-kwargs")
+    command += ["--reasoning-parser", "cosmos3", "--max-logprobs", "-1", *SMALL]
+    # A random model would pad JSON with blanks for ever.
+    command += ["--structured-outputs-config.disable_any_whitespace=true"]
+    command += ["--structured-outputs-config.backend=xgrammar"]
+    with running(command, tmp_path_factory.mktemp("server"), vllm_cache) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def reasoner_server_tp2(
+    tiny_checkpoint_fp32: Path,
+    media_folder: Path,
+    vllm_cache: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Server]:
+    """``vllm-cosmos3 serve`` with two ranks."""
+    command = [str(BIN / "vllm-cosmos3"), "serve", str(tiny_checkpoint_fp32)]
+    command += ["--surface", "reasoner", "--tensor-parallel-size", "2", "--max-video-fps", "8"]
+    command += ["--allowed-local-media-path", str(media_folder), "--max-logprobs", "-1", *SMALL]
+    with running(command, tmp_path_factory.mktemp("server"), vllm_cache) as server:
+        yield server

@@ -7,9 +7,11 @@ server answers ``/health`` and stops its whole process group at the end, however
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -25,6 +27,8 @@ CPU_SHARE = {
     "OMP_NUM_THREADS": "1",
     "VLLM_NO_USAGE_STATS": "1",
 }
+
+ERROR = re.compile(r"\b(\w*(Error|Exception): |error: )\S")
 
 
 class ServerFailed(RuntimeError):
@@ -42,7 +46,7 @@ class LocalServer:
     def memory(self) -> int:
         """Bytes of the whole process tree, shared pages divided among those that share them."""
         total = 0
-        for pid in _group_members(self.pid):
+        for pid in group_members(self.pid):
             try:
                 rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
             except (FileNotFoundError, ProcessLookupError):
@@ -53,6 +57,11 @@ class LocalServer:
                 if line.startswith("Pss:")
             )
         return total
+
+
+def program() -> str:
+    """The ``vllm-cosmos3`` command of the environment that runs this."""
+    return str(Path(sys.executable).with_name("vllm-cosmos3"))
 
 
 @contextmanager
@@ -99,11 +108,11 @@ def local_server(
 
 
 def useful_lines(log: Path, count: int = 12) -> str:
-    """The last lines that name an error, else the last lines."""
+    """The first lines that name an error, else the last lines."""
     lines = [line.rstrip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    telling = [line for line in lines if "Error" in line or "error:" in line.lower()]
-    # the first ones name the cause; what follows is processes ending because of it
-    return "\n".join(telling[:count] or lines[-count:])
+    named = [line for line in lines if ERROR.search(line) and "WARNING" not in line]
+    # the first error is the cause; later ones are processes that end because of it
+    return "\n".join(dict.fromkeys(named[:count] or lines[-count:]))
 
 
 def _healthy(url: str) -> bool:
@@ -122,14 +131,14 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         except ProcessLookupError:
             break
         deadline = time.monotonic() + patience
-        while _group_members(process.pid) and time.monotonic() < deadline:
+        while group_members(process.pid) and time.monotonic() < deadline:
             process.poll()
             time.sleep(0.1)
     process.wait()
 
 
-def _group_members(group: int) -> list[int]:
-    """Processes of a group that still run."""
+def group_members(group: int) -> list[int]:
+    """Processes of a group that still run. Dead ones may stay listed where nobody reaps them."""
     members = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

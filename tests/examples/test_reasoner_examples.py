@@ -10,6 +10,7 @@ from pathlib import Path
 import av
 import pytest
 from PIL import Image, ImageChops
+from servers import Server
 
 import client
 import scenes
@@ -42,10 +43,10 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.serve
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_script(script: str, reasoner_url: str, drawn: Path) -> None:
+def test_script(script: str, reasoner_server: Server, drawn: Path) -> None:
     done = run_example(
         script,
-        *("--base-url", f"{reasoner_url}/v1", "--out", str(drawn)),
+        *("--base-url", f"{reasoner_server.url}/v1", "--out", str(drawn)),
         *("--constrain", "--max-tokens", "1000"),
         folder=drawn,
     )
@@ -55,11 +56,17 @@ def test_script(script: str, reasoner_url: str, drawn: Path) -> None:
 
 
 @pytest.mark.serve
-def test_the_answers_are_drawn(reasoner_url: str, drawn: Path) -> None:
+def test_the_answers_are_drawn(reasoner_server: Server, drawn: Path) -> None:
     original = Image.open(scenes.media("table.png", drawn)).convert("RGB")
     for script in ("grounding", "trajectory"):
         run_example(
-            script, "--base-url", f"{reasoner_url}/v1", "--out", ".", "--constrain", folder=drawn
+            script,
+            "--base-url",
+            f"{reasoner_server.url}/v1",
+            "--out",
+            ".",
+            "--constrain",
+            folder=drawn,
         )
         picture = Image.open(drawn / f"{script}.png")
         assert picture.size == original.size
@@ -67,12 +74,12 @@ def test_the_answers_are_drawn(reasoner_url: str, drawn: Path) -> None:
 
 
 @pytest.mark.serve
-def test_pictures_and_clips_of_the_user(reasoner_url: str, drawn: Path) -> None:
+def test_pictures_and_clips_of_the_user(reasoner_server: Server, drawn: Path) -> None:
     clip = str(scenes.media("doorway.mp4", drawn))
     done = run_example(
         "caption",
         "--base-url",
-        f"{reasoner_url}/v1",
+        f"{reasoner_server.url}/v1",
         "--max-tokens",
         "8",
         "--video",
@@ -85,14 +92,19 @@ def test_pictures_and_clips_of_the_user(reasoner_url: str, drawn: Path) -> None:
 
 
 @pytest.mark.serve
-def test_what_the_user_can_mend_is_one_line(reasoner_url: str, tmp_path: Path) -> None:
+def test_what_the_user_can_mend_is_one_line(reasoner_server: Server, tmp_path: Path) -> None:
     cases = {
         (
             "--base-url",
             "http://127.0.0.1:9/v1",
         ): "No server answers at http://127.0.0.1:9/v1/models",
-        ("--base-url", f"{reasoner_url}/v1", "--model", "absent"): "The server refused",
-        ("--base-url", f"{reasoner_url}/v1", "--image", "absent.png"): "neither a file nor a URL",
+        ("--base-url", f"{reasoner_server.url}/v1", "--model", "absent"): "The server refused",
+        (
+            "--base-url",
+            f"{reasoner_server.url}/v1",
+            "--image",
+            "absent.png",
+        ): "neither a file nor a URL",
     }
     for arguments, expected in cases.items():
         done = run_example("robot_planning", *arguments, folder=tmp_path)
@@ -102,8 +114,8 @@ def test_what_the_user_can_mend_is_one_line(reasoner_url: str, tmp_path: Path) -
 
 
 @pytest.mark.serve
-def test_frames_and_usage_come_from_the_server(reasoner_url: str, drawn: Path) -> None:
-    reasoner = client.Reasoner(base_url=f"{reasoner_url}/v1", max_tokens=4)
+def test_frames_and_usage_come_from_the_server(reasoner_server: Server, drawn: Path) -> None:
+    reasoner = client.Reasoner(base_url=f"{reasoner_server.url}/v1", max_tokens=4)
     pieces: list[str] = []
     video = scenes.media("road.mp4", drawn)
     with_video = reasoner.ask("Hello", video=video, show=pieces.append)

@@ -128,7 +128,7 @@ def stock_command(args: argparse.Namespace, folder: Path | None) -> list[str]:
     if folder is not None and not (folder / "config.json").is_file():
         if not _given("--config-format", rest):
             command += ["--config-format", "cosmos3"]
-        if not _given("--tokenizer", rest):
+        if not _given("--tokenizer", rest) and not (folder / "tokenizer_config.json").is_file():
             command += ["--tokenizer", str(folder / "text_tokenizer")]
     return command + rest
 

@@ -17,6 +17,7 @@ from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.models.limits import max_video_frames
 
 NAME = "cosmos3"
+_FIELD = "media_io_kwargs.video"
 _ALL = -1  # rate that stands for "every frame"
 
 
@@ -33,19 +34,17 @@ class Cosmos3VideoBackend(Qwen3VLVideoBackend):  # type: ignore[misc]  # vLLM ha
         cls, data: bytes, num_frames: int = _ALL, fps: float | None = None, **kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
         """Frames [T, H, W, 3] as uint8 and the metadata of transformers' video processors."""
-        _check(
-            "num_frames", num_frames, num_frames == _ALL or _count(num_frames), "-1 or at least 1"
-        )
-        _check("fps", fps, fps is None or _count(fps), "at least 1")
-        _check(
-            "max_frames",
-            kwargs.get("max_frames"),
-            _count(kwargs.get("max_frames", 1)),
-            "at least 1",
-        )
-        _refuse_still_image(data)
         cap = max_video_frames()
-        kwargs["max_frames"] = min(kwargs.get("max_frames", cap), cap)
+        kwargs.setdefault("max_frames", cap)
+        for name, value in (("num_frames", num_frames), ("max_frames", kwargs["max_frames"])):
+            if not isinstance(value, int) or not (
+                value >= 1 or (name, value) == ("num_frames", _ALL)
+            ):
+                raise InvalidRequest(f"{_FIELD}.{name}", value, "a whole number of at least 1")
+        if fps is not None and not (isinstance(fps, int | float) and fps > 0):
+            raise InvalidRequest(f"{_FIELD}.fps", fps, "a number above 0")
+        _refuse_still_image(data)
+        kwargs["max_frames"] = min(kwargs["max_frames"], cap)
         take_all = fps is None and num_frames == _ALL
         rate = _ALL if take_all else (2 if fps is None else fps)
         frames, metadata = super().load_bytes(data, num_frames=num_frames, fps=rate, **kwargs)
@@ -85,12 +84,3 @@ def _refuse_still_image(data: bytes) -> None:
         raise InvalidRequest(
             "video_url", f"a {kind} image", "a video; send images as content of type image_url"
         )
-
-
-def _count(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 1
-
-
-def _check(name: str, value: object, accepted: bool, possible: str) -> None:
-    if not accepted:
-        raise InvalidRequest(f"media_io_kwargs.video.{name}", value, f"a number, {possible}")

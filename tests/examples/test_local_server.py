@@ -1,0 +1,71 @@
+"""The helper that starts servers for the demo and the benchmarks: readiness, failure, stopping."""
+
+from __future__ import annotations
+
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from local_server import ServerFailed, group_members, local_server
+
+SERVER = """
+import argparse, http.server, subprocess, sys
+parser = argparse.ArgumentParser()
+parser.add_argument("--host"); parser.add_argument("--port", type=int)
+args = parser.parse_args()
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("child", child.pid, flush=True)
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+
+http.server.HTTPServer((args.host, args.port), Handler).serve_forever()
+"""
+
+
+def test_it_waits_and_stops_the_whole_group(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    waited: list[float] = []
+    command = [sys.executable, "-c", SERVER]
+    with local_server(command, log=log, waiting=waited.append) as server:
+        assert urllib.request.urlopen(f"{server.url}/health").status == 200
+        assert server.url.startswith("http://127.0.0.1:")
+        assert server.memory() > 2**20
+        child = int(log.read_text().split()[1])
+        assert child in group_members(server.pid)
+    assert waited
+    assert waited == sorted(waited)
+    assert not group_members(server.pid)
+
+
+def test_a_server_that_ends_early_is_reported_with_its_error(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "print('hello'); raise ValueError('no such key')"]
+    with (
+        pytest.raises(ServerFailed, match=r"(?s)status 1:\nValueError: no such key$"),
+        local_server(command, log=tmp_path / "log"),
+    ):
+        pass
+
+
+def test_a_server_that_hangs_is_given_up_and_stopped(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-c",
+        "import time; print('still busy', flush=True); time.sleep(600)",
+    ]
+    with (
+        pytest.raises(ServerFailed, match=r"(?s)not ready after 2 s:\nstill busy"),
+        local_server(command, log=tmp_path / "log", timeout=2),
+    ):
+        pass
+
+
+def test_the_server_is_stopped_when_its_user_fails(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SERVER]
+    with pytest.raises(KeyError), local_server(command, log=tmp_path / "log") as server:
+        raise KeyError("in the block")
+    assert not group_members(server.pid)

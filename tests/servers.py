@@ -1,0 +1,120 @@
+"""Real servers for the tests: started once, on a free port of the loopback address, always stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from openai import AsyncOpenAI, OpenAI
+
+BIN = Path(sys.executable).parent
+ARCHITECTURE = '{"architectures": ["Cosmos3ReasonerForConditionalGeneration"]}'
+# Of the tests, not of the recipes: eager because compiling takes longer than all tests, float32 because
+# vLLM would otherwise halve the precision of float32 checkpoints.
+SMALL = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "4096", "--max-num-seqs", "64"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """A running server."""
+
+    url: str
+    model: str
+    log: Path
+
+    def client(self) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key="EMPTY", max_retries=0, timeout=120)
+
+    def async_client(self) -> AsyncOpenAI:
+        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key="EMPTY", max_retries=0, timeout=120)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment(cache: Path) -> dict[str, str]:
+    """For servers on a shared CPU; ``cache`` is shared by the servers of a session."""
+    return os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CACHE_ROOT": str(cache),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+
+
+@contextmanager
+def running(command: list[str], folder: Path, cache: Path) -> Iterator[Server]:
+    """Run ``command`` (checkpoint third) with a port of its own until the block ends."""
+    port = free_port()
+    log = folder / f"server-{port}.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment(cache),
+            start_new_session=True,
+        )
+    try:
+        server = Server(url=f"http://127.0.0.1:{port}", model=command[2], log=log)
+        _wait_until_ready(server, process)
+        yield server
+    finally:
+        _stop(process)
+
+
+def run_to_end(command: list[str], cache: Path) -> tuple[int, str]:
+    """Status and output of a command that ought to end by itself within 90 seconds."""
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment(cache),
+        start_new_session=True,
+        text=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=90)
+    finally:
+        _stop(process)
+    return process.returncode, output
+
+
+def _wait_until_ready(server: Server, process: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + 240
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            raise RuntimeError(f"the server ended: {server.log.read_text()[-3000:]}")
+        try:
+            if httpx.get(f"{server.url}/health", timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.5)
+    raise RuntimeError(f"the server did not start: {server.log.read_text()[-3000:]}")
+
+
+def _stop(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:
+    """Ask the process group to end, then make it."""
+    for how, patience in ((signal.SIGINT, 30), (signal.SIGKILL, 30)):
+        try:
+            os.killpg(process.pid, how)
+            process.wait(timeout=patience)
+        except ProcessLookupError:
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait(timeout=30)
