@@ -30,7 +30,7 @@ setup: ## build .venv, or leave it alone when it is up to date
 demo: setup ## ask a tiny checkpoint about an image and a video, without a GPU
 	@$(BIN)/python tools/demo.py
 
-serve: setup $(CHECKPOINT:$(TINY)=$(TINY)/model_index.json) ## serve a tiny checkpoint (CHECKPOINT=, PORT=)
+serve: setup $(if $(filter $(TINY),$(CHECKPOINT)),$(TINY)/model_index.json) ## serve a tiny checkpoint (CHECKPOINT=, PORT=)
 	@$(BIN)/vllm-cosmos3 serve $(CHECKPOINT) --surface reasoner --host 127.0.0.1 --port $(PORT)
 
 test: setup ## run the tests (PYTEST= adds arguments)
