@@ -11,26 +11,18 @@ PACKAGE = Path(__file__).parents[1] / "vllm_cosmos3"
 
 LAYERS = [
     {"version", "errors"},
-    {"config", "plan", "embodiments"},
+    {"config", "plan", "embodiments", "compat"},
+    {"runtime.mesh"},
+    {"inventory", "request", "prompts", "media", "sampling", "hub", "models.limits"},
     {
-        "inventory",
-        "models.limits",
         "conditions",
-        "prompts",
-        "media",
-        "sampling",
-        "runtime.mesh",
-        "compat",
-        "hub",
-    },
-    {
-        "request",
         "checkpoint",
         "models.weights",
         "models.reasoner_weights",
         "models.root_config",
         "runtime.attention",
         "runtime.halo",
+        "output",
     },
     {"models.transformer", "models.vae", "models.sound"},
     {

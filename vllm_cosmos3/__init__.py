@@ -9,7 +9,7 @@ from vllm_cosmos3.version import __version__
 _PUBLIC = {
     "Cosmos3": "vllm_cosmos3.engine",
     "GenerateRequest": "vllm_cosmos3.request",
-    "Output": "vllm_cosmos3.engine",
+    "Output": "vllm_cosmos3.output",
 }
 __all__ = ["Cosmos3", "GenerateRequest", "Output", "__version__"]
 

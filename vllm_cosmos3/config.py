@@ -210,7 +210,7 @@ def _refuse_unsupported(folder: Path) -> None:
     edge = (
         transformer.get("hidden_act") == "relu2"
         or transformer.get("use_und_k_norm_for_gen") is True
-        or "nemotron" in str(transformer.get("backbone_type")).lower()
+        or "qwen" not in transformer.get("backbone_type", "qwen")  # Nano and Super have none
         or "Edge" in str(scheduler.get("_class_name"))
         or "Edge" in str(pipeline.get("_class_name"))
     )

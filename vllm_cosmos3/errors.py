@@ -12,21 +12,23 @@ class Cosmos3Error(Exception):
 class InvalidRequest(Cosmos3Error, ValueError):
     """A request field has a value that cannot be served.
 
-    ``field`` is the public name, ``value`` what was given, ``possible`` what would be accepted,
-    as the end of the sentence "... must be".
+    ``field`` is the public name, ``value`` what was given (None reads as missing), ``possible``
+    what would be accepted, as the end of the sentence "... must be". ``code`` says what kind of
+    mistake it is: ``invalid_value``, ``invalid_type``, ``missing_required``, ``conflict``,
+    ``too_large``, ``unsupported_by_model``, ...
     """
 
-    code = "invalid_value"
-
-    def __init__(self, field: str, value: object, possible: str) -> None:
-        self.field, self.value, self.possible = field, value, possible
-        shown = repr(value)
+    def __init__(
+        self, field: str, value: object, possible: str, code: str = "invalid_value"
+    ) -> None:
+        self.field, self.value, self.possible, self.code = field, value, possible, code
+        shown = "missing" if value is None else repr(value)
         if len(shown) > 80:
             shown = f"{shown[:77]}..."
         super().__init__(f"{field} is {shown}, must be {possible}")
 
-    def __reduce__(self) -> tuple[type[InvalidRequest], tuple[str, object, str]]:
-        return type(self), (self.field, self.value, self.possible)
+    def __reduce__(self) -> tuple[type[InvalidRequest], tuple[str, object, str, str]]:
+        return type(self), (self.field, self.value, self.possible, self.code)
 
 
 class Unsupported(Cosmos3Error):

@@ -22,7 +22,7 @@ from vllm_cosmos3.checkpoint.tokenizer import (
 )
 from vllm_cosmos3.checkpoint.weights import draw
 from vllm_cosmos3.config import read_config, read_vision_config
-from vllm_cosmos3.errors import CheckpointError
+from vllm_cosmos3.errors import CheckpointError, InvalidRequest
 from vllm_cosmos3.inventory import (
     sound_tensors,
     transformer_tensors,
@@ -39,6 +39,7 @@ def write_checkpoint(
     folder: Path,
     *,
     size: str = "tiny",
+    kind: str = "base",
     seed: int = 0,
     dtype: str = "bfloat16",
     weights: bool = True,
@@ -46,10 +47,13 @@ def write_checkpoint(
 ) -> None:
     """Write a checkpoint of ``size`` into ``folder``; the same arguments give the same bytes.
 
+    ``size`` is one of SIZES and ``kind`` one of KINDS; tiny alone can have weights.
     ``dtype`` is that of the transformers and the video autoencoder. The sound autoencoder is always
     float32, as published. Without ``weights`` only the configuration and the tokenizer are written.
     A folder that holds something other than a checkpoint is replaced only with ``force``.
     """
+    if weights and size != "tiny":
+        raise InvalidRequest("--size", size, "tiny, or given together with --no-weights")
     _clear(folder, force=force)
     chosen = SIZES[size]
     tokenizer = train_tokenizer()
@@ -60,7 +64,7 @@ def write_checkpoint(
 
     tokens = tokenizer.get_vocab_size(with_added_tokens=True)
     vocab_size = chosen.vocab_size or -(-tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    files = published_files(chosen, vocab_size, token_ids(tokenizer), dtype)
+    files = published_files(chosen, kind, vocab_size, token_ids(tokenizer), dtype)
     for name, contents in files.items():
         _write_json(folder / name, contents)
     if weights:
@@ -68,6 +72,8 @@ def write_checkpoint(
 
 
 def _clear(folder: Path, *, force: bool) -> None:
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file, must be a folder")
     if folder.exists() and any(folder.iterdir()):
         if not (force or (folder / "model_index.json").exists()):
             raise CheckpointError(

@@ -84,25 +84,71 @@ SIZES = {
 }
 
 
+# Kinds of checkpoint, and the frame rate at which their positions count seconds. The distilled ones
+# take four fixed steps and make neither sound nor actions.
+KINDS = {"base": 24, "distilled-t2i": 24, "distilled-i2v": 16}
+_DISTILLED_SIGMAS = [1.0, 0.9375, 0.8333333333333334, 0.625]
+
+
 def published_files(
-    size: Size, vocab_size: int, ids: dict[str, int], dtype: str
+    size: Size, kind: str, vocab_size: int, ids: dict[str, int], dtype: str
 ) -> dict[str, Json]:
     """Path in the checkpoint -> contents, without weights, indices and tokenizer files.
 
     ``ids`` maps the markup tokens to their ids, ``dtype`` is that of the transformer's tensors.
     """
     vision = _vision(size)
-    return {
+    files = {
         "config.json": _root(size, vocab_size, ids, dtype, vision),
         "generation_config.json": _generation(ids),
         "preprocessor_config.json": _preprocessor(size),
         "video_preprocessor_config.json": _video_preprocessor(size),
         "model_index.json": _model_index(),
-        "transformer/config.json": _transformer(size, vocab_size),
+        "transformer/config.json": _transformer(size, vocab_size, KINDS[kind]),
         "vision_encoder/config.json": {**vision, "dtype": dtype, "model_type": "qwen3_vl_vision"},
         "vae/config.json": _vae(size),
         "sound_tokenizer/config.json": _sound(size),
         "scheduler/scheduler_config.json": _scheduler(),
+    }
+    return files if kind == "base" else _distilled(files)
+
+
+def _distilled(files: dict[str, Json]) -> dict[str, Json]:
+    """What a task checkpoint of four steps has instead."""
+    adapters = {"action_gen": False, "sound_gen": False}
+    root, pipeline = files["config.json"], files["model_index.json"]
+    changed = {
+        "config.json": {
+            **root,
+            "model": {**root["model"], "config": {**root["model"]["config"], **adapters}},
+        },
+        "transformer/config.json": {**files["transformer/config.json"], **adapters},
+        "model_index.json": {
+            **pipeline,
+            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+            "sound_tokenizer": [None, None],
+        },
+        "modular_model_index.json": {
+            "_class_name": "Cosmos3DistilledModularPipeline",
+            "_diffusers_version": "0.40.0.dev0",
+            "distilled_sigmas": _DISTILLED_SIGMAS,
+            "is_distilled": True,
+        },
+        "scheduler/scheduler_config.json": {
+            "_class_name": "FlowMatchEulerDiscreteScheduler",
+            "_diffusers_version": "0.40.0.dev0",
+            "fixed_step_requires_explicit_sigmas": True,
+            "fixed_step_sampler_config": {"sample_type": "sde", "t_list": _DISTILLED_SIGMAS},
+            "num_train_timesteps": 1000,
+            "shift": 1.0,
+            "stochastic_sampling": True,
+            "use_karras_sigmas": False,
+        },
+    }
+    return {
+        name: contents
+        for name, contents in (files | changed).items()
+        if not name.startswith("sound_tokenizer/")
     }
 
 
@@ -236,7 +282,7 @@ def _model_index() -> Json:
     }
 
 
-def _transformer(size: Size, vocab_size: int) -> Json:
+def _transformer(size: Size, vocab_size: int, base_fps: int) -> Json:
     return {
         "_class_name": "Cosmos3OmniTransformer",
         "_diffusers_version": "0.40.0.dev0",
@@ -244,7 +290,7 @@ def _transformer(size: Size, vocab_size: int) -> Json:
         "action_gen": True,
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "base_fps": 24,
+        "base_fps": base_fps,
         "enable_fps_modulation": True,
         "head_dim": size.head_dim,
         "hidden_act": "silu",

@@ -9,6 +9,9 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="where to write; made if it does not exist")
     parser.add_argument("--size", choices=("tiny", "nano", "super"), default="tiny")
+    parser.add_argument(
+        "--kind", choices=("base", "distilled-t2i", "distilled-i2v"), default="base"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument(
@@ -27,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
     write_checkpoint(
         args.folder,
         size=args.size,
+        kind=args.kind,
         seed=args.seed,
         dtype=args.dtype,
         weights=not args.no_weights,

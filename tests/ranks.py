@@ -1,0 +1,120 @@
+"""Processes for tests of code that runs on several ranks.
+
+``ranks(parallel, function, *args)`` (a session fixture) calls ``function(mesh, *args)`` on every
+rank of the mesh and returns the results in rank order. The processes are forked from one that has
+torch and vLLM imported, live as long as the test session, and serve every mesh of their number.
+The function must be importable by name: at the top level of a test module.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import pickle
+import sys
+import tempfile
+import traceback
+from collections import defaultdict
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from vllm_cosmos3.config import ParallelConfig
+
+SECONDS = 300  # until ranks that do not answer are taken for deadlocked
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(
+    ["vllm_cosmos3.runtime.mesh", "vllm.config", "vllm.model_executor.layers.linear"]
+)
+
+
+class Ranks:
+    """One set of processes for each world size that was asked for.
+
+    Sets do not overlap: vLLM numbers its groups, and ranks that count differently never meet.
+    """
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._meetings = itertools.count()
+        self._processes: dict[int, list[tuple[Any, Connection]]] = defaultdict(list)
+
+    def __call__(
+        self, parallel: ParallelConfig, function: Callable[..., Any], *args: Any
+    ) -> list[Any]:
+        """What ``function(mesh, *args)`` returned on each rank; fails with the first traceback."""
+        processes = self._processes[parallel.world_size]
+        while len(processes) < parallel.world_size:
+            processes.append(_start())
+        name = f"{Path(self._folder.name).name}-{next(self._meetings)}"
+        meeting = f"file://{Path(self._folder.name) / name}"
+        job = pickle.dumps((function, args))
+        connections = [pipe for _, pipe in processes]
+        for rank, pipe in enumerate(connections):
+            pipe.send_bytes(pickle.dumps((sys.path, parallel, rank, meeting, job)))
+        results: dict[Connection, Any] = {}
+        while len(results) < len(connections):
+            ready = wait([pipe for pipe in connections if pipe not in results], SECONDS)
+            if not ready:
+                self.stop()
+                raise AssertionError(f"{function.__name__} hangs on {parallel}")
+            for pipe in ready:
+                results[pipe] = self._receive(pipe)
+        return [results[pipe] for pipe in connections]
+
+    def stop(self) -> None:
+        """End all processes; a later call starts new ones."""
+        for process, pipe in itertools.chain.from_iterable(self._processes.values()):
+            pipe.close()
+            process.kill()
+            process.join()
+        self._processes.clear()
+
+    def close(self) -> None:
+        self.stop()
+        self._folder.cleanup()
+
+    def _receive(self, pipe: Any) -> Any:
+        try:
+            failed, value = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            failed, value = True, "the process died"
+        if failed:  # the others may wait in a collective for ever
+            self.stop()
+            raise AssertionError(value)
+        return value
+
+
+def _start() -> tuple[Any, Connection]:
+    here, there = FORKSERVER.Pipe()
+    process = FORKSERVER.Process(target=_serve, args=(there,), daemon=True)
+    process.start()
+    there.close()
+    return process, here
+
+
+def _serve(pipe: Connection) -> None:
+    import torch
+
+    from vllm_cosmos3.runtime.mesh import close_mesh, init_mesh
+
+    torch.set_num_threads(1)
+    current, mesh = None, None
+    while True:
+        try:
+            path, parallel, rank, meeting, job = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        try:
+            sys.path[:] = path
+            if current != parallel:
+                if mesh is not None:
+                    close_mesh(mesh)
+                mesh = init_mesh(parallel, rank=rank, local_rank=rank, init_method=meeting)
+                current = parallel
+            function, args = pickle.loads(job)
+            answer = pickle.dumps((False, function(mesh, *args)))
+        except BaseException:  # noqa: BLE001 - the test reports it
+            answer = pickle.dumps((True, f"rank {rank}: {traceback.format_exc()}"))
+        pipe.send_bytes(answer)

@@ -1,0 +1,317 @@
+"""``vllm-cosmos3 generate``: one request from the command line to files on disk.
+
+The flags of a request are generated from its fields; nothing here checks their values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.request import SPECS, GenerateRequest, Spec, from_fields
+
+if TYPE_CHECKING:
+    from vllm_cosmos3.engine import Cosmos3, Output, Progress
+
+METAVARS = {
+    "text": "TEXT", "int": "N", "float": "X", "size": "WxH", "ints": "I,J,...", "pair": "LOW,HIGH",
+    "image": "FILE", "video": "FILE", "arrays": "FILE.safetensors",
+}  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", help="checkpoint folder or Hugging Face repository")
+    out = parser.add_argument_group("output")
+    out.add_argument("--out", type=Path, metavar="DIR", help="where to write DIR/NAME/...")
+    out.add_argument("--name", default="sample", help="folder of this sample (default: sample)")
+    out.add_argument("--crf", type=int, default=18, metavar="N", help="H.264 quality, 0 (lossless) to 51 (default: 18)")  # fmt: skip
+    out.add_argument(
+        "--timings-json", type=Path, metavar="FILE", help="also write the timings here"
+    )
+    out.add_argument("--dry-run", action="store_true", help="check the request, print every resolved parameter as JSON, load no weights")  # fmt: skip
+    out.add_argument("--print-defaults", action="store_true", help="print the defaults of every mode and exit")  # fmt: skip
+    run = parser.add_argument_group("model and device")
+    run.add_argument("--revision", help="branch, tag or commit of the repository")
+    run.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32 (default: bfloat16)")  # fmt: skip
+    run.add_argument("--device", help="such as cuda or cpu (default: what vLLM is built for)")
+    run.add_argument("--vae-parallel", default="halo", help="halo, tile (less memory, not exact) or off (default: halo)")  # fmt: skip
+    run.add_argument("--attention-backend", default="auto", help="auto, or the name of one (default: auto)")  # fmt: skip
+    run.add_argument("--load-format", default="auto", help="auto, or dummy for random weights (default: auto)")  # fmt: skip
+    request = parser.add_argument_group("request")
+    for item in fields(GenerateRequest):
+        _add_flag(request, item.name, SPECS[item.name], item.default)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.print_defaults:
+        print(defaults_table())
+        return 0
+    if args.model is None:
+        raise InvalidRequest("model", None, "a checkpoint folder or repository", "missing_required")
+    if args.out is None and not args.dry_run:
+        raise InvalidRequest("out", None, "a folder for the results", "missing_required")
+    request = request_of(args)
+    if args.dry_run:
+        return dry_run(args, request)
+    folder = sample_folder(args.out, args.name)
+
+    from vllm_cosmos3.engine import Cosmos3
+
+    with Cosmos3(
+        args.model,
+        revision=args.revision,
+        dtype=args.dtype,
+        device=args.device,
+        vae_parallel=args.vae_parallel,
+        attention_backend=args.attention_backend,
+        load_format=args.load_format,
+    ) as model:
+        write(args, folder, *generate(model, request, args, folder))
+    return 0
+
+
+def request_of(args: argparse.Namespace) -> GenerateRequest:
+    """The request that the flags describe; flags that were not given keep their defaults."""
+    given = {name: getattr(args, name) for name in SPECS if getattr(args, name) is not None}
+    if "latents" in given:
+        given["latents"] = _read_latents(given["latents"])
+    return from_fields(given)
+
+
+def dry_run(args: argparse.Namespace, request: GenerateRequest) -> int:
+    """Everything but the weights: the checkpoint's numbers, its tokenizer, the media, the plan."""
+    from vllm_cosmos3.conditions import make_plan
+    from vllm_cosmos3.config import read_config, resolve
+    from vllm_cosmos3.prompts import load_tokenizer
+
+    model = read_config(resolve(args.model, args.revision))
+    plan = make_plan(request, model, load_tokenizer(model.path))
+    print(json.dumps(dict(plan.effective), indent=2))
+    _warn(plan.warnings)
+    return 0
+
+
+def sample_folder(out: Path, name: str) -> Path:
+    """``out/name``, made now: an unwritable place should fail before minutes of work."""
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise InvalidRequest("name", name, "one folder name without separators")
+    folder = out / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidRequest("out", str(out), f"a folder to write to ({error.strerror})") from None
+    return folder
+
+
+def generate(
+    model: Cosmos3, request: GenerateRequest, args: argparse.Namespace, folder: Path
+) -> tuple[Output, list[Path], dict[str, float]]:
+    """Run the request and write its media. Returns the files and the timings of it all."""
+    with progress_shown(sys.stderr.isatty()) as report:
+        output = model.generate(request, progress=report)
+    start = time.perf_counter()
+    stem = "latents" if output.latents is not None else "vision"
+    files = output.save(folder / stem, crf=args.crf)
+    seconds = time.perf_counter() - start
+    total = output.timings["total"] + seconds + model.load_seconds
+    return output, files, {**output.timings, "encode": seconds, "total": total}
+
+
+def write(
+    args: argparse.Namespace,
+    folder: Path,
+    output: Output,
+    files: list[Path],
+    timings: Mapping[str, float],
+) -> None:
+    """The two JSON records beside the media, and what the user reads."""
+    settings = {"model": str(args.model), "dtype": args.dtype, "name": args.name, "crf": args.crf}
+    arguments = {**settings, **output.effective}
+    names = [file.name for file in files]
+    record = {
+        "status": "success",
+        "message": "",
+        "args": arguments,
+        "outputs": [
+            {"content": {"seed": sample.seed, **_content(output, sample)}, "files": [name]}
+            for sample, name in zip(output.samples, names, strict=True)
+        ],
+        "warnings": list(output.warnings),
+        "timings": dict(timings),
+        "peak_memory_bytes": output.peak_memory,
+    }
+    (folder / "sample_args.json").write_text(json.dumps(arguments, indent=2) + "\n")
+    (folder / "sample_outputs.json").write_text(json.dumps(record, indent=2) + "\n")
+    if args.timings_json:
+        args.timings_json.write_text(json.dumps(dict(timings), indent=2) + "\n")
+    _warn(output.warnings)
+    for file, sample in zip(files, output.samples, strict=True):
+        print(f"{file}  {_described(output, sample)}")
+    print("\n".join(f"{name:>12} {seconds:10.3f} s" for name, seconds in timings.items()))
+    print(f" peak memory {output.peak_memory / 2**30:10.3f} GiB")
+
+
+def defaults_table() -> str:
+    """The defaults that depend on the mode, side by side, then all others."""
+    from vllm_cosmos3.conditions import DEFAULTS
+
+    rows = {mode: asdict(default) for mode, default in DEFAULTS.items()}
+    names = [name for name in next(iter(rows.values())) if name in SPECS]
+    lines = [f"{'':22}" + "".join(f"{mode:>13}" for mode in rows)]
+    lines += [
+        f"{name:22}" + "".join(f"{row[name]:>13g}" for row in rows.values()) for name in names
+    ]
+    known = "condition_frame_indexes_vision"
+    lines.append(f"{'condition frames':22}" + "".join(f"{_listed(row[known]):>13}" for row in rows.values()))  # fmt: skip
+    lines.append("\nin every mode")
+    for item in fields(GenerateRequest):
+        if item.default is not None:
+            lines.append(f"  {item.name:28}{item.default}")
+    return "\n".join(lines)
+
+
+@contextmanager
+def progress_shown(terminal: bool) -> Iterator[Callable[[Progress], None]]:
+    """A bar with steps and the time left on a terminal; one line per phase in a log."""
+    if not terminal:
+        seen: set[str] = set()
+
+        def line(progress: Progress) -> None:
+            if progress.phase not in seen:
+                seen.add(progress.phase)
+                steps = f" {progress.steps} steps" if progress.phase == "denoise" else ""
+                print(f"{progress.phase}{steps}", file=sys.stderr)
+
+        yield line
+        return
+
+    from tqdm import tqdm
+
+    form = (
+        "{desc:8}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
+    )
+    with tqdm(total=1, unit="step", bar_format=form, dynamic_ncols=True) as bar:
+
+        def move(progress: Progress) -> None:
+            bar.total = progress.steps
+            bar.set_description_str(progress.phase, refresh=False)
+            if progress.phase == "denoise" and progress.step == 0:
+                bar.unpause()  # the time left is that of the steps alone
+            bar.update(progress.step - bar.n)
+            bar.refresh()
+
+        yield move
+
+
+# Flags.
+
+
+def _add_flag(group: Any, name: str, spec: Spec, default: object) -> None:
+    flag = f"--{name.replace('_', '-')}"
+    text = f"{spec.help}{_range(spec)}"
+    if default is not None:
+        text += f" (default: {default})"
+    text = text.replace("%", "%%")
+    if spec.kind == "bool":
+        action = argparse.BooleanOptionalAction
+        group.add_argument(flag, action=action, default=None, help=text)
+    else:
+        metavar = METAVARS.get(spec.kind) or "{" + ",".join(spec.choices) + "}"
+        group.add_argument(flag, type=_PARSERS.get(spec.kind, str), metavar=metavar, help=text)
+
+
+def _range(spec: Spec) -> str:
+    if spec.kind not in ("int", "float") or spec.high > 2**31 - 1:
+        return ""
+    low = f"above {spec.low:g}" if spec.above else f"{spec.low:g}"
+    return f", {low} to {spec.high:g}"
+
+
+def _integer(text: str) -> int | str:
+    """The number, or the text as it is: the request says what is wrong with it."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _integers(text: str) -> list[int | str]:
+    return [_integer(part) for part in text.split(",")]
+
+
+def _numbers(text: str) -> list[float | str]:
+    return [_number(part) for part in text.split(",")]
+
+
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    "int": _integer,
+    "float": _number,
+    "ints": _integers,
+    "pair": _numbers,
+}
+
+
+def _read_latents(path: str) -> dict[str, Any]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        possible = f"a safetensors file of latents ({error})"
+        raise InvalidRequest("latents", path, possible) from None
+
+
+# Words.
+
+
+def _content(output: Output, sample: Any) -> dict[str, object]:
+    """What a file holds, in numbers."""
+    if sample.video is not None:
+        frames, height, width, _ = sample.video.shape
+        sound = {} if sample.sound is None else {"sample_rate": output.sample_rate}
+        seconds = frames / output.fps
+        size = {"width": width, "height": height}
+        return {**size, "num_frames": frames, "fps": output.fps, "seconds": seconds, **sound}
+    if sample.image is not None:
+        return {"width": sample.image.shape[1], "height": sample.image.shape[0]}
+    return {"latents": {name: list(x.shape) for name, x in sample.latents.items()}}
+
+
+def _described(output: Output, sample: Any) -> str:
+    content = _content(output, sample)
+    if sample.video is not None:
+        sound = f", sound {output.sample_rate} Hz" if sample.sound is not None else ""
+        return (
+            "{width}x{height}, {num_frames} frames at {fps:g} fps, {seconds:.2f} s".format(
+                **content
+            )
+            + f"{sound}, seed {sample.seed}"
+        )
+    if sample.image is not None:
+        return "{width}x{height}".format(**content) + f", seed {sample.seed}"
+    return f"{content['latents']}, seed {sample.seed}"
+
+
+def _listed(values: tuple[int, ...]) -> str:
+    return ",".join(map(str, values)) or "-"
+
+
+def _warn(warnings: tuple[str, ...]) -> None:
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)

@@ -1,0 +1,483 @@
+"""From a request to a plan: the only place where a mode means anything.
+
+A mode is a row of `DEFAULTS` and a condition: which latent frames are known, and from what pixels.
+Everything is checked here before a weight is touched, given the checkpoint's own numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+
+from vllm_cosmos3 import media, prompts
+from vllm_cosmos3.config import ModelConfig
+from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.plan import Plan, StreamPlan
+from vllm_cosmos3.request import SPECS, GenerateRequest, parse_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Defaults:
+    """What a mode takes for the fields that a request leaves out."""
+
+    width: int
+    height: int
+    num_frames: int
+    fps: float
+    num_inference_steps: int
+    guidance_scale: float
+    flow_shift: float
+    condition_frame_indexes_vision: tuple[int, ...]
+    negative_prompts: tuple[str, ...]  # files under assets/ of the checkpoint; none: empty text
+
+
+_VIDEO = Defaults(
+    width=1280,
+    height=720,
+    num_frames=189,
+    fps=24.0,
+    num_inference_steps=35,
+    guidance_scale=6.0,
+    flow_shift=10.0,
+    condition_frame_indexes_vision=(),
+    negative_prompts=("negative_prompt.json",),
+)
+DEFAULTS = {
+    "text2image": Defaults(
+        width=960,
+        height=960,
+        num_frames=1,
+        fps=24.0,
+        num_inference_steps=50,
+        guidance_scale=4.0,
+        flow_shift=3.0,
+        condition_frame_indexes_vision=(),
+        negative_prompts=(),
+    ),
+    "text2video": _VIDEO,
+    "image2video": replace(
+        _VIDEO,
+        condition_frame_indexes_vision=(0,),
+        negative_prompts=("negative_prompt_i2v.json", "negative_prompt.json"),
+    ),
+    "video2video": replace(_VIDEO, condition_frame_indexes_vision=(0, 1)),
+}
+
+ASPECT_RATIOS = ("1,1", "4,3", "3,4", "16,9", "9,16")
+TRAINED_SIZES = {  # tier: (width, height) for each of ASPECT_RATIOS
+    256: ((256, 256), (320, 256), (256, 320), (320, 192), (192, 320)),
+    480: ((640, 640), (736, 544), (544, 736), (832, 480), (480, 832)),
+    704: ((960, 960), (1088, 832), (832, 1088), (1280, 704), (704, 1280)),
+    720: ((960, 960), (1104, 832), (832, 1104), (1280, 720), (720, 1280)),
+    768: ((1024, 1024), (1184, 880), (880, 1184), (1360, 768), (768, 1360)),
+}
+MAX_AREA = max(width * height for sizes in TRAINED_SIZES.values() for width, height in sizes)
+MIN_TRAINED_FRAMES = 24
+MAX_TRAINED_FRAMES = {256: 400, 480: 300, 704: 200, 720: 200, 768: 200}
+TRAINED_FPS = (10, 30)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameters:
+    """Every number of a request settled, for one checkpoint. Names are those of the request."""
+
+    mode: str
+    width: int
+    height: int
+    num_frames: int
+    seconds: float
+    fps: float
+    num_inference_steps: int
+    guidance_scale: float
+    flow_shift: float
+    condition_frame_indexes_vision: tuple[int, ...]
+    sound_duration: float | None  # None: no sound
+    warnings: tuple[str, ...]
+
+
+def resolve(request: GenerateRequest, model: ModelConfig) -> Parameters:
+    """Settle what the request leaves open. Reads no file and needs no tokenizer.
+
+    Raises:
+        InvalidRequest: the combination does not fit the checkpoint or the sizes it was trained for.
+    """
+    mode, default = request.mode, DEFAULTS[request.mode]
+    width, height = _size(request, default)
+    fps = request.fps or default.fps
+    warnings = [*_check_area(request, width, height), *_check_fps(request, fps)]
+    num_frames, rounded = _frames(request, default, fps)
+    warnings += [*rounded, *_check_frames(request, num_frames, fps, width, height)]
+    steps, guidance = _fixed_steps(request, model, default)
+    known = tuple(
+        sorted(
+            set(request.condition_frame_indexes_vision or default.condition_frame_indexes_vision)
+        )
+    )
+    _check_known(request, known, num_frames)
+    return Parameters(
+        mode=mode,
+        width=width,
+        height=height,
+        num_frames=num_frames,
+        seconds=num_frames / fps,
+        fps=fps,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        flow_shift=request.flow_shift or default.flow_shift,
+        condition_frame_indexes_vision=known,
+        sound_duration=_sound_duration(request, model, num_frames / fps),
+        warnings=tuple(warnings),
+    )
+
+
+def make_plan(request: GenerateRequest, model: ModelConfig, tokenizer: prompts.Tokenizer) -> Plan:
+    """The plan of a request. Opens and resizes its image or video; touches no weight.
+
+    Raises:
+        InvalidRequest: as `resolve`, and for media that cannot be read, and for wrong token ids.
+    """
+    parameters = resolve(request, model)
+    warnings = list(parameters.warnings)
+    vision = _vision_stream(request, parameters, model, warnings)
+    streams = [vision]
+    if parameters.sound_duration is not None:
+        streams.append(_sound_stream(parameters.sound_duration, model))
+    negative = _negative_prompt(request, parameters, model)
+    token_ids = _token_ids(request, parameters, model, tokenizer, negative, warnings)
+    seed = request.seed or 0
+    return Plan(
+        token_ids=token_ids,
+        streams=tuple(streams),
+        fps=parameters.fps,
+        schedule=request.schedule,
+        solver="unipc" if model.scheduler.t_list is None else "sde",
+        num_inference_steps=parameters.num_inference_steps,
+        flow_shift=parameters.flow_shift,
+        guidance_scale=parameters.guidance_scale,
+        guidance_interval=request.guidance_interval,
+        seeds=tuple(range(seed, seed + request.n)),
+        noise=request.noise,
+        decoded=request.output_type != "latent",
+        initial=_initial(request, streams),
+        effective=_effective(request, parameters, negative, token_ids),
+        warnings=tuple(warnings),
+    )
+
+
+# The conditions: known latent frames become pixels.
+
+
+def _nothing(_: GenerateRequest, __: Parameters) -> np.ndarray | None:
+    return None
+
+
+def _image(request: GenerateRequest, parameters: Parameters) -> np.ndarray | None:
+    return media.read_image(request.image)[None]
+
+
+def _video(request: GenerateRequest, parameters: Parameters) -> np.ndarray | None:
+    """The pixels under the latent frames up to the last known one: the encoder looks back only."""
+    needed = 4 * parameters.condition_frame_indexes_vision[-1] + 1
+    frames = media.read_video(request.video, frames=needed, keep=request.condition_video_keep)
+    if len(frames) < needed:
+        last = parameters.condition_frame_indexes_vision[-1]
+        possible = f"at least {needed} frames long for condition_frame_indexes_vision up to {last}"
+        raise InvalidRequest("video", f"{len(frames)} frames", possible)
+    return frames
+
+
+CONDITIONS: dict[str, Callable[[GenerateRequest, Parameters], np.ndarray | None]] = {
+    "text2image": _nothing,
+    "text2video": _nothing,
+    "image2video": _image,
+    "video2video": _video,
+}
+
+
+# Streams.
+
+
+def _vision_stream(
+    request: GenerateRequest, parameters: Parameters, model: ModelConfig, warnings: list[str]
+) -> StreamPlan:
+    width, height = parameters.width, parameters.height
+    pixels = CONDITIONS[parameters.mode](request, parameters)
+    if pixels is not None:
+        warnings += _crop_warning(pixels.shape[2], pixels.shape[1], width, height)
+        pixels = media.cover_crop(pixels, height=height, width=width)
+    vae = model.vae
+    frames = 1 + (parameters.num_frames - 1) // vae.scale_factor_temporal
+    rows, columns = height // vae.scale_factor_spatial, width // vae.scale_factor_spatial
+    return StreamPlan(
+        name="vision",
+        shape=(1, vae.z_dim, frames, rows, columns),
+        rate=parameters.fps,
+        condition_frame_indexes_vision=parameters.condition_frame_indexes_vision,
+        source=pixels,
+    )
+
+
+def _crop_warning(width: int, height: int, to_width: int, to_height: int) -> list[str]:
+    scale = max(to_width / width, to_height / height)
+    lost = 1 - (to_width * to_height) / (scale * width * scale * height)
+    if lost < 0.1:
+        return []
+    return [
+        f"the {width}x{height} input loses {lost:.0%} of its area to fill {to_width}x{to_height}"
+    ]
+
+
+def _sound_stream(duration: float, model: ModelConfig) -> StreamPlan:
+    sound = model.sound
+    assert sound is not None  # _sound_duration has refused checkpoints without sound
+    length = math.ceil(int(duration * sound.sampling_rate) / sound.hop_size)
+    return StreamPlan(
+        name="sound",
+        shape=(sound.vocoder_input_dim, length),
+        rate=model.transformer.sound_latent_fps,
+    )
+
+
+def _initial(request: GenerateRequest, streams: list[StreamPlan]) -> dict[str, np.ndarray]:
+    """The caller's initial noise as float32 arrays of the streams' shapes."""
+    shapes = {stream.name: stream.shape for stream in streams}
+    given = {}
+    for name, value in (request.latents or {}).items():
+        if name not in shapes:
+            possible = f"latents of the request's streams: {', '.join(shapes)}"
+            raise InvalidRequest(f"latents[{name!r}]", "given", possible)
+        array = np.asarray(value, dtype=np.float32)
+        if array.shape != shapes[name]:
+            raise InvalidRequest(f"latents[{name!r}]", array.shape, f"of shape {shapes[name]}")
+        if not np.isfinite(array).all():
+            raise InvalidRequest(f"latents[{name!r}]", "not finite", "finite numbers")
+        given[name] = array
+    return given
+
+
+# Prompts.
+
+
+def _negative_prompt(request: GenerateRequest, parameters: Parameters, model: ModelConfig) -> str:
+    files = DEFAULTS[parameters.mode].negative_prompts
+    if request.negative_prompt is not None:
+        return request.negative_prompt
+    return prompts.default_negative(model.path, files) if files else ""
+
+
+def _token_ids(
+    request: GenerateRequest,
+    parameters: Parameters,
+    model: ModelConfig,
+    tokenizer: prompts.Tokenizer,
+    negative: str,
+    warnings: list[str],
+) -> tuple[tuple[int, ...], ...]:
+    facts = prompts.Facts(
+        num_frames=parameters.num_frames,
+        fps=parameters.fps,
+        height=parameters.height,
+        width=parameters.width,
+        aspect_ratio=_aspect_ratio(parameters.width, parameters.height),
+    )
+    system = prompts.SYSTEM_IMAGE if facts.is_image else prompts.SYSTEM_VIDEO
+    sentences = {
+        "duration": request.use_duration_template,
+        "resolution": request.use_resolution_template,
+    }
+
+    def encoded(field: str, text: str) -> tuple[int, ...]:
+        limit = request.max_sequence_length
+        ids, length = prompts.encode(
+            text, tokenizer, system=system if request.use_system_prompt else None, limit=limit
+        )
+        if length > limit:
+            warnings.append(f"{field} is cut from {length} to max_sequence_length={limit} tokens")
+        return ids
+
+    if request.prompt_token_ids is not None:
+        ids = _given_ids(request, "prompt_token_ids", request.prompt_token_ids, model)
+    else:
+        text = prompts.positive_text(
+            request.prompt or "", facts, style=request.prompt_format, **sentences
+        )
+        ids = encoded("prompt", text)
+    if request.negative_prompt_token_ids is not None:
+        negative_ids = _given_ids(
+            request, "negative_prompt_token_ids", request.negative_prompt_token_ids, model
+        )
+    else:
+        text = prompts.negative_text(
+            negative, facts, metadata=request.negative_metadata_mode, **sentences
+        )
+        negative_ids = encoded("negative_prompt", text)
+    return (ids, negative_ids) if parameters.guidance_scale != 1 else (ids,)
+
+
+def _given_ids(
+    request: GenerateRequest, field: str, ids: tuple[int, ...], model: ModelConfig
+) -> tuple[int, ...]:
+    vocabulary = model.transformer.vocab_size
+    if max(ids) >= vocabulary:
+        raise InvalidRequest(field, max(ids), f"token ids below {vocabulary}, the vocabulary")
+    if len(ids) > request.max_sequence_length:
+        possible = f"at most max_sequence_length={request.max_sequence_length} tokens long"
+        raise InvalidRequest(field, f"{len(ids)} tokens", possible)
+    return ids
+
+
+def _aspect_ratio(width: int, height: int) -> str | None:
+    for sizes in TRAINED_SIZES.values():
+        if (width, height) in sizes:
+            return ASPECT_RATIOS[sizes.index((width, height))]
+    return None
+
+
+# Numbers.
+
+
+def tier_of(width: int, height: int) -> int:
+    """The smallest trained tier whose largest picture has at least this area, or the largest."""
+    for tier, sizes in TRAINED_SIZES.items():
+        if width * height <= max(w * h for w, h in sizes):
+            return tier
+    return max(TRAINED_SIZES)
+
+
+def _size(request: GenerateRequest, default: Defaults) -> tuple[int, int]:
+    if request.size is not None:
+        return parse_size(request.size)
+    return request.width or default.width, request.height or default.height
+
+
+def _check_area(request: GenerateRequest, width: int, height: int) -> list[str]:
+    if any((width, height) in sizes for sizes in TRAINED_SIZES.values()):
+        return []
+    if width * height > MAX_AREA and not request.allow_untrained_size:
+        possible = f"at most {MAX_AREA:,} pixels, such as 1360x768, or allow_untrained_size set"
+        raise InvalidRequest("size", f"{width}x{height}", possible, "too_large")
+    nearest = min(
+        (size for sizes in TRAINED_SIZES.values() for size in sizes),
+        key=lambda size: abs(math.log(size[0] / width)) + abs(math.log(size[1] / height)),
+    )
+    return [f"size {width}x{height} is not a trained one; the nearest is {nearest[0]}x{nearest[1]}"]
+
+
+def _check_fps(request: GenerateRequest, fps: float) -> list[str]:
+    low, high = TRAINED_FPS
+    if request.num_frames == 1 or low <= fps <= high:
+        return []
+    return [f"fps {fps:g} is outside the trained range of {low} to {high}"]
+
+
+def _frames(request: GenerateRequest, default: Defaults, fps: float) -> tuple[int, list[str]]:
+    """The number of frames, rounded up to 4k + 1: what whole latent frames hold."""
+    asked = request.num_frames
+    if request.seconds is not None:
+        from_seconds = max(2, math.ceil(request.seconds * fps - 1e-6))
+        if asked is not None and round_frames(asked) != round_frames(from_seconds):
+            possible = f"about {asked / fps:g} or left out, as num_frames is {asked} at {fps:g} fps"
+            raise InvalidRequest("seconds", request.seconds, possible, "conflict")
+        asked = from_seconds
+    if asked is None:
+        return default.num_frames, []
+    frames = round_frames(asked)
+    return frames, [
+        f"num_frames {asked} is rounded up to {frames} (4k+1)"
+    ] if frames != asked else []
+
+
+def round_frames(frames: int) -> int:
+    """The next number of the form 4k + 1."""
+    return 4 * math.ceil((frames - 1) / 4) + 1
+
+
+def _check_frames(
+    request: GenerateRequest, frames: int, fps: float, width: int, height: int
+) -> list[str]:
+    limit = MAX_TRAINED_FRAMES[tier_of(width, height)]
+    if frames > round_frames(limit):
+        if not request.allow_untrained_size:
+            field, given, most = ("num_frames", request.num_frames, float(limit))
+            if given is None:
+                field, given, most = ("seconds", request.seconds, limit / fps)
+            possible = f"at most {most:g} at {width}x{height}, or allow_untrained_size set"
+            raise InvalidRequest(field, given, possible, "too_large")
+        return [f"num_frames {frames} is above the trained {limit} at {width}x{height}"]
+    if 1 < frames < MIN_TRAINED_FRAMES:
+        return [f"num_frames {frames} is below the trained {MIN_TRAINED_FRAMES}"]
+    return []
+
+
+def _fixed_steps(
+    request: GenerateRequest, model: ModelConfig, default: Defaults
+) -> tuple[int, float]:
+    """Steps and guidance scale; a distilled checkpoint has its own and takes no others."""
+    fixed = model.scheduler.t_list
+    if fixed is None:
+        scale = request.guidance_scale
+        return (
+            request.num_inference_steps or default.num_inference_steps,
+            default.guidance_scale if scale is None else scale,
+        )
+    for name, value in (("num_inference_steps", len(fixed)), ("guidance_scale", 1.0)):
+        given = getattr(request, name)
+        if given is not None and given != value:
+            possible = f"{value:g} or left out: this checkpoint is distilled to {len(fixed)} steps"
+            raise InvalidRequest(name, given, possible, "unsupported_parameter")
+    return len(fixed), 1.0
+
+
+def _check_known(request: GenerateRequest, known: tuple[int, ...], num_frames: int) -> None:
+    latent_frames = 1 + (num_frames - 1) // 4
+    if known and max(known) >= latent_frames:
+        possible = f"below {latent_frames}, the latent frames of {num_frames} frames"
+        raise InvalidRequest("condition_frame_indexes_vision", known, possible)
+    if len(known) == latent_frames:
+        possible = f"fewer than all {latent_frames} latent frames of {num_frames} frames"
+        raise InvalidRequest("condition_frame_indexes_vision", known, possible)
+
+
+def _sound_duration(request: GenerateRequest, model: ModelConfig, seconds: float) -> float | None:
+    if not request.generate_sound:
+        return None
+    if model.sound is None:
+        possible = "False: this checkpoint makes no sound"
+        raise InvalidRequest("generate_sound", True, possible, "unsupported_by_model")
+    return request.sound_duration or seconds
+
+
+def _effective(
+    request: GenerateRequest,
+    parameters: Parameters,
+    negative: str,
+    token_ids: tuple[tuple[int, ...], ...],
+) -> dict[str, object]:
+    """Every field of the request with its final value, and the mode, as JSON values."""
+    settled = asdict(parameters)
+    settled.pop("warnings")
+    values: dict[str, object] = {"mode": settled.pop("mode")}
+    for name in SPECS:
+        values[name] = settled.pop(name) if name in settled else getattr(request, name)
+    values["size"] = f"{parameters.width}x{parameters.height}"
+    if request.negative_prompt_token_ids is None:
+        values["negative_prompt"] = negative
+    values["image"] = _shown(request.image)
+    values["video"] = _shown(request.video)
+    values["latents"] = sorted(request.latents) if request.latents else None
+    values["prompt_tokens"] = [len(ids) for ids in token_ids]
+    return values
+
+
+def _shown(source: object) -> str | None:
+    """A source of pixels as a word in a record: its file, or its type."""
+    if source is None:
+        return None
+    return (
+        str(source)
+        if hasattr(source, "__fspath__") or isinstance(source, str)
+        else type(source).__name__
+    )

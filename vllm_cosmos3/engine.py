@@ -1,0 +1,235 @@
+"""`Cosmos3`: images and videos from Python, in the calling process.
+
+Loads a checkpoint once and runs requests one after the other through the pipeline's five calls.
+Starts no process, so scripts need no ``__main__`` guard and notebooks work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, overload
+
+import torch
+
+from vllm_cosmos3.config import EngineConfig, ParallelConfig, resolve
+from vllm_cosmos3.errors import Cancelled, Cosmos3Error, InvalidRequest
+from vllm_cosmos3.output import Output, Progress, Report, Sample
+from vllm_cosmos3.pipeline import Pipeline
+from vllm_cosmos3.plan import Plan
+from vllm_cosmos3.request import GenerateRequest, from_fields
+from vllm_cosmos3.runtime.mesh import close_mesh, init_mesh
+
+__all__ = ["Cosmos3", "Output", "Progress", "Sample"]
+
+DTYPES = ("bfloat16", "float16", "float32")
+Request = GenerateRequest | Mapping[str, Any]
+
+
+class Cosmos3:
+    """A Cosmos 3 generator.
+
+        with Cosmos3("nvidia/Cosmos3-Nano") as model:
+            model.generate(prompt="A paper boat on a stream").save("boat.mp4")
+
+    Args:
+        model: a checkpoint folder in the published layout, or a Hugging Face repository.
+        revision: branch, tag or commit of the repository.
+        dtype: of weights and activations: bfloat16, float16 or float32. The solver's state is
+            always float32.
+        device: such as "cuda", "cuda:1" or "cpu"; omitted: what the installed vLLM is built for.
+        vae_parallel: "halo", "tile" (less memory, not exact) or "off".
+        attention_backend: one of `runtime.attention.BACKENDS`, or "auto".
+        load_format: "auto", or "dummy" for random weights where only the time matters.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, incomplete or of another kind.
+        InvalidRequest: an argument has none of these values.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        revision: str | None = None,
+        dtype: str = "bfloat16",
+        device: str | None = None,
+        vae_parallel: str = "halo",
+        attention_backend: str = "auto",
+        load_format: str = "auto",
+    ) -> None:
+        start = time.perf_counter()
+        if dtype not in DTYPES:
+            raise InvalidRequest("dtype", dtype, f"one of {', '.join(DTYPES)}")
+        self.device = _device(device)
+        config = EngineConfig(
+            model=resolve(str(model), revision),
+            dtype=dtype,
+            device=str(self.device),
+            load_format=load_format,
+            attention_backend=attention_backend,
+            parallel=ParallelConfig(vae_parallel=vae_parallel),
+        )
+        # One rank exchanges nothing: vLLM's layers look their group up while they are built, and
+        # closing it at once lets several models live in one process.
+        mesh = init_mesh(config.parallel)
+        try:
+            self._pipeline: Pipeline | None = Pipeline.load(config, mesh, self.device)
+        finally:
+            close_mesh(mesh)
+        self._lock = threading.Lock()  # one request at a time, also from several threads
+        self.load_seconds = time.perf_counter() - start
+
+    @overload
+    def generate(
+        self, requests: Sequence[Request], *, progress: Report | None = None
+    ) -> list[Output]: ...
+
+    @overload
+    def generate(
+        self,
+        requests: Request | str | None = None,
+        *,
+        progress: Report | None = None,
+        **fields: Any,
+    ) -> Output: ...
+
+    def generate(
+        self,
+        requests: Request | str | Sequence[Request] | None = None,
+        *,
+        progress: Report | None = None,
+        **fields: Any,
+    ) -> Output | list[Output]:
+        """Run one request, given by its fields, or a list of requests.
+
+        ``requests`` is a `GenerateRequest`, a mapping of its fields, a prompt, or a list of the
+        first two. All of a list are checked before the first one runs. ``progress`` is called
+        after every step; what it raises ends the request.
+
+        Raises:
+            InvalidRequest: a field has a value that cannot be served.
+        """
+        return self._generate(requests, fields, progress or _ignore, threading.Event())
+
+    async def agenerate(
+        self,
+        requests: Request | str | Sequence[Request] | None = None,
+        *,
+        progress: Report | None = None,
+        **fields: Any,
+    ) -> Output | list[Output]:
+        """`generate` without blocking the event loop; cancelling it stops at the next step.
+
+        ``progress`` is called in another thread.
+        """
+        cancelled = threading.Event()
+        work = asyncio.to_thread(self._generate, requests, fields, progress or _ignore, cancelled)
+        try:
+            return await work
+        finally:
+            cancelled.set()
+
+    def plan(self, requests: Request | str | None = None, /, **fields: Any) -> Plan:
+        """What a request comes to, without running it: checks it whole."""
+        return self._open().plan(_request(requests, fields))
+
+    def close(self) -> None:
+        """Free the models and their memory. Waits for a request that is running."""
+        with self._lock:
+            self._pipeline = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> Cosmos3:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _open(self) -> Pipeline:
+        if self._pipeline is None:
+            raise Cosmos3Error("this Cosmos3 is closed; make a new one")
+        return self._pipeline
+
+    def _generate(
+        self,
+        requests: Request | str | Sequence[Request] | None,
+        fields: Mapping[str, Any],
+        report: Report,
+        cancelled: threading.Event,
+    ) -> Output | list[Output]:
+        several = isinstance(requests, Sequence) and not isinstance(requests, str)
+        if several and fields:
+            name = next(iter(fields))
+            raise InvalidRequest(name, fields[name], "part of each request, as a list was given")
+        given = list(requests) if several else [_request(requests, fields)]  # type: ignore[arg-type]
+        with self._lock:
+            pipeline = self._open()
+            plans = [pipeline.plan(_request(item, {})) for item in given]
+            outputs = [self._run(pipeline, plan, report, cancelled) for plan in plans]
+        return outputs if several else outputs[0]
+
+    def _run(
+        self, pipeline: Pipeline, plan: Plan, report: Report, cancelled: threading.Event
+    ) -> Output:
+        start = time.perf_counter()
+
+        def tell(phase: str, step: int, eta: float | None) -> None:
+            elapsed = time.perf_counter() - start
+            report(Progress(phase=phase, step=step, steps=plan.steps, elapsed=elapsed, eta=eta))
+
+        tell("encode", 0, None)
+        state = pipeline.encode(plan)
+        first_step = time.perf_counter()
+        tell("denoise", 0, None)
+        while not state.done:
+            if cancelled.is_set():
+                raise Cancelled(f"cancelled after {state.index} of {plan.steps} steps")
+            pipeline.step(state)
+            each = (time.perf_counter() - first_step) / state.index
+            tell("denoise", state.index, each * (plan.steps - state.index))
+        tell("decode", plan.steps, None)
+        pipeline.decode(state)
+        output = pipeline.finish(state)
+        total = time.perf_counter() - start
+        timings = {"model_load": self.load_seconds, **output.timings, "total": total}
+        return replace(output, timings=timings)
+
+
+def _request(given: Request | str | None, fields: Mapping[str, Any]) -> GenerateRequest:
+    if isinstance(given, GenerateRequest):
+        return replace(given, **fields) if fields else given
+    if isinstance(given, str):
+        return from_fields({"prompt": given, **fields})
+    return from_fields({**(given or {}), **fields})
+
+
+def _device(name: str | None) -> torch.device:
+    """The device to run on; vLLM's layers run on the kind of device vLLM was built for."""
+    from vllm.platforms import current_platform
+
+    built_for = current_platform.device_type
+    try:
+        device = torch.device(name or built_for)
+    except RuntimeError:
+        raise InvalidRequest("device", name, f"{built_for}, for the vLLM installed here") from None
+    if device.type != built_for:
+        raise InvalidRequest("device", name, f"{built_for}, for the vLLM installed here")
+    return device
+
+
+def _ignore(_: Progress) -> None:
+    return None

@@ -1,0 +1,140 @@
+"""What comes back: pixels, sound and latents of each result, with the record of how they were made.
+
+All arrays are numpy, on the host. `Progress` is what callbacks get while a request runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from vllm_cosmos3 import media
+from vllm_cosmos3.errors import InvalidRequest
+
+VIDEO_SUFFIXES = (".mp4",)
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+LATENT_SUFFIXES = (".safetensors",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """Where a request stands. ``eta`` are the seconds the phase still takes, None if unknown.
+
+    ``phase`` is encode, denoise or decode; ``step`` of ``steps`` are done.
+    """
+
+    phase: str
+    step: int
+    steps: int
+    elapsed: float
+    eta: float | None
+
+
+Report = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Sample:
+    """One result, of one seed.
+
+    ``video`` is uint8 [T, H, W, 3], ``image`` uint8 [H, W, 3] where one frame was asked for,
+    ``sound`` float32 [2, N] in [-1, 1], ``action`` float32 [T_a, raw_action_dim], ``latents``
+    float32 by stream: vision [1, 48, T, h, w], sound [64, T_s], action [T_a, 64]. What was not
+    asked for is None.
+    """
+
+    seed: int
+    video: np.ndarray | None = None
+    image: np.ndarray | None = None
+    sound: np.ndarray | None = None
+    action: np.ndarray | None = None
+    latents: Mapping[str, np.ndarray] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Output:
+    """The results of one request: ``samples`` has ``n`` of them, the properties show the first.
+
+    ``timings`` are seconds per phase, ``effective`` every resolved parameter, ``warnings`` what the
+    request should know about, ``peak_memory`` bytes on the device (of the process on a CPU).
+    """
+
+    samples: tuple[Sample, ...]
+    fps: float
+    sample_rate: int | None = None
+    timings: Mapping[str, float] = field(default_factory=dict)
+    effective: Mapping[str, object] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    peak_memory: int = 0
+
+    @property
+    def video(self) -> np.ndarray | None:
+        return self.samples[0].video
+
+    @property
+    def image(self) -> np.ndarray | None:
+        return self.samples[0].image
+
+    @property
+    def sound(self) -> np.ndarray | None:
+        return self.samples[0].sound
+
+    @property
+    def action(self) -> np.ndarray | None:
+        return self.samples[0].action
+
+    @property
+    def latents(self) -> Mapping[str, np.ndarray] | None:
+        return self.samples[0].latents
+
+    @property
+    def suffix(self) -> str:
+        """The usual file type of what was made."""
+        if self.video is not None:
+            return ".mp4"
+        return ".png" if self.image is not None else ".safetensors"
+
+    def save(self, path: str | Path, *, crf: int = 18) -> list[Path]:
+        """Write every sample and return the files: ``path``, or path-0, path-1, ... for several.
+
+        The suffix chooses the format: .mp4 (H.264 with AAC sound; ``crf`` 0 is lossless, 51 is
+        worst), .png, .jpg, .webp, or .safetensors for latents; without one the usual is added.
+
+        Raises:
+            InvalidRequest: the suffix does not suit what was made.
+        """
+        path = Path(path)
+        path = path if path.suffix else path.with_suffix(self.suffix)
+        if len(self.samples) == 1:
+            files = [path]
+        else:
+            files = [path.with_stem(f"{path.stem}-{i}") for i in range(len(self.samples))]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for file, sample in zip(files, self.samples, strict=True):
+            self._write(file, sample, crf)
+        return files
+
+    def _write(self, path: Path, sample: Sample, crf: int) -> None:
+        suffix = path.suffix.lower()
+        if sample.video is not None and suffix in VIDEO_SUFFIXES:
+            media.write_video(
+                path,
+                sample.video,
+                fps=self.fps,
+                sound_2N=sample.sound,
+                sample_rate=self.sample_rate or 48000,
+                crf=crf,
+            )
+        elif sample.image is not None and suffix in IMAGE_SUFFIXES:
+            media.write_image(path, sample.image)
+        elif sample.latents is not None and suffix in LATENT_SUFFIXES:
+            from safetensors.numpy import save_file
+
+            save_file({name: np.ascontiguousarray(x) for name, x in sample.latents.items()}, path)
+        else:
+            kinds = {".mp4": VIDEO_SUFFIXES, ".png": IMAGE_SUFFIXES}
+            possible = ", ".join(kinds.get(self.suffix, LATENT_SUFFIXES))
+            raise InvalidRequest("path", str(path), f"a file of type {possible}")

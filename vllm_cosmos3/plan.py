@@ -1,0 +1,68 @@
+"""What a request comes to: plain frozen data, no tensors, no weights, picklable.
+
+`conditions` writes a plan; below it nobody asks which mode a request had. Streams are in the order
+of the generation sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StreamPlan:
+    """One modality: the shape of its latents and which of them are given.
+
+    ``shape`` is vision [1, 48, T, h, w], sound [64, T_s] or action [T_a, 64]. ``known`` are the
+    positions on the time axis that are given rather than generated; ``source`` is what their
+    latents are made from: for vision uint8 pixels [frames, H, W, 3] from the first known position
+    on. ``rate`` is what a second holds of the material: pixel frames, sound latents, action rows.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rate: float
+    known: tuple[int, ...] = ()
+    source: np.ndarray | None = None
+
+    @property
+    def length(self) -> int:
+        """Positions on the time axis."""
+        return self.shape[{"vision": 2, "sound": 1, "action": 0}[self.name]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Plan:
+    """Everything that the five calls of the pipeline need to know about one request.
+
+    ``token_ids`` has one list per guidance branch: the prompt, then the negative prompt unless
+    ``guidance_scale`` is 1. ``seeds`` has one seed per result. ``initial`` replaces the seeds'
+    noise by stream name. ``decoded`` is false if the latents alone are wanted. ``effective`` is the
+    record of all resolved parameters under their public names, JSON-serialisable; ``warnings`` are
+    sentences for the user.
+    """
+
+    token_ids: tuple[tuple[int, ...], ...]
+    streams: tuple[StreamPlan, ...]
+    fps: float
+    schedule: str
+    solver: str
+    num_inference_steps: int
+    flow_shift: float
+    guidance_scale: float
+    guidance_interval: tuple[float, float] | None
+    seeds: tuple[int, ...]
+    noise: str
+    decoded: bool
+    domain_id: int = 0
+    initial: Mapping[str, np.ndarray] = field(default_factory=dict)
+    effective: Mapping[str, object] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def steps(self) -> int:
+        """Calls of the pipeline's ``step`` that the request takes."""
+        return self.num_inference_steps * len(self.seeds)

@@ -1,0 +1,172 @@
+"""From a prompt to token ids: facts about the output are added to the text, then the chat frame.
+
+The sentences and their order are those the model was trained with. A prompt that is a JSON caption
+gets the facts as keys instead.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Protocol
+
+from vllm_cosmos3.errors import CheckpointError, InvalidRequest
+
+# Trained text, word for word: "give" is a slip of the training data.
+SYSTEM_IMAGE = "You are a helpful assistant who will generate images from a give prompt."
+SYSTEM_VIDEO = "You are a helpful assistant who will generate videos from a give prompt."
+DURATION = "The video is {duration:.1f} seconds long and is of {fps:.0f} FPS."
+DURATION_INVERSE = "The video is not {duration:.1f} seconds long and is not of {fps:.0f} FPS."
+RESOLUTION = "This {kind} is of {height}x{width} resolution."
+RESOLUTION_INVERSE = "This {kind} is not of {height}x{width} resolution."
+SUFFIX = "<|vision_start|>"  # follows the end-of-text token and opens the generated part
+
+
+class Tokenizer(Protocol):
+    """What is used of the checkpoint's tokenizer."""
+
+    eos_token_id: int
+
+    def apply_chat_template(
+        self, conversation: Sequence[Mapping[str, str]], **kwargs: Any
+    ) -> Any: ...
+
+    def convert_tokens_to_ids(self, tokens: str) -> int | None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What a prompt may state about the output. ``aspect_ratio`` like "16,9", None if not usual."""
+
+    num_frames: int
+    fps: float
+    height: int
+    width: int
+    aspect_ratio: str | None
+
+    @property
+    def is_image(self) -> bool:
+        return self.num_frames == 1
+
+
+def positive_text(
+    prompt: str, facts: Facts, *, style: str, duration: bool, resolution: bool
+) -> str:
+    """The prompt with its facts. ``style`` is "plain", "json", or "auto": json if it is an object.
+
+    ``duration`` and ``resolution`` choose the sentences of a plain prompt; a JSON caption always
+    gets the keys duration, fps, resolution and aspect_ratio, in this order behind its own keys,
+    or in place where it has them.
+    """
+    caption = _json_object(prompt) if style != "plain" else None
+    if caption is not None:
+        return json.dumps(_with_facts(caption, facts))
+    if style == "json":
+        raise InvalidRequest("prompt", prompt, "a JSON object, as prompt_format is json")
+    return _with_sentences(prompt, _sentences(facts, DURATION, RESOLUTION, duration, resolution))
+
+
+def negative_text(
+    prompt: str, facts: Facts, *, metadata: str, duration: bool, resolution: bool
+) -> str:
+    """The negative prompt; ``metadata`` adds the positive sentences, inverted ones or none.
+
+    They are sentences even after a JSON caption: this is how the reference calls the model.
+    """
+    if metadata == "none":
+        return prompt
+    inverse = metadata == "inverse"
+    templates = (DURATION_INVERSE, RESOLUTION_INVERSE) if inverse else (DURATION, RESOLUTION)
+    return _with_sentences(prompt, _sentences(facts, *templates, duration, resolution))
+
+
+def encode(
+    text: str, tokenizer: Tokenizer, *, system: str | None, limit: int
+) -> tuple[tuple[int, ...], int]:
+    """Token ids of ``text`` in its chat frame, at most ``limit``, and how many were before the cut.
+
+    The cut is at the end of the text; the frame, the assistant's header and the two closing
+    tokens always stay.
+    """
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    messages.append({"role": "user", "content": text})
+    encoded = tokenizer.apply_chat_template(
+        messages, tokenize=True, add_generation_prompt=True, add_vision_id=False, return_dict=True
+    )
+    ids = list(encoded["input_ids"])
+    end, opening = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(SUFFIX)
+    if opening is None or end not in ids:
+        raise CheckpointError(
+            f"the tokenizer has no {SUFFIX} token, or no chat template of Cosmos3"
+        )
+    suffix = [end, opening]
+    length = len(ids) + len(suffix)
+    if length > limit:
+        header = ids[len(ids) - 1 - ids[::-1].index(end) :]  # from the end of the user's turn on
+        ids = ids[: limit - len(header) - len(suffix)] + header
+    return (*ids, *suffix), length
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer in ``text_tokenizer/`` of a checkpoint folder."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder / "text_tokenizer")
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{folder / 'text_tokenizer'} cannot be read: {reason}") from None
+    return tokenizer
+
+
+def default_negative(folder: Path, names: Sequence[str]) -> str:
+    """The first of ``names`` in the checkpoint's ``assets/``, else the one of this package."""
+    for name in names:
+        file = folder / "assets" / name
+        if file.exists():
+            try:
+                return json.dumps(json.loads(file.read_text()))
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{file} cannot be read: {error}") from None
+    own = resources.files("vllm_cosmos3").joinpath("data/negative_prompt.json")
+    return json.dumps(json.loads(own.read_text()))
+
+
+def _json_object(prompt: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(prompt)
+    except (ValueError, RecursionError):  # the latter for absurdly deep nesting
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _with_facts(caption: dict[str, Any], facts: Facts) -> dict[str, Any]:
+    if facts.is_image:
+        caption = {k: v for k, v in caption.items() if k not in ("duration", "fps")}
+    else:
+        caption["duration"] = f"{int(facts.num_frames / facts.fps)}s"
+        caption["fps"] = float(facts.fps)
+    caption["resolution"] = {"H": facts.height, "W": facts.width}
+    if facts.aspect_ratio is not None:
+        caption["aspect_ratio"] = facts.aspect_ratio
+    return caption
+
+
+def _sentences(facts: Facts, length: str, size: str, duration: bool, resolution: bool) -> list[str]:
+    kind = "image" if facts.is_image else "video"
+    sentences = []
+    if duration and not facts.is_image:
+        sentences.append(length.format(duration=facts.num_frames / facts.fps, fps=facts.fps))
+    if resolution:
+        sentences.append(size.format(kind=kind, height=facts.height, width=facts.width))
+    return sentences
+
+
+def _with_sentences(text: str, sentences: list[str]) -> str:
+    for sentence in sentences:
+        text = text.strip().rstrip(".")
+        text = f"{text}. {sentence}" if text else sentence
+    return text

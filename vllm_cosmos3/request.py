@@ -1,0 +1,478 @@
+"""What a user asks for: one frozen request. Every single value is checked here, once.
+
+Command-line flags and the HTTP schema are generated from the fields and their ``Spec``. This module
+knows no checkpoint: values that depend on one (defaults, sizes, sound) are settled in `conditions`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
+
+from vllm_cosmos3.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+    import torch
+    from PIL.Image import Image
+
+    ImageSource = str | Path | bytes | Image | np.ndarray
+    VideoSource = str | Path | bytes | np.ndarray | Sequence[Image]
+
+MAX_SEED = 2**32 - 1  # numpy's RandomState, the reference's noise rule, takes 32 bits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spec:
+    """What one field accepts, as data: its kind, range and unit, and a sentence for the help.
+
+    ``kind`` is text, int, float, bool, choice, size, ints, pair, image, video or arrays. ``low``
+    and ``high`` are inclusive, except that ``above`` makes ``low`` exclusive.
+    """
+
+    kind: str
+    help: str
+    unit: str = ""
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+    choices: tuple[str, ...] = ()
+
+    @property
+    def possible(self) -> str:
+        """What the field accepts, as the end of the sentence "... must be"."""
+        if self.kind == "choice":
+            return f"one of {', '.join(self.choices)}"
+        return _POSSIBLE[self.kind] + self._range()
+
+    def _range(self) -> str:
+        if self.kind == "text" and self.high < math.inf:
+            return f" of at most {self.high:,.0f} characters"
+        if self.high == math.inf:
+            return ""
+        bounds = f"above {self.low:g} up to" if self.above else f"from {_plain(self.low)} to"
+        return f" {bounds} {_plain(self.high)}{f' {self.unit}' if self.unit else ''}"
+
+    def checked(self, name: str, value: Any) -> Any:
+        """``value`` in its normal form; InvalidRequest if the field cannot have it."""
+        normal = _NORMAL[self.kind](value)
+        if normal is None:
+            raise InvalidRequest(name, value, self.possible, "invalid_type")
+        if self.kind == "choice" and normal not in self.choices:
+            raise InvalidRequest(name, value, self.possible)
+        if self.kind == "text" and len(normal) > self.high:
+            raise InvalidRequest(name, value, self.possible, "field_too_large")
+        if self.kind in ("int", "float", "ints", "pair"):
+            numbers = (normal,) if self.kind in ("int", "float") else normal
+            if not numbers or not all(self._within(number) for number in numbers):
+                raise InvalidRequest(name, value, self.possible)
+        return normal
+
+    def _within(self, number: float) -> bool:
+        low = self.low < number if self.above else self.low <= number
+        return low and number <= self.high  # false for nan
+
+
+def field(default: Any, **spec: Any) -> Any:
+    """A request field: its default (None where it follows from the mode) and its `Spec`."""
+    return dataclasses.field(default=default, metadata={"spec": Spec(**spec)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """One request for an image or a video, with or without sound.
+
+    The mode follows from the inputs: ``num_frames=1`` is text-to-image, an ``image`` is
+    image-to-video, a ``video`` is video-to-video, anything else is text-to-video. A field that is
+    None takes the default of its mode (`conditions.DEFAULTS`); an omitted seed is drawn here, so
+    that every rank and the record of the result see the same number.
+
+    Raises:
+        InvalidRequest: a value has the wrong type or range, or two fields contradict each other.
+    """
+
+    prompt: str | None = field(
+        None, kind="text", high=2**20, help="what to show: plain text, or a structured JSON caption"
+    )
+    negative_prompt: str | None = field(
+        None,
+        kind="text",
+        high=2**20,
+        help="what to avoid; omitted: the checkpoint's own for videos, none for images",
+    )
+    image: ImageSource | None = field(
+        None, kind="image", help="first frame of the video: a file, bytes, or an RGB picture"
+    )
+    video: VideoSource | None = field(
+        None, kind="video", help="clip to continue: a file, bytes, or RGB frames"
+    )
+    condition_frame_indexes_vision: tuple[int, ...] | None = field(
+        None,
+        kind="ints",
+        low=0,
+        high=1000,
+        help="latent frames taken from the video (index k needs 4k+1 frames of it)",
+    )
+    condition_video_keep: str = field(
+        "first",
+        kind="choice",
+        choices=("first", "last"),
+        help="which end of the video supplies those frames",
+    )
+    size: str | None = field(
+        None, kind="size", help="WIDTHxHEIGHT in pixels, multiples of 16, instead of the two"
+    )
+    height: int | None = field(
+        None, kind="int", low=16, high=65536, unit="pixels", help="height, a multiple of 16"
+    )
+    width: int | None = field(
+        None, kind="int", low=16, high=65536, unit="pixels", help="width, a multiple of 16"
+    )
+    num_frames: int | None = field(
+        None,
+        kind="int",
+        low=1,
+        high=100_000,
+        unit="frames",
+        help="length, rounded up to 4k+1; 1 makes an image",
+    )
+    seconds: float | None = field(
+        None,
+        kind="float",
+        low=0,
+        above=True,
+        high=600,
+        unit="seconds",
+        help="length, instead of num_frames",
+    )
+    fps: float | None = field(
+        None, kind="float", low=1, high=60, unit="frames per second", help="frame rate"
+    )
+    num_inference_steps: int | None = field(
+        None, kind="int", low=1, high=200, unit="steps", help="denoising steps"
+    )
+    guidance_scale: float | None = field(
+        None,
+        kind="float",
+        low=0,
+        high=20,
+        help="strength of classifier-free guidance; 1 is none and takes half the time",
+    )
+    guidance_interval: tuple[float, float] | None = field(
+        None,
+        kind="pair",
+        low=0,
+        high=1000,
+        help="lowest and highest timestep with guidance, both included; omitted: all",
+    )
+    flow_shift: float | None = field(
+        None,
+        kind="float",
+        low=0,
+        above=True,
+        high=100,
+        help="shift of the noise schedule; larger spends more steps on structure",
+    )
+    schedule: str = field(
+        "native",
+        kind="choice",
+        choices=("native", "diffusers", "karras"),
+        help="noise levels: the reference's own, or the flow or Karras schedule of diffusers",
+    )
+    seed: int | None = field(
+        None, kind="int", low=0, high=MAX_SEED, help="of the initial noise; omitted: random"
+    )
+    noise: str = field(
+        "numpy",
+        kind="choice",
+        choices=("numpy", "torch"),
+        help="how the seed becomes noise: the reference's rule, or a torch generator",
+    )
+    n: int = field(
+        1, kind="int", low=1, high=10, help="results per request, of seeds seed to seed+n-1"
+    )
+    generate_sound: bool = field(False, kind="bool", help="make a synchronized sound track")
+    sound_duration: float | None = field(
+        None,
+        kind="float",
+        low=0.04,
+        high=600,
+        unit="seconds",
+        help="length of the sound; omitted: that of the video",
+    )
+    use_resolution_template: bool = field(
+        True, kind="bool", help="end plain prompts with a sentence on the resolution"
+    )
+    use_duration_template: bool = field(
+        True, kind="bool", help="end plain video prompts with a sentence on length and frame rate"
+    )
+    negative_metadata_mode: str = field(
+        "same",
+        kind="choice",
+        choices=("none", "same", "inverse"),
+        help="what the negative prompt says of size and length: nothing, the same, the opposite",
+    )
+    use_system_prompt: bool = field(
+        False, kind="bool", help="put the model's system sentence before the prompt"
+    )
+    prompt_format: str = field(
+        "auto",
+        kind="choice",
+        choices=("auto", "plain", "json"),
+        help="plain: end the prompt with sentences on size and length; json: write them into the"
+        " JSON caption; auto: json for a prompt that is a JSON object",
+    )
+    max_sequence_length: int = field(
+        4096,
+        kind="int",
+        low=64,
+        high=32768,
+        unit="tokens",
+        help="longest prompt with its chat frame; the text is cut at its end, never the frame",
+    )
+    prompt_token_ids: tuple[int, ...] | None = field(
+        None,
+        kind="ints",
+        low=0,
+        high=2**31,
+        help="token ids of the whole prompt with its chat frame, instead of the text",
+    )
+    negative_prompt_token_ids: tuple[int, ...] | None = field(
+        None,
+        kind="ints",
+        low=0,
+        high=2**31,
+        help="token ids of the whole negative prompt, instead of the text",
+    )
+    allow_untrained_size: bool = field(
+        False, kind="bool", help="accept larger or longer outputs than the model was trained for"
+    )
+    output_type: str = field(
+        "pixels",
+        kind="choice",
+        choices=("pixels", "latent"),
+        help="decoded pixels and sound, or the latents alone",
+    )
+    latents: Mapping[str, np.ndarray | torch.Tensor] | None = field(
+        None,
+        kind="arrays",
+        help="initial noise by stream: vision [1,48,T,h,w], sound [64,T_s], action [T_a,64]",
+    )
+
+    def __post_init__(self) -> None:
+        for name, spec in SPECS.items():
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, spec.checked(name, value))
+            elif name in _NEVER_NONE:
+                raise InvalidRequest(name, value, spec.possible, "missing_required")
+        _check_prompts(self)
+        _check_size(self)
+        _check_conditions(self)
+        if self.seed is None:
+            object.__setattr__(self, "seed", secrets.randbelow(MAX_SEED - self.n))
+        elif self.seed + self.n - 1 > MAX_SEED:
+            raise InvalidRequest("seed", self.seed, f"at most {MAX_SEED} minus n, plus one")
+
+    @property
+    def mode(self) -> str:
+        """text2image, text2video, image2video or video2video, from the inputs that are given."""
+        if self.num_frames == 1:
+            return "text2image"
+        if self.image is not None:
+            return "image2video"
+        return "text2video" if self.video is None else "video2video"
+
+
+SPECS: dict[str, Spec] = {
+    item.name: item.metadata["spec"] for item in dataclasses.fields(GenerateRequest)
+}
+_NEVER_NONE = {
+    item.name for item in dataclasses.fields(GenerateRequest) if item.default is not None
+}
+
+
+def from_fields(fields: Mapping[str, Any]) -> GenerateRequest:
+    """A request from field names and values; an unknown name is refused with the nearest one."""
+    for name in fields:
+        if name not in SPECS:
+            import difflib
+
+            near = difflib.get_close_matches(name, SPECS, n=1)
+            hint = (
+                f"left out; did you mean {near[0]}?" if near else "left out: there is no such field"
+            )
+            raise InvalidRequest(name, fields[name], hint, "unknown_parameter")
+    return GenerateRequest(**fields)
+
+
+# Rules that join several fields.
+
+
+def _check_prompts(request: GenerateRequest) -> None:
+    if request.prompt is None and request.prompt_token_ids is None:
+        raise InvalidRequest("prompt", None, "a text, or prompt_token_ids", "missing_required")
+    for name in ("prompt", "negative_prompt"):
+        text = getattr(request, name)
+        if text is None:
+            continue
+        if getattr(request, f"{name}_token_ids") is not None:
+            raise InvalidRequest(name, text, f"left out, as {name}_token_ids is given", "conflict")
+        if bad := next(filter(_unprintable, text), None):
+            raise InvalidRequest(name, text, f"text without characters such as {bad!r}")
+    if request.prompt is not None and not request.prompt.strip():
+        raise InvalidRequest("prompt", request.prompt, "a text that is not empty")
+
+
+def _unprintable(character: str) -> bool:
+    """Control characters other than white space, and halves of surrogate pairs."""
+    code = ord(character)
+    return (code < 32 and character not in "\t\n\r") or 0xD800 <= code < 0xE000
+
+
+def _check_size(request: GenerateRequest) -> None:
+    height, width = request.height, request.width
+    if (height is None) != (width is None):
+        missing, other = ("width", "height") if width is None else ("height", "width")
+        raise InvalidRequest(missing, None, f"given together with {other}", "missing_required")
+    given = "size" if request.size is not None else None
+    if request.size is not None:
+        size = parse_size(request.size)
+        if height is not None and size != (width, height):
+            raise InvalidRequest(
+                "size", request.size, f"{width}x{height} or left out, as width and height are given",
+                "conflict",
+            )  # fmt: skip
+        width, height = size
+    for name, pixels in (("width", width), ("height", height)):
+        if pixels is not None and (pixels % 16 or pixels < 16):
+            nearest = max(16, round(pixels / 16) * 16)
+            value = request.size if given else pixels
+            raise InvalidRequest(
+                given or name, value, f"multiples of 16; the nearest {name} is {nearest}"
+            )
+
+
+def _check_conditions(request: GenerateRequest) -> None:
+    if request.image is not None and request.video is not None:
+        raise InvalidRequest("video", request.video, "left out, as image is given", "conflict")
+    if request.num_frames == 1:
+        for name in ("image", "video", "seconds"):
+            if (value := getattr(request, name)) is not None:
+                possible = "left out, as num_frames=1 makes an image from text alone"
+                raise InvalidRequest(name, value, possible, "unsupported_combination")
+        if request.generate_sound:
+            possible = "False, as num_frames=1 makes an image"
+            raise InvalidRequest("generate_sound", True, possible, "unsupported_combination")
+    if request.sound_duration is not None and not request.generate_sound:
+        possible = "left out, or generate_sound=True with it"
+        raise InvalidRequest("sound_duration", request.sound_duration, possible, "conflict")
+    indexes = request.condition_frame_indexes_vision
+    if (
+        indexes is not None
+        and request.video is None
+        and not (request.image is not None and indexes == (0,))
+    ):
+        possible = "left out, or given with a video (an image is always latent frame 0)"
+        raise InvalidRequest("condition_frame_indexes_vision", indexes, possible, "conflict")
+    if request.latents is not None and request.n > 1:
+        possible = "1 or left out, as latents are the noise of one result"
+        raise InvalidRequest("n", request.n, possible, "conflict")
+    if request.guidance_interval and request.guidance_interval[0] > request.guidance_interval[1]:
+        possible = "two timesteps, the lower one first"
+        raise InvalidRequest("guidance_interval", request.guidance_interval, possible)
+
+
+def parse_size(size: str) -> tuple[int, int]:
+    """Width and height of a string such as ``1280x720``, which a `Spec` has checked."""
+    width, height = size.lower().split("x")
+    return int(width), int(height)
+
+
+# The normal form of one value of each kind; None where the value is of another kind.
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _integer(value: Any) -> int | None:
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
+
+
+def _boolean(value: Any) -> bool | None:
+    return value if isinstance(value, bool) else None
+
+
+def _size(value: Any) -> str | None:
+    if not isinstance(value, str):
+        return None
+    parts = value.lower().split("x")
+    digits = len(parts) == 2 and all(p.isascii() and p.isdigit() and len(p) < 9 for p in parts)
+    return value.lower() if digits else None
+
+
+def _integers(value: Any) -> tuple[int, ...] | None:
+    values = [value] if isinstance(value, Integral) else value
+    if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
+        return None
+    items = [_integer(item) for item in values]
+    return None if None in items else tuple(item for item in items if item is not None)
+
+
+def _pair(value: Any) -> tuple[float, float] | None:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or len(value) != 2:
+        return None
+    low, high = map(_number, value)
+    return None if low is None or high is None else (low, high)
+
+
+def _media(value: Any) -> Any:
+    """Files, bytes and pictures are opened later, by `media`; numbers and mappings never are."""
+    return None if isinstance(value, (bool, Real, Mapping)) else value
+
+
+def _arrays(value: Any) -> Any:
+    return value if isinstance(value, Mapping) and value else None
+
+
+_NORMAL = {
+    "text": _text,
+    "int": _integer,
+    "float": _number,
+    "bool": _boolean,
+    "choice": _text,
+    "size": _size,
+    "ints": _integers,
+    "pair": _pair,
+    "image": _media,
+    "video": _media,
+    "arrays": _arrays,
+}
+_POSSIBLE = {
+    "text": "text",
+    "int": "an integer",
+    "float": "a number",
+    "bool": "true or false",
+    "size": "WIDTHxHEIGHT in pixels, for example 1280x720",
+    "ints": "a list of integers",
+    "pair": "two numbers",
+    "image": "a file, bytes, a PIL image or a uint8 array [H,W,3]",
+    "video": "a file, bytes, a list of PIL images or a uint8 array [T,H,W,3]",
+    "arrays": "a mapping of stream names to arrays",
+}
+
+
+def _plain(number: float) -> str:
+    return str(int(number)) if number == int(number) else f"{number:g}"

@@ -1,0 +1,96 @@
+"""Dense attention of one sequence: a table of backends, chosen by what the device can do.
+
+Shapes: q [S, H, D], k and v [K, h, D], result [S, H, D]. H is a multiple of h; query head j reads
+key head j // (H / h). Causal attention needs S = K. Scores are scaled by 1 / sqrt(D).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from vllm_cosmos3.errors import InvalidRequest, Unsupported
+
+
+class Attend(Protocol):
+    def __call__(self, q_SHD: Tensor, k_KhD: Tensor, v_KhD: Tensor, *, causal: bool) -> Tensor: ...
+
+
+def make_attend(
+    name: str = "auto", *, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> Attend:
+    """The backend ``name`` of BACKENDS, or for "auto" the fastest that can do this.
+
+    Raises InvalidRequest for an unknown name, Unsupported where the device cannot run it.
+    """
+    if name != "auto" and name not in BACKENDS:
+        raise InvalidRequest("attention_backend", name, f"auto, {' or '.join(BACKENDS)}")
+    obstacle = _flash_obstacle(device, dtype)
+    if name == "auto":
+        name = "sdpa" if obstacle else "flash"
+    elif name == "flash" and obstacle:
+        raise Unsupported(f"attention_backend flash {obstacle}; use sdpa or auto")
+    return BACKENDS[name](head_dim)
+
+
+def _sdpa(_head_dim: int) -> Attend:
+    return _attend_sdpa
+
+
+def _flash(head_dim: int) -> Attend:
+    """FlashAttention 2, 3 or 4, whichever vLLM bundles for this GPU."""
+    from vllm.v1.attention.backends.fa_utils import (
+        flash_attn_varlen_func,
+        get_flash_attn_version,
+    )
+
+    version = get_flash_attn_version(head_size=head_dim)
+    if version is None:
+        raise Unsupported("attention_backend flash is not part of this vLLM build; use sdpa")
+    return partial(_attend_flash, partial(flash_attn_varlen_func, fa_version=version))
+
+
+BACKENDS: dict[str, Callable[[int], Attend]] = {"flash": _flash, "sdpa": _sdpa}
+
+
+def _attend_sdpa(q_SHD: Tensor, k_KhD: Tensor, v_KhD: Tensor, *, causal: bool) -> Tensor:
+    q, k, v = (x.movedim(1, 0).unsqueeze(0) for x in (q_SHD, k_KhD, v_KhD))
+    grouped = q.shape[1] != k.shape[1]
+    o = scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
+    return o.squeeze(0).movedim(0, 1)
+
+
+def _attend_flash(
+    varlen: Callable[..., Tensor], q_SHD: Tensor, k_KhD: Tensor, v_KhD: Tensor, *, causal: bool
+) -> Tensor:
+    queries, keys = q_SHD.shape[0], k_KhD.shape[0]
+    return varlen(
+        q=q_SHD,
+        k=k_KhD,
+        v=v_KhD,
+        max_seqlen_q=queries,
+        cu_seqlens_q=_bounds(queries, q_SHD.device),
+        max_seqlen_k=keys,
+        cu_seqlens_k=_bounds(keys, q_SHD.device),
+        causal=causal,
+    )
+
+
+@lru_cache(maxsize=64)
+def _bounds(length: int, device: torch.device) -> Tensor:
+    """Start and end of the only sequence. Kept, because building it would stop the device."""
+    return torch.tensor([0, length], dtype=torch.int32, device=device)
+
+
+def _flash_obstacle(device: torch.device, dtype: torch.dtype) -> str:
+    """Why FlashAttention cannot be used here; empty if it can."""
+    if device.type != "cuda":
+        return f"needs a CUDA device, not {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"needs bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
+    return ""

@@ -1,0 +1,81 @@
+"""Classifier-free guidance: how far each step goes from the weaker to the stronger condition.
+
+Branches are ordered from the fullest condition to the emptiest; branch 0 is the prompt. A step has
+one scale between each branch and the next: plain guidance has two branches and one scale, transfer
+nests a second pair. A scale of 1 means that the weaker branch does not matter and is not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from vllm_cosmos3.runtime.mesh import Axis, all_gather
+
+Velocities = tuple[Tensor, ...]  # one float32 tensor for each stream
+Scales = tuple[float, ...]  # one less than there are branches
+
+
+def guidance_per_step(
+    timesteps: Sequence[float], scale: float, interval: tuple[float, float] | None
+) -> tuple[float, ...]:
+    """``scale`` where ``interval`` (inclusive, in timesteps 0 to 1000) holds the step, else 1."""
+    low, high = interval or (0.0, 1000.0)
+    return tuple(scale if low <= t <= high else 1.0 for t in timesteps)
+
+
+def branches_needed(scales: Scales) -> tuple[int, ...]:
+    """Branches that a step with these scales evaluates: always 0, others unless their scale is 1."""
+    return (0, *(branch for branch, scale in enumerate(scales, start=1) if scale != 1))
+
+
+def branches_of_rank(per_step: Sequence[Scales], axis: Axis) -> tuple[int, ...]:
+    """Branches that this rank evaluates in any of the steps: those whose text it must understand."""
+    return tuple(sorted({branch for scales in per_step for branch in _share(scales, axis)}))
+
+
+def guide(predict: Callable[[int], Velocities], scales: Scales, axis: Axis) -> Velocities:
+    """The guided velocities of one step; ``predict(branch)`` evaluates one branch.
+
+    Branches are dealt over the CFG axis and exchanged once; with one rank, or one branch, nothing
+    is exchanged. Every rank returns the same values.
+    """
+    needed = branches_needed(scales)
+    mine = {branch: predict(branch) for branch in _share(scales, axis)}
+    velocities = mine if len(needed) == 1 or axis.size == 1 else _exchange(mine, needed, axis)
+    guided = velocities[0]
+    for branch in needed[1:]:
+        scale, weaker = scales[branch - 1], velocities[branch]
+        guided = tuple(
+            base + scale * (strong - base) for base, strong in zip(weaker, guided, strict=True)
+        )
+    return guided
+
+
+def _share(scales: Scales, axis: Axis) -> tuple[int, ...]:
+    """This rank's branches. A single branch is evaluated everywhere: cheaper than sending it."""
+    needed = branches_needed(scales)
+    return needed if len(needed) == 1 else needed[axis.rank :: axis.size]
+
+
+def _exchange(
+    mine: dict[int, Velocities], needed: tuple[int, ...], axis: Axis
+) -> dict[int, Velocities]:
+    """All branches from all ranks, with one collective of equal sizes."""
+    rounds = -(-len(needed) // axis.size)
+    sample = next(iter(mine.values()))
+    flat = [torch.cat([v.flatten() for v in velocities]) for velocities in mine.values()]
+    flat += [torch.zeros_like(flat[0])] * (rounds - len(flat))
+    gathered = all_gather(torch.stack(flat), axis)
+    sizes = [v.numel() for v in sample]
+    return {
+        branch: tuple(
+            part.view_as(like)
+            for part, like in zip(
+                gathered[place % axis.size][place // axis.size].split(sizes), sample, strict=True
+            )
+        )
+        for place, branch in enumerate(needed)
+    }

@@ -1,0 +1,94 @@
+"""Streams of latents and their tokens.
+
+A stream knows which of its values are generated (free) and which are given (clean). Everything that
+other systems call a mode is in these masks. Patches are the tokens of a video latent; sound and
+action latents are tokens already.
+
+Shapes: C channels, T latent frames, h x w latent pixels, S tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Stream:
+    """One modality of one request between two steps.
+
+    ``name`` is "vision", "sound" or "action" and decides how the stream is embedded; several vision
+    streams may stand side by side. ``x`` and ``clean`` are float32: vision [1, C, T, h, w], sound
+    [C, T], action [T, C]. ``free`` is bool, True where the value is generated, and has size 1 in all
+    dimensions but time: vision [1, 1, T, 1, 1], sound [1, T]; action [T, C] also leaves the unused
+    channels of an embodiment out.
+    """
+
+    name: str
+    x: Tensor
+    clean: Tensor
+    free: Tensor
+
+    def restored(self, x: Tensor) -> Stream:
+        """The stream at ``x``, with the given values put back."""
+        return replace(self, x=torch.where(self.free, x, self.clean))
+
+
+def start_stream(name: str, *, noise: Tensor, clean: Tensor, free: Tensor) -> Stream:
+    """The stream before the first step: noise where it is free."""
+    return Stream(name=name, x=noise, clean=clean, free=free).restored(noise)
+
+
+def free_frames(frames: int, known: tuple[int, ...]) -> Tensor:
+    """Mask [1, 1, frames, 1, 1] of a video of which the latent frames ``known`` are given."""
+    free = torch.ones(frames, dtype=torch.bool)
+    free[list(known)] = False
+    return free.view(1, 1, frames, 1, 1)
+
+
+def patch_grid(shape: tuple[int, ...], patch: int) -> tuple[int, int, int]:
+    """Frames, patch rows and patch columns of a latent of ``shape`` [1, C, T, h, w]."""
+    return shape[2], -(-shape[3] // patch), -(-shape[4] // patch)
+
+
+def token_count(stream: Stream, patch: int) -> int:
+    """Tokens of a stream in the generation sequence."""
+    if stream.name == "vision":
+        frames, rows, columns = patch_grid(tuple(stream.x.shape), patch)
+        return frames * rows * columns
+    length: int = stream.x.shape[1 if stream.name == "sound" else 0]
+    return length
+
+
+def patchify(latents: Tensor, patch: int) -> Tensor:
+    """[1, C, T, h, w] to tokens [T * rows * columns, patch * patch * C], channels fastest.
+
+    Odd sizes are filled with zeros at the bottom and on the right. The tokens of such a
+    border take part in attention like all others.
+    """
+    frames, rows, columns = patch_grid(tuple(latents.shape), patch)
+    _, channels, _, height, width = latents.shape
+    padded = pad(latents[0], (0, columns * patch - width, 0, rows * patch - height))
+    blocks = padded.view(channels, frames, rows, patch, columns, patch)
+    return blocks.permute(1, 2, 4, 3, 5, 0).reshape(frames * rows * columns, -1)
+
+
+def unpatchify(tokens: Tensor, shape: tuple[int, ...], patch: int) -> Tensor:
+    """The inverse of ``patchify`` for a latent of ``shape``; the filling is cut off."""
+    frames, rows, columns = patch_grid(shape, patch)
+    blocks = tokens.view(frames, rows, columns, patch, patch, shape[1])
+    padded = blocks.permute(5, 0, 1, 3, 2, 4).reshape(
+        1, shape[1], frames, rows * patch, columns * patch
+    )
+    return padded[..., : shape[3], : shape[4]]
+
+
+def noisy_tokens(stream: Stream, patch: int) -> Tensor:
+    """Bool [S]: tokens of which at least one value is generated. They are told the timestep."""
+    if stream.name == "vision":
+        frames, rows, columns = patch_grid(tuple(stream.x.shape), patch)
+        return stream.free.view(frames, 1).expand(frames, rows * columns).flatten()
+    return stream.free.any(dim=0 if stream.name == "sound" else 1)
