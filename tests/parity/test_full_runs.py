@@ -214,10 +214,10 @@ def test_pixels_and_sound(oracle: Cosmos3OmniPipeline, ours: Cosmos3) -> None:
     assert np.abs(mine.sound - theirs.sound.numpy()).max() <= BOUND
 
 
-@pytest.mark.parametrize("system", [False, True])
+@pytest.mark.parametrize("system", [0, 1])
 @pytest.mark.parametrize("frames", [1, 9])
 def test_token_ids(
-    oracle: Cosmos3OmniPipeline, tiny_checkpoint_fp32: Path, frames: int, system: bool
+    oracle: Cosmos3OmniPipeline, tiny_checkpoint_fp32: Path, frames: int, system: int
 ) -> None:
     """Plain prompts as diffusers builds them: inverse metadata in the negative prompt."""
     theirs = oracle.tokenize_prompt(
@@ -227,7 +227,7 @@ def test_token_ids(
         height=64,
         width=96,
         fps=12.5,
-        use_system_prompt=system,
+        use_system_prompt=bool(system),
     )
     request = GenerateRequest(
         prompt=PROMPT + ".",
@@ -236,7 +236,7 @@ def test_token_ids(
         size="96x64",
         fps=12.5,
         negative_metadata_mode="inverse",
-        use_system_prompt=system,
+        use_system_prompt=bool(system),
     )
     tokenizer = load_tokenizer(tiny_checkpoint_fp32)
     plan = make_plan(request, read_config(tiny_checkpoint_fp32), tokenizer)
