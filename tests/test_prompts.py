@@ -18,11 +18,23 @@ FACTS = prompts.Facts(num_frames=189, fps=24.0, height=720, width=1280, aspect_r
 IMAGE = prompts.Facts(num_frames=1, fps=24.0, height=960, width=960, aspect_ratio="1,1")
 LENGTH = "The video is 7.9 seconds long and is of 24 FPS."
 SIZE = "This video is of 720x1280 resolution."
-TOP_LEVEL = (
-    "subjects background_setting lighting aesthetics cinematography style_medium artistic_style"
-    " context actions text_and_signage_elements segments transitions temporal_caption"
-    " audio_description physical_realism"
-).split()
+TOP_LEVEL = [
+    "subjects",
+    "background_setting",
+    "lighting",
+    "aesthetics",
+    "cinematography",
+    "style_medium",
+    "artistic_style",
+    "context",
+    "actions",
+    "text_and_signage_elements",
+    "segments",
+    "transitions",
+    "temporal_caption",
+    "audio_description",
+    "physical_realism",
+]
 
 
 @pytest.fixture(scope="module")

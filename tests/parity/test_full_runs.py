@@ -188,7 +188,10 @@ def test_given_noise(oracle: Cosmos3OmniPipeline, ours: Cosmos3, name: str) -> N
 
 def test_last_frames_of_a_longer_clip(oracle: Cosmos3OmniPipeline, ours: Cosmos3) -> None:
     case, seed = CASES["video-to-video"], 3
-    given = source(case, 1) | {"condition_video_keep": "last", "condition_frame_indexes_vision": [1]}
+    given = source(case, 1) | {
+        "condition_video_keep": "last",
+        "condition_frame_indexes_vision": [1],
+    }
     mine = ours.generate(**fields(oracle, case), **given, seed=seed, noise="torch").latents
     assert furthest(mine, reference(oracle, case, seed, given)) <= BOUND
 
