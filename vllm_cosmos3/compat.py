@@ -6,7 +6,6 @@ Everything is probed by feature. What is imported from here is the same in every
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import Any
 
 _DELTA_MESSAGE = (
@@ -42,6 +41,12 @@ def knows_model_type(name: str) -> bool:
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
     return name in CONFIG_MAPPING or name in _CONFIG_REGISTRY
+
+
+def name_text_architecture(config: Any) -> None:
+    """Say of the text part of ``config`` what it is; vLLM 0.28 asks on the CPU and fails without."""
+    if not config.text_config.architectures:
+        config.text_config.architectures = ["Qwen3ForCausalLM"]
 
 
 def __getattr__(name: str) -> Any:
