@@ -114,7 +114,7 @@ class Pipeline:
             with device:
                 sound = SoundVAE(model.sound, encoder=False)
             shapes = sound_tensors(model.sound)
-            table = {name: t for name, t in identity_table(shapes).items() if "decoder" in name}
+            table = identity_table({n: s for n, s in shapes.items() if n.startswith("decoder.")})
             _fill(sound, table, config, "sound_tokenizer", shapes, device)
         return cls(model, tokenizer, transformer, vae, sound, mesh, device)
 

@@ -188,7 +188,10 @@ def test_given_noise(oracle: Cosmos3OmniPipeline, ours: Cosmos3, name: str) -> N
 
 def test_last_frames_of_a_longer_clip(oracle: Cosmos3OmniPipeline, ours: Cosmos3) -> None:
     case, seed = CASES["video-to-video"], 3
-    given = source(case, 1) | {"condition_video_keep": "last", "condition_frame_indexes_vision": [1]}
+    given = source(case, 1) | {
+        "condition_video_keep": "last",
+        "condition_frame_indexes_vision": [1],
+    }
     mine = ours.generate(**fields(oracle, case), **given, seed=seed, noise="torch").latents
     assert furthest(mine, reference(oracle, case, seed, given)) <= BOUND
 
@@ -214,10 +217,10 @@ def test_pixels_and_sound(oracle: Cosmos3OmniPipeline, ours: Cosmos3) -> None:
     assert np.abs(mine.sound - theirs.sound.numpy()).max() <= BOUND
 
 
-@pytest.mark.parametrize("system", [False, True])
+@pytest.mark.parametrize("system", [0, 1])
 @pytest.mark.parametrize("frames", [1, 9])
 def test_token_ids(
-    oracle: Cosmos3OmniPipeline, tiny_checkpoint_fp32: Path, frames: int, system: bool
+    oracle: Cosmos3OmniPipeline, tiny_checkpoint_fp32: Path, frames: int, system: int
 ) -> None:
     """Plain prompts as diffusers builds them: inverse metadata in the negative prompt."""
     theirs = oracle.tokenize_prompt(
@@ -227,7 +230,7 @@ def test_token_ids(
         height=64,
         width=96,
         fps=12.5,
-        use_system_prompt=system,
+        use_system_prompt=bool(system),
     )
     request = GenerateRequest(
         prompt=PROMPT + ".",
@@ -236,7 +239,7 @@ def test_token_ids(
         size="96x64",
         fps=12.5,
         negative_metadata_mode="inverse",
-        use_system_prompt=system,
+        use_system_prompt=bool(system),
     )
     tokenizer = load_tokenizer(tiny_checkpoint_fp32)
     plan = make_plan(request, read_config(tiny_checkpoint_fp32), tokenizer)

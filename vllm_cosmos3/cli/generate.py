@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -64,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return dry_run(args, request)
     folder = sample_folder(args.out, args.name)
+    # What vLLM reports while it is imported is for servers; here it would tear the progress bar.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
     from vllm_cosmos3.engine import Cosmos3
 
@@ -125,7 +128,9 @@ def generate(
     files = output.save(folder / stem, crf=args.crf)
     seconds = time.perf_counter() - start
     total = output.timings["total"] + seconds + model.load_seconds
-    return output, files, {**output.timings, "encode": seconds, "total": total}
+    phases = {name: value for name, value in output.timings.items() if name != "total"}
+    timings = {**phases, "encode": seconds, "total": total}
+    return output, files, timings
 
 
 def write(

@@ -1,0 +1,183 @@
+"""``vllm-cosmos3 generate`` from the arguments to the files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from vllm_cosmos3.cli import main
+from vllm_cosmos3.cli.generate import progress_shown
+from vllm_cosmos3.request import SPECS
+
+FAST = ["--size", "96x64", "--num-inference-steps", "2", "--seed", "3"]
+PHASES = [
+    "model_load", "text", "vae_encode", "denoise", "vae_decode", "sound", "to_cpu", "per_step",
+    "encode", "total",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _log_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command sets this for its own process, which is the test's here."""
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+
+
+def generate(*arguments: object) -> int:
+    return main(["generate", *map(str, arguments)])
+
+
+def test_video_with_sound(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = generate(
+        tiny_checkpoint, "--prompt", "a boat", *FAST, "--num-frames", 26, "--fps", 12.5,
+        "--generate-sound", "--out", tmp_path, "--timings-json", tmp_path / "t.json",
+    )  # fmt: skip
+    assert status == 0
+    folder = tmp_path / "sample"
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "sample_args.json", "sample_outputs.json", "vision.mp4",
+    ]  # fmt: skip
+    with av.open(str(folder / "vision.mp4")) as container:
+        video, audio = container.streams.video[0], container.streams.audio[0]
+        assert (video.codec_context.name, video.width, video.height) == ("h264", 96, 64)
+        assert (audio.codec_context.name, audio.rate, audio.channels) == ("aac", 48000, 2)
+        assert float(video.average_rate) == 12.5
+        assert sum(1 for _ in container.decode(video)) == 29
+        assert float(container.duration / av.time_base) == pytest.approx(29 / 12.5, abs=0.1)
+
+    arguments = json.loads((folder / "sample_args.json").read_text())
+    assert SPECS.keys() <= arguments.keys()
+    assert (arguments["num_frames"], arguments["seed"], arguments["mode"]) == (29, 3, "text2video")
+    outputs = json.loads((folder / "sample_outputs.json").read_text())
+    assert (outputs["status"], outputs["args"]) == ("success", arguments)
+    assert outputs["outputs"][0]["files"] == ["vision.mp4"]
+    assert outputs["outputs"][0]["content"]["num_frames"] == 29
+    timings = json.loads((tmp_path / "t.json").read_text())
+    assert list(timings) == PHASES
+    assert timings["total"] >= sum(timings[p] for p in PHASES[:-1] if p != "per_step") * 0.99
+
+    printed = capsys.readouterr()
+    for phase in PHASES:
+        assert f"{phase} " in printed.out
+    assert "peak memory" in printed.out
+    assert "96x64, 29 frames at 12.5 fps, 2.32 s with sound" in printed.out
+    assert "warning: num_frames 26 is rounded up to 29 (4k+1)" in printed.err
+
+
+def test_images(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    assert generate(
+        tiny_checkpoint, "--prompt", "a boat", *FAST, "--num-frames", 1, "--n", 2,
+        "--out", tmp_path, "--name", "boats",
+    ) == 0  # fmt: skip
+    for name in ("vision-0.png", "vision-1.png"):
+        assert Image.open(tmp_path / "boats" / name).size == (96, 64)
+
+
+def test_latents_and_back(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    noise = tmp_path / "noise.safetensors"
+    save_file({"vision": np.zeros((1, 48, 3, 4, 6), np.float32)}, noise)
+    assert generate(
+        tiny_checkpoint, "--prompt", "a boat", *FAST, "--num-frames", 9, "--generate-sound",
+        "--latents", noise, "--output-type", "latent", "--out", tmp_path,
+    ) == 0  # fmt: skip
+    latents = load_file(tmp_path / "sample" / "latents.safetensors")
+    assert {name: x.shape for name, x in latents.items()} == {
+        "vision": (1, 48, 3, 4, 6),
+        "sound": (64, 10),
+    }
+
+
+def test_image_to_video(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (50, 40), "teal").save(picture)
+    assert generate(
+        tiny_checkpoint, "--prompt", "a boat", *FAST, "--num-frames", 9, "--image", picture,
+        "--no-use-duration-template", "--guidance-interval", "400,1000", "--out", tmp_path,
+    ) == 0  # fmt: skip
+    arguments = json.loads((tmp_path / "sample" / "sample_args.json").read_text())
+    assert (arguments["mode"], arguments["image"]) == ("image2video", str(picture))
+    assert arguments["use_duration_template"] is False
+    assert arguments["guidance_interval"] == [400.0, 1000.0]
+
+
+def test_dry_run_needs_no_weights(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    folder = tmp_path / "json-only"
+    shutil.copytree(tiny_checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert generate(folder, "--prompt", "a boat", "--dry-run", "--seconds", 4) == 0
+    effective = json.loads(capsys.readouterr().out)
+    assert (effective["num_frames"], effective["width"]) == (97, 1280)
+
+
+def test_print_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate("--print-defaults") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["text2image", "text2video", "image2video", "video2video"]
+    rows = {line.split()[0]: line.split()[1:] for line in lines if len(line.split()) > 1}
+    assert rows["guidance_scale"] == ["4", "6", "6", "6"]
+    assert rows["num_frames"] == ["1", "189", "189", "189"]
+    assert rows["negative_metadata_mode"] == ["same"]
+
+
+def test_help_has_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        generate("--help")
+    assert done.value.code == 0
+    text = capsys.readouterr().out
+    for name in SPECS:
+        assert f"--{name.replace('_', '-')}" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "model is missing"),
+        (["CKPT"], "out is missing"),
+        (["CKPT", "--out", "OUT"], "prompt is missing"),
+        (["CKPT", "--out", "OUT", "--prompt", "a", "--height", "abc"], "height is 'abc'"),
+        (["CKPT", "--out", "OUT", "--prompt", "a", "--fps", "nan"], "fps is nan"),
+        (["CKPT", "--out", "OUT", "--prompt", "a", "--size", "1281x719"], "such as 1280x720"),
+        (["CKPT", "--out", "OUT", "--prompt", "a", "--num-frames", "1000"], "at most 200"),
+        (["CKPT", "--out", "OUT", "--prompt", "a", "--image", "/no.png"], "image is '/no.png'"),
+        (["CKPT", "--out", "OUT", "--prompt", "a", "--prompt-token-ids", "1,x"], "prompt"),
+        (["CKPT", "--out", "OUT", "--prompt", "a", "--latents", "/no"], "latents is '/no'"),
+        (["CKPT", "--out", "OUT", "--prompt", "a", "--name", "a/b"], "name is 'a/b'"),
+        (["CKPT", "--out", "/proc/none", "--prompt", "a"], "out is '/proc/none'"),
+        (["CKPT", "--out", "OUT", "--prompt", "a", "--dtype", "int8"], "dtype is 'int8'"),
+        (["CKPT", "--out", "OUT", "--prompt", "a", "--crf", "60"], "crf is 60"),
+        (["/nowhere", "--out", "OUT", "--prompt", "a"], "/nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    places = {"CKPT": str(tiny_checkpoint), "OUT": str(tmp_path / "out")}
+    assert generate(*(places.get(argument, argument) for argument in arguments)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("vllm-cosmos3 generate: ")
+    assert message in line
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_bar_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_shown(terminal=True) as report:
+        for phase, step in (("encode", 0), ("denoise", 0), ("denoise", 8), ("decode", 8)):
+            report(SimpleNamespace(phase=phase, step=step, steps=8))  # type: ignore[arg-type]
+    bar = capsys.readouterr().err
+    assert "denoise" in bar
+    assert "8/8" in bar

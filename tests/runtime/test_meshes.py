@@ -1,0 +1,89 @@
+"""Every mesh makes what one rank makes: latents, pixels and sound of the tiny checkpoint, float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ranks import Ranks
+
+from vllm_cosmos3.config import EngineConfig, ParallelConfig
+from vllm_cosmos3.output import Sample
+from vllm_cosmos3.pipeline import Pipeline
+from vllm_cosmos3.request import GenerateRequest
+from vllm_cosmos3.runtime.mesh import Mesh
+
+BOUND = 1e-5  # of the largest absolute value
+
+COMMON = {"prompt": "A paper boat", "negative_prompt": "blurry", "num_inference_steps": 3, "seed": 7}
+IMAGE = np.random.RandomState(0).randint(0, 256, (48, 80, 3), dtype=np.uint8)
+REQUESTS = {
+    "video with sound": dict(num_frames=9, height=64, width=96, generate_sound=True),
+    "odd latent size": dict(num_frames=5, height=80, width=112),
+    # 3 x 3 patches and a sound latent: an odd number of tokens
+    "tokens that do not divide": dict(num_frames=1, height=96, width=96),
+    "image to video": dict(num_frames=9, height=64, width=80, image=IMAGE),
+    "without guidance": dict(num_frames=5, height=64, width=64, guidance_scale=1.0),
+}
+MESHES = {  # cfg x ulysses x tp
+    "1x1x2": ParallelConfig(tensor_parallel_size=2),
+    "1x2x1": ParallelConfig(ulysses_degree=2),
+    "2x1x1": ParallelConfig(cfg_parallel_size=2),
+    "2x2x1": ParallelConfig(cfg_parallel_size=2, ulysses_degree=2),
+    "1x2x2": ParallelConfig(ulysses_degree=2, tensor_parallel_size=2),
+    "2x2x2": ParallelConfig(cfg_parallel_size=2, ulysses_degree=2, tensor_parallel_size=2),
+}
+
+
+def run_all(mesh: Mesh, folder: Path, parallel: ParallelConfig) -> dict[str, tuple[Sample, Sample]]:
+    """The latents and the decoded result of each request."""
+    config = EngineConfig(model=folder, dtype="float32", device="cpu", parallel=parallel)
+    pipeline = Pipeline.load(config, mesh, "cpu")
+    return {
+        name: (
+            run(pipeline, GenerateRequest(**COMMON, **fields, output_type="latent")),
+            run(pipeline, GenerateRequest(**COMMON, **fields)),
+        )
+        for name, fields in REQUESTS.items()
+    }
+
+
+def run(pipeline: Pipeline, request: GenerateRequest) -> Sample:
+    state = pipeline.encode(pipeline.plan(request))
+    while not state.done:
+        pipeline.step(state)
+    pipeline.decode(state)
+    return pipeline.finish(state).samples[0]
+
+
+@pytest.fixture(scope="module")
+def alone(ranks: Ranks, tiny_checkpoint_fp32: Path) -> dict[str, tuple[Sample, Sample]]:
+    (results,) = ranks(ParallelConfig(), run_all, tiny_checkpoint_fp32, ParallelConfig())
+    return results
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_mesh_equals_one_rank(
+    mesh: str,
+    ranks: Ranks,
+    tiny_checkpoint_fp32: Path,
+    alone: dict[str, tuple[Sample, Sample]],
+) -> None:
+    results, *others = ranks(MESHES[mesh], run_all, tiny_checkpoint_fp32, MESHES[mesh])
+    for name, (latents, made) in results.items():
+        expected_latents, expected = alone[name]
+        for stream, reference in expected_latents.latents.items():
+            assert relative(latents.latents[stream], reference) < BOUND, (name, stream)
+            for other in others:  # every rank ends with the same
+                assert np.array_equal(other[name][0].latents[stream], latents.latents[stream])
+        pixels = made.image if made.video is None else made.video
+        reference = expected.image if expected.video is None else expected.video
+        assert np.abs(pixels.astype(int) - reference.astype(int)).max() <= 1, name
+        if expected.sound is not None:
+            assert relative(made.sound, expected.sound) < 10 * BOUND
+
+
+def relative(x: np.ndarray, reference: np.ndarray) -> float:
+    assert x.shape == reference.shape
+    return float(np.abs(x - reference).max() / np.abs(reference).max())

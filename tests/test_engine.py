@@ -1,0 +1,211 @@
+"""`Cosmos3` as a user sees it: fields in, `Output` out, files on disk, memory back."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from vllm_cosmos3 import Cosmos3, GenerateRequest, Output
+from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
+from vllm_cosmos3.output import Progress
+
+SMALL: dict[str, Any] = {"size": "96x64", "num_frames": 9, "num_inference_steps": 2, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint: Path) -> Iterator[Cosmos3]:
+    with Cosmos3(tiny_checkpoint, device="cpu") as model:
+        yield model
+
+
+def test_fields_mapping_request_and_prompt_are_the_same(model: Cosmos3) -> None:
+    fields = {"prompt": "a boat", **SMALL}
+    outputs = [
+        model.generate(**fields),
+        model.generate(fields),
+        model.generate(GenerateRequest(**fields)),
+        model.generate("a boat", **SMALL),
+        model.generate({"prompt": "a boat"}, **SMALL),
+        *model.generate([fields, GenerateRequest(**fields)]),
+    ]
+    for output in outputs:
+        assert output.video is not None
+        assert (output.video.shape, output.video.dtype) == ((9, 64, 96, 3), np.uint8)
+        assert (output.video == outputs[0].video).all()
+        assert output.effective == outputs[0].effective
+
+
+def test_sound_is_stereo_in_range(model: Cosmos3) -> None:
+    output = model.generate("a boat", **SMALL, generate_sound=True)
+    assert output.sound is not None
+    assert (output.sound.shape, output.sound.dtype) == ((2, 10 * 1920), np.float32)
+    assert np.abs(output.sound).max() <= 1
+    assert output.sample_rate == 48000
+
+
+def test_a_list_is_checked_before_it_runs(model: Cosmos3) -> None:
+    seen: list[Progress] = []
+    good = {"prompt": "a boat", **SMALL}
+    with pytest.raises(InvalidRequest, match="seed is -1"):
+        model.generate([good, {**good, "seed": -1}], progress=seen.append)
+    assert not seen
+    with pytest.raises(InvalidRequest, match="as a list was given"):
+        model.generate([good], fps=12)  # type: ignore[call-overload]
+
+
+def test_progress(model: Cosmos3) -> None:
+    seen: list[Progress] = []
+    model.generate("a boat", **SMALL | {"num_frames": 1}, n=2, progress=seen.append)
+    denoise = [(p.step, p.steps) for p in seen if p.phase == "denoise"]
+    assert denoise == [(i, 4) for i in range(5)]
+    assert [p.phase for p in seen if p.phase != "denoise"] == ["encode", "decode"]
+    elapsed = [p.elapsed for p in seen]
+    assert elapsed == sorted(elapsed)
+    last = [p for p in seen if p.phase == "denoise"][-1]
+    assert last.eta == 0
+    assert all(p.eta is None or p.eta >= 0 for p in seen)
+
+
+def test_what_progress_raises_ends_the_request(model: Cosmos3) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.step == 1:
+            raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        model.generate("a boat", **SMALL, progress=stop)
+    assert model.generate("a boat", **SMALL).video is not None
+
+
+def test_agenerate_lets_the_loop_run_and_can_be_cancelled(model: Cosmos3) -> None:
+    seen: list[int] = []
+
+    async def scenario() -> tuple[Output, int]:
+        started = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def progress(p: Progress) -> None:
+            seen.append(p.step)
+            if p.step == 2:
+                loop.call_soon_threadsafe(started.set)
+
+        slow = asyncio.create_task(
+            model.agenerate("a boat", **SMALL | {"num_inference_steps": 200}, progress=progress)
+        )
+        await started.wait()
+        slow.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await slow
+        after = await model.agenerate("a boat", **SMALL)
+        assert isinstance(after, Output)
+        return after, max(seen)
+
+    output, last = asyncio.run(scenario())
+    assert output.video is not None
+    assert last < 200
+    assert last == max(seen)
+
+
+def test_timings(model: Cosmos3) -> None:
+    timings = model.generate("a boat", **SMALL).timings
+    assert list(timings)[0] == "model_load"
+    assert list(timings)[-1] == "total"
+    assert timings["total"] >= timings["denoise"] + timings["vae_decode"]
+
+
+def test_save(model: Cosmos3, tmp_path: Path) -> None:
+    video = model.generate("a boat", **SMALL, generate_sound=True)
+    assert video.save(tmp_path / "new" / "clip") == [tmp_path / "new" / "clip.mp4"]
+    with av.open(str(tmp_path / "new" / "clip.mp4")) as container:
+        assert [s.type for s in container.streams] == ["video", "audio"]
+        assert sum(1 for _ in container.decode(video=0)) == 9
+    for wrong in ("clip.png", "clip.avi", "clip.safetensors"):
+        with pytest.raises(InvalidRequest, match=r"a file of type \.mp4"):
+            video.save(tmp_path / wrong)
+
+    images = model.generate("a boat", **SMALL | {"num_frames": 1}, n=2)
+    files = images.save(tmp_path / "a.png")
+    assert [file.name for file in files] == ["a-0.png", "a-1.png"]
+    for file, sample in zip(files, images.samples, strict=True):
+        assert (np.asarray(Image.open(file)) == sample.image).all()
+
+    latents = model.generate("a boat", **SMALL, generate_sound=True, output_type="latent")
+    (file,) = latents.save(tmp_path / "latents")
+    assert {k: x.shape for k, x in load_file(file).items()} == {
+        "vision": (1, 48, 3, 4, 6),
+        "sound": (64, 10),
+    }
+
+
+def test_decoded_pixels_are_close_to_the_encoded(model: Cosmos3, tmp_path: Path) -> None:
+    output = model.generate("a boat", **SMALL)
+    assert output.video is not None
+    (file,) = output.save(tmp_path / "a.mp4", crf=1)
+    with av.open(str(file)) as container:
+        frames = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+    # Colour is stored at half the resolution: what survives is the brightness.
+    grey = np.abs(frames.mean(-1) - output.video.mean(-1))
+    assert grey.mean() < 6
+
+
+def test_two_models_in_one_process(model: Cosmos3, tiny_checkpoint: Path) -> None:
+    before = model.generate("a boat", **SMALL).video
+    with Cosmos3(tiny_checkpoint, device="cpu", dtype="float32") as second:
+        other = second.generate("a boat", **SMALL).video
+    after = model.generate("a boat", **SMALL).video
+    assert before is not None
+    assert other is not None
+    assert (before == after).all()
+    assert np.abs(before.astype(int) - other).mean() < 8  # bfloat16 against float32
+
+
+def test_close_frees_the_model(tiny_checkpoint: Path) -> None:
+    model = Cosmos3(tiny_checkpoint, device="cpu")
+    transformer = weakref.ref(model._open().transformer)
+    model.close()
+    gc.collect()
+    assert transformer() is None
+    with pytest.raises(Cosmos3Error, match="closed"):
+        model.generate("a boat", **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({"dtype": "int8"}, "dtype"),
+        ({"device": "toaster"}, "device"),
+        ({"device": "cuda"}, "device"),
+        ({"device": 5}, "device"),
+        ({"vae_parallel": "both"}, "vae_parallel"),
+        ({"attention_backend": "none"}, "attention_backend"),
+        ({"load_format": "gguf"}, "load_format"),
+    ],
+)
+def test_wrong_arguments(tiny_checkpoint: Path, arguments: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        Cosmos3(tiny_checkpoint, **{"device": "cpu", **arguments})
+    assert caught.value.field == field
+
+
+def test_a_script_needs_no_main_guard(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from vllm_cosmos3 import Cosmos3\n"
+        f"with Cosmos3({str(tiny_checkpoint)!r}, device='cpu') as model:\n"
+        f"    print(model.generate('a boat', **{SMALL!r}).video.shape)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "(9, 64, 96, 3)"

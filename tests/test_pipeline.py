@@ -1,0 +1,224 @@
+"""The five calls: what they compute once, what they keep apart, and what they leave untouched."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_cosmos3 import pipeline as pipeline_module
+from vllm_cosmos3.config import EngineConfig, ParallelConfig
+from vllm_cosmos3.errors import CheckpointError
+from vllm_cosmos3.output import Output
+from vllm_cosmos3.pipeline import Pipeline
+from vllm_cosmos3.request import from_fields
+from vllm_cosmos3.runtime.mesh import close_mesh, init_mesh
+
+SMALL = {
+    "prompt": "A paper boat",
+    "negative_prompt": "blurry",
+    "size": "96x64",
+    "num_frames": 9,
+    "num_inference_steps": 3,
+    "seed": 4,
+    "output_type": "latent",
+}
+PICTURE = np.random.RandomState(0).randint(0, 256, (64, 96, 3), dtype=np.uint8)
+DISTILLED = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+    "stochastic_sampling": True,
+    "fixed_step_sampler_config": {
+        "t_list": [1.0, 0.9375, 0.8333333333333334, 0.625],
+        "sample_type": "sde",
+    },
+}
+
+
+def load(folder: Path) -> Pipeline:
+    mesh = init_mesh(ParallelConfig())
+    try:
+        return Pipeline.load(EngineConfig(model=folder, dtype="float32"), mesh, "cpu")
+    finally:
+        close_mesh(mesh)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_checkpoint_fp32: Path) -> Pipeline:
+    return load(tiny_checkpoint_fp32)
+
+
+@pytest.fixture
+def texts(pipeline: Pipeline) -> Iterator[list[int]]:
+    """Lengths of the texts that the understanding tower has read."""
+    lengths: list[int] = []
+    hook = pipeline.transformer.understanding.register_forward_hook(
+        lambda _, inputs, __: lengths.append(len(inputs[0]))
+    )
+    yield lengths
+    hook.remove()
+
+
+def run(pipeline: Pipeline, **fields: Any) -> Output:
+    state = pipeline.encode(pipeline.plan(from_fields({**SMALL, **fields})))
+    while not state.done:
+        pipeline.step(state)
+    pipeline.decode(state)
+    return pipeline.finish(state)
+
+
+def vision(output: Output) -> np.ndarray:
+    assert output.latents is not None
+    return output.latents["vision"]
+
+
+def test_no_mode_below_the_plan() -> None:
+    source = Path(pipeline_module.__file__).read_text()
+    assert not re.search(r"\bmode\b|is_image|i2v|t2v", source.split('"""', 2)[2])
+
+
+def test_same_seed_same_bits(pipeline: Pipeline) -> None:
+    fields = {"generate_sound": True}
+    first, second = run(pipeline, **fields), run(pipeline, **fields)
+    assert first.latents is not None
+    assert second.latents is not None
+    for name in ("vision", "sound"):
+        assert (first.latents[name] == second.latents[name]).all()
+    assert np.abs(vision(run(pipeline, **fields, seed=5)) - vision(first)).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("fields", "branches"),
+    [
+        ({}, 2),
+        ({"n": 3}, 2),
+        ({"guidance_scale": 1}, 1),
+        ({"guidance_interval": [0, 1]}, 1),
+        ({"guidance_interval": [990, 1000]}, 2),
+    ],
+)
+def test_each_text_is_read_once(
+    pipeline: Pipeline, texts: list[int], fields: dict[str, Any], branches: int
+) -> None:
+    plan = pipeline.plan(from_fields({**SMALL, **fields}))
+    run(pipeline, **fields)
+    assert texts == [len(ids) for ids in plan.token_ids][:branches]
+
+
+def test_several_results_are_those_of_their_seeds(pipeline: Pipeline) -> None:
+    together = run(pipeline, n=3)
+    assert [sample.seed for sample in together.samples] == [4, 5, 6]
+    for sample in together.samples:
+        assert sample.latents is not None
+        assert (sample.latents["vision"] == vision(run(pipeline, seed=sample.seed))).all()
+
+
+def test_requests_may_take_turns(pipeline: Pipeline) -> None:
+    requests: list[dict[str, Any]] = [{}, {"image": PICTURE, "size": "80x80", "seed": 9}]
+    states = [pipeline.encode(pipeline.plan(from_fields({**SMALL, **r}))) for r in requests]
+    while not states[0].done:
+        for state in states:
+            pipeline.step(state)
+    for state, fields in zip(states, requests, strict=True):
+        pipeline.decode(state)
+        assert (vision(pipeline.finish(state)) == vision(run(pipeline, **fields))).all()
+
+
+def test_given_frames_come_back_as_they_were(pipeline: Pipeline) -> None:
+    pixels = torch.from_numpy(PICTURE).permute(2, 0, 1)[None, :, None].float() / 127.5 - 1
+    encoded = pipeline.vae.encode(pixels).numpy()
+    noise = np.random.RandomState(1).standard_normal((1, 48, 3, 4, 6)).astype(np.float32)
+    for fields in ({}, {"latents": {"vision": noise}}):
+        latents = vision(run(pipeline, image=PICTURE, **fields))
+        assert (latents[:, :, 0] == encoded[:, :, 0]).all()
+        assert (latents[:, :, 1] != encoded[:, :, 0]).any()
+
+
+def test_only_the_needed_pixels_are_encoded(pipeline: Pipeline) -> None:
+    """The encoder is causal: a video-to-video request encodes the prefix alone, others nothing."""
+    seen: list[int] = []
+    hook = pipeline.vae.encoder.register_forward_hook(
+        lambda _, inputs, __: seen.append(inputs[0].shape[2])
+    )
+    clip = np.stack([PICTURE] * 20)
+    for fields in ({}, {"num_frames": 1}, {"video": clip, "num_frames": 29}):
+        run(pipeline, **fields)
+    hook.remove()
+    assert seen == [1, 4]
+
+
+def test_image_is_decoded_as_one_frame(pipeline: Pipeline) -> None:
+    output = run(pipeline, num_frames=1, output_type="pixels")
+    assert output.video is None
+    assert output.image is not None
+    assert (output.image.shape, output.image.dtype) == ((64, 96, 3), np.uint8)
+
+
+def test_latents_are_not_decoded(pipeline: Pipeline) -> None:
+    decoded: list[object] = []
+    hooks = [
+        module.register_forward_hook(lambda *_: decoded.append(1))
+        for module in (pipeline.vae.decoder, pipeline.sound.decoder)
+    ]
+    output = run(pipeline, generate_sound=True)
+    for hook in hooks:
+        hook.remove()
+    assert not decoded
+    assert (output.video, output.image, output.sound) == (None, None, None)
+    assert output.latents is not None
+    assert {name: (x.shape, x.dtype) for name, x in output.latents.items()} == {
+        "vision": ((1, 48, 3, 4, 6), np.float32),
+        "sound": ((64, 10), np.float32),
+    }
+
+
+def test_finish_reports_seconds_and_memory(pipeline: Pipeline) -> None:
+    output = run(pipeline, output_type="pixels", generate_sound=True)
+    names = ["text", "vae_encode", "denoise", "vae_decode", "sound", "to_cpu", "per_step"]
+    assert list(output.timings) == names
+    assert output.timings["denoise"] == pytest.approx(3 * output.timings["per_step"])
+    assert output.peak_memory > 2**20
+
+
+def test_noise_rules_and_schedules_differ(pipeline: Pipeline) -> None:
+    results = [
+        vision(run(pipeline, **fields))
+        for fields in ({}, {"noise": "torch"}, {"schedule": "karras"}, {"schedule": "diffusers"})
+    ]
+    for i, one in enumerate(results):
+        assert np.isfinite(one).all()
+        for other in results[:i]:
+            assert np.abs(one - other).max() > 1e-3
+
+
+def test_distilled_checkpoint(tiny_checkpoint_fp32: Path, tmp_path: Path) -> None:
+    """Four steps without guidance, with fresh noise at each but the last."""
+    folder = tmp_path / "distilled"
+    shutil.copytree(tiny_checkpoint_fp32, folder)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(DISTILLED))
+    distilled = load(folder)
+    plan = distilled.plan(from_fields({**SMALL, "num_inference_steps": None, "image": PICTURE}))
+    state = distilled.encode(plan)
+    assert state.schedule.sigmas == pytest.approx((1.0, 0.9375, 0.8333333, 0.625, 0))
+    while not state.done:
+        distilled.step(state)
+    distilled.decode(state)
+    first = vision(distilled.finish(state))
+    again = run(distilled, num_inference_steps=4, image=PICTURE)
+    assert (vision(again) == first).all()
+
+
+def test_incomplete_checkpoint_is_one_error(tiny_checkpoint_fp32: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_checkpoint_fp32, folder)
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"12345678")
+    with pytest.raises(CheckpointError, match="vae"):
+        load(folder)
