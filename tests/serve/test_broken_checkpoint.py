@@ -55,4 +55,4 @@ def test_start_stops_with_the_sentence(
     for (status, output), sentence in zip(results, sentences, strict=True):
         assert status != 0
         last = output.strip().splitlines()[-1]
-        assert last == f"vllm_cosmos3.errors.CheckpointError: {sentence}"
+        assert last.endswith(f"vllm_cosmos3.errors.CheckpointError: {sentence}")

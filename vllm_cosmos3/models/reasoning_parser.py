@@ -16,7 +16,7 @@ from vllm_cosmos3.compat import DeltaMessage
 START, END = "<think>", "</think>"
 
 
-class Cosmos3ReasoningParser(ReasoningParser):  # type: ignore[misc]  # vLLM has no types here
+class Cosmos3ReasoningParser(ReasoningParser):
     """Splits by the text, so it does not matter how the tags were tokenized or cut into deltas."""
 
     def __init__(self, tokenizer: Any, *args: Any, **kwargs: Any) -> None:
