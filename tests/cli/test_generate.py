@@ -24,12 +24,6 @@ PHASES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _log_level(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command sets this for its own process, which is the test's here."""
-    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
-
-
 def generate(*arguments: object) -> int:
     return main(["generate", *map(str, arguments)])
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 import time
@@ -72,12 +73,16 @@ def run(args: argparse.Namespace) -> int:
         _warn(plan.warnings)
         return 0
     folder = sample_folder(args.out, args.name)
-    # What vLLM reports while it is imported is for servers; here it would tear the progress bar.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    with quiet_libraries(), loaded(args) as model:
+        write(args, folder, *generate(model, request, args, folder))
+    return 0
 
+
+def loaded(args: argparse.Namespace) -> Cosmos3:
+    """The model that the flags describe."""
     from vllm_cosmos3.engine import Cosmos3
 
-    with Cosmos3(
+    return Cosmos3(
         args.model,
         revision=args.revision,
         dtype=args.dtype,
@@ -85,9 +90,7 @@ def run(args: argparse.Namespace) -> int:
         vae_parallel=args.vae_parallel,
         attention_backend=args.attention_backend,
         load_format=args.load_format,
-    ) as model:
-        write(args, folder, *generate(model, request, args, folder))
-    return 0
+    )
 
 
 def request_of(args: argparse.Namespace) -> GenerateRequest:
@@ -190,6 +193,26 @@ def defaults_table() -> str:
 
 
 @contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Errors alone from vLLM and torch: what else they say is for servers and tears the bar.
+
+    A VLLM_LOGGING_LEVEL that the user has set is left to do its work.
+    """
+    if "VLLM_LOGGING_LEVEL" in os.environ:
+        yield
+        return
+    loggers = [logging.getLogger(name) for name in ("vllm", "torch._library.triton")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
 def progress_shown(*, terminal: bool) -> Iterator[Callable[[Progress], None]]:
     """A bar with steps and the time left on a terminal; one line per phase in a log."""
     if not terminal:
@@ -209,7 +232,7 @@ def progress_shown(*, terminal: bool) -> Iterator[Callable[[Progress], None]]:
     form = (
         "{desc:8}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
     )
-    with tqdm(total=1, unit="step", bar_format=form, dynamic_ncols=True) as bar:
+    with tqdm(desc="encode", total=1, unit="step", bar_format=form, dynamic_ncols=True) as bar:
 
         def move(progress: Progress) -> None:
             bar.total = progress.steps
