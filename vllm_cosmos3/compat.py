@@ -49,6 +49,27 @@ def name_text_architecture(config: Any) -> None:
         config.text_config.architectures = ["Qwen3ForCausalLM"]
 
 
+def use_fused_norms(vllm_config: Any) -> None:
+    """Let RMSNorm take the platform's kernels, which vLLM's own workers choose when they start.
+
+    From 0.24 RMSNorm is an operation with a list of implementations; before that there is nothing
+    to choose.
+    """
+    kernels = getattr(vllm_config, "kernel_config", None)
+    priority = getattr(kernels, "ir_op_priority", None)
+    if priority is not None and hasattr(priority, "set_default"):
+        priority.set_default()
+
+
+def fused_qk_norm_rope() -> Any | None:
+    """vLLM's kernel that norms and rotates queries and keys in place, where this build has it."""
+    import torch
+    import vllm._custom_ops
+
+    found = hasattr(torch.ops._C, "fused_qk_norm_rope") and torch.cuda.is_available()
+    return vllm._custom_ops.fused_qk_norm_rope if found else None
+
+
 def __getattr__(name: str) -> Any:
     """Classes that moved, resolved on first use so that importing this module stays cheap."""
     if name == "DeltaMessage":

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vllm_cosmos3 import compat
 from vllm_cosmos3.config import ParallelConfig, TransformerConfig
 from vllm_cosmos3.errors import InvalidRequest
 
@@ -111,6 +112,8 @@ def init_mesh(
         # vLLM lays ranks out as external data parallel x ... x tp: the factor of the world that it
         # is not told of becomes independent tensor-parallel groups.
         parallel_state.initialize_model_parallel(parallel.tensor_parallel_size)
+    if not current_platform.is_cpu():
+        compat.use_fused_norms(_layer_config(parallel.tensor_parallel_size))
     if current_platform.is_cpu() and parallel.tensor_parallel_size > 1:
         _unlink_shared_memory(meeting)
     world = parallel_state.get_world_group()
