@@ -36,6 +36,7 @@ LAYERS = [
     {"runtime.executor"},
     {"runtime.core"},
     {"runtime.client"},
+    {"runners"},
     {"engine", "plugin"},
     {"server"},
     {"cli"},
