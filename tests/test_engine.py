@@ -119,7 +119,7 @@ def test_agenerate_lets_the_loop_run_and_can_be_cancelled(model: Cosmos3) -> Non
 
 def test_timings(model: Cosmos3) -> None:
     timings = model.generate("a boat", **SMALL).timings
-    assert list(timings)[0] == "model_load"
+    assert next(iter(timings)) == "model_load"
     assert list(timings)[-1] == "total"
     assert timings["total"] >= timings["denoise"] + timings["vae_decode"]
 
@@ -172,7 +172,7 @@ def test_two_models_in_one_process(model: Cosmos3, tiny_checkpoint: Path) -> Non
 
 def test_close_frees_the_model(tiny_checkpoint: Path) -> None:
     model = Cosmos3(tiny_checkpoint, device="cpu")
-    transformer = weakref.ref(model._open().transformer)
+    transformer = weakref.ref(model._open()._pipeline.transformer)
     model.close()
     gc.collect()
     assert transformer() is None

@@ -44,6 +44,16 @@ def knows_model_type(name: str) -> bool:
     return name in CONFIG_MAPPING or name in _CONFIG_REGISTRY
 
 
+def choose_kernels(vllm_config: Any) -> None:
+    """Make the kernels that suit this configuration the ones that vLLM's layers call.
+
+    vLLM up to 0.26 decides when a layer is built and has nothing to choose here.
+    """
+    priority = getattr(vllm_config.kernel_config, "ir_op_priority", None)
+    if priority is not None and hasattr(priority, "set_default"):
+        priority.set_default()
+
+
 def __getattr__(name: str) -> Any:
     """Classes that moved, resolved on first use so that importing this module stays cheap."""
     if name == "DeltaMessage":

@@ -16,12 +16,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vllm_cosmos3 import compat
 from vllm_cosmos3.config import ParallelConfig, TransformerConfig
 from vllm_cosmos3.errors import InvalidRequest
 
@@ -29,6 +30,9 @@ from vllm_cosmos3.errors import InvalidRequest
 # importing vLLM takes seconds.
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +122,7 @@ def init_mesh(
     # vLLM's queue for scheduler messages between tensor-parallel ranks: unused here, and its shared
     # memory would outlive a killed rank.
     tp.mq_broadcaster = None
+    compat.choose_kernels(_layer_config(parallel.tensor_parallel_size))
     return Mesh(
         cfg=_join("cfg", 0, parallel, local_rank, backend),
         ulysses=_join("ulysses", 1, parallel, local_rank, backend),
@@ -191,6 +196,14 @@ def all_gather(x: Tensor, axis: Axis) -> list[Tensor]:
     parts = list(x.new_empty(axis.size, *x.shape).unbind(0))
     dist.all_gather(parts, x.contiguous(), group=axis.group)
     return parts
+
+
+def from_first(value: Value) -> Value:
+    """The value of rank 0 of the world, on every rank."""
+    box = [value]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def _all_to_all(x_n: Tensor, axis: Axis) -> Tensor:
