@@ -57,6 +57,9 @@ def picture(shape: ClipShape, index: int) -> bytes:
 
 def make_all(kind: str, shape: ClipShape, indices: Iterable[int]) -> list[bytes]:
     """The clips ("video") or pictures ("image") with these numbers, made on all cores."""
+    indices = list(indices)
+    if not indices:
+        return []
     make = {"video": clip, "image": picture}[kind]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         return list(pool.map(partial(make, shape), indices, chunksize=4))

@@ -58,6 +58,8 @@ WORDS = [
     "car",
     "stops",
 ]
+MIX = ("text", "image", "video")
+MIME = {"image": "image/png", "video": "video/mp4"}
 QUICK = {"concurrency": [1, 16], "output_tokens": [1, 32], "fps": [2.0], "requests": 32}
 QUICK |= {"width": 320, "height": 192, "seconds": 4.0, "clip_fps": 12.0}
 
@@ -66,8 +68,8 @@ QUICK |= {"width": 320, "height": 192, "seconds": 4.0, "clip_fps": 12.0}
 class Case:
     """One row of the table."""
 
-    media: str  # video, image or text
-    fps: float | None  # of video
+    media: str  # video, image, text, or mixed: all three in turn
+    fps: float | None  # of the clips
     output_tokens: int
     concurrency: int
 
@@ -111,7 +113,7 @@ def arguments() -> argparse.Namespace:
         "--fps", type=float, nargs="+", default=[1, 2], help="sampled from the clip"
     )
     media = parser.add_mutually_exclusive_group()
-    for name in ("image", "text"):
+    for name in ("image", "text", "mixed"):
         media.add_argument(
             f"--{name}", dest="media", action="store_const", const=name, help="instead of clips"
         )
@@ -127,6 +129,9 @@ def arguments() -> argparse.Namespace:
         "AIPerf makes it, and the server decides",
     )
     parser.add_argument("--transport", choices=("base64", "file"), default="base64")
+    parser.add_argument(
+        "--media-folder", type=Path, help="for --transport file, if --url may read it"
+    )
     parser.add_argument("--repeat-clips", type=int, metavar="N", help="only N different media")
     parser.add_argument("--requests", type=int, help="per row; default max(50, 4 x concurrency)")
     parser.add_argument("--warmup", type=int, help="per row; default max(4, concurrency)")
@@ -148,6 +153,8 @@ def arguments() -> argparse.Namespace:
     args.media = args.media or "video"
     if after and not args.serve:
         parser.error("flags after -- are for --serve")
+    if args.client and args.media == "mixed":
+        parser.error("aiperf cannot mix media; leave --mixed or --client out")
     if args.url and not args.allow_remote and not is_loopback(args.url):
         parser.error(f"{args.url} is not this machine; --allow-remote if you may load it")
     return args
@@ -172,7 +179,7 @@ def is_loopback(url: str) -> bool:
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
-    rates = args.fps if args.media == "video" else [None]
+    rates = args.fps if args.media in ("video", "mixed") else [None]
     for fps, tokens, concurrency in itertools.product(rates, args.output_tokens, args.concurrency):
         yield Case(media=args.media, fps=fps, output_tokens=tokens, concurrency=concurrency)
 
@@ -216,25 +223,32 @@ class Load:
         if self.args.fps_in == "clip" and case.fps is not None:
             shape = replace(shape, fps=case.fps)
         indices = list(itertools.islice(self.numbers, self.args.repeat_clips or count))
-        urls: list[str | None] = [None] * len(indices)
-        if case.media != "text":
-            suffix, mime = {"video": ("mp4", "video/mp4"), "image": ("png", "image/png")}[
-                case.media
+        parts: list[Body | None] = [None] * len(indices)
+        for kind in MIME:
+            turns = itertools.cycle(MIX) if case.media == "mixed" else itertools.repeat(case.media)
+            places = [
+                place
+                for place, turn in zip(range(len(indices)), turns, strict=False)
+                if turn == kind
             ]
-            for place, data in enumerate(make_all(case.media, shape, indices)):
-                if self.args.transport == "file":
-                    path = folder / f"{indices[place]}.{suffix}"
-                    path.write_bytes(data)
-                    urls[place] = path.resolve().as_uri()
-                else:
-                    urls[place] = f"data:{mime};base64,{base64.b64encode(data).decode()}"
-        return [self._body(case, urls[n % len(urls)], n) for n in range(count)]
+            made = make_all(kind, shape, [indices[place] for place in places])
+            for place, data in zip(places, made, strict=True):
+                url = self._url(kind, data, folder / str(indices[place]))
+                parts[place] = {"type": f"{kind}_url", f"{kind}_url": {"url": url}}
+        return [self._body(case, parts[n % len(parts)], n) for n in range(count)]
 
-    def _body(self, case: Case, url: str | None, number: int) -> Body:
+    def _url(self, kind: str, data: bytes, path: Path) -> str:
+        if self.args.transport == "base64":
+            return f"data:{MIME[kind]};base64,{base64.b64encode(data).decode()}"
+        path = path.with_suffix("." + MIME[kind].split("/")[1])
+        path.write_bytes(data)
+        return path.resolve().as_uri()
+
+    def _body(self, case: Case, part: Body | None, number: int) -> Body:
         words = random.Random(f"{case} {number}").choices(WORDS, k=self.word_count)
         content: list[Body] = [{"type": "text", "text": " ".join(words)}]
-        if url is not None:
-            content.insert(0, {"type": f"{case.media}_url", f"{case.media}_url": {"url": url}})
+        if part is not None:
+            content.insert(0, part)
         body: Body = {
             "model": self.model,
             "messages": [{"role": "user", "content": content}],
@@ -244,7 +258,7 @@ class Load:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        if case.media == "video" and self.args.fps_in == "request":
+        if part is not None and part["type"] == "video_url" and self.args.fps_in == "request":
             body["mm_processor_kwargs"] = {"fps": case.fps, "do_sample_frames": True}
         return body
 
@@ -264,13 +278,13 @@ def server(args: argparse.Namespace) -> Iterator[tuple[str, LocalServer | None]]
     """The URL of the server, and the server itself where this program started it."""
     with tempfile.TemporaryDirectory() as folder:
         # file:// media and the server's permission to read them meet in this folder
-        args.media_folder = folder if args.serve or args.transport == "file" else None
+        args.media_folder = args.media_folder or folder
         if args.url:
             yield args.url.rstrip("/"), None
             return
         log = Path(folder) / "server.log"
         command = [program(), "serve", args.serve]
-        command += ["--surface", "reasoner", "--allowed-local-media-path", folder]
+        command += ["--surface", "reasoner", "--allowed-local-media-path", str(args.media_folder)]
         try:
             with local_server([*command, *args.server_flags], log=log) as started:
                 yield started.url, started

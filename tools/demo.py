@@ -39,11 +39,11 @@ def main() -> int:
         picture, clip = step_media(folder)
         step_reasoner(checkpoint, picture, clip, log=folder / "server.log")
     except ServerFailed as failure:
-        return failed(str(failure), folder / "server.log")
+        return failed(str(failure), folder)
     except subprocess.CalledProcessError as error:
-        return failed(f"{error.cmd[0]} ended with status {error.returncode}", None)
+        return failed(f"{error.cmd[0]} ended with status {error.returncode}", folder)
     except openai.OpenAIError as error:
-        return failed(f"the server did not answer: {error}", folder / "server.log")
+        return failed(f"the server did not answer: {error}", folder)
     except KeyboardInterrupt:
         print("\nstopped; the server is stopped as well")
         return 130
@@ -147,13 +147,15 @@ def headline(title: str, note: str) -> None:
     print(f"\n{BOLD}{title}{PLAIN} {DIM}{note}{PLAIN}", flush=True)
 
 
-def failed(problem: str, log: Path | None) -> int:
-    where = f"The whole log: {log}\n" if log else ""
+def failed(problem: str, folder: Path) -> int:
+    log = folder / "server.log"
+    where = f"The whole log: {log}\n" if log.exists() else ""
     sys.stdout.flush()
     print(
         f"\nThe demo failed: {problem}\n{where}"
         f"What to do: `{shown_program()} doctor` checks this machine and names the fix. The server "
-        "needs about 4 GiB of free memory.\nThen run the demo again; it continues with what is there.",
+        f"needs about 4 GiB of free memory.\nThen run the demo again; remove {folder} first to make "
+        "everything anew.",
         file=sys.stderr,
     )
     return 1

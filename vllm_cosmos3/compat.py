@@ -6,7 +6,6 @@ Everything is probed by feature. What is imported from here is the same in every
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import Any
 
 _DELTA_MESSAGE = (
@@ -44,14 +43,31 @@ def knows_model_type(name: str) -> bool:
     return name in CONFIG_MAPPING or name in _CONFIG_REGISTRY
 
 
-def choose_kernels(vllm_config: Any) -> None:
-    """Make the kernels that suit this configuration the ones that vLLM's layers call.
+def name_text_architecture(config: Any) -> None:
+    """Say of the text part of ``config`` what it is; vLLM 0.28 asks on the CPU and fails without."""
+    if not config.text_config.architectures:
+        config.text_config.architectures = ["Qwen3ForCausalLM"]
 
-    vLLM up to 0.26 decides when a layer is built and has nothing to choose here.
+
+def use_fused_norms(vllm_config: Any) -> None:
+    """Let RMSNorm take the platform's kernels, which vLLM's own workers choose when they start.
+
+    From 0.24 RMSNorm is an operation with a list of implementations; before that there is nothing
+    to choose.
     """
-    priority = getattr(vllm_config.kernel_config, "ir_op_priority", None)
+    kernels = getattr(vllm_config, "kernel_config", None)
+    priority = getattr(kernels, "ir_op_priority", None)
     if priority is not None and hasattr(priority, "set_default"):
         priority.set_default()
+
+
+def fused_qk_norm_rope() -> Any | None:
+    """vLLM's kernel that norms and rotates queries and keys in place, where this build has it."""
+    import torch
+    import vllm._custom_ops
+
+    found = hasattr(torch.ops._C, "fused_qk_norm_rope") and torch.cuda.is_available()
+    return vllm._custom_ops.fused_qk_norm_rope if found else None
 
 
 def __getattr__(name: str) -> Any:

@@ -44,30 +44,19 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.serve
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_script(script: str, reasoner_server: Server, drawn: Path) -> None:
+    # structured answers end by themselves, the free text of a random model does not
+    structured = "answers" in (EXAMPLES / f"{script}.py").read_text()
     done = run_example(
         script,
         *("--base-url", f"{reasoner_server.url}/v1", "--out", str(drawn)),
-        *("--constrain", "--max-tokens", "1000"),
+        *("--constrain", "--max-tokens", "2000" if structured else "32"),
         folder=drawn,
     )
     allowed = (0, 3) if script == "physical_plausibility" else (0,)
     assert done.returncode in allowed, done.stderr
     assert done.stdout.strip()
-
-
-@pytest.mark.serve
-def test_the_answers_are_drawn(reasoner_server: Server, drawn: Path) -> None:
-    original = Image.open(scenes.media("table.png", drawn)).convert("RGB")
-    for script in ("grounding", "trajectory"):
-        run_example(
-            script,
-            "--base-url",
-            f"{reasoner_server.url}/v1",
-            "--out",
-            ".",
-            "--constrain",
-            folder=drawn,
-        )
+    if script in ("grounding", "trajectory"):
+        original = Image.open(scenes.media("table.png", drawn)).convert("RGB")
         picture = Image.open(drawn / f"{script}.png")
         assert picture.size == original.size
         assert ImageChops.difference(picture, original).getbbox() is not None

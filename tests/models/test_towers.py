@@ -307,7 +307,8 @@ def test_rotation_keeps_lengths_and_relative_angles(angle: float, shift: float) 
 
     def at(x: Tensor, angle: float) -> Tensor:
         turn = torch.full((1, 4), angle, dtype=torch.float64)
-        return rotate(x, Rope(cos=turn.cos(), sin=turn.sin(), length=1))
+        table = torch.cat([turn.cos(), turn.sin()], dim=1)
+        return rotate(x, Rope(table=table, rows=torch.arange(1), length=1))
 
     torch.testing.assert_close(at(q, angle).norm(dim=-1), q.norm(dim=-1))
     moved = (at(q, angle + shift) * at(k, shift)).sum(-1)

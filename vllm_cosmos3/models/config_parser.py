@@ -19,7 +19,7 @@ from vllm_cosmos3.models.root_config import assemble
 ARCHITECTURE = "Cosmos3ReasonerForConditionalGeneration"
 
 
-class Cosmos3ConfigParser(ConfigParserBase):  # type: ignore[misc]  # vLLM has no types here
+class Cosmos3ConfigParser(ConfigParserBase):
     """Root ``config.json`` where there is one, else the parts of the folder put together."""
 
     def parse(

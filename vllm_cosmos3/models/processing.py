@@ -20,7 +20,7 @@ _COMMON = "fps, num_frames, do_sample_frames, min_pixels, max_pixels or size"
 _MAX_ASPECT = 200  # of transformers' smart_resize
 
 
-class ReasonerProcessingInfo(Qwen3VLProcessingInfo):  # type: ignore[misc]  # vLLM has no types here
+class ReasonerProcessingInfo(Qwen3VLProcessingInfo):
     """Qwen3-VL's, for whatever class the configuration of this checkpoint has."""
 
     def get_hf_config(self) -> Any:
@@ -34,7 +34,7 @@ class ReasonerProcessingInfo(Qwen3VLProcessingInfo):  # type: ignore[misc]  # vL
         return set().union(*names, {"min_pixels", "max_pixels", "truncation", *_SCOPES})
 
 
-class ReasonerProcessor(Qwen3VLMultiModalProcessor):  # type: ignore[misc]
+class ReasonerProcessor(Qwen3VLMultiModalProcessor):
     """Qwen3-VL's, with the input checked first."""
 
     def apply(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:

@@ -19,6 +19,7 @@ from vllm.model_executor.models.qwen3_vl import (
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from vllm_cosmos3.compat import name_text_architecture
 from vllm_cosmos3.models.processing import ReasonerProcessingInfo, ReasonerProcessor
 from vllm_cosmos3.models.reasoner_weights import (
     GENERATOR,
@@ -35,7 +36,7 @@ logger = init_logger(f"vllm.{__name__}")
 @MULTIMODAL_REGISTRY.register_processor(
     ReasonerProcessor, info=ReasonerProcessingInfo, dummy_inputs=Qwen3VLDummyInputsBuilder
 )
-class Cosmos3ReasonerForConditionalGeneration(Qwen3VLForConditionalGeneration):  # type: ignore[misc]
+class Cosmos3ReasonerForConditionalGeneration(Qwen3VLForConditionalGeneration):
     """Text, images and video in, text out."""
 
     # transformer/ and vision_encoder/, but not vae/ or sound_tokenizer/. A pattern that lists the
@@ -62,8 +63,9 @@ class Cosmos3ReasonerForConditionalGeneration(Qwen3VLForConditionalGeneration): 
     )
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "model") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
         config = vllm_config.model_config.hf_config
+        name_text_architecture(config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
         # A checkpoint that is stored quantized has tensors of other names and shapes, which
         # vLLM's quantization method checks itself.
         self._stored_quantized = hasattr(config, "quantization_config")

@@ -19,7 +19,7 @@ VIDEO_LOADER = REASONING_PARSER = "cosmos3"
 _PLAIN_FORMATS = {"auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer"}
 
 
-class ReasonerStartup(VerifyAndUpdateConfig):  # type: ignore[misc]  # vLLM has no types here
+class ReasonerStartup(VerifyAndUpdateConfig):
     """The hooks of our architecture."""
 
     @staticmethod

@@ -31,6 +31,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
+from vllm_cosmos3.compat import fused_qk_norm_rope
 from vllm_cosmos3.config import TransformerConfig
 from vllm_cosmos3.inventory import TIME_FREQUENCIES
 from vllm_cosmos3.models.weights import Target
@@ -57,10 +58,14 @@ from vllm_cosmos3.sampling.positions import rotary_table, text_positions
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Rope:
-    """Rotary tables of this rank's tokens, [s, F] each, and the length of the whole sequence."""
+    """Rotary tables of this rank's tokens, and the length of the whole sequence.
 
-    cos: Tensor
-    sin: Tensor
+    ``table`` [s, 2 F] holds the cosines, then the sines; ``rows`` [s] counts its rows, as vLLM's
+    kernel wants to be told which row each token takes.
+    """
+
+    table: Tensor
+    rows: Tensor
     length: int
 
 
@@ -109,19 +114,18 @@ class Transformer(nn.Module):
 
     def rope(self, positions_3S: Tensor) -> Rope:
         """Tables for the generation tokens at ``positions_3S``; once per request and branch."""
-        cos, sin = rotary_table(positions_3S, self.config)
-        return Rope(
-            cos=shard_sequence(cos.to(self.device, self.dtype), self._ulysses),
-            sin=shard_sequence(sin.to(self.device, self.dtype), self._ulysses),
-            length=positions_3S.shape[1],
-        )
+        table = torch.cat(rotary_table(positions_3S, self.config), dim=1)
+        return self._rope(shard_sequence(table, self._ulysses), positions_3S.shape[1])
 
     def understand(self, ids_S: Tensor) -> TextCache:
         """Read the token ids of one branch, int64 on the device; once per request and branch."""
         length = ids_S.shape[0]
-        cos, sin = rotary_table(text_positions(length), self.config)
-        cos, sin = cos.to(self.device, self.dtype), sin.to(self.device, self.dtype)
-        return TextCache(layers=self.understanding(ids_S, Rope(cos=cos, sin=sin, length=length)))
+        table = torch.cat(rotary_table(text_positions(length), self.config), dim=1)
+        return TextCache(layers=self.understanding(ids_S, self._rope(table, length)))
+
+    def _rope(self, table: Tensor, length: int) -> Rope:
+        rows = torch.arange(table.shape[0], device=self.device)
+        return Rope(table=table.to(self.device, self.dtype), rows=rows, length=length)
 
     def forward(
         self,
@@ -221,6 +225,7 @@ class Layer(nn.Module):
         width, head, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         plain = {"bias": False, "params_dtype": dtype, "return_bias": False}
+        self._fused = fused_qk_norm_rope() if dtype != torch.float32 else None
         self.input_norm = RMSNorm(width, eps, dtype=dtype)
         self.qkv = QKVParallelLinear(width, head, heads, kv_heads, **plain)
         self.q_norm = RMSNorm(head, eps, dtype=dtype)
@@ -240,18 +245,22 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The layer's last addend and the sum before it, which the next norm adds up."""
         x_SD, residual_SD = _add_norm(self.input_norm, x_SD, residual_SD)
-        q_SHD, k_SHD, v_SHD = self._heads(self.qkv(x_SD))
-        q_SHD = rotate(self.q_norm(q_SHD), rope)
-        k_SHD = rotate(self.k_norm(k_SHD), rope)
+        q_SHD, k_SHD, v_SHD = self._norm_rotate(self.qkv(x_SD), rope)
         x_SD = self.out(attend(q_SHD, k_SHD, v_SHD).flatten(1))
         x_SD, residual_SD = _add_norm(self.post_norm, x_SD, residual_SD)
         return self.down(self.act(self.gate_up(x_SD))), residual_SD
 
-    def _heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
+    def _norm_rotate(self, qkv: Tensor, rope: Rope) -> tuple[Tensor, ...]:
+        """Queries and keys of every head, normed and rotated, and values."""
         head = self.qkv.head_size
         sizes = [self.qkv.num_heads, self.qkv.num_kv_heads, self.qkv.num_kv_heads]
-        heads: tuple[Tensor, ...] = qkv.unflatten(1, (-1, head)).split(sizes, dim=1)
-        return heads
+        q_SHD, k_SHD, v_SHD = qkv.unflatten(1, (-1, head)).split(sizes, dim=1)
+        if self._fused is None:
+            return rotate(self.q_norm(q_SHD), rope), rotate(self.k_norm(k_SHD), rope), v_SHD
+        weights = self.q_norm.weight, self.k_norm.weight
+        epsilon = self.q_norm.variance_epsilon
+        self._fused(qkv, *sizes, head, epsilon, *weights, rope.table, True, rope.rows)
+        return q_SHD, k_SHD, v_SHD
 
 
 class LastLayer(nn.Module):
@@ -357,7 +366,7 @@ def sinusoid(tau: Tensor) -> Tensor:
 def rotate(x_SHD: Tensor, rope: Rope) -> Tensor:
     """Turn each pair (i, i + D/2) of every head by its token's angle."""
     first, second = x_SHD.chunk(2, dim=-1)
-    cos, sin = rope.cos.unsqueeze(1), rope.sin.unsqueeze(1)
+    cos, sin = rope.table.unsqueeze(1).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 

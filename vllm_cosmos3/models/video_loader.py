@@ -22,7 +22,7 @@ _ALL = -1  # rate that stands for "every frame"
 
 
 @VIDEO_LOADER_REGISTRY.register(NAME)
-class Cosmos3VideoBackend(Qwen3VLVideoBackend):  # type: ignore[misc]  # vLLM has no types here
+class Cosmos3VideoBackend(Qwen3VLVideoBackend):
     """Decodes all frames for ``num_frames == -1`` without ``fps``, else as Qwen3-VL does.
 
     A clip with more frames than the cap is thinned evenly, and described to the processor as a

@@ -105,6 +105,8 @@ def init_mesh(
             raise ValueError("several ranks need an init_method to meet at")
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     meeting = PurePath(init_method or f"pid{os.getpid()}").name
+    if init_method == "env://":
+        meeting = f"torchrun{os.environ['MASTER_PORT']}"
     if current_platform.is_cpu():
         # vLLM names the shared memory of a tensor-parallel group on the CPU after this.
         os.environ["VLLM_DIST_IDENT"] = meeting
@@ -115,6 +117,8 @@ def init_mesh(
         # vLLM lays ranks out as external data parallel x ... x tp: the factor of the world that it
         # is not told of becomes independent tensor-parallel groups.
         parallel_state.initialize_model_parallel(parallel.tensor_parallel_size)
+    if not current_platform.is_cpu():
+        compat.use_fused_norms(_layer_config(parallel.tensor_parallel_size))
     if current_platform.is_cpu() and parallel.tensor_parallel_size > 1:
         _unlink_shared_memory(meeting)
     world = parallel_state.get_world_group()
@@ -122,7 +126,6 @@ def init_mesh(
     # vLLM's queue for scheduler messages between tensor-parallel ranks: unused here, and its shared
     # memory would outlive a killed rank.
     tp.mq_broadcaster = None
-    compat.choose_kernels(_layer_config(parallel.tensor_parallel_size))
     return Mesh(
         cfg=_join("cfg", 0, parallel, local_rank, backend),
         ulysses=_join("ulysses", 1, parallel, local_rank, backend),

@@ -43,13 +43,13 @@ def unipc(
 ) -> tuple[Tensor, State]:
     """UniPC of order 2 with B(h) = exp(-h) - 1 and data prediction (Zhao et al. 2023, Alg. 1, 2).
 
-    First corrects ``x`` with the new estimate, then predicts the next one. The first step and the
-    last are of order 1.
+    First corrects ``x`` with the new estimate, then predicts the next one. The first step is of
+    order 1; the last, to noise level 0, ends at the estimate itself.
     """
     estimate = x - sigmas[index] * velocity
     if state.corrected is not None:
         x = _correct(state.corrected, estimate, state, sigmas, index)
-    order = min(2, index + 1, len(sigmas) - 1 - index)
+    order = min(2, index + 1)
     following = _predict(x, estimate, state.estimates, order, sigmas, index)
     return following, State(estimates=(estimate, *state.estimates[:1]), corrected=x, order=order)
 

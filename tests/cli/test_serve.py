@@ -1,0 +1,119 @@
+"""``vllm-cosmos3 serve``: the command it builds, and the mistakes it names without starting vLLM."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+from vllm_cosmos3.cli import main
+from vllm_cosmos3.cli.serve import add_arguments, stock_command
+from vllm_cosmos3.compat import has_serve_flag
+
+
+def build(*argv: str, folder: Path | None = None) -> list[str]:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args, args_rest = parser.parse_known_args(argv)
+    args.rest = args_rest
+    return stock_command(args, folder)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line that the command prints when it refuses."""
+    assert main(["serve", *argv]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line.removeprefix("vllm-cosmos3 serve: ")
+
+
+def value(command: list[str], flag: str) -> str:
+    return command[command.index(flag) + 1]
+
+
+def test_defaults_are_the_documented_recipe() -> None:
+    command = build("nvidia/Cosmos3-Nano")
+    assert command[:3] == ["vllm", "serve", "nvidia/Cosmos3-Nano"]
+    assert json.loads(value(command, "--hf-overrides")) == {
+        "architectures": ["Cosmos3ReasonerForConditionalGeneration"]
+    }
+    assert json.loads(value(command, "--media-io-kwargs")) == {"video": {"num_frames": -1}}
+    assert value(command, "--mm-encoder-tp-mode") == "data"
+    assert "--async-scheduling" in command
+    trusts = "--trust-request-mm-kwargs" in command
+    assert trusts == has_serve_flag("trust-request-mm-kwargs")
+
+
+def test_what_the_user_says_wins() -> None:
+    command = build(
+        "nvidia/Cosmos3-Nano",
+        "--mm-encoder-tp-mode=weights",
+        "--no-async-scheduling",
+        "--media-io-kwargs",
+        '{"image": {"image_mode": null}, "video": {"num_frames": 8}}',
+        '--hf-overrides={"foo": 1}',
+        "--max-model-len",
+        "4096",
+    )
+    assert "--async-scheduling" not in command
+    assert "data" not in command
+    assert json.loads(value(command, "--media-io-kwargs"))["video"] == {"num_frames": 8}
+    assert json.loads(value(command, "--hf-overrides"))["foo"] == 1
+    assert len([word for word in command if word.startswith("--hf-overrides")]) == 1
+    assert value(command, "--max-model-len") == "4096"
+
+
+def test_folder_without_root_files_gets_the_flags_for_it(tmp_path: Path) -> None:
+    command = build(str(tmp_path), folder=tmp_path)
+    assert value(command, "--config-format") == "cosmos3"
+    assert value(command, "--tokenizer") == str(tmp_path / "text_tokenizer")
+
+
+def test_surfaces_that_do_not_exist_yet(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "serves the reasoner only" in refused(capsys, "x/y", "--surface", "both")
+
+
+@pytest.mark.parametrize("checkpoint", ["/no/such/folder", "Cosmos3-Nano", "./a/b"])
+def test_no_such_checkpoint(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(capsys, checkpoint).startswith(f"{checkpoint} is neither a folder nor")
+
+
+def test_other_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "is not a Cosmos 3 checkpoint" in refused(capsys, str(tmp_path))
+
+
+def test_incomplete_checkpoint(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "incomplete")
+    shutil.rmtree(folder / "vision_encoder")
+    assert refused(capsys, str(folder)) == f"vision_encoder/ is missing in {folder}"
+
+
+def test_port_taken(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        line = refused(capsys, str(tiny_checkpoint), "--host", "127.0.0.1", "--port", port)
+    assert line == f"--port is {port}, must be a free port (address already in use)"
+
+
+def test_plugin_switched_off(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    assert refused(capsys, "x/y").startswith("VLLM_PLUGINS is 'other', must be unset")
+
+
+@pytest.mark.parametrize("flag", ["--max-video-fps", "--max-video-frames"])
+def test_limits_are_positive(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(capsys, "x/y", flag, "0").startswith(f"{flag} is 0")
+
+
+def test_json_flags_are_json(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = (str(tiny_checkpoint), "--port", "0", "--hf-overrides", "{no")
+    assert refused(capsys, *arguments) == "--hf-overrides is '{no', must be a JSON object"

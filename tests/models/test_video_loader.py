@@ -1,0 +1,65 @@
+"""Frames of a clip: all of them for ``num_frames == -1``, at most the cap, else as vLLM does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from media_files import clip, picture, png
+from vllm.multimodal.video import Qwen3VLVideoBackend
+
+from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.models.limits import FRAMES
+from vllm_cosmos3.models.video_loader import Cosmos3VideoBackend
+
+TOTAL, FPS = 48, 24
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return clip(tmp_path_factory.mktemp("clip") / "a.mp4", frames=TOTAL, fps=FPS).read_bytes()
+
+
+def test_minus_one_gives_every_frame(data: bytes) -> None:
+    frames, metadata = Cosmos3VideoBackend.load_bytes(data, num_frames=-1)
+    assert frames.shape == (TOTAL, 64, 64, 3)
+    assert metadata["frames_indices"] == list(range(TOTAL))
+    assert (metadata["fps"], metadata["do_sample_frames"]) == (FPS, True)
+
+
+def test_without_it_vllm_decides(data: bytes) -> None:
+    frames, metadata = Cosmos3VideoBackend.load_bytes(data, num_frames=32)
+    stock_frames, stock_metadata = Qwen3VLVideoBackend.load_bytes(data, num_frames=32)
+    assert np.array_equal(frames, stock_frames)
+    assert metadata == stock_metadata
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
+@given(cap=st.integers(min_value=1, max_value=60))
+def test_cap_thins_evenly_and_keeps_the_duration(data: bytes, cap: int) -> None:
+    frames, metadata = Cosmos3VideoBackend.load_bytes(data, num_frames=-1, max_frames=cap)
+    assert len(frames) == metadata["total_num_frames"] == min(cap, TOTAL)
+    assert len(frames) / metadata["fps"] == pytest.approx(TOTAL / FPS)
+
+
+def test_requests_cannot_raise_the_cap_of_the_operator(
+    data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FRAMES, "5")
+    frames, _ = Cosmos3VideoBackend.load_bytes(data, num_frames=-1, max_frames=40)
+    assert len(frames) == 5
+
+
+def test_pictures_are_refused_by_name() -> None:
+    with pytest.raises(InvalidRequest, match="PNG image"):
+        Cosmos3VideoBackend.load_bytes(png(picture()), num_frames=-1)
+
+
+@pytest.mark.parametrize("name", ["num_frames", "max_frames", "fps"])
+@pytest.mark.parametrize("value", [0, -3, "four"])
+def test_wrong_options_are_named(name: str, value: object, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match=f"media_io_kwargs.video.{name} is {value!r}"):
+        Cosmos3VideoBackend.load_bytes(b"", **{"num_frames": -1, name: value})

@@ -1,0 +1,177 @@
+"""The documented recipes against a real server, through the official client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from media_files import clip, data_url, picture, png
+from servers import Server
+
+pytestmark = pytest.mark.serve
+
+Part = dict[str, Any]
+
+
+def text(words: str = "what is shown?") -> Part:
+    return {"type": "text", "text": words}
+
+
+def image(seed: int = 0) -> Part:
+    return {
+        "type": "image_url",
+        "image_url": {"url": data_url(png(picture(seed=seed)), "image/png")},
+    }
+
+
+def video(path: Path) -> Part:
+    return {"type": "video_url", "video_url": {"url": path.as_uri()}}
+
+
+def rate(fps: float) -> dict[str, Any]:
+    return {"mm_processor_kwargs": {"fps": fps, "do_sample_frames": True}}
+
+
+def ask(server: Server, *parts: Part, **options: Any) -> Any:
+    settings: dict[str, Any] = {"max_tokens": 8, "temperature": 0} | options
+    return server.client().chat.completions.create(
+        model=server.model,
+        messages=[{"role": "user", "content": list(parts)}],  # type: ignore[list-item]
+        **settings,
+    )
+
+
+@pytest.fixture(scope="module")
+def two_seconds(media_folder: Path) -> Path:
+    return clip(media_folder / "two-seconds.mp4", frames=48, fps=24)
+
+
+def test_more_frames_make_longer_prompts(reasoner_server: Server, two_seconds: Path) -> None:
+    lengths = {
+        fps: ask(reasoner_server, video(two_seconds), text(), extra_body=rate(fps)).usage
+        for fps in (2, 4, 8)
+    }
+    four, eight, sixteen = (lengths[fps].prompt_tokens for fps in (2, 4, 8))
+    assert sixteen - eight == 2 * (eight - four) > 0
+
+
+def test_without_fps_a_video_is_sampled_at_two(reasoner_server: Server, two_seconds: Path) -> None:
+    plain = ask(reasoner_server, video(two_seconds), text())
+    at_two = ask(reasoner_server, video(two_seconds), text(), extra_body=rate(2))
+    assert plain.usage.prompt_tokens == at_two.usage.prompt_tokens
+    assert plain.choices[0].message.content == at_two.choices[0].message.content
+
+
+def test_data_urls_and_files_are_the_same_video(reasoner_server: Server, two_seconds: Path) -> None:
+    inline = {"url": data_url(two_seconds.read_bytes(), "video/mp4")}
+    answers = [
+        ask(reasoner_server, part, text(), max_tokens=16).choices[0].message.content
+        for part in (video(two_seconds), {"type": "video_url", "video_url": inline})
+    ]
+    assert answers[0] == answers[1]
+
+
+def test_every_part_of_a_message_counts(reasoner_server: Server, two_seconds: Path) -> None:
+    messages = ([], [image()], [image(), image(1)], [image(), video(two_seconds)])
+    lengths = [ask(reasoner_server, *m, text()).usage.prompt_tokens for m in messages]
+    assert len(set(lengths)) == len(lengths)
+
+
+def test_streaming_says_the_same(reasoner_server: Server) -> None:
+    whole = ask(reasoner_server, image(), text(), max_tokens=24).choices[0].message.content
+    chunks = ask(reasoner_server, image(), text(), max_tokens=24, stream=True)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole
+
+
+@pytest.mark.parametrize(
+    ("answer", "reasoning", "content"),
+    [
+        ("<think>ab</think>cd", "ab", "cd"),
+        ("no tags at all", None, "no tags at all"),
+        ("<think>cut off", "cut off", ""),
+        ("<thinly sliced", None, "<thinly sliced"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_reasoning_is_what_stands_between_the_tags(
+    reasoner_server: Server, answer: str, reasoning: str | None, content: str, *, stream: bool
+) -> None:
+    question = text("Answer like this: <think>\nYour reasoning.\n</think> Your answer.")
+    said = {"structured_outputs": {"regex": answer.replace(" ", r"\ ")}}
+    reply = ask(reasoner_server, question, max_tokens=40, stream=stream, extra_body=said)
+    if stream:
+        deltas = [chunk.choices[0].delta for chunk in reply if chunk.choices]
+        got = "".join(getattr(delta, "reasoning", None) or "" for delta in deltas) or None
+        assert "".join(delta.content or "" for delta in deltas) == content
+    else:
+        got = reply.choices[0].message.reasoning
+        assert reply.choices[0].message.content == content
+    assert got == reasoning
+
+
+def test_schema_holds_with_the_reasoning_parser(reasoner_server: Server) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"label": {"enum": ["cat", "robot"]}, "moving": {"type": "boolean"}},
+        "required": ["label", "moving"],
+        "additionalProperties": False,
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    message = ask(reasoner_server, image(), text(), max_tokens=64, response_format=wanted)
+    answer = json.loads(message.choices[0].message.content)
+    assert answer.keys() == {"label", "moving"}
+
+
+def test_64_requests_at_once(reasoner_server: Server, two_seconds: Path) -> None:
+    """Text, images and video, streaming and not, all at the same time."""
+
+    async def one(client: openai.AsyncOpenAI, index: int) -> int:
+        kinds: list[list[Part]] = [
+            [],
+            [image(index)],
+            [video(two_seconds)],
+            [image(), image(index)],
+        ]
+        parts = [*kinds[index % 4], text(f"request {index}")]
+        stream = bool(index // 4 % 2)
+        answer: Any = await client.chat.completions.create(
+            model=reasoner_server.model,
+            messages=[{"role": "user", "content": parts}],  # type: ignore[list-item]
+            max_tokens=16,
+            stream=stream,
+            stream_options={"include_usage": True} if stream else openai.omit,
+            extra_body={"ignore_eos": True},
+        )
+        if not stream:
+            return int(answer.usage.completion_tokens)
+        usage = [chunk.usage async for chunk in answer][-1]
+        return int(usage.completion_tokens)
+
+    async def everybody() -> list[int]:
+        async with reasoner_server.async_client() as client:
+            return await asyncio.gather(*(one(client, index) for index in range(64)))
+
+    assert asyncio.run(everybody()) == [16] * 64
+
+
+def test_cosmos3_serve_prints_the_stock_command(reasoner_server_tp2: Server) -> None:
+    log = reasoner_server_tp2.log.read_text()
+    assert log.startswith("vllm-cosmos3 serve: running COSMOS3_MAX_VIDEO_FPS=8 ")
+    assert f" vllm serve {reasoner_server_tp2.model} " in log
+    assert "--trust-request-mm-kwargs lets requests choose" in log
+
+
+def test_cosmos3_serve_bounds_the_rate(reasoner_server_tp2: Server, two_seconds: Path) -> None:
+    assert ask(reasoner_server_tp2, video(two_seconds), text(), extra_body=rate(8)).choices
+    with pytest.raises(openai.BadRequestError, match=r"fps is 9, must be .* at most 8"):
+        ask(reasoner_server_tp2, video(two_seconds), text(), extra_body=rate(9))
+
+
+def test_tags_stay_in_the_text_without_the_parser(reasoner_server_tp2: Server) -> None:
+    said = {"structured_outputs": {"regex": "<think>ab</think>cd"}}
+    reply = ask(reasoner_server_tp2, text(), max_tokens=40, extra_body=said)
+    assert reply.choices[0].message.content == "<think>ab</think>cd"
