@@ -11,6 +11,7 @@ Meshes are written cfg x ulysses x tp. One group of processes serves all meshes 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import tempfile
@@ -110,6 +111,7 @@ def serve(rank: int, world: int, meshes: list[str], args: argparse.Namespace) ->
             if rank == 0:
                 append(row, args.folder / "rows.json")
         del pipeline
+        gc.collect()  # layers that point at each other would stay beside the next mesh's
         close_mesh(mesh)
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -13,6 +13,7 @@ import multiprocessing
 import pickle
 import sys
 import tempfile
+import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable
@@ -114,6 +115,45 @@ def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
     if failed:
         raise AssertionError(value)
     return value
+
+
+def processes_below(pid: int) -> set[int]:
+    """Living descendants of a process."""
+    parents = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if state != "Z":
+            parents[int(entry.name)] = int(parent)
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {pid}
+
+
+def segments_of(pids: set[int]) -> set[Path]:
+    """Files in shared memory that these processes have mapped: other programs have theirs."""
+    found = set()
+    for pid in pids:
+        try:
+            maps = Path(f"/proc/{pid}/maps").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        found |= {line.split()[5] for line in maps.splitlines() if " /dev/shm/" in line}
+    return {Path(name) for name in found}
+
+
+def remaining(pids: set[int], files: set[Path], seconds: float = 30.0) -> list[object]:
+    """Which of these processes and files are still there, after giving them time to go."""
+    deadline = time.monotonic() + seconds
+    while True:
+        alive: list[object] = [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+        alive += [file for file in files if file.exists()]
+        if not alive or time.monotonic() > deadline:
+            return alive
+        time.sleep(0.1)
 
 
 def _once(pipe: Connection) -> None:

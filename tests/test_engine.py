@@ -173,7 +173,7 @@ def test_two_models_in_one_process(model: Cosmos3, tiny_checkpoint: Path) -> Non
 
 def test_close_frees_the_model(tiny_checkpoint: Path) -> None:
     model = Cosmos3(tiny_checkpoint, device="cpu")
-    transformer = weakref.ref(model._open().transformer)
+    transformer = weakref.ref(model._open()._pipeline.transformer)
     model.close()
     gc.collect()
     assert transformer() is None

@@ -1,13 +1,13 @@
-"""`Cosmos3`: images and videos from Python, in the calling process.
+"""`Cosmos3`: images and videos from Python.
 
-Loads a checkpoint once and runs requests one after the other through the pipeline's five calls.
-Starts no process, so scripts need no ``__main__`` guard and notebooks work.
+Loads a checkpoint once and runs requests one after the other: in the calling process, or with
+several ranks in processes that import nothing of the caller, so scripts need no ``__main__`` guard
+and notebooks work.
 """
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -18,16 +18,17 @@ from typing import Any, overload
 
 import torch
 
-from vllm_cosmos3.config import EngineConfig, ParallelConfig
-from vllm_cosmos3.errors import Cancelled, Cosmos3Error, InvalidRequest
+from vllm_cosmos3.conditions import make_plan
+from vllm_cosmos3.config import EngineConfig, ParallelConfig, read_config
+from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
 from vllm_cosmos3.hub import resolve
 from vllm_cosmos3.output import Output, Progress, Report, Sample
-from vllm_cosmos3.pipeline import Pipeline
 from vllm_cosmos3.plan import Plan
+from vllm_cosmos3.prompts import load_tokenizer
 from vllm_cosmos3.request import GenerateRequest, from_fields
+from vllm_cosmos3.runners import Runner, make_runner
 from vllm_cosmos3.runtime.attention import BACKENDS
 from vllm_cosmos3.runtime.halo import MODES
-from vllm_cosmos3.runtime.mesh import close_mesh, init_mesh
 
 __all__ = ["Cosmos3", "Output", "Progress", "Sample"]
 
@@ -48,7 +49,14 @@ class Cosmos3:
         dtype: of weights and activations: bfloat16, float16 or float32. The solver's state is
             always float32.
         device: such as "cuda", "cuda:1" or "cpu"; omitted: what the installed vLLM is built for.
+        tensor_parallel_size: ranks that share each layer; divides the key-value heads.
+        cfg_parallel_size: 2 computes the two branches of guidance side by side.
+        ulysses_degree: ranks that share the tokens. The product of the three is the number of
+            devices used.
         vae_parallel: "halo", "tile" (less memory, not exact) or "off".
+        distributed_executor_backend: who starts the ranks: "mp" (the default for several), "ray"
+            for several hosts, or "external_launcher" in a script that runs under torchrun, where
+            only rank 0 gets results.
         attention_backend: one of `runtime.attention.BACKENDS`, or "auto".
         load_format: "auto", or "dummy" for random weights where only the time matters.
 
@@ -64,7 +72,11 @@ class Cosmos3:
         revision: str | None = None,
         dtype: str = "bfloat16",
         device: str | None = None,
+        tensor_parallel_size: int = 1,
+        cfg_parallel_size: int = 1,
+        ulysses_degree: int = 1,
         vae_parallel: str = "halo",
+        distributed_executor_backend: str | None = None,
         attention_backend: str = "auto",
         load_format: str = "auto",
     ) -> None:
@@ -80,15 +92,16 @@ class Cosmos3:
             device=str(self.device),
             load_format=load_format,
             attention_backend=attention_backend,
-            parallel=ParallelConfig(vae_parallel=vae_parallel),
+            parallel=ParallelConfig(
+                tensor_parallel_size=tensor_parallel_size,
+                cfg_parallel_size=cfg_parallel_size,
+                ulysses_degree=ulysses_degree,
+                vae_parallel=vae_parallel,
+            ),
         )
-        # One rank exchanges nothing: vLLM's layers look their group up while they are built, and
-        # closing it at once lets several models live in one process.
-        mesh = init_mesh(config.parallel)
-        try:
-            self._pipeline: Pipeline | None = Pipeline.load(config, mesh, self.device)
-        finally:
-            close_mesh(mesh)
+        self._model = read_config(config.model)
+        self._tokenizer = load_tokenizer(config.model)
+        self._runner: Runner | None = make_runner(config, distributed_executor_backend)
         self._lock = threading.Lock()  # one request at a time, also from several threads
         self.load_seconds = time.perf_counter() - start
 
@@ -144,15 +157,15 @@ class Cosmos3:
 
     def plan(self, requests: Request | str | None = None, /, **fields: Any) -> Plan:
         """What a request comes to, without running it: checks it whole."""
-        return self._open().plan(_request(requests, fields))
+        self._open()
+        return make_plan(_request(requests, fields), self._model, self._tokenizer)
 
     def close(self) -> None:
-        """Free the models and their memory. Waits for a request that is running."""
+        """Free the models and their memory, and end their processes. Waits for a running request."""
         with self._lock:
-            self._pipeline = None
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+            runner, self._runner = self._runner, None
+        if runner is not None:
+            runner.close()
 
     def __enter__(self) -> Cosmos3:
         return self
@@ -165,10 +178,10 @@ class Cosmos3:
     ) -> None:
         self.close()
 
-    def _open(self) -> Pipeline:
-        if self._pipeline is None:
+    def _open(self) -> Runner:
+        if self._runner is None:
             raise Cosmos3Error("this Cosmos3 is closed; make a new one")
-        return self._pipeline
+        return self._runner
 
     def _generate(
         self,
@@ -183,33 +196,16 @@ class Cosmos3:
             raise InvalidRequest(name, fields[name], "part of each request, as a list was given")
         given = list(requests) if several else [_request(requests, fields)]  # type: ignore[arg-type]
         with self._lock:
-            pipeline = self._open()
-            plans = [pipeline.plan(_request(item, {})) for item in given]
-            outputs = [self._run(pipeline, plan, report, cancelled) for plan in plans]
+            runner = self._open()
+            plans = [self.plan(_request(item, {})) for item in given]
+            outputs = [self._run(runner, plan, report, cancelled) for plan in plans]
         return outputs if several else outputs[0]
 
     def _run(
-        self, pipeline: Pipeline, plan: Plan, report: Report, cancelled: threading.Event
+        self, runner: Runner, plan: Plan, report: Report, cancelled: threading.Event
     ) -> Output:
         start = time.perf_counter()
-
-        def tell(phase: str, step: int, eta: float | None) -> None:
-            elapsed = time.perf_counter() - start
-            report(Progress(phase=phase, step=step, steps=plan.steps, elapsed=elapsed, eta=eta))
-
-        tell("encode", 0, None)
-        state = pipeline.encode(plan)
-        first_step = time.perf_counter()
-        tell("denoise", 0, None)
-        while not state.done:
-            if cancelled.is_set():
-                raise Cancelled(f"cancelled after {state.index} of {plan.steps} steps")
-            pipeline.step(state)
-            each = (time.perf_counter() - first_step) / state.index
-            tell("denoise", state.index, each * (plan.steps - state.index))
-        tell("decode", plan.steps, None)
-        pipeline.decode(state)
-        output = pipeline.finish(state)
+        output = runner.run(plan, report, cancelled)
         total = time.perf_counter() - start
         timings = {"model_load": self.load_seconds, **output.timings, "total": total}
         return replace(output, timings=timings)

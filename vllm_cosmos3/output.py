@@ -41,6 +41,11 @@ class Sample:
     action: np.ndarray | None = None
     latents: Mapping[str, np.ndarray] | None = None
 
+    @property
+    def empty(self) -> bool:
+        """Whether the result is on another rank."""
+        return self.video is None and self.image is None and self.latents is None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Output:
@@ -91,10 +96,14 @@ class Output:
         The suffix chooses the format: .mp4 (H.264 with AAC sound; ``crf`` 0 is lossless, 51 is
         worst), .png, .jpg, .webp, or .safetensors for latents; without one the usual is added.
 
+        On a rank that got no results nothing is written.
+
         Raises:
             InvalidRequest: the suffix does not suit what was made.
         """
         crf = CRF.checked("crf", crf)
+        if all(sample.empty for sample in self.samples):
+            return []
         path = Path(path)
         path = path if path.suffix else path.with_suffix(self.suffix)
         if len(self.samples) == 1:

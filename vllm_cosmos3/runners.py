@@ -71,18 +71,16 @@ class InProcess:
     def run(self, plan: Plan, report: Report, cancelled: Event) -> Output:
         pipeline = self._pipeline
         assert pipeline is not None
-        progress = _Progress(plan, report)
-        progress.tell("encode", 0)
-        state = pipeline.encode(plan)
-        progress.tell("denoise", 0)
-        while not state.done:
-            if cancelled.is_set():
-                raise Cancelled(f"cancelled after {state.index} of {plan.steps} steps")
-            pipeline.step(state)
-            progress.tell("denoise", state.index)
-        progress.tell("decode", plan.steps)
-        pipeline.decode(state)
-        return pipeline.finish(state)
+        state = None
+
+        def call(method: str, *args: Any) -> Any:
+            nonlocal state
+            if method == "encode":
+                state = pipeline.encode(*args)
+                return None
+            return getattr(pipeline, method)(state)
+
+        return _drive(call, plan, report, cancelled)
 
     def close(self) -> None:
         self._pipeline = None
@@ -102,26 +100,17 @@ class OneOfMany:
         self._executor = StageExecutor(stage)
         self._executor.start()
 
-    def run(self, plan: Plan, report: Report, cancelled: Event) -> Output:  # noqa: ARG002
-        progress = _Progress(plan, report)
-        progress.tell("encode", 0)
-        self._call("encode", plan)
-        for step in range(plan.steps):
-            progress.tell("denoise", step)
-            self._call("step")
-        progress.tell("denoise", plan.steps)
-        progress.tell("decode", plan.steps)
-        self._call("decode")
-        output: Output = self._call("finish")
+    def run(self, plan: Plan, report: Report, cancelled: Event) -> Output:
+        def call(method: str, *args: Any) -> Any:
+            return self._executor.call(method, "request", *args)[0]
+
+        output = _drive(call, plan, report, Event())
         if torch.distributed.get_rank() == 0:
             return output
         return replace(output, samples=tuple(Sample(seed=s.seed) for s in output.samples))
 
     def close(self) -> None:
         self._executor.close()
-
-    def _call(self, method: str, *args: Any) -> Any:
-        return self._executor.call(method, "request", *args)[0]
 
 
 class Remote:
@@ -155,27 +144,27 @@ class Remote:
         self._client.close()
 
 
-class _Progress:
-    """Tells how far a request is, with the time that the denoising still takes."""
+def _drive(call: Callable[..., Any], plan: Plan, report: Report, cancelled: Event) -> Output:
+    """Make the pipeline's calls one after the other, and tell how far they are."""
+    start = denoising = time.perf_counter()
 
-    def __init__(self, plan: Plan, report: Report) -> None:
-        self._plan, self._report = plan, report
-        self._start = self._denoising = time.perf_counter()
-
-    def tell(self, phase: str, step: int) -> None:
+    def tell(phase: str, step: int) -> None:
         now = time.perf_counter()
-        eta = None
-        if phase == "denoise":
-            if step == 0:
-                self._denoising = now
-            else:
-                eta = (now - self._denoising) / step * (self._plan.steps - step)
-        self._report(
-            Progress(
-                phase=phase,
-                step=step,
-                steps=self._plan.steps,
-                elapsed=now - self._start,
-                eta=eta,
-            )
+        eta = (
+            (now - denoising) / step * (plan.steps - step) if phase == "denoise" and step else None
         )
+        report(Progress(phase=phase, step=step, steps=plan.steps, elapsed=now - start, eta=eta))
+
+    tell("encode", 0)
+    call("encode", plan)
+    denoising = time.perf_counter()
+    tell("denoise", 0)
+    for step in range(plan.steps):
+        if cancelled.is_set():
+            raise Cancelled(f"cancelled after {step} of {plan.steps} steps")
+        call("step")
+        tell("denoise", step + 1)
+    tell("decode", plan.steps)
+    call("decode")
+    output: Output = call("finish")
+    return output

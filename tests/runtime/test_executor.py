@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import os
-import signal
-import time
+from importlib.util import find_spec
+from inspect import getsource, signature
 from pathlib import Path
 
 import pytest
-from ranks import in_new_process
+from ranks import in_new_process, processes_below, remaining, segments_of
 from toy_stage import ToyPlan, ToyResult
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
 from vllm_cosmos3.config import EngineConfig, ParallelConfig
 from vllm_cosmos3.errors import (
@@ -41,22 +43,6 @@ def run(executor: StageExecutor, plan: ToyPlan, *, save: Path | None = None, tim
         executor.call("step", "job", timeout=timeout)
     executor.call("decode", "job", timeout=timeout)
     return executor.call("finish", "job", save, timeout=timeout)[0]
-
-
-def own_processes() -> set[int]:
-    """Processes below this one, at any depth."""
-    parents = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if fields[0] != "Z":
-            parents[int(entry.name)] = int(fields[1])
-    found = {os.getpid()}
-    while more := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found - {os.getpid()}
 
 
 def one_request(shape: tuple[int, int, int], folder: Path) -> tuple[ToyResult, str]:
@@ -125,7 +111,7 @@ def start_without_weights() -> set[int]:
         executor.start()
     with pytest.raises(WorkerDied):
         executor.call("ping", 1)
-    return own_processes()
+    return processes_below(os.getpid())
 
 
 def test_an_error_of_loading_reaches_the_caller() -> None:
@@ -150,50 +136,56 @@ def test_one_rank_can_run_in_the_calling_process() -> None:
     assert result.pids == (pid,)
 
 
-def start_and_stay(pipe_path: Path) -> None:
-    executor = StageExecutor(stage(1, 2, 2))
-    executor.start()
-    executor.call("encode", "job", ToyPlan(faults={"step 0": "hang"}))
-    pipe_path.write_text(" ".join(map(str, own_processes())))
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
-    shared = set(os.listdir("/dev/shm"))
-    with pytest.raises(AssertionError, match="the process died"):
-        in_new_process(start_and_stay, tmp_path / "pids")
-    pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
-    assert len(pids) >= 4
-    deadline = time.monotonic() + 20
-
-    def left() -> set[str]:
-        alive = {str(pid) for pid in pids if Path(f"/proc/{pid}").exists()}
-        return alive | (set(os.listdir("/dev/shm")) - shared)
-
-    while left() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not left()
-
-
-def kill_and_recover(rounds: int) -> list[tuple[int, int, int]]:
-    """Processes, open files and shared segments after each round."""
+def kill_and_recover(rounds: int) -> tuple[list[tuple[int, int]], list[object]]:
+    """Processes and open files after each round; what is left of all that there ever was."""
     executor = StageExecutor(stage(1, 2, 1))
     executor.start()
-    counts = []
+    counts, seen, segments = [], set[int](), set[Path]()
     for _ in range(rounds):
         with pytest.raises(WorkerDied):
             run(executor, ToyPlan(faults={"step 1": "kill"}))
         executor.restart()
         assert run(executor, ToyPlan()).total == 6
-        files = len(os.listdir("/proc/self/fd"))
-        counts.append((len(own_processes()), files, len(os.listdir("/dev/shm"))))
+        below = processes_below(os.getpid())
+        seen |= below
+        segments |= segments_of(below)
+        counts.append((len(below), len(os.listdir("/proc/self/fd"))))
     executor.close()
-    return counts
+    workers = seen - processes_below(os.getpid())
+    assert len(workers) == 2 * rounds
+    return counts, remaining(workers, segments)
 
 
 def test_rounds_of_kill_and_recover_leave_nothing_behind() -> None:
-    counts = in_new_process(kill_and_recover, 5)
+    counts, left = in_new_process(kill_and_recover, 5)
     assert counts[-1] == counts[1]
+    assert not left
+
+
+def test_the_ray_executor_is_called_like_the_local_one() -> None:
+    """vLLM has no Ray on the CPU: what `StageExecutor` relies on is read from its source."""
+    source = Path(find_spec("vllm.v1.executor.ray_executor_v2").origin).read_text()
+    tree = ast.parse(source)
+    (ray,) = (
+        node
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and node.name == "RayExecutorV2"
+    )
+    assert [ast.unparse(base) for base in ray.bases] == ["MultiprocExecutor"]
+    methods = {node.name: node for node in ray.body if isinstance(node, ast.FunctionDef)}
+    assert [a.arg for a in methods["__init__"].args.args] == ["self", "vllm_config"]
+    assert "collective_rpc" not in methods  # inherited, with the queues that are read here
+    for attribute in ("response_mqs", "futures_queue", "is_failed"):
+        assert f"self.{attribute} =" in ast.unparse(ray), attribute
+    assert list(signature(MultiprocExecutor.collective_rpc).parameters)[:6] == [
+        "self",
+        "method",
+        "timeout",
+        "args",
+        "kwargs",
+        "non_block",
+    ]
+    assert "futures_queue" in getsource(MultiprocExecutor.collective_rpc)
 
 
 @pytest.mark.parametrize(

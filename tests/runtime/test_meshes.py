@@ -16,15 +16,20 @@ from vllm_cosmos3.runtime.mesh import Mesh
 
 BOUND = 1e-5  # of the largest absolute value
 
-COMMON = {"prompt": "A paper boat", "negative_prompt": "blurry", "num_inference_steps": 3, "seed": 7}
+COMMON = {
+    "prompt": "A paper boat",
+    "negative_prompt": "blurry",
+    "num_inference_steps": 3,
+    "seed": 7,
+}
 IMAGE = np.random.RandomState(0).randint(0, 256, (48, 80, 3), dtype=np.uint8)
 REQUESTS = {
-    "video with sound": dict(num_frames=9, height=64, width=96, generate_sound=True),
-    "odd latent size": dict(num_frames=5, height=80, width=112),
+    "video with sound": {"num_frames": 9, "height": 64, "width": 96, "generate_sound": True},
+    "odd latent size": {"num_frames": 5, "height": 80, "width": 112},
     # 3 x 3 patches and a sound latent: an odd number of tokens
-    "tokens that do not divide": dict(num_frames=1, height=96, width=96),
-    "image to video": dict(num_frames=9, height=64, width=80, image=IMAGE),
-    "without guidance": dict(num_frames=5, height=64, width=64, guidance_scale=1.0),
+    "tokens that do not divide": {"num_frames": 1, "height": 96, "width": 96},
+    "image to video": {"num_frames": 9, "height": 64, "width": 80, "image": IMAGE},
+    "without guidance": {"num_frames": 5, "height": 64, "width": 64, "guidance_scale": 1.0},
 }
 MESHES = {  # cfg x ulysses x tp
     "1x1x2": ParallelConfig(tensor_parallel_size=2),

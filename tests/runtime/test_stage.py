@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ranks import processes_below, remaining, segments_of
 from test_executor import stage
 from toy_stage import ToyPlan
 
@@ -46,14 +47,13 @@ def test_a_result_comes_back_with_progress(client: StageClient) -> None:
     job = client.submit(ToyPlan(steps=3), report=heard.append)
     assert job.result(60).total == 6
     assert [(p.phase, p.step, p.steps) for p in heard] == [
-        ("encode", 0, 1),
+        ("encode", 0, 3),
         *(("denoise", step, 3) for step in range(4)),
-        ("decode", 0, 1),
-        ("decode", 1, 1),
+        ("decode", 3, 3),
     ]
     times = [p.elapsed for p in heard]
     assert times == sorted(times)
-    assert [p.eta is None for p in heard] == [True, True, False, False, False, True, False]
+    assert [p.eta is None for p in heard] == [True, True, False, False, False, True]
 
 
 def test_a_result_can_be_saved_by_the_worker(client: StageClient, tmp_path: Path) -> None:
@@ -155,11 +155,19 @@ def test_a_fault_fails_its_request_only(
     assert client.submit(ToyPlan(steps=1)).result(60).total == 2
 
 
-def test_a_killed_stage_process_is_replaced(client: StageClient) -> None:
-    job = client.submit(ToyPlan(steps=10_000, seconds=0.01))
-    os.kill(client._process.pid, signal.SIGKILL)
+def test_a_killed_stage_process_is_replaced_and_its_workers_end(client: StageClient) -> None:
+    hanging = client.submit(ToyPlan(faults={"step 1": "hang"}))
+    while hanging.progress is None or hanging.progress.step < 1:
+        time.sleep(0.01)
+    killed = client._process.pid
+    pids = processes_below(killed)
+    segments = segments_of(pids)
+    os.kill(killed, signal.SIGKILL)
     with pytest.raises(WorkerDied, match="status -9"):
-        job.result(60)
+        hanging.result(60)
+    assert len(pids) >= 3
+    assert len(segments) >= 3  # the ring of calls and two of answers
+    assert not remaining(pids, segments)
     client.wait_ready(120)
     assert client.submit(ToyPlan(steps=1)).result(60).total == 2
 
@@ -178,6 +186,7 @@ def test_a_missing_checkpoint_is_told_once() -> None:
 SCRIPT = """
 import sys, time
 sys.path[:0] = {paths!r}
+from ranks import processes_below, remaining, segments_of
 from test_executor import stage
 from toy_stage import ToyPlan
 from vllm_cosmos3.runtime.client import StageClient
@@ -200,25 +209,24 @@ def script(ending: str) -> tuple[subprocess.Popen[str], Path, int]:
         [sys.executable, "-c", text], stdout=subprocess.PIPE, text=True, bufsize=1
     )
     assert program.stdout is not None
-    folder, pid = next(program.stdout).split()
-    assert next(program.stdout) == "running\n"
+    line = program.stdout.readline()
+    if program.stdout.readline() != "running\n":
+        program.kill()
+        program.communicate()
+        raise AssertionError(line)
+    folder, pid = line.split()
     return program, Path(folder), int(pid)
 
 
 def test_a_program_killed_takes_its_stage_with_it() -> None:
-    shared = set(os.listdir("/dev/shm"))
     program, folder, pid = script("time.sleep(600)")
+    pids = {pid} | processes_below(pid)
+    segments = segments_of(pids)
     program.kill()
     program.communicate()
-    deadline = time.monotonic() + 30
-
-    def left() -> list[object]:
-        processes = [p for p in (Path(f"/proc/{pid}"), folder) if p.exists()]
-        return [*processes, *(set(os.listdir("/dev/shm")) - shared)]
-
-    while left() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not left()
+    assert len(pids) >= 3
+    assert len(segments) >= 3
+    assert not remaining(pids, {folder, *segments})
 
 
 def test_sigterm_drains() -> None:

@@ -50,6 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--revision", help="branch, tag or commit of the repository")
     run.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32 (default: bfloat16)")  # fmt: skip
     run.add_argument("--device", help="such as cuda or cpu (default: what vLLM is built for)")
+    run.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks that share each layer (default: 1)")  # fmt: skip
+    run.add_argument("--cfg-parallel-size", type=int, default=1, metavar="N", help="2: the branches of guidance side by side (default: 1)")  # fmt: skip
+    run.add_argument("--ulysses-degree", type=int, default=1, metavar="N", help="ranks that share the tokens (default: 1)")  # fmt: skip
+    run.add_argument("--distributed-executor-backend", metavar="NAME", help="who starts several ranks: mp (default), ray, or external_launcher under torchrun")  # fmt: skip
     run.add_argument("--vae-parallel", default="halo", help="halo, tile (less memory, not exact) or off (default: halo)")  # fmt: skip
     run.add_argument("--attention-backend", default="auto", help="auto, or the name of one (default: auto)")  # fmt: skip
     run.add_argument("--load-format", default="auto", help="auto, or dummy for random weights (default: auto)")  # fmt: skip
@@ -74,7 +78,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     folder = sample_folder(args.out, args.name)
     with quiet_libraries(), loaded(args) as model:
-        write(args, folder, *generate(model, request, args, folder))
+        output, files, timings = generate(model, request, args, folder)
+        if files:  # with several processes under torchrun the first one has the results
+            write(args, folder, output, files, timings)
     return 0
 
 
@@ -87,7 +93,11 @@ def loaded(args: argparse.Namespace) -> Cosmos3:
         revision=args.revision,
         dtype=args.dtype,
         device=args.device,
+        tensor_parallel_size=args.tensor_parallel_size,
+        cfg_parallel_size=args.cfg_parallel_size,
+        ulysses_degree=args.ulysses_degree,
         vae_parallel=args.vae_parallel,
+        distributed_executor_backend=args.distributed_executor_backend,
         attention_backend=args.attention_backend,
         load_format=args.load_format,
     )

@@ -139,15 +139,15 @@ class Job:
 
     def progress(self) -> Progress:
         now = time.monotonic()
-        steps = self.request.plan.steps if self.phase == "denoise" else 1
-        spent = now - self.phase_started
-        eta = spent / self.step * (steps - self.step) if self.step else None
+        steps, eta = self.request.plan.steps, None
+        if self.phase == "denoise" and self.step:
+            eta = (now - self.phase_started) / self.step * (steps - self.step)
         return Progress(
             phase=self.phase, step=self.step, steps=steps, elapsed=now - self.started, eta=eta
         )
 
     def enter(self, phase: str) -> None:
-        self.phase, self.step, self.phase_started = phase, 0, time.monotonic()
+        self.phase, self.phase_started = phase, time.monotonic()
 
 
 class Stopped(Exception):
@@ -227,7 +227,7 @@ class StageCore:
         name, request = job.request.job, job.request
         if job.phase == "encode":
             job.attempts += 1
-            job.started = time.monotonic()
+            job.started, job.step = time.monotonic(), 0
             job.enter("encode")
             self._report(job)
             self._call("encode", name, request.plan)
@@ -248,8 +248,6 @@ class StageCore:
         name, request = job.request.job, job.request
         spool = None if request.save is not None else self._setup.folder / name
         (value, *_) = self._call("finish", name, request.save, spool)
-        job.step = 1
-        self._report(job)
         self._tell(job.client, Done(name, spool if spool is not None else value))
         self._forget(job)
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,9 @@ from vllm_cosmos3.errors import InvalidRequest
 # importing vLLM takes seconds.
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,8 @@ def init_mesh(
             raise ValueError("several ranks need an init_method to meet at")
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     meeting = PurePath(init_method or f"pid{os.getpid()}").name
+    if init_method == "env://":
+        meeting = f"torchrun{os.environ['MASTER_PORT']}"
     if current_platform.is_cpu():
         # vLLM names the shared memory of a tensor-parallel group on the CPU after this.
         os.environ["VLLM_DIST_IDENT"] = meeting
@@ -194,6 +199,14 @@ def all_gather(x: Tensor, axis: Axis) -> list[Tensor]:
     parts = list(x.new_empty(axis.size, *x.shape).unbind(0))
     dist.all_gather(parts, x.contiguous(), group=axis.group)
     return parts
+
+
+def from_first(value: Value) -> Value:
+    """The value of rank 0 of the world, on every rank."""
+    box = [value]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def _all_to_all(x_n: Tensor, axis: Axis) -> Tensor:

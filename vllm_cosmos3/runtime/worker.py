@@ -25,7 +25,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_cosmos3.config import EngineConfig
 from vllm_cosmos3.errors import Cosmos3Error, OutOfMemory
-from vllm_cosmos3.runtime.mesh import Mesh, all_gather, close_mesh, init_mesh
+from vllm_cosmos3.runtime.mesh import Mesh, all_gather, close_mesh, from_first, init_mesh
 
 
 class Result(Protocol):
@@ -160,6 +160,8 @@ class DiffusionWorker(WorkerBase):
         return all(int(other) == number for axis in axes for other in all_gather(own, axis))
 
     def encode(self, job: str, plan: Any) -> None:
+        if self._config.backend == "external_launcher":
+            plan = from_first(plan)  # each rank has made its own, perhaps with a random seed
         self._states[job] = self._stage.encode(plan)
 
     def step(self, job: str) -> None:
@@ -169,17 +171,19 @@ class DiffusionWorker(WorkerBase):
         self._stage.decode(self._states[job])
 
     def finish(self, job: str, save: Path | None = None, spool: Path | None = None) -> Any:
-        """The result; written to ``save`` the files it makes; pickled to ``spool``, or None.
+        """The result of this rank, unless rank 0 is to leave it in a file.
 
-        Only rank 0 has one. Frames are too many bytes for the queue between the processes.
+        With ``save`` it is written to the files it makes, whose names are returned; with ``spool``
+        it is pickled there: frames are too many bytes for the queue between the processes.
         """
         result = self._stage.finish(self._states.pop(job))
+        if save is None and spool is None:
+            return result
         if self.rank != 0:
             return None
         if save is not None:
             return result.save(save)
-        if spool is None:
-            return result
+        assert spool is not None
         with spool.open("wb") as file:
             pickle.dump(result, file, protocol=pickle.HIGHEST_PROTOCOL)
         return None

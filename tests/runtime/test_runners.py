@@ -1,0 +1,81 @@
+"""`Cosmos3` on several ranks: in a stage, and under torchrun."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from vllm_cosmos3 import Cosmos3
+from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.output import Output, Progress
+
+REQUEST = {"prompt": "A paper boat", "num_frames": 5, "height": 64, "width": 64, "seed": 3}
+REQUEST |= {"num_inference_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_checkpoint_fp32: Path) -> tuple[Output, Output]:
+    """The decoded result and the latents of one rank."""
+    with Cosmos3(tiny_checkpoint_fp32, dtype="float32", device="cpu") as model:
+        return model.generate(**REQUEST), model.generate(**REQUEST, output_type="latent")
+
+
+def test_a_stage_gives_what_one_rank_gives(
+    tiny_checkpoint_fp32: Path, alone: tuple[Output, Output]
+) -> None:
+    heard: list[Progress] = []
+
+    async def cancelled(model: Cosmos3) -> None:
+        task = asyncio.ensure_future(model.agenerate(**(REQUEST | {"num_inference_steps": 200})))
+        await asyncio.sleep(1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    with Cosmos3(
+        tiny_checkpoint_fp32, dtype="float32", device="cpu", ulysses_degree=2, cfg_parallel_size=2
+    ) as model:
+        output = model.generate(**REQUEST, progress=heard.append)
+        asyncio.run(cancelled(model))
+        again = model.generate(**REQUEST)
+        with pytest.raises(InvalidRequest):
+            model.generate(**(REQUEST | {"num_inference_steps": 0}))
+    assert np.abs(output.video.astype(int) - alone[0].video.astype(int)).max() <= 1
+    assert np.array_equal(output.video, again.video)
+    assert [(p.phase, p.step) for p in heard if p.phase == "denoise"] == [
+        ("denoise", step) for step in range(4)
+    ]
+    assert output.timings.keys() == alone[0].timings.keys()
+
+
+def test_a_mesh_that_cannot_be_is_refused_before_anything_starts(tiny_checkpoint: Path) -> None:
+    with pytest.raises(InvalidRequest, match="tensor_parallel_size is 3, must be 1, 2 or 4"):
+        Cosmos3(tiny_checkpoint, device="cpu", tensor_parallel_size=3)
+    with pytest.raises(InvalidRequest, match="Ray executor needs GPUs"):
+        Cosmos3(tiny_checkpoint, device="cpu", ulysses_degree=2, distributed_executor_backend="ray")
+
+
+def test_torchrun(tiny_checkpoint_fp32: Path, alone: tuple[Output, Output], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "4", "-m", "vllm_cosmos3.cli", "generate"]
+    command += [str(tiny_checkpoint_fp32), "--out", str(tmp_path), "--dtype", "float32"]
+    command += ["--ulysses-degree", "2", "--tensor-parallel-size", "2"]
+    command += ["--distributed-executor-backend", "external_launcher", "--output-type", "latent"]
+    for name, value in REQUEST.items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(file.name for file in (tmp_path / "sample").iterdir()) == [
+        "latents.safetensors",
+        "sample_args.json",
+        "sample_outputs.json",
+    ]
+    latents = load_file(tmp_path / "sample" / "latents.safetensors")["vision"]
+    reference = alone[1].latents["vision"]
+    assert np.abs(latents - reference).max() < 1e-5 * np.abs(reference).max()

@@ -1,0 +1,83 @@
+"""Kill a worker, let the stage recover, run a request; many times. ``make soak`` runs it.
+
+    python tests/soak.py [--rounds 50] [--ranks 2]
+
+Each round kills a worker with SIGKILL in the middle of a step. The request must fail with
+``worker_died``, one that waits must succeed. Prints the seconds to recovery and, at the end, what
+there is more of than after the first round: processes, open files, shared memory. Status 1 if
+anything is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from ranks import processes_below, remaining, segments_of
+from toy_stage import ToyPlan
+
+from vllm_cosmos3.config import EngineConfig, ParallelConfig
+from vllm_cosmos3.errors import WorkerDied
+from vllm_cosmos3.runtime.client import StageClient
+from vllm_cosmos3.runtime.worker import StageConfig
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--ranks", type=int, default=2)
+    args = parser.parse_args()
+    engine = EngineConfig(model=Path("/"), parallel=ParallelConfig(ulysses_degree=args.ranks))
+    client = StageClient(StageConfig(engine=engine, stage="toy_stage:Toy", grace=0.5))
+    client.wait_ready(300)
+    seconds, counts = [], []
+    pids: set[int] = set()
+    segments: set[Path] = set()
+    for number in range(args.rounds):
+        seconds.append(kill_and_recover(client, args.ranks))
+        stage = processes_below(os.getpid())
+        pids |= stage
+        segments |= segments_of(stage)
+        counts.append((len(stage), open_files(stage)))
+        print(f"round {number + 1}: {seconds[-1]:.2f} s, processes and files {counts[-1]}")
+    client.close()
+    left = remaining(pids, segments)
+    print(
+        f"{args.rounds} rounds on {args.ranks} ranks: recovery {statistics.mean(seconds):.2f} s on"
+    )
+    print(f"average, {max(seconds):.2f} s at most; after the first round {counts[0]} processes and")
+    print(f"files, after the last {counts[-1]}; left behind: {left or 'nothing'}")
+    return int(bool(left) or counts[-1] > counts[0])
+
+
+def kill_and_recover(client: StageClient, ranks: int) -> float:
+    """Seconds from the kill to the next result."""
+    victim = client.submit(ToyPlan(steps=100_000, seconds=0.01), seconds=1000.0)
+    while victim.progress is None or victim.progress.step < 3:
+        time.sleep(0.01)
+    waiting = client.submit(ToyPlan(steps=2), seconds=1000.0)
+    probe = client.submit(ToyPlan(steps=1)).result(60)
+    os.kill(random.choice(probe.pids), signal.SIGKILL)
+    start = time.monotonic()
+    try:
+        victim.result(120)
+    except WorkerDied:
+        pass
+    else:
+        raise AssertionError("the victim has survived")
+    assert len(waiting.result(120).pids) == ranks
+    return time.monotonic() - start
+
+
+def open_files(pids: set[int]) -> int:
+    return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids | {os.getpid()})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
