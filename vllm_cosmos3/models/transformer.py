@@ -258,8 +258,8 @@ class Layer(nn.Module):
         if self._fused is None:
             return rotate(self.q_norm(q_SHD), rope), rotate(self.k_norm(k_SHD), rope), v_SHD
         weights = self.q_norm.weight, self.k_norm.weight
-        epsilon = self.q_norm.variance_epsilon
-        self._fused(qkv, *sizes, head, epsilon, *weights, rope.table, True, rope.rows)
+        epsilon, neox = self.q_norm.variance_epsilon, True
+        self._fused(qkv, *sizes, head, epsilon, *weights, rope.table, neox, rope.rows)
         return q_SHD, k_SHD, v_SHD
 
 
