@@ -138,7 +138,8 @@ def test_save(model: Cosmos3, tmp_path: Path) -> None:
     files = images.save(tmp_path / "a.png")
     assert [file.name for file in files] == ["a-0.png", "a-1.png"]
     for file, sample in zip(files, images.samples, strict=True):
-        assert (np.asarray(Image.open(file)) == sample.image).all()
+        with Image.open(file) as image:
+            assert (np.asarray(image) == sample.image).all()
 
     latents = model.generate("a boat", **SMALL, generate_sound=True, output_type="latent")
     (file,) = latents.save(tmp_path / "latents")
@@ -154,9 +155,9 @@ def test_decoded_pixels_are_close_to_the_encoded(model: Cosmos3, tmp_path: Path)
     (file,) = output.save(tmp_path / "a.mp4", crf=1)
     with av.open(str(file)) as container:
         frames = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
-    # Colour is stored at half the resolution: what survives is the brightness.
-    grey = np.abs(frames.mean(-1) - output.video.mean(-1))
-    assert grey.mean() < 6
+    # Colour is stored at half the resolution: what survives is the brightness, BT.709.
+    difference = (frames.astype(np.float32) - output.video) @ (0.2126, 0.7152, 0.0722)
+    assert np.abs(difference).mean() < 3
 
 
 def test_two_models_in_one_process(model: Cosmos3, tiny_checkpoint: Path) -> None:

@@ -362,8 +362,8 @@ def _check_area(request: GenerateRequest, width: int, height: int) -> list[str]:
         possible = f"at most {MAX_AREA:,} pixels, such as 1360x768, or allow_untrained_size set"
         raise InvalidRequest("size", f"{width}x{height}", possible, "too_large")
     nearest = min(
-        (size for sizes in TRAINED_SIZES.values() for size in sizes),
-        key=lambda size: abs(math.log(size[0] / width)) + abs(math.log(size[1] / height)),
+        TRAINED_SIZES[tier_of(width, height)],
+        key=lambda size: abs(math.log(size[0] / size[1]) - math.log(width / height)),
     )
     return [f"size {width}x{height} is not a trained one; the nearest is {nearest[0]}x{nearest[1]}"]
 

@@ -27,10 +27,13 @@ from vllm_cosmos3.plan import Plan
 from vllm_cosmos3.prompts import load_tokenizer
 from vllm_cosmos3.request import GenerateRequest, from_fields
 from vllm_cosmos3.runners import Runner, make_runner
+from vllm_cosmos3.runtime.attention import BACKENDS
+from vllm_cosmos3.runtime.halo import MODES
 
 __all__ = ["Cosmos3", "Output", "Progress", "Sample"]
 
 DTYPES = ("bfloat16", "float16", "float32")
+LOAD_FORMATS = ("auto", "dummy")
 Request = GenerateRequest | Mapping[str, Any]
 
 
@@ -78,8 +81,10 @@ class Cosmos3:
         load_format: str = "auto",
     ) -> None:
         start = time.perf_counter()
-        if dtype not in DTYPES:
-            raise InvalidRequest("dtype", dtype, f"one of {', '.join(DTYPES)}")
+        _check_choice("dtype", dtype, DTYPES)
+        _check_choice("vae_parallel", vae_parallel, MODES)
+        _check_choice("attention_backend", attention_backend, ("auto", *BACKENDS))
+        _check_choice("load_format", load_format, LOAD_FORMATS)
         self.device = _device(device)
         config = EngineConfig(
             model=resolve(model, revision),
@@ -219,13 +224,19 @@ def _device(name: str | None) -> torch.device:
     from vllm.platforms import current_platform
 
     built_for = current_platform.device_type
+    device: torch.device | None
     try:
-        device = torch.device(name or built_for)
+        device = torch.device(built_for if name is None else str(name))
     except RuntimeError:
-        raise InvalidRequest("device", name, f"{built_for}, for the vLLM installed here") from None
-    if device.type != built_for:
+        device = None
+    if device is None or device.type != built_for:
         raise InvalidRequest("device", name, f"{built_for}, for the vLLM installed here")
     return device
+
+
+def _check_choice(name: str, value: str, possible: Sequence[str]) -> None:
+    if value not in possible:
+        raise InvalidRequest(name, value, f"one of {', '.join(possible)}")
 
 
 def _ignore(_: Progress) -> None:

@@ -14,11 +14,12 @@ from vllm_cosmos3.errors import CheckpointError
 CONFIGURATION = ["*.json", "*.txt", "*.jinja"]
 
 
-def resolve(model: str | Path, revision: str | None = None) -> Path:
+def resolve(model: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
     """The folder of ``model``, which is a folder or a repository such as ``nvidia/Cosmos3-Nano``.
 
     Of a repository the generator's files are downloaded, unless the cache has them, with the token
-    of ``hf auth login`` or ``HF_TOKEN``. ``revision`` is a branch, tag or commit; folders have none.
+    of ``hf auth login`` or ``HF_TOKEN``, or without ``weights`` only what describes the model.
+    ``revision`` is a branch, tag or commit; folders have none.
     Raises CheckpointError with the fix where there is no such model or it cannot be reached, and
     whatever read_config raises.
     """
@@ -29,9 +30,11 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
         return folder
     name = str(model)
     snapshot = _download(name, revision, CONFIGURATION)
-    weights = _weight_patterns(read_config(snapshot))
+    patterns = _weight_patterns(read_config(snapshot))
+    if not weights:
+        return snapshot
     # The commit, not the branch: it may have moved since the configuration was read.
-    return _download(name, snapshot.name, [*CONFIGURATION, *weights])
+    return _download(name, snapshot.name, [*CONFIGURATION, *patterns])
 
 
 def _weight_patterns(config: ModelConfig) -> list[str]:

@@ -14,12 +14,14 @@ import numpy as np
 from vllm_cosmos3 import media
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.progress import Progress, Report
+from vllm_cosmos3.request import Spec
 
 __all__ = ["Output", "Progress", "Report", "Sample"]
 
 VIDEO_SUFFIXES = (".mp4",)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 LATENT_SUFFIXES = (".safetensors",)
+CRF = Spec(kind="int", low=0, high=51, help="quality of H.264, 0 is lossless, 51 is worst")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -101,6 +103,7 @@ class Output:
         """
         if all(sample.empty for sample in self.samples):
             return []
+        crf = CRF.checked("crf", crf)
         path = Path(path)
         path = path if path.suffix else path.with_suffix(self.suffix)
         if len(self.samples) == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,12 +22,6 @@ PHASES = [
     "model_load", "text", "vae_encode", "denoise", "vae_decode", "sound", "to_cpu", "per_step",
     "encode", "total",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _log_level(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command sets this for its own process, which is the test's here."""
-    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
 
 
 def generate(*arguments: object) -> int:
@@ -78,7 +73,8 @@ def test_images(tiny_checkpoint: Path, tmp_path: Path) -> None:
         "--out", tmp_path, "--name", "boats",
     ) == 0  # fmt: skip
     for name in ("vision-0.png", "vision-1.png"):
-        assert Image.open(tmp_path / "boats" / name).size == (96, 64)
+        with Image.open(tmp_path / "boats" / name) as image:
+            assert image.size == (96, 64)
 
 
 def test_latents_and_back(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -111,8 +107,6 @@ def test_image_to_video(tiny_checkpoint: Path, tmp_path: Path) -> None:
 def test_dry_run_needs_no_weights(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
-
     folder = tmp_path / "json-only"
     shutil.copytree(tiny_checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     assert generate(folder, "--prompt", "a boat", "--dry-run", "--seconds", 4) == 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 import time
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from vllm_cosmos3.engine import Cosmos3, Output, Progress, Sample
+    from vllm_cosmos3.plan import Plan
 
 METAVARS = {
     "text": "TEXT", "int": "N", "float": "X", "size": "WxH", "ints": "I,J,...", "pair": "LOW,HIGH",
@@ -31,11 +33,14 @@ METAVARS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", help="checkpoint folder or Hugging Face repository")
+    parser.usage = "%(prog)s MODEL --prompt TEXT --out DIR [options]"
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="checkpoint folder or Hugging Face repository"
+    )
     out = parser.add_argument_group("output")
     out.add_argument("--out", type=Path, metavar="DIR", help="where to write DIR/NAME/...")
     out.add_argument("--name", default="sample", help="folder of this sample (default: sample)")
-    out.add_argument("--crf", type=int, default=18, metavar="N", help="H.264 quality, 0 (lossless) to 51 (default: 18)")  # fmt: skip
+    out.add_argument("--crf", type=_integer, default=18, metavar="N", help="H.264 quality, 0 (lossless) to 51 (default: 18)")  # fmt: skip
     out.add_argument(
         "--timings-json", type=Path, metavar="FILE", help="also write the timings here"
     )
@@ -66,15 +71,24 @@ def run(args: argparse.Namespace) -> int:
     if args.out is None and not args.dry_run:
         raise InvalidRequest("out", None, "a folder for the results", "missing_required")
     request = request_of(args)
+    plan = checked(args, request)
     if args.dry_run:
-        return dry_run(args, request)
+        print(json.dumps(dict(plan.effective), indent=2))
+        _warn(plan.warnings)
+        return 0
     folder = sample_folder(args.out, args.name)
-    # What vLLM reports while it is imported is for servers; here it would tear the progress bar.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    with quiet_libraries(), loaded(args) as model:
+        output, files, timings = generate(model, request, args, folder)
+        if files:  # with several processes under torchrun the first one has the results
+            write(args, folder, output, files, timings)
+    return 0
 
+
+def loaded(args: argparse.Namespace) -> Cosmos3:
+    """The model that the flags describe."""
     from vllm_cosmos3.engine import Cosmos3
 
-    with Cosmos3(
+    return Cosmos3(
         args.model,
         revision=args.revision,
         dtype=args.dtype,
@@ -86,11 +100,7 @@ def run(args: argparse.Namespace) -> int:
         distributed_executor_backend=args.distributed_executor_backend,
         attention_backend=args.attention_backend,
         load_format=args.load_format,
-    ) as model:
-        output, files, timings = generate(model, request, args, folder)
-    if files:  # with several processes under torchrun the first one has the results
-        write(args, folder, output, files, timings)
-    return 0
+    )
 
 
 def request_of(args: argparse.Namespace) -> GenerateRequest:
@@ -101,18 +111,17 @@ def request_of(args: argparse.Namespace) -> GenerateRequest:
     return from_fields(given)
 
 
-def dry_run(args: argparse.Namespace, request: GenerateRequest) -> int:
-    """Everything but the weights: the checkpoint's numbers, its tokenizer, the media, the plan."""
+def checked(args: argparse.Namespace, request: GenerateRequest) -> Plan:
+    """The plan, from everything but the weights: a mistake should not wait for them."""
     from vllm_cosmos3.conditions import make_plan
     from vllm_cosmos3.config import read_config
     from vllm_cosmos3.hub import resolve
+    from vllm_cosmos3.output import CRF
     from vllm_cosmos3.prompts import load_tokenizer
 
-    model = read_config(resolve(args.model, args.revision))
-    plan = make_plan(request, model, load_tokenizer(model.path))
-    print(json.dumps(dict(plan.effective), indent=2))
-    _warn(plan.warnings)
-    return 0
+    CRF.checked("crf", args.crf)
+    model = read_config(resolve(args.model, args.revision, weights=False))
+    return make_plan(request, model, load_tokenizer(model.path))
 
 
 def sample_folder(out: Path, name: str) -> Path:
@@ -183,17 +192,34 @@ def defaults_table() -> str:
 
     rows = {mode: asdict(default) for mode, default in DEFAULTS.items()}
     names = [name for name in next(iter(rows.values())) if name in SPECS]
-    lines = [f"{'':22}" + "".join(f"{mode:>13}" for mode in rows)]
-    lines += [
-        f"{name:22}" + "".join(f"{row[name]:>13g}" for row in rows.values()) for name in names
-    ]
-    known = "condition_frame_indexes_vision"
-    lines.append(f"{'condition frames':22}" + "".join(f"{_listed(row[known]):>13}" for row in rows.values()))  # fmt: skip
+    lines = [f"{'':32}" + "".join(f"{mode:>13}" for mode in rows)]
+    for name in names:
+        lines.append(f"{name:32}" + "".join(f"{_shown(row[name]):>13}" for row in rows.values()))
     lines.append("\nin every mode")
     for item in fields(GenerateRequest):
         if item.default is not None:
-            lines.append(f"  {item.name:28}{item.default}")
+            lines.append(f"  {item.name:30}{item.default}")
     return "\n".join(lines)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Errors alone from vLLM and torch: what else they say is for servers and tears the bar.
+
+    A VLLM_LOGGING_LEVEL that the user has set is left to do its work.
+    """
+    if "VLLM_LOGGING_LEVEL" in os.environ:
+        yield
+        return
+    loggers = [logging.getLogger(name) for name in ("vllm", "torch._library.triton")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 @contextmanager
@@ -216,7 +242,7 @@ def progress_shown(*, terminal: bool) -> Iterator[Callable[[Progress], None]]:
     form = (
         "{desc:8}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
     )
-    with tqdm(total=1, unit="step", bar_format=form, dynamic_ncols=True) as bar:
+    with tqdm(desc="encode", total=1, unit="step", bar_format=form, dynamic_ncols=True) as bar:
 
         def move(progress: Progress) -> None:
             bar.total = progress.steps
@@ -328,8 +354,10 @@ def _latents(sample: Sample) -> Mapping[str, np.ndarray]:
     return sample.latents or {}
 
 
-def _listed(values: tuple[int, ...]) -> str:
-    return ",".join(map(str, values)) or "-"
+def _shown(value: float | tuple[int, ...]) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "-"
+    return f"{value:g}"
 
 
 def _warn(warnings: tuple[str, ...]) -> None:
