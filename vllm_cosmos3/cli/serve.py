@@ -72,11 +72,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check, print the stock command, run it in this process. Returns its exit status."""
-    if args.surface != "reasoner":
-        raise Unsupported(
-            f"--surface {args.surface} does not exist in this version, which serves the reasoner "
-            "only; use --surface reasoner"
-        )
+    if args.surface == "generator":
+        from vllm_cosmos3.server import command
+
+        _check_port_is_free(args.host, args.port)
+        return command.run(args.checkpoint, args.host, args.port, args.rest)
+    if args.surface == "both":
+        raise Unsupported("--surface both does not exist yet; use generator or reasoner")
     for flag, value in (
         ("--max-video-fps", args.max_video_fps),
         ("--max-video-frames", args.max_video_frames),
