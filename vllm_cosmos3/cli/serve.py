@@ -73,10 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check, print the stock command, run it in this process. Returns its exit status."""
     if args.surface == "generator":
-        from vllm_cosmos3.server import command
+        from vllm_cosmos3.server.command import run as run_generator
 
         _check_port_is_free(args.host, args.port)
-        return command.run(args.checkpoint, args.host, args.port, args.rest)
+        return run_generator(args.checkpoint, args.host, args.port, args.rest)
     if args.surface == "both":
         raise Unsupported("--surface both does not exist yet; use generator or reasoner")
     for flag, value in (

@@ -34,7 +34,7 @@ core = APIRouter(route_class=Route)
 class Listen:
     """Where and for whom the server is."""
 
-    host: str = "0.0.0.0"  # noqa: S104 - as vLLM does
+    host: str = "0.0.0.0"
     port: int = 8000
     api_keys: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
-
+import sys
 from typing import TYPE_CHECKING
 
 from vllm_cosmos3.errors import InvalidRequest
@@ -67,7 +67,7 @@ def run(checkpoint: str, host: str | None, port: int, rest: list[str]) -> int:
         possible = f"{current_platform.device_type}, for the vLLM installed here"
         raise InvalidRequest("--device", device, possible)
     listen = Listen(
-        host=host or "0.0.0.0",  # noqa: S104 - as vLLM does
+        host=host or "0.0.0.0",
         port=port,
         api_keys=tuple(key for key in keys if key),
         origins=tuple(args.allowed_origins),
@@ -104,4 +104,5 @@ def _announce(service: Service, listen: Listen) -> None:
         "url": f"{scheme}://{listen.host}:{listen.port}/v1",
     }
     for name, value in lines.items():
-        print(f"vllm-cosmos3 serve: {name}: {value}", flush=True)
+        sys.stdout.write(f"vllm-cosmos3 serve: {name}: {value}\n")
+    sys.stdout.flush()

@@ -15,7 +15,7 @@ from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.request import Spec
 
 
-def _option(default: Any, group: str, kind: str, help: str, **spec: Any) -> Any:
+def _option(default: Any, group: str, kind: str, help: str, /, **spec: Any) -> Any:
     data = {"group": group, "spec": Spec(kind=kind, help=help, **spec)}
     return dataclasses.field(default=default, metadata=data)
 

@@ -11,6 +11,7 @@ import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -147,7 +148,7 @@ def nested(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         head, _, rest = name.partition("[")
         keys = [head, *(key.removesuffix("]") for key in rest.split("["))] if rest else [head]
         target: Any = out
-        for key, following in zip(keys[:-1], keys[1:], strict=True):
+        for key, following in pairwise(keys):
             target = target.setdefault(key, [] if following == "" else {})
             if not isinstance(target, list if following == "" else dict):
                 raise ApiError("conflict", f"{name} contradicts another field", param=head)
@@ -171,10 +172,8 @@ def translate(body: Mapping[str, Any], wanted: str) -> Asked:
     references: dict[str, Any] = {}
     warnings: list[str] = []
     paths: dict[str, str] = {}
-    for path, name, value in _flat(body):
-        if value is None:
-            continue
-        name = ALIASES.get(name, name)
+    for path, given, value in _flat(body):
+        name = ALIASES.get(given, given)
         if name in REFERENCES and (value := _text_or_json(value)) is not None:
             _put(references, name, value, path, paths)
         elif name in UNSUPPORTED:
@@ -191,9 +190,9 @@ def translate(body: Mapping[str, Any], wanted: str) -> Asked:
             kind = SPECS[name].kind
             if name == "size" and value == "auto":
                 continue
-            if name == "seconds" and isinstance(value, str):
-                value = FormText(value)  # OpenAI's clients write it as text in JSON too
-            _put(fields, name, _typed(value, kind), path, paths)
+            # OpenAI's clients write seconds as text in JSON too.
+            text = FormText(value) if name == "seconds" and isinstance(value, str) else value
+            _put(fields, name, _typed(text, kind), path, paths)
         else:
             raise InvalidRequest(path, value, _hint(name), "unknown_parameter")
     _settle_count(fields, wanted, paths)
@@ -213,14 +212,11 @@ def _flat(body: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
         if name not in NESTED:
             out.append((name, name, value))
             continue
-        if isinstance(value, str):
-            value = _object(name, value)
-        if value is None:
-            continue
-        if not isinstance(value, Mapping):
+        more = _object(name, value) if isinstance(value, str) else value
+        if not isinstance(more, Mapping | None):
             raise InvalidRequest(name, value, "a JSON object", "invalid_type")
-        out += [(f"{name}.{key}", str(key), item) for key, item in value.items()]
-    return out
+        out += [(f"{name}.{key}", str(key), item) for key, item in (more or {}).items()]
+    return [(path, name, value) for path, name, value in out if value is not None]
 
 
 def _object(name: str, text: str) -> Any:

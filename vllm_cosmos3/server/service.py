@@ -126,7 +126,10 @@ class Service:
             Cosmos3Error: it cannot be served, now or at all; nothing is left of it.
         """
         try:
-            return await self._create(kind, asked, media, deadline, key, retried, remixed_from)
+            known = self._known(_digest(kind, asked, media), key, retried=retried)
+            if known is not None:
+                return known
+            return await self._create(kind, asked, media, deadline, key, remixed_from)
         except InvalidRequest as error:
             self.metrics.rejected.labels("invalid").inc()
             raise asked.placed(error) from None
@@ -136,14 +139,11 @@ class Service:
 
     async def _create(
         self, kind: str, asked: Asked, media: Mapping[str, Any], deadline: float,
-        key: str | None, retried: bool, remixed_from: str | None,
+        key: str | None, remixed_from: str | None,
     ) -> Job:  # fmt: skip
         self._check_model(asked.server.get("model"))
-        body = _digest(kind, asked, media)
-        known = self._known(body, key, retried)
-        if known is not None:
-            return known
         self._check_open()
+        body = _digest(kind, asked, media)
         plan = await self._plan(asked, media)
         report = await asyncio.to_thread(
             self.guardrails.check,
@@ -227,7 +227,7 @@ class Service:
             message = "the generator is loading" if state == "starting" else "the generator is down"
             raise ApiError("loading", message, headers={"Retry-After": "10"})
 
-    def _known(self, body: str, key: str | None, retried: bool) -> Job | None:
+    def _known(self, body: str, key: str | None, *, retried: bool) -> Job | None:
         if key is not None:
             found = self.journal.by_key(key)
             return None if found is None else self._same(found, body)
