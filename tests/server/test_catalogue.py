@@ -181,14 +181,13 @@ def test_row(row: Row, generator_server: Server) -> None:
         while answer.status_code == 429:  # accepted rows before this one fill the small queue
             answer = client.request(row.method, row.path, **row.send)
         assert answer.status_code == row.status, answer.text
-        assert answer.headers["x-request-id"] or row.status in (404, 405)
+        assert answer.headers["x-request-id"]
         if row.status == 200:
             warnings = answer.json()["cosmos3"]["warnings"]
             assert any(row.warns in warning for warning in warnings) or not row.warns
             return
     check(answer, row.code, row.param)
     assert row.says in answer.json()["error"]["message"]
-    assert "0.0.0.0" not in row.path
     if row.status == 405:
         assert "POST" in answer.headers["allow"]
 

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vllm_cosmos3.server import images, info, videos
 from vllm_cosmos3.server.errors import ApiError, error_body, error_response
-from vllm_cosmos3.server.routing import Route, service
+from vllm_cosmos3.server.routing import Route, request_id, service
 from vllm_cosmos3.server.service import Service
 from vllm_cosmos3.version import __version__
 
@@ -178,6 +178,12 @@ async def metrics() -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     """404 and 405 of the router in our envelope."""
     assert isinstance(error, HTTPException)
+    response = _of_router(request, error)
+    response.headers["x-request-id"] = request_id(request)
+    return response
+
+
+def _of_router(request: Request, error: HTTPException) -> Response:
     if error.status_code == 404:
         return error_response(info.not_found(request.url.path))
     if error.status_code == 405:

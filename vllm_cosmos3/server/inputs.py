@@ -36,8 +36,8 @@ SCHEMES = "an uploaded file, or a URL of http, https, data or (where allowed) fi
 @asynccontextmanager
 async def media_files(
     references: Mapping[str, Any], options: Options
-) -> AsyncIterator[dict[str, Path]]:
-    """The references of a request as files, under the validator's names image and video.
+) -> AsyncIterator[tuple[dict[str, Path], dict[str, str]]]:
+    """The references of a request as files, and as what they were given, both by image and video.
 
     Raises:
         InvalidRequest: not a file or URL, several of a kind, or not to be had.
@@ -45,6 +45,7 @@ async def media_files(
     """
     with TemporaryDirectory(prefix="cosmos3-input-") as folder:
         files: dict[str, Path] = {}
+        names: dict[str, str] = {}
         for index, (name, value) in enumerate(references.items()):
             file = Path(folder) / str(index)
             source = _only(name, value)
@@ -52,8 +53,8 @@ async def media_files(
             kind = _kind(name, file)
             if kind in files:
                 raise InvalidRequest(name, "a second one", f"the only {kind}", "unsupported")
-            files[kind] = file
-        yield files
+            files[kind], names[kind] = file, name
+        yield files, names
 
 
 def _only(name: str, value: Any) -> Any:

@@ -142,7 +142,10 @@ class Options:
         "hosts that URLs may name, such as a.com,b.org; default: every public one",
     )
     allow_private_media: bool = _option(
-        False, "inputs", "bool", "fetch from private and loopback addresses as well"
+        False,  # noqa: FBT003 - a default
+        "inputs",
+        "bool",
+        "fetch from private and loopback addresses as well",
     )
     guardrails: str = _option(
         "auto", "guardrails", "choice", "auto: when installed; required: or do not start; off",

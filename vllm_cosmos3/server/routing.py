@@ -22,7 +22,7 @@ class Route(APIRoute):
         handle = super().get_route_handler()
 
         async def handler(request: Request) -> Response:
-            name = request.headers.get("x-request-id") or uuid.uuid4().hex
+            name = request_id(request)
             try:
                 response: Response = await handle(request)
             except Cosmos3Error as error:
@@ -33,6 +33,11 @@ class Route(APIRoute):
             return response
 
         return handler
+
+
+def request_id(request: Request) -> str:
+    """The client's name for its request, or a new one."""
+    return request.headers.get("x-request-id") or uuid.uuid4().hex
 
 
 def service(request: Request) -> Service:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -202,10 +203,10 @@ async def _create(
 ) -> Job:  # fmt: skip
     key = request.headers.get("idempotency-key") if kind == "video" else None
     retried = kind == "video" and request.headers.get("x-stainless-retry-count", "0") != "0"
-    async with media_files(asked.references, at.options) as media:
+    async with media_files(asked.references, at.options) as (media, names):
         return await at.create(
             kind,
-            asked,
+            replace(asked, paths={**asked.paths, **names}),
             media,
             deadline=deadline,
             key=key,
