@@ -49,7 +49,7 @@ def guarded_server(
 ) -> Iterator[Server]:
     """A distilled checkpoint behind an API key and a guardrail."""
     path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-    flags = ["--api-key", "secret", "other", "--guardrail-checker", "generators:Words"]
+    flags = ["--api-key", "secret", "other", "--guardrail-checker", "checkers:Words"]
     folder = tmp_path_factory.mktemp("guarded")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", path)

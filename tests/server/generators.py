@@ -1,4 +1,4 @@
-"""Generator servers for the tests, and checkers that stand for a guardrail package."""
+"""Generator servers for the tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 from servers import BIN, Server, running
 
 SMALL = {"size": "64x64", "num_frames": 5, "num_inference_steps": 2, "seed": 1}
@@ -42,27 +41,3 @@ def finished(server: Server, job: dict[str, Any], seconds: float = 60) -> dict[s
             pass
     ended: dict[str, Any] = httpx.get(f"{server.url}/v1/videos/{job['id']}").json()
     return ended
-
-
-class Words:
-    """Blocks prompts and pictures by a word, and breaks by another."""
-
-    def __init__(self) -> None:
-        self._dark = False
-
-    def check_text(self, prompt: str) -> str | None:
-        if "broken" in prompt:
-            raise RuntimeError("the checker is broken")
-        return "violence" if "forbidden" in prompt else None
-
-    def check_frames(self, frames: np.ndarray) -> tuple[np.ndarray | None, dict[str, Any]]:
-        if frames.shape[-2] == 128:  # stands for a picture that is refused
-            return None, {}
-        return 255 - frames, {"faces_blurred": 0}
-
-
-class Broken:
-    """Cannot even start."""
-
-    def __init__(self) -> None:
-        raise RuntimeError("the models are not here")

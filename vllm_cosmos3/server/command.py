@@ -60,6 +60,7 @@ def run(checkpoint: str, host: str | None, port: int, rest: list[str]) -> int:
     from vllm.platforms import current_platform
 
     from vllm_cosmos3.server.app import Listen, make_app, serve
+    from vllm_cosmos3.server.guardrails import Guardrails
     from vllm_cosmos3.server.service import Service
 
     device = args.device or current_platform.device_type
@@ -77,8 +78,10 @@ def run(checkpoint: str, host: str | None, port: int, rest: list[str]) -> int:
     )
     names = tuple(args.served_model_name) or (checkpoint,)
 
+    guardrails = Guardrails(options)
+
     def make_service() -> Service:
-        made = Service(folder, names, options, device)
+        made = Service(folder, names, options, device, guardrails)
         _announce(made, listen)
         return made
 

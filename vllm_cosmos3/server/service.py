@@ -52,10 +52,17 @@ SPANS = {"encode": (1, 5), "denoise": (5, 90), "decode": (90, 99)}
 class Service:
     """Everything that lives as long as the server. ``start`` it in the event loop."""
 
-    def __init__(self, folder: Path, names: tuple[str, ...], options: Options, device: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        names: tuple[str, ...],
+        options: Options,
+        device: str,
+        guardrails: Guardrails,
+    ) -> None:
         self.options, self.names = options, names
         self.model = read_config(folder)
-        self.guardrails = Guardrails(options)
+        self.guardrails = guardrails
         self.journal = Journal(options.storage)
         self.metrics = metrics()
         self.metrics.limit.set(options.max_queue)
