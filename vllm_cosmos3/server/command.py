@@ -8,15 +8,20 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.hub import resolve
-from vllm_cosmos3.server.options import Options, add_flags, given
+from vllm_cosmos3.server.options import SHARED, Options, add_flags, from_mapping, given
 
 if TYPE_CHECKING:  # vLLM and the models, which --help should not wait for
     from vllm_cosmos3.server.app import Listen
     from vllm_cosmos3.server.service import Service
+
+WORKING_MEMORY = 12 * 2**30  # of the generator beside its weights: activations and caches at 720p
+MOST_MEMORY = 0.92  # of a device that both together take, as vLLM alone does
+LEAST_SHARE = 0.1
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,6 +53,51 @@ def parser() -> argparse.ArgumentParser:
             help=argparse.SUPPRESS,
         )
     return out
+
+
+def take_options(
+    given_already: object, checkpoint: str, rest: list[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Our options and vLLM's flags among ``rest``, where both surfaces are served.
+
+    The reasoner gets what memory the generator leaves on the device that they share, unless the
+    user has divided it.
+
+    Raises:
+        InvalidRequest: an option has a wrong value, or the generator does not fit.
+    """
+    known = argparse.ArgumentParser(prog="vllm-cosmos3 serve CKPT", allow_abbrev=False)
+    add_flags(known, without=SHARED)
+    args, others = known.parse_known_args(rest)
+    values = {**(given_already if isinstance(given_already, dict) else {}), **given(args)}
+    options = from_mapping(values)
+    words = {word.split("=")[0].replace("_", "-") for word in others}
+    if "--gpu-memory-utilization" not in words and not options.generator_devices:
+        share = _share_of_reasoner(resolve(checkpoint, weights=False), options)
+        if share is not None:
+            others += ["--gpu-memory-utilization", f"{share:.2f}"]
+    return values, others
+
+
+def _share_of_reasoner(folder: Path, options: Options) -> float | None:
+    """The part of a device's memory that the generator leaves; None where there is no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    parts = ("transformer", "vae", "sound_tokenizer")
+    weights = sum(f.stat().st_size for part in parts for f in (folder / part).glob("*.safetensors"))
+    total = torch.cuda.get_device_properties(0).total_memory
+    needed = weights / options.generator_tensor_parallel_size + WORKING_MEMORY
+    share = MOST_MEMORY - needed / total
+    if share < LEAST_SHARE:
+        raise InvalidRequest(
+            "--generator-devices",
+            None,
+            f"given: the generator needs {needed / 2**30:.0f} of {total / 2**30:.0f} GiB, and the "
+            "reasoner does not fit beside it; or use --surface generator",
+        )
+    return share
 
 
 def run(checkpoint: str, host: str | None, port: int, rest: list[str]) -> int:

@@ -43,7 +43,13 @@ class GeneratorRoutes:
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Start the generator beside the engine."""
         config = engine_client.vllm_config
-        options = from_mapping((config.additional_config or {}).get("cosmos3", {}))
+        options = from_mapping(
+            {
+                "allowed_local_media_path": args.allowed_local_media_path or "",
+                "allowed_media_domains": ",".join(args.allowed_media_domains or ()),
+                **(config.additional_config or {}).get("cosmos3", {}),
+            }
+        )
         names = args.served_model_name or [args.model]
         folder = _folder(args)
         state.cosmos3_engine = engine_client

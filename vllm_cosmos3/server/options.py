@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -217,12 +217,18 @@ def from_mapping(values: Mapping[str, Any]) -> Options:
     return Options(**values)
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+SHARED = ("allowed_local_media_path", "allowed_media_domains")  # flags of vLLM too
+
+
+def add_flags(parser: argparse.ArgumentParser, *, without: Container[str] = ()) -> None:
     """One flag for every option, in groups. A flag that is not given leaves no attribute."""
     groups: dict[str, Any] = {}
     for item in dataclasses.fields(Options):
+        if item.name in without:
+            continue
         spec, name = item.metadata["spec"], item.metadata["group"]
-        group = groups.setdefault(name, parser.add_argument_group(name))
+        group = groups.get(name) or parser.add_argument_group(name)
+        groups[name] = group
         unit = f" [{spec.unit}]" if spec.unit else ""
         if spec.kind == "bool":
             group.add_argument(
