@@ -62,7 +62,7 @@ def test_create_and_poll_then_download(client: OpenAI) -> None:
     sheet = Image.open(
         BytesIO(client.videos.download_content(video.id, variant="spritesheet").read())
     )
-    assert sheet.size == (640, 640)
+    assert sheet.size == (256, 256)
 
 
 def test_create_retrieve_list_delete(client: OpenAI) -> None:

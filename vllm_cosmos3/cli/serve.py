@@ -77,14 +77,6 @@ def run(args: argparse.Namespace) -> int:
 
         _check_port_is_free(args.host, args.port)
         return run_generator(args.checkpoint, args.host, args.port, args.rest)
-    if args.surface == "both":
-        from vllm_cosmos3.server.command import take_options
-
-        additional = _json_flag("--additional-config", args.rest) or {}
-        additional["cosmos3"], args.rest = take_options(
-            additional.get("cosmos3"), args.checkpoint, args.rest
-        )
-        args.rest += ["--additional-config", json.dumps(additional)]
     for flag, value in (
         ("--max-video-fps", args.max_video_fps),
         ("--max-video-frames", args.max_video_frames),
@@ -96,6 +88,14 @@ def run(args: argparse.Namespace) -> int:
     if folder is not None and _value_of("--load-format", args.rest) != "dummy":
         check_reasoner(folder)
     _check_port_is_free(args.host, args.port)
+    if args.surface == "both":
+        from vllm_cosmos3.server.command import take_options
+
+        additional = _json_flag("--additional-config", args.rest) or {}
+        additional["cosmos3"], args.rest = take_options(
+            additional.get("cosmos3"), args.checkpoint, args.rest
+        )
+        args.rest += ["--additional-config", json.dumps(additional)]
 
     environment = (
         {"VLLM_PLUGINS": os.environ.get("VLLM_PLUGINS", PLUGIN)} if args.surface == "both" else {}

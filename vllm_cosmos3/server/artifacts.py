@@ -20,7 +20,11 @@ from vllm_cosmos3.server.guardrails import FrameCheck, frame_check
 
 RECORD, CLIP, THUMBNAIL, SPRITES = "record.json", "video.mp4", "thumbnail.webp", "spritesheet.webp"
 STAGE = f"{__name__}:ServedPipeline"
-COLUMNS, ROWS, TILE = 4, 4, 160  # of the sprite sheet: tiles across, tiles down, pixels wide
+COLUMNS, ROWS, TILE = (
+    4,
+    4,
+    160,
+)  # of the sprite sheet: tiles across, tiles down, pixels wide at most
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,7 +82,8 @@ class ServedPipeline(Pipeline):
 def sprites(frames: media.Pixels) -> media.Pixels:
     """Sixteen frames, evenly spread, as one picture of small tiles."""
     chosen = np.linspace(0, len(frames) - 1, COLUMNS * ROWS).round().astype(int)
-    height = max(1, round(TILE * frames.shape[1] / frames.shape[2]))
-    tiles = media.cover_crop(frames[chosen], height=height, width=TILE)
+    width = min(TILE, frames.shape[2])
+    height = max(1, round(width * frames.shape[1] / frames.shape[2]))
+    tiles = media.cover_crop(frames[chosen], height=height, width=width)
     rows = tiles.reshape(ROWS, COLUMNS, height, TILE, 3).swapaxes(1, 2)
-    return rows.reshape(ROWS * height, COLUMNS * TILE, 3)
+    return rows.reshape(ROWS * height, COLUMNS * width, 3)
