@@ -85,5 +85,5 @@ def sprites(frames: media.Pixels) -> media.Pixels:
     width = min(TILE, frames.shape[2])
     height = max(1, round(width * frames.shape[1] / frames.shape[2]))
     tiles = media.cover_crop(frames[chosen], height=height, width=width)
-    rows = tiles.reshape(ROWS, COLUMNS, height, TILE, 3).swapaxes(1, 2)
+    rows = tiles.reshape(ROWS, COLUMNS, height, width, 3).swapaxes(1, 2)
     return rows.reshape(ROWS * height, COLUMNS * width, 3)
