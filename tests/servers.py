@@ -30,6 +30,7 @@ class Server:
     url: str
     model: str
     log: Path
+    pid: int  # of its process, which leads a group
 
     def client(self) -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", api_key="EMPTY", max_retries=0, timeout=120)
@@ -70,7 +71,7 @@ def running(command: list[str], folder: Path, cache: Path) -> Iterator[Server]:
             start_new_session=True,
         )
     try:
-        server = Server(url=f"http://127.0.0.1:{port}", model=command[2], log=log)
+        server = Server(url=f"http://127.0.0.1:{port}", model=command[2], log=log, pid=process.pid)
         _wait_until_ready(server, process)
         yield server
     finally:

@@ -61,7 +61,7 @@ def modules() -> dict[str, Path]:
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        if name not in ("", "models", "runtime", "cli.__main__"):
+        if name not in ("", "models", "runtime", "server", "cli.__main__"):
             found[name] = path
     return found
 

@@ -50,7 +50,6 @@ WAITING_CHUNKS = 4  # of frames between the one who makes them and the encoder
 # What decoders raise on damaged input. Warnings count where a process turns them into errors.
 DAMAGED = (
     av.FFmpegError,
-    Image.DecompressionBombError,
     OSError,
     SyntaxError,
     ValueError,
@@ -312,7 +311,8 @@ def _decoded(
         av.open(file, options=options) as container,
     ):
         if not container.streams.video:
-            raise InvalidRequest(field, _described(source), "a file with a video track")
+            possible = "a file with a video track"
+            raise InvalidRequest(field, _described(source), possible, "invalid_media")
         frames = _intact(container, field)
         for frame in frames if fps is None else _on_screen(frames, frame_rate(fps)):
             kept.append(frame)
@@ -368,9 +368,17 @@ def _decoding(source: object, field: str, possible: str) -> Iterator[None]:
     except InvalidRequest:
         raise
     except FileNotFoundError:
-        raise InvalidRequest(field, _described(source), "a file that exists") from None
+        raise InvalidRequest(
+            field, _described(source), "a file that exists", "invalid_media"
+        ) from None
+    except Image.DecompressionBombError:
+        raise InvalidRequest(
+            field, _described(source), f"at most {MAX_PIXELS} pixels", "payload_too_large"
+        ) from None
     except DAMAGED as error:
-        raise InvalidRequest(field, _described(source), f"{possible} ({error})") from error
+        raise InvalidRequest(
+            field, _described(source), f"{possible} ({error})", "invalid_media"
+        ) from error
 
 
 def _opened(source: object) -> IO[bytes]:
@@ -384,7 +392,9 @@ def _opened(source: object) -> IO[bytes]:
 
 def _check_size(width: int, height: int, field: str) -> None:
     if width * height > MAX_PIXELS:
-        raise InvalidRequest(field, f"{width}x{height}", f"at most {MAX_PIXELS} pixels")
+        raise InvalidRequest(
+            field, f"{width}x{height}", f"at most {MAX_PIXELS} pixels", "payload_too_large"
+        )
     if max(width, height) > MAX_RATIO * min(width, height):
         raise InvalidRequest(
             field, f"{width}x{height}", f"at most {MAX_RATIO} times as long as wide"

@@ -72,10 +72,6 @@ def test_folder_without_root_files_gets_the_flags_for_it(tmp_path: Path) -> None
     assert value(command, "--tokenizer") == str(tmp_path / "text_tokenizer")
 
 
-def test_surfaces_that_do_not_exist_yet(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "serves the reasoner only" in refused(capsys, "x/y", "--surface", "both")
-
-
 @pytest.mark.parametrize("checkpoint", ["/no/such/folder", "Cosmos3-Nano", "./a/b"])
 def test_no_such_checkpoint(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert refused(capsys, checkpoint).startswith(f"{checkpoint} is neither a folder nor")

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from vllm_cosmos3.config import read_json
-from vllm_cosmos3.errors import CheckpointError, InvalidRequest, Unsupported
+from vllm_cosmos3.errors import CheckpointError, InvalidRequest
 from vllm_cosmos3.models.limits import DEFAULT_FPS, DEFAULT_FRAMES, FPS, FRAMES
 from vllm_cosmos3.models.reasoner_weights import check_folder, expected_tensors
 
@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--surface",
         choices=("reasoner", "generator", "both"),
-        default="reasoner",
-        help="what to serve (default: reasoner, the only one in this version)",
+        default="both",
+        help="what to serve: chat, pictures and videos, or both on one port (default: both)",
     )
     parser.add_argument(
         "--host", metavar="ADDRESS", help="address to listen on (default: all of this machine)"
@@ -72,11 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check, print the stock command, run it in this process. Returns its exit status."""
-    if args.surface != "reasoner":
-        raise Unsupported(
-            f"--surface {args.surface} does not exist in this version, which serves the reasoner "
-            "only; use --surface reasoner"
-        )
+    if args.surface == "generator":
+        from vllm_cosmos3.server.command import run as run_generator
+
+        _check_port_is_free(args.host, args.port)
+        return run_generator(args.checkpoint, args.host, args.port, args.rest)
     for flag, value in (
         ("--max-video-fps", args.max_video_fps),
         ("--max-video-frames", args.max_video_frames),
@@ -88,8 +88,19 @@ def run(args: argparse.Namespace) -> int:
     if folder is not None and _value_of("--load-format", args.rest) != "dummy":
         check_reasoner(folder)
     _check_port_is_free(args.host, args.port)
+    if args.surface == "both":
+        from vllm_cosmos3.server.command import take_options
 
-    environment = {FPS: f"{args.max_video_fps:g}", FRAMES: str(args.max_video_frames)}
+        additional = _json_flag("--additional-config", args.rest) or {}
+        additional["cosmos3"], args.rest = take_options(
+            additional.get("cosmos3"), args.checkpoint, args.rest
+        )
+        args.rest += ["--additional-config", json.dumps(additional)]
+
+    environment = (
+        {"VLLM_PLUGINS": os.environ.get("VLLM_PLUGINS", PLUGIN)} if args.surface == "both" else {}
+    )
+    environment |= {FPS: f"{args.max_video_fps:g}", FRAMES: str(args.max_video_frames)}
     command = stock_command(args, folder)
     shown = [f"{name}={value}" for name, value in environment.items()]
     print("vllm-cosmos3 serve: running", " ".join([*shown, shlex.join(command)]), flush=True)

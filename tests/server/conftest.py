@@ -1,0 +1,57 @@
+"""Servers that many tests share. Each is started once and left able to serve."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from generators import generator
+from servers import Server
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def generator_server(
+    tiny_checkpoint: Path,
+    media_folder: Path,
+    vllm_cache: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Server]:
+    """The generator alone, with small limits."""
+    flags = ["--max-queue", "8", "--max-upload", str(4 * 2**20), "--upload-idle", "2"]
+    flags += ["--allowed-local-media-path", str(media_folder), "--fetch-seconds", "3"]
+    folder = tmp_path_factory.mktemp("generator")
+    with generator(tiny_checkpoint, folder, vllm_cache, *flags) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def distilled_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint as if it were distilled to four steps and made no sound."""
+    folder = tmp_path_factory.mktemp("distilled") / "tiny"
+    shutil.copytree(tiny_checkpoint, folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    sampler = {"t_list": [1.0, 0.75, 0.5, 0.25], "sample_type": "sde"}
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"fixed_step_sampler_config": sampler})
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def guarded_server(
+    distilled_checkpoint: Path, vllm_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """A distilled checkpoint behind an API key and a guardrail."""
+    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    flags = ["--api-key", "secret", "other", "--guardrail-checker", "checkers:Words"]
+    folder = tmp_path_factory.mktemp("guarded")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", path)
+        with generator(distilled_checkpoint, folder, vllm_cache, *flags) as server:
+            yield server

@@ -1,0 +1,297 @@
+"""Malformed requests: each row is answered before anything is queued, with its slug and field.
+
+The numbers are those of the catalogue of bad input that the API was designed against; rows about
+action, transfer and policy requests are not here.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from generators import PICTURE, create, finished
+from media_files import clip, data_url, picture, png
+from PIL import Image
+from servers import Server
+
+pytestmark = pytest.mark.serve
+VIDEOS, IMAGES = "/v1/videos", "/v1/images/generations"
+SMALL = {"prompt": "a boat", "size": "64x64", "num_frames": 5, "num_inference_steps": 1}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A request as arguments of httpx, and the answer: status, slug and field."""
+
+    number: int
+    status: int
+    code: str = ""
+    param: str | None = None
+    method: str = "POST"
+    path: str = VIDEOS
+    send: dict[str, Any] = field(default_factory=dict)
+    says: str = ""  # in the message
+    warns: str = ""  # in a warning of the job
+
+    def __str__(self) -> str:
+        return f"{self.number}-{self.code or self.status}"
+
+
+def body(**changes: Any) -> dict[str, Any]:
+    """A small video as JSON, with changes; what is None is left out."""
+    return {"json": {k: v for k, v in (SMALL | changes).items() if v is not None}}
+
+
+def raw(text: str) -> dict[str, Any]:
+    return {"content": text.encode(), "headers": {"content-type": "application/json"}}
+
+
+def form(**changes: Any) -> dict[str, Any]:
+    fields = {k: str(v) for k, v in (SMALL | changes).items() if v is not None}
+    return {"data": fields}
+
+
+def file(data: bytes, name: str = "input_reference", **changes: Any) -> dict[str, Any]:
+    return form(**changes) | {"files": {name: ("file", data)}}
+
+
+def image(**changes: Any) -> dict[str, Any]:
+    return {"path": IMAGES, "send": {"json": {"prompt": "a boat", **PICTURE, **changes}}}
+
+
+def bomb() -> bytes:
+    """A PNG of 20,000 x 20,000 pixels in a few kilobytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 20_000, 20_000, 1, 0, 0, 0, 0))
+    rows = chunk(b"IDAT", zlib.compress(bytes(2501) * 100))
+    return b"\x89PNG\r\n\x1a\n" + header + rows + chunk(b"IEND", b"")
+
+
+PICTURE_URL = data_url(png(picture(64, 64)), "image/png")
+ROWS = [
+    Row(number=1, status=400, code="missing_required", param="prompt", send=body(prompt=None)),
+    Row(number=1, status=400, code="missing_required", param="prompt", send=form(prompt=None)),
+    Row(number=2, status=400, code="invalid_value", param="prompt", send=body(prompt="")),
+    Row(number=2, status=400, code="invalid_value", param="prompt", send=form(prompt="  \n")),
+    Row(number=3, status=200, send=body()),
+    Row(number=3, status=200, send=form()),
+    Row(number=4, status=400, code="invalid_value", param="prompt", send=body(prompt="a\0b")),
+    Row(number=5, status=413, code="field_too_large", param="prompt", send=body(prompt="a " * 2**20), says="1,048,576"),
+    Row(number=6, status=200, send=body(prompt="word " * 200, max_sequence_length=64), warns="is cut from"),
+    Row(number=6, status=400, code="invalid_value", param="prompt", send=body(prompt="word " * 200, max_sequence_length=64, truncate_prompt=False)),
+    Row(number=7, status=400, code="invalid_type", param="size", send=body(size="1280*720"), says="1280x720"),
+    Row(number=8, status=400, code="invalid_value", param="size", send=body(size="0x0")),
+    Row(number=9, status=400, code="invalid_value", param="size", send=body(size="1281x719"), says="1280x720"),
+    Row(number=10, status=400, code="too_large", param="size", send=body(size="16000000x16000000")),
+    Row(number=11, status=400, code="conflict", param="size", send=body(width=128, height=64)),
+    Row(number=12, status=400, code="missing_required", param="height", send=body(size=None, width=64)),
+    Row(number=13, status=400, code="too_large", param="size", send=body(size="3840x2160")),
+    Row(number=14, status=400, code="invalid_value", param="num_frames", send=body(num_frames=0)),
+    Row(number=14, status=400, code="invalid_value", param="num_frames", send=form(num_frames=-1)),
+    Row(number=15, status=400, code="invalid_type", param="num_frames", send=form(num_frames="abc")),
+    Row(number=15, status=400, code="invalid_type", param="num_frames", send=body(num_frames="5")),
+    Row(number=16, status=400, code="invalid_value", param="num_frames", send=body(num_frames=10**9)),
+    Row(number=16, status=400, code="too_large", param="num_frames", send=body(num_frames=1001), says="400"),
+    Row(number=18, status=200, send=body(num_frames=6), warns="rounded up to 9"),
+    Row(number=19, status=400, code="invalid_value", param="num_frames", send=body(num_frames=1), says="/v1/images/generations"),
+    Row(number=20, status=400, code="invalid_value", param="fps", send=body(fps=0)),
+    Row(number=20, status=400, code="invalid_value", param="fps", send=form(fps="nan")),
+    Row(number=20, status=400, code="invalid_value", param="fps", send=body(fps=1e9)),
+    Row(number=20, status=200, send=body(fps=60), warns="trained range"),
+    Row(number=21, status=200, send=form(num_frames=None, seconds="0.3")),
+    Row(number=21, status=200, send=body(num_frames=None, seconds="0.3")),
+    Row(number=22, status=400, code="conflict", param="seconds", send=body(seconds=4)),
+    Row(number=23, status=400, code="invalid_value", param="num_inference_steps", send=body(num_inference_steps=0)),
+    Row(number=23, status=400, code="invalid_value", param="num_inference_steps", send=form(num_inference_steps=201)),
+    *(Row(number=25, status=400, code="invalid_value", param="guidance_scale", send=form(guidance_scale=x)) for x in ("nan", "inf", "21", "-1")),
+    *(Row(number=26, status=400, code="invalid_value", param="flow_shift", send=form(flow_shift=x)) for x in ("-5", "0", "nan")),
+    Row(number=27, status=400, code="invalid_value", param="seed", send=body(seed=-1)),
+    Row(number=28, status=400, code="invalid_value", param="seed", send=form(seed=2**70)),
+    Row(number=29, status=400, code="invalid_json", param="extra_params", send=form(extra_params="{bad"), says="character 1"),
+    Row(number=30, status=400, code="invalid_type", param="extra_params", send=form(extra_params="[1]")),
+    Row(number=31, status=400, code="unknown_parameter", param="extra_params.gaurdrails", send=body(extra_params={"gaurdrails": False}), says="guardrails"),
+    Row(number=32, status=200, send=form(**{"extra_params[guardrails]": "false"})),
+    Row(number=33, status=400, code="invalid_type", param="guardrails", send=body(guardrails="false")),
+    Row(number=33, status=400, code="invalid_type", param="extra_params.guardrails", send=body(extra_params={"guardrails": 1})),
+    Row(number=34, status=400, code="conflict", param="extra_params.num_frames", send=body(extra_params={"num_frames": 9})),
+    Row(number=34, status=200, send=body(extra_params={"num_frames": 5})),
+    Row(number=35, status=200, send=body(max_sequence_length=512)),
+    Row(number=36, status=400, code="invalid_value", param="extra_args.seed", **image(seed=None, extra_args={"seed": -1})),
+    Row(number=37, status=400, code="unknown_parameter", param="foo", send=form(foo=1)),
+    Row(number=37, status=200, send=body(user="me"), warns="user has no effect"),
+    Row(number=55, status=400, code="conflict", param="sound_duration", send=body(sound_duration=1)),
+    Row(number=56, status=400, code="invalid_type", param="generate_sound", send=form(generate_sound="maybe")),
+    Row(number=57, status=400, code="invalid_media", param="input_reference", send=file(b"garbage" * 99, num_frames=13)),
+    Row(number=57, status=400, code="invalid_media", param="input_reference", send=file(b"")),
+    Row(number=58, status=200, send=form(input_reference=PICTURE_URL)),
+    Row(number=58, status=200, send=form(**{"input_reference[image_url]": PICTURE_URL})),
+    Row(number=58, status=200, send=body(image_reference={"image_url": PICTURE_URL})),
+    Row(number=58, status=400, code="invalid_value", param="input_reference", send=form(input_reference="hello")),
+    Row(number=59, status=413, code="payload_too_large", param="input_reference", send=file(bomb())),
+    Row(number=63, status=400, code="invalid_value", param="condition_frame_indexes_vision", send=form(condition_frame_indexes_vision="[-1]")),
+    *(Row(number=63, status=400, code="invalid_type", param="condition_frame_indexes_vision", send=body(condition_frame_indexes_vision=x)) for x in ({"a": 1}, "x")),
+    Row(number=64, status=400, code="invalid_value", param="condition_video_keep", send=body(condition_video_keep="middle")),
+    Row(number=66, status=400, code="unsupported", param="image_reference.file_id", send=body(image_reference={"file_id": "x"})),
+    Row(number=66, status=403, code="path_not_allowed", param="image_reference", send=body(image_reference={"image_url": "file:///etc/hostname"})),
+    *(Row(number=67, status=400, code="url_not_allowed", param="input_reference", send=body(input_reference=f"http://{host}/x.png"), says="public") for host in ("127.0.0.1:80", "localhost", "169.254.169.254", "10.0.0.1", "[::1]", "0.0.0.0", "[::ffff:127.0.0.1]")),
+    Row(number=76, status=400, code="unsupported", param="num_outputs_per_prompt", send=form(num_outputs_per_prompt=2)),
+    Row(number=77, status=400, code="invalid_value", param="n", **image(n=11)),
+    Row(number=77, status=400, code="invalid_value", param="n", **image(n=0)),
+    Row(number=79, status=400, code="unsupported", param="response_format", **image(response_format="url")),
+    Row(number=80, status=400, code="invalid_value", param="output_format", **image(output_format="gif")),
+    Row(number=81, status=400, code="unsupported", param="stream", **image(stream=True)),
+    Row(number=82, status=415, code="unsupported_media_type", path=IMAGES, send=form()),
+    Row(number=83, status=400, code="invalid_json", send=raw('{"prompt": "a"'), says="byte 14"),
+    Row(number=83, status=400, code="invalid_json", send=raw('{"prompt": \xff')),
+    Row(number=83, status=400, code="invalid_type", send=raw("[1]")),
+    Row(number=84, status=404, code="model_not_found", param="model", send=body(model="sora-2"), says="tiny"),
+    *(Row(number=85, status=400, code="invalid_value", param="limit", method="GET", path=f"{VIDEOS}?limit={x}") for x in (-1, 0, 101, "x")),
+    Row(number=86, status=400, code="invalid_value", param="order", method="GET", path=f"{VIDEOS}?order=x"),
+    Row(number=87, status=404, code="cursor_not_found", param="after", method="GET", path=f"{VIDEOS}?after=nope"),
+    Row(number=88, status=404, code="not_found", param="id", method="GET", path=f"{VIDEOS}/nope"),
+    Row(number=88, status=404, code="not_found", param="id", method="DELETE", path=f"{VIDEOS}/nope"),
+    Row(number=95, status=404, code="not_found", method="GET", path=f"{VIDEOS}/%2e%2e%2fjobs.sqlite/content"),
+    Row(number=95, status=404, code="not_found", param="id", method="GET", path=f"{VIDEOS}/%2e%2e/content"),
+    Row(number=96, status=404, code="not_found", param="id", path=f"{VIDEOS}/nope/remix", send={"json": {"prompt": "a"}}),
+    Row(number=96, status=501, code="unsupported", path=f"{VIDEOS}/edits", send=form()),
+    Row(number=96, status=501, code="unsupported", path="/v1/images/edits", send=form()),
+    Row(number=101, status=409, code="guardrails_unavailable", param="guardrails", send=body(guardrails=True)),
+    Row(number=107, status=405, code="method_not_allowed", method="PUT", path=VIDEOS),
+    Row(number=107, status=404, code="not_found", method="GET", path="/v1/nothing"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_row(row: Row, generator_server: Server) -> None:
+    with httpx.Client(base_url=generator_server.url, timeout=60) as client:
+        answer = client.request(row.method, row.path, **row.send)
+        while answer.status_code == 429:  # accepted rows before this one fill the small queue
+            answer = client.request(row.method, row.path, **row.send)
+        assert answer.status_code == row.status, answer.text
+        assert answer.headers["x-request-id"]
+        if row.status == 200:
+            warnings = answer.json()["cosmos3"]["warnings"]
+            assert any(row.warns in warning for warning in warnings) or not row.warns
+            return
+    check(answer, row.code, row.param)
+    assert row.says in answer.json()["error"]["message"]
+    if row.status == 405:
+        assert "POST" in answer.headers["allow"]
+
+
+def check(answer: httpx.Response, code: str, param: str | None) -> None:
+    """The one envelope, and no more than it."""
+    assert answer.json().keys() == {"error"}
+    error = answer.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert (error["code"], error["param"]) == (code, param)
+    assert error["type"].endswith("_error")
+    assert "\n" not in error["message"]
+    assert "pydantic" not in error["message"]
+
+
+def test_row_17_defaults_of_a_video(generator_server: Server) -> None:
+    job = create(generator_server, num_inference_steps=1, size="256x256")
+    httpx.delete(f"{generator_server.url}{VIDEOS}/{job['id']}")
+    assert (job["num_frames"], job["fps"], job["seconds"]) == (189, 24, "7.875")
+
+
+@pytest.mark.parametrize("cut", [0.3, 0.9])
+def test_row_61_a_truncated_clip(cut: float, generator_server: Server, tmp_path: Path) -> None:
+    whole = clip(tmp_path / "clip.mp4", frames=24).read_bytes()
+    send = file(whole[: int(len(whole) * cut)], num_frames=13)
+    answer = httpx.post(f"{generator_server.url}{VIDEOS}", **send, timeout=60)
+    assert answer.status_code == 400
+    check(answer, "invalid_media", "input_reference")
+
+
+def test_row_62_a_short_clip(generator_server: Server, tmp_path: Path) -> None:
+    send = file(clip(tmp_path / "clip.mp4", frames=3).read_bytes(), num_frames=13)
+    answer = httpx.post(f"{generator_server.url}{VIDEOS}", **send, timeout=60)
+    assert answer.status_code == 400
+    check(answer, "invalid_value", "input_reference")
+    assert "at least 5 frames" in answer.json()["error"]["message"]
+
+
+def test_row_65_a_picture_and_a_clip(generator_server: Server, tmp_path: Path) -> None:
+    files = [
+        ("image_reference", ("a.png", png(picture(64, 64)))),
+        ("video_reference", ("b.mp4", clip(tmp_path / "clip.mp4", frames=9).read_bytes())),
+    ]
+    answer = httpx.post(f"{generator_server.url}{VIDEOS}", **form(), files=files, timeout=60)
+    assert answer.status_code == 400
+    check(answer, "conflict", "video_reference")
+
+
+def test_row_78_size_auto(generator_server: Server) -> None:
+    send = {"prompt": "a boat", "size": "auto", "num_inference_steps": 1, "seed": 1}
+    answer = httpx.post(f"{generator_server.url}{IMAGES}", json=send, timeout=120)
+    assert answer.json()["size"] == "960x960"
+
+
+def test_rows_90_93_94_97_a_running_job(generator_server: Server) -> None:
+    long = create(generator_server, size="256x256", num_frames=61, num_inference_steps=200)
+    url = f"{generator_server.url}{VIDEOS}/{long['id']}"
+    answer = httpx.get(f"{url}/content")
+    check(answer, "not_ready", None)
+    assert (answer.status_code, answer.headers["retry-after"]) == (409, "1")
+    answer = httpx.get(f"{url}/content?variant=foo")
+    check(answer, "invalid_value", "variant")
+    assert httpx.delete(url).status_code == 200
+    assert httpx.delete(url).status_code == 404
+
+
+def test_row_98_idempotency(generator_server: Server) -> None:
+    url = f"{generator_server.url}{VIDEOS}"
+    headers = {"Idempotency-Key": "row-98"}
+    first = httpx.post(url, **body(seed=1), headers=headers).json()
+    assert httpx.post(url, **body(seed=1), headers=headers).json()["id"] == first["id"]
+    answer = httpx.post(url, **body(seed=2), headers=headers)
+    assert answer.status_code == 409
+    check(answer, "idempotency_conflict", "Idempotency-Key")
+
+
+def test_afterwards_the_server_serves(generator_server: Server) -> None:
+    job = finished(generator_server, create(generator_server, **SMALL))
+    assert job["status"] == "completed"
+    assert httpx.get(f"{generator_server.url}/health").status_code == 200
+
+
+def test_form_fields_and_json_make_the_same_pixels(generator_server: Server) -> None:
+    url = f"{generator_server.url}/v1/videos/sync"
+    answers = [httpx.post(url, **make(seed=7), timeout=60).content for make in (body, form)]
+    assert answers[0] == answers[1]
+    assert answers[0][4:8] == b"ftyp"
+
+
+def test_compressed_pictures(generator_server: Server) -> None:
+    sizes = []
+    for quality in (10, 95):
+        send = image(output_format="jpeg", output_compression=quality, response_format="file")
+        answer = httpx.post(f"{generator_server.url}{IMAGES}", **send["send"], timeout=60)
+        assert np.asarray(Image.open(io.BytesIO(answer.content))).shape == (64, 64, 3)
+        sizes.append(len(answer.content))
+    assert sizes[0] < sizes[1]
+
+
+def test_the_openapi_page_knows_every_field(generator_server: Server) -> None:
+    page = httpx.get(f"{generator_server.url}/openapi.json").json()
+    content = page["paths"][VIDEOS]["post"]["requestBody"]["content"]
+    fields = content["application/json"]["schema"]["properties"]
+    assert fields["fps"]["minimum"] == 1
+    assert "frames per second" in fields["fps"]["description"]
+    assert "seconds" in fields
+    assert json.dumps(content["multipart/form-data"]) == json.dumps(content["application/json"])

@@ -1,0 +1,124 @@
+"""Guardrails that allow, block and break; API keys; a distilled checkpoint without free steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from servers import BIN, Server, run_to_end
+
+pytestmark = pytest.mark.serve
+SMALL = {"prompt": "a boat", "size": "64x64", "num_frames": 5, "seed": 1}
+PATHS = [
+    ("POST", "/v1/images/generations"), ("POST", "/v1/videos"), ("GET", "/v1/videos"),
+    ("POST", "/v1/videos/sync"), ("GET", "/v1/videos/x"), ("DELETE", "/v1/videos/x"),
+    ("GET", "/v1/videos/x/content"), ("GET", "/v1/videos/x/events"), ("POST", "/v1/videos/x/remix"),
+    ("GET", "/v1/models"), ("GET", "/v1/cosmos3/models"), ("POST", "/v1/images/edits"), ("GET", "/v1/nothing"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def client(guarded_server: Server) -> Iterator[httpx.Client]:
+    headers = {"Authorization": "Bearer secret"}
+    with httpx.Client(base_url=guarded_server.url, headers=headers, timeout=60) as client:
+        yield client
+
+
+def post(client: httpx.Client, **fields: Any) -> httpx.Response:
+    return client.post("/v1/videos", json=SMALL | fields, headers={"Prefer": "wait=60"})
+
+
+@pytest.mark.parametrize(("method", "path"), PATHS)
+@pytest.mark.parametrize("token", [None, "Bearer wrong", "Basic secret"])
+def test_no_route_without_a_key(
+    method: str, path: str, token: str | None, guarded_server: Server
+) -> None:
+    headers = {} if token is None else {"Authorization": token}
+    answer = httpx.request(method, f"{guarded_server.url}{path}", headers=headers)
+    assert answer.status_code == 401
+    error = answer.json()["error"]
+    assert (error["type"], error["code"]) == ("authentication_error", "authentication")
+
+
+def test_health_needs_no_key(guarded_server: Server) -> None:
+    for path in ("/health", "/health/live", "/health/ready", "/metrics"):
+        assert httpx.get(f"{guarded_server.url}{path}").status_code == 200
+
+
+def test_allowed_prompts_are_recorded_as_checked(client: httpx.Client) -> None:
+    job = post(client, guardrails=True).json()
+    assert job["status"] == "completed"
+    assert job["cosmos3"]["guardrails"] == {
+        "requested": True, "effective": "active", "text": "pass", "video": "pass", "faces_blurred": 0
+    }  # fmt: skip
+    assert client.get("/health").json()["guardrails"] == "active"
+    assert client.get("/v1/models").json()["data"][0]["cosmos3"]["guardrails"] == "active"
+
+
+def test_a_blocked_prompt_is_refused_without_the_word(client: httpx.Client) -> None:
+    answer = post(client, prompt="a forbidden boat")
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (
+        400,
+        "guardrail_blocked",
+        "prompt",
+    )
+    assert "violence" in error["message"]
+    assert "forbidden" not in error["message"]
+
+
+def test_a_checker_that_breaks_lets_nothing_through(client: httpx.Client) -> None:
+    answer = post(client, prompt="a broken boat")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "guardrail_error")
+
+
+def test_blocked_frames_fail_the_job(client: httpx.Client) -> None:
+    answer = post(client, size="128x64")
+    assert answer.status_code == 200
+    job = answer.json()
+    assert (job["status"], job["error"]["code"]) == ("failed", "guardrail_blocked")
+    again = client.get(f"/v1/videos/{job['id']}")
+    assert (again.status_code, again.json()["status"]) == (200, "failed")
+    answer = client.get(f"/v1/videos/{job['id']}/content")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "job_failed")
+
+
+def test_guardrails_cannot_be_switched_off(client: httpx.Client) -> None:
+    answer = post(client, guardrails=False)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (403, "permission_error")
+
+
+@pytest.mark.parametrize(("field", "value"), [("num_inference_steps", 35), ("guidance_scale", 6.0)])
+def test_row_24_a_distilled_checkpoint(field: str, value: float, client: httpx.Client) -> None:
+    answer = post(client, **{field: value})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (
+        400,
+        "unsupported_parameter",
+        field,
+    )
+    assert (
+        client.get("/v1/cosmos3/models").json()["data"][0]["cosmos3"]["checkpoint_kind"]
+        == "distilled"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--guardrails", "required"], ["guardrails required", "cosmos-guardrail", "auto or off"]),
+        (["--max-queue", "0"], ["max_queue is 0", "from 1 to"]),
+    ],
+)
+def test_it_refuses_to_start(
+    flags: list[str], words: list[str], tiny_checkpoint: Path, tmp_path: Path, vllm_cache: Path
+) -> None:
+    command = [str(BIN / "vllm-cosmos3"), "serve", str(tiny_checkpoint), "--surface", "generator"]
+    command += ["--port", "0", "--storage-path", str(tmp_path), *flags]
+    status, output = run_to_end(command, vllm_cache)
+    assert status == 2
+    last = output.strip().splitlines()[-1]
+    assert all(word in last for word in words), output

@@ -1,0 +1,223 @@
+"""Jobs of a running server: progress, ranges, cancelling, waiting, load, slow and huge uploads."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from generators import SMALL, create, finished
+from servers import Server
+
+pytestmark = pytest.mark.serve
+LONG = {"size": "256x256", "num_frames": 61, "num_inference_steps": 200, "guidance_scale": 1}
+
+
+def get(server: Server, path: str, **options: Any) -> httpx.Response:
+    return httpx.get(f"{server.url}{path}", timeout=60, **options)
+
+
+def idle(server: Server) -> None:
+    """Wait until nothing waits or runs."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        queue = get(server, "/health").json()["queue"]
+        if queue["waiting"] == queue["running"] == 0:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"the server is still busy: {queue}")
+
+
+def running(server: Server, job: dict[str, Any]) -> dict[str, Any]:
+    """The job when it is denoising."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        job = get(server, f"/v1/videos/{job['id']}").json()
+        if job["cosmos3"]["step"] > 0:
+            return job
+        time.sleep(0.02)
+    raise AssertionError(f"the job does not start: {job}")
+
+
+def sample(server: Server, family: str) -> float:
+    """The sum of one family on the metrics page."""
+    found = re.findall(rf"^{family}(?:{{.*}})? (\S+)$", get(server, "/metrics").text, re.MULTILINE)
+    assert found, family
+    return sum(map(float, found))
+
+
+def test_the_event_stream_is_monotonic_to_the_end(generator_server: Server) -> None:
+    job = create(generator_server, **SMALL | {"num_inference_steps": 60, "size": "128x128"})
+    events: list[tuple[str, dict[str, Any]]] = []
+    url = f"{generator_server.url}/v1/videos/{job['id']}/events"
+    with httpx.stream("GET", url, timeout=60) as stream:
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        name = ""
+        for line in stream.iter_lines():
+            if line.startswith("event: "):
+                name = line.removeprefix("event: ")
+            elif line.startswith("data: "):
+                events.append((name, json.loads(line.removeprefix("data: "))))
+    assert [name for name, _ in events[:-1]] == ["progress"] * (len(events) - 1)
+    assert len(events) > 2
+    assert events[-1][0] == events[-1][1]["status"] == "completed"
+    shares = [job["progress"] for _, job in events]
+    assert shares == sorted(shares)
+    assert shares[-1] == 100
+
+
+def test_ranges_and_heads_of_the_file(generator_server: Server) -> None:
+    job = finished(generator_server, create(generator_server, **SMALL))
+    path = f"/v1/videos/{job['id']}/content"
+    whole = get(generator_server, path)
+    assert whole.headers["accept-ranges"] == "bytes"
+    part = get(generator_server, path, headers={"Range": "bytes=10-19"})
+    assert (part.status_code, part.content) == (206, whole.content[10:20])
+    assert part.headers["content-range"] == f"bytes 10-19/{len(whole.content)}"
+    beyond = get(generator_server, path, headers={"Range": "bytes=99999999-"})
+    assert beyond.status_code == 416
+
+
+def test_prefer_wait_answers_at_the_end_or_in_time(generator_server: Server) -> None:
+    url = f"{generator_server.url}/v1/videos"
+    body = {"prompt": "a boat", **SMALL}
+    answer = httpx.post(url, json=body, headers={"Prefer": "wait=60"}, timeout=90)
+    assert answer.json()["status"] == "completed"
+    assert answer.headers["preference-applied"] == "wait=60"
+    answer = httpx.post(
+        url, json={"prompt": "a boat", **LONG}, headers={"Prefer": "respond-async, wait=0"}
+    )
+    assert answer.json()["status"] in ("queued", "in_progress")
+    httpx.delete(f"{url}/{answer.json()['id']}")
+
+
+def test_a_deleted_job_stops_within_a_step(generator_server: Server) -> None:
+    idle(generator_server)
+    job = running(generator_server, create(generator_server, **LONG))
+    before = sample(generator_server, "cosmos3:requests_cancelled_total")
+    httpx.delete(f"{generator_server.url}/v1/videos/{job['id']}")
+    idle(generator_server)
+    assert sample(generator_server, "cosmos3:requests_cancelled_total") == before + 1
+    assert job["cosmos3"]["step"] < 200
+
+
+def test_a_client_that_goes_away_stops_its_sync_request(generator_server: Server) -> None:
+    idle(generator_server)
+    before = sample(generator_server, "cosmos3:requests_cancelled_total")
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(
+            f"{generator_server.url}/v1/videos/sync", json={"prompt": "a boat", **LONG}, timeout=1
+        )
+    idle(generator_server)
+    assert sample(generator_server, "cosmos3:requests_cancelled_total") == before + 1
+
+
+def test_a_deadline_ends_a_request(generator_server: Server) -> None:
+    job = finished(generator_server, create(generator_server, **LONG, deadline_seconds=0.2))
+    assert (job["status"], job["error"]["code"]) == ("failed", "deadline_exceeded")
+    answer = get(generator_server, f"/v1/videos/{job['id']}/content")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "job_failed")
+
+
+def test_a_thousand_creates_at_once(generator_server: Server) -> None:
+    idle(generator_server)
+    blocker = running(generator_server, create(generator_server, **LONG))
+    limits = httpx.Limits(max_connections=50)
+    with httpx.Client(base_url=generator_server.url, limits=limits, timeout=120) as client:
+
+        def post(seed: int) -> httpx.Response:
+            return client.post("/v1/videos", json={"prompt": "a boat", **LONG, "seed": seed})
+
+        with ThreadPoolExecutor(50) as pool:
+            answers = list(pool.map(post, range(1000)))
+        accepted = [a.json()["id"] for a in answers if a.status_code == 200]
+        refused = [a for a in answers if a.status_code == 429]
+        assert len(accepted) + len(refused) == 1000
+        assert 8 <= len(accepted) <= 12
+        assert {a.json()["error"]["code"] for a in refused} == {"queue_full"}
+        assert all(int(a.headers["retry-after"]) > 0 for a in refused)
+        assert {a.headers["x-queue-limit"] for a in refused} == {"8"}
+        listed = client.get("/v1/videos", params={"limit": 100}).json()["data"]
+        assert set(accepted) <= {job["id"] for job in listed}
+        for name in (*accepted, blocker["id"]):
+            assert client.delete(f"/v1/videos/{name}").status_code == 200
+    idle(generator_server)
+
+
+def test_two_hundred_polls_while_denoising(generator_server: Server) -> None:
+    job = running(generator_server, create(generator_server, **LONG))
+    with httpx.Client(base_url=generator_server.url, timeout=60) as client:
+
+        def poll(_: int) -> httpx.Response:
+            return client.get(f"/v1/videos/{job['id']}")
+
+        with ThreadPoolExecutor(200) as pool:
+            answers = list(pool.map(poll, range(200)))
+        assert {(a.status_code, a.json()["id"], a.json()["status"]) for a in answers} == {
+            (200, job["id"], "in_progress")
+        }
+        client.delete(f"/v1/videos/{job['id']}")
+
+
+def test_a_huge_upload_is_refused_while_it_streams(generator_server: Server) -> None:
+    sent, answer = _trickle(generator_server, 5 * 2**30, chunk=2**16, pause=0.0)
+    assert b" 413 " in answer
+    assert b"payload_too_large" in answer
+    assert sent < 64 * 2**20
+
+
+def test_a_silent_upload_is_given_up(generator_server: Server) -> None:
+    _, answer = _trickle(generator_server, 2**20, chunk=100, pause=60.0)
+    assert b" 408 " in answer
+    assert b"request_timeout" in answer
+
+
+def _trickle(server: Server, length: int, *, chunk: int, pause: float) -> tuple[int, bytes]:
+    """Send a chunked multipart body until the server answers; bytes sent, and its answer."""
+    url = httpx.URL(server.url)
+    head = (
+        "POST /v1/videos HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
+        "Content-Type: multipart/form-data; boundary=cut\r\n\r\n"
+    )
+    part = b'--cut\r\nContent-Disposition: form-data; name="input_reference"; filename="a"\r\n\r\n'
+    sent = 0
+    with socket.create_connection((url.host, url.port or 80), timeout=30) as connection:
+        connection.sendall(head.encode() + b"%x\r\n%s\r\n" % (len(part), part))
+        connection.settimeout(0.001)
+        while sent < length:
+            try:
+                return sent, connection.recv(65536)
+            except TimeoutError:
+                pass
+            connection.settimeout(30)
+            connection.sendall(b"%x\r\n%s\r\n" % (chunk, bytes(chunk)))
+            sent += chunk
+            connection.settimeout(pause or 0.001)
+    return sent, b""
+
+
+def test_every_metric_family_is_there(generator_server: Server) -> None:
+    finished(generator_server, create(generator_server, **SMALL))
+    idle(generator_server)
+    assert sample(generator_server, "cosmos3:queue_limit") == 8
+    assert sample(generator_server, "cosmos3:queue_depth") == 0
+    assert sample(generator_server, "cosmos3:requests_running") == 0
+    assert sample(generator_server, "cosmos3:requests_rejected_total") > 0
+    assert sample(generator_server, "cosmos3:requests_completed_total") > 0
+    assert sample(generator_server, "cosmos3:requests_failed_total") >= 1
+    assert sample(generator_server, "cosmos3:output_frames_total") >= 5
+    assert sample(generator_server, "cosmos3:peak_memory_bytes") > 2**20
+    assert sample(generator_server, "cosmos3:step_seconds_count") > 0
+    assert sample(generator_server, "cosmos3:jobs_expired_total") == 0
+    page = get(generator_server, "/metrics").text
+    for phase in ("queue", "text", "denoise", "vae_decode", "total"):
+        assert f'cosmos3:phase_seconds_bucket{{le="3600.0",phase="{phase}"}}' in page
+    stored = sample(generator_server, "cosmos3:stored_bytes")
+    finished(generator_server, create(generator_server, **SMALL))
+    time.sleep(3)  # the storage is measured every two seconds
+    assert sample(generator_server, "cosmos3:stored_bytes") > stored

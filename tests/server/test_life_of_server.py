@@ -1,0 +1,105 @@
+"""Servers that die, stop, share a storage and forget."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from generators import SMALL, create, finished, generator
+from servers import Server
+
+pytestmark = pytest.mark.serve
+LONG = {"size": "256x256", "num_frames": 61, "num_inference_steps": 200, "guidance_scale": 1}
+
+
+def job_of(server: Server, job: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = httpx.get(f"{server.url}/v1/videos/{job['id']}").json()
+    return found
+
+
+def content(server: Server, job: dict[str, Any]) -> httpx.Response:
+    return httpx.get(f"{server.url}/v1/videos/{job['id']}/content")
+
+
+def eventually(what: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it does not happen"
+        time.sleep(0.05)
+
+
+def test_jobs_outlive_servers(tiny_checkpoint: Path, vllm_cache: Path, tmp_path: Path) -> None:
+    """A server is killed; two others share its storage; one of them is asked to stop."""
+
+    def start(stack: ExitStack) -> Server:
+        return stack.enter_context(generator(tiny_checkpoint, tmp_path, vllm_cache))
+
+    with ExitStack() as stack:
+        killed = start(stack)
+        done = finished(killed, create(killed, **SMALL))
+        cut = create(killed, **LONG)
+        eventually(lambda: job_of(killed, cut)["status"] == "in_progress")
+        waiting = create(killed, **LONG)
+        os.killpg(killed.pid, signal.SIGKILL)
+
+        first = start(stack)
+        assert job_of(first, done) == done
+        assert content(first, done).status_code == 200
+        for lost in (cut, waiting):
+            ended = job_of(first, lost)
+            assert (ended["status"], ended["error"]["code"]) == ("failed", "interrupted")
+
+        second = start(stack)
+        shared = create(first, **LONG)
+        eventually(lambda: job_of(second, shared)["cosmos3"]["step"] > 0)
+        listed = httpx.get(f"{second.url}/v1/videos").json()["data"]
+        assert [job["id"] for job in listed] == [shared["id"], waiting["id"], cut["id"], done["id"]]
+        assert httpx.delete(f"{second.url}/v1/videos/{shared['id']}").status_code == 200
+        assert httpx.get(f"{first.url}/v1/videos/{shared['id']}").status_code == 404
+        eventually(lambda: httpx.get(f"{first.url}/health").json()["queue"]["running"] == 0)
+
+        last = create(first, **LONG | {"num_inference_steps": 30})
+        os.kill(first.pid, signal.SIGTERM)
+        eventually(lambda: httpx.get(f"{first.url}/health").status_code == 503)
+        answer = httpx.post(f"{first.url}/v1/videos", json={"prompt": "a boat", **SMALL})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")
+        assert int(answer.headers["retry-after"]) > 0
+        assert job_of(first, last)["status"] in ("queued", "in_progress")
+        assert finished(second, last, 120)["status"] == "completed"
+        assert content(second, last).status_code == 200
+        eventually(lambda: _refuses(first))
+
+
+def _refuses(server: Server) -> bool:
+    try:
+        httpx.get(f"{server.url}/health/live")
+    except httpx.TransportError:
+        return True
+    return False
+
+
+def test_files_expire_by_age_and_quota(
+    tiny_checkpoint: Path, vllm_cache: Path, tmp_path: Path
+) -> None:
+    flags = ["--file-ttl", "8", "--storage-quota", "90000"]
+    with generator(tiny_checkpoint, tmp_path, vllm_cache, *flags) as server:
+        first = finished(server, create(server, **SMALL))
+        assert content(server, first).status_code == 200
+        jobs = [finished(server, create(server, **SMALL)) for _ in range(3)]
+        # Four results are more than the quota, so the oldest goes; age takes the others.
+        eventually(lambda: content(server, first).status_code == 410)
+        assert content(server, jobs[-1]).status_code == 200
+        eventually(lambda: content(server, jobs[-1]).status_code == 410)
+        answer = content(server, first)
+        assert answer.json()["error"]["code"] == "expired"
+        kept = job_of(server, first)
+        assert kept["status"] == "completed"
+        assert kept["expires_at"] <= time.time()
+        assert httpx.delete(f"{server.url}/v1/videos/{first['id']}").status_code == 200

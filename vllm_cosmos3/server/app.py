@@ -1,0 +1,200 @@
+"""Our own app, for servers without a reasoner: the router with what vLLM's app would bring along."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import secrets
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+import uvicorn
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from vllm_cosmos3.server import images, info, videos
+from vllm_cosmos3.server.errors import ApiError, error_body, error_response
+from vllm_cosmos3.server.routing import Route, request_id, service
+from vllm_cosmos3.server.service import Service
+from vllm_cosmos3.version import __version__
+
+logger = logging.getLogger(__name__)
+core = APIRouter(route_class=Route)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listen:
+    """Where and for whom the server is."""
+
+    host: str = "0.0.0.0"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
+    ssl_keyfile: str | None = None
+    ssl_certfile: str | None = None
+    root_path: str = ""
+
+
+def routers() -> tuple[APIRouter, ...]:
+    """What both hosts serve."""
+    return videos.router, images.router, info.router
+
+
+def make_app(make_service: Callable[[], Service], listen: Listen) -> FastAPI:
+    """The app; the service is made when it starts, in its event loop."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.cosmos3 = make_service()
+        await app.state.cosmos3.start()
+        yield
+        await app.state.cosmos3.close()
+
+    app = FastAPI(
+        title="vllm-cosmos3", version=__version__, lifespan=lifespan, root_path=listen.root_path
+    )
+    app.state.cosmos3 = app.state.cosmos3_engine = None
+    for router in (*routers(), core):
+        app.include_router(router)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _unforeseen)
+    if listen.origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=listen.origins, allow_methods=["*"], allow_headers=["*"]
+        )
+    if listen.api_keys:
+        app.add_middleware(ApiKeys, keys=listen.api_keys)
+    return app
+
+
+def serve(app: FastAPI, listen: Listen) -> int:
+    """Serve until a signal; SIGTERM lets what was accepted finish. The exit status."""
+    config = uvicorn.Config(
+        app,
+        host=listen.host,
+        port=listen.port,
+        ssl_keyfile=listen.ssl_keyfile,
+        ssl_certfile=listen.ssl_certfile,
+        log_level="warning",
+        timeout_graceful_shutdown=5,
+    )
+    server = DrainingServer(config)
+    server.run()
+    return 0 if server.started else 1
+
+
+class DrainingServer(uvicorn.Server):
+    """Keeps answering while the accepted requests are finished."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        at: Service | None = self.config.app.state.cosmos3  # type: ignore[union-attr]
+        if sig != signal.SIGTERM or at is None or at.draining:
+            super().handle_exit(sig, frame)
+            return
+        at.draining = True
+        logger.warning("draining: %s more seconds at most", at.options.drain_seconds)
+        loop = asyncio.get_event_loop()
+        loop.call_soon_threadsafe(lambda: setattr(self, "_drain", loop.create_task(self._end(at))))
+
+    async def _end(self, at: Service) -> None:
+        await at.drain()
+        self.should_exit = True
+
+
+class ApiKeys:
+    """Asks for a bearer token on everything under /v1, like vLLM."""
+
+    def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
+        self._app = app
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._refused(scope):
+            message = "the Authorization header must be 'Bearer' and an API key of this server"
+            response = JSONResponse(
+                error_body("authentication", message), 401, {"WWW-Authenticate": "Bearer"}
+            )
+            await response(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _refused(self, scope: Scope) -> bool:
+        if scope["method"] == "OPTIONS" or not scope["path"].startswith("/v1"):
+            return False
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        scheme, _, token = given.partition(b" ")
+        digest = hashlib.sha256(token.strip()).digest()
+        known = [secrets.compare_digest(digest, each) for each in self._digests]
+        return scheme.lower() != b"bearer" or not any(known)
+
+
+@core.get("/v1/models")
+async def models(request: Request) -> Response:
+    """The served models with what they can do."""
+    return JSONResponse(info.models(service(request)))
+
+
+@core.get("/v1/models/{name:path}")
+async def model(request: Request, name: str) -> Response:
+    """One of the served models."""
+    for entry in info.models(service(request))["data"]:
+        if entry["id"] == name:
+            return JSONResponse(entry)
+    raise ApiError("model_not_found", f"there is no model {name!r}", param="model")
+
+
+@core.get("/health")
+async def health(request: Request) -> Response:
+    """200 when the generator can take work."""
+    return await info.health_of(request)
+
+
+@core.get("/ping")
+async def ping(request: Request) -> Response:
+    """As /health."""
+    return await info.health_of(request)
+
+
+@core.get("/version")
+async def version() -> Response:
+    """The version of this package."""
+    return JSONResponse({"version": __version__})
+
+
+@core.get("/metrics")
+async def metrics() -> Response:
+    """Prometheus families."""
+    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """404 and 405 of the router in our envelope."""
+    assert isinstance(error, HTTPException)
+    response = _of_router(request, error)
+    response.headers["x-request-id"] = request_id(request)
+    return response
+
+
+def _of_router(request: Request, error: HTTPException) -> Response:
+    if error.status_code == 404:
+        return error_response(info.not_found(request.url.path))
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "")
+        message = f"{request.method} is not allowed here, only {allowed}"
+        return error_response(ApiError("method_not_allowed", message, headers={"Allow": allowed}))
+    return JSONResponse(error_body("invalid_value", str(error.detail)), error.status_code)
+
+
+async def _unforeseen(request: Request, error: Exception) -> Response:
+    logger.error("%s %s", request.method, request.url.path, exc_info=error)
+    return JSONResponse(
+        error_body("internal_error", "the server failed; its log has the cause"), 500
+    )

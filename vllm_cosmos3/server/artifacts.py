@@ -1,0 +1,89 @@
+"""What the first rank leaves of a request in the folder of its job, and the stage that does so.
+
+Runs in the workers: frames are encoded where they are made, and only names cross processes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vllm_cosmos3 import media
+from vllm_cosmos3.errors import Cosmos3Error
+from vllm_cosmos3.output import Output
+from vllm_cosmos3.pipeline import Pipeline, State
+from vllm_cosmos3.server.guardrails import FrameCheck, frame_check
+
+RECORD, CLIP, THUMBNAIL, SPRITES = "record.json", "video.mp4", "thumbnail.webp", "spritesheet.webp"
+STAGE = f"{__name__}:ServedPipeline"
+COLUMNS, ROWS, TILE = (
+    4,
+    4,
+    160,
+)  # of the sprite sheet: tiles across, tiles down, pixels wide at most
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Artifacts:
+    """The result of one request, ready to be written."""
+
+    output: Output
+    check: FrameCheck | None
+
+    def save(self, folder: Path) -> list[Path]:
+        """The files of a video or of pictures, and their record."""
+        folder.mkdir(parents=True, exist_ok=True)
+        report: dict[str, Any] = {}
+        files: list[Path] = []
+        for index, sample in enumerate(self.output.samples):
+            frames = sample.video if sample.video is not None else sample.image
+            if frames is None:
+                return []  # not the rank that has the pixels
+            if self.check is not None:
+                try:
+                    frames, report = self.check(frames)
+                except Cosmos3Error as error:  # a verdict, of which the other ranks know nothing
+                    refusal = {"code": error.code, "message": str(error)}
+                    (folder / RECORD).write_text(json.dumps({"error": refusal}))
+                    return []
+            if frames.ndim == 3:
+                file = folder / f"{index}.png"
+                media.write_image(file, frames)
+            else:
+                file = folder / CLIP
+                rate = self.output.sample_rate or 48_000
+                media.write_video(
+                    file, frames, fps=self.output.fps, sound=sample.sound, sample_rate=rate
+                )
+                (folder / THUMBNAIL).write_bytes(media.thumbnail(frames[0]))
+                (folder / SPRITES).write_bytes(media.encode_image(sprites(frames), "webp"))
+            files.append(file)
+        record = {
+            "timings": dict(self.output.timings),
+            "peak_memory": self.output.peak_memory,
+            "guardrails": report,
+            "files": [file.name for file in files],
+        }
+        (folder / RECORD).write_text(json.dumps(record))
+        return files
+
+
+class ServedPipeline(Pipeline):
+    """The pipeline, whose results are files."""
+
+    def finish(self, state: State) -> Any:
+        return Artifacts(super().finish(state), frame_check())
+
+
+def sprites(frames: media.Pixels) -> media.Pixels:
+    """Sixteen frames, evenly spread, as one picture of small tiles."""
+    chosen = np.linspace(0, len(frames) - 1, COLUMNS * ROWS).round().astype(int)
+    width = min(TILE, frames.shape[2])
+    height = max(1, round(width * frames.shape[1] / frames.shape[2]))
+    tiles = media.cover_crop(frames[chosen], height=height, width=width)
+    rows = tiles.reshape(ROWS, COLUMNS, height, width, 3).swapaxes(1, 2)
+    return rows.reshape(ROWS * height, COLUMNS * width, 3)

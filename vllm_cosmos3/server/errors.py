@@ -1,0 +1,95 @@
+"""Errors as HTTP: one envelope, one table from slugs to status codes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi.responses import JSONResponse
+
+from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
+
+STATUS = {  # every slug that is not a 400
+    "authentication": 401,
+    "path_not_allowed": 403,
+    "permission_denied": 403,
+    "not_found": 404,
+    "model_not_found": 404,
+    "cursor_not_found": 404,
+    "method_not_allowed": 405,
+    "request_timeout": 408,
+    "not_ready": 409,
+    "job_failed": 409,
+    "idempotency_conflict": 409,
+    "guardrails_unavailable": 409,
+    "cancelled": 409,
+    "expired": 410,
+    "field_too_large": 413,
+    "payload_too_large": 413,
+    "unsupported_media_type": 415,
+    "range_not_satisfiable": 416,
+    "queue_full": 429,
+    "internal_error": 500,
+    "out_of_memory": 500,
+    "not_implemented": 501,
+    "worker_lost": 503,
+    "interrupted": 503,
+    "loading": 503,
+    "draining": 503,
+    "guardrail_error": 503,
+    "estimated_wait_exceeds_deadline": 503,
+    "deadline_exceeded": 504,
+}
+# Slugs of the package that are spelled differently in the API.
+PUBLIC = {"busy": "queue_full", "worker_died": "worker_lost", "checkpoint": "internal_error"}
+
+
+class ApiError(Cosmos3Error):
+    """An error of the HTTP surface itself: a slug, a sentence, the field if there is one."""
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.code, self.param, self.headers = code, param, dict(headers or {})
+
+
+def slug(error: Cosmos3Error) -> str:
+    """The public code of an error."""
+    return PUBLIC.get(error.code, error.code)
+
+
+def status_of(code: str) -> int:
+    return 501 if code == "not_implemented" else STATUS.get(code, 400)
+
+
+def error_body(code: str, message: str, param: str | None = None) -> dict[str, Any]:
+    """The envelope that every error has, in the shape that OpenAI's clients read."""
+    shown = "unsupported" if code == "not_implemented" else code
+    kind = _kind(status_of(code))
+    return {"error": {"message": message, "type": kind, "param": param, "code": shown}}
+
+
+def error_response(error: Cosmos3Error) -> JSONResponse:
+    """The answer to a request that ended with ``error``."""
+    param, headers = None, {}
+    if isinstance(error, InvalidRequest):
+        param = error.field
+    elif isinstance(error, ApiError):
+        param, headers = error.param, error.headers
+    code = slug(error)
+    status = status_of(code)
+    if status == HTTPStatus.TOO_MANY_REQUESTS or status == HTTPStatus.SERVICE_UNAVAILABLE:
+        headers = {"Retry-After": "5", **headers}
+    return JSONResponse(error_body(code, str(error), param), status, headers)
+
+
+def _kind(status: int) -> str:
+    kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+    return kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")

@@ -1,0 +1,151 @@
+"""Guardrails in three honest states: active, disabled by the operator, or unavailable.
+
+A checker is a class that this server did not write; the adapter for the ``cosmos-guardrail``
+package is one. What a checker cannot decide counts as refused. Not checked: the negative prompt,
+reference media, sound.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
+from vllm_cosmos3.media import Pixels
+from vllm_cosmos3.server.errors import ApiError
+from vllm_cosmos3.server.options import Options
+
+logger = logging.getLogger(__name__)
+
+CHECKER = "COSMOS3_GUARDRAIL_CHECKER"  # tells the workers which checker is active
+FrameCheck = Callable[[Pixels], tuple[Pixels, dict[str, Any]]]
+
+
+class Checker(Protocol):
+    """Judges prompts and frames. The constructor raises if it cannot work here."""
+
+    def check_text(self, prompt: str) -> str | None:
+        """None if the prompt is allowed, else a category."""
+
+    def check_frames(self, frames: Pixels) -> tuple[Pixels | None, dict[str, Any]]:
+        """The frames to deliver, or None to refuse them, and facts for the record."""
+
+
+class CosmosGuardrail:
+    """The ``cosmos-guardrail`` package with its models."""
+
+    def __init__(self) -> None:
+        module = importlib.import_module("cosmos_guardrail")
+        self._checker = module.CosmosSafetyChecker()
+
+    def check_text(self, prompt: str) -> str | None:
+        return None if self._checker.check_text_safety(prompt) else "text"
+
+    def check_frames(self, frames: Pixels) -> tuple[Pixels | None, dict[str, Any]]:
+        clip = frames if frames.ndim == 4 else frames[None]
+        checked = self._checker.check_video_safety(clip)
+        if checked is None:
+            return None, {}
+        return (checked if frames.ndim == 4 else checked[0]), {}
+
+
+class Guardrails:
+    """The checks of this server and the state they are in."""
+
+    def __init__(self, options: Options) -> None:
+        os.environ.pop(CHECKER, None)
+        self._checker: Checker | None = None
+        self.reason = "the operator chose --guardrails off"
+        if options.guardrails == "off":
+            self.state = "disabled"
+            return
+        try:
+            self._checker = load(options.guardrail_checker)
+        except Exception as error:  # noqa: BLE001 - another package's, and told to the operator
+            self.state = "unavailable"
+            self.reason = f"{options.guardrail_checker} cannot be used: {error}"
+            if options.guardrails == "required":
+                raise Cosmos3Error(
+                    f"--guardrails required, but {self.reason}; install cosmos-guardrail with its "
+                    "models, or start with --guardrails auto or off"
+                ) from None
+            return
+        self.state, self.reason = "active", ""
+        os.environ[CHECKER] = options.guardrail_checker
+
+    def check(self, prompt: str, *, requested: bool | None) -> dict[str, Any]:
+        """Judge a prompt; what the job records.
+
+        Raises:
+            ApiError: blocked, unavailable though requested, locked by the operator, or broken.
+        """
+        record = {"requested": requested, "effective": self.state}
+        if self._checker is None:
+            if requested:
+                message = f"guardrails are {self.state} on this server: {self.reason}"
+                raise ApiError("guardrails_unavailable", message, param="guardrails")
+            return record
+        if requested is False:
+            message = "guardrails cannot be switched off on this server"
+            raise ApiError("permission_denied", message, param="guardrails")
+        try:
+            category = self._checker.check_text(prompt)
+        except Exception as error:  # noqa: BLE001 - another package's; without a verdict nothing runs
+            logger.error("the text guardrail failed: %s", error)
+            raise ApiError(
+                "guardrail_error", "the text guardrail failed, so nothing was made"
+            ) from None
+        if category is not None:
+            message = f"the prompt was blocked by the guardrails ({category})"
+            raise ApiError("guardrail_blocked", message, param="prompt")
+        return {**record, "text": "pass"}
+
+
+class Blocked(Cosmos3Error):
+    """The guardrails refused the result."""
+
+    code = "guardrail_blocked"
+
+
+class CheckFailed(Cosmos3Error):
+    """The guardrails could not judge the result."""
+
+    code = "guardrail_error"
+
+
+def load(name: str) -> Checker:
+    """The checker "module:Class", made."""
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        raise InvalidRequest("guardrail_checker", name, "module:Class")
+    checker: Checker = getattr(importlib.import_module(module), attribute)()
+    return checker
+
+
+_loaded: dict[str, Checker] = {}
+
+
+def frame_check() -> FrameCheck | None:
+    """What a worker does with finished frames; None where no guardrails are active."""
+    name = os.environ.get(CHECKER)
+    if name is None:
+        return None
+    if name not in _loaded:
+        _loaded[name] = load(name)
+    checker = _loaded[name]
+
+    def check(frames: Pixels) -> tuple[Pixels, dict[str, Any]]:
+        try:
+            checked, facts = checker.check_frames(frames)
+        except Exception as error:  # noqa: BLE001 - another package's; nothing unchecked leaves
+            logger.error("the frame guardrail failed: %s", error)
+            raise CheckFailed("the frame guardrail failed, so nothing was delivered") from None
+        if checked is None:
+            raise Blocked("the result was blocked by the guardrails")
+        return checked, {"video": "pass", **facts}
+
+    return check

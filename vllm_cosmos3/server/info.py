@@ -1,0 +1,111 @@
+"""The routes that tell what is served and how it is: models, health."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from vllm_cosmos3 import conditions
+from vllm_cosmos3.server.errors import ApiError, error_body
+from vllm_cosmos3.server.routing import Route, service
+from vllm_cosmos3.server.service import Service
+
+router = APIRouter(route_class=Route, tags=["Cosmos3 server"])
+STARTED = 0  # models have no date of their own
+
+
+@router.get("/v1/cosmos3/models")
+async def capabilities(request: Request) -> Response:
+    """The served models with what they can do."""
+    return JSONResponse(models(service(request)))
+
+
+def models(at: Service) -> dict[str, Any]:
+    """OpenAI's list of models, each with a block ``cosmos3``."""
+    block = capability(at)
+    data = [
+        {
+            "id": name,
+            "object": "model",
+            "created": STARTED,
+            "owned_by": "vllm-cosmos3",
+            "root": str(at.model.path),
+            "parent": None,
+            "max_model_len": None,
+            "cosmos3": block,
+        }
+        for name in at.names
+    ]
+    return {"object": "list", "data": data}
+
+
+def capability(at: Service) -> dict[str, Any]:
+    """What a user interface needs to know about the checkpoint."""
+    distilled = at.model.scheduler.t_list is not None
+    return {
+        "family": "cosmos3",
+        "checkpoint_kind": "distilled" if distilled else "base",
+        "modes": list(conditions.DEFAULTS),
+        "sound": at.model.sound is not None,
+        "resolutions": {
+            str(tier): [f"{width}x{height}" for width, height in sizes]
+            for tier, sizes in conditions.TRAINED_SIZES.items()
+        },
+        "max_frames": {str(k): v for k, v in conditions.MAX_TRAINED_FRAMES.items()},
+        "defaults": {mode: asdict(values) for mode, values in conditions.DEFAULTS.items()},
+        "guardrails": at.guardrails.state,
+        "queue_limit": at.options.max_queue,
+    }
+
+
+@router.get("/health/live")
+async def live() -> Response:
+    """The process answers."""
+    return JSONResponse({"status": "alive"})
+
+
+@router.get("/health/ready")
+async def ready(request: Request) -> Response:
+    """Every surface can take work, or why not."""
+    return await health_of(request)
+
+
+async def health_of(request: Request) -> Response:
+    """200 when every served surface can take work, else 503 with the reason."""
+    at = request.app.state.cosmos3
+    if at is None:
+        return _unready("loading", "the server is starting", None)
+    status = await asyncio.to_thread(at.status)
+    report = {
+        "surfaces": {"generator": status.state},
+        "queue": {"waiting": status.waiting, "running": status.running, "limit": status.limit},
+        "restarts": status.restarts,
+        "guardrails": at.guardrails.state,
+    }
+    engine = request.app.state.cosmos3_engine
+    if engine is not None:
+        report["surfaces"]["reasoner"] = "ready"
+        try:
+            await engine.check_health()
+        except Exception as error:  # noqa: BLE001 - vLLM's, and the answer is what it means
+            report["surfaces"]["reasoner"] = "failed"
+            return _unready("worker_lost", f"the reasoner is down: {error}", report)
+    if at.draining:
+        return _unready("draining", "the server is stopping", report)
+    if status.state != "ready":
+        return _unready("loading", f"the generator is {status.state}", report)
+    return JSONResponse({"status": "healthy", **report})
+
+
+def _unready(code: str, reason: str, report: dict[str, Any] | None) -> JSONResponse:
+    body = {"status": "unhealthy", "reason": reason, **(report or {}), **error_body(code, reason)}
+    return JSONResponse(body, 503, {"Retry-After": "5"})
+
+
+def not_found(path: str) -> ApiError:
+    """The answer to a path that nothing serves."""
+    return ApiError("not_found", f"there is no {path} here; /docs lists what there is")

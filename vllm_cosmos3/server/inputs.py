@@ -1,0 +1,232 @@
+"""Pictures and clips that a request brings along: uploads, data URLs, URLs and files of the server.
+
+Each becomes a file in a folder that lives as long as the request is planned. URLs are fetched here
+and not by vLLM's media connector, which holds a whole file in memory and follows redirects to any
+address; its rules of allowed domains and local paths hold here too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import ipaddress
+import shutil
+import socket
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from urllib.parse import unquote_to_bytes, urljoin, urlsplit
+
+import aiohttp
+from PIL import Image
+from starlette.datastructures import UploadFile
+
+from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.media import IMAGE_FORMATS
+from vllm_cosmos3.server.errors import ApiError
+from vllm_cosmos3.server.options import Options
+
+REDIRECTS = 4
+SCHEMES = "an uploaded file, or a URL of http, https, data or (where allowed) file"
+
+
+@asynccontextmanager
+async def media_files(
+    references: Mapping[str, Any], options: Options
+) -> AsyncIterator[tuple[dict[str, Path], dict[str, str]]]:
+    """The references of a request as files, and as what they were given, both by image and video.
+
+    Raises:
+        InvalidRequest: not a file or URL, several of a kind, or not to be had.
+        ApiError: an address or path that is not allowed, or too many bytes.
+    """
+    with TemporaryDirectory(prefix="cosmos3-input-") as folder:
+        files: dict[str, Path] = {}
+        names: dict[str, str] = {}
+        for index, (name, value) in enumerate(references.items()):
+            file = Path(folder) / str(index)
+            source = _only(name, value)
+            await _store(name, source, file, options)
+            kind = _kind(name, file)
+            if kind in files:
+                raise InvalidRequest(name, "a second one", f"the only {kind}", "unsupported")
+            files[kind], names[kind] = file, name
+        yield files, names
+
+
+def _only(name: str, value: Any) -> Any:
+    """The upload or URL of a reference in any of its shapes."""
+    if isinstance(value, list):
+        if len(value) != 1:
+            raise InvalidRequest(name, f"{len(value)} files", "one file", "unsupported")
+        return _only(name, value[0])
+    if not isinstance(value, Mapping):
+        return value
+    for key in ("image_url", "video_url", "url"):
+        if key in value:
+            return _only(f"{name}.{key}", value[key])
+    if "file_id" in value:
+        possible = "left out: upload the file, or give its URL"
+        raise InvalidRequest(f"{name}.file_id", value["file_id"], possible, "unsupported")
+    raise InvalidRequest(name, list(value), "an object with image_url or video_url", "invalid_type")
+
+
+async def _store(name: str, source: Any, file: Path, options: Options) -> None:
+    if isinstance(source, UploadFile):
+        await source.seek(0)
+        with file.open("wb") as target:
+            await asyncio.to_thread(shutil.copyfileobj, source.file, target)
+        return
+    if not isinstance(source, str):
+        raise InvalidRequest(name, source, SCHEMES, "invalid_type")
+    scheme = urlsplit(source).scheme.lower() if source[:5].lower() != "data:" else "data"
+    if scheme == "data":
+        file.write_bytes(_data(name, source))
+    elif scheme == "file":
+        await asyncio.to_thread(shutil.copyfile, allowed_path(name, source, options), file)
+    elif scheme in ("http", "https"):
+        await _fetch(name, source, file, options)
+    else:
+        raise InvalidRequest(name, source, SCHEMES)
+
+
+def _data(name: str, url: str) -> bytes:
+    header, comma, payload = url.partition(",")
+    try:
+        if not comma:
+            raise ValueError("it has no comma")
+        if header.endswith(";base64"):
+            return base64.b64decode(payload, validate=True)
+        return unquote_to_bytes(payload)
+    except (ValueError, binascii.Error) as error:
+        raise InvalidRequest(name, url, f"a complete data URL ({error})", "invalid_media") from None
+
+
+def allowed_path(name: str, url: str, options: Options) -> Path:
+    """The file of a file:// URL or a path, inside the folder that the operator allowed.
+
+    Raises:
+        ApiError: it is not there.
+    """
+    if not options.allowed_local_media_path:
+        message = (
+            "this server reads no local files: it was started without --allowed-local-media-path"
+        )
+        raise ApiError("unsupported", f"{name}: {message}", param=name)
+    allowed = Path(options.allowed_local_media_path).resolve()
+    path = Path(unquote_to_bytes(urlsplit(url).path).decode(errors="replace")).resolve()
+    if not path.is_relative_to(allowed):
+        raise ApiError("path_not_allowed", f"{name} is outside the allowed folder", param=name)
+    if not path.is_file():
+        raise InvalidRequest(name, url, "a file that exists", "invalid_media")
+    return path
+
+
+async def _fetch(name: str, url: str, file: Path, options: Options) -> None:
+    """Download ``url``, asking at every redirect whether its host is allowed."""
+    timeout = aiohttp.ClientTimeout(total=options.fetch_seconds)
+    connector = aiohttp.TCPConnector(resolver=_Resolver(options), force_close=True)
+    try:
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+            for _ in range(REDIRECTS + 1):
+                _check_host(name, url, options)
+                async with session.get(url, allow_redirects=False) as response:
+                    if response.status in (301, 302, 303, 307, 308):
+                        url = urljoin(url, response.headers.get("Location", ""))
+                        continue
+                    if response.status != 200:
+                        reason = f"it answered {response.status}"
+                        raise InvalidRequest(name, url, f"reachable ({reason})", "fetch_failed")
+                    await _write(name, response, file, options)
+                    return
+        raise InvalidRequest(name, url, f"reachable in {REDIRECTS} redirects", "fetch_failed")
+    except asyncio.TimeoutError:
+        possible = f"reachable in {options.fetch_seconds:g} seconds"
+        raise InvalidRequest(name, url, possible, "fetch_failed") from None
+    except NotPublic as error:
+        raise _refused(name, str(error)) from None
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        if isinstance(error.__cause__, NotPublic):
+            raise _refused(name, str(error.__cause__)) from None
+        if isinstance(error, InvalidRequest):
+            raise
+        reason = type(error).__name__
+        raise InvalidRequest(name, url, f"reachable ({reason})", "fetch_failed") from None
+
+
+async def _write(name: str, response: aiohttp.ClientResponse, file: Path, options: Options) -> None:
+    received = 0
+    with file.open("wb") as target:
+        async for chunk in response.content.iter_chunked(2**16):
+            received += len(chunk)
+            if received > options.max_upload:
+                message = (
+                    f"{name} has more than {options.max_upload} bytes, the limit of this server"
+                )
+                raise ApiError("payload_too_large", message, param=name)
+            target.write(chunk)
+
+
+class NotPublic(OSError):
+    """A host is not on the internet. Says which."""
+
+
+class _Resolver(aiohttp.ThreadedResolver):
+    """Resolves names to public addresses only, at the moment of connecting."""
+
+    def __init__(self, options: Options) -> None:
+        super().__init__()
+        self._private = options.allow_private_media
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[Any]:
+        found: list[Any] = await super().resolve(host, port, family)
+        for entry in found:
+            if not self._private and not is_public(entry["host"]):
+                raise NotPublic(f"{host} is not a public address")
+        return found
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the internet, also when written inside an IPv6 address."""
+    ip = ipaddress.ip_address(address.split("%")[0])
+    inner = getattr(ip, "ipv4_mapped", None) or getattr(ip, "sixtofour", None)
+    return ip.is_global and not ip.is_multicast and (inner is None or inner.is_global)
+
+
+def _check_host(name: str, url: str, options: Options) -> None:
+    """Refuse what the resolver does not see: other schemes, other domains, literal addresses."""
+    parts = urlsplit(url)
+    host = parts.hostname
+    if parts.scheme not in ("http", "https") or not host:
+        raise _refused(name, f"{parts.scheme}:// is not followed")
+    domains = [domain.strip() for domain in options.allowed_media_domains.split(",") if domain]
+    if domains and host not in domains:
+        raise _refused(name, f"{host} is not one of {', '.join(domains)}")
+    try:
+        public = is_public(host)
+    except ValueError:
+        return  # a name
+    if not public and not options.allow_private_media:
+        raise _refused(name, f"{host} is not a public address")
+
+
+def _refused(name: str, reason: str) -> ApiError:
+    return ApiError("url_not_allowed", f"{name} may not be fetched: {reason}", param=name)
+
+
+def _kind(name: str, file: Path) -> str:
+    """Whether a file is a picture or a clip, by what is in it."""
+    if file.stat().st_size == 0:
+        raise InvalidRequest(name, "empty", "a picture or a video", "invalid_media")
+    try:
+        with Image.open(file, formats=IMAGE_FORMATS) as image:
+            return "video" if getattr(image, "n_frames", 1) > 1 else "image"
+    except Image.DecompressionBombError:
+        return "image"  # which the validator refuses with the limit
+    except (OSError, ValueError, SyntaxError):
+        return "video"

@@ -1,0 +1,58 @@
+"""What all routes have in common: how they find the service, and how their errors leave."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+
+from vllm_cosmos3.errors import Cosmos3Error
+from vllm_cosmos3.server.errors import ApiError, error_response
+from vllm_cosmos3.server.service import Service
+
+
+class Route(APIRoute):
+    """A route whose errors have our envelope in any app, and whose answers have a request id."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handler(request: Request) -> Response:
+            name = request_id(request)
+            try:
+                response: Response = await handle(request)
+            except Cosmos3Error as error:
+                response = error_response(error)
+            except RequestValidationError as error:
+                response = error_response(_of_query(error))
+            response.headers["x-request-id"] = name
+            return response
+
+        return handler
+
+
+def request_id(request: Request) -> str:
+    """The client's name for its request, or a new one."""
+    return request.headers.get("x-request-id") or uuid.uuid4().hex
+
+
+def service(request: Request) -> Service:
+    """The service of the app that serves this request.
+
+    Raises:
+        ApiError: it is not there yet.
+    """
+    found: Service | None = request.app.state.cosmos3
+    if found is None:
+        raise ApiError("loading", "the generator is loading")
+    return found
+
+
+def _of_query(error: RequestValidationError) -> ApiError:
+    first = error.errors()[0]
+    name = str(first["loc"][-1])
+    return ApiError("invalid_value", f"{name}: {first['msg']}", param=name)

@@ -1,0 +1,81 @@
+"""The request bodies in the OpenAPI page, made from the specs that the validator uses."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from vllm_cosmos3.request import SPECS, GenerateRequest, Spec
+from vllm_cosmos3.server.protocol import HIDDEN, IMAGE_ONLY, SERVER_FIELDS
+
+_TYPES: dict[str, dict[str, Any]] = {
+    "text": {"type": "string"},
+    "choice": {"type": "string"},
+    "size": {"type": "string", "pattern": r"^\d+x\d+$"},
+    "int": {"type": "integer"},
+    "float": {"type": "number"},
+    "bool": {"type": "boolean"},
+    "ints": {"type": "array", "items": {"type": "integer"}},
+    "pair": {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2},
+}
+_IMAGE_FIELDS_NOT = {
+    "num_frames", "seconds", "fps", "generate_sound", "sound_duration", "use_duration_template",
+    "condition_frame_indexes_vision", "condition_video_keep",
+}  # fmt: skip
+
+
+def video_request() -> dict[str, Any]:
+    """The body of POST /v1/videos in its three content types."""
+    names = SPECS.keys() - HIDDEN - {"n"}
+    schema = _object(names, SERVER_FIELDS.keys() - IMAGE_ONLY)
+    schema["properties"]["input_reference"] = {
+        "description": "first frame or clip to continue: a file, or a URL of http, https or data",
+        "type": "string",
+        "format": "binary",
+    }
+    kinds = ("multipart/form-data", "application/json", "application/x-www-form-urlencoded")
+    return _body(schema, kinds)
+
+
+def image_request() -> dict[str, Any]:
+    """The body of POST /v1/images/generations."""
+    names = SPECS.keys() - HIDDEN - _IMAGE_FIELDS_NOT
+    return _body(_object(names, set(SERVER_FIELDS)), ("application/json",))
+
+
+def _body(schema: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, Any]:
+    content = {kind: {"schema": schema} for kind in kinds}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _object(names: set[str], server: set[str]) -> dict[str, Any]:
+    defaults = {item.name: item.default for item in dataclasses.fields(GenerateRequest)}
+    properties = {
+        name: _field(spec, defaults[name]) for name, spec in SPECS.items() if name in names
+    }
+    properties |= {
+        name: _field(spec, None) for name, spec in SERVER_FIELDS.items() if name in server
+    }
+    properties["extra_params"] = {"type": "object", "description": "more of these fields"}
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": ["prompt"],
+        "additionalProperties": False,
+    }
+
+
+def _field(spec: Spec, default: Any) -> dict[str, Any]:
+    unit = f" [{spec.unit}]" if spec.unit else ""
+    field = {**_TYPES[spec.kind], "description": f"{spec.help}{unit}"}
+    if spec.choices:
+        field["enum"] = list(spec.choices)
+    if spec.kind in ("int", "float"):
+        if spec.low > -math.inf:
+            field["exclusiveMinimum" if spec.above else "minimum"] = spec.low
+        if spec.high < math.inf:
+            field["maximum"] = spec.high
+    if default is not None:
+        field["default"] = default
+    return field

@@ -1,0 +1,470 @@
+"""The generator behind the routes: plans requests, hands them to the stage, keeps their jobs.
+
+One per API process. The stage's events come in a thread of the stage client; they change the job
+in memory, which is what this process shows, and a ticking task writes it to the journal for others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from concurrent.futures import Future
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from vllm_cosmos3 import conditions, prompts
+from vllm_cosmos3.config import EngineConfig, ParallelConfig, read_config
+from vllm_cosmos3.errors import Busy, Cosmos3Error, InvalidRequest
+from vllm_cosmos3.plan import Plan
+from vllm_cosmos3.progress import Progress
+from vllm_cosmos3.request import from_fields
+from vllm_cosmos3.runtime.client import Job as StageJob
+from vllm_cosmos3.runtime.client import StageClient
+from vllm_cosmos3.runtime.core import Status
+from vllm_cosmos3.runtime.scheduler import QueueConfig
+from vllm_cosmos3.runtime.worker import StageConfig
+from vllm_cosmos3.server.artifacts import RECORD, STAGE
+from vllm_cosmos3.server.errors import ApiError, slug
+from vllm_cosmos3.server.guardrails import Guardrails
+from vllm_cosmos3.server.jobs import COMPLETED, FAILED, RUNNING, Job, Journal
+from vllm_cosmos3.server.metrics import metrics
+from vllm_cosmos3.server.options import Options
+from vllm_cosmos3.server.protocol import Asked
+
+logger = logging.getLogger(__name__)
+
+TICK = 0.5  # seconds between writes of progress, and looks at what other processes did
+SWEEP = 4  # ticks between looks at old files and dead processes
+REPLAY_SECONDS = 600.0  # in which a client's retry is the same request
+PLANNERS = 4  # requests that are planned at once, which may decode media
+# Share of the whole that is done when a phase begins and when it ends, in percent.
+SPANS = {"encode": (1, 5), "denoise": (5, 90), "decode": (90, 99)}
+
+
+class Service:
+    """Everything that lives as long as the server. ``start`` it in the event loop."""
+
+    def __init__(
+        self,
+        folder: Path,
+        names: tuple[str, ...],
+        options: Options,
+        device: str,
+        guardrails: Guardrails,
+    ) -> None:
+        self.options, self.names = options, names
+        self.model = read_config(folder)
+        self.guardrails = guardrails
+        self.journal = Journal(options.storage)
+        self.metrics = metrics()
+        self.metrics.limit.set(options.max_queue)
+        self.draining = False
+        self._tokenizer = prompts.load_tokenizer(folder)
+        self._planners = asyncio.Semaphore(PLANNERS)
+        self._own: dict[str, Job] = {}  # not ended
+        self._stage_jobs: dict[str, StageJob] = {}
+        self._changed: set[str] = set()  # not yet in the journal
+        self._lock = threading.Lock()  # of the three above
+        self._rate = 0.0  # seconds per unit of work, from what was served
+        self._ticker: asyncio.Task[None] | None = None
+        if options.generator_devices:
+            # This process computes nothing, and the reasoner's processes have started before.
+            os.environ["CUDA_VISIBLE_DEVICES"] = options.generator_devices
+        engine = EngineConfig(
+            model=folder,
+            dtype=options.generator_dtype,
+            device=device,
+            load_format=options.generator_load_format,
+            attention_backend=options.attention_backend,
+            parallel=ParallelConfig(
+                tensor_parallel_size=options.generator_tensor_parallel_size,
+                cfg_parallel_size=options.cfg_parallel_size,
+                ulysses_degree=options.ulysses_degree,
+                vae_parallel=options.vae_parallel,
+            ),
+        )
+        self.stage = StageClient(
+            StageConfig(engine=engine, stage=STAGE, backend=options.generator_executor_backend),
+            QueueConfig(
+                max_waiting=options.max_queue, max_waiting_seconds=options.max_queue_gpu_seconds
+            ),
+            drain_seconds=options.drain_seconds,
+        )
+
+    async def start(self) -> None:
+        """Settle what earlier processes left, and begin to tick."""
+        self._sweep()
+        self._ticker = asyncio.create_task(self._tick())
+
+    async def drain(self) -> None:
+        """Take nothing new and wait for what was accepted, as long as the options say."""
+        self.draining = True
+        end = time.monotonic() + self.options.drain_seconds
+        while self._own and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+
+    async def close(self) -> None:
+        """End the stage; what it was still serving is recorded as interrupted."""
+        self.draining = True
+        if self._ticker is not None:
+            self._ticker.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._ticker
+        await asyncio.to_thread(self.stage.close)
+        self.journal.close()
+
+    # Requests.
+
+    async def create(
+        self, kind: str, asked: Asked, media: Mapping[str, Any], *, deadline: float,
+        key: str | None = None, retried: bool = False, remixed_from: str | None = None,
+    ) -> Job:  # fmt: skip
+        """Accept a request, or find the job of the same request that was accepted before.
+
+        Raises:
+            Cosmos3Error: it cannot be served, now or at all; nothing is left of it.
+        """
+        try:
+            known = self._known(_digest(kind, asked, media), key, retried=retried)
+            if known is not None:
+                return known
+            return await self._create(kind, asked, media, deadline, key, remixed_from)
+        except InvalidRequest as error:
+            self.metrics.rejected.labels("invalid").inc()
+            raise asked.placed(error) from None
+        except Cosmos3Error as error:
+            self.metrics.rejected.labels(slug(error)).inc()
+            raise
+
+    async def _create(
+        self, kind: str, asked: Asked, media: Mapping[str, Any], deadline: float,
+        key: str | None, remixed_from: str | None,
+    ) -> Job:  # fmt: skip
+        self._check_model(asked.server.get("model"))
+        self._check_open()
+        body = _digest(kind, asked, media)
+        plan = await self._plan(asked, media)
+        report = await asyncio.to_thread(
+            self.guardrails.check,
+            str(asked.fields.get("prompt", "")),
+            requested=asked.server.get("guardrails"),
+        )
+        deadline = min(deadline, asked.server.get("deadline_seconds", deadline))
+        job = Job(
+            id=f"video_{uuid.uuid4().hex}",
+            kind=kind,
+            model=self.names[0],
+            prompt=asked.fields.get("prompt") or "",
+            created=time.time(),
+            body=body,
+            key=key,
+            num_steps=plan.steps,
+            remixed_from=remixed_from,
+            request=dict(asked.fields),
+            effective=dict(plan.effective),
+            warnings=[*asked.warnings, *plan.warnings],
+            guardrails=report,
+        )
+        other = self.journal.add(job)
+        if other is not None:
+            return self._same(other, body)
+        await self._submit(job, plan, deadline)
+        return job
+
+    async def _plan(self, asked: Asked, media: Mapping[str, Any]) -> Plan:
+        def make() -> Plan:
+            request = from_fields({**asked.fields, **media})
+            return conditions.make_plan(request, self.model, self._tokenizer)
+
+        async with self._planners:
+            plan = await asyncio.to_thread(make)
+        if asked.server.get("truncate_prompt") is False:
+            for warning in plan.warnings:
+                if "is cut from" in warning:
+                    raise ApiError(
+                        "invalid_value", f"{warning}, and truncate_prompt is false", param="prompt"
+                    )
+        return plan
+
+    async def _submit(self, job: Job, plan: Plan, deadline: float) -> None:
+        work = _work(plan)
+        with self._lock:
+            self._own[job.id] = job
+
+        def submit() -> None:
+            stage_job = self.stage.submit(
+                plan,
+                seconds=work * self._rate,
+                save=self.journal.folder(job.id),
+                deadline=deadline,
+                report=lambda progress: self._advance(job, progress),
+            )
+            with self._lock:
+                self._stage_jobs[job.id] = stage_job
+            stage_job.future.add_done_callback(lambda future: self._finish(job, work, future))
+
+        try:
+            await asyncio.to_thread(submit)
+        except Cosmos3Error as error:
+            with self._lock:
+                self._own.pop(job.id, None)
+            self.journal.purge(job.id)
+            if isinstance(error, Busy):
+                raise self.full(str(error)) from None
+            raise
+
+    def _check_model(self, name: str | None) -> None:
+        if name is not None and name not in self.names:
+            served = " or ".join(self.names)
+            raise ApiError("model_not_found", f"model is {name!r}, must be {served}", param="model")
+
+    def _check_open(self) -> None:
+        if self.draining:
+            raise ApiError("draining", "the server is stopping", headers={"Retry-After": "30"})
+        state = self.stage.status(0).state
+        if state in ("starting", "failed"):
+            message = "the generator is loading" if state == "starting" else "the generator is down"
+            raise ApiError("loading", message, headers={"Retry-After": "10"})
+
+    def _known(self, body: str, key: str | None, *, retried: bool) -> Job | None:
+        if key is not None:
+            found = self.journal.by_key(key)
+            return None if found is None else self._same(found, body)
+        if retried:
+            return self.journal.recent(body, REPLAY_SECONDS)
+        return None
+
+    def _same(self, job: Job, body: str) -> Job:
+        if job.body != body:
+            message = "this Idempotency-Key was used for a different request"
+            raise ApiError("idempotency_conflict", message, param="Idempotency-Key")
+        return self._own.get(job.id, job)
+
+    def full(self, message: str) -> ApiError:
+        """The answer where no more may wait, with when to come back."""
+        status = self.stage.status(0)
+        seconds = max(1, round(status.waiting_seconds / 2)) if status.waiting_seconds else 2
+        headers = {
+            "Retry-After": str(min(seconds, 3600)),
+            "x-queue-depth": str(len(self._own)),
+            "x-queue-limit": str(self.options.max_queue),
+        }
+        return ApiError("queue_full", message, headers=headers)
+
+    # What the stage tells, in its thread.
+
+    def _advance(self, job: Job, progress: Progress) -> None:
+        low, high = SPANS[progress.phase]
+        share = progress.step / progress.steps if progress.steps else 0.0
+        with self._lock:
+            if job.ended:
+                return
+            if job.started is None:
+                job.started = time.time()
+            job.status, job.phase, job.position = RUNNING, progress.phase, None
+            job.progress = max(job.progress, int(low + (high - low) * share))
+            if progress.phase == "denoise":
+                job.step, job.eta = progress.step, progress.eta
+            self._changed.add(job.id)
+
+    def _finish(self, job: Job, work: float, future: Future[Any]) -> None:
+        """Record the end of a job. Whatever goes wrong with that is the end of the job too."""
+        error = future.exception()
+        try:
+            record = self._record(job) if error is None else {}
+        except (OSError, ValueError) as problem:
+            error, record = Cosmos3Error(f"the result cannot be read: {problem}"), {}
+        with self._lock:
+            job.completed = time.time()
+            job.eta, job.position = None, None
+            if error is not None:
+                self._fail(job, error)
+            elif "error" in record:
+                job.status, job.error = FAILED, record["error"]
+            else:
+                self._complete(job, record, work)
+            job.expires = job.completed + self.options.file_ttl
+            self._own.pop(job.id, None)
+            self._stage_jobs.pop(job.id, None)
+            self._changed.discard(job.id)
+        if job.error is not None:
+            self._count_failure(job.error["code"])
+        self.journal.save(job)
+        logger.info("%s %s after %.1f s", job.id, job.status, job.completed - job.created)
+
+    def _record(self, job: Job) -> dict[str, Any]:
+        record: dict[str, Any] = json.loads((self.journal.folder(job.id) / RECORD).read_text())
+        return record
+
+    def _fail(self, job: Job, error: BaseException) -> None:
+        code = slug(error) if isinstance(error, Cosmos3Error) else "internal_error"
+        if code == "cancelled" and self.draining:
+            code = "interrupted"
+        job.status, job.error = FAILED, {"code": code, "message": str(error)}
+
+    def _complete(self, job: Job, record: Mapping[str, Any], work: float) -> None:
+        assert job.completed is not None
+        started = job.started or job.created
+        seconds = job.completed - started
+        job.status, job.phase, job.progress = COMPLETED, "done", 100
+        job.step = job.num_steps
+        job.files = list(record["files"])
+        job.timings = {
+            "queue": started - job.created, **record["timings"], "total": job.completed - job.created
+        }  # fmt: skip
+        job.peak_memory = record["peak_memory"]
+        job.guardrails |= record["guardrails"]
+        folder = self.journal.folder(job.id)
+        job.bytes = sum(file.stat().st_size for file in folder.iterdir())
+        frames = int(job.effective["num_frames"]) * int(job.effective["n"])
+        ranks = (
+            self.options.generator_tensor_parallel_size
+            * self.options.cfg_parallel_size
+            * self.options.ulysses_degree
+        )
+        job.usage = {
+            "frames": frames,
+            "output_seconds": round(frames / float(job.effective["fps"]), 3),
+            "steps": job.num_steps,
+            "gpu_seconds": round(seconds * ranks, 3),
+        }
+        rate = seconds / work
+        self._rate = rate if not self._rate else 0.7 * self._rate + 0.3 * rate
+        self.metrics.completed.labels(job.kind).inc()
+        self.metrics.frames.inc(frames)
+        self.metrics.peak.set(max(job.peak_memory, 0))
+        self.metrics.step.observe(record["timings"].get("per_step", 0.0))
+        for phase, spent in job.timings.items():
+            if phase != "per_step":
+                self.metrics.phase.labels(phase).observe(max(0.0, spent))
+
+    def _count_failure(self, code: str) -> None:
+        if code == "cancelled":
+            self.metrics.cancelled.inc()
+        else:
+            self.metrics.failed.labels(code).inc()
+
+    # Jobs.
+
+    def get(self, name: str) -> Job:
+        """A job of any process.
+
+        Raises:
+            ApiError: there is none, or no more.
+        """
+        job = self._own.get(name)
+        if job is not None:
+            stage_job = self._stage_jobs.get(name)
+            if stage_job is not None and job.started is None:
+                job.position = stage_job.position
+        stored = self.journal.get(name)
+        if stored is None:
+            raise ApiError("not_found", f"there is no video {name!r}", param="id")
+        return job or stored
+
+    async def wait(self, job: Job, seconds: float) -> Job:
+        """The job when it has ended, or as it is after ``seconds``.
+
+        Raises:
+            ApiError: it was deleted meanwhile.
+        """
+        end = time.monotonic() + seconds
+        while not job.ended and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+            if job.id not in self._own:
+                job = self.get(job.id)
+        return job
+
+    def delete(self, name: str) -> None:
+        """Forget a job; if it is not done, the stage stops it with its current step."""
+        self.get(name)
+        self.journal.delete(name)
+        self._settle_deleted(name)
+
+    def _settle_deleted(self, name: str) -> None:
+        """Cancel a deleted job of this process, or remove what is left of it."""
+        with self._lock:
+            running, stage_job = name in self._own, self._stage_jobs.get(name)
+        if stage_job is not None:
+            stage_job.cancel()
+        if not running:
+            self.journal.purge(name)
+
+    def estimated_wait(self) -> float:
+        """Seconds of work before a new request."""
+        return self.stage.status(0).waiting_seconds
+
+    def status(self, timeout: float = 1.0) -> Status:
+        """How the stage is, as it says or as it was last heard."""
+        status = self.stage.status(timeout)
+        self.metrics.waiting.set(status.waiting)
+        self.metrics.running.set(status.running)
+        return status
+
+    # Time.
+
+    async def _tick(self) -> None:
+        count = 0
+        while True:
+            await asyncio.sleep(TICK)
+            count += 1
+            try:
+                await asyncio.to_thread(self._write_changes)
+                if count % SWEEP == 0:
+                    await asyncio.to_thread(self._sweep)
+            except OSError as error:  # a full or lost disk must not stop the clock
+                logger.error("the storage cannot be kept: %s", error)
+
+    def _write_changes(self) -> None:
+        with self._lock:
+            names, self._changed = self._changed, set()
+            for name in names & self._own.keys():
+                self.journal.save(self._own[name])
+        for name in self.journal.doomed():
+            self._settle_deleted(name)
+        self.status()
+
+    def _sweep(self) -> None:
+        for job in self.journal.orphans():
+            job.status, job.completed = FAILED, time.time()
+            job.expires = job.completed + self.options.file_ttl
+            message = "the server stopped while it made this; please send it again"
+            job.error = {"code": "interrupted", "message": message}
+            self.journal.save(job)
+        expired = self.journal.expire(
+            quota=self.options.storage_quota, record_ttl=self.options.record_ttl
+        )
+        self.metrics.expired.inc(len(expired))
+        self.metrics.stored.set(self.journal.stored())
+
+
+def _work(plan: Plan) -> float:
+    """What a request costs, in tokens times passes: proportional to seconds near enough."""
+    tokens = sum(stream.length * _positions(stream.shape) for stream in plan.streams)
+    return float(max(1, tokens) * plan.steps * len(plan.token_ids))
+
+
+def _positions(shape: tuple[int, ...]) -> int:
+    """Tokens of one position on the time axis: patches of 2 x 2 latents, or one."""
+    return max(1, shape[-2] * shape[-1] // 4) if len(shape) == 5 else 1
+
+
+def _digest(kind: str, asked: Asked, media: Mapping[str, Any]) -> str:
+    """What makes two requests the same."""
+    digest = hashlib.sha256(
+        json.dumps([kind, asked.fields, asked.server], sort_keys=True, default=str).encode()
+    )
+    for name, source in sorted(media.items()):
+        digest.update(name.encode())
+        with Path(source).open("rb") as file:
+            while chunk := file.read(2**20):
+                digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,252 @@
+"""The routes of /v1/videos, as OpenAI's clients and those of vLLM-Omni call them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.background import BackgroundTask
+
+from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.server.artifacts import CLIP, SPRITES, THUMBNAIL
+from vllm_cosmos3.server.body import read_body
+from vllm_cosmos3.server.errors import ApiError
+from vllm_cosmos3.server.inputs import media_files
+from vllm_cosmos3.server.jobs import COMPLETED, FAILED, Job
+from vllm_cosmos3.server.protocol import VIDEO, Asked, translate
+from vllm_cosmos3.server.render import video_json
+from vllm_cosmos3.server.routing import Route, service
+from vllm_cosmos3.server.schema import video_request
+from vllm_cosmos3.server.service import Service
+
+router = APIRouter(route_class=Route, tags=["Cosmos3 videos"])
+VARIANTS = {"video": (CLIP, "video/mp4"), "thumbnail": (THUMBNAIL, "image/webp"), "spritesheet": (SPRITES, "image/webp")}  # fmt: skip
+POLL_SECONDS = 0.1  # between looks at a job whose events are streamed
+BEAT_SECONDS = 15.0  # of silence until an empty event keeps proxies from closing the stream
+
+
+@router.post("/v1/videos", openapi_extra=video_request())
+async def create(request: Request) -> Response:
+    """Queue a video. ``Prefer: wait=N`` answers when it is done, or after N seconds."""
+    at, asked = service(request), await _asked(request)
+    job = await _create(at, request, asked, "video", at.options.request_deadline)
+    headers = {}
+    seconds = _preferred_wait(request)
+    if seconds is not None:
+        job = await at.wait(job, seconds)
+        headers["Preference-Applied"] = f"wait={seconds:g}"
+    return JSONResponse(video_json(job, at), headers=headers)
+
+
+@router.post("/v1/videos/sync", openapi_extra=video_request())
+async def sync(request: Request) -> Response:
+    """Make a video and answer with it. A client that goes away cancels it."""
+    at, asked = service(request), await _asked(request)
+    deadline = asked.server.get("deadline_seconds", at.options.sync_deadline)
+    if at.estimated_wait() > deadline:
+        message = f"about {at.estimated_wait():.0f} seconds of work wait, longer than {deadline:g}"
+        raise ApiError("estimated_wait_exceeds_deadline", message, param="deadline_seconds")
+    job = await _create(at, request, asked, "sync", deadline)
+    job = await result(at, request, job)
+    folder = at.journal.folder(job.id)
+    headers = {
+        "X-Model": job.model,
+        "X-Inference-Time-S": f"{job.timings['total']:.3f}",
+        "X-Stage-Durations": json.dumps(job.timings, separators=(",", ":")),
+        "X-Peak-Memory-MB": f"{job.peak_memory / 2**20:.1f}",
+        "X-Seed": str(job.effective["seed"]),
+    }
+    gone = BackgroundTask(at.delete, job.id)
+    return FileResponse(folder / CLIP, media_type="video/mp4", headers=headers, background=gone)
+
+
+async def result(at: Service, request: Request, job: Job) -> Job:
+    """The job when it is done; cancelled if the client goes away.
+
+    Raises:
+        ApiError: why there is no result.
+    """
+    while not job.ended:
+        job = await at.wait(job, 0.2)
+        if await request.is_disconnected():
+            at.delete(job.id)
+            raise ApiError("cancelled", "the client went away")
+    if job.status == FAILED:
+        assert job.error is not None
+        at.delete(job.id)
+        raise ApiError(job.error["code"], job.error["message"])
+    return job
+
+
+@router.get("/v1/videos")
+async def page(
+    request: Request, after: str | None = None, limit: str = "20", order: str = "desc"
+) -> Response:
+    """The videos of this storage, the newest first."""
+    at = service(request)
+    if not limit.isascii() or not limit.isdigit() or not 1 <= int(limit) <= 100:
+        raise InvalidRequest("limit", limit, "an integer from 1 to 100")
+    if order not in ("asc", "desc"):
+        raise InvalidRequest("order", order, "asc or desc")
+    jobs = at.journal.page(after=after, limit=int(limit) + 1, newest_first=order == "desc")
+    if jobs is None:
+        raise ApiError(
+            "cursor_not_found", f"there is no video {after!r} to go on from", param="after"
+        )
+    shown = [video_json(at.get(job.id) if not job.ended else job, at) for job in jobs[: int(limit)]]
+    return JSONResponse(
+        {
+            "object": "list",
+            "data": shown,
+            "first_id": shown[0]["id"] if shown else None,
+            "last_id": shown[-1]["id"] if shown else None,
+            "has_more": len(jobs) > int(limit),
+        }
+    )
+
+
+@router.get("/v1/videos/{video_id}")
+async def retrieve(request: Request, video_id: str) -> Response:
+    """A job as it is. A failed one is an ordinary answer, with its error in it."""
+    at = service(request)
+    job = at.get(video_id)
+    headers = {} if job.ended else {"openai-poll-after-ms": "1000"}
+    return JSONResponse(video_json(job, at), headers=headers)
+
+
+@router.delete("/v1/videos/{video_id}")
+async def delete(request: Request, video_id: str) -> Response:
+    """Delete a video; if it is not done, stop making it."""
+    service(request).delete(video_id)
+    return JSONResponse({"id": video_id, "deleted": True, "object": "video.deleted"})
+
+
+@router.get("/v1/videos/{video_id}/content")
+async def content(request: Request, video_id: str, variant: str = "video") -> Response:
+    """The MP4, or a WebP of its first frame or of sixteen frames. Ranges are served."""
+    at = service(request)
+    job = at.get(video_id)
+    if variant not in VARIANTS:
+        raise InvalidRequest("variant", variant, f"one of {', '.join(VARIANTS)}")
+    if job.status == FAILED:
+        assert job.error is not None
+        message = f"there is no video: {job.error['message']} ({job.error['code']})"
+        raise ApiError("job_failed", message)
+    if job.status != COMPLETED:
+        raise ApiError("not_ready", f"the video is {job.status}", headers={"Retry-After": "1"})
+    name, kind = VARIANTS[variant]
+    file = at.journal.folder(job.id) / name
+    if job.removed or (job.expires or 0) < time.time() or not file.is_file():
+        raise ApiError("expired", "the video was deleted, by its age or to make room")
+    return FileResponse(file, media_type=kind, filename=f"{job.id}{file.suffix}")
+
+
+@router.get("/v1/videos/{video_id}/events")
+async def events(request: Request, video_id: str) -> Response:
+    """Server-sent events: ``progress`` with the job whenever it has advanced, then its end."""
+    at = service(request)
+    job = at.get(video_id)
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(
+        _events(at, request, job), media_type="text/event-stream", headers=headers
+    )
+
+
+@router.post("/v1/videos/{video_id}/remix")
+async def remix(request: Request, video_id: str) -> Response:
+    """The same request with another prompt, and the same seed unless another is given."""
+    at = service(request)
+    source = at.get(video_id)
+    body = await read_body(request, at.options)
+    if "input" in str(source.effective.get("mode")) or source.effective.get("mode") != "text2video":
+        possible = "of a video made from text alone; send its input again to POST /v1/videos"
+        raise InvalidRequest("id", video_id, possible, "unsupported")
+    asked = translate(body, VIDEO)
+    if "prompt" not in asked.fields:
+        raise InvalidRequest("prompt", None, "the new text", "missing_required")
+    seed = {"seed": source.effective["seed"]}
+    merged = Asked(
+        fields={**source.request, **seed, **asked.fields},
+        server=asked.server,
+        references=asked.references,
+        warnings=asked.warnings,
+        paths=asked.paths,
+    )
+    job = await _create(
+        at, request, merged, "video", at.options.request_deadline, remixed_from=source.id
+    )
+    return JSONResponse(video_json(job, at))
+
+
+for _path in ("edits", "extensions", "characters"):
+
+    @router.post(f"/v1/videos/{_path}")
+    async def _absent(request: Request) -> Response:
+        """Not offered."""
+        message = "this is not offered; POST /v1/videos with input_reference continues a clip"
+        raise ApiError("not_implemented", message)
+
+
+async def _asked(request: Request) -> Asked:
+    return translate(await read_body(request, service(request).options), VIDEO)
+
+
+async def _create(
+    at: Service, request: Request, asked: Asked, kind: str, deadline: float,
+    remixed_from: str | None = None,
+) -> Job:  # fmt: skip
+    key = request.headers.get("idempotency-key") if kind == "video" else None
+    retried = kind == "video" and request.headers.get("x-stainless-retry-count", "0") != "0"
+    async with media_files(asked.references, at.options) as (media, names):
+        return await at.create(
+            kind,
+            replace(asked, paths={**asked.paths, **names}),
+            media,
+            deadline=deadline,
+            key=key,
+            retried=retried,
+            remixed_from=remixed_from,
+        )
+
+
+def _preferred_wait(request: Request) -> float | None:
+    """The seconds of ``Prefer: wait=N``. A preference that cannot be read is none (RFC 7240)."""
+    for part in request.headers.get("prefer", "").replace(";", ",").split(","):
+        name, _, value = part.strip().partition("=")
+        if name.lower() == "wait" and value.strip('"').isdigit():
+            return min(float(value.strip('"')), 3600.0)
+    return None
+
+
+async def _events(at: Service, request: Request, job: Job) -> AsyncIterator[str]:
+    last: tuple[Any, ...] = ()
+    quiet = time.monotonic()
+    while True:
+        now = (job.status, job.phase, job.step, job.progress)
+        if job.ended:
+            yield _event(job.status, video_json(job, at))
+            return
+        if now != last:
+            last, quiet = now, time.monotonic()
+            yield _event("progress", video_json(job, at))
+        elif time.monotonic() - quiet > BEAT_SECONDS:
+            quiet = time.monotonic()
+            yield ": still here\n\n"
+        await asyncio.sleep(POLL_SECONDS)
+        if await request.is_disconnected():
+            return
+        try:
+            job = at.get(job.id)
+        except ApiError:
+            yield _event("deleted", {"id": job.id, "object": "video.deleted", "deleted": True})
+            return
+
+
+def _event(name: str, data: dict[str, Any]) -> str:
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n"
