@@ -14,7 +14,7 @@ from vllm_cosmos3.errors import Cosmos3Error
 from vllm_cosmos3.version import __version__
 
 COMMANDS = {
-    "serve": "serve the reasoner behind an OpenAI-compatible API",
+    "serve": "serve both surfaces, or one, behind an OpenAI-compatible API",
     "generate": "make images and videos from a prompt, offline",
     "make-checkpoint": "write a small random checkpoint in the published layout",
     "plan": "print the memory per GPU for a checkpoint and a mesh",

@@ -89,7 +89,7 @@ def _share_of_reasoner(folder: Path, options: Options) -> float | None:
     weights = sum(f.stat().st_size for part in parts for f in (folder / part).glob("*.safetensors"))
     total = torch.cuda.get_device_properties(0).total_memory
     needed = weights / options.generator_tensor_parallel_size + WORKING_MEMORY
-    share = MOST_MEMORY - needed / total
+    share: float = MOST_MEMORY - needed / total
     if share < LEAST_SHARE:
         raise InvalidRequest(
             "--generator-devices",
