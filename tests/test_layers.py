@@ -18,6 +18,7 @@ LAYERS = [
         "conditions",
         "checkpoint",
         "models.weights",
+        "models.kernels",
         "models.reasoner_weights",
         "models.root_config",
         "runtime.attention",

@@ -1,7 +1,8 @@
-"""What `make demo` runs: a tiny Cosmos 3 checkpoint, a real server, two questions, no GPU.
+"""What `make demo` runs: a tiny Cosmos 3 checkpoint, two questions and a video, no GPU.
 
 Makes the checkpoint unless it is there, serves its reasoner on a free port of this machine, draws a
-picture and a clip, asks about both with the official openai client, and stops the server.
+picture and a clip, asks about both with the official openai client, and stops the server. Then the
+generator makes a video with sound from the picture, which is read back and described.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import av
 import openai
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,6 +40,7 @@ def main() -> int:
         checkpoint = step_checkpoint(folder)
         picture, clip = step_media(folder)
         step_reasoner(checkpoint, picture, clip, log=folder / "server.log")
+        step_generator(checkpoint, picture, folder)
     except ServerFailed as failure:
         return failed(str(failure), folder)
     except subprocess.CalledProcessError as error:
@@ -97,6 +100,25 @@ def step_reasoner(checkpoint: Path, picture: Path, clip: Path, *, log: Path) -> 
             "output: the server lets the model choose only among sentences that fit a pattern.\n"
             "Words that make sense come from a trained checkpoint."
         )
+
+
+def step_generator(checkpoint: Path, picture: Path, folder: Path) -> None:
+    headline("5. A video with sound", "from the picture, in a process of its own")
+    command = [program(), "generate", str(checkpoint), "--out", str(folder), "--name", "video"]
+    command += ["--prompt", "The gripper lifts the red cube.", "--image", str(picture)]
+    command += ["--size", "320x192", "--num-frames", "49", "--num-inference-steps", "8"]
+    command += ["--generate-sound", "--seed", "0", "--device", "cpu"]
+    print(" ".join(["vllm-cosmos3", *command[1:]]), flush=True)
+    subprocess.run(command, check=True)
+    with av.open(str(folder / "video" / "vision.mp4")) as made:
+        picture_stream, sound = made.streams.video[0], made.streams.audio[0]
+        frames = sum(1 for _ in made.decode(video=0))
+        print(
+            f"read back: {frames} frames of {picture_stream.width}x{picture_stream.height} at "
+            f"{float(picture_stream.average_rate):g} fps ({picture_stream.codec_context.name}), "
+            f"{sound.codec_context.name} sound of {sound.channels} channels at {sound.rate} Hz"
+        )
+    print("The first frame is the picture as the tiny autoencoder remembers it, the rest is noise.")
 
 
 def stream_constrained(

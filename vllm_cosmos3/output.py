@@ -101,9 +101,9 @@ class Output:
         Raises:
             InvalidRequest: the suffix does not suit what was made.
         """
-        crf = CRF.checked("crf", crf)
         if all(sample.empty for sample in self.samples):
             return []
+        crf = CRF.checked("crf", crf)
         path = Path(path)
         path = path if path.suffix else path.with_suffix(self.suffix)
         if len(self.samples) == 1:

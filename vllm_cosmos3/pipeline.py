@@ -109,6 +109,8 @@ class Pipeline:
             vae = VideoVAE(model.vae, mesh.world, config.parallel.vae_parallel).to(dtype)
         shapes = vae_tensors(model.vae)
         _fill(vae, identity_table(shapes), config, "vae", shapes, device)
+        if device.type != "cpu":
+            vae.channels_last()
         sound = None
         if model.sound is not None:
             with device:

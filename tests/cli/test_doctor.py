@@ -80,7 +80,7 @@ def test_python(version: tuple[int, int], word: str) -> None:
         (NO_GPU_SEEN, False, doctor.INSTALL_CPU),
     ],
 )
-def test_torch_and_the_machine_must_agree(torch: Probe, gpu: bool, fix: str | None) -> None:  # noqa: FBT001
+def test_torch_and_the_machine_must_agree(torch: Probe, gpu: bool, fix: str | None) -> None:
     assert doctor.cuda(torch, gpu=gpu).fix == fix
 
 

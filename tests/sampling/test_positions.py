@@ -80,7 +80,7 @@ def test_the_base_rate_of_the_checkpoint_counts() -> None:
 
 
 @pytest.mark.parametrize("modulated", [True, False])
-def test_a_single_frame_and_unmodulated_frames_count_whole(modulated: bool) -> None:  # noqa: FBT001
+def test_a_single_frame_and_unmodulated_frames_count_whole(modulated: bool) -> None:
     cfg = config(enable_fps_modulation=modulated)
     assert times(p.vision_positions(1, 1, 1, start=START, fps=10.0, config=cfg)) == [15100]
     two = times(p.vision_positions(2, 1, 1, start=START, fps=10.0, config=cfg))

@@ -21,7 +21,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import embedding, silu
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
@@ -200,11 +200,17 @@ class Understanding(nn.Module):
 
     def forward(self, ids_S: Tensor, rope: Rope) -> tuple[KeyValue, ...]:
         cache: list[KeyValue] = []
-        x_SD, residual_SD = self.embed_tokens(ids_S), None
+        x_SD, residual_SD = self._embed(ids_S), None
         for layer in self.layers:
             x_SD, residual_SD = layer(x_SD, residual_SD, rope, partial(self._attend_causal, cache))
         k_SHD, v_SHD = self.last(x_SD, residual_SD, rope)
         return (*cache, self._own(k_SHD, v_SHD))
+
+    def _embed(self, ids_S: Tensor) -> Tensor:
+        """The rows of ``ids_S``. vLLM 0.26 sums over the group even if this is its only rank."""
+        if self.embed_tokens.tp_size == 1:
+            return embedding(ids_S, self.embed_tokens.weight)
+        return self.embed_tokens(ids_S)
 
     def _attend_causal(
         self, cache: list[KeyValue], q_SHD: Tensor, k_SHD: Tensor, v_SHD: Tensor
@@ -258,8 +264,8 @@ class Layer(nn.Module):
         if self._fused is None:
             return rotate(self.q_norm(q_SHD), rope), rotate(self.k_norm(k_SHD), rope), v_SHD
         weights = self.q_norm.weight, self.k_norm.weight
-        epsilon = self.q_norm.variance_epsilon
-        self._fused(qkv, *sizes, head, epsilon, *weights, rope.table, True, rope.rows)
+        epsilon, neox = self.q_norm.variance_epsilon, True
+        self._fused(qkv, *sizes, head, epsilon, *weights, rope.table, neox, rope.rows)
         return q_SHD, k_SHD, v_SHD
 
 

@@ -240,9 +240,7 @@ class UpBlock(nn.Module):
             x = resnet(x, memory)
         if self.upsampler is None:
             return x
-        shortcut = repeat_up(start, self.channels, self.time, self.space)
-        x = self.upsampler(x, memory)
-        return x + shortcut[:, :, -x.shape[2] :]  # the first frame is not doubled
+        return add_repeated(self.upsampler(x, memory), start, self.time, self.space)
 
 
 class Downsampler(nn.Module):
@@ -282,7 +280,9 @@ class Upsampler(nn.Module):
             # The first frame is not in this convolution's past either: its past begins with zeros.
             x = self.time_conv(x, memory).unflatten(1, (2, -1))
             x = x.movedim(1, 3).flatten(2, 3)  # both halves of the channels are frames
-        x = F.interpolate(x, scale_factor=(1, 2, 2), mode="nearest-exact")
+        # Frame by frame: torch's two-dimensional kernel keeps channels innermost, and is faster.
+        images = F.interpolate(x.transpose(1, 2).flatten(0, 1), scale_factor=2, mode="nearest")
+        x = images.unflatten(0, (-1, x.shape[2])).transpose(1, 2)
         x = memory.strips.surround(x, 1, 1)
         return each_frame(self.resample["1"], x, padding=memory.strips.padding(1))
 
@@ -314,8 +314,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         shortcut = self.conv_shortcut(x)
-        x = self.conv1(self.norm1(x), memory)
-        return self.conv2(self.norm2(x), memory) + shortcut
+        x = self.conv1(self.norm1(x), memory, biased=False)
+        return self.conv2(self.norm2(x, self.conv1.bias), memory) + shortcut
 
 
 class FrameAttention(nn.Module):
@@ -348,21 +348,28 @@ class CausalConv3d(nn.Conv3d):
     ) -> None:
         super().__init__(before, after, kernel, stride=(stride, 1, 1))
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+    def forward(self, x: Tensor, memory: Memory, *, biased: bool = True) -> Tensor:
+        """``biased`` is False where the caller adds ``bias`` in a pass that it makes anyway."""
         rows = self.kernel_size[1] // 2
         x = memory.extend(self, x, frames=self.kernel_size[0] - self.stride[0], rows=rows)
         padding = (0, *memory.strips.padding(rows))
-        return F.conv3d(x, self.weight, self.bias, self.stride, padding)
+        return F.conv3d(x, self.weight, self.bias if biased else None, self.stride, padding)
 
 
 class NormSiLU(nn.Module):
-    """RMS norm over the channels of each position, then SiLU: one place to fuse them."""
+    """RMS norm over the channels of each position, then SiLU: one pass on a GPU."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(channels, 1, 1, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Of ``x + bias``, where the convolution before has left its bias out."""
+        if x.is_cuda and x.is_contiguous(memory_format=torch.channels_last_3d):
+            from vllm_cosmos3.models.kernels import norm_silu
+
+            return norm_silu(x, bias, self.gamma)
+        x = x if bias is None else x + bias.view(-1, 1, 1, 1)
         return F.silu(rms_normalised(x, self.gamma))
 
 
@@ -405,11 +412,21 @@ def average_down(x: Tensor, channels: int, time: int, space: int) -> Tensor:
     return x.unflatten(1, (channels, -1)).mean(dim=2)
 
 
-def repeat_up(x: Tensor, channels: int, time: int, space: int) -> Tensor:
-    """Channels repeated until they fill ``channels`` times blocks of ``time`` x ``space`` x ``space``."""
-    x = x.repeat_interleave(channels * time * space * space // x.shape[1], dim=1)
-    x = x.unflatten(1, (channels, time, space, space))
-    return x.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+def add_repeated(x: Tensor, start: Tensor, time: int, space: int) -> Tensor:
+    """``x`` plus ``start``, whose channels are repeated to fill ``time`` x ``space`` x ``space`` blocks.
+
+    Block positions count as channels, the last one fastest, and consecutive ones share a channel of
+    ``start``. So each channel covers whole trailing dimensions of a block, and adding in place with
+    broadcasting needs no repeated copy. A first frame, which is not doubled, takes a block's last.
+    """
+    shares = start.shape[1] // x.shape[1]  # channels of start for one of x, a power of two
+    frames = x.shape[2] // start.shape[2]
+    a = min(shares, time)
+    b = min(shares // a, space)
+    start = start.unflatten(1, (x.shape[1], a, b, shares // (a * b)))[:, :, -min(a, frames) :]
+    blocks = x.unflatten(4, (-1, space)).unflatten(3, (-1, space)).unflatten(2, (-1, frames))
+    blocks += start.permute(0, 1, 5, 2, 6, 3, 7, 4)
+    return x
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:

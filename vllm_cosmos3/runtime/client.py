@@ -7,6 +7,7 @@ a new one is started, until ``close``.
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import pickle
 import shutil
@@ -280,7 +281,9 @@ class StageClient:
             drain_seconds=self._drain_seconds,
         )
         temporary = tempfile.gettempdir()
-        environment = os.environ | {
+        loud = logging.getLevelName(logging.getLogger("vllm").getEffectiveLevel())
+        environment = {"VLLM_LOGGING_LEVEL": loud} | os.environ
+        environment |= {
             # Sockets and rendezvous files of vLLM go where they are removed even after a SIGKILL.
             "TMPDIR": str(self._folder),
             # What the compiler keeps is worth more than that.
