@@ -50,6 +50,13 @@ def guarded_server(
     """A distilled checkpoint behind an API key and a guardrail."""
     path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     flags = ["--api-key", "secret", "other", "--guardrail-checker", "checkers:Words"]
+    flags += [
+        "--allow-private-media",
+        "--allowed-media-domains",
+        "127.0.0.1",
+        "--max-upload",
+        "100000",
+    ]
     folder = tmp_path_factory.mktemp("guarded")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", path)
