@@ -54,6 +54,7 @@ class State:
     schedule: Schedule
     guidance: tuple[tuple[float], ...]  # for each step, one scale: see sampling.guidance
     timers: Timers
+    timesteps: Tensor  # the schedule's, on the device: a copy in each step would wait for the GPU
     index: int = 0
     texts: dict[int, tuple[TextCache, Rope]] = field(default_factory=dict)  # by branch
     known: tuple[Known, ...] = ()  # by stream, like all tuples below
@@ -139,6 +140,7 @@ class Pipeline:
             schedule=schedule,
             guidance=tuple((scale,) for scale in scales),
             timers=Timers(self.device),
+            timesteps=torch.tensor(schedule.timesteps, dtype=torch.float32, device=self.device),
         )
         with state.timers.phase("text"):
             for branch in branches_of_rank(state.guidance, self.mesh.cfg):
@@ -236,7 +238,7 @@ class Pipeline:
     def _advance(self, state: State, seed: int, index: int) -> None:
         """Predict, guide, step, and put back what is known. The solver works in float32."""
         plan, schedule = state.plan, state.schedule
-        timestep = torch.tensor(schedule.timesteps[index], device=self.device)
+        timestep = state.timesteps[index]
 
         def predict(branch: int) -> tuple[Tensor, ...]:
             text, rope = state.texts[branch]
