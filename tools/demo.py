@@ -118,7 +118,9 @@ def step_generator(checkpoint: Path, picture: Path, folder: Path) -> None:
             f"{float(picture_stream.average_rate):g} fps ({picture_stream.codec_context.name}), "
             f"{sound.codec_context.name} sound of {sound.channels} channels at {sound.rate} Hz"
         )
-    print("The first frame is the picture as the tiny autoencoder remembers it, the rest is noise.")
+    print(
+        "The weights are random, so the frames are noise; a trained checkpoint fills the same file."
+    )
 
 
 def stream_constrained(
