@@ -102,5 +102,5 @@ def test_a_file_of_the_server(generator_server: Server, media_folder: Path) -> N
         ("::ffff:10.0.0.1", False), ("2002:7f00:1::", False), ("224.0.0.1", False), ("0.0.0.0", False),
     ],
 )  # fmt: skip
-def test_which_addresses_are_public(address: str, public: bool) -> None:  # noqa: FBT001
+def test_which_addresses_are_public(address: str, public: bool) -> None:
     assert is_public(address) == public

@@ -191,9 +191,14 @@ def _trickle(server: Server, length: int, *, chunk: int, pause: float) -> tuple[
         connection.settimeout(0.001)
         while sent < length:
             try:
-                return sent, connection.recv(65536)
+                answer = connection.recv(65536)
             except TimeoutError:
                 pass
+            else:
+                connection.settimeout(10)
+                while more := connection.recv(65536):  # the body may come after the head
+                    answer += more
+                return sent, answer
             connection.settimeout(30)
             connection.sendall(b"%x\r\n%s\r\n" % (chunk, bytes(chunk)))
             sent += chunk

@@ -87,7 +87,7 @@ def _share_of_reasoner(folder: Path, options: Options) -> float | None:
         return None
     parts = ("transformer", "vae", "sound_tokenizer")
     weights = sum(f.stat().st_size for part in parts for f in (folder / part).glob("*.safetensors"))
-    total = torch.cuda.get_device_properties(0).total_memory
+    total = int(torch.cuda.get_device_properties(0).total_memory)
     needed = weights / options.generator_tensor_parallel_size + WORKING_MEMORY
     share: float = MOST_MEMORY - needed / total
     if share < LEAST_SHARE:
