@@ -30,7 +30,12 @@ from vllm_cosmos3.request import GenerateRequest
 from vllm_cosmos3.runtime.attention import make_attend
 from vllm_cosmos3.runtime.mesh import Mesh
 from vllm_cosmos3.sampling import positions
-from vllm_cosmos3.sampling.guidance import branches_of_rank, guidance_per_step, guide
+from vllm_cosmos3.sampling.guidance import (
+    branches_of_rank,
+    guidance_per_step,
+    guide,
+    idle_ranks,
+)
 from vllm_cosmos3.sampling.noise import initial_noise, step_noise
 from vllm_cosmos3.sampling.packing import Stream, free_frames, patch_grid, start_stream
 from vllm_cosmos3.sampling.schedule import Schedule, make_schedule
@@ -182,7 +187,7 @@ class Pipeline:
             sample_rate=self.model.sound.sampling_rate if self.model.sound else None,
             timings=timings,
             effective=state.plan.effective,
-            warnings=state.plan.warnings,
+            warnings=(*state.plan.warnings, *idle_ranks(state.guidance, self.mesh.cfg)),
             peak_memory=peak_memory(self.device),
         )
 

@@ -14,6 +14,8 @@ from vllm_cosmos3.pipeline import Pipeline
 from vllm_cosmos3.request import GenerateRequest
 from vllm_cosmos3.runtime.mesh import Mesh
 
+UNGUIDED = ({"guidance_scale": 1.0}, {"guidance_interval": (0.0, 1.0)})
+GUIDED = ({}, {"guidance_interval": (990.0, 1000.0)})  # the latter at its first step alone
 BOUND = 1e-5  # of the largest absolute value
 
 COMMON = {
@@ -87,6 +89,36 @@ def test_a_mesh_equals_one_rank(
         assert np.abs(pixels.astype(int) - reference.astype(int)).max() <= 1, name
         if expected.sound is not None:
             assert relative(made.sound, expected.sound) < 10 * BOUND
+
+
+def warnings_of(mesh: Mesh, folder: Path, parallel: ParallelConfig) -> list[tuple[str, ...]]:
+    """What each of UNGUIDED and guided requests warns of beyond its plan."""
+    config = EngineConfig(model=folder, dtype="float32", device="cpu", parallel=parallel)
+    pipeline = Pipeline.load(config, mesh, "cpu")
+    new = []
+    for fields in (*UNGUIDED, *GUIDED):
+        size = {"num_frames": 1, "height": 64, "width": 64, "output_type": "latent"}
+        plan = pipeline.plan(GenerateRequest(**COMMON, **size, **fields))
+        state = pipeline.encode(plan)
+        while not state.done:
+            pipeline.step(state)
+        pipeline.decode(state)
+        output = pipeline.finish(state)
+        assert output.warnings[: len(plan.warnings)] == plan.warnings
+        new.append(output.warnings[len(plan.warnings) :])
+    return new
+
+
+@pytest.mark.parametrize("mesh", ["2x1x1", "1x2x1"])
+def test_ranks_that_guidance_leaves_idle_are_told_of(
+    mesh: str, ranks: Ranks, tiny_checkpoint_fp32: Path
+) -> None:
+    shares_branches = MESHES[mesh].cfg_parallel_size == 2
+    for warnings in ranks(MESHES[mesh], warnings_of, tiny_checkpoint_fp32, MESHES[mesh]):
+        unguided, guided = warnings[: len(UNGUIDED)], warnings[len(UNGUIDED) :]
+        assert all(len(new) == shares_branches for new in unguided)
+        assert all("cfg_parallel_size=2" in text for new in unguided for text in new)
+        assert guided == [()] * len(GUIDED)
 
 
 def relative(x: np.ndarray, reference: np.ndarray) -> float:

@@ -36,6 +36,16 @@ def branches_of_rank(per_step: Sequence[Scales], axis: Axis) -> tuple[int, ...]:
     return tuple(sorted({branch for scales in per_step for branch in _share(scales, axis)}))
 
 
+def idle_ranks(per_step: Sequence[Scales], axis: Axis) -> tuple[str, ...]:
+    """A warning for the user if the CFG axis has nothing to share: no step is guided."""
+    if axis.size == 1 or any(len(branches_needed(scales)) > 1 for scales in per_step):
+        return ()
+    return (
+        f"cfg_parallel_size={axis.size} did not make this request faster: no step is guided, so "
+        "its ranks repeat each other's work; ulysses_degree would share it",
+    )
+
+
 def guide(predict: Callable[[int], Velocities], scales: Scales, axis: Axis) -> Velocities:
     """The guided velocities of one step; ``predict(branch)`` evaluates one branch.
 
