@@ -14,6 +14,7 @@ LAYERS = [
     {"config", "plan", "embodiments", "compat"},
     {"runtime.mesh", "media"},
     {"inventory", "request", "prompts", "sampling", "hub", "models.limits"},
+    {"actions"},
     {
         "conditions",
         "checkpoint",
@@ -48,6 +49,7 @@ NO_TORCH = {
     "config",
     "plan",
     "embodiments",
+    "actions",
     "conditions",
     "request",
     "inventory",
