@@ -50,7 +50,9 @@ def absolute_poses(
     steps = np.tile(np.eye(4), (len(given), 1, 1))
     steps[:, :3, :3] = rotations(given[:, 3:WIDTH])
     steps[:, :3, 3] = given[:, :3] / translation_scale
-    poses = [np.eye(4) if start is None else _checked("start", [start], (4, 4), 1)[0]]
+    poses = [
+        np.eye(4) if start is None else _checked("start", np.asarray(start)[None], (4, 4), 1)[0]
+    ]
     for step in steps:
         poses.append(poses[-1] @ step)
     return np.stack(poses)
