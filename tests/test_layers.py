@@ -13,7 +13,7 @@ LAYERS = [
     {"version", "errors", "progress"},
     {"config", "plan", "embodiments", "compat"},
     {"runtime.mesh", "media"},
-    {"inventory", "request", "prompts", "sampling", "hub", "models.limits"},
+    {"inventory", "request", "prompts", "sampling", "hub", "models.limits", "droid"},
     {
         "conditions",
         "checkpoint",
@@ -52,6 +52,7 @@ NO_TORCH = {
     "request",
     "inventory",
     "hub",
+    "droid",
     "cli",
 }
 
