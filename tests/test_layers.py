@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "vllm_cosmos3"
 
 LAYERS = [
     {"version", "errors", "progress"},
+    {"kinds"},
     {"config", "plan", "embodiments", "compat"},
     {"runtime.mesh", "media"},
     {"inventory", "request", "prompts", "sampling", "hub", "models.limits", "droid"},
@@ -45,6 +46,7 @@ LAYERS = [
 # Within one package of the table (sampling, server, cli) modules may import each other downward.
 NO_TORCH = {
     "errors",
+    "kinds",
     "config",
     "plan",
     "embodiments",

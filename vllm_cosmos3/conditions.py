@@ -15,6 +15,7 @@ import numpy as np
 from vllm_cosmos3 import media, prompts
 from vllm_cosmos3.config import ModelConfig
 from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.kinds import check_mode
 from vllm_cosmos3.plan import Plan, StreamPlan
 from vllm_cosmos3.request import SPECS, GenerateRequest, parse_size
 
@@ -105,6 +106,7 @@ def resolve(request: GenerateRequest, model: ModelConfig) -> Parameters:
         InvalidRequest: the combination does not fit the checkpoint or the sizes it was trained for.
     """
     mode, default = request.mode, DEFAULTS[request.mode]
+    check_mode(model.kind, mode)
     width, height = _size(request, default)
     fps = request.fps or default.fps
     warnings = [*_check_area(request, width, height), *_check_fps(request, fps)]
@@ -162,7 +164,7 @@ def make_plan(request: GenerateRequest, model: ModelConfig, tokenizer: prompts.T
         noise=request.noise,
         decoded=request.output_type != "latent",
         initial=_initial(request, streams),
-        effective=_effective(request, parameters, negative, token_ids),
+        effective=_effective(request, parameters, model, negative, token_ids),
         warnings=tuple(warnings),
     )
 
@@ -458,13 +460,14 @@ def _sound_duration(request: GenerateRequest, model: ModelConfig, seconds: float
 def _effective(
     request: GenerateRequest,
     parameters: Parameters,
+    model: ModelConfig,
     negative: str,
     token_ids: tuple[tuple[int, ...], ...],
 ) -> dict[str, object]:
-    """Every field of the request with its final value, and the mode, as JSON values."""
+    """Every field of the request with its final value, the mode and the kind of checkpoint, as JSON values."""
     settled = asdict(parameters)
     settled.pop("warnings")
-    values: dict[str, object] = {"mode": settled.pop("mode")}
+    values: dict[str, object] = {"mode": settled.pop("mode"), "checkpoint_kind": model.kind}
     for name in SPECS:
         values[name] = settled.pop(name) if name in settled else getattr(request, name)
     values["size"] = f"{parameters.width}x{parameters.height}"

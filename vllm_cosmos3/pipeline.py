@@ -99,7 +99,7 @@ class Pipeline:
             CheckpointError: a file is missing, corrupt or of another architecture.
         """
         device = torch.device(device)
-        model = read_config(config.model)
+        model = read_config(config.model, config.checkpoint_kind)
         tokenizer = prompts.load_tokenizer(config.model)
         dtype = getattr(torch, config.dtype)
         attend = make_attend(

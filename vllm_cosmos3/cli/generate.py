@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.kinds import MODES
 from vllm_cosmos3.request import SPECS, GenerateRequest, Spec, from_fields
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--vae-parallel", default="halo", help="halo, tile (less memory, not exact) or off (default: halo)")  # fmt: skip
     run.add_argument("--attention-backend", default="auto", help="auto, or the name of one (default: auto)")  # fmt: skip
     run.add_argument("--load-format", default="auto", help="auto, or dummy for random weights (default: auto)")  # fmt: skip
+    run.add_argument("--checkpoint-kind", metavar="KIND", help=f"{', '.join(MODES)} (default: what its files say)")  # fmt: skip
     request = parser.add_argument_group("request")
     for item in fields(GenerateRequest):
         _add_flag(request, item.name, SPECS[item.name], item.default)
@@ -78,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     folder = sample_folder(args.out, args.name)
     with quiet_libraries(), loaded(args) as model:
+        print(f"checkpoint: {plan.effective['checkpoint_kind']}", file=sys.stderr)
         output, files, timings = generate(model, request, args, folder)
         if files:  # with several processes under torchrun the first one has the results
             write(args, folder, output, files, timings)
@@ -100,6 +103,7 @@ def loaded(args: argparse.Namespace) -> Cosmos3:
         distributed_executor_backend=args.distributed_executor_backend,
         attention_backend=args.attention_backend,
         load_format=args.load_format,
+        checkpoint_kind=args.checkpoint_kind,
     )
 
 
@@ -120,7 +124,8 @@ def checked(args: argparse.Namespace, request: GenerateRequest) -> Plan:
     from vllm_cosmos3.prompts import load_tokenizer
 
     CRF.checked("crf", args.crf)
-    model = read_config(resolve(args.model, args.revision, weights=False))
+    folder = resolve(args.model, args.revision, weights=False)
+    model = read_config(folder, args.checkpoint_kind)
     return make_plan(request, model, load_tokenizer(model.path))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.kinds import MODES
 from vllm_cosmos3.request import Spec
 
 
@@ -181,6 +182,9 @@ class Options:
     )
     generator_load_format: str = _option(
         "auto", "generator", "choice", "dummy: random weights", choices=("auto", "dummy")
+    )
+    checkpoint_kind: str = _option(
+        "", "generator", "text", f"{', '.join(MODES)}; default: what the files say"
     )
     generator_tensor_parallel_size: int = _option(
         1, "generator", "int", "ranks that share each layer", low=1, high=64

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm_cosmos3 import conditions, prompts
-from vllm_cosmos3.config import EngineConfig, ParallelConfig, read_config
+from vllm_cosmos3.config import EngineConfig, ModelConfig, ParallelConfig, read_config
 from vllm_cosmos3.errors import Busy, Cosmos3Error, InvalidRequest
+from vllm_cosmos3.kinds import DISTILLED
 from vllm_cosmos3.output import Output
 from vllm_cosmos3.plan import Plan
 from vllm_cosmos3.progress import Progress
@@ -30,6 +31,7 @@ from vllm_cosmos3.request import from_fields
 from vllm_cosmos3.runtime.client import Job as StageJob
 from vllm_cosmos3.runtime.client import StageClient
 from vllm_cosmos3.runtime.core import Status
+from vllm_cosmos3.runtime.mesh import check_degrees
 from vllm_cosmos3.runtime.scheduler import QueueConfig
 from vllm_cosmos3.runtime.worker import StageConfig
 from vllm_cosmos3.server.artifacts import RECORD, STAGE
@@ -50,6 +52,28 @@ PLANNERS = 4  # requests that are planned at once, which may decode media
 SPANS = {"encode": (1, 5), "denoise": (5, 90), "decode": (90, 99)}
 
 
+def checked_model(folder: Path, options: Options) -> ModelConfig:
+    """The checkpoint's own numbers.
+
+    Raises:
+        CheckpointError, Unsupported: it cannot be run.
+        InvalidRequest: the options do not suit it.
+    """
+    model = read_config(folder, options.checkpoint_kind or None)
+    guided = model.kind not in DISTILLED
+    check_degrees(_parallel(options), model.transformer, guided=guided)
+    return model
+
+
+def _parallel(options: Options) -> ParallelConfig:
+    return ParallelConfig(
+        tensor_parallel_size=options.generator_tensor_parallel_size,
+        cfg_parallel_size=options.cfg_parallel_size,
+        ulysses_degree=options.ulysses_degree,
+        vae_parallel=options.vae_parallel,
+    )
+
+
 class Service:
     """Everything that lives as long as the server. ``start`` it in the event loop."""
 
@@ -62,7 +86,7 @@ class Service:
         guardrails: Guardrails,
     ) -> None:
         self.options, self.names = options, names
-        self.model = read_config(folder)
+        self.model = checked_model(folder, options)
         self.guardrails = guardrails
         self.journal = Journal(options.storage)
         self.metrics = metrics()
@@ -86,12 +110,8 @@ class Service:
             device=device,
             load_format=options.generator_load_format,
             attention_backend=options.attention_backend,
-            parallel=ParallelConfig(
-                tensor_parallel_size=options.generator_tensor_parallel_size,
-                cfg_parallel_size=options.cfg_parallel_size,
-                ulysses_degree=options.ulysses_degree,
-                vae_parallel=options.vae_parallel,
-            ),
+            checkpoint_kind=options.checkpoint_kind or None,
+            parallel=_parallel(options),
         )
         self.stage = StageClient(
             StageConfig(engine=engine, stage=STAGE, backend=options.generator_executor_backend),
