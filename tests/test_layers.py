@@ -15,6 +15,7 @@ LAYERS = [
     {"config", "plan", "embodiments", "compat"},
     {"runtime.mesh", "media"},
     {"inventory", "request", "prompts", "sampling", "hub", "models.limits", "droid"},
+    {"actions"},
     {
         "conditions",
         "checkpoint",
@@ -50,6 +51,7 @@ NO_TORCH = {
     "config",
     "plan",
     "embodiments",
+    "actions",
     "conditions",
     "request",
     "inventory",

@@ -104,7 +104,7 @@ def request_fields(observation: Observation, *, seed: int | None) -> dict[str, A
         "domain_name": "droid_lerobot",
         "raw_action_dim": WIDTH,
         "action_chunk_size": HORIZON,
-        "action_state": state[None],
+        "action_state": state.tolist(),
         "image": observation.image,
         "image_size": 480,
         "fps": FPS,

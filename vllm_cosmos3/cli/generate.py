@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 METAVARS = {
     "text": "TEXT", "int": "N", "float": "X", "size": "WxH", "ints": "I,J,...", "pair": "LOW,HIGH",
-    "image": "FILE", "video": "FILE", "arrays": "FILE.safetensors",
+    "numbers": "X,Y,...", "rows": "JSON", "image": "FILE", "video": "FILE", "arrays": "FILE.safetensors",
 }  # fmt: skip
 
 
@@ -192,7 +192,7 @@ def write(
 
 
 def defaults_table() -> str:
-    """The defaults that depend on the mode, side by side, then all others."""
+    """The defaults that depend on the mode, side by side, all others, and the embodiments."""
     from vllm_cosmos3.conditions import DEFAULTS
 
     rows = {mode: asdict(default) for mode, default in DEFAULTS.items()}
@@ -204,7 +204,20 @@ def defaults_table() -> str:
     for item in fields(GenerateRequest):
         if item.default is not None:
             lines.append(f"  {item.name:30}{item.default}")
+    lines += ["", "with actions", *_embodiments()]
     return "\n".join(lines)
+
+
+def _embodiments() -> list[str]:
+    """The defaults that depend on the embodiment, a line for each."""
+    from vllm_cosmos3.embodiments import EMBODIMENTS
+
+    names = ("raw_action_dim", "fps", "action_chunk_size", "image_size", "view_point")
+    lines = [f"  {'domain_name':22}" + "".join(f"{name:>19}" for name in names)]
+    for row in EMBODIMENTS:
+        values = [_shown(getattr(row, name)) for name in names]
+        lines.append(f"  {row.name:22}" + "".join(f"{value:>19}" for value in values))
+    return lines
 
 
 @contextmanager
@@ -273,7 +286,7 @@ def _add_flag(group: Any, name: str, spec: Spec, default: object) -> None:
         action = argparse.BooleanOptionalAction
         group.add_argument(flag, action=action, default=None, help=text)
     else:
-        metavar = METAVARS.get(spec.kind) or "{" + ",".join(spec.choices) + "}"
+        metavar = METAVARS.get(spec.kind) or "{" + ",".join(map(str, spec.choices)) + "}"
         group.add_argument(flag, type=_PARSERS.get(spec.kind, str), metavar=metavar, help=text)
 
 
@@ -303,6 +316,13 @@ def _integers(text: str) -> list[int | str]:
     return [_integer(part) for part in text.split(",")]
 
 
+def _rows(text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 def _numbers(text: str) -> list[float | str]:
     return [_number(part) for part in text.split(",")]
 
@@ -312,6 +332,8 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "float": _number,
     "ints": _integers,
     "pair": _numbers,
+    "numbers": _numbers,
+    "rows": _rows,
 }
 
 
@@ -359,10 +381,10 @@ def _latents(sample: Sample) -> Mapping[str, np.ndarray]:
     return sample.latents or {}
 
 
-def _shown(value: float | tuple[int, ...]) -> str:
+def _shown(value: float | str | tuple[int, ...] | None) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "-"
-    return f"{value:g}"
+    return f"{value:g}" if isinstance(value, int | float) else value or "-"
 
 
 def _warn(warnings: tuple[str, ...]) -> None:
