@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -22,15 +24,12 @@ class Refused(Exception):
         super().__init__(self.error["message"])
 
 
+@dataclass(frozen=True, slots=True)
 class Robot:
     """A connection. ``metadata`` is what the server said first."""
 
-    def __init__(self, url: str, path: str = "/", authorization: str | None = f"Api-Key {KEY}"):
-        headers = {} if authorization is None else {"Authorization": authorization}
-        self.socket: ClientConnection = connect(
-            url.replace("http", "ws") + path, additional_headers=headers, max_size=None
-        )
-        self.metadata = self.receive()
+    socket: ClientConnection
+    metadata: dict[str, Any]
 
     def ask(self, message: Any) -> Any:
         """The answer to one message."""
@@ -42,21 +41,25 @@ class Robot:
         self.socket.send(message if raw else msgspec.msgpack.encode(message, enc_hook=_marked))
 
     def receive(self) -> Any:
-        answer = self.socket.recv(timeout=120)
-        if isinstance(answer, str):
-            raise Refused(answer)
-        return _unmarked(msgspec.msgpack.decode(answer))
+        return _received(self.socket)
 
-    def __enter__(self) -> Robot:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.socket.close()
+@contextmanager
+def robot(
+    url: str, path: str = "/", authorization: str | None = f"Api-Key {KEY}"
+) -> Iterator[Robot]:
+    """A robot that is connected until the block ends."""
+    headers = {} if authorization is None else {"Authorization": authorization}
+    address = url.replace("http", "ws") + path
+    with connect(address, additional_headers=headers, max_size=None) as socket:
+        yield Robot(socket, _received(socket))
+
+
+def _received(socket: ClientConnection) -> Any:
+    answer = socket.recv(timeout=120)
+    if isinstance(answer, str):
+        raise Refused(answer)
+    return _unmarked(msgspec.msgpack.decode(answer))
 
 
 def _marked(array: Any) -> dict[bytes, Any]:
@@ -77,7 +80,7 @@ def _unmarked(value: Any) -> Any:
 
 
 def observation(**changes: Any) -> dict[str, Any]:
-    """What a DROID robot sends; what is None is left out."""
+    """What a DROID robot sends, asking for one step; what is None is left out."""
     pictures = np.random.default_rng(1).integers(0, 256, (3, 90, 160, 3), np.uint8)
     whole = {
         "prompt": "pick up the cup",
@@ -86,5 +89,6 @@ def observation(**changes: Any) -> dict[str, Any]:
         "observation/exterior_image_2_left": pictures[2],
         "observation/joint_position": np.linspace(-1, 1, 7),
         "observation/gripper_position": np.array([0.25]),
+        "sampling_params": {"num_inference_steps": 1},
     }
     return {k: v for k, v in (whole | changes).items() if v is not None}

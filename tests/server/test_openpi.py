@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from robots import KEY, PATH, Refused, Robot, observation
+from robots import KEY, PATH, Refused, Robot, observation, robot
 from servers import Server
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
@@ -44,6 +44,7 @@ seen = {
     "observation/exterior_image_2_left": view,
     "observation/joint_position": np.zeros(7),
     "observation/gripper_position": np.float64(1),
+    "sampling_params": {"num_inference_steps": 1},
 }
 try:
     policy.infer({k: v for k, v in seen.items() if "gripper" not in k})
@@ -70,9 +71,9 @@ def openpi_client(python: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def refusal(robot: Robot, message: Any) -> dict[str, Any]:
+def refusal(arm: Robot, message: Any) -> dict[str, Any]:
     with pytest.raises(Refused) as refused:
-        robot.ask(message)
+        arm.ask(message)
     return refused.value.error
 
 
@@ -95,9 +96,9 @@ def test_the_example(robot_server: Server, openpi_python: Path) -> None:
 def test_replies_are_maps_at_the_root_and_arrays_elsewhere(robot_server: Server) -> None:
     answers = {}
     for path in ("/", "/?reply=array", PATH, f"{PATH}?reply=dict"):
-        with Robot(robot_server.url, path) as robot:
-            assert robot.metadata == METADATA
-            answers[path] = robot.ask(observation(seed=3))
+        with robot(robot_server.url, path) as arm:
+            assert arm.metadata == METADATA
+            answers[path] = arm.ask(observation(seed=3))
     whole = answers["/"]
     assert whole["seed"] == 3
     assert whole["server_timing"].keys() >= {"infer_ms", "denoise_ms"}
@@ -111,12 +112,12 @@ def test_replies_are_maps_at_the_root_and_arrays_elsewhere(robot_server: Server)
 
 
 def test_an_episode_can_be_repeated(robot_server: Server) -> None:
-    with Robot(robot_server.url) as robot:
-        first, second = (robot.ask(observation(session_id="a")) for _ in range(2))
-        assert robot.ask({"endpoint": "reset", "session_id": "a"}) == {"status": "reset successful"}
-    with Robot(robot_server.url) as robot:  # the session outlives the connection
-        again = robot.ask(observation(session_id="a"))
-        other = robot.ask(observation(session_id="b"))
+    with robot(robot_server.url) as arm:
+        first, second = (arm.ask(observation(session_id="a")) for _ in range(2))
+        assert arm.ask({"endpoint": "reset", "session_id": "a"}) == {"status": "reset successful"}
+    with robot(robot_server.url) as arm:  # the session outlives the connection
+        again = arm.ask(observation(session_id="a"))
+        other = arm.ask(observation(session_id="b"))
     assert again["seed"] == first["seed"] != second["seed"]
     assert other["seed"] not in (first["seed"], second["seed"])
     np.testing.assert_array_equal(again["actions"], first["actions"])
@@ -124,8 +125,8 @@ def test_an_episode_can_be_repeated(robot_server: Server) -> None:
 
 
 def test_actions_depend_on_what_the_robot_sees_and_measures(robot_server: Server) -> None:
-    with Robot(robot_server.url) as robot:
-        usual = robot.ask(observation(seed=1))["actions"]
+    with robot(robot_server.url) as arm:
+        usual = arm.ask(observation(seed=1))["actions"]
         for changes in (
             {"prompt": "open the drawer"},
             {WRIST: np.zeros((90, 160, 3), np.uint8)},
@@ -133,7 +134,7 @@ def test_actions_depend_on_what_the_robot_sees_and_measures(robot_server: Server
             {GRIPPER: 1},
             {"sampling_params": {"num_inference_steps": 2}},
         ):
-            other = robot.ask(observation(seed=1, **changes))["actions"]
+            other = arm.ask(observation(seed=1, **changes))["actions"]
             assert not np.array_equal(other, usual), changes
 
 
@@ -161,47 +162,51 @@ BAD = {
 
 
 def test_errors_name_the_key_and_the_connection_stays(robot_server: Server) -> None:
-    with Robot(robot_server.url) as robot:
+    with robot(robot_server.url) as arm:
         for name, (message, key, code) in BAD.items():
-            error = refusal(robot, message)
+            error = refusal(arm, message)
             assert (error["param"], error["code"]) == (key, code), name
             assert key in error["message"], name
-        assert robot.ask(observation())["actions"].shape == (32, 8)
+        assert arm.ask(observation())["actions"].shape == (32, 8)
 
 
 def test_a_robot_without_a_key_stays_outside(robot_server: Server) -> None:
     for path in ("/", PATH):
         for authorization in (None, "Bearer wrong", f"Basic {KEY}"):
-            with pytest.raises(InvalidStatus) as refused:
-                Robot(robot_server.url, path, authorization)
+            with (
+                pytest.raises(InvalidStatus) as refused,
+                robot(robot_server.url, path, authorization),
+            ):
+                pass
             assert refused.value.response.status_code == 401
-        with Robot(robot_server.url, path, f"Bearer {KEY}") as robot:
-            assert robot.metadata == METADATA
+        with robot(robot_server.url, path, f"Bearer {KEY}") as arm:
+            assert arm.metadata == METADATA
 
 
 def test_a_base_checkpoint_is_no_policy(generator_server: Server) -> None:
     for path in ("/", PATH):
-        with pytest.raises(ConnectionClosed) as closed:
-            Robot(generator_server.url, path)
+        with pytest.raises(ConnectionClosed) as closed, robot(generator_server.url, path):
+            pass
         assert closed.value.rcvd is not None
         assert closed.value.rcvd.code == 1008
         assert "Cosmos3-Nano-Policy-DROID" in closed.value.rcvd.reason
 
 
 def test_an_unknown_shape_of_replies(robot_server: Server) -> None:
-    with pytest.raises(ConnectionClosed, match="must be dict or array"):
-        Robot(robot_server.url, "/?reply=json")
+    refused = pytest.raises(ConnectionClosed, match="must be dict or array")
+    with refused, robot(robot_server.url, "/?reply=json"):
+        pass
 
 
 def test_an_idle_robot_is_let_go(robot_server: Server) -> None:
-    with Robot(robot_server.url) as robot, pytest.raises(ConnectionClosed, match="no message for"):
-        robot.receive()
+    with robot(robot_server.url) as arm, pytest.raises(ConnectionClosed, match="no message for"):
+        arm.receive()
 
 
 def test_several_robots_take_turns(robot_server: Server) -> None:
-    with Robot(robot_server.url) as one, Robot(robot_server.url) as other:
-        for robot in (one, other):
-            robot.send(observation(seed=5))
+    with robot(robot_server.url) as one, robot(robot_server.url) as other:
+        for arm in (one, other):
+            arm.send(observation(seed=5))
         first, second = one.receive(), other.receive()
     np.testing.assert_array_equal(first["actions"], second["actions"])
 
@@ -215,16 +220,16 @@ def test_a_robot_that_goes_away_is_cancelled(robot_server: Server) -> None:
         return float(line.split()[1])
 
     before = value("cosmos3:requests_cancelled_total")
-    with Robot(robot_server.url) as robot:
-        robot.send(observation(sampling_params={"num_inference_steps": 200}))
+    with robot(robot_server.url) as arm:
+        arm.send(observation(sampling_params={"num_inference_steps": 200}))
         while value("cosmos3:requests_running") == 0:
             time.sleep(0.05)
     end = time.monotonic() + 60
     while value("cosmos3:requests_cancelled_total") == before and time.monotonic() < end:
         time.sleep(0.05)
     assert value("cosmos3:requests_cancelled_total") == before + 1
-    with Robot(robot_server.url) as robot:
-        assert robot.ask(observation())["actions"].shape == (32, 8)
+    with robot(robot_server.url) as arm:
+        assert arm.ask(observation())["actions"].shape == (32, 8)
 
 
 def test_health_and_the_page_of_the_route(robot_server: Server) -> None:
