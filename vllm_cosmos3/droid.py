@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.media import Pixels
@@ -23,7 +22,6 @@ WIDTH = JOINTS + 1  # of an action: the joints and the gripper
 HORIZON = 32  # actions of one answer
 FPS = 15.0  # actions per second
 CANVAS = (540, 640)  # height and width of the composed views
-VIEW = (360, 640)  # of the wrist camera; the two others have half of each
 MAX_SIDE = 8192  # pixels of a camera
 VIEWS = (
     "The top row is from the wrist-mounted camera. The bottom row contains two horizontally "
@@ -65,8 +63,9 @@ class Observation:
 def read(message: Mapping[str, Any]) -> Observation:
     """An observation from the keys that DROID clients send; other keys are ignored.
 
-    Pictures are uint8 [H, W, 3]: ``observation/image`` with all views, or one for each camera.
-    Positions are [7] and one number, or series of them, of which the last counts.
+    Pictures are uint8 [H, W, 3]: ``observation/image`` with all views as `compose` lays them out,
+    or one for each camera. They are stretched to the size that the policy knows. Positions are [7]
+    and one number, or series of them, of which the last counts.
 
     Raises:
         InvalidRequest: a key is missing or has a wrong type or shape; its field is the key.
@@ -144,27 +143,36 @@ def example() -> dict[str, Any]:
 
 
 def compose(wrist: Pixels, left: Pixels, right: Pixels) -> Pixels:
-    """Three views in one picture, uint8 [540, 640, 3]: the wrist above, the others below.
+    """Three views in one picture: the wrist above, the others below in half its size.
 
-    Views are fitted into their places with black bars, and never cut.
+    With a wrist of uint8 [360, 640, 3] it is the picture of the training; others have its layout.
     """
-    height, width = VIEW
-    large = [ImageOps.pad(Image.fromarray(view), (width, height), Image.Resampling.BILINEAR)
-             for view in (wrist, left, right)]  # fmt: skip
-    below = np.concatenate([np.asarray(view.reduce(2)) for view in large[1:]], axis=1)
-    return np.concatenate([np.asarray(large[0]), below])
+    height, width = wrist.shape[0] // 2, wrist.shape[1] // 2
+    below = [_stretched(view, height, width) for view in (left, right)]
+    return np.concatenate([wrist[:, : 2 * width], np.concatenate(below, axis=1)])
 
 
 def _canvas(message: Mapping[str, Any]) -> Pixels:
     if IMAGE in message:
-        image = _picture(message, IMAGE)
-        if image.shape[:2] != CANVAS:
-            possible = f"{list(CANVAS)} (the composed views), or one key for each camera"
-            raise InvalidRequest(IMAGE, f"a picture {list(image.shape)}", possible)
-        return image.copy()  # a view of the message is read-only
+        return _stretched(_picture(message, IMAGE), *CANVAS)
     names = FROM_ZERO if FROM_ZERO[0] in message else FROM_ONE
-    wrist, left, right = (_picture(message, name) for name in (WRIST, *names))
-    return compose(wrist, left, right)
+    return _stretched(compose(*(_picture(message, name) for name in (WRIST, *names))), *CANVAS)
+
+
+def _stretched(picture: Pixels, height: int, width: int) -> Pixels:
+    """A picture in another size, bilinear without antialiasing and rounded down.
+
+    So the pictures of the training and of its own server were made.
+    """
+    if picture.shape[:2] == (height, width):
+        return picture.copy()  # a view of a message is read-only
+    import torch  # here, so that an observation can be checked without it
+    import torch.nn.functional as F
+
+    x = torch.from_numpy(picture.astype(np.float32)).movedim(2, 0)[None]
+    x = F.interpolate(x, size=(height, width), mode="bilinear")
+    stretched: Pixels = x[0].movedim(0, 2).numpy().astype(np.uint8)
+    return stretched
 
 
 def _picture(message: Mapping[str, Any], key: str) -> Pixels:

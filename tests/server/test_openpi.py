@@ -149,7 +149,6 @@ BAD = {
     "no view": (observation(**{WRIST: None}), WRIST, "missing_required"),
     "a flat view": (observation(**{WRIST: np.zeros((90, 160), np.uint8)}), WRIST, "invalid_type"),
     "a view of floats": (observation(**{WRIST: np.zeros((90, 160, 3))}), WRIST, "invalid_type"),
-    "a small canvas": (observation(**{droid.IMAGE: np.zeros((90, 160, 3), np.uint8)}), droid.IMAGE, "invalid_value"),
     "six joints": (observation(**{ARM: np.zeros(6)}), ARM, "invalid_type"),
     "not a number": (observation(**{ARM: np.full(7, np.nan)}), ARM, "invalid_value"),
     "an empty prompt": (observation(prompt=" "), "prompt", "invalid_value"),
