@@ -11,9 +11,11 @@ PACKAGE = Path(__file__).parents[1] / "vllm_cosmos3"
 
 LAYERS = [
     {"version", "errors", "progress"},
+    {"kinds"},
     {"config", "plan", "embodiments", "compat"},
     {"runtime.mesh", "media"},
-    {"inventory", "request", "prompts", "sampling", "hub", "models.limits"},
+    {"inventory", "request", "prompts", "sampling", "hub", "models.limits", "droid"},
+    {"actions"},
     {
         "conditions",
         "checkpoint",
@@ -47,13 +49,16 @@ LAYERS = [
 # Within one package of the table (sampling, server, cli) modules may import each other downward.
 NO_TORCH = {
     "errors",
+    "kinds",
     "config",
     "plan",
     "embodiments",
+    "actions",
     "conditions",
     "request",
     "inventory",
     "hub",
+    "droid",
     "cli",
 }
 
