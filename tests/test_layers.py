@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "vllm_cosmos3"
 LAYERS = [
     {"version", "errors", "progress"},
     {"kinds"},
-    {"config", "plan", "embodiments", "compat"},
+    {"config", "plan", "embodiments", "poses", "compat"},
     {"runtime.mesh", "media"},
     {"inventory", "request", "prompts", "sampling", "hub", "models.limits", "droid"},
     {"actions"},
@@ -53,6 +53,7 @@ NO_TORCH = {
     "config",
     "plan",
     "embodiments",
+    "poses",
     "actions",
     "conditions",
     "request",
