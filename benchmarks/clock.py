@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 
@@ -65,7 +66,7 @@ class StepClock:
 
     def steps(self) -> list[float]:
         """Seconds of each step, in their order."""
-        return [between(*pair) for pair in zip(self._marks, self._marks[1:], strict=False)]
+        return [between(*pair) for pair in pairwise(self._marks)]
 
 
 def percentile(values: list[float], percent: float) -> float:
