@@ -28,6 +28,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import diffusers
 import torch
@@ -45,6 +46,7 @@ from vllm_cosmos3.pipeline import Pipeline
 from vllm_cosmos3.prompts import load_tokenizer
 from vllm_cosmos3.request import from_fields, parse_size
 from vllm_cosmos3.runtime.attention import Attend, make_attend
+from vllm_cosmos3.runtime.graphs import Recording
 from vllm_cosmos3.runtime.mesh import close_mesh, init_mesh
 
 FLOW_SHIFT = 10.0
@@ -57,12 +59,17 @@ PAIRINGS = {  # what they are called: our contender and theirs
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One request, as both make it. ``made`` of ``steps`` steps are run."""
+    """One kind of request, as both make it. ``made`` of ``steps`` steps are run."""
 
     name: str
-    fields: dict[str, Any]
+    row: dict[str, Any]
+    tokens: tuple[int, int]
     steps: int
     made: int
+
+    def fields(self, number: int) -> dict[str, Any]:
+        """Each round has a prompt and a seed of its own, so that no cache can answer for it."""
+        return request(self.row, list(self.tokens), number)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -75,7 +82,7 @@ class Run:
     latents: Tensor
 
 
-Contender = Callable[[Case], Run]
+Contender = Callable[[Case, int], Run]
 Runs = dict[tuple[str, str], list[Run]]  # by row and contender
 Decodes = dict[str, dict[str, float]]  # seconds by row and side
 
@@ -112,7 +119,7 @@ def case(name: str, args: argparse.Namespace) -> Case:
     steps = args.steps or row["num_inference_steps"]
     made = min(steps, 1 + args.measured_steps) if args.measured_steps else steps
     row |= {"num_inference_steps": made, "flow_shift": FLOW_SHIFT, "noise": "torch"}
-    return Case(name=name, fields=request(row, args.tokens, 0), steps=steps, made=made)
+    return Case(name=name, row=row, tokens=tuple(args.tokens), steps=steps, made=made)
 
 
 def measure(
@@ -150,12 +157,12 @@ def in_turn(each: Case, contenders: Mapping[str, Contender], args: argparse.Name
     runs: Runs = {(each.name, name): [] for name in contenders}
     for round_ in range(args.warm + args.rounds):
         for name, run in contenders.items():
-            done = run(each)
-            counted = round_ >= args.warm
-            if counted:
+            done = run(each, round_)
+            counts = round_ >= args.warm
+            if counts:
                 runs[each.name, name].append(done)
             print(
-                f"{each.name}, {name}{'' if counted else ', warm-up'}: {done.total:.2f} s, step "
+                f"{each.name}, {name}{'' if counts else ', warm-up'}: {done.total:.2f} s, step "
                 f"{1000 * statistics.median(done.steps):.1f} ms, {done.evaluations} evaluations",
                 flush=True,
             )
@@ -181,12 +188,12 @@ def ours(model: ModelConfig, device: torch.device, dtype: str, attention: str) -
         close_mesh(mesh)
 
 
-def run_ours(pipeline: Pipeline, each: Case) -> Run:
+def run_ours(pipeline: Pipeline, each: Case, number: int) -> Run:
     device = pipeline.device
     with counted(pipeline.transformer) as calls:
         synchronize(device)
         start = time.perf_counter()
-        state = pipeline.encode(pipeline.plan(from_fields(each.fields)))
+        state = pipeline.encode(pipeline.plan(from_fields(each.fields(number))))
         marks = []
         while not state.done:
             pipeline.step(state)
@@ -201,13 +208,23 @@ def run_ours(pipeline: Pipeline, each: Case) -> Run:
 
 @contextmanager
 def counted(module: nn.Module) -> Iterator[list[int]]:
-    """For each call of ``module`` how many branches of guidance it evaluated."""
+    """For each evaluation of ``module`` how many results it had: ours has one for each branch.
+
+    A recorded graph calls no module when it is replayed, so recordings are counted themselves.
+    """
     calls: list[int] = []
+    recorded = Recording.__call__
+
+    def replay(recording: Recording, *given: Tensor) -> Any:
+        before = len(calls)
+        made = recorded(recording, *given)
+        calls[before:] = [len(made)]
+        return made
+
     hook = module.register_forward_hook(lambda _module, _given, made: calls.append(len(made)))
-    try:
+    with patch.object(Recording, "__call__", replay):
         yield calls
-    finally:
-        hook.remove()
+    hook.remove()
 
 
 def finished(each: Case, total: float, marks: list[Mark], evaluations: int, latents: Tensor) -> Run:
@@ -253,9 +270,9 @@ class Theirs:
         self.pipeline.set_progress_bar_config(disable=True)
         self._processors = transformer.attn_processors
 
-    def run(self, attend: Attend | None, each: Case) -> Run:
+    def run(self, attend: Attend | None, each: Case, number: int) -> Run:
         """With ``attend`` in place of torch's attention, if there is one."""
-        pipeline, fields = self.pipeline, each.fields
+        pipeline, fields = self.pipeline, each.fields(number)
         transformer = pipeline.transformer
         own = dict(self._processors)
         transformer.set_attn_processor(own if attend is None else OurAttention(attend))

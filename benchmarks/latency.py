@@ -41,6 +41,7 @@ from vllm_cosmos3.request import parse_size
 Fields = dict[str, Any]
 
 WARM_STEPS = 3  # of an extrapolated row, not counted
+PROFILED_STEPS = 2  # of a video; five times as many of an image, whose graph needs a few to record
 VIDEO = {"num_frames": 189, "fps": 24, "num_inference_steps": 35, "guidance_scale": 6.0}
 IMAGE = {**VIDEO, "num_frames": 1}
 ROWS: dict[str, Fields] = {
@@ -255,10 +256,11 @@ def medians(runs: list[Mapping[str, float]]) -> dict[str, float]:
 
 
 def profile(model: Cosmos3, name: str, fields: Fields, *, latents: bool) -> Profile:
-    """Kernels of two steps, with or without what follows them, of a shape that was run before."""
-    fields = {**request(fields, [512, 512], 99), "num_inference_steps": 2}
+    """Kernels of a few steps, with or without what follows, of a shape that was run before."""
+    steps = PROFILED_STEPS if fields["num_frames"] > 1 else 5 * PROFILED_STEPS
+    fields = {**request(fields, [512, 512], 99), "num_inference_steps": steps}
     fields |= {"output_type": "latent"} if latents else {}
-    what = "2 steps" if latents else "2 steps and the decoder"
+    what = f"{steps} steps" if latents else f"{steps} steps and the decoder"
     return profile_table(f"{name}, {what}", lambda: model.generate(fields), model.device)
 
 
@@ -341,7 +343,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--repeat", type=int, default=3, help="runs after the first")
     parser.add_argument("--measured-steps", type=int, help="after three others; omitted: all steps")
-    parser.add_argument("--profile", action="store_true", help="kernels of two steps of each row")
+    parser.add_argument("--profile", action="store_true", help="kernels of a few steps of each row")
     parser.add_argument("--save", action="store_true", help="time writing the MP4 or PNG too")
     parser.add_argument("--memory-limit", type=float, help="GiB that may be used of the GPU")
     parser.add_argument("--json", type=Path, help="write the report here")

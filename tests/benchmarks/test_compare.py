@@ -11,6 +11,7 @@ import torch
 
 import compare
 from clock import Mark
+from vllm_cosmos3.runtime.graphs import Recording
 
 
 def run(checkpoint: Path, tmp_path: Path, *arguments: str) -> dict[str, Any]:
@@ -52,11 +53,22 @@ def test_steps_that_were_not_made_are_marked(
 
 
 def test_a_run_is_extrapolated_by_its_median_step() -> None:
-    case = compare.Case(name="row", fields={}, steps=10, made=4)
+    case = compare.Case(name="row", row={}, tokens=(1, 1), steps=10, made=4)
     marks: list[Mark] = [0.0, 1.0, 3.0, 8.0]
     done = compare.finished(case, 9.0, marks, 8, torch.zeros(1))
     assert done.steps == [1.0, 2.0, 5.0]
     assert done.total == 9 + 6 * 2
+
+
+def test_replayed_recordings_are_counted() -> None:
+    """A recording that calls the module, one that does not, and a call of the module itself."""
+    module = torch.nn.Identity()
+    branches = (torch.zeros(1), torch.zeros(1))
+    with compare.counted(module) as calls:
+        Recording(lambda *_: module(branches))()
+        Recording(lambda *_: branches)()
+        module(branches[:1])
+    assert calls == [2, 2, 1]
 
 
 def test_a_missing_checkpoint_is_one_sentence(

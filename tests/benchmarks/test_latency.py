@@ -75,7 +75,7 @@ def test_rows_on_a_tiny_checkpoint(
     assert all(each["categories"]["attention"][0] > 0 for each in report["profiles"])
     printed = capsys.readouterr().out
     assert "| t2i-256p | 60, 20, 30 | 35 (2 measured) | ~" in printed
-    assert "t2i-256p, 2 steps and the decoder:" in printed
+    assert "t2i-256p, 10 steps and the decoder:" in printed
 
 
 def test_a_request_of_its_own(tiny_checkpoint: Path, tmp_path: Path) -> None:
