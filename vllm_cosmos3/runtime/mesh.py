@@ -188,8 +188,12 @@ def gather_heads(x_ShD: Tensor, axis: Axis) -> Tensor:
 
 
 def own_heads(x_SHD: Tensor, axis: Axis) -> Tensor:
-    """The heads that ``scatter_heads`` leaves here, of a replicated [S, H, D]. No exchange."""
-    return x_SHD if axis.size == 1 else x_SHD.chunk(axis.size, dim=1)[axis.rank].contiguous()
+    """The heads that ``scatter_heads`` leaves here, of a replicated [S, H, D]. No exchange.
+
+    Never a part of a larger tensor, which whoever keeps the heads would keep with them.
+    """
+    own_SHD = x_SHD if axis.size == 1 else x_SHD.chunk(axis.size, dim=1)[axis.rank]
+    return own_SHD if own_SHD.untyped_storage().nbytes() == own_SHD.nbytes else own_SHD.clone()
 
 
 def all_gather(x: Tensor, axis: Axis) -> list[Tensor]:
