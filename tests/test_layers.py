@@ -14,7 +14,7 @@ LAYERS = [
     {"kinds"},
     {"config", "plan", "embodiments", "poses", "compat"},
     {"runtime.mesh", "media"},
-    {"inventory", "request", "prompts", "sampling", "hub", "models.limits"},
+    {"inventory", "request", "prompts", "sampling", "hub", "models.limits", "droid"},
     {"actions"},
     {
         "conditions",
@@ -24,10 +24,12 @@ LAYERS = [
         "models.reasoner_weights",
         "models.root_config",
         "runtime.attention",
+        "runtime.graphs",
         "runtime.halo",
         "output",
     },
     {"models.transformer", "models.vae", "models.sound"},
+    {"models.texts"},
     {
         "models.processing",
         "models.video_loader",
@@ -57,6 +59,7 @@ NO_TORCH = {
     "request",
     "inventory",
     "hub",
+    "droid",
     "cli",
 }
 
