@@ -23,6 +23,7 @@ from PIL import Image
 from vllm_cosmos3.conditions import nearest_size
 from vllm_cosmos3.embodiments import VIEWS, find_embodiment
 from vllm_cosmos3.engine import Cosmos3
+from vllm_cosmos3.sampling.noise import initial_noise
 
 pytestmark = pytest.mark.parity
 
@@ -174,6 +175,51 @@ def test_final_latents_and_actions(oracle: Cosmos3OmniPipeline, ours: Cosmos3, n
         assert case.mode == "forward_dynamics"
     else:
         assert_close(mine.action, action)
+
+
+@pytest.mark.parametrize(("history", "state"), [(0, 1), (3, 0), (2, 1)])
+def test_history_and_state(
+    oracle: Cosmos3OmniPipeline,
+    ours: Cosmos3,
+    monkeypatch: pytest.MonkeyPatch,
+    history: int,
+    state: int,
+) -> None:
+    """Rows before the chunk, which the oracle has no argument for: they are put into its latents.
+
+    Its own chunk begins at frame 1; the rows before it are that much earlier.
+    """
+    case, before, width = Case(mode="policy", domain="droid_lerobot", chunk=4), history + state, 8
+    rows = np.random.RandomState(3).standard_normal((before, width)).astype(np.float32)
+    fields_of_rows: dict[str, Any] = {"raw_action_dim": width}
+    if history:
+        fields_of_rows["action_history"] = rows[:history]
+    if state:
+        fields_of_rows["action_state"] = rows[history]
+    mine = ours.generate(**fields(case), **fields_of_rows)
+
+    prepare, positions = oracle.prepare_latents, reference_module.get_3d_mrope_ids_vae_tokens
+
+    def with_rows(**arguments: Any) -> tuple[Any, ...]:
+        out = list(prepare(**arguments))
+        shapes = {"vision": tuple(out[0].shape), "action": (before + case.chunk, 64)}
+        out[2] = initial_noise(shapes, seed=SEED, rule="torch")["action"]
+        out[2][:before, :width] = torch.from_numpy(rows)
+        out[2][:, width:] = 0
+        out[7] = (torch.arange(before + case.chunk) < before).float()[:, None]
+        out[10], out[11] = width, list(range(before))
+        return tuple(out)
+
+    def earlier(**arguments: Any) -> Any:
+        if "start_frame_offset" in arguments:
+            arguments["start_frame_offset"] -= before
+        return positions(**arguments)
+
+    monkeypatch.setattr(oracle, "prepare_latents", with_rows)
+    monkeypatch.setattr(reference_module, "get_3d_mrope_ids_vae_tokens", earlier)
+    video, action = reference(oracle, case)
+    assert_close(mine.latents["vision"], video)
+    assert_close(mine.action, action[before:])
 
 
 def test_the_table_of_embodiments() -> None:
