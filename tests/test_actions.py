@@ -136,9 +136,9 @@ def test_defaults_follow_from_the_embodiment(plan: Any) -> None:
     assert (rows.shape, rows.channels, rows.known, rows.first) == ((16, 64), 10, (), 1)
     assert (made.num_inference_steps, made.guidance_scale, made.flow_shift) == (30, 1.0, 10.0)
     assert (made.domain_id, len(made.token_ids)) == (6, 1)
-    shown = {name: made.effective[name] for name in ("size", "num_frames", "view_point", "mode")}
-    assert shown == {
-        "size": "320x192", "num_frames": 17, "view_point": "wrist_view", "mode": "policy"
+    names = ("size", "output_size", "num_frames", "view_point", "mode")
+    assert {name: made.effective[name] for name in names} == {
+        "size": "320x192", "output_size": "80x48", "num_frames": 17, "view_point": "wrist_view", "mode": "policy"
     }  # fmt: skip
     assert json.dumps(dict(made.effective))
 

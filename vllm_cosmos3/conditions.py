@@ -221,7 +221,8 @@ def make_plan(request: GenerateRequest, model: ModelConfig, tokenizer: prompts.T
         domain_id=0 if action is None else action.embodiment.domain_id,
         actions=None if action is None else action.rows,
         initial=_initial(request, streams),
-        effective=_effective(request, parameters, model, action, negative, token_ids),
+        effective=_effective(request, parameters, model, action, negative, token_ids)
+        | {"output_size": _output_size(streams, model)},
         warnings=tuple(warnings),
     )
 
@@ -562,6 +563,13 @@ def _effective(
     values["latents"] = sorted(request.latents) if request.latents else None
     values["prompt_tokens"] = [len(ids) for ids in token_ids]
     return values
+
+
+def _output_size(streams: list[StreamPlan], model: ModelConfig) -> str:
+    """Width and height of what is decoded: of a canvas, only what its picture covers."""
+    rows, columns = next(s.shape[3:] for s in reversed(streams) if s.name == "vision")
+    scale = model.vae.scale_factor_spatial
+    return f"{columns * scale}x{rows * scale}"
 
 
 def _shown(source: object) -> str | None:
