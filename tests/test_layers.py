@@ -11,11 +11,11 @@ PACKAGE = Path(__file__).parents[1] / "vllm_cosmos3"
 
 LAYERS = [
     {"version", "errors", "progress"},
-    {"kinds"},
+    {"kinds", "hints"},
     {"config", "plan", "embodiments", "compat"},
     {"runtime.mesh", "media"},
     {"inventory", "request", "prompts", "sampling", "hub", "models.limits"},
-    {"actions"},
+    {"actions", "transfer"},
     {
         "conditions",
         "checkpoint",
@@ -52,6 +52,8 @@ NO_TORCH = {
     "plan",
     "embodiments",
     "actions",
+    "hints",
+    "transfer",
     "conditions",
     "request",
     "inventory",

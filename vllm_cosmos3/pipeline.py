@@ -32,6 +32,7 @@ from vllm_cosmos3.runtime.attention import make_attend
 from vllm_cosmos3.runtime.mesh import Mesh
 from vllm_cosmos3.sampling import positions
 from vllm_cosmos3.sampling.guidance import (
+    Scales,
     branches_of_rank,
     guidance_per_step,
     guide,
@@ -64,7 +65,7 @@ class State:
 
     plan: Plan
     schedule: Schedule
-    guidance: tuple[tuple[float], ...]  # for each step, one scale: see sampling.guidance
+    guidance: tuple[Scales, ...]  # for each step: see sampling.guidance
     timers: Timers
     timesteps: Tensor  # the schedule's, on the device: a copy in each step would wait for the GPU
     index: int = 0
@@ -72,7 +73,8 @@ class State:
     known: tuple[Known, ...] = ()  # by stream, like all tuples below
     streams: tuple[Stream, ...] = ()
     solver: tuple[SolverState, ...] = ()
-    denoised: list[tuple[Tensor, ...]] = field(default_factory=list)  # by sample
+    denoised: list[dict[str, Tensor]] = field(default_factory=list)  # by sample and chunk
+    frames: list[Tensor] = field(default_factory=list)  # of all chunks but each sample's last
     samples: list[Sample] = field(default_factory=list)
 
     @property
@@ -146,17 +148,16 @@ class Pipeline:
             shift=plan.flow_shift,
             scheduler=self.model.scheduler,
         )
-        scales = guidance_per_step(schedule.timesteps, plan.guidance_scale, plan.guidance_interval)
         state = State(
             plan=plan,
             schedule=schedule,
-            guidance=tuple((scale,) for scale in scales),
+            guidance=_guidance(plan, schedule),
             timers=Timers(self.device),
             timesteps=torch.tensor(schedule.timesteps, dtype=torch.float32, device=self.device),
         )
         with state.timers.phase("text"):
             for branch in branches_of_rank(state.guidance, self.mesh.cfg):
-                state.texts[branch] = self._understand(plan, branch)
+                state.texts[branch] = self._understand(state, branch)
         with state.timers.phase("vae_encode"):
             state.known = tuple(self._known(stream) for stream in plan.streams)
         return state
@@ -164,25 +165,35 @@ class Pipeline:
     @torch.inference_mode()
     def step(self, state: State) -> None:
         """One denoising step of one sample. The first step of a sample draws its noise."""
-        sample, index = divmod(state.index, state.plan.num_inference_steps)
+        plan = state.plan
+        place, index = divmod(state.index, plan.num_inference_steps)
+        sample, chunk = divmod(place, len(plan.chunks))
+        if index == 0 and plan.later:
+            self._take_over(state, chunk)
         with state.timers.phase("denoise", paced=True):
             if index == 0:
-                self._start(state, state.plan.seeds[sample])
-            self._advance(state, state.plan.seeds[sample], index)
+                self._start(state, plan.seeds[sample], chunk)
+            self._advance(state, plan.seeds[sample], index)
         state.index += 1
-        if index + 1 == state.plan.num_inference_steps:
-            state.denoised.append(tuple(stream.x for stream in state.streams))
+        if index + 1 == plan.num_inference_steps:
+            streams = zip(plan.streams, state.streams, strict=True)
+            state.denoised.append({stream.name: now.x for stream, now in streams})
             state.streams, state.solver = (), ()
 
     @torch.inference_mode()
     def decode(self, state: State) -> None:
         """Turn the latents of every sample into pixels and sound on the host."""
         state.texts.clear()
-        for seed, latents in zip(state.plan.seeds, state.denoised, strict=True):
-            named = {stream.name: x for stream, x in zip(state.plan.streams, latents, strict=True)}
-            make = self._decoded if state.plan.decoded else self._undecoded
-            state.samples.append(make(state, seed, named))
+        count = len(state.plan.chunks)
+        for sample, seed in enumerate(state.plan.seeds):
+            chunks = state.denoised[sample * count : (sample + 1) * count]
+            if state.plan.decoded:
+                before = state.frames[sample * (count - 1) : (sample + 1) * (count - 1)]
+                state.samples.append(self._decoded(state, seed, chunks[-1], before))
+            else:
+                state.samples.append(self._undecoded(state, seed, chunks))
         state.denoised.clear()
+        state.frames.clear()
 
     def finish(self, state: State) -> Output:
         """The result, with the seconds that each phase took."""
@@ -200,13 +211,23 @@ class Pipeline:
 
     # Encoding.
 
-    def _understand(self, plan: Plan, branch: int) -> tuple[TextCache, Rope]:
+    def _understand(self, state: State, branch: int) -> tuple[TextCache, Rope]:
         """Keys and values of one branch's text, and the positions of all that follows it."""
+        plan = state.plan
         ids = plan.token_ids[branch]
         start = positions.generation_start(len(ids), self.model.transformer)
-        ids_S = torch.tensor(ids, device=self.device)
-        positions_3S = torch.cat([self._positions(s, start) for s in plan.streams], dim=1)
-        return self.transformer.understand(ids_S), self.transformer.rope(positions_3S)
+        parts: list[Tensor] = []
+        controls = []
+        for stream in (plan.streams[place] for place in plan.seen(branch)):
+            begin = positions.next_start(parts[-1]) if stream.follows and parts else start
+            parts.append(self._positions(stream, begin))
+            if stream.share is not None:
+                controls.append((parts[-1].shape[1], stream.share))
+        rope = self.transformer.rope(torch.cat(parts, dim=1), tuple(controls))
+        for other, (text, _) in state.texts.items():
+            if plan.token_ids[other] == ids:
+                return text, rope
+        return self.transformer.understand(torch.tensor(ids, device=self.device)), rope
 
     def _positions(self, stream: StreamPlan, start: float) -> Tensor:
         config = self.model.transformer
@@ -221,7 +242,8 @@ class Pipeline:
             frames, rows, columns, start=start, fps=stream.rate, config=config
         )
 
-    def _known(self, stream: StreamPlan) -> Known:
+    def _known(self, stream: StreamPlan, taken: Tensor | None = None) -> Known:
+        """What is given of a stream: by its source, or the pixels ``taken`` from elsewhere."""
         clean = torch.zeros(stream.shape, device=self.device)
         if stream.name == "sound":
             free = torch.ones((1, stream.length), dtype=torch.bool)
@@ -231,9 +253,11 @@ class Pipeline:
             clean = torch.from_numpy(stream.source).to(self.device)
             free = free_rows(stream.shape, stream.known, stream.channels)
             return Known(clean=clean, free=free.to(self.device))
+        pixels = taken
         if stream.source is not None:
-            pixels = torch.from_numpy(stream.source).to(self.device)
-            given = self.vae.encode(to_pixels(pixels))
+            pixels = to_pixels(torch.from_numpy(stream.source).to(self.device))
+        if stream.known and pixels is not None:
+            given = self.vae.encode(pixels[:, :, : 4 * stream.known[-1] + 1])
             height, width = stream.shape[3:]  # of a canvas that was filled up, the picture
             for frame in stream.known:
                 clean[:, :, frame] = given[:, :, frame, :height, :width]
@@ -241,10 +265,35 @@ class Pipeline:
 
     # Denoising.
 
-    def _start(self, state: State, seed: int) -> None:
+    def _take_over(self, state: State, chunk: int) -> None:
+        """Encode what is known of a chunk: of a later one also the end of the one before."""
+        plan, end = state.plan, None
+        if chunk:
+            end = self._end(state, state.denoised[-1]["vision"])
+        if state.index:  # else it has been encoded already
+            with state.timers.phase("vae_encode"):
+                state.known = tuple(self._known(stream, end) for stream in plan.chunks[chunk])
+
+    def _end(self, state: State, latents: Tensor) -> Tensor:
+        """The last pixels of a chunk, float32 [1, 3, overlap, H, W]; the first rank keeps all of it."""
+        plan, frames = state.plan, []
+        keep = plan.decoded and self.mesh.world.rank == 0
+        with state.timers.phase("vae_decode"):
+            end = torch.empty(0, device=self.device)
+            for pixels in self.vae.decode(latents):
+                end = torch.cat([end, pixels], dim=2) if end.numel() else pixels
+                end = end[:, :, max(0, end.shape[2] - plan.overlap) :]
+                if keep:
+                    frames.append(to_frames(pixels).cpu())
+        if plan.decoded:
+            skip = plan.overlap if len(state.frames) % len(plan.later) else 0
+            state.frames.append(torch.cat(frames)[skip:] if keep else end.new_empty(0))
+        return end
+
+    def _start(self, state: State, seed: int, chunk: int) -> None:
         plan = state.plan
         shapes = {stream.name: stream.shape for stream in plan.streams}
-        noise = initial_noise(shapes, seed=seed, rule=plan.noise)
+        noise = initial_noise(shapes, seed=seed, rule=plan.noise, chunk=chunk)
         noise |= {name: torch.from_numpy(x) for name, x in plan.initial.items()}
         state.streams = tuple(
             start_stream(
@@ -255,7 +304,7 @@ class Pipeline:
             )
             for stream, known in zip(plan.streams, state.known, strict=True)
         )
-        state.solver = tuple(SolverState() for _ in plan.streams)
+        state.solver = tuple(SolverState() for stream in plan.streams if stream.generated)
 
     def _advance(self, state: State, seed: int, index: int) -> None:
         """Predict, guide, step, and put back what is known. The solver works in float32."""
@@ -264,10 +313,11 @@ class Pipeline:
 
         def predict(branch: int) -> tuple[Tensor, ...]:
             text, rope = state.texts[branch]
-            velocities: tuple[Tensor, ...] = self.transformer(
-                state.streams, text, rope, timestep, plan.domain_id
-            )
-            return velocities
+            seen = plan.seen(branch)
+            streams = [state.streams[place] for place in seen]
+            velocities = self.transformer(streams, text, rope, timestep, plan.domain_id)
+            found = zip(seen, velocities, strict=True)
+            return tuple(v for place, v in found if plan.streams[place].generated)
 
         velocities = guide(predict, state.guidance[index], self.mesh.cfg)
         solver = SOLVERS[plan.solver]
@@ -275,22 +325,30 @@ class Pipeline:
         if solver.draws_noise:
             shapes = {stream.name: stream.shape for stream in plan.streams}
             fresh = step_noise(shapes, seed=seed, rule=plan.noise, index=index)
-        streams, remembered = [], []
-        for stream, v, before in zip(state.streams, velocities, state.solver, strict=True):
+        streams, remembered = list(state.streams), []
+        moving = [place for place, stream in enumerate(plan.streams) if stream.generated]
+        for place, v, before in zip(moving, velocities, state.solver, strict=True):
+            stream = state.streams[place]
             noise = fresh[stream.name].to(self.device) if fresh else None
             x, after = solver.step(stream.x, v, before, schedule.sigmas, index, noise)
-            streams.append(stream.restored(x))
+            streams[place] = stream.restored(x)
             remembered.append(after)
         state.streams, state.solver = tuple(streams), tuple(remembered)
 
     # Decoding.
 
-    def _undecoded(self, state: State, seed: int, latents: dict[str, Tensor]) -> Sample:
+    def _undecoded(self, state: State, seed: int, chunks: list[dict[str, Tensor]]) -> Sample:
+        """The latents: of video in several chunks those of one chunk after the other."""
+        vision = torch.cat([chunk["vision"] for chunk in chunks], dim=2)
+        latents = {**chunks[-1], "vision": vision}
         with state.timers.phase("to_cpu"):
             arrays = {name: x.cpu().numpy() for name, x in latents.items()}
         return Sample(seed=seed, latents=arrays, action=_actions(state.plan, latents))
 
-    def _decoded(self, state: State, seed: int, latents: dict[str, Tensor]) -> Sample:
+    def _decoded(
+        self, state: State, seed: int, latents: dict[str, Tensor], before: list[Tensor]
+    ) -> Sample:
+        """Pixels and sound of the last chunk, after the frames of those ``before``."""
         first = self.mesh.world.rank == 0
         with state.timers.phase("vae_decode"):
             # Bytes at once: a chunk of floats lives only until the next one.
@@ -302,7 +360,8 @@ class Pipeline:
             if self.sound is not None and "sound" in latents:
                 waveform = self.sound.decode(latents["sound"])
         with state.timers.phase("to_cpu"):
-            pixels_THWC = torch.cat(chunks).cpu().numpy()
+            pixels = torch.cat(chunks)[state.plan.overlap if before else 0 :].cpu()
+            pixels_THWC = torch.cat([*before, pixels])[: state.plan.num_frames].numpy()
             sound = None if waveform is None else waveform.float().cpu().numpy()
         if len(pixels_THWC) == 1:
             return Sample(seed=seed, image=pixels_THWC[0])
@@ -346,6 +405,14 @@ class Timers:
             self._seconds[name] += before.elapsed_time(after) / 1000
         self._spans.clear()
         return dict(self._seconds)
+
+
+def _guidance(plan: Plan, schedule: Schedule) -> tuple[Scales, ...]:
+    """The scales of every step: of the controls, if there are any, and of the prompt."""
+    asked = [(plan.guidance_scale, plan.guidance_interval)]
+    if plan.control_guidance is not None:
+        asked.insert(0, (plan.control_guidance, plan.control_guidance_interval))
+    return tuple(zip(*(guidance_per_step(schedule.timesteps, *one) for one in asked), strict=True))
 
 
 def _actions(plan: Plan, latents: dict[str, Tensor]) -> np.ndarray | None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -35,7 +35,7 @@ from vllm_cosmos3.compat import fused_qk_norm_rope
 from vllm_cosmos3.config import TransformerConfig
 from vllm_cosmos3.inventory import TIME_FREQUENCIES
 from vllm_cosmos3.models.weights import Target
-from vllm_cosmos3.runtime.attention import Attend
+from vllm_cosmos3.runtime.attention import Attend, attend_in_turn
 from vllm_cosmos3.runtime.mesh import (
     Axis,
     Mesh,
@@ -61,12 +61,14 @@ class Rope:
     """Rotary tables of this rank's tokens, and the length of the whole sequence.
 
     ``table`` [s, 2 F] holds the cosines, then the sines; ``rows`` [s] counts its rows, as vLLM's
-    kernel wants to be told which row each token takes.
+    kernel wants to be told which row each token takes. ``controls`` are tokens and share of those
+    streams, first in the sequence, that the others attend to in turn.
     """
 
     table: Tensor
     rows: Tensor
     length: int
+    controls: tuple[tuple[int, float], ...] = ()
 
 
 KeyValue = tuple[Tensor, Tensor]  # keys, normed and rotated, and values: [S, H, D] each
@@ -112,10 +114,11 @@ class Transformer(nn.Module):
                 self.time = TimeEmbedding(config)
         self.requires_grad_(requires_grad=False)
 
-    def rope(self, positions_3S: Tensor) -> Rope:
+    def rope(self, positions_3S: Tensor, controls: tuple[tuple[int, float], ...] = ()) -> Rope:
         """Tables for the generation tokens at ``positions_3S``; once per request and branch."""
         table = torch.cat(rotary_table(positions_3S, self.config), dim=1)
-        return self._rope(shard_sequence(table, self._ulysses), positions_3S.shape[1])
+        rope = self._rope(shard_sequence(table, self._ulysses), positions_3S.shape[1])
+        return replace(rope, controls=controls)
 
     def understand(self, ids_S: Tensor) -> TextCache:
         """Read the token ids of one branch, int64 on the device; once per request and branch."""
@@ -144,7 +147,7 @@ class Transformer(nn.Module):
         x_SD = torch.cat([self._embed(stream, temb_D, domain_id) for stream in streams])
         x_sD, residual_sD = shard_sequence(x_SD, self._ulysses), None
         for layer, (k_text, v_text) in zip(self.layers, text.layers, strict=True):
-            attend = partial(self._attend_all, k_text, v_text, rope.length)
+            attend = partial(self._attend_all, k_text, v_text, rope)
             x_sD, residual_sD = layer(x_sD, residual_sD, rope, attend)
         x_sD, _ = self.norm(x_sD, residual_sD)
         x_SD = gather_sequence(x_sD, self._ulysses, rope.length)
@@ -166,7 +169,7 @@ class Transformer(nn.Module):
         self,
         k_text_KhD: Tensor,
         v_text_KhD: Tensor,
-        length: int,
+        rope: Rope,
         q_sHD: Tensor,
         k_sHD: Tensor,
         v_sHD: Tensor,
@@ -175,10 +178,14 @@ class Transformer(nn.Module):
 
         The tokens that only fill the last rank's part are cut off before and put back after.
         """
+        length = rope.length
         q_ShD, k_ShD, v_ShD = (scatter_heads(x, self._ulysses) for x in (q_sHD, k_sHD, v_sHD))
         k_KhD = torch.cat([k_text_KhD, k_ShD[:length]])
         v_KhD = torch.cat([v_text_KhD, v_ShD[:length]])
-        o_ShD = self._attend(q_ShD[:length], k_KhD, v_KhD, causal=False)
+        attend = partial(self._attend, causal=False)
+        if rope.controls:
+            attend = partial(attend_in_turn, attend, rope.controls)
+        o_ShD = attend(q_ShD[:length], k_KhD, v_KhD)
         return gather_heads(_filled(o_ShD, q_ShD.shape[0]), self._ulysses)
 
 
