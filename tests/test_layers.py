@@ -24,10 +24,12 @@ LAYERS = [
         "models.reasoner_weights",
         "models.root_config",
         "runtime.attention",
+        "runtime.graphs",
         "runtime.halo",
         "output",
     },
     {"models.transformer", "models.vae", "models.sound"},
+    {"models.texts"},
     {
         "models.processing",
         "models.video_loader",

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,13 +23,15 @@ from vllm_cosmos3 import conditions, prompts
 from vllm_cosmos3.config import EngineConfig, ModelConfig, read_config
 from vllm_cosmos3.inventory import sound_tensors, transformer_tensors, vae_tensors
 from vllm_cosmos3.models.sound import SoundVAE
-from vllm_cosmos3.models.transformer import Rope, TextCache, Transformer, weight_table
+from vllm_cosmos3.models.texts import RecentTexts
+from vllm_cosmos3.models.transformer import Context, TextCache, Transformer, join, weight_table
 from vllm_cosmos3.models.vae import VideoVAE, to_frames, to_pixels
 from vllm_cosmos3.models.weights import Table, identity_table, load_dummy_weights, load_weights
 from vllm_cosmos3.output import Output, Sample
 from vllm_cosmos3.plan import Plan, StreamPlan
 from vllm_cosmos3.request import GenerateRequest
 from vllm_cosmos3.runtime.attention import make_attend
+from vllm_cosmos3.runtime.graphs import Recording, launches_matter
 from vllm_cosmos3.runtime.mesh import Mesh
 from vllm_cosmos3.sampling import positions
 from vllm_cosmos3.sampling.guidance import (
@@ -50,6 +53,11 @@ from vllm_cosmos3.sampling.schedule import Schedule, make_schedule
 from vllm_cosmos3.sampling.solvers import SOLVERS
 from vllm_cosmos3.sampling.solvers import State as SolverState
 
+JOINED_TOKENS = 2048  # of all branches, up to which one forward is faster than one for each
+TEXT_BYTES = 1 << 29  # of keys and values kept of recent texts: about 3,600 tokens of Nano
+
+Forward = Callable[..., Sequence[tuple[Tensor, ...]]]  # of the timestep and each stream's x
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Known:
@@ -69,7 +77,8 @@ class State:
     timers: Timers
     timesteps: Tensor  # the schedule's, on the device: a copy in each step would wait for the GPU
     index: int = 0
-    texts: dict[int, tuple[TextCache, Rope]] = field(default_factory=dict)  # by branch
+    contexts: dict[int, Context] = field(default_factory=dict)  # by branch
+    forwards: dict[tuple[int, ...], Forward] = field(default_factory=dict)  # by branches
     known: tuple[Known, ...] = ()  # by stream, like all tuples below
     streams: tuple[Stream, ...] = ()
     solver: tuple[SolverState, ...] = ()
@@ -99,6 +108,7 @@ class Pipeline:
         self.model, self.tokenizer = model, tokenizer
         self.transformer, self.vae, self.sound = transformer, vae, sound
         self.mesh, self.device = mesh, device
+        self.texts = RecentTexts(TEXT_BYTES)
 
     @classmethod
     def load(cls, config: EngineConfig, mesh: Mesh, device: torch.device | str) -> Pipeline:
@@ -157,7 +167,7 @@ class Pipeline:
         )
         with state.timers.phase("text"):
             for branch in branches_of_rank(state.guidance, self.mesh.cfg):
-                state.texts[branch] = self._understand(state, branch)
+                state.contexts[branch] = self._understand(state, branch)
         with state.timers.phase("vae_encode"):
             state.known = tuple(self._known(stream) for stream in plan.streams)
         return state
@@ -183,7 +193,10 @@ class Pipeline:
     @torch.inference_mode()
     def decode(self, state: State) -> None:
         """Turn the latents of every sample into pixels and sound on the host."""
-        state.texts.clear()
+        for branch, context in state.contexts.items():
+            self.texts.keep(tuple(state.plan.token_ids[branch]), *context.texts)
+        state.contexts.clear()
+        state.forwards.clear()
         count = len(state.plan.chunks)
         for sample, seed in enumerate(state.plan.seeds):
             chunks = state.denoised[sample * count : (sample + 1) * count]
@@ -211,7 +224,7 @@ class Pipeline:
 
     # Encoding.
 
-    def _understand(self, state: State, branch: int) -> tuple[TextCache, Rope]:
+    def _understand(self, state: State, branch: int) -> Context:
         """Keys and values of one branch's text, and the positions of all that follows it."""
         plan = state.plan
         ids = plan.token_ids[branch]
@@ -224,10 +237,18 @@ class Pipeline:
             if stream.share is not None:
                 controls.append((parts[-1].shape[1], stream.share))
         rope = self.transformer.rope(torch.cat(parts, dim=1), tuple(controls))
-        for other, (text, _) in state.texts.items():
-            if plan.token_ids[other] == ids:
-                return text, rope
-        return self.transformer.understand(torch.tensor(ids, device=self.device)), rope
+        text = self._text(state, tuple(ids))
+        return Context(texts=(text,), rope=rope)
+
+    def _text(self, state: State, ids: tuple[int, ...]) -> TextCache:
+        """Keys and values of a text, which another branch or a recent request may have read."""
+        for branch, context in state.contexts.items():
+            if state.plan.token_ids[branch] == ids:
+                return context.texts[0]
+        text = self.texts.find(ids)
+        if text is None:
+            text = self.transformer.understand(torch.tensor(ids, device=self.device))
+        return text
 
     def _positions(self, stream: StreamPlan, start: float) -> Tensor:
         config = self.model.transformer
@@ -304,21 +325,14 @@ class Pipeline:
             )
             for stream, known in zip(plan.streams, state.known, strict=True)
         )
+        if plan.later:  # what is free of the streams is part of a forward, and changes
+            state.forwards.clear()
         state.solver = tuple(SolverState() for stream in plan.streams if stream.generated)
 
     def _advance(self, state: State, seed: int, index: int) -> None:
         """Predict, guide, step, and put back what is known. The solver works in float32."""
         plan, schedule = state.plan, state.schedule
-        timestep = state.timesteps[index]
-
-        def predict(branch: int) -> tuple[Tensor, ...]:
-            text, rope = state.texts[branch]
-            seen = plan.seen(branch)
-            streams = [state.streams[place] for place in seen]
-            velocities = self.transformer(streams, text, rope, timestep, plan.domain_id)
-            found = zip(seen, velocities, strict=True)
-            return tuple(v for place, v in found if plan.streams[place].generated)
-
+        predict = partial(self._predict, state, state.timesteps[index])
         velocities = guide(predict, state.guidance[index], self.mesh.cfg)
         solver = SOLVERS[plan.solver]
         fresh: dict[str, Tensor] = {}
@@ -334,6 +348,32 @@ class Pipeline:
             streams[place] = stream.restored(x)
             remembered.append(after)
         state.streams, state.solver = tuple(streams), tuple(remembered)
+
+    def _predict(
+        self, state: State, timestep: Tensor, branches: Sequence[int]
+    ) -> list[tuple[Tensor, ...]]:
+        """The velocities of some branches: evaluated together where the tokens are few."""
+        plan = state.plan
+        found: dict[int, tuple[Tensor, ...]] = {}
+        for group in _groups(state, branches):
+            seen = plan.seen(group[0])
+            xs = (state.streams[place].x for place in seen)
+            made = self._forward(state, group)(timestep, *xs)
+            for branch, velocities in zip(group, made, strict=True):
+                named = zip(seen, velocities, strict=True)
+                found[branch] = tuple(v for place, v in named if plan.streams[place].generated)
+        return [found[branch] for branch in branches]
+
+    def _forward(self, state: State, branches: tuple[int, ...]) -> Forward:
+        """The transformer for these branches: made once, as it may be a recording."""
+        if branches not in state.forwards:
+            context = join([state.contexts[branch] for branch in branches])
+            streams = [state.streams[place] for place in state.plan.seen(branches[0])]
+            forward = partial(_evaluate, self.transformer, streams, context, state.plan)
+            tokens = context.rope.table.shape[0]
+            recorded = launches_matter(tokens, state.plan.steps, self.mesh.world, self.device)
+            state.forwards[branches] = Recording(forward) if recorded else forward
+        return state.forwards[branches]
 
     # Decoding.
 
@@ -418,6 +458,32 @@ def _guidance(plan: Plan, schedule: Schedule) -> tuple[Scales, ...]:
 def _actions(plan: Plan, latents: dict[str, Tensor]) -> np.ndarray | None:
     """The actions that a request has made."""
     return None if plan.actions is None else plan.actions.read(latents["action"].cpu().numpy())
+
+
+def _groups(state: State, branches: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Branches that are evaluated together: of the same streams, and where the tokens are few."""
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for branch in branches:
+        alike.setdefault(state.plan.seen(branch), []).append(branch)
+    for group in alike.values():
+        tokens = state.contexts[group[0]].rope.length
+        size = len(group) if tokens * len(group) <= JOINED_TOKENS else 1
+        for first in range(0, len(group), size):
+            yield tuple(group[first : first + size])
+
+
+def _evaluate(
+    transformer: Transformer,
+    streams: Sequence[Stream],
+    context: Context,
+    plan: Plan,
+    timestep: Tensor,
+    *xs: Tensor,
+) -> tuple[tuple[Tensor, ...], ...]:
+    """The transformer as a function of what changes from step to step."""
+    now = [replace(stream, x=x) for stream, x in zip(streams, xs, strict=True)]
+    velocities: tuple[tuple[Tensor, ...], ...] = transformer(now, context, timestep, plan.domain_id)
+    return velocities
 
 
 def peak_memory(device: torch.device) -> int:
