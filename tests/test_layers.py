@@ -11,9 +11,10 @@ PACKAGE = Path(__file__).parents[1] / "vllm_cosmos3"
 
 LAYERS = [
     {"version", "errors", "progress"},
-    {"kinds", "hints"},
+    {"kinds"},
     {"config", "plan", "embodiments", "compat"},
     {"runtime.mesh", "media"},
+    {"hints"},
     {"inventory", "request", "prompts", "sampling", "hub", "models.limits"},
     {"actions", "transfer"},
     {
