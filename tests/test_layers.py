@@ -12,10 +12,10 @@ PACKAGE = Path(__file__).parents[1] / "vllm_cosmos3"
 LAYERS = [
     {"version", "errors", "progress"},
     {"kinds"},
-    {"config", "plan", "embodiments", "compat"},
+    {"config", "plan", "embodiments", "poses", "compat"},
     {"runtime.mesh", "media"},
     {"hints"},
-    {"inventory", "request", "prompts", "sampling", "hub", "models.limits"},
+    {"inventory", "request", "prompts", "sampling", "hub", "models.limits", "droid"},
     {"actions", "transfer"},
     {
         "conditions",
@@ -24,12 +24,14 @@ LAYERS = [
         "models.kernels",
         "models.reasoner_weights",
         "models.root_config",
+        "models.clip",
+        "models.normalisation",
         "runtime.attention",
         "runtime.graphs",
         "runtime.halo",
         "output",
     },
-    {"models.transformer", "models.vae", "models.sound"},
+    {"models.transformer", "models.vae", "models.sound", "models.patches"},
     {"models.texts"},
     {
         "models.processing",
@@ -54,6 +56,7 @@ NO_TORCH = {
     "config",
     "plan",
     "embodiments",
+    "poses",
     "actions",
     "hints",
     "transfer",
@@ -61,6 +64,7 @@ NO_TORCH = {
     "request",
     "inventory",
     "hub",
+    "droid",
     "cli",
 }
 

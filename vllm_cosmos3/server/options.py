@@ -133,6 +133,15 @@ class Options:
         above=True,
         high=3600,
     )
+    robot_openpi_idle_timeout: float = _option(
+        0.0,
+        "inputs",
+        "float",
+        "without a message until a robot's WebSocket is closed; 0: never",
+        unit="seconds",
+        low=0,
+        high=1e6,
+    )
     allowed_local_media_path: str = _option(
         "", "inputs", "text", "folder that file:// URLs may read; default: none"
     )

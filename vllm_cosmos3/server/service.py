@@ -24,6 +24,7 @@ from vllm_cosmos3 import conditions, prompts
 from vllm_cosmos3.config import EngineConfig, ModelConfig, ParallelConfig, read_config
 from vllm_cosmos3.errors import Busy, Cosmos3Error, InvalidRequest
 from vllm_cosmos3.kinds import DISTILLED
+from vllm_cosmos3.output import Output
 from vllm_cosmos3.plan import Plan
 from vllm_cosmos3.progress import Progress
 from vllm_cosmos3.request import from_fields
@@ -97,6 +98,7 @@ class Service:
         self._stage_jobs: dict[str, StageJob] = {}
         self._changed: set[str] = set()  # not yet in the journal
         self._lock = threading.Lock()  # of the three above
+        self._inferring = 0  # requests without a job
         self._rate = 0.0  # seconds per unit of work, from what was served
         self._ticker: asyncio.Task[None] | None = None
         if options.generator_devices:
@@ -128,7 +130,7 @@ class Service:
         """Take nothing new and wait for what was accepted, as long as the options say."""
         self.draining = True
         end = time.monotonic() + self.options.drain_seconds
-        while self._own and time.monotonic() < end:
+        while (self._own or self._inferring) and time.monotonic() < end:
             await asyncio.sleep(0.05)
 
     async def close(self) -> None:
@@ -213,6 +215,55 @@ class Service:
                         "invalid_value", f"{warning}, and truncate_prompt is false", param="prompt"
                     )
         return plan
+
+    async def infer(self, fields: Mapping[str, Any]) -> Output:
+        """Run a request for what it comes to: there is no job, and nothing is stored.
+
+        Cancelling it stops the stage's work.
+
+        Raises:
+            Cosmos3Error: it cannot be served, now or at all, or it failed.
+        """
+        self._inferring += 1
+        try:
+            job = await self._accepted(fields)
+            return await self._inferred(job)
+        finally:
+            self._inferring -= 1
+
+    async def _accepted(self, fields: Mapping[str, Any]) -> StageJob:
+        asked = Asked(fields=dict(fields), server={}, references={}, warnings=())
+        try:
+            self._check_open()
+            plan = await self._plan(asked, {})
+            await asyncio.to_thread(self.guardrails.check, fields["prompt"], requested=None)
+            seconds, deadline = _work(plan) * self._rate, self.options.sync_deadline
+            return await asyncio.to_thread(
+                self.stage.submit, plan, seconds=seconds, deadline=deadline
+            )
+        except Cosmos3Error as error:
+            reason = "invalid" if isinstance(error, InvalidRequest) else slug(error)
+            self.metrics.rejected.labels(reason).inc()
+            if isinstance(error, Busy):
+                raise self.full(str(error)) from None
+            raise
+
+    async def _inferred(self, job: StageJob) -> Output:
+        """What a job of the stage made; it is cancelled with the task that waits for it."""
+        loop, end = asyncio.get_running_loop(), asyncio.Event()
+        job.future.add_done_callback(lambda _: loop.call_soon_threadsafe(end.set))
+        try:
+            await end.wait()
+            output: Output = job.future.result().output
+        except asyncio.CancelledError:
+            job.cancel()
+            self.metrics.cancelled.inc()
+            raise
+        except Cosmos3Error as error:
+            self._count_failure(slug(error))
+            raise
+        self.metrics.completed.labels("policy").inc()
+        return output
 
     async def _submit(self, job: Job, plan: Plan, deadline: float) -> None:
         work = _work(plan)
