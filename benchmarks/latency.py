@@ -52,6 +52,19 @@ ROWS: dict[str, Fields] = {
     "sound-256p": {**VIDEO, "size": "320x192", "generate_sound": True},
     "t2v-480p": {**VIDEO, "size": "832x480"},
     "t2v-720p": {**VIDEO, "size": "1280x720"},
+    "policy-droid": {  # what a robot waits for: 32 actions, and no pixels
+        "action_mode": "policy",
+        "domain_name": "droid_lerobot",
+        "raw_action_dim": 8,
+        "action_state": [0.0] * 8,
+        "num_frames": 33,
+        "size": "640x544",
+        "image": True,
+        "num_inference_steps": 4,
+        "guidance_scale": 3.0,
+        "flow_shift": 5.0,
+        "output_type": "latent",
+    },
 }
 
 
