@@ -23,7 +23,7 @@ IMAGE = {
     "seed": 3,
     "allow_untrained_size": True,
 }
-VIDEO = IMAGE | {"num_frames": 61}
+VIDEO = IMAGE | {"num_frames": 189}  # too many tokens for a graph, and for branches side by side
 
 
 def started(pipeline: Pipeline, fields: dict[str, object]) -> State:
@@ -104,6 +104,7 @@ def test_branches_side_by_side_equal_one_after_the_other(
     assert apart(together, latents(pipeline, IMAGE, 4)) <= 1e-2
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("fields", [IMAGE, VIDEO], ids=["image", "video"])
 def test_no_step_waits_for_the_device(pipeline: Pipeline, fields: dict[str, object]) -> None:
     """But for the pace between steps. The first ones draw noise, load kernels and record."""
