@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from vllm_cosmos3 import conditions
+from vllm_cosmos3 import conditions, droid
 from vllm_cosmos3.kinds import MODES
 from vllm_cosmos3.server.errors import ApiError, error_body
 from vllm_cosmos3.server.routing import Route, service
@@ -58,6 +58,7 @@ def capability(at: Service) -> dict[str, Any]:
         },
         "max_frames": {str(k): v for k, v in conditions.MAX_TRAINED_FRAMES.items()},
         "defaults": {mode: asdict(conditions.DEFAULTS[mode]) for mode in modes},
+        "robot": droid.CAPABILITY if at.model.kind == droid.KIND else None,
         "guardrails": at.guardrails.state,
         "queue_limit": at.options.max_queue,
     }
