@@ -16,6 +16,7 @@ from vllm_cosmos3 import pipeline as pipeline_module
 from vllm_cosmos3.checkpoint import write_checkpoint
 from vllm_cosmos3.config import EngineConfig, ParallelConfig
 from vllm_cosmos3.errors import CheckpointError
+from vllm_cosmos3.models.texts import RecentTexts
 from vllm_cosmos3.output import Output
 from vllm_cosmos3.pipeline import Pipeline
 from vllm_cosmos3.request import from_fields
@@ -48,8 +49,9 @@ def pipeline(tiny_checkpoint_fp32: Path) -> Pipeline:
 
 @pytest.fixture
 def texts(pipeline: Pipeline) -> Iterator[list[int]]:
-    """Lengths of the texts that the understanding tower has read."""
+    """Lengths of the texts that the understanding tower has read, none of them before."""
     lengths: list[int] = []
+    pipeline.texts = RecentTexts(pipeline_module.TEXT_BYTES)
     hook = pipeline.transformer.understanding.register_forward_hook(
         lambda _, inputs, __: lengths.append(len(inputs[0]))
     )
@@ -99,8 +101,27 @@ def test_each_text_is_read_once(
     pipeline: Pipeline, texts: list[int], fields: dict[str, Any], branches: int
 ) -> None:
     plan = pipeline.plan(from_fields({**SMALL, **fields}))
-    run(pipeline, **fields)
+    first = run(pipeline, **fields)
     assert texts == [len(ids) for ids in plan.token_ids][:branches]
+    again = run(pipeline, **fields)
+    assert len(texts) == branches
+    assert (vision(again) == vision(first)).all()
+
+
+@pytest.mark.parametrize("fields", [{}, {"generate_sound": True, "image": PICTURE}])
+def test_branches_may_be_evaluated_together_or_one_by_one(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
+) -> None:
+    calls: list[int] = []
+    hook = pipeline.transformer.register_forward_hook(lambda *_: calls.append(1))
+    together = run(pipeline, **fields)
+    steps = len(calls)
+    monkeypatch.setattr(pipeline_module, "JOINED_TOKENS", 0)
+    one_by_one = run(pipeline, **fields)
+    hook.remove()
+    assert len(calls) - steps == 2 * steps
+    scale = np.abs(vision(one_by_one)).max()
+    assert np.abs(vision(together) - vision(one_by_one)).max() <= 1e-5 * scale
 
 
 def test_several_results_are_those_of_their_seeds(pipeline: Pipeline) -> None:

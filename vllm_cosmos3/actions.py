@@ -18,6 +18,7 @@ from vllm_cosmos3 import media
 from vllm_cosmos3.config import ModelConfig
 from vllm_cosmos3.embodiments import VIEWS, Embodiment, find_embodiment
 from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.kinds import check_mode
 from vllm_cosmos3.plan import ActionRows, StreamPlan
 from vllm_cosmos3.request import SPECS, GenerateRequest
 
@@ -117,6 +118,7 @@ def settle(request: GenerateRequest, model: ModelConfig) -> Action | None:
                 possible = "left out, or given with action_mode"
                 raise InvalidRequest(name, value, possible, "conflict")
         return None
+    check_mode(model.kind, request.mode)
     mode = MODES[request.action_mode]
     _check_model(request, model)
     _check_inputs(request, mode)

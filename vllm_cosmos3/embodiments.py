@@ -33,7 +33,8 @@ class Embodiment:
     ``domain_id`` chooses the matrices of the transformer, ``raw_action_dim`` is the width of an
     action row (None: it depends on the data set, and the request has to say), ``other_widths`` are
     those of further action spaces that checkpoints use. ``composition`` says what the numbers are,
-    with units before normalisation. ``image_size`` is the tier of sizes of its pictures.
+    with units before normalisation; ``translation_scale`` is what the data set multiplied its
+    translations with. ``image_size`` is the tier of sizes of its pictures.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Embodiment:
     action_chunk_size: int = 16
     view_point: str = "ego_view"
     image_size: int = 480
+    translation_scale: float = 1.0
     aliases: tuple[str, ...] = ()
     other_widths: tuple[int, ...] = ()
 
@@ -62,7 +64,8 @@ EMBODIMENTS = (
         name="av",
         domain_id=1,
         raw_action_dim=9,
-        composition="of the camera: translation [1.35 m] (3), rotation (6)",
+        composition="of the camera: translation [m, times 1.35] (3), rotation (6)",
+        translation_scale=1.35,
         fps=10.0,
         action_chunk_size=60,
     ),

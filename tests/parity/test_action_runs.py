@@ -17,9 +17,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import Cosmos3OmniPipeline, UniPCMultistepScheduler
-from diffusers.pipelines.cosmos.pipeline_cosmos3_omni import CosmosActionCondition
+from diffusers.pipelines.cosmos import pipeline_cosmos3_omni as reference_module
 from PIL import Image
 
+from vllm_cosmos3.conditions import nearest_size
+from vllm_cosmos3.embodiments import VIEWS, find_embodiment
 from vllm_cosmos3.engine import Cosmos3
 
 pytestmark = pytest.mark.parity
@@ -136,7 +138,7 @@ def reference(oracle: Cosmos3OmniPipeline, case: Case) -> tuple[np.ndarray, np.n
     inverse = case.mode == "inverse_dynamics"
     out = oracle(
         prompt=PROMPT,
-        action=CosmosActionCondition(
+        action=reference_module.CosmosActionCondition(
             mode=case.mode,
             chunk_size=case.chunk,
             domain_name=case.domain,
@@ -172,3 +174,22 @@ def test_final_latents_and_actions(oracle: Cosmos3OmniPipeline, ours: Cosmos3, n
         assert case.mode == "forward_dynamics"
     else:
         assert_close(mine.action, action)
+
+
+def test_the_table_of_embodiments() -> None:
+    for name, number in reference_module._EMBODIMENT_TO_DOMAIN_ID.items():
+        if name != "no_action":
+            assert find_embodiment(name, None).domain_id == number
+    for name, width in reference_module._EMBODIMENT_TO_RAW_ACTION_DIM.items():
+        assert find_embodiment(name, None).raw_action_dim == width
+    for name, sentence in reference_module._ACTION_VIEWPOINT_TEMPLATES.items():
+        assert VIEWS[name] == sentence
+
+
+@pytest.mark.parametrize("tier", [256, 480, 704, 720])
+def test_the_canvas_of_any_shape(tier: int) -> None:
+    bins = reference_module._ACTION_RESOLUTION_BINS[str(tier)]
+    classify = reference_module.VideoProcessor.classify_height_width_bin
+    for width in range(100, 2000, 37):
+        height, canvas = classify(700, width, ratios=bins)
+        assert nearest_size(tier, width, 700) == (canvas, height)

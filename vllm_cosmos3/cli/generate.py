@@ -173,8 +173,11 @@ def write(
         "message": "",
         "args": arguments,
         "outputs": [
-            {"content": {"seed": sample.seed, **_content(output, sample)}, "files": [name]}
-            for sample, name in zip(output.samples, names, strict=True)
+            {
+                "content": {"seed": sample.seed, **_content(output, sample)},
+                "files": names[index :: len(output.samples)],  # the media, then the actions
+            }
+            for index, sample in enumerate(output.samples)
         ],
         "warnings": list(output.warnings),
         "timings": dict(timings),
@@ -185,8 +188,10 @@ def write(
     if args.timings_json:
         args.timings_json.write_text(json.dumps(dict(timings), indent=2) + "\n")
     _warn(output.warnings)
-    for file, sample in zip(files, output.samples, strict=True):
+    for file, sample in zip(files, output.samples, strict=False):
         print(f"{file}  {_described(output, sample)}")
+    for file in files[len(output.samples) :]:
+        print(f"{file}  actions")
     print("\n".join(f"{name:>12} {seconds:10.3f} s" for name, seconds in timings.items()))
     print(f" peak memory {output.peak_memory / 2**30:10.3f} GiB")
 
@@ -352,7 +357,12 @@ def _read_latents(path: str) -> dict[str, Any]:
 
 
 def _content(output: Output, sample: Sample) -> dict[str, object]:
-    """What a file holds, in numbers."""
+    """What the files of a result hold, in numbers."""
+    actions = {} if sample.action is None else {"action": sample.action.tolist()}
+    return {**_picture(output, sample), **actions}
+
+
+def _picture(output: Output, sample: Sample) -> dict[str, object]:
     if sample.video is not None:
         frames, height, width, _ = sample.video.shape
         sound = {} if sample.sound is None else {"sample_rate": output.sample_rate}

@@ -179,10 +179,10 @@ def gather_sequence(x_sD: Tensor, axis: Axis, length: int) -> Tensor:
 
 
 def scatter_heads(x_sHD: Tensor, axis: Axis) -> Tensor:
-    """Trade heads for tokens: [S/n, H, D] -> [S, H/n, D], S padded as by ``shard_sequence``."""
+    """Trade heads for tokens: [S/n, ..., H, D] -> [S, ..., H/n, D], S padded as by `shard_sequence`."""
     if axis.size == 1:
         return x_sHD
-    x_nshD = x_sHD.unflatten(1, (axis.size, -1)).movedim(1, 0)
+    x_nshD = x_sHD.unflatten(-2, (axis.size, -1)).movedim(-3, 0)
     return _all_to_all(x_nshD, axis).flatten(0, 1)
 
 
@@ -195,8 +195,8 @@ def gather_heads(x_ShD: Tensor, axis: Axis) -> Tensor:
 
 
 def own_heads(x_SHD: Tensor, axis: Axis) -> Tensor:
-    """The heads that ``scatter_heads`` leaves here, of a replicated [S, H, D]. No exchange."""
-    return x_SHD if axis.size == 1 else x_SHD.chunk(axis.size, dim=1)[axis.rank].contiguous()
+    """The heads that ``scatter_heads`` leaves here, of a replicated [S, ..., H, D]. No exchange."""
+    return x_SHD if axis.size == 1 else x_SHD.chunk(axis.size, dim=-2)[axis.rank].contiguous()
 
 
 def all_gather(x: Tensor, axis: Axis) -> list[Tensor]:

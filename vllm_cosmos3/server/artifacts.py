@@ -67,6 +67,7 @@ class Artifacts:
             "peak_memory": self.output.peak_memory,
             "guardrails": report,
             "files": [file.name for file in files],
+            "action": action_json(self.output),
         }
         (folder / RECORD).write_text(json.dumps(record))
         return files
@@ -77,6 +78,22 @@ class ServedPipeline(Pipeline):
 
     def finish(self, state: State) -> Any:
         return Artifacts(super().finish(state))
+
+
+def action_json(output: Output) -> dict[str, Any] | None:
+    """The actions of the first result as clients read them; None if none were asked for."""
+    rows = output.action
+    if rows is None:
+        return None
+    names = ("raw_action_dim", "action_mode", "domain_id", "domain_name", "fps")
+    physical = output.effective["action_stats_path"] is not None
+    return {
+        "data": rows.tolist(),
+        "shape": list(rows.shape),
+        "dtype": str(rows.dtype),
+        **{name: output.effective[name] for name in names},
+        "units": "physical" if physical else "normalized",
+    }
 
 
 def sprites(frames: media.Pixels) -> media.Pixels:

@@ -387,7 +387,7 @@ class Service:
         seconds = job.completed - started
         job.status, job.phase, job.progress = COMPLETED, "done", 100
         job.step = job.num_steps
-        job.files = list(record["files"])
+        job.files, job.action = list(record["files"]), record["action"]
         job.timings = {
             "queue": started - job.created, **record["timings"], "total": job.completed - job.created
         }  # fmt: skip
