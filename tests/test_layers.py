@@ -26,6 +26,7 @@ LAYERS = [
         "runtime.halo",
         "output",
     },
+    {"memory"},
     {"models.transformer", "models.vae", "models.sound"},
     {"models.texts"},
     {

@@ -21,6 +21,7 @@ from torch import Tensor
 from vllm_cosmos3 import conditions, prompts
 from vllm_cosmos3.config import EngineConfig, ModelConfig, read_config
 from vllm_cosmos3.inventory import sound_tensors, transformer_tensors, vae_tensors
+from vllm_cosmos3.memory.estimate import TEXT_BYTES
 from vllm_cosmos3.models.sound import SoundVAE
 from vllm_cosmos3.models.texts import RecentTexts
 from vllm_cosmos3.models.transformer import Context, Transformer, join, weight_table
@@ -46,7 +47,6 @@ from vllm_cosmos3.sampling.solvers import SOLVERS
 from vllm_cosmos3.sampling.solvers import State as SolverState
 
 JOINED_TOKENS = 2048  # of all branches, up to which one forward is faster than one for each
-TEXT_BYTES = 1 << 29  # of keys and values kept of recent texts: about 3,600 tokens of Nano
 
 Forward = Callable[..., Sequence[tuple[Tensor, ...]]]  # of the timestep and each stream's x
 
