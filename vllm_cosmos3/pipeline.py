@@ -21,6 +21,7 @@ from torch import Tensor
 from vllm_cosmos3 import conditions, prompts
 from vllm_cosmos3.config import EngineConfig, ModelConfig, read_config
 from vllm_cosmos3.inventory import sound_tensors, transformer_tensors, vae_tensors
+from vllm_cosmos3.memory import decided, usual_work, work_of
 from vllm_cosmos3.memory.estimate import TEXT_BYTES
 from vllm_cosmos3.models.sound import SoundVAE
 from vllm_cosmos3.models.texts import RecentTexts
@@ -31,6 +32,7 @@ from vllm_cosmos3.output import Output, Sample
 from vllm_cosmos3.plan import Plan, StreamPlan
 from vllm_cosmos3.request import GenerateRequest
 from vllm_cosmos3.runtime.attention import make_attend
+from vllm_cosmos3.runtime.budget import Budget, Promise, memory_of
 from vllm_cosmos3.runtime.graphs import Recording, launches_matter
 from vllm_cosmos3.runtime.mesh import Mesh
 from vllm_cosmos3.sampling import positions
@@ -64,6 +66,7 @@ class State:
     """All there is about one request in flight. ``index`` counts steps over all its samples."""
 
     plan: Plan
+    promise: Promise
     schedule: Schedule
     guidance: tuple[tuple[float], ...]  # for each step, one scale: see sampling.guidance
     timers: Timers
@@ -95,11 +98,13 @@ class Pipeline:
         sound: SoundVAE | None,
         mesh: Mesh,
         device: torch.device,
+        config: EngineConfig,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.config = model, tokenizer, config
         self.transformer, self.vae, self.sound = transformer, vae, sound
         self.mesh, self.device = mesh, device
         self.texts = RecentTexts(TEXT_BYTES)
+        self.budget = Budget(model, config, mesh.world, device)
 
     @classmethod
     def load(cls, config: EngineConfig, mesh: Mesh, device: torch.device | str) -> Pipeline:
@@ -111,6 +116,7 @@ class Pipeline:
         device = torch.device(device)
         model = read_config(config.model)
         tokenizer = prompts.load_tokenizer(config.model)
+        config = decided(model, config, usual_work(model), memory_of(device, config.memory_limit))
         dtype = getattr(torch, config.dtype)
         attend = make_attend(
             config.attention_backend,
@@ -118,9 +124,19 @@ class Pipeline:
             dtype=dtype,
             head_dim=model.transformer.head_dim,
         )
-        transformer = Transformer(model.transformer, mesh, attend, dtype=dtype, device=device)
+        host, text_rests = torch.device("cpu"), config.und_residency == "host"
+        transformer = Transformer(
+            model.transformer,
+            mesh,
+            attend,
+            dtype=dtype,
+            device=device,
+            text_device=host if text_rests else device,
+            layer_device=host if config.layerwise_offload else device,
+        )
         shapes = transformer_tensors(model.transformer)
         _fill(transformer, weight_table(model.transformer), config, "transformer", shapes, device)
+        transformer.rest_on_host(text=text_rests, layers=config.layerwise_offload)
         with device:
             vae = VideoVAE(model.vae, mesh.world, config.parallel.vae_parallel).to(dtype)
         shapes = vae_tensors(model.vae)
@@ -134,7 +150,7 @@ class Pipeline:
             shapes = sound_tensors(model.sound)
             table = identity_table({n: s for n, s in shapes.items() if n.startswith("decoder.")})
             _fill(sound, table, config, "sound_tokenizer", shapes, device)
-        return cls(model, tokenizer, transformer, vae, sound, mesh, device)
+        return cls(model, tokenizer, transformer, vae, sound, mesh, device, config)
 
     def plan(self, request: GenerateRequest) -> Plan:
         """Check a request against this checkpoint. The same on every rank; touches no weight."""
@@ -142,7 +158,12 @@ class Pipeline:
 
     @torch.inference_mode()
     def encode(self, plan: Plan) -> State:
-        """Read the prompts, once for all samples, and encode what is given of each stream."""
+        """Read the prompts, once for all samples, and encode what is given of each stream.
+
+        Raises:
+            OutOfMemory: the request does not fit beside those in flight.
+        """
+        promise = self.budget.promise(work_of(plan), self.texts.nbytes, self.texts.clear)
         schedule = make_schedule(
             plan.schedule,
             steps=plan.num_inference_steps,
@@ -152,6 +173,7 @@ class Pipeline:
         scales = guidance_per_step(schedule.timesteps, plan.guidance_scale, plan.guidance_interval)
         state = State(
             plan=plan,
+            promise=promise,
             schedule=schedule,
             guidance=tuple((scale,) for scale in scales),
             timers=Timers(self.device),
@@ -291,7 +313,9 @@ class Pipeline:
             context = join([state.contexts[branch] for branch in branches])
             forward = partial(_evaluate, self.transformer, state.streams, context, state.plan)
             tokens = context.rope.table.shape[0]
-            recorded = launches_matter(tokens, state.plan.steps, self.mesh.world, self.device)
+            recorded = not self.config.layerwise_offload and launches_matter(
+                tokens, state.plan.steps, self.mesh.world, self.device
+            )
             state.forwards[branches] = Recording(forward) if recorded else forward
         return state.forwards[branches]
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
+from vllm_cosmos3.conditions import resolve
 from vllm_cosmos3.config import EngineConfig, ModelConfig, SoundConfig, TransformerConfig
 from vllm_cosmos3.memory.ledger import Ledger
 from vllm_cosmos3.memory.vae import decode_peak, encode_peak
 from vllm_cosmos3.memory.weights import FLOAT32, layer_bytes, loading, weights
 from vllm_cosmos3.plan import Plan
+from vllm_cosmos3.request import GenerateRequest
 
-RESERVE = 3 * 2**29  # bytes: see the package; 0.5 GiB of CUDA context and 1 GiB of workspaces
+WORKSPACES = 2**30  # bytes: see the package
+RESERVE = WORKSPACES + 2**29  # with the CUDA context
 LAYERS_AHEAD = 1  # layers that are fetched from the host while one computes
+TEXT_TOKENS = 2048  # of a long text; the published negative prompt has 1,904
 TEXT_BYTES = 1 << 29  # of keys and values kept of recent texts: about 3,600 tokens of Nano
 INT64 = 8
 OTHER_ATTENTION_BYTES = FLOAT32  # of a query head: the logarithm of its sum
@@ -70,6 +75,24 @@ class Memory:
     def needed(self) -> int:
         """What a device must have."""
         return self.peak + self.reserve
+
+
+def usual_work(model: ModelConfig, request: GenerateRequest | None = None) -> Work:
+    """The sizes of a request with long texts: of a default video, if no other is given.
+
+    Raises:
+        InvalidRequest: as `conditions.resolve`.
+    """
+    settled, vae = resolve(request or GenerateRequest(prompt="any"), model), model.vae
+    rows, columns = (n // vae.scale_factor_spatial for n in (settled.height, settled.width))
+    frames = 1 + (settled.num_frames - 1) // vae.scale_factor_temporal
+    streams: list[tuple[str, tuple[int, ...]]] = [("vision", (1, vae.z_dim, frames, rows, columns))]
+    if settled.sound_duration is not None:
+        config = model.transformer
+        length = math.ceil(settled.sound_duration * config.sound_latent_fps)
+        streams.append(("sound", (config.sound_dim, length)))
+    branches = 1 if settled.guidance_scale == 1 else 2
+    return Work(streams=tuple(streams), text=(TEXT_TOKENS,) * branches)
 
 
 def work_of(plan: Plan) -> Work:
