@@ -11,9 +11,11 @@ PACKAGE = Path(__file__).parents[1] / "vllm_cosmos3"
 
 LAYERS = [
     {"version", "errors", "progress"},
-    {"config", "plan", "embodiments", "compat"},
+    {"kinds"},
+    {"config", "plan", "embodiments", "poses", "compat"},
     {"runtime.mesh", "media"},
-    {"inventory", "request", "prompts", "sampling", "hub", "models.limits"},
+    {"inventory", "request", "prompts", "sampling", "hub", "models.limits", "droid"},
+    {"actions"},
     {
         "conditions",
         "checkpoint",
@@ -21,6 +23,8 @@ LAYERS = [
         "models.kernels",
         "models.reasoner_weights",
         "models.root_config",
+        "models.clip",
+        "models.normalisation",
         "runtime.attention",
         "runtime.graphs",
         "runtime.halo",
@@ -28,7 +32,7 @@ LAYERS = [
         "output",
     },
     {"memory"},
-    {"models.transformer", "models.vae", "models.sound"},
+    {"models.transformer", "models.vae", "models.sound", "models.patches"},
     {"models.texts", "runtime.budget"},
     {
         "models.processing",
@@ -49,13 +53,17 @@ LAYERS = [
 # Within one package of the table (sampling, server, cli) modules may import each other downward.
 NO_TORCH = {
     "errors",
+    "kinds",
     "config",
     "plan",
     "embodiments",
+    "poses",
+    "actions",
     "conditions",
     "request",
     "inventory",
     "hub",
+    "droid",
     "cli",
 }
 

@@ -65,6 +65,7 @@ class Cosmos3:
         enable_layerwise_offload: generation layers rest on the host and are copied to the device at
             every step, each while the one before it computes.
         memory_limit: GiB of its device that each rank may use; omitted: what is free.
+        checkpoint_kind: one of `kinds.MODES`, where the files do not tell it.
 
     Raises:
         CheckpointError: the checkpoint is missing, incomplete or of another kind.
@@ -88,6 +89,7 @@ class Cosmos3:
         und_residency: str = "auto",
         enable_layerwise_offload: bool = False,
         memory_limit: float | None = None,
+        checkpoint_kind: str | None = None,
     ) -> None:
         start = time.perf_counter()
         _check_choice("dtype", dtype, DTYPES)
@@ -104,6 +106,7 @@ class Cosmos3:
             device=str(self.device),
             load_format=load_format,
             attention_backend=attention_backend,
+            checkpoint_kind=checkpoint_kind,
             parallel=ParallelConfig(
                 tensor_parallel_size=tensor_parallel_size,
                 cfg_parallel_size=cfg_parallel_size,
@@ -114,7 +117,7 @@ class Cosmos3:
             layerwise_offload=enable_layerwise_offload,
             memory_limit=memory_limit,
         )
-        self._model = read_config(config.model)
+        self._model = read_config(config.model, checkpoint_kind)
         self._tokenizer = load_tokenizer(config.model)
         self._runner: Runner | None = make_runner(config, distributed_executor_backend)
         self._lock = threading.Lock()  # one request at a time, also from several threads

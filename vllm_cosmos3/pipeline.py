@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,7 +44,13 @@ from vllm_cosmos3.sampling.guidance import (
     idle_ranks,
 )
 from vllm_cosmos3.sampling.noise import initial_noise, step_noise
-from vllm_cosmos3.sampling.packing import Stream, free_frames, patch_grid, start_stream
+from vllm_cosmos3.sampling.packing import (
+    Stream,
+    free_frames,
+    free_rows,
+    patch_grid,
+    start_stream,
+)
 from vllm_cosmos3.sampling.schedule import Schedule, make_schedule
 from vllm_cosmos3.sampling.solvers import SOLVERS
 from vllm_cosmos3.sampling.solvers import State as SolverState
@@ -114,7 +121,7 @@ class Pipeline:
             CheckpointError: a file is missing, corrupt or of another architecture.
         """
         device = torch.device(device)
-        model = read_config(config.model)
+        model = read_config(config.model, config.checkpoint_kind)
         tokenizer = prompts.load_tokenizer(config.model)
         config = decided(model, config, usual_work(model), memory_of(device, config.memory_limit))
         dtype = getattr(torch, config.dtype)
@@ -242,6 +249,10 @@ class Pipeline:
         config = self.model.transformer
         if stream.name == "sound":
             return positions.sound_positions(stream.length, start=start, config=config)
+        if stream.name == "action":
+            return positions.action_positions(
+                stream.length, start=start, fps=stream.rate, first=stream.first, config=config
+            )
         frames, rows, columns = patch_grid(stream.shape, config.latent_patch_size)
         return positions.vision_positions(
             frames, rows, columns, start=start, fps=stream.rate, config=config
@@ -252,11 +263,17 @@ class Pipeline:
         if stream.name == "sound":
             free = torch.ones((1, stream.length), dtype=torch.bool)
             return Known(clean=clean, free=free.to(self.device))
+        if stream.name == "action":
+            assert stream.source is not None  # zeros, where nothing is given
+            clean = torch.from_numpy(stream.source).to(self.device)
+            free = free_rows(stream.shape, stream.known, stream.channels)
+            return Known(clean=clean, free=free.to(self.device))
         if stream.source is not None:
             pixels = torch.from_numpy(stream.source).to(self.device)
             given = self.vae.encode(to_pixels(pixels))
+            height, width = stream.shape[3:]  # of a canvas that was filled up, the picture
             for frame in stream.known:
-                clean[:, :, frame] = given[:, :, frame]
+                clean[:, :, frame] = given[:, :, frame, :height, :width]
         return Known(clean=clean, free=free_frames(stream.length, stream.known).to(self.device))
 
     # Denoising.
@@ -323,7 +340,8 @@ class Pipeline:
 
     def _undecoded(self, state: State, seed: int, latents: dict[str, Tensor]) -> Sample:
         with state.timers.phase("to_cpu"):
-            return Sample(seed=seed, latents={k: x.cpu().numpy() for k, x in latents.items()})
+            arrays = {name: x.cpu().numpy() for name, x in latents.items()}
+        return Sample(seed=seed, latents=arrays, action=_actions(state.plan, latents))
 
     def _decoded(self, state: State, seed: int, latents: dict[str, Tensor]) -> Sample:
         first = self.mesh.world.rank == 0
@@ -341,7 +359,8 @@ class Pipeline:
             sound = None if waveform is None else waveform.float().cpu().numpy()
         if len(pixels_THWC) == 1:
             return Sample(seed=seed, image=pixels_THWC[0])
-        return Sample(seed=seed, video=pixels_THWC, sound=sound)
+        action = _actions(state.plan, latents)
+        return Sample(seed=seed, video=pixels_THWC, sound=sound, action=action)
 
 
 class Timers:
@@ -394,6 +413,11 @@ def _evaluate(
     now = [replace(stream, x=x) for stream, x in zip(streams, xs, strict=True)]
     velocities: tuple[tuple[Tensor, ...], ...] = transformer(now, context, timestep, plan.domain_id)
     return velocities
+
+
+def _actions(plan: Plan, latents: dict[str, Tensor]) -> np.ndarray | None:
+    """The actions that a request has made."""
+    return None if plan.actions is None else plan.actions.read(latents["action"].cpu().numpy())
 
 
 def peak_memory(device: torch.device) -> int:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from vllm_cosmos3.conditions import resolve
 from vllm_cosmos3.config import EngineConfig, ModelConfig, SoundConfig, TransformerConfig
+from vllm_cosmos3.kinds import MODES
 from vllm_cosmos3.memory.ledger import Ledger
 from vllm_cosmos3.memory.vae import decode_peak, encode_peak
 from vllm_cosmos3.memory.weights import FLOAT32, layer_bytes, loading, weights
@@ -78,12 +79,16 @@ class Memory:
 
 
 def usual_work(model: ModelConfig, request: GenerateRequest | None = None) -> Work:
-    """The sizes of a request with long texts: of a default video, if no other is given.
+    """The sizes of a request with long texts: of the largest default, if no other is given.
 
     Raises:
         InvalidRequest: as `conditions.resolve`.
     """
-    settled, vae = resolve(request or GenerateRequest(prompt="any"), model), model.vae
+    if request is None:
+        images = MODES[model.kind] == ("text2image",)
+        request = GenerateRequest(prompt="any", num_frames=1 if images else None)
+    # All kinds take the same memory for the same sizes; a video of text stands for the others.
+    settled, vae = resolve(request, replace(model, kind="base")), model.vae
     rows, columns = (n // vae.scale_factor_spatial for n in (settled.height, settled.width))
     frames = 1 + (settled.num_frames - 1) // vae.scale_factor_temporal
     streams: list[tuple[str, tuple[int, ...]]] = [("vision", (1, vae.z_dim, frames, rows, columns))]
@@ -100,7 +105,11 @@ def work_of(plan: Plan) -> Work:
     return Work(
         streams=tuple((stream.name, stream.shape) for stream in plan.streams),
         text=tuple(map(len, plan.token_ids)),
-        sources=tuple(s.source.shape[:3] for s in plan.streams if s.source is not None),
+        sources=tuple(
+            stream.source.shape[:3]
+            for stream in plan.streams
+            if stream.source is not None and stream.name == "vision"
+        ),
         samples=len(plan.seeds),
         decoded=plan.decoded,
     )
