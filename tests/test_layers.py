@@ -29,10 +29,12 @@ LAYERS = [
         "runtime.attention",
         "runtime.graphs",
         "runtime.halo",
+        "runtime.offload",
         "output",
     },
+    {"memory"},
     {"models.transformer", "models.vae", "models.sound", "models.patches"},
-    {"models.texts"},
+    {"models.texts", "runtime.budget"},
     {
         "models.processing",
         "models.video_loader",

@@ -58,6 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--vae-parallel", default="halo", help="halo, tile (less memory, not exact) or off (default: halo)")  # fmt: skip
     run.add_argument("--attention-backend", default="auto", help="auto, or the name of one (default: auto)")  # fmt: skip
     run.add_argument("--load-format", default="auto", help="auto, or dummy for random weights (default: auto)")  # fmt: skip
+    run.add_argument("--und-residency", default="auto", help="where the text tower rests: gpu, host, or auto: the host if a default video would not fit otherwise (default: auto)")  # fmt: skip
+    run.add_argument("--enable-layerwise-offload", action="store_true", help="keep the generation layers on the host and stream them at every step")  # fmt: skip
+    run.add_argument("--memory-limit", type=float, metavar="GIB", help="what each rank may use of its device (default: what is free)")  # fmt: skip
     run.add_argument("--checkpoint-kind", metavar="KIND", help=f"{', '.join(MODES)} (default: what its files say)")  # fmt: skip
     request = parser.add_argument_group("request")
     for item in fields(GenerateRequest):
@@ -103,6 +106,9 @@ def loaded(args: argparse.Namespace) -> Cosmos3:
         distributed_executor_backend=args.distributed_executor_backend,
         attention_backend=args.attention_backend,
         load_format=args.load_format,
+        und_residency=args.und_residency,
+        enable_layerwise_offload=args.enable_layerwise_offload,
+        memory_limit=args.memory_limit,
         checkpoint_kind=args.checkpoint_kind,
     )
 
