@@ -24,9 +24,11 @@ LAYERS = [
         "runtime.attention",
         "runtime.halo",
         "output",
+        "questions",
     },
-    {"models.transformer", "models.vae", "models.sound"},
+    {"models.transformer", "models.vae", "models.sound", "records"},
     {
+        "batch",
         "models.processing",
         "models.video_loader",
         "models.config_parser",
@@ -38,7 +40,7 @@ LAYERS = [
     {"runtime.core"},
     {"runtime.client"},
     {"runners"},
-    {"engine", "plugin"},
+    {"engine", "plugin", "reasoner"},
     {"server"},
     {"cli"},
 ]
@@ -52,6 +54,9 @@ NO_TORCH = {
     "request",
     "inventory",
     "hub",
+    "questions",
+    "records",
+    "batch",
     "cli",
 }
 
