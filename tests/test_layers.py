@@ -11,9 +11,11 @@ PACKAGE = Path(__file__).parents[1] / "vllm_cosmos3"
 
 LAYERS = [
     {"version", "errors", "progress"},
-    {"config", "plan", "embodiments", "compat"},
+    {"kinds"},
+    {"config", "plan", "embodiments", "poses", "compat"},
     {"runtime.mesh", "media"},
-    {"inventory", "request", "prompts", "sampling", "hub", "models.limits"},
+    {"inventory", "request", "prompts", "sampling", "hub", "models.limits", "droid"},
+    {"actions"},
     {
         "conditions",
         "checkpoint",
@@ -21,12 +23,16 @@ LAYERS = [
         "models.kernels",
         "models.reasoner_weights",
         "models.root_config",
+        "models.clip",
+        "models.normalisation",
         "runtime.attention",
+        "runtime.graphs",
         "runtime.halo",
         "output",
         "questions",
     },
-    {"models.transformer", "models.vae", "models.sound", "records"},
+    {"models.transformer", "models.vae", "models.sound", "models.patches", "records"},
+    {"models.texts"},
     {
         "batch",
         "models.processing",
@@ -47,9 +53,12 @@ LAYERS = [
 # Within one package of the table (sampling, server, cli) modules may import each other downward.
 NO_TORCH = {
     "errors",
+    "kinds",
     "config",
     "plan",
     "embodiments",
+    "poses",
+    "actions",
     "conditions",
     "request",
     "inventory",
@@ -57,6 +66,7 @@ NO_TORCH = {
     "questions",
     "records",
     "batch",
+    "droid",
     "cli",
 }
 

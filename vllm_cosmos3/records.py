@@ -216,9 +216,6 @@ def _follow_mode(mode: str | None, fields: dict[str, Any], names: dict[str, str]
         possible = f"left out for {mode}" if wanted is None else f"the {wanted} of {mode}"
         raise InvalidRequest(names[str(given)], fields[str(given)], possible, "conflict")
     for field, value in implied.items():
-        if field not in SPECS:
-            possible = "a mode of images and videos; this version has no actions"
-            raise InvalidRequest("model_mode", mode, possible, "unsupported")
         if fields.setdefault(field, value) != value:
             raise InvalidRequest(names[field], fields[field], f"{value!r} for {mode}", "conflict")
         names.setdefault(field, "model_mode")
@@ -341,6 +338,13 @@ def _source(field: str) -> Callable[[Entry, Any, Mapping[str, Any]], dict[str, A
         return {field: _file(entry, field, value)}
 
     return read
+
+
+def _action_path(entry: Entry, value: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The actions of forward dynamics; records of other modes name what to compare with."""
+    if values.get("model_mode", "forward_dynamics") != "forward_dynamics":
+        return {}
+    return {"action_path": _file(entry, "action_path", value)}
 
 
 def _vision(entry: Entry, value: Any, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -468,7 +472,8 @@ READERS: dict[str, Callable[[Entry, Any, Mapping[str, Any]], dict[str, Any]]] = 
     "vision_path": _vision,
     "image": _source("image"),
     "video": _source("video"),
-    "action_path": _source("action_path"),
+    "action_path": _action_path,
+    "action_stats_path": _source("action_stats_path"),
     "resolution": _resolution,
     "aspect_ratio": _aspect_ratio,
     "duration_template": _template("use_duration_template", _SENTENCES["duration"]),
