@@ -97,6 +97,23 @@ def test_vision_paths(source: str, mode: str | None, kind: str, folder: Path) ->
     assert fields[kind] == (source if ":" in source else str(folder / source))
 
 
+def test_actions(folder: Path) -> None:
+    (folder / "traj.json").write_text("[[0, 0, 0, 0, 0, 0, 0, 0, 0]]")
+    shared = {
+        "domain_name": "av", "view_point": "ego_view", "action_chunk_size": 60, "fps": 10,
+        "image_size": 480, "prompt": "drive", "seed": 0, "action_path": "traj.json",
+    }  # fmt: skip
+    forward = record(folder, model_mode="forward_dynamics", vision_path="a.png", **shared).fields
+    expected = shared | {"image": str(folder / "a.png"), "action_mode": "forward_dynamics"}
+    assert forward == expected | {"action_path": str(folder / "traj.json")}
+    inverse = record(folder, model_mode="inverse_dynamics", vision_path="b.mp4", **shared).fields
+    assert "action_path" not in inverse  # what to compare with
+    assert from_fields(inverse).mode == "inverse_dynamics"
+    policy = record(folder, model_mode="wam", vision_path="a.png", resolution="256", prompt="a").fields
+    assert policy["action_mode"] == "policy"
+    assert policy["image_size"] == 256
+
+
 def test_defaults_lie_under_the_record(folder: Path) -> None:
     defaults = {"num_steps": 9, "guidance": 3.0, "of_another_version": 1, "shift": None}
     (folder / "d.json").write_text(json.dumps(defaults))

@@ -98,7 +98,7 @@ class Reasoner:
         """End vLLM's process and free its memory."""
         llm, self._llm = self._llm, None
         if llm is not None:
-            llm.llm_engine.engine_core.shutdown()
+            llm.llm_engine.engine_core.shutdown(timeout=30)
 
     def __enter__(self) -> Reasoner:
         return self
