@@ -109,7 +109,9 @@ def test_actions(folder: Path) -> None:
     inverse = record(folder, model_mode="inverse_dynamics", vision_path="b.mp4", **shared).fields
     assert "action_path" not in inverse  # what to compare with
     assert from_fields(inverse).mode == "inverse_dynamics"
-    policy = record(folder, model_mode="wam", vision_path="a.png", resolution="256", prompt="a").fields
+    policy = record(
+        folder, model_mode="wam", vision_path="a.png", resolution="256", prompt="a"
+    ).fields
     assert policy["action_mode"] == "policy"
     assert policy["image_size"] == 256
 

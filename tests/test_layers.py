@@ -31,8 +31,8 @@ LAYERS = [
         "output",
         "questions",
     },
-    {"models.transformer", "models.vae", "models.sound", "models.patches", "records"},
-    {"models.texts"},
+    {"models.transformer", "models.vae", "models.sound", "models.patches", "upsample"},
+    {"models.texts", "records"},
     {
         "batch",
         "models.processing",
@@ -64,6 +64,7 @@ NO_TORCH = {
     "inventory",
     "hub",
     "questions",
+    "upsample",
     "records",
     "batch",
     "droid",

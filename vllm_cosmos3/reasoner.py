@@ -45,6 +45,7 @@ class Reasoner:
         model: a checkpoint folder, or a Hugging Face repository.
         revision: branch, tag or commit of the repository.
         dtype, tensor_parallel_size, load_format: as vLLM's.
+        enforce_eager: start sooner and answer more slowly: for a question or two.
         max_model_len: longest question with its answer, in tokens.
 
     Raises:
@@ -59,6 +60,7 @@ class Reasoner:
         dtype: str = "bfloat16",
         tensor_parallel_size: int = 1,
         load_format: str = "auto",
+        enforce_eager: bool = False,
         max_model_len: int = LENGTH,
     ) -> None:
         from vllm import LLM
@@ -70,6 +72,7 @@ class Reasoner:
             dtype=dtype,  # type: ignore[arg-type, unused-ignore]
             tensor_parallel_size=tensor_parallel_size,
             load_format=load_format,
+            enforce_eager=enforce_eager,
             allowed_local_media_path="/",  # files that this user names to this process
             **_settings(folder, max_model_len),
         )

@@ -18,6 +18,7 @@ from vllm_cosmos3.conditions import ASPECT_RATIOS, TRAINED_SIZES
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.questions import SAMPLING
 from vllm_cosmos3.request import SPECS, Spec
+from vllm_cosmos3.upsample import SAMPLING_SPECS
 
 GENERATOR, REASONER = "generator", "reasoner"  # who serves a record
 
@@ -64,12 +65,8 @@ OURS = {  # of a record, beside the fields of a request
     "quality": Spec(kind="int", low=0, high=100, help="of a JPEG"),
     "crf": Spec(kind="int", low=0, high=51, help="quality of H.264, 0 is lossless"),
 }
-UPSAMPLER = "prompt_upsampler_"  # before the names of the sampling
-UPSAMPLING = {
-    f"{UPSAMPLER}{name}": spec
-    for name, spec in {**SAMPLING, "max_tokens": SAMPLING["max_new_tokens"], "seed": SPECS["seed"]}.items()
-    if name not in ("max_new_tokens", "do_sample", "video_fps")
-}  # fmt: skip
+UPSAMPLER = "prompt_upsampler_"  # before the names of the upsampler's sampling
+UPSAMPLING = {f"{UPSAMPLER}{name}": spec for name, spec in SAMPLING_SPECS.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

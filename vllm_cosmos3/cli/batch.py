@@ -16,7 +16,6 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -29,6 +28,7 @@ from vllm_cosmos3.cli.generate import (
     generate,
     given,
     loaded,
+    open_reasoner,
     planner,
     quiet_libraries,
     sample_folder,
@@ -38,11 +38,12 @@ from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
 from vllm_cosmos3.questions import Question, question_of
 from vllm_cosmos3.records import REASONER, Record, is_url
 from vllm_cosmos3.request import GenerateRequest, from_fields
+from vllm_cosmos3.upsample import caption_of, question_about
 
 if TYPE_CHECKING:
     from vllm_cosmos3.engine import Cosmos3
     from vllm_cosmos3.plan import Plan
-    from vllm_cosmos3.reasoner import Answer
+    from vllm_cosmos3.reasoner import Answer, Reasoner
 
 FETCH_SECONDS = 60.0  # without a byte until a URL is given up
 AT_ONCE = 64  # questions, whose pictures are in memory together
@@ -63,6 +64,7 @@ class Sample:
     warnings: tuple[str, ...]
     digest: str
     continued: bool
+    upsampling: Question | None  # to be asked for the prompt before the generator is
 
 
 class Stopped(Exception):
@@ -105,7 +107,11 @@ def _serve(samples: Sequence[Sample], args: argparse.Namespace) -> int:
     served = 0
     try:
         with quiet_libraries():
-            for made in chain(_answered(questions, args), _generated(requests, args)):
+            if questions or any(sample.upsampling is not None for sample in requests):
+                with open_reasoner(args) as reasoner:
+                    served += _answered(reasoner, questions, args)
+                    requests = _upsampled(reasoner, requests, args)
+            for made in _generated(requests, args):
                 served += made
     except Stopped:
         print("stopped at the first failure; --keep-going goes on", file=sys.stderr)
@@ -151,6 +157,7 @@ def _checked(
     problems: list[InvalidRequest] = []
     wanted = {record.continue_from for record in records}
     for record in records:
+        upsampling = None
         try:
             fields = {
                 name: downloads.file(name, value) if is_url(value) else value
@@ -158,6 +165,8 @@ def _checked(
             }
             before = _before(record, samples)
             asked, effective, warnings = _settled(record, fields, before, plan)
+            if record.upsample is not None and isinstance(asked, GenerateRequest):
+                upsampling = question_about(asked, effective, record.upsample)
         except InvalidRequest as error:
             problems.append(record.placed(error))
             continue
@@ -169,6 +178,7 @@ def _checked(
             warnings=(*record.warnings, *warnings),
             digest=_digest(record, before, args),
             continued=record.name in wanted,
+            upsampling=upsampling,
         )
     return list(samples.values()), problems
 
@@ -230,26 +240,37 @@ def _finished(args: argparse.Namespace, sample: Sample) -> bool:
 # The results.
 
 
-def _answered(samples: Sequence[Sample], args: argparse.Namespace) -> Iterator[bool]:
-    """Ask the reasoner everything, many questions at once; whether each has its answer."""
-    if not samples:
-        return
-    from vllm_cosmos3.reasoner import Reasoner
+def _answered(reasoner: Reasoner, samples: Sequence[Sample], args: argparse.Namespace) -> int:
+    """Ask the reasoner everything, many questions at once. Returns how many have their answers."""
+    answered = 0
+    for start in range(0, len(samples), AT_ONCE):
+        some = samples[start : start + AT_ONCE]
+        questions = [sample.asked for sample in some if isinstance(sample.asked, Question)]
+        with _failures(some, args) as failed:
+            for sample, answer in zip(some, reasoner.ask(questions), strict=True):
+                _write_answer(sample, answer, args)
+        answered += 0 if failed else len(some)
+    return answered
 
-    with Reasoner(
-        args.model,
-        revision=args.revision,
-        dtype=args.dtype,
-        tensor_parallel_size=args.tensor_parallel_size,
-        load_format=args.load_format,
-    ) as reasoner:
-        for start in range(0, len(samples), AT_ONCE):
-            some = samples[start : start + AT_ONCE]
-            questions = [s.asked for s in some if isinstance(s.asked, Question)]
-            with _failures(some, args) as failed:
-                for sample, answer in zip(some, reasoner.ask(questions), strict=True):
-                    _write_answer(sample, answer, args)
-            yield from [not failed] * len(some)
+
+def _upsampled(
+    reasoner: Reasoner, samples: Sequence[Sample], args: argparse.Namespace
+) -> list[Sample]:
+    """The samples with the prompts that the reasoner writes, without those that it cannot write."""
+    wanted = {s.record.name: s.upsampling for s in samples if s.upsampling is not None}
+    print(f"upsample {len(wanted)} prompts", file=sys.stderr)
+    answers = dict(zip(wanted, reasoner.ask(list(wanted.values())), strict=True))
+    written = []
+    for sample in samples:
+        if sample.upsampling is None:
+            written.append(sample)
+            continue
+        with _failures([sample], args):
+            assert isinstance(sample.asked, GenerateRequest)  # so says its kind
+            answer = answers[sample.record.name]
+            prompt = caption_of(answer.text, complete=answer.complete)
+            written.append(replace(sample, asked=replace(sample.asked, prompt=prompt)))
+    return written
 
 
 def _write_answer(sample: Sample, answer: Answer, args: argparse.Namespace) -> None:
@@ -276,6 +297,7 @@ def _generate(model: Cosmos3, sample: Sample, args: argparse.Namespace) -> None:
     assert isinstance(sample.asked, GenerateRequest)  # so says its kind
     record, own = sample.record, argparse.Namespace(**vars(args))
     own.name = record.name
+    own.original_prompt = None if sample.upsampling is None else record.fields["prompt"]
     own.crf = args.crf if record.crf is None else record.crf
     own.image_quality = args.image_quality if record.quality is None else record.quality
     folder = sample_folder(args.out, record.name)

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from vllm_cosmos3.engine import Cosmos3, Output, Progress, Sample
     from vllm_cosmos3.plan import Plan
+    from vllm_cosmos3.reasoner import Reasoner
 
 METAVARS = {
     "text": "TEXT", "int": "N", "float": "X", "size": "WxH", "ints": "I,J,...", "pair": "LOW,HIGH",
@@ -80,10 +81,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--vae-parallel", default="halo", help="halo, tile (less memory, not exact) or off (default: halo)")  # fmt: skip
     run.add_argument("--attention-backend", default="auto", help="auto, or the name of one (default: auto)")  # fmt: skip
     run.add_argument("--load-format", default="auto", help="auto, or dummy for random weights (default: auto)")  # fmt: skip
+    run.add_argument("--enforce-eager", action="store_true", help="of the reasoner: start sooner and answer more slowly")  # fmt: skip
     run.add_argument("--checkpoint-kind", metavar="KIND", help=f"{', '.join(MODES)} (default: what its files say)")  # fmt: skip
     request = parser.add_argument_group("request")
     for item in fields(GenerateRequest):
-        _add_flag(request, item.name, SPECS[item.name], item.default)
+        add_flag(request, item.name, SPECS[item.name], item.default)
+    request.add_argument("--upsample-prompt", action="store_true", help="let the checkpoint's reasoner write the structured prompt first")  # fmt: skip
     request.add_argument("--use-karras-sigmas", dest="schedule", type=lambda text: KARRAS.get(text.lower(), text), metavar="{true,false}", help="--schedule karras or diffusers")  # fmt: skip
     request.add_argument("--no-prompt-metadata", action="store_true", help="neither of the two sentences at the end of plain prompts")  # fmt: skip
 
@@ -109,9 +112,12 @@ def run(args: argparse.Namespace) -> int:
         _warn(plan.warnings)
         return 0
     folder = sample_folder(args.out, args.name)
+    with quiet_libraries():
+        written = _upsampled(request, plan, args)
+    args.original_prompt = None if written is request else request.prompt
     with quiet_libraries(), loaded(args) as model:
         print(f"checkpoint: {plan.effective['checkpoint_kind']}", file=sys.stderr)
-        output, files, timings = generate(model, request, args, folder)
+        output, files, timings = generate(model, written, args, folder)
         if files:  # with several processes under torchrun the first one has the results
             write(args, folder, output, files, timings)
     return 0
@@ -160,6 +166,36 @@ def planner(args: argparse.Namespace) -> Callable[[GenerateRequest], Plan]:
     return lambda request: make_plan(request, model, tokenizer)
 
 
+def open_reasoner(args: argparse.Namespace) -> Reasoner:
+    """The reasoner of the same checkpoint. Close it before the generator is loaded."""
+    from vllm_cosmos3.reasoner import Reasoner
+
+    if args.distributed_executor_backend == "external_launcher":
+        possible = "left out: under torchrun each rank would start a reasoner of its own"
+        raise InvalidRequest("upsample_prompt", "true", possible, "unsupported_combination")
+    return Reasoner(
+        args.model,
+        revision=args.revision,
+        dtype=args.dtype,
+        tensor_parallel_size=args.tensor_parallel_size,
+        load_format=args.load_format,
+        enforce_eager=args.enforce_eager,
+    )
+
+
+def _upsampled(request: GenerateRequest, plan: Plan, args: argparse.Namespace) -> GenerateRequest:
+    """The request with the prompt that the reasoner writes, if the flags ask for one."""
+    from vllm_cosmos3.upsample import caption_of, question_about
+
+    question = question_about(request, plan.effective, {}) if args.upsample_prompt else None
+    if question is None:
+        return request
+    print("upsample", file=sys.stderr)
+    with open_reasoner(args) as reasoner:
+        (answer,) = reasoner.ask([question])
+    return replace(request, prompt=caption_of(answer.text, complete=answer.complete))
+
+
 def sample_folder(out: Path, name: str) -> Path:
     """``out/name``, made now: an unwritable place should fail before minutes of work."""
     if name in ("", ".", "..") or Path(name).name != name:
@@ -199,6 +235,8 @@ def write(
 ) -> None:
     """The two JSON records beside the media, and what the user reads."""
     settings = {"model": str(args.model), "dtype": args.dtype, "name": args.name, "crf": args.crf}
+    if args.original_prompt is not None:
+        settings["original_prompt"] = args.original_prompt
     arguments = {**settings, **output.effective}
     names = [file.name for file in files]
     record = {
@@ -327,7 +365,7 @@ def _check_formats(args: argparse.Namespace) -> None:
         raise InvalidRequest("image_type", args.image_type, possible)
 
 
-def _add_flag(group: Any, name: str, spec: Spec, default: object) -> None:
+def add_flag(group: Any, name: str, spec: Spec, default: object) -> None:
     flags = (f"--{name.replace('_', '-')}", *SPELLINGS.get(name, ()))
     text = f"{spec.help}{_range(spec)}"
     if default is not None:
