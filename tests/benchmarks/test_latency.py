@@ -58,7 +58,7 @@ def test_rows_on_a_tiny_checkpoint(
         tiny_checkpoint,
         tmp_path,
         *("--rows", *names, "--frames", "5", "--tokens", "20", "30", "--repeat", "1"),
-        *("--measured-steps", "2", "--save", "--profile"),
+        *("--measured-steps", "2", "--measured-rows", *names, "--save", "--profile"),
     )
     rows = report["rows"]
     assert [row["name"] for row in rows] == names
