@@ -154,7 +154,6 @@ def resolve_action(
 
     The size is that of the canvas on which the picture is laid.
     """
-    check_mode(model.kind, request.mode)
     width, height = nearest_size(action.image_size, *picture)
     default = Defaults(
         width=width,

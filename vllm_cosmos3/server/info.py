@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from vllm_cosmos3 import conditions
+from vllm_cosmos3 import conditions, droid
 from vllm_cosmos3.embodiments import EMBODIMENTS
 from vllm_cosmos3.hints import CONTROL_GUIDANCE
 from vllm_cosmos3.kinds import ACTION_MODES, MODES
@@ -70,6 +70,7 @@ def capability(at: Service) -> dict[str, Any]:
         },
         "action_domains": {row.name: asdict(row) for row in bodies},
         "control_guidance": CONTROL_GUIDANCE if "transfer" in modes else {},
+        "robot": droid.CAPABILITY if at.model.kind == droid.KIND else None,
         "guardrails": at.guardrails.state,
         "queue_limit": at.options.max_queue,
     }
