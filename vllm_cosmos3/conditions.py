@@ -269,6 +269,7 @@ def make_plan(request: GenerateRequest, model: ModelConfig, tokenizer: prompts.T
         later=tuple(later),
         overlap=0 if followed is None else followed.chunks.overlap,
         num_frames=None if followed is None else followed.chunks.total,
+        beside=() if followed is None else followed.beside,
         domain_id=0 if action is None else action.embodiment.domain_id,
         actions=None if action is None else action.rows,
         initial=_initial(request, streams, several=bool(later)),

@@ -252,6 +252,10 @@ class GenerateRequest:
     emphasize_control_in_prompt: bool | None = _field(
         kind="bool", help="end the prompt with a sentence on the controls; omitted: yes"
     )
+    show_control_condition: bool | None = _field(
+        kind="bool", help="put the controls to the left of the video"
+    )
+    show_input: bool | None = _field(kind="bool", help="put the input video on the very left")
     size: str | None = _field(
         kind="size", help="WIDTHxHEIGHT in pixels, multiples of 16, instead of the two"
     )
@@ -531,6 +535,7 @@ OF_TRANSFER = (
     "control_guidance", "control_guidance_interval", "control_attention",
     "num_video_frames_per_chunk", "num_conditional_frames", "num_first_chunk_conditional_frames",
     "max_frames", "share_vision_temporal_positions", "emphasize_control_in_prompt",
+    "show_control_condition", "show_input",
 )  # fmt: skip
 NOT_OF_TRANSFER = ("action_mode", "image", "condition_frame_indexes_vision")
 
@@ -562,6 +567,9 @@ def _check_transfer(request: GenerateRequest) -> None:
         value = request.num_first_chunk_conditional_frames
         possible = "0 or left out, or given with the video that has those frames"
         raise InvalidRequest("num_first_chunk_conditional_frames", value, possible, "conflict")
+    if request.show_input and request.video is None:
+        possible = "left out, or given with a video"
+        raise InvalidRequest("show_input", request.show_input, possible, "conflict")
     interval = request.control_guidance_interval
     if interval and interval[0] > interval[1]:
         possible = "two timesteps, the lower one first"
