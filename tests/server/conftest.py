@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from generators import generator
 from servers import Server
+
+from vllm_cosmos3.checkpoint import write_checkpoint
 
 HERE = Path(__file__).parent
 
@@ -31,15 +31,10 @@ def generator_server(
 
 
 @pytest.fixture(scope="session")
-def distilled_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint as if it were distilled to four steps and made no sound."""
+def distilled_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint of four fixed steps that animates a picture and makes no sound."""
     folder = tmp_path_factory.mktemp("distilled") / "tiny"
-    shutil.copytree(tiny_checkpoint, folder)
-    file = folder / "scheduler" / "scheduler_config.json"
-    sampler = {"t_list": [1.0, 0.75, 0.5, 0.25], "sample_type": "sde"}
-    file.write_text(
-        json.dumps(json.loads(file.read_text()) | {"fixed_step_sampler_config": sampler})
-    )
+    write_checkpoint(folder, kind="distilled-i2v")
     return folder
 
 

@@ -8,10 +8,12 @@ from typing import Any
 
 import httpx
 import pytest
+from media_files import data_url, picture, png
 from servers import BIN, Server, run_to_end
 
 pytestmark = pytest.mark.serve
-SMALL = {"prompt": "a boat", "size": "64x64", "num_frames": 5, "seed": 1}
+PICTURE_URL = data_url(png(picture(64, 64)), "image/png")
+SMALL = {"prompt": "a boat", "size": "64x64", "num_frames": 5, "input_reference": PICTURE_URL}
 PATHS = [
     ("POST", "/v1/images/generations"), ("POST", "/v1/videos"), ("GET", "/v1/videos"),
     ("POST", "/v1/videos/sync"), ("GET", "/v1/videos/x"), ("DELETE", "/v1/videos/x"),
@@ -28,7 +30,8 @@ def client(guarded_server: Server) -> Iterator[httpx.Client]:
 
 
 def post(client: httpx.Client, **fields: Any) -> httpx.Response:
-    return client.post("/v1/videos", json=SMALL | fields, headers={"Prefer": "wait=60"})
+    body = {name: value for name, value in (SMALL | fields).items() if value is not None}
+    return client.post("/v1/videos", json=body, headers={"Prefer": "wait=60"})
 
 
 @pytest.mark.parametrize(("method", "path"), PATHS)
@@ -104,6 +107,22 @@ def test_row_24_a_distilled_checkpoint(field: str, value: float, client: httpx.C
         client.get("/v1/cosmos3/models").json()["data"][0]["cosmos3"]["checkpoint_kind"]
         == "distilled"
     )
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "fields"),
+    [
+        (54, "generate_sound", {"generate_sound": True}),
+        (54, "extra_params.sound_gen", {"extra_params": {"sound_gen": True}}),
+    ],
+)
+def test_rows_54_and_75_what_the_checkpoint_cannot(
+    row: int, field: str, fields: dict[str, Any], client: httpx.Client
+) -> None:
+    answer = post(client, **fields)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (400, "unsupported_by_model"), row
+    assert error["param"] == field
 
 
 @pytest.mark.parametrize(
