@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import time
-from collections.abc import Callable
 from typing import Any
 
 import httpx
 import psutil
 import pytest
-from generators import SMALL, create, finished
+from generators import SMALL, create, eventually, finished
 from servers import Server
 
 pytestmark = pytest.mark.serve
@@ -21,13 +19,6 @@ LONG = {"size": "256x256", "num_frames": 61, "num_inference_steps": 200, "guidan
 
 def health(server: Server) -> httpx.Response:
     return httpx.get(f"{server.url}/health", timeout=30)
-
-
-def eventually(what: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "it does not happen"
-        time.sleep(0.01)
 
 
 def started(server: Server, **fields: Any) -> dict[str, Any]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from generators import SMALL, create, finished, generator
+from generators import SMALL, create, eventually, finished, generator, refuses
 from servers import Server
 
 pytestmark = pytest.mark.serve
@@ -26,13 +25,6 @@ def job_of(server: Server, job: dict[str, Any]) -> dict[str, Any]:
 
 def content(server: Server, job: dict[str, Any]) -> httpx.Response:
     return httpx.get(f"{server.url}/v1/videos/{job['id']}/content")
-
-
-def eventually(what: Callable[[], bool], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "it does not happen"
-        time.sleep(0.05)
 
 
 def test_jobs_outlive_servers(tiny_checkpoint: Path, vllm_cache: Path, tmp_path: Path) -> None:
@@ -74,15 +66,7 @@ def test_jobs_outlive_servers(tiny_checkpoint: Path, vllm_cache: Path, tmp_path:
         assert job_of(first, last)["status"] in ("queued", "in_progress")
         assert finished(second, last, 120)["status"] == "completed"
         assert content(second, last).status_code == 200
-        eventually(lambda: _refuses(first))
-
-
-def _refuses(server: Server) -> bool:
-    try:
-        httpx.get(f"{server.url}/health/live")
-    except httpx.TransportError:
-        return True
-    return False
+        eventually(lambda: refuses(first))
 
 
 def test_files_expire_by_age_and_quota(

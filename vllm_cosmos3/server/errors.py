@@ -76,15 +76,15 @@ def error_body(code: str, message: str, param: str | None = None) -> dict[str, A
     return {"error": {"message": message, "type": kind, "param": param, "code": shown}}
 
 
-def error_response(error: Cosmos3Error) -> JSONResponse:
-    """The answer to a request that ended with ``error``."""
+def error_response(error: Cosmos3Error, status: int | None = None) -> JSONResponse:
+    """The answer to a request that ended with ``error``; its code says with which status."""
     param, headers = None, {}
     if isinstance(error, InvalidRequest):
         param = error.field
     elif isinstance(error, ApiError):
         param, headers = error.param, error.headers
     code = slug(error)
-    status = status_of(code)
+    status = status or status_of(code)
     if status == HTTPStatus.TOO_MANY_REQUESTS or status == HTTPStatus.SERVICE_UNAVAILABLE:
         headers = {"Retry-After": "5", **headers}
     return JSONResponse(error_body(code, str(error), param), status, headers)

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from vllm_cosmos3 import conditions
-from vllm_cosmos3.server.errors import ApiError, error_body
+from vllm_cosmos3.server.errors import error_body
 from vllm_cosmos3.server.routing import Route, service
 from vllm_cosmos3.server.service import Service
 
@@ -104,8 +104,3 @@ async def health_of(request: Request) -> Response:
 def _unready(code: str, reason: str, report: dict[str, Any] | None) -> JSONResponse:
     body = {"status": "unhealthy", "reason": reason, **(report or {}), **error_body(code, reason)}
     return JSONResponse(body, 503, {"Retry-After": "5"})
-
-
-def not_found(path: str) -> ApiError:
-    """The answer to a path that nothing serves."""
-    return ApiError("not_found", f"there is no {path} here; /docs lists what there is")
