@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "vllm_cosmos3"
 
 LAYERS = [
-    {"version", "errors", "progress"},
+    {"version", "errors", "progress", "loading"},
     {"config", "plan", "embodiments", "compat"},
     {"runtime.mesh", "media"},
     {"inventory", "request", "prompts", "sampling", "hub", "models.limits"},

@@ -8,6 +8,7 @@ another is in the streams of its plan.
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from collections.abc import Iterator
@@ -327,6 +328,17 @@ class Timers:
             self._seconds[name] += before.elapsed_time(after) / 1000
         self._spans.clear()
         return dict(self._seconds)
+
+
+def loaded_values(model: ModelConfig) -> int:
+    """How many values of a checkpoint `Pipeline.load` puts in place."""
+    transformer = transformer_tensors(model.transformer)
+    total = sum(math.prod(transformer[name]) for name in weight_table(model.transformer))
+    total += sum(map(math.prod, vae_tensors(model.vae).values()))
+    if model.sound is not None:
+        sound = sound_tensors(model.sound)
+        total += sum(math.prod(sound[name]) for name in sound if name.startswith("decoder."))
+    return total
 
 
 def peak_memory(device: torch.device) -> int:

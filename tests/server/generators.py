@@ -17,11 +17,17 @@ LONG = {"size": "256x256", "num_frames": 21, "num_inference_steps": 200, "seed":
 
 
 @contextmanager
-def generator(checkpoint: Path, folder: Path, cache: Path, *flags: str) -> Iterator[Server]:
+def generator(
+    checkpoint: Path,
+    folder: Path,
+    cache: Path,
+    *flags: str,
+    while_starting: Callable[[Server], object] = lambda _: None,
+) -> Iterator[Server]:
     """``vllm-cosmos3 serve CKPT --surface generator`` until the block ends."""
     command = [str(BIN / "vllm-cosmos3"), "serve", str(checkpoint), "--surface", "generator"]
     command += ["--storage-path", str(folder / "storage"), "--served-model-name", "tiny", *flags]
-    with running(command, folder, cache) as server:
+    with running(command, folder, cache, while_starting) as server:
         yield server
 
 

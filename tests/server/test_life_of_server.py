@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import time
 from contextlib import ExitStack
@@ -69,11 +71,25 @@ def test_jobs_outlive_servers(tiny_checkpoint: Path, vllm_cache: Path, tmp_path:
         eventually(lambda: refuses(first))
 
 
-def test_files_expire_by_age_and_quota(
+def test_loading_is_told_and_files_expire_by_age_and_quota(
     tiny_checkpoint: Path, vllm_cache: Path, tmp_path: Path
 ) -> None:
-    flags = ["--file-ttl", "8", "--storage-quota", "90000"]
-    with generator(tiny_checkpoint, tmp_path, vllm_cache, *flags) as server:
+    wide = widened(tiny_checkpoint, tmp_path / "wide", intermediate_size=32768)
+    heard: list[dict[str, Any]] = []
+
+    def listen(server: Server) -> None:
+        assert httpx.get(f"{server.url}/health/live").status_code == 200
+        answer = httpx.get(f"{server.url}/health")
+        if answer.status_code == 503:
+            heard.append(answer.json())
+
+    flags = ["--file-ttl", "8", "--storage-quota", "90000", "--load-format", "dummy"]
+    with generator(wide, tmp_path, vllm_cache, *flags, while_starting=listen) as server:
+        loaded = [report["loaded_percent"] for report in heard]
+        assert loaded == sorted(loaded)
+        assert any(0 < percent < 100 for percent in loaded)
+        assert {report["error"]["code"] for report in heard} == {"loading"}
+        assert f"{loaded[-1]} % of its weights" in heard[-1]["reason"]
         first = finished(server, create(server, **SMALL))
         assert content(server, first).status_code == 200
         jobs = [finished(server, create(server, **SMALL)) for _ in range(3)]
@@ -87,3 +103,11 @@ def test_files_expire_by_age_and_quota(
         assert kept["status"] == "completed"
         assert kept["expires_at"] <= time.time()
         assert httpx.delete(f"{server.url}/v1/videos/{first['id']}").status_code == 200
+
+
+def widened(checkpoint: Path, folder: Path, **changes: int) -> Path:
+    """The configuration of a larger checkpoint, so that loading takes a while."""
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    file = folder / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder

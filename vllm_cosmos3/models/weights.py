@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from vllm_cosmos3 import loading
 from vllm_cosmos3.config import read_json
 from vllm_cosmos3.errors import CheckpointError
 
@@ -76,6 +77,7 @@ def _fill(module: nn.Module, table: Table, tensors: Iterable[tuple[str, Tensor]]
         parameter = parameters[target.parameter]
         load: Any = getattr(parameter, "weight_loader", _copy)  # set by vLLM's layers
         load(parameter, tensor, *(() if target.part is None else (target.part,)))
+        loading.count(tensor.numel())
     choose_kernels(module)
 
 

@@ -80,12 +80,14 @@ async def health_of(request: Request) -> Response:
     if at is None:
         return _unready("loading", "the server is starting", None)
     status = await asyncio.to_thread(at.status)
-    report = {
+    report: dict[str, Any] = {
         "surfaces": {"generator": status.state},
         "queue": {"waiting": status.waiting, "running": status.running, "limit": status.limit},
         "restarts": status.restarts,
         "guardrails": at.guardrails.state,
     }
+    if status.state == "starting":
+        report["loaded_percent"] = at.loaded(status)
     engine = request.app.state.cosmos3_engine
     if engine is not None:
         report["surfaces"]["reasoner"] = "ready"
@@ -97,7 +99,7 @@ async def health_of(request: Request) -> Response:
     if at.draining:
         return _unready("draining", "the server is stopping", report)
     if status.state != "ready":
-        return _unready("loading", f"the generator is {status.state}", report)
+        return _unready("loading", at.reason(status), report)
     return JSONResponse({"status": "healthy", **report})
 
 
