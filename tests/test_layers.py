@@ -11,9 +11,11 @@ PACKAGE = Path(__file__).parents[1] / "vllm_cosmos3"
 
 LAYERS = [
     {"version", "errors", "progress", "loading"},
-    {"config", "plan", "embodiments", "compat"},
+    {"kinds"},
+    {"config", "plan", "embodiments", "poses", "compat"},
     {"runtime.mesh", "media"},
-    {"inventory", "request", "prompts", "sampling", "hub", "models.limits"},
+    {"inventory", "request", "prompts", "sampling", "hub", "models.limits", "droid"},
+    {"actions"},
     {
         "conditions",
         "checkpoint",
@@ -21,11 +23,15 @@ LAYERS = [
         "models.kernels",
         "models.reasoner_weights",
         "models.root_config",
+        "models.clip",
+        "models.normalisation",
         "runtime.attention",
+        "runtime.graphs",
         "runtime.halo",
         "output",
     },
-    {"models.transformer", "models.vae", "models.sound"},
+    {"models.transformer", "models.vae", "models.sound", "models.patches"},
+    {"models.texts"},
     {
         "models.processing",
         "models.video_loader",
@@ -45,13 +51,17 @@ LAYERS = [
 # Within one package of the table (sampling, server, cli) modules may import each other downward.
 NO_TORCH = {
     "errors",
+    "kinds",
     "config",
     "plan",
     "embodiments",
+    "poses",
+    "actions",
     "conditions",
     "request",
     "inventory",
     "hub",
+    "droid",
     "cli",
 }
 

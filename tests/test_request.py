@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from typing import Any
 
@@ -16,6 +17,7 @@ from vllm_cosmos3.request import MAX_SEED, SPECS, GenerateRequest, from_fields
 NOT_INTEGERS = [True, 1.5, "12", [12], b"1"]
 NOT_NUMBERS = [True, "1", [1.0], float("nan"), float("inf"), 1j]
 NOT_TEXT = [5, b"text", ["text"], True]
+ROWS = [5, "[[1]]", [], [[]], [1.0], [[math.nan]], [[1, "a"]], [[1, 2], [1]], [[[1.0]]], {}]
 WRONG: dict[str, list[Any]] = {
     "prompt": [*NOT_TEXT, "", "  \n", "a\0b", "\x1b[0m", "\ud800", "x" * (2**20 + 1)],
     "negative_prompt": [*NOT_TEXT, "a\0b"],
@@ -23,6 +25,20 @@ WRONG: dict[str, list[Any]] = {
     "video": [5, 1.5, True, {}],
     "condition_frame_indexes_vision": [-1, [], [0, -1], "x", [0.5], {}, 1.5],
     "condition_video_keep": ["middle", 1, ""],
+    "action_mode": ["fly", "wam", 1],
+    "domain_name": [*NOT_TEXT, "x" * 101],
+    "domain_id": [*NOT_INTEGERS, -1, 1001],
+    "raw_action_dim": [*NOT_INTEGERS, 0, -9],
+    "action_chunk_size": [*NOT_INTEGERS, 0, -1, 1001],
+    "action": ROWS,
+    "action_path": [*NOT_TEXT, "x" * 5000],
+    "action_history": ROWS,
+    "action_state": [5, "0,1", [], [math.nan], ["a"], [[1.0]], [True], {}],
+    "action_stats_path": [*NOT_TEXT, "x" * 5000],
+    "action_normalization": ["none", 1],
+    "view_point": ["below", 0],
+    "view_description": [*NOT_TEXT, "x" * 5000],
+    "image_size": [*NOT_INTEGERS, 0, 512, [320, 576]],
     "size": ["1280*720", "0x0", "x", "1280x", "-16x16", "1281x719", "²x16", 720, "99999999999x16"],
     "height": [*NOT_INTEGERS, 0, -16, 100, 2**20],
     "width": [*NOT_INTEGERS, 0, -16, 100, 2**20],
@@ -126,6 +142,7 @@ def test_unknown_field_names_the_nearest() -> None:
         ({"num_frames": 1}, "text2image"),
         ({"image": "a.png"}, "image2video"),
         ({"video": "a.mp4"}, "video2video"),
+        ({"image": "a.png", "action_mode": "policy"}, "policy"),
     ],
 )
 def test_mode_follows_from_inputs(fields: dict[str, Any], mode: str) -> None:

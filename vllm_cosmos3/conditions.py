@@ -12,9 +12,11 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from vllm_cosmos3 import media, prompts
+from vllm_cosmos3 import actions, media, prompts
+from vllm_cosmos3.actions import Action
 from vllm_cosmos3.config import ModelConfig
 from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.kinds import check_mode
 from vllm_cosmos3.plan import Plan, StreamPlan
 from vllm_cosmos3.request import SPECS, GenerateRequest, parse_size
 
@@ -32,6 +34,7 @@ class Defaults:
     flow_shift: float
     condition_frame_indexes_vision: tuple[int, ...]
     negative_prompts: tuple[str, ...]  # files under assets/ of the checkpoint; none: empty text
+    negative_metadata_mode: str = "same"
 
 
 _VIDEO = Defaults(
@@ -65,6 +68,8 @@ DEFAULTS = {
     ),
     "video2video": replace(_VIDEO, condition_frame_indexes_vision=(0, 1)),
 }
+# With actions, where size, length and rate follow from the embodiment and the picture.
+ACTION_STEPS, ACTION_GUIDANCE, ACTION_SHIFT = 30, 1.0, 10.0
 
 ASPECT_RATIOS = ("1,1", "4,3", "3,4", "16,9", "9,16")
 TRAINED_SIZES = {  # tier: (width, height) for each of ASPECT_RATIOS
@@ -94,17 +99,20 @@ class Parameters:
     guidance_scale: float
     flow_shift: float
     condition_frame_indexes_vision: tuple[int, ...]
+    negative_prompts: tuple[str, ...]
+    negative_metadata_mode: str
     sound_duration: float | None  # None: no sound
     warnings: tuple[str, ...]
 
 
 def resolve(request: GenerateRequest, model: ModelConfig) -> Parameters:
-    """Settle what the request leaves open. Reads no file and needs no tokenizer.
+    """Settle what a request without actions leaves open. Reads no file and needs no tokenizer.
 
     Raises:
         InvalidRequest: the combination does not fit the checkpoint or the sizes it was trained for.
     """
     mode, default = request.mode, DEFAULTS[request.mode]
+    check_mode(model.kind, mode)
     width, height = _size(request, default)
     fps = request.fps or default.fps
     warnings = [*_check_area(request, width, height), *_check_fps(request, fps)]
@@ -128,8 +136,51 @@ def resolve(request: GenerateRequest, model: ModelConfig) -> Parameters:
         guidance_scale=guidance,
         flow_shift=request.flow_shift or default.flow_shift,
         condition_frame_indexes_vision=known,
+        negative_prompts=default.negative_prompts,
+        negative_metadata_mode=request.negative_metadata_mode or default.negative_metadata_mode,
         sound_duration=_sound_duration(request, model, num_frames / fps),
         warnings=tuple(warnings),
+    )
+
+
+def resolve_action(
+    request: GenerateRequest, model: ModelConfig, action: Action, picture: tuple[int, int]
+) -> Parameters:
+    """The same for a request with actions about a ``picture`` of this width and height.
+
+    The size is that of the canvas on which the picture is laid.
+    """
+    check_mode(model.kind, request.mode)
+    width, height = nearest_size(action.image_size, *picture)
+    default = Defaults(
+        width=width,
+        height=height,
+        num_frames=action.num_frames,
+        fps=action.fps,
+        num_inference_steps=ACTION_STEPS,
+        guidance_scale=ACTION_GUIDANCE,
+        flow_shift=ACTION_SHIFT,
+        condition_frame_indexes_vision=action.known_frames,
+        negative_prompts=(),
+        negative_metadata_mode="none",
+    )
+    width, height = _size(request, default)
+    steps, guidance = _fixed_steps(request, model, default)
+    return Parameters(
+        mode=request.mode,
+        width=width,
+        height=height,
+        num_frames=default.num_frames,
+        seconds=default.num_frames / default.fps,
+        fps=default.fps,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        flow_shift=request.flow_shift or default.flow_shift,
+        condition_frame_indexes_vision=default.condition_frame_indexes_vision,
+        negative_prompts=default.negative_prompts,
+        negative_metadata_mode=request.negative_metadata_mode or default.negative_metadata_mode,
+        sound_duration=None,
+        warnings=(*action.warnings, *_check_area(request, width, height)),
     )
 
 
@@ -139,14 +190,21 @@ def make_plan(request: GenerateRequest, model: ModelConfig, tokenizer: prompts.T
     Raises:
         InvalidRequest: as `resolve`, and for media that cannot be read, and for wrong token ids.
     """
-    parameters = resolve(request, model)
-    warnings = list(parameters.warnings)
-    vision = _vision_stream(request, parameters, model, warnings)
-    streams = [vision]
+    action = actions.settle(request, model)
+    if action is None:
+        parameters = resolve(request, model)
+        warnings = list(parameters.warnings)
+        streams = [_vision_stream(request, parameters, model, warnings)]
+    else:
+        frames = actions.observation(request, action)
+        parameters = resolve_action(request, model, action, (frames.shape[2], frames.shape[1]))
+        warnings = list(parameters.warnings)
+        streams = [_canvas_stream(frames, parameters, model), actions.action_stream(action, model)]
     if parameters.sound_duration is not None:
         streams.append(_sound_stream(parameters.sound_duration, model))
     negative = _negative_prompt(request, parameters, model)
-    token_ids = _token_ids(request, parameters, model, tokenizer, negative, warnings)
+    view = None if action is None else action.view
+    token_ids = _token_ids(request, parameters, model, tokenizer, negative, view, warnings)
     seed = request.seed or 0
     return Plan(
         token_ids=token_ids,
@@ -161,8 +219,10 @@ def make_plan(request: GenerateRequest, model: ModelConfig, tokenizer: prompts.T
         seeds=tuple(range(seed, seed + request.n)),
         noise=request.noise,
         decoded=request.output_type != "latent",
+        domain_id=0 if action is None else action.embodiment.domain_id,
+        actions=None if action is None else action.rows,
         initial=_initial(request, streams),
-        effective=_effective(request, parameters, negative, token_ids),
+        effective=_effective(request, parameters, model, action, negative, token_ids),
         warnings=tuple(warnings),
     )
 
@@ -222,6 +282,23 @@ def _vision_stream(
     )
 
 
+def _canvas_stream(frames: media.Pixels, parameters: Parameters, model: ModelConfig) -> StreamPlan:
+    """A video of which only what the pictures cover of their canvas is kept."""
+    pixels, (height, width) = media.fit_inside(
+        frames, height=parameters.height, width=parameters.width
+    )
+    vae = model.vae
+    length = 1 + (parameters.num_frames - 1) // vae.scale_factor_temporal
+    rows, columns = (max(side // vae.scale_factor_spatial, 1) for side in (height, width))
+    return StreamPlan(
+        name="vision",
+        shape=(1, vae.z_dim, length, rows, columns),
+        rate=parameters.fps,
+        known=parameters.condition_frame_indexes_vision,
+        source=pixels,
+    )
+
+
 def _crop_warning(width: int, height: int, to_width: int, to_height: int) -> list[str]:
     scale = max(to_width / width, to_height / height)
     lost = 1 - (to_width * to_height) / (scale * width * scale * height)
@@ -264,7 +341,7 @@ def _initial(request: GenerateRequest, streams: list[StreamPlan]) -> dict[str, n
 
 
 def _negative_prompt(request: GenerateRequest, parameters: Parameters, model: ModelConfig) -> str:
-    files = DEFAULTS[parameters.mode].negative_prompts
+    files = parameters.negative_prompts
     if request.negative_prompt is not None:
         return request.negative_prompt
     return prompts.default_negative(model.path, files) if files else ""
@@ -276,6 +353,7 @@ def _token_ids(
     model: ModelConfig,
     tokenizer: prompts.Tokenizer,
     negative: str,
+    view: str | None,
     warnings: list[str],
 ) -> tuple[tuple[int, ...], ...]:
     facts = prompts.Facts(
@@ -303,9 +381,11 @@ def _token_ids(
     if request.prompt_token_ids is not None:
         ids = _given_ids(request, "prompt_token_ids", request.prompt_token_ids, model)
     else:
-        text = prompts.positive_text(
-            request.prompt or "", facts, style=request.prompt_format, **sentences
-        )
+        prompt, style = request.prompt or "", request.prompt_format
+        if view is None:
+            text = prompts.positive_text(prompt, facts, style=style, **sentences)
+        else:
+            text = prompts.action_text(prompt, facts, style=style, view=view, **sentences)
         ids = encoded("prompt", text)
     if request.negative_prompt_token_ids is not None:
         negative_ids = _given_ids(
@@ -313,7 +393,7 @@ def _token_ids(
         )
     else:
         text = prompts.negative_text(
-            negative, facts, metadata=request.negative_metadata_mode, **sentences
+            negative, facts, metadata=parameters.negative_metadata_mode, **sentences
         )
         negative_ids = encoded("negative_prompt", text)
     return (ids, negative_ids) if parameters.guidance_scale != 1 else (ids,)
@@ -339,6 +419,11 @@ def _aspect_ratio(width: int, height: int) -> str | None:
 
 
 # Numbers.
+
+
+def nearest_size(tier: int, width: int, height: int) -> tuple[int, int]:
+    """The trained width and height of a tier whose shape is nearest to that of a picture."""
+    return min(TRAINED_SIZES[tier], key=lambda size: abs(size[1] / size[0] - height / width))
 
 
 def tier_of(width: int, height: int) -> int:
@@ -458,13 +543,15 @@ def _sound_duration(request: GenerateRequest, model: ModelConfig, seconds: float
 def _effective(
     request: GenerateRequest,
     parameters: Parameters,
+    model: ModelConfig,
+    action: Action | None,
     negative: str,
     token_ids: tuple[tuple[int, ...], ...],
 ) -> dict[str, object]:
-    """Every field of the request with its final value, and the mode, as JSON values."""
+    """Every field of the request with its final value, the mode and the kind of checkpoint, as JSON values."""
     settled = asdict(parameters)
     settled.pop("warnings")
-    values: dict[str, object] = {"mode": settled.pop("mode")}
+    values: dict[str, object] = {"mode": settled.pop("mode"), "checkpoint_kind": model.kind}
     for name in SPECS:
         values[name] = settled.pop(name) if name in settled else getattr(request, name)
     values["size"] = f"{parameters.width}x{parameters.height}"
@@ -472,6 +559,7 @@ def _effective(
         values["negative_prompt"] = negative
     values["image"] = _shown(request.image)
     values["video"] = _shown(request.video)
+    values |= {} if action is None else action.effective()
     values["latents"] = sorted(request.latents) if request.latents else None
     values["prompt_tokens"] = [len(ids) for ids in token_ids]
     return values

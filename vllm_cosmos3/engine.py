@@ -59,6 +59,7 @@ class Cosmos3:
             only rank 0 gets results.
         attention_backend: one of `runtime.attention.BACKENDS`, or "auto".
         load_format: "auto", or "dummy" for random weights where only the time matters.
+        checkpoint_kind: one of `kinds.MODES`, where the files do not tell it.
 
     Raises:
         CheckpointError: the checkpoint is missing, incomplete or of another kind.
@@ -79,6 +80,7 @@ class Cosmos3:
         distributed_executor_backend: str | None = None,
         attention_backend: str = "auto",
         load_format: str = "auto",
+        checkpoint_kind: str | None = None,
     ) -> None:
         start = time.perf_counter()
         _check_choice("dtype", dtype, DTYPES)
@@ -92,6 +94,7 @@ class Cosmos3:
             device=str(self.device),
             load_format=load_format,
             attention_backend=attention_backend,
+            checkpoint_kind=checkpoint_kind,
             parallel=ParallelConfig(
                 tensor_parallel_size=tensor_parallel_size,
                 cfg_parallel_size=cfg_parallel_size,
@@ -99,7 +102,7 @@ class Cosmos3:
                 vae_parallel=vae_parallel,
             ),
         )
-        self._model = read_config(config.model)
+        self._model = read_config(config.model, checkpoint_kind)
         self._tokenizer = load_tokenizer(config.model)
         self._runner: Runner | None = make_runner(config, distributed_executor_backend)
         self._lock = threading.Lock()  # one request at a time, also from several threads

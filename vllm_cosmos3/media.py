@@ -127,6 +127,30 @@ def cover_crop(frames: Pixels, *, height: int, width: int) -> Pixels:
     return out
 
 
+def fit_inside(frames: Pixels, *, height: int, width: int) -> tuple[Pixels, tuple[int, int]]:
+    """Frames at the top left of a canvas ``height`` x ``width``, and their own height and width there.
+
+    They are reduced to fit, bicubically with antialiasing and rounded to whole levels, but never
+    enlarged. The rest mirrors them, or repeats their last row and column where it is larger than
+    they are.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    scale = min(width / frames.shape[2], height / frames.shape[1], 1.0)
+    rows, columns = (max(1, int(scale * side + 0.5)) for side in frames.shape[1:3])
+    down, right = height - rows, width - columns
+    mode: Literal["edge", "reflect"] = "edge" if down >= rows or right >= columns else "reflect"
+    out = np.empty((len(frames), height, width, 3), np.uint8)
+    for frame, target in zip(frames, out, strict=True):
+        if (rows, columns) != frame.shape[:2]:
+            x = torch.from_numpy(np.ascontiguousarray(frame)).movedim(2, 0)[None].float()
+            x = F.interpolate(x, size=(rows, columns), mode="bicubic", antialias=True)
+            frame = x[0].round().clamp(0, 255).movedim(0, 2).numpy().astype(np.uint8)  # noqa: PLW2901
+        target[:] = np.pad(frame, ((0, down), (0, right), (0, 0)), mode)
+    return out, (rows, columns)
+
+
 class VideoWriter:
     """An MP4 that grows while its frames are still being made.
 

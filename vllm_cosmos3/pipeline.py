@@ -11,10 +11,12 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,13 +24,15 @@ from vllm_cosmos3 import conditions, prompts
 from vllm_cosmos3.config import EngineConfig, ModelConfig, read_config
 from vllm_cosmos3.inventory import sound_tensors, transformer_tensors, vae_tensors
 from vllm_cosmos3.models.sound import SoundVAE
-from vllm_cosmos3.models.transformer import Rope, TextCache, Transformer, weight_table
+from vllm_cosmos3.models.texts import RecentTexts
+from vllm_cosmos3.models.transformer import Context, Transformer, join, weight_table
 from vllm_cosmos3.models.vae import VideoVAE, to_frames, to_pixels
 from vllm_cosmos3.models.weights import Table, identity_table, load_dummy_weights, load_weights
 from vllm_cosmos3.output import Output, Sample
 from vllm_cosmos3.plan import Plan, StreamPlan
 from vllm_cosmos3.request import GenerateRequest
 from vllm_cosmos3.runtime.attention import make_attend
+from vllm_cosmos3.runtime.graphs import Recording, launches_matter
 from vllm_cosmos3.runtime.mesh import Mesh
 from vllm_cosmos3.sampling import positions
 from vllm_cosmos3.sampling.guidance import (
@@ -38,10 +42,21 @@ from vllm_cosmos3.sampling.guidance import (
     idle_ranks,
 )
 from vllm_cosmos3.sampling.noise import initial_noise, step_noise
-from vllm_cosmos3.sampling.packing import Stream, free_frames, patch_grid, start_stream
+from vllm_cosmos3.sampling.packing import (
+    Stream,
+    free_frames,
+    free_rows,
+    patch_grid,
+    start_stream,
+)
 from vllm_cosmos3.sampling.schedule import Schedule, make_schedule
 from vllm_cosmos3.sampling.solvers import SOLVERS
 from vllm_cosmos3.sampling.solvers import State as SolverState
+
+JOINED_TOKENS = 2048  # of all branches, up to which one forward is faster than one for each
+TEXT_BYTES = 1 << 29  # of keys and values kept of recent texts: about 3,600 tokens of Nano
+
+Forward = Callable[..., Sequence[tuple[Tensor, ...]]]  # of the timestep and each stream's x
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -62,7 +77,8 @@ class State:
     timers: Timers
     timesteps: Tensor  # the schedule's, on the device: a copy in each step would wait for the GPU
     index: int = 0
-    texts: dict[int, tuple[TextCache, Rope]] = field(default_factory=dict)  # by branch
+    contexts: dict[int, Context] = field(default_factory=dict)  # by branch
+    forwards: dict[tuple[int, ...], Forward] = field(default_factory=dict)  # by branches
     known: tuple[Known, ...] = ()  # by stream, like all tuples below
     streams: tuple[Stream, ...] = ()
     solver: tuple[SolverState, ...] = ()
@@ -91,6 +107,7 @@ class Pipeline:
         self.model, self.tokenizer = model, tokenizer
         self.transformer, self.vae, self.sound = transformer, vae, sound
         self.mesh, self.device = mesh, device
+        self.texts = RecentTexts(TEXT_BYTES)
 
     @classmethod
     def load(cls, config: EngineConfig, mesh: Mesh, device: torch.device | str) -> Pipeline:
@@ -100,7 +117,7 @@ class Pipeline:
             CheckpointError: a file is missing, corrupt or of another architecture.
         """
         device = torch.device(device)
-        model = read_config(config.model)
+        model = read_config(config.model, config.checkpoint_kind)
         tokenizer = prompts.load_tokenizer(config.model)
         dtype = getattr(torch, config.dtype)
         attend = make_attend(
@@ -150,7 +167,7 @@ class Pipeline:
         )
         with state.timers.phase("text"):
             for branch in branches_of_rank(state.guidance, self.mesh.cfg):
-                state.texts[branch] = self._understand(plan, branch)
+                state.contexts[branch] = self._understand(plan, branch)
         with state.timers.phase("vae_encode"):
             state.known = tuple(self._known(stream) for stream in plan.streams)
         return state
@@ -171,7 +188,10 @@ class Pipeline:
     @torch.inference_mode()
     def decode(self, state: State) -> None:
         """Turn the latents of every sample into pixels and sound on the host."""
-        state.texts.clear()
+        for branch, context in state.contexts.items():
+            self.texts.keep(tuple(state.plan.token_ids[branch]), *context.texts)
+        state.contexts.clear()
+        state.forwards.clear()
         for seed, latents in zip(state.plan.seeds, state.denoised, strict=True):
             named = {stream.name: x for stream, x in zip(state.plan.streams, latents, strict=True)}
             make = self._decoded if state.plan.decoded else self._undecoded
@@ -194,18 +214,24 @@ class Pipeline:
 
     # Encoding.
 
-    def _understand(self, plan: Plan, branch: int) -> tuple[TextCache, Rope]:
+    def _understand(self, plan: Plan, branch: int) -> Context:
         """Keys and values of one branch's text, and the positions of all that follows it."""
         ids = plan.token_ids[branch]
         start = positions.generation_start(len(ids), self.model.transformer)
-        ids_S = torch.tensor(ids, device=self.device)
         positions_3S = torch.cat([self._positions(s, start) for s in plan.streams], dim=1)
-        return self.transformer.understand(ids_S), self.transformer.rope(positions_3S)
+        text = self.texts.find(tuple(ids))
+        if text is None:
+            text = self.transformer.understand(torch.tensor(ids, device=self.device))
+        return Context(texts=(text,), rope=self.transformer.rope(positions_3S))
 
     def _positions(self, stream: StreamPlan, start: float) -> Tensor:
         config = self.model.transformer
         if stream.name == "sound":
             return positions.sound_positions(stream.length, start=start, config=config)
+        if stream.name == "action":
+            return positions.action_positions(
+                stream.length, start=start, fps=stream.rate, first=stream.first, config=config
+            )
         frames, rows, columns = patch_grid(stream.shape, config.latent_patch_size)
         return positions.vision_positions(
             frames, rows, columns, start=start, fps=stream.rate, config=config
@@ -216,11 +242,17 @@ class Pipeline:
         if stream.name == "sound":
             free = torch.ones((1, stream.length), dtype=torch.bool)
             return Known(clean=clean, free=free.to(self.device))
+        if stream.name == "action":
+            assert stream.source is not None  # zeros, where nothing is given
+            clean = torch.from_numpy(stream.source).to(self.device)
+            free = free_rows(stream.shape, stream.known, stream.channels)
+            return Known(clean=clean, free=free.to(self.device))
         if stream.source is not None:
             pixels = torch.from_numpy(stream.source).to(self.device)
             given = self.vae.encode(to_pixels(pixels))
+            height, width = stream.shape[3:]  # of a canvas that was filled up, the picture
             for frame in stream.known:
-                clean[:, :, frame] = given[:, :, frame]
+                clean[:, :, frame] = given[:, :, frame, :height, :width]
         return Known(clean=clean, free=free_frames(stream.length, stream.known).to(self.device))
 
     # Denoising.
@@ -244,15 +276,7 @@ class Pipeline:
     def _advance(self, state: State, seed: int, index: int) -> None:
         """Predict, guide, step, and put back what is known. The solver works in float32."""
         plan, schedule = state.plan, state.schedule
-        timestep = state.timesteps[index]
-
-        def predict(branch: int) -> tuple[Tensor, ...]:
-            text, rope = state.texts[branch]
-            velocities: tuple[Tensor, ...] = self.transformer(
-                state.streams, text, rope, timestep, plan.domain_id
-            )
-            return velocities
-
+        predict = partial(self._predict, state, state.timesteps[index])
         velocities = guide(predict, state.guidance[index], self.mesh.cfg)
         solver = SOLVERS[plan.solver]
         fresh: dict[str, Tensor] = {}
@@ -267,11 +291,34 @@ class Pipeline:
             remembered.append(after)
         state.streams, state.solver = tuple(streams), tuple(remembered)
 
+    def _predict(
+        self, state: State, timestep: Tensor, branches: Sequence[int]
+    ) -> list[tuple[Tensor, ...]]:
+        """The velocities of some branches: evaluated together where the tokens are few."""
+        tokens = state.contexts[branches[0]].rope.length
+        group = len(branches) if tokens * len(branches) <= JOINED_TOKENS else 1
+        velocities: list[tuple[Tensor, ...]] = []
+        for first in range(0, len(branches), group):
+            forward = self._forward(state, tuple(branches[first : first + group]))
+            velocities += forward(timestep, *(stream.x for stream in state.streams))
+        return velocities
+
+    def _forward(self, state: State, branches: tuple[int, ...]) -> Forward:
+        """The transformer for these branches: made once, as it may be a recording."""
+        if branches not in state.forwards:
+            context = join([state.contexts[branch] for branch in branches])
+            forward = partial(_evaluate, self.transformer, state.streams, context, state.plan)
+            tokens = context.rope.table.shape[0]
+            recorded = launches_matter(tokens, state.plan.steps, self.mesh.world, self.device)
+            state.forwards[branches] = Recording(forward) if recorded else forward
+        return state.forwards[branches]
+
     # Decoding.
 
     def _undecoded(self, state: State, seed: int, latents: dict[str, Tensor]) -> Sample:
         with state.timers.phase("to_cpu"):
-            return Sample(seed=seed, latents={k: x.cpu().numpy() for k, x in latents.items()})
+            arrays = {name: x.cpu().numpy() for name, x in latents.items()}
+        return Sample(seed=seed, latents=arrays, action=_actions(state.plan, latents))
 
     def _decoded(self, state: State, seed: int, latents: dict[str, Tensor]) -> Sample:
         first = self.mesh.world.rank == 0
@@ -289,7 +336,8 @@ class Pipeline:
             sound = None if waveform is None else waveform.float().cpu().numpy()
         if len(pixels_THWC) == 1:
             return Sample(seed=seed, image=pixels_THWC[0])
-        return Sample(seed=seed, video=pixels_THWC, sound=sound)
+        action = _actions(state.plan, latents)
+        return Sample(seed=seed, video=pixels_THWC, sound=sound, action=action)
 
 
 class Timers:
@@ -339,6 +387,25 @@ def loaded_values(model: ModelConfig) -> int:
         sound = sound_tensors(model.sound)
         total += sum(math.prod(sound[name]) for name in sound if name.startswith("decoder."))
     return total
+
+
+def _evaluate(
+    transformer: Transformer,
+    streams: Sequence[Stream],
+    context: Context,
+    plan: Plan,
+    timestep: Tensor,
+    *xs: Tensor,
+) -> tuple[tuple[Tensor, ...], ...]:
+    """The transformer as a function of what changes from step to step."""
+    now = [replace(stream, x=x) for stream, x in zip(streams, xs, strict=True)]
+    velocities: tuple[tuple[Tensor, ...], ...] = transformer(now, context, timestep, plan.domain_id)
+    return velocities
+
+
+def _actions(plan: Plan, latents: dict[str, Tensor]) -> np.ndarray | None:
+    """The actions that a request has made."""
+    return None if plan.actions is None else plan.actions.read(latents["action"].cpu().numpy())
 
 
 def peak_memory(device: torch.device) -> int:

@@ -19,7 +19,10 @@ class StreamPlan:
     ``shape`` is vision [1, 48, T, h, w], sound [64, T_s] or action [T_a, 64]. ``known`` are the
     positions on the time axis that are given rather than generated; ``source`` is what their
     latents are made from: for vision uint8 pixels [frames, H, W, 3] from the first known position
-    on. ``rate`` is what a second holds of the material: pixel frames, sound latents, action rows.
+    on, which the encoder may see more of than the stream's shape keeps at the right and bottom; for
+    action float32 rows of the whole shape. ``rate`` is what a second holds of the material: pixel
+    frames, sound latents, action rows. Of action, ``channels`` carry numbers and the rest is zero,
+    and row 0 belongs to pixel frame ``first``.
     """
 
     name: str
@@ -27,6 +30,8 @@ class StreamPlan:
     rate: float
     known: tuple[int, ...] = ()
     source: np.ndarray | None = None
+    channels: int = 0
+    first: int = 0
 
     @property
     def length(self) -> int:
@@ -35,12 +40,32 @@ class StreamPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ActionRows:
+    """How the latents of the action stream become the actions of a result.
+
+    Rows from ``start`` on and the first ``channels`` of each are kept; ``scale`` and ``offset``
+    [channels] lead from the values that the model works with to the user's.
+    """
+
+    start: int
+    channels: int
+    scale: np.ndarray
+    offset: np.ndarray
+
+    def read(self, latents: np.ndarray) -> np.ndarray:
+        """Actions float32 [T_a, channels] from latents [rows, 64]."""
+        rows: np.ndarray = latents[self.start :, : self.channels] * self.scale + self.offset
+        return rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Plan:
     """Everything that the five calls of the pipeline need to know about one request.
 
     ``token_ids`` has one list per guidance branch: the prompt, then the negative prompt unless
     ``guidance_scale`` is 1. ``seeds`` has one seed per result. ``initial`` replaces the seeds'
-    noise by stream name. ``decoded`` is false if the latents alone are wanted. ``effective`` is the
+    noise by stream name. ``decoded`` is false if the latents alone are wanted. ``domain_id`` is the
+    embodiment of the actions, ``actions`` how to read them if they are generated. ``effective`` is the
     record of all resolved parameters under their public names, JSON-serialisable; ``warnings`` are
     sentences for the user.
     """
@@ -58,6 +83,7 @@ class Plan:
     noise: str
     decoded: bool
     domain_id: int = 0
+    actions: ActionRows | None = None
     initial: Mapping[str, np.ndarray] = field(default_factory=dict)
     effective: Mapping[str, object] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()

@@ -71,6 +71,28 @@ def positive_text(
     )
 
 
+def action_text(
+    prompt: str, facts: Facts, *, style: str, view: str, duration: bool, resolution: bool
+) -> str:
+    """An instruction as the caption that models with actions were trained on.
+
+    ``view`` is the sentence on the camera. The caption is JSON, with the instruction as what
+    happens all the time; ``style`` "plain" makes it a text, whose sentences on length and size
+    ``duration`` and ``resolution`` choose. A prompt that is a JSON caption gets its facts alone.
+    """
+    caption = _json_object(prompt) if style != "plain" else None
+    if caption is not None:
+        return json.dumps(_with_facts(caption, facts))
+    if style == "plain":
+        rest = _sentences(facts, DURATION, RESOLUTION, duration=duration, resolution=resolution)
+        return _with_sentences(prompt, [view, *rest])
+    text = prompt.strip()
+    text = text if text.endswith((".", "!", "?")) else f"{text}."
+    minutes, seconds = divmod(round(facts.num_frames / facts.fps), 60)
+    whole = {"time": f"0:00-{minutes}:{seconds:02d}", "description": text}
+    return json.dumps(_with_facts({"cinematography": {"framing": view}, "actions": [whole]}, facts))
+
+
 def negative_text(
     prompt: str, facts: Facts, *, metadata: str, duration: bool, resolution: bool
 ) -> str:

@@ -121,7 +121,8 @@ def test_print_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     rows = {line.split()[0]: line.split()[1:] for line in lines if len(line.split()) > 1}
     assert rows["guidance_scale"] == ["4", "6", "6", "6"]
     assert rows["num_frames"] == ["1", "189", "189", "189"]
-    assert rows["negative_metadata_mode"] == ["same"]
+    assert rows["negative_metadata_mode"] == ["same"] * 4
+    assert rows["umi"] == ["10", "20", "16", "256", "wrist_view"]
 
 
 def test_help_has_every_field(capsys: pytest.CaptureFixture[str]) -> None:

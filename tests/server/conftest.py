@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from generators import generator
+from robots import KEY
 from servers import Server
 
 from vllm_cosmos3.checkpoint import write_checkpoint
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +36,7 @@ def generator_server(
 
 @pytest.fixture(scope="session")
 def distilled_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint of four fixed steps that animates a picture and makes no sound."""
+    """A tiny checkpoint that turns a picture into a video in four steps."""
     folder = tmp_path_factory.mktemp("distilled") / "tiny"
     write_checkpoint(folder, kind="distilled-i2v")
     return folder
@@ -57,3 +61,22 @@ def guarded_server(
         patch.setenv("PYTHONPATH", path)
         with generator(distilled_checkpoint, folder, vllm_cache, *flags) as server:
             yield server
+
+
+@pytest.fixture(scope="session")
+def robot_server(vllm_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A policy for DROID robots, behind an API key."""
+    folder = tmp_path_factory.mktemp("robots")
+    write_checkpoint(folder / "tiny", kind="policy-droid")
+    flags = ["--api-key", KEY, "--robot-openpi-idle-timeout", "5"]
+    with generator(folder / "tiny", folder, vllm_cache, *flags) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def openpi_python() -> Path:
+    """The Python of an environment with openpi-client, which later sessions find again."""
+    folder = ROOT / ".venv-openpi"
+    command = [sys.executable, str(ROOT / "tools" / "setup.py"), "--device", "openpi"]
+    subprocess.run([*command, "--folder", str(folder)], check=True, timeout=300)
+    return folder / "bin" / "python"

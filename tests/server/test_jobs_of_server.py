@@ -7,6 +7,7 @@ import re
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -207,8 +208,9 @@ def _trickle(server: Server, length: int, *, chunk: int, pause: float) -> tuple[
                 pass
             else:
                 connection.settimeout(10)
-                while more := connection.recv(65536):  # the body may come after the head
-                    answer += more
+                with suppress(ConnectionResetError):  # of what it has not read
+                    while more := connection.recv(65536):  # the body may come after the head
+                        answer += more
                 return sent, answer
             connection.settimeout(30)
             connection.sendall(b"%x\r\n%s\r\n" % (chunk, bytes(chunk)))

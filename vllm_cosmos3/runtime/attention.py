@@ -7,7 +7,7 @@ key head j // (H / h). Causal attention needs S = K. Scores are scaled by 1 / sq
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import Protocol
 
 import torch
@@ -81,9 +81,12 @@ def _attend_flash(
     )
 
 
-@lru_cache(maxsize=64)
+@cache
 def _bounds(length: int, device: torch.device) -> Tensor:
-    """Start and end of the only sequence. Kept, because building it would stop the device."""
+    """Start and end of the only sequence, 8 bytes.
+
+    Kept, because building it would stop the device, and for ever, because recorded kernels read it.
+    """
     return torch.tensor([0, length], dtype=torch.int32, device=device)
 
 

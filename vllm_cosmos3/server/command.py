@@ -111,8 +111,9 @@ def run(checkpoint: str, host: str | None, port: int, rest: list[str]) -> int:
 
     from vllm_cosmos3.server.app import Listen, make_app, serve
     from vllm_cosmos3.server.guardrails import Guardrails
-    from vllm_cosmos3.server.service import Service
+    from vllm_cosmos3.server.service import Service, checked_model
 
+    checked_model(folder, options)
     device = args.device or current_platform.device_type
     if device.split(":")[0] != current_platform.device_type:
         possible = f"{current_platform.device_type}, for the vLLM installed here"
@@ -149,6 +150,7 @@ def _announce(service: Service, listen: Listen) -> None:
     }
     lines = {
         "models": ", ".join(service.names),
+        "checkpoint": service.model.kind,
         "surface": "generator: /v1/images/generations, /v1/videos; /docs has all",
         "mesh": ", ".join(f"{name} {size}" for name, size in mesh.items()),
         "queue": f"{options.max_queue} requests",
