@@ -14,8 +14,9 @@ LAYERS = [
     {"kinds"},
     {"config", "plan", "embodiments", "poses", "compat"},
     {"runtime.mesh", "media"},
+    {"hints"},
     {"inventory", "request", "prompts", "sampling", "hub", "models.limits", "droid"},
-    {"actions"},
+    {"actions", "transfer"},
     {
         "conditions",
         "checkpoint",
@@ -33,6 +34,7 @@ LAYERS = [
     {"models.transformer", "models.vae", "models.sound", "models.patches"},
     {"models.texts"},
     {
+        "models.components",
         "models.processing",
         "models.video_loader",
         "models.config_parser",
@@ -57,6 +59,8 @@ NO_TORCH = {
     "embodiments",
     "poses",
     "actions",
+    "hints",
+    "transfer",
     "conditions",
     "request",
     "inventory",

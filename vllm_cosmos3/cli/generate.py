@@ -290,6 +290,9 @@ def _add_flag(group: Any, name: str, spec: Spec, default: object) -> None:
     if spec.kind == "bool":
         action = argparse.BooleanOptionalAction
         group.add_argument(flag, action=action, default=None, help=text)
+    elif spec.kind == "hint":
+        metavar = "FILE|JSON"
+        group.add_argument(flag, nargs="?", const=True, type=_hint, metavar=metavar, help=text)
     else:
         metavar = METAVARS.get(spec.kind) or "{" + ",".join(map(str, spec.choices)) + "}"
         group.add_argument(flag, type=_PARSERS.get(spec.kind, str), metavar=metavar, help=text)
@@ -330,6 +333,11 @@ def _rows(text: str) -> object:
 
 def _numbers(text: str) -> list[float | str]:
     return [_number(part) for part in text.split(",")]
+
+
+def _hint(text: str) -> Any:
+    """A file, or an object that says more; the flag alone is true."""
+    return _rows(text) if text.lstrip().startswith("{") else text
 
 
 _PARSERS: dict[str, Callable[[str], Any]] = {

@@ -58,6 +58,13 @@ def load_weights(module: nn.Module, table: Table, folder: Path, shapes: Shapes) 
     _fill(module, table, _read(folder, table, shapes))
 
 
+def check_weights(table: Table, folder: Path, shapes: Shapes) -> None:
+    """Read the headers of the shards alone, and raise what `load_weights` would."""
+    with ExitStack() as stack:
+        shards = [stack.enter_context(_open(path)) for path in _shard_files(folder)]
+        _check(folder, shards, table, shapes)
+
+
 def load_dummy_weights(
     module: nn.Module, table: Table, shapes: Shapes, *, device: torch.device, seed: int = 0
 ) -> None:

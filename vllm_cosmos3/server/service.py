@@ -25,8 +25,8 @@ from vllm_cosmos3 import conditions, prompts
 from vllm_cosmos3.config import EngineConfig, ModelConfig, ParallelConfig, read_config
 from vllm_cosmos3.errors import Busy, Cosmos3Error, InvalidRequest
 from vllm_cosmos3.kinds import DISTILLED
+from vllm_cosmos3.models.components import loaded_values
 from vllm_cosmos3.output import Output
-from vllm_cosmos3.pipeline import loaded_values
 from vllm_cosmos3.plan import Plan
 from vllm_cosmos3.progress import Progress
 from vllm_cosmos3.request import from_fields
