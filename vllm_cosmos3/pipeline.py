@@ -22,6 +22,8 @@ from torch import Tensor
 from vllm_cosmos3 import conditions, prompts
 from vllm_cosmos3.config import EngineConfig, ModelConfig, read_config
 from vllm_cosmos3.inventory import sound_tensors, transformer_tensors, vae_tensors
+from vllm_cosmos3.memory import decided, usual_work, work_of
+from vllm_cosmos3.memory.estimate import TEXT_BYTES
 from vllm_cosmos3.models.sound import SoundVAE
 from vllm_cosmos3.models.texts import RecentTexts
 from vllm_cosmos3.models.transformer import Context, TextCache, Transformer, join, weight_table
@@ -31,6 +33,7 @@ from vllm_cosmos3.output import Output, Sample
 from vllm_cosmos3.plan import Plan, StreamPlan
 from vllm_cosmos3.request import GenerateRequest
 from vllm_cosmos3.runtime.attention import make_attend
+from vllm_cosmos3.runtime.budget import Budget, Promise, memory_of
 from vllm_cosmos3.runtime.graphs import Recording, launches_matter
 from vllm_cosmos3.runtime.mesh import Mesh
 from vllm_cosmos3.sampling import positions
@@ -54,7 +57,6 @@ from vllm_cosmos3.sampling.solvers import SOLVERS
 from vllm_cosmos3.sampling.solvers import State as SolverState
 
 JOINED_TOKENS = 2048  # of all branches, up to which one forward is faster than one for each
-TEXT_BYTES = 1 << 29  # of keys and values kept of recent texts: about 3,600 tokens of Nano
 
 Forward = Callable[..., Sequence[tuple[Tensor, ...]]]  # of the timestep and each stream's x
 
@@ -72,6 +74,7 @@ class State:
     """All there is about one request in flight. ``index`` counts steps over all its samples."""
 
     plan: Plan
+    promise: Promise
     schedule: Schedule
     guidance: tuple[Scales, ...]  # for each step: see sampling.guidance
     timers: Timers
@@ -104,11 +107,13 @@ class Pipeline:
         sound: SoundVAE | None,
         mesh: Mesh,
         device: torch.device,
+        config: EngineConfig,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.config = model, tokenizer, config
         self.transformer, self.vae, self.sound = transformer, vae, sound
         self.mesh, self.device = mesh, device
         self.texts = RecentTexts(TEXT_BYTES)
+        self.budget = Budget(model, config, mesh.world, device)
 
     @classmethod
     def load(cls, config: EngineConfig, mesh: Mesh, device: torch.device | str) -> Pipeline:
@@ -120,6 +125,7 @@ class Pipeline:
         device = torch.device(device)
         model = read_config(config.model, config.checkpoint_kind)
         tokenizer = prompts.load_tokenizer(config.model)
+        config = decided(model, config, usual_work(model), memory_of(device, config.memory_limit))
         dtype = getattr(torch, config.dtype)
         attend = make_attend(
             config.attention_backend,
@@ -127,9 +133,19 @@ class Pipeline:
             dtype=dtype,
             head_dim=model.transformer.head_dim,
         )
-        transformer = Transformer(model.transformer, mesh, attend, dtype=dtype, device=device)
+        host, text_rests = torch.device("cpu"), config.und_residency == "host"
+        transformer = Transformer(
+            model.transformer,
+            mesh,
+            attend,
+            dtype=dtype,
+            device=device,
+            text_device=host if text_rests else device,
+            layer_device=host if config.layerwise_offload else device,
+        )
         shapes = transformer_tensors(model.transformer)
         _fill(transformer, weight_table(model.transformer), config, "transformer", shapes, device)
+        transformer.rest_on_host(text=text_rests, layers=config.layerwise_offload)
         with device:
             vae = VideoVAE(model.vae, mesh.world, config.parallel.vae_parallel).to(dtype)
         shapes = vae_tensors(model.vae)
@@ -143,7 +159,7 @@ class Pipeline:
             shapes = sound_tensors(model.sound)
             table = identity_table({n: s for n, s in shapes.items() if n.startswith("decoder.")})
             _fill(sound, table, config, "sound_tokenizer", shapes, device)
-        return cls(model, tokenizer, transformer, vae, sound, mesh, device)
+        return cls(model, tokenizer, transformer, vae, sound, mesh, device, config)
 
     def plan(self, request: GenerateRequest) -> Plan:
         """Check a request against this checkpoint. The same on every rank; touches no weight."""
@@ -151,7 +167,12 @@ class Pipeline:
 
     @torch.inference_mode()
     def encode(self, plan: Plan) -> State:
-        """Read the prompts, once for all samples, and encode what is given of each stream."""
+        """Read the prompts, once for all samples, and encode what is given of each stream.
+
+        Raises:
+            OutOfMemory: the request does not fit beside those in flight.
+        """
+        promise = self.budget.promise(work_of(plan), self.texts.nbytes, self.texts.clear)
         schedule = make_schedule(
             plan.schedule,
             steps=plan.num_inference_steps,
@@ -160,6 +181,7 @@ class Pipeline:
         )
         state = State(
             plan=plan,
+            promise=promise,
             schedule=schedule,
             guidance=_guidance(plan, schedule),
             timers=Timers(self.device),
@@ -371,7 +393,9 @@ class Pipeline:
             streams = [state.streams[place] for place in state.plan.seen(branches[0])]
             forward = partial(_evaluate, self.transformer, streams, context, state.plan)
             tokens = context.rope.table.shape[0]
-            recorded = launches_matter(tokens, state.plan.steps, self.mesh.world, self.device)
+            recorded = not self.config.layerwise_offload and launches_matter(
+                tokens, state.plan.steps, self.mesh.world, self.device
+            )
             state.forwards[branches] = Recording(forward) if recorded else forward
         return state.forwards[branches]
 

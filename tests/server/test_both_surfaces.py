@@ -13,8 +13,10 @@ import httpx
 import pytest
 import test_catalogue as catalogue
 from generators import PICTURE, SMALL, eventually, refuses
+from robots import PATH, robot
 from servers import BIN, Server, running
 from servers import SMALL as SMALL_ENGINE
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from vllm_cosmos3.server.jobs import Journal
 
@@ -105,6 +107,19 @@ def test_without_a_key(path: str, server: Server) -> None:
 
 def test_other_routes_keep_the_errors_of_vllm(server: Server) -> None:
     assert httpx.get(f"{server.url}/v1/models").json() == {"error": "Unauthorized"}
+
+
+def test_robots_name_their_key_in_either_way(server: Server) -> None:
+    """The checkpoint is no policy, which only those hear who have a key."""
+    for authorization in ("Bearer EMPTY", "Api-Key EMPTY"):
+        for path in ("/", PATH):
+            refused = pytest.raises(ConnectionClosed, match="no robot policy")
+            with refused, robot(server.url, path, authorization):
+                pass
+    for authorization in ("Api-Key wrong", None):
+        for path in ("/", PATH):
+            with pytest.raises(InvalidStatus, match="401"), robot(server.url, path, authorization):
+                pass
 
 
 def test_start_up_prints_the_stock_command(server: Server) -> None:

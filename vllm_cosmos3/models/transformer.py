@@ -18,9 +18,10 @@ D values of a token or head, F rotary frequencies.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,7 @@ from vllm_cosmos3.runtime.mesh import (
     scatter_heads,
     shard_sequence,
 )
+from vllm_cosmos3.runtime.offload import HostLayers
 from vllm_cosmos3.sampling.packing import (
     Stream,
     noisy_tokens,
@@ -111,8 +113,8 @@ def join(contexts: Sequence[Context]) -> Context:
 class Transformer(nn.Module):
     """Both towers and the adapters of each kind of latent.
 
-    ``understanding`` and ``layers`` can be moved between devices on their own; ``text_device`` and
-    ``layer_device`` are where they are built, if not on ``device`` with everything else.
+    ``text_device`` and ``layer_device`` are where the weights of the understanding tower and of the
+    generation layers are, if not on ``device`` with everything else; see `rest_on_host`.
     """
 
     def __init__(
@@ -135,11 +137,20 @@ class Transformer(nn.Module):
             with layer_device or device:
                 count = config.num_hidden_layers
                 self.layers = nn.ModuleList(Layer(config, dtype) for _ in range(count))
+                self.sequence: Iterable[nn.Module] = tuple(self.layers)
             with device:
                 self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
                 self.adapters = _adapters(config, dtype)
                 self.time = TimeEmbedding(config)
         self.requires_grad_(requires_grad=False)
+
+    def rest_on_host(self, *, text: bool, layers: bool) -> None:
+        """Take loaded weights that were built on the host to the device only while they are used."""
+        if text:
+            tower = self.understanding
+            tower.sequence = HostLayers(tower.sequence, self.device)
+        if layers:
+            self.sequence = HostLayers(self.layers, self.device)
 
     def rope(self, positions_3S: Tensor, controls: tuple[tuple[int, float], ...] = ()) -> Rope:
         """Tables for the generation tokens at ``positions_3S``; once per request and branch."""
@@ -174,7 +185,7 @@ class Transformer(nn.Module):
         temb_D = self.time(timestep).to(self.dtype)
         x_SD = torch.cat([self._embed(stream, temb_D, domain_id) for stream in streams])
         x_sD, residual_sD = shard_sequence(x_SD, self._ulysses).repeat(branches, 1), None
-        for layer, *texts in zip(self.layers, *(t.layers for t in context.texts), strict=True):
+        for layer, *texts in zip(self.sequence, *(t.layers for t in context.texts), strict=True):
             attend = partial(self._attend_all, texts, rope)
             x_sD, residual_sD = layer(x_sD, residual_sD, rope, attend)
         x_sD, _ = self.norm(x_sD, residual_sD)
@@ -237,13 +248,17 @@ class Understanding(nn.Module):
             Layer(config, dtype) for _ in range(config.num_hidden_layers - 1)
         )
         self.last = LastLayer(config, dtype)
+        self.sequence: Iterable[nn.Module] = (self.embed_tokens, *self.layers, self.last)
 
     def forward(self, ids_S: Tensor, rope: Rope) -> tuple[Tensor, ...]:
         cache: list[Tensor] = []
+        parts = iter(self.sequence)
+        next(parts)
         x_SD, residual_SD = self._embed(ids_S), None
-        for layer in self.layers:
+        for layer in islice(parts, len(self.layers)):
             x_SD, residual_SD = layer(x_SD, residual_SD, rope, partial(self._attend_causal, cache))
-        return (*cache, self._own(self.last(x_SD, residual_SD, rope)))
+        last = next(parts)
+        return (*cache, self._own(last(x_SD, residual_SD, rope)))
 
     def _embed(self, ids_S: Tensor) -> Tensor:
         """The rows of ``ids_S``. vLLM 0.26 sums over the group even if this is its only rank."""
