@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "vllm_cosmos3"
 
 LAYERS = [
-    {"version", "errors", "progress"},
+    {"version", "errors", "progress", "loading"},
     {"kinds"},
     {"config", "plan", "embodiments", "poses", "compat"},
     {"runtime.mesh", "media"},
@@ -37,6 +37,7 @@ LAYERS = [
     {"models.transformer", "models.vae", "models.sound", "models.patches", "upsample"},
     {"models.texts", "runtime.budget", "records"},
     {
+        "models.components",
         "batch",
         "models.processing",
         "models.video_loader",
