@@ -17,6 +17,7 @@ from vllm_cosmos3.embodiments import EMBODIMENTS, VIEWS, find_embodiment
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.plan import Plan
 from vllm_cosmos3.request import from_fields
+from vllm_cosmos3.sizes import nearest_size
 
 PICTURE = np.random.RandomState(0).randint(0, 256, (48, 80, 3), dtype=np.uint8)
 CLIP = np.stack([PICTURE] * 5)
@@ -281,7 +282,7 @@ def test_pictures_fit_their_canvas(width: int, height: int, canvas: str) -> None
     ],
 )
 def test_canvases(tier: int, size: tuple[int, int], canvas: tuple[int, int]) -> None:
-    assert conditions.nearest_size(tier, *size) == canvas
+    assert nearest_size(tier, *size) == canvas
 
 
 FACTS = prompts.Facts(num_frames=17, fps=5.0, height=544, width=736, aspect_ratio="4,3")
