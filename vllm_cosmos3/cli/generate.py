@@ -81,6 +81,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--vae-parallel", default="halo", help="halo, tile (less memory, not exact) or off (default: halo)")  # fmt: skip
     run.add_argument("--attention-backend", default="auto", help="auto, or the name of one (default: auto)")  # fmt: skip
     run.add_argument("--load-format", default="auto", help="auto, or dummy for random weights (default: auto)")  # fmt: skip
+    run.add_argument("--und-residency", default="auto", help="where the text tower rests: gpu, host, or auto: the host if a default video would not fit otherwise (default: auto)")  # fmt: skip
+    run.add_argument("--enable-layerwise-offload", action="store_true", help="keep the generation layers on the host and stream them at every step")  # fmt: skip
+    run.add_argument("--memory-limit", type=float, metavar="GIB", help="what each rank may use of its device (default: what is free)")  # fmt: skip
     run.add_argument("--enforce-eager", action="store_true", help="of the reasoner: start sooner and answer more slowly")  # fmt: skip
     run.add_argument("--checkpoint-kind", metavar="KIND", help=f"{', '.join(MODES)} (default: what its files say)")  # fmt: skip
     request = parser.add_argument_group("request")
@@ -139,6 +142,9 @@ def loaded(args: argparse.Namespace) -> Cosmos3:
         distributed_executor_backend=args.distributed_executor_backend,
         attention_backend=args.attention_backend,
         load_format=args.load_format,
+        und_residency=args.und_residency,
+        enable_layerwise_offload=args.enable_layerwise_offload,
+        memory_limit=args.memory_limit,
         checkpoint_kind=args.checkpoint_kind,
     )
 
@@ -374,6 +380,9 @@ def add_flag(group: Any, name: str, spec: Spec, default: object) -> None:
     if spec.kind == "bool":
         action = argparse.BooleanOptionalAction
         group.add_argument(*flags, action=action, default=None, help=text)
+    elif spec.kind == "hint":
+        metavar = "FILE|JSON"
+        group.add_argument(*flags, nargs="?", const=True, type=_hint, metavar=metavar, help=text)
     else:
         metavar = METAVARS.get(spec.kind) or "{" + ",".join(map(str, spec.choices)) + "}"
         group.add_argument(*flags, type=_PARSERS.get(spec.kind, str), metavar=metavar, help=text)
@@ -414,6 +423,11 @@ def _rows(text: str) -> object:
 
 def _numbers(text: str) -> list[float | str]:
     return [_number(part) for part in text.split(",")]
+
+
+def _hint(text: str) -> Any:
+    """A file, or an object that says more; the flag alone is true."""
+    return _rows(text) if text.lstrip().startswith("{") else text
 
 
 _PARSERS: dict[str, Callable[[str], Any]] = {
