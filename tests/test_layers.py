@@ -37,8 +37,8 @@ LAYERS = [
     {"models.transformer", "models.vae", "models.sound", "models.patches", "upsample"},
     {"models.texts", "runtime.budget", "records"},
     {
-        "batch",
         "models.components",
+        "batch",
         "models.processing",
         "models.video_loader",
         "models.config_parser",
