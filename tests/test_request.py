@@ -60,6 +60,7 @@ WRONG: dict[str, list[Any]] = {
     "width": [*NOT_INTEGERS, 0, -16, 100, 2**20],
     "num_frames": [*NOT_INTEGERS, 0, -1, 10**9],
     "seconds": [*NOT_NUMBERS, 0, -1.0, 1e9],
+    "num_chunks": [*NOT_INTEGERS, 0, -1, 101],
     "fps": [*NOT_NUMBERS, 0, -24, 1e9],
     "num_inference_steps": [*NOT_INTEGERS, 0, 201],
     "guidance_scale": [*NOT_NUMBERS, -1, 21],

@@ -240,12 +240,14 @@ def make_plan(request: GenerateRequest, model: ModelConfig, tokenizer: prompts.T
         parameters = resolve(request, model)
         warnings = list(parameters.warnings)
         streams = [_vision_stream(request, parameters, model, warnings)]
+        later = [(replace(streams[0], known=(0,), source=None),)] * (request.num_chunks - 1)
+    chunk, parameters = parameters, _of_all_chunks(request, parameters)
     if parameters.sound_duration is not None:
         streams.append(_sound_stream(parameters.sound_duration, model))
     negative = _negative_prompt(request, parameters, model)
     view = None if action is None else action.view
-    told = parameters
-    if followed is not None:  # the prompt is that of a chunk
+    told = chunk  # the prompt is that of a chunk
+    if followed is not None:
         told = replace(told, num_frames=followed.chunks.frames, fps=float(round(followed.fps)))
     token_ids = _token_ids(request, told, model, tokenizer, negative, view, warnings)
     seed = request.seed or 0
@@ -265,16 +267,23 @@ def make_plan(request: GenerateRequest, model: ModelConfig, tokenizer: prompts.T
         control_guidance=None if followed is None else followed.control_guidance,
         control_guidance_interval=request.control_guidance_interval,
         later=tuple(later),
-        overlap=0 if followed is None else followed.chunks.overlap,
-        num_frames=None if followed is None else followed.chunks.total,
+        overlap=1 if followed is None else followed.chunks.overlap,
+        num_frames=parameters.num_frames if later else None,
         beside=() if followed is None else followed.beside,
         domain_id=0 if action is None else action.embodiment.domain_id,
         actions=None if action is None else action.rows,
         initial=_initial(request, streams, several=bool(later)),
         effective=_effective(request, parameters, model, action, followed, negative, token_ids)
+        | ({"num_video_frames_per_chunk": told.num_frames} if later else {})
         | {"output_size": _output_size(streams, model)},
         warnings=tuple(warnings),
     )
+
+
+def _of_all_chunks(request: GenerateRequest, chunk: Parameters) -> Parameters:
+    """The length of a rollout: each chunk begins with the last frame of the one before."""
+    frames = chunk.num_frames + (request.num_chunks - 1) * (chunk.num_frames - 1)
+    return replace(chunk, num_frames=frames, seconds=frames / chunk.fps)
 
 
 # The conditions: known latent frames become pixels.
@@ -377,7 +386,7 @@ def _initial(
     shapes = {stream.name: stream.shape for stream in streams}
     given = {}
     if request.latents and several:
-        possible = "left out, as each chunk of a transfer draws its own noise"
+        possible = "left out, as each chunk draws its own noise"
         raise InvalidRequest("latents", "given", possible, "unsupported_combination")
     for name, value in (request.latents or {}).items():
         if name not in shapes:

@@ -224,6 +224,14 @@ class GenerateRequest:
         unit="seconds",
         help="length, instead of num_frames",
     )
+    num_chunks: int = _field(
+        default=1,
+        kind="int",
+        low=1,
+        high=100,
+        unit="chunks",
+        help="of num_frames each, every one from the last frame of the one before",
+    )
     fps: float | None = _field(
         kind="float", low=1, high=60, unit="frames per second", help="frame rate"
     )
@@ -347,6 +355,7 @@ class GenerateRequest:
         _check_prompts(self)
         _check_size(self)
         _check_conditions(self)
+        _check_chunks(self)
         _check_transfer(self)
         if self.seed is None:
             object.__setattr__(self, "seed", secrets.randbelow(MAX_SEED - self.n))
@@ -473,6 +482,23 @@ def _check_conditions(request: GenerateRequest) -> None:
     if request.guidance_interval and request.guidance_interval[0] > request.guidance_interval[1]:
         possible = "two timesteps, the lower one first"
         raise InvalidRequest("guidance_interval", request.guidance_interval, possible)
+
+
+def _check_chunks(request: GenerateRequest) -> None:
+    """A rollout is a matter of frames alone."""
+    if request.num_chunks == 1:
+        return
+    reasons = {
+        "num_frames": request.num_frames == 1 and "a picture has no last frame to go on from",
+        "generate_sound": request.generate_sound and "the sound of a chunk does not go on in the next",
+        "action_mode": request.action_mode is not None and "each chunk needs actions of its own",
+        next(iter(request.hints), ""): bool(request.hints) and "a transfer makes chunks of its own",
+    }  # fmt: skip
+    for name, reason in reasons.items():
+        if reason:
+            possible = f"1 with this {name}: {reason}"
+            code = "unsupported_combination"
+            raise InvalidRequest("num_chunks", request.num_chunks, possible, code)
 
 
 OF_TRANSFER = (
