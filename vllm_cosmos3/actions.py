@@ -55,7 +55,8 @@ SMALLEST_SCALE = 1e-8  # of a number that never changes in the statistics
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Action:
-    """The action fields of a request, settled. ``chunk`` [T_a, channels] is None where it is made.
+    """The action fields of a request, settled. ``chunk`` is None where it is made, else the rows of
+    all chunks of a rollout [chunks * T_a, channels].
 
     ``history`` [H, channels] and ``state`` [0 or 1, channels] are float32 in the model's units, and
     so is ``chunk``; ``scale`` and ``offset`` lead from these units to the user's.
@@ -129,7 +130,7 @@ def settle(request: GenerateRequest, model: ModelConfig) -> Action | None:
     channels = _channels(request, embodiment, given, model)
     chunk_size = _chunk_size(request, embodiment, given)
     scale, offset = _units(request, channels)
-    chunk, warnings = _chunk(given, chunk_size)
+    chunk, warnings = _chunk(given, chunk_size * request.num_chunks)
     if chunk_size % 4:
         warnings.append(
             f"action_chunk_size {chunk_size} is not a multiple of 4: the video ends"
@@ -180,11 +181,16 @@ def observation(request: GenerateRequest, action: Action) -> media.Pixels:
     return frames[:needed]
 
 
-def action_stream(action: Action, model: ModelConfig) -> StreamPlan:
-    """The rows as a stream as wide as the model's: those that are given, and zeros."""
-    width = model.transformer.action_dim
-    before = np.concatenate([action.history, action.state])
-    given = before if action.chunk is None else np.concatenate([before, action.chunk])
+def action_stream(action: Action, model: ModelConfig, chunk: int = 0) -> StreamPlan:
+    """The rows as a stream as wide as the model's: those that are given, and zeros.
+
+    The history of a later ``chunk`` is what was carried out before it.
+    """
+    width, start = model.transformer.action_dim, chunk * action.chunk_size
+    before = given = np.concatenate([action.history, action.state])
+    if action.chunk is not None:
+        given = np.concatenate([before, action.chunk])
+        given = given[start : start + len(before) + action.chunk_size]
     source = np.zeros((len(before) + action.chunk_size, width), np.float32)
     source[: len(given), : action.channels] = given
     return StreamPlan(
@@ -282,7 +288,8 @@ def _chunk_size(
     if size is None and frames is not None:
         size = frames - 1
     if size is None:
-        size = len(given) if given else embodiment.action_chunk_size
+        size = embodiment.action_chunk_size
+        size = -(-len(given) // request.num_chunks) if given else size
     if frames is not None and frames != size + 1:
         possible = f"{size + 1} or left out, as action_chunk_size is {size}"
         raise InvalidRequest("num_frames", frames, possible, "conflict")
@@ -296,7 +303,8 @@ def _chunk(
     if given is None or len(given) == size:
         return given, []
     if len(given) > size:
-        return given[:size], [f"action has {len(given)} rows, of which the first {size} are used"]
+        used = f"action has {len(given)} rows, of which the first {size} are used"
+        return given[:size], [f"{used}; num_chunks uses more of them"]
     missing = size - len(given)
     return given + given[-1:] * missing, [
         f"action has {len(given)} rows; the last one is repeated {missing} times"

@@ -231,7 +231,12 @@ def make_plan(request: GenerateRequest, model: ModelConfig, tokenizer: prompts.T
         frames = actions.observation(request, action)
         parameters = resolve_action(request, model, action, (frames.shape[2], frames.shape[1]))
         warnings = list(parameters.warnings)
-        streams = [_canvas_stream(frames, parameters, model), actions.action_stream(action, model)]
+        canvas = _canvas_stream(frames, parameters, model)
+        streams = [canvas, actions.action_stream(action, model)]
+        later = [
+            (replace(canvas, source=None), actions.action_stream(action, model, chunk))
+            for chunk in range(1, request.num_chunks)
+        ]
     elif followed is not None:
         parameters = resolve_transfer(request, model, followed)
         warnings = list(parameters.warnings)
@@ -355,6 +360,7 @@ def _canvas_stream(frames: media.Pixels, parameters: Parameters, model: ModelCon
         rate=parameters.fps,
         known=parameters.condition_frame_indexes_vision,
         source=pixels,
+        canvas=(parameters.height, parameters.width),
     )
 
 
