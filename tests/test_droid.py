@@ -31,7 +31,7 @@ def test_the_views_are_laid_out_as_in_the_training() -> None:
         assert image.shape == (540, 640, 3)
         places = (image[:356], image[364:, :316], image[364:, 324:])
         for place, colour in zip(places, colours, strict=True):
-            assert (place == colour).all(), shape
+            assert abs(place.astype(int) - colour).max() <= 1, shape
 
 
 def test_a_wrist_of_the_usual_size_is_not_touched() -> None:
@@ -102,7 +102,7 @@ def test_the_gripper_is_turned_around_on_both_ways(state: list[float]) -> None:
     back = droid.actions(np.array([given_to_model], np.float32))[0]
     np.testing.assert_allclose(back, state, atol=1e-6)
     assert given_to_model[:7] == state[:7]
-    assert given_to_model[7] == pytest.approx(1 - state[7])
+    assert given_to_model[7] == pytest.approx(1 - state[7], abs=1e-6)
 
 
 def test_the_request_is_that_of_the_policy(tiny_checkpoint: Path) -> None:

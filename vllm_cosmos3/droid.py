@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.media import Pixels
 
+KIND = "policy-droid"  # of the checkpoints that do this
 JOINTS = 7
 WIDTH = JOINTS + 1  # of an action: the joints and the gripper
 HORIZON = 32  # actions of one answer
@@ -44,6 +45,7 @@ METADATA = {  # what a policy server of the RoboArena family tells its clients
     "needs_session_id": True,
     "action_space": "joint_position",
 }
+CAPABILITY = {**METADATA, "action_shape": [HORIZON, WIDTH], "actions_per_second": FPS}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -236,4 +236,13 @@ def test_health_and_the_page_of_the_route(robot_server: Server) -> None:
     headers = {"Authorization": f"Bearer {KEY}"}
     answer = httpx.get(f"{robot_server.url}{PATH}", headers=headers)
     assert (answer.status_code, answer.headers["upgrade"]) == (426, "websocket")
+    (model,) = httpx.get(f"{robot_server.url}/v1/models", headers=headers).json()["data"]
+    assert model["cosmos3"]["robot"] == METADATA | {
+        "action_shape": [32, 8],
+        "actions_per_second": 15.0,
+    }
+    assert (
+        f"/ or ws://127.0.0.1:{robot_server.url.rsplit(':')[-1]}{PATH}"
+        in robot_server.log.read_text()
+    )
     assert PATH in httpx.get(f"{robot_server.url}/openapi.json").json()["paths"]

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 
@@ -39,7 +39,7 @@ from vllm_cosmos3.compat import fused_qk_norm_rope
 from vllm_cosmos3.config import TransformerConfig
 from vllm_cosmos3.inventory import TIME_FREQUENCIES
 from vllm_cosmos3.models.weights import Target
-from vllm_cosmos3.runtime.attention import Attend
+from vllm_cosmos3.runtime.attention import Attend, attend_in_turn
 from vllm_cosmos3.runtime.mesh import (
     Axis,
     Mesh,
@@ -66,12 +66,14 @@ class Rope:
     """Rotary tables of this rank's tokens, and the length of the whole sequence of one branch.
 
     ``table`` [B s, 2 F] holds the cosines, then the sines; ``rows`` [B s] counts its rows, as
-    vLLM's kernel wants to be told which row each token takes.
+    vLLM's kernel wants to be told which row each token takes. ``controls`` are tokens and share of
+    those streams, first in the sequence, that the others attend to in turn.
     """
 
     table: Tensor
     rows: Tensor
     length: int
+    controls: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -104,7 +106,7 @@ def join(contexts: Sequence[Context]) -> Context:
     rows = torch.arange(table.shape[0], device=table.device)
     return Context(
         texts=tuple(text for context in contexts for text in context.texts),
-        rope=Rope(table=table, rows=rows, length=contexts[0].rope.length),
+        rope=replace(contexts[0].rope, table=table, rows=rows),
     )
 
 
@@ -150,10 +152,11 @@ class Transformer(nn.Module):
         if layers:
             self.sequence = HostLayers(self.layers, self.device)
 
-    def rope(self, positions_3S: Tensor) -> Rope:
+    def rope(self, positions_3S: Tensor, controls: tuple[tuple[int, float], ...] = ()) -> Rope:
         """Tables for the generation tokens at ``positions_3S``; once per request and branch."""
         table = torch.cat(rotary_table(positions_3S, self.config), dim=1)
-        return self._rope(shard_sequence(table, self._ulysses), positions_3S.shape[1])
+        rope = self._rope(shard_sequence(table, self._ulysses), positions_3S.shape[1])
+        return replace(rope, controls=controls)
 
     def understand(self, ids_S: Tensor) -> TextCache:
         """Read the token ids of one branch, int64 on the device; once per request and branch."""
@@ -183,7 +186,7 @@ class Transformer(nn.Module):
         x_SD = torch.cat([self._embed(stream, temb_D, domain_id) for stream in streams])
         x_sD, residual_sD = shard_sequence(x_SD, self._ulysses).repeat(branches, 1), None
         for layer, *texts in zip(self.sequence, *(t.layers for t in context.texts), strict=True):
-            attend = partial(self._attend_all, texts, rope.length)
+            attend = partial(self._attend_all, texts, rope)
             x_sD, residual_sD = layer(x_sD, residual_sD, rope, attend)
         x_sD, _ = self.norm(x_sD, residual_sD)
         return tuple(
@@ -209,21 +212,24 @@ class Transformer(nn.Module):
         return torch.where(stream.free, velocity.float(), 0.0)
 
     def _attend_all(
-        self, texts: Sequence[Tensor], length: int, q_sHD: Tensor, kv_s2hD: Tensor
+        self, texts: Sequence[Tensor], rope: Rope, q_sHD: Tensor, kv_s2hD: Tensor
     ) -> Tensor:
         """Attention of each branch's tokens to its text and to each other, without a mask."""
         count = len(texts)
         parts = zip(texts, q_sHD.chunk(count), kv_s2hD.chunk(count), strict=True)
-        o_sHD = [self._attend_branch(text, length, q, kv) for text, q, kv in parts]
+        o_sHD = [self._attend_branch(text, rope, q, kv) for text, q, kv in parts]
         return o_sHD[0] if count == 1 else torch.cat(o_sHD)
 
     def _attend_branch(
-        self, text_K2hD: Tensor, length: int, q_sHD: Tensor, kv_s2hD: Tensor
+        self, text_K2hD: Tensor, rope: Rope, q_sHD: Tensor, kv_s2hD: Tensor
     ) -> Tensor:
         """The tokens that only fill the last rank's part are cut off before and put back after."""
         q_SHD, kv_S2hD = (scatter_heads(x, self._ulysses) for x in (q_sHD, kv_s2hD))
-        k_KhD, v_KhD = _appended(text_K2hD, kv_S2hD[:length]).unbind(1)
-        o_SHD = self._attend(q_SHD[:length], k_KhD, v_KhD, causal=False)
+        k_KhD, v_KhD = _appended(text_K2hD, kv_S2hD[: rope.length]).unbind(1)
+        attend = partial(self._attend, causal=False)
+        if rope.controls:
+            attend = partial(attend_in_turn, attend, rope.controls)
+        o_SHD = attend(q_SHD[: rope.length], k_KhD, v_KhD)
         return gather_heads(_filled(o_SHD, q_SHD.shape[0]), self._ulysses)
 
 

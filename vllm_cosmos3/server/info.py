@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from vllm_cosmos3 import conditions
+from vllm_cosmos3 import conditions, droid
 from vllm_cosmos3.embodiments import EMBODIMENTS
 from vllm_cosmos3.kinds import ACTION_MODES, MODES
 from vllm_cosmos3.server.errors import ApiError, error_body
@@ -64,6 +64,7 @@ def capability(at: Service) -> dict[str, Any]:
             mode: asdict(conditions.DEFAULTS[mode]) for mode in modes if mode in conditions.DEFAULTS
         },
         "action_domains": {row.name: asdict(row) for row in bodies},
+        "robot": droid.CAPABILITY if at.model.kind == droid.KIND else None,
         "guardrails": at.guardrails.state,
         "queue_limit": at.options.max_queue,
     }

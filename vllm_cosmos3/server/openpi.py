@@ -228,7 +228,7 @@ def _obstacle(at: Service | None, reply: str) -> tuple[int, str]:
     """Why a robot cannot be served, with the code to close its connection with; or nothing."""
     if at is None:
         return TRY_AGAIN_LATER, "the generator is loading"
-    if at.model.kind != "policy-droid":
+    if at.model.kind != droid.KIND:
         return POLICY_VIOLATION, f"{at.names[0]} is no robot policy; serve {POLICY_CHECKPOINTS}"
     if reply not in (ARRAY, DICT):
         return POLICY_VIOLATION, f"reply is {reply[:20]!r}, must be dict or array"
