@@ -54,6 +54,19 @@ ROWS: dict[str, Fields] = {
     "sound-256p": {**VIDEO, "size": "320x192", "generate_sound": True},
     "t2v-480p": {**VIDEO, "size": "832x480"},
     "t2v-720p": {**VIDEO, "size": "1280x720"},
+    "policy-droid": {  # what a robot waits for: 32 actions, and no pixels
+        "action_mode": "policy",
+        "domain_name": "droid_lerobot",
+        "raw_action_dim": 8,
+        "action_state": [0.0] * 8,
+        "num_frames": 33,
+        "size": "640x544",
+        "image": True,
+        "num_inference_steps": 4,
+        "guidance_scale": 3.0,
+        "flow_shift": 5.0,
+        "output_type": "latent",
+    },
 }
 
 
@@ -120,9 +133,6 @@ def measure_all(model: Cosmos3, config: ModelConfig, args: argparse.Namespace) -
     device = model.device
     facts = provenance(device)
     print(heading(facts), f"model load: {model.load_seconds:.1f} s", sep="\n", flush=True)
-    if args.memory_limit:
-        limit = args.memory_limit * 2**30 / torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(limit, device)
     rates = measure_rates(config.transformer, device, getattr(torch, args.dtype))
     print(rate_line(rates), HEAD, sep="\n", flush=True)
     rows, profiles = [], []
@@ -355,7 +365,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--profile", action="store_true", help="kernels of a few steps of each row")
     parser.add_argument("--save", action="store_true", help="time writing the MP4 or PNG too")
-    parser.add_argument("--memory-limit", type=float, help="GiB that may be used of the GPU")
     parser.add_argument("--json", type=Path, help="write the report here")
     return parser.parse_args(argv)
 

@@ -11,9 +11,12 @@ PACKAGE = Path(__file__).parents[1] / "vllm_cosmos3"
 
 LAYERS = [
     {"version", "errors", "progress"},
-    {"config", "plan", "embodiments", "compat"},
+    {"kinds"},
+    {"config", "plan", "embodiments", "poses", "compat"},
     {"runtime.mesh", "media"},
-    {"inventory", "request", "prompts", "sampling", "hub", "models.limits"},
+    {"hints"},
+    {"inventory", "request", "prompts", "sampling", "hub", "models.limits", "droid"},
+    {"actions", "transfer"},
     {
         "conditions",
         "checkpoint",
@@ -21,13 +24,17 @@ LAYERS = [
         "models.kernels",
         "models.reasoner_weights",
         "models.root_config",
+        "models.clip",
+        "models.normalisation",
         "runtime.attention",
         "runtime.graphs",
         "runtime.halo",
+        "runtime.offload",
         "output",
     },
-    {"models.transformer", "models.vae", "models.sound"},
-    {"models.texts"},
+    {"memory"},
+    {"models.transformer", "models.vae", "models.sound", "models.patches"},
+    {"models.texts", "runtime.budget"},
     {
         "models.processing",
         "models.video_loader",
@@ -47,13 +54,19 @@ LAYERS = [
 # Within one package of the table (sampling, server, cli) modules may import each other downward.
 NO_TORCH = {
     "errors",
+    "kinds",
     "config",
     "plan",
     "embodiments",
+    "poses",
+    "actions",
+    "hints",
+    "transfer",
     "conditions",
     "request",
     "inventory",
     "hub",
+    "droid",
     "cli",
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from vllm_cosmos3 import pipeline as pipeline_module
+from vllm_cosmos3.checkpoint import write_checkpoint
 from vllm_cosmos3.config import EngineConfig, ParallelConfig
 from vllm_cosmos3.errors import CheckpointError
 from vllm_cosmos3.models.texts import RecentTexts
@@ -32,16 +32,6 @@ SMALL = {
     "output_type": "latent",
 }
 PICTURE = np.random.RandomState(0).randint(0, 256, (64, 96, 3), dtype=np.uint8)
-DISTILLED = {
-    "_class_name": "FlowMatchEulerDiscreteScheduler",
-    "num_train_timesteps": 1000,
-    "shift": 1.0,
-    "stochastic_sampling": True,
-    "fixed_step_sampler_config": {
-        "t_list": [1.0, 0.9375, 0.8333333333333334, 0.625],
-        "sample_type": "sde",
-    },
-}
 
 
 def load(folder: Path) -> Pipeline:
@@ -220,11 +210,10 @@ def test_noise_rules_and_schedules_differ(pipeline: Pipeline) -> None:
             assert np.abs(one - other).max() > 1e-3
 
 
-def test_distilled_checkpoint(tiny_checkpoint_fp32: Path, tmp_path: Path) -> None:
+def test_distilled_checkpoint(tmp_path: Path) -> None:
     """Four steps without guidance, with fresh noise at each but the last."""
     folder = tmp_path / "distilled"
-    shutil.copytree(tiny_checkpoint_fp32, folder)
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(DISTILLED))
+    write_checkpoint(folder, kind="distilled-i2v", dtype="float32")
     distilled = load(folder)
     plan = distilled.plan(from_fields({**SMALL, "num_inference_steps": None, "image": PICTURE}))
     state = distilled.encode(plan)

@@ -49,6 +49,11 @@ def name_text_architecture(config: Any) -> None:
         config.text_config.architectures = ["Qwen3ForCausalLM"]
 
 
+def normalises_on_device(model_config: Any) -> bool:
+    """Whether vLLM's vision encoder takes pixels as bytes; 0.26 cannot."""
+    return bool(getattr(model_config.multimodal_config, "mm_device_do_normalize", False))
+
+
 def use_fused_norms(vllm_config: Any) -> None:
     """Let RMSNorm take the platform's kernels, which vLLM's own workers choose when they start.
 

@@ -5,6 +5,7 @@ All arrays are numpy, on the host. `Progress` is what callbacks get while a requ
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ __all__ = ["Output", "Progress", "Report", "Sample"]
 VIDEO_SUFFIXES = (".mp4",)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 LATENT_SUFFIXES = (".safetensors",)
+ACTION_SUFFIXES = (".json",)
 CRF = Spec(kind="int", low=0, high=51, help="quality of H.264, 0 is lossless, 51 is worst")
 
 
@@ -95,6 +97,8 @@ class Output:
 
         The suffix chooses the format: .mp4 (H.264 with AAC sound; ``crf`` 0 is lossless, 51 is
         worst), .png, .jpg, .webp, or .safetensors for latents; without one the usual is added.
+        Actions are rows in JSON: with .json alone, else in a second file, path_action.json, listed
+        after all the others. They can be read back as ``action_path``.
 
         On a rank that got no results nothing is written.
 
@@ -111,9 +115,13 @@ class Output:
         else:
             files = [path.with_stem(f"{path.stem}-{i}") for i in range(len(self.samples))]
         path.parent.mkdir(parents=True, exist_ok=True)
+        beside = []
         for file, sample in zip(files, self.samples, strict=True):
             self._write(file, sample, crf)
-        return files
+            if sample.action is not None and file.suffix.lower() not in ACTION_SUFFIXES:
+                beside.append(file.with_name(f"{file.stem}_action.json"))
+                _write_rows(beside[-1], sample.action)
+        return files + beside
 
     def _write(self, path: Path, sample: Sample, crf: int) -> None:
         suffix = path.suffix.lower()
@@ -128,11 +136,18 @@ class Output:
             )
         elif sample.image is not None and suffix in IMAGE_SUFFIXES:
             media.write_image(path, sample.image)
+        elif sample.action is not None and suffix in ACTION_SUFFIXES:
+            _write_rows(path, sample.action)
         elif sample.latents is not None and suffix in LATENT_SUFFIXES:
             from safetensors.numpy import save_file
 
             save_file({name: np.ascontiguousarray(x) for name, x in sample.latents.items()}, path)
         else:
             kinds = {".mp4": VIDEO_SUFFIXES, ".png": IMAGE_SUFFIXES}
-            possible = ", ".join(kinds.get(self.suffix, LATENT_SUFFIXES))
+            actions = () if sample.action is None else ACTION_SUFFIXES
+            possible = ", ".join((*kinds.get(self.suffix, LATENT_SUFFIXES), *actions))
             raise InvalidRequest("path", str(path), f"a file of type {possible}")
+
+
+def _write_rows(path: Path, rows: np.ndarray) -> None:
+    path.write_text(json.dumps(rows.tolist()) + "\n")

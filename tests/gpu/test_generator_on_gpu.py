@@ -35,7 +35,7 @@ def latents(pipeline: Pipeline, fields: dict[str, object], steps: int) -> Tensor
     state = started(pipeline, fields)
     for _ in range(steps):
         pipeline.step(state)
-    x: Tensor = state.denoised[0][0] if state.done else state.streams[0].x
+    x: Tensor = state.denoised[0]["vision"] if state.done else state.streams[0].x
     return x
 
 
@@ -127,7 +127,7 @@ def test_thirty_five_steps_stay_finite_and_decode(pipeline: Pipeline) -> None:
     state = started(pipeline, IMAGE)
     while not state.done:
         pipeline.step(state)
-    assert bool(torch.isfinite(state.denoised[0][0]).all())
+    assert bool(torch.isfinite(state.denoised[0]["vision"]).all())
     pipeline.decode(state)
     (sample,) = pipeline.finish(state).samples
     assert sample.image is not None

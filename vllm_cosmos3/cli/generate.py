@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.kinds import MODES
 from vllm_cosmos3.request import SPECS, GenerateRequest, Spec, from_fields
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 METAVARS = {
     "text": "TEXT", "int": "N", "float": "X", "size": "WxH", "ints": "I,J,...", "pair": "LOW,HIGH",
-    "image": "FILE", "video": "FILE", "arrays": "FILE.safetensors",
+    "numbers": "X,Y,...", "rows": "JSON", "image": "FILE", "video": "FILE", "arrays": "FILE.safetensors",
 }  # fmt: skip
 
 
@@ -57,6 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--vae-parallel", default="halo", help="halo, tile (less memory, not exact) or off (default: halo)")  # fmt: skip
     run.add_argument("--attention-backend", default="auto", help="auto, or the name of one (default: auto)")  # fmt: skip
     run.add_argument("--load-format", default="auto", help="auto, or dummy for random weights (default: auto)")  # fmt: skip
+    run.add_argument("--und-residency", default="auto", help="where the text tower rests: gpu, host, or auto: the host if a default video would not fit otherwise (default: auto)")  # fmt: skip
+    run.add_argument("--enable-layerwise-offload", action="store_true", help="keep the generation layers on the host and stream them at every step")  # fmt: skip
+    run.add_argument("--memory-limit", type=float, metavar="GIB", help="what each rank may use of its device (default: what is free)")  # fmt: skip
+    run.add_argument("--checkpoint-kind", metavar="KIND", help=f"{', '.join(MODES)} (default: what its files say)")  # fmt: skip
     request = parser.add_argument_group("request")
     for item in fields(GenerateRequest):
         _add_flag(request, item.name, SPECS[item.name], item.default)
@@ -78,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     folder = sample_folder(args.out, args.name)
     with quiet_libraries(), loaded(args) as model:
+        print(f"checkpoint: {plan.effective['checkpoint_kind']}", file=sys.stderr)
         output, files, timings = generate(model, request, args, folder)
         if files:  # with several processes under torchrun the first one has the results
             write(args, folder, output, files, timings)
@@ -100,6 +106,10 @@ def loaded(args: argparse.Namespace) -> Cosmos3:
         distributed_executor_backend=args.distributed_executor_backend,
         attention_backend=args.attention_backend,
         load_format=args.load_format,
+        und_residency=args.und_residency,
+        enable_layerwise_offload=args.enable_layerwise_offload,
+        memory_limit=args.memory_limit,
+        checkpoint_kind=args.checkpoint_kind,
     )
 
 
@@ -120,7 +130,8 @@ def checked(args: argparse.Namespace, request: GenerateRequest) -> Plan:
     from vllm_cosmos3.prompts import load_tokenizer
 
     CRF.checked("crf", args.crf)
-    model = read_config(resolve(args.model, args.revision, weights=False))
+    folder = resolve(args.model, args.revision, weights=False)
+    model = read_config(folder, args.checkpoint_kind)
     return make_plan(request, model, load_tokenizer(model.path))
 
 
@@ -168,8 +179,11 @@ def write(
         "message": "",
         "args": arguments,
         "outputs": [
-            {"content": {"seed": sample.seed, **_content(output, sample)}, "files": [name]}
-            for sample, name in zip(output.samples, names, strict=True)
+            {
+                "content": {"seed": sample.seed, **_content(output, sample)},
+                "files": names[index :: len(output.samples)],  # the media, then the actions
+            }
+            for index, sample in enumerate(output.samples)
         ],
         "warnings": list(output.warnings),
         "timings": dict(timings),
@@ -180,14 +194,16 @@ def write(
     if args.timings_json:
         args.timings_json.write_text(json.dumps(dict(timings), indent=2) + "\n")
     _warn(output.warnings)
-    for file, sample in zip(files, output.samples, strict=True):
+    for file, sample in zip(files, output.samples, strict=False):
         print(f"{file}  {_described(output, sample)}")
+    for file in files[len(output.samples) :]:
+        print(f"{file}  actions")
     print("\n".join(f"{name:>12} {seconds:10.3f} s" for name, seconds in timings.items()))
     print(f" peak memory {output.peak_memory / 2**30:10.3f} GiB")
 
 
 def defaults_table() -> str:
-    """The defaults that depend on the mode, side by side, then all others."""
+    """The defaults that depend on the mode, side by side, all others, and the embodiments."""
     from vllm_cosmos3.conditions import DEFAULTS
 
     rows = {mode: asdict(default) for mode, default in DEFAULTS.items()}
@@ -199,7 +215,20 @@ def defaults_table() -> str:
     for item in fields(GenerateRequest):
         if item.default is not None:
             lines.append(f"  {item.name:30}{item.default}")
+    lines += ["", "with actions", *_embodiments()]
     return "\n".join(lines)
+
+
+def _embodiments() -> list[str]:
+    """The defaults that depend on the embodiment, a line for each."""
+    from vllm_cosmos3.embodiments import EMBODIMENTS
+
+    names = ("raw_action_dim", "fps", "action_chunk_size", "image_size", "view_point")
+    lines = [f"  {'domain_name':22}" + "".join(f"{name:>19}" for name in names)]
+    for row in EMBODIMENTS:
+        values = [_shown(getattr(row, name)) for name in names]
+        lines.append(f"  {row.name:22}" + "".join(f"{value:>19}" for value in values))
+    return lines
 
 
 @contextmanager
@@ -267,8 +296,11 @@ def _add_flag(group: Any, name: str, spec: Spec, default: object) -> None:
     if spec.kind == "bool":
         action = argparse.BooleanOptionalAction
         group.add_argument(flag, action=action, default=None, help=text)
+    elif spec.kind == "hint":
+        metavar = "FILE|JSON"
+        group.add_argument(flag, nargs="?", const=True, type=_hint, metavar=metavar, help=text)
     else:
-        metavar = METAVARS.get(spec.kind) or "{" + ",".join(spec.choices) + "}"
+        metavar = METAVARS.get(spec.kind) or "{" + ",".join(map(str, spec.choices)) + "}"
         group.add_argument(flag, type=_PARSERS.get(spec.kind, str), metavar=metavar, help=text)
 
 
@@ -298,8 +330,20 @@ def _integers(text: str) -> list[int | str]:
     return [_integer(part) for part in text.split(",")]
 
 
+def _rows(text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 def _numbers(text: str) -> list[float | str]:
     return [_number(part) for part in text.split(",")]
+
+
+def _hint(text: str) -> Any:
+    """A file, or an object that says more; the flag alone is true."""
+    return _rows(text) if text.lstrip().startswith("{") else text
 
 
 _PARSERS: dict[str, Callable[[str], Any]] = {
@@ -307,6 +351,8 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "float": _number,
     "ints": _integers,
     "pair": _numbers,
+    "numbers": _numbers,
+    "rows": _rows,
 }
 
 
@@ -325,7 +371,12 @@ def _read_latents(path: str) -> dict[str, Any]:
 
 
 def _content(output: Output, sample: Sample) -> dict[str, object]:
-    """What a file holds, in numbers."""
+    """What the files of a result hold, in numbers."""
+    actions = {} if sample.action is None else {"action": sample.action.tolist()}
+    return {**_picture(output, sample), **actions}
+
+
+def _picture(output: Output, sample: Sample) -> dict[str, object]:
     if sample.video is not None:
         frames, height, width, _ = sample.video.shape
         sound = {} if sample.sound is None else {"sample_rate": output.sample_rate}
@@ -354,10 +405,10 @@ def _latents(sample: Sample) -> Mapping[str, np.ndarray]:
     return sample.latents or {}
 
 
-def _shown(value: float | tuple[int, ...]) -> str:
+def _shown(value: float | str | tuple[int, ...] | None) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "-"
-    return f"{value:g}"
+    return f"{value:g}" if isinstance(value, int | float) else value or "-"
 
 
 def _warn(warnings: tuple[str, ...]) -> None:

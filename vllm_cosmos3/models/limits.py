@@ -1,7 +1,7 @@
-"""How much video one request may ask for. Set by the operator in the environment.
+"""How much video one request may ask for, and who processes it. Set by the operator in the environment.
 
-Requests may carry their own processor settings where the server trusts them to, so the limits lie
-where no request can reach them.
+Requests may carry their own processor settings where the server trusts them to, so these lie where
+no request can reach them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 from vllm_cosmos3.errors import InvalidRequest
 
 FRAMES, FPS = "COSMOS3_MAX_VIDEO_FRAMES", "COSMOS3_MAX_VIDEO_FPS"
+PROCESSOR = "VLLM_COSMOS3_PROCESSOR"
 DEFAULT_FRAMES = 1800  # a minute at 30 fps; 5 GB of pixels at 1280x720
 DEFAULT_FPS = 30.0
 
@@ -23,6 +24,14 @@ def max_video_frames() -> int:
 def max_video_fps() -> float:
     """Highest ``fps`` that a request may sample at."""
     return _positive(FPS, DEFAULT_FPS)
+
+
+def uses_reference() -> bool:
+    """Whether pixels go through vLLM's and transformers' processors instead of ours."""
+    name = os.environ.get(PROCESSOR, "cosmos3")
+    if name not in ("cosmos3", "reference"):
+        raise InvalidRequest(PROCESSOR, name, "cosmos3 or reference")
+    return name == "reference"
 
 
 def _positive(name: str, default: float) -> float:

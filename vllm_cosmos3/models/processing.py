@@ -1,7 +1,8 @@
-"""Images and video of a request, checked before Qwen3-VL's processor sees them.
+"""Images and video of a request, checked before a processor of Qwen3-VL sees them.
 
 Stock vLLM answers a bad value with kilobytes of pixels, or does not notice it. Here every value is
-checked once, and the answer names the field, the value and what is possible.
+checked once, and the answer names the field, the value and what is possible. The pixels then go
+through ``patches``, or through transformers' own processor where the operator wants that.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any
 from vllm.model_executor.models.qwen3_vl import Qwen3VLMultiModalProcessor, Qwen3VLProcessingInfo
 
 from vllm_cosmos3.errors import InvalidRequest
-from vllm_cosmos3.models.limits import max_video_fps, max_video_frames
+from vllm_cosmos3.models.limits import max_video_fps, max_video_frames, uses_reference
+from vllm_cosmos3.models.patches import PatchingProcessor
 
 _FIELD = "mm_processor_kwargs"
 _SCOPES = ("images_kwargs", "videos_kwargs", "text_kwargs")
@@ -25,6 +27,11 @@ class ReasonerProcessingInfo(Qwen3VLProcessingInfo):
 
     def get_hf_config(self) -> Any:
         return self.ctx.get_hf_config()
+
+    def get_hf_processor(self, **kwargs: object) -> Any:
+        if uses_reference():
+            return super().get_hf_processor(**kwargs)
+        return self.ctx.get_hf_processor(PatchingProcessor, **kwargs)
 
     def known_kwargs(self) -> set[str]:
         """Names that the processors of this checkpoint take."""

@@ -19,7 +19,9 @@ from vllm.model_executor.models.qwen3_vl import (
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from vllm_cosmos3.compat import name_text_architecture
+from vllm_cosmos3.compat import name_text_architecture, normalises_on_device
+from vllm_cosmos3.models.limits import uses_reference
+from vllm_cosmos3.models.normalisation import normalise_pixels
 from vllm_cosmos3.models.processing import ReasonerProcessingInfo, ReasonerProcessor
 from vllm_cosmos3.models.reasoner_weights import (
     GENERATOR,
@@ -66,6 +68,10 @@ class Cosmos3ReasonerForConditionalGeneration(Qwen3VLForConditionalGeneration):
         config = vllm_config.model_config.hf_config
         name_text_architecture(config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        model = vllm_config.model_config
+        sees = hasattr(self.visual, "patch_embed")  # not where the operator left the encoder out
+        if sees and not uses_reference() and not normalises_on_device(model):
+            normalise_pixels(self.visual.patch_embed, model.model, model.revision)
         # A checkpoint that is stored quantized has tensors of other names and shapes, which
         # vLLM's quantization method checks itself.
         self._stored_quantized = hasattr(config, "quantization_config")

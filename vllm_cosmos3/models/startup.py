@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from vllm_cosmos3.models.limits import max_video_fps, max_video_frames
+from vllm_cosmos3.models.limits import max_video_fps, max_video_frames, uses_reference
 from vllm_cosmos3.models.reasoner_weights import TEXT, VISION, check_folder, expected_tensors
 
 VIDEO_LOADER = REASONING_PARSER = "cosmos3"
@@ -27,6 +27,7 @@ class ReasonerStartup(VerifyAndUpdateConfig):
         """Choose our video loader for this model unless the operator named another."""
         max_video_frames()  # a wrong limit should stop the start, not the first request
         max_video_fps()
+        uses_reference()
         if (multimodal := model_config.multimodal_config) is not None:
             video = multimodal.media_io_kwargs.setdefault("video", {})
             video.setdefault("video_backend", VIDEO_LOADER)

@@ -2,7 +2,8 @@
 
 ``--media-io-kwargs '{"video": {"num_frames": -1}}'`` is documented to hand every frame to the
 processor, which then samples at the request's ``fps``. vLLM's Qwen3-VL loader keeps two frames a
-second whatever it is told. This one is chosen for our architecture only.
+second whatever it is told. This one is chosen for our architecture only. Frames that nobody samples
+are never decoded, where our processor samples them.
 """
 
 from __future__ import annotations
@@ -11,10 +12,17 @@ from io import BytesIO
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
-from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, Qwen3VLVideoBackend
+from vllm import envs
+from vllm.multimodal.video import (
+    VIDEO_LOADER_REGISTRY,
+    Qwen3VLVideoBackend,
+    VideoSourceMetadata,
+    VideoTargetMetadata,
+)
 
 from vllm_cosmos3.errors import InvalidRequest
-from vllm_cosmos3.models.limits import max_video_frames
+from vllm_cosmos3.models.clip import RECENT_SAMPLES, Clip, ClipFrames, NotIndexable
+from vllm_cosmos3.models.limits import max_video_frames, uses_reference
 
 NAME = "cosmos3"
 _FIELD = "media_io_kwargs.video"
@@ -47,10 +55,30 @@ class Cosmos3VideoBackend(Qwen3VLVideoBackend):
         kwargs["max_frames"] = min(kwargs["max_frames"], cap)
         take_all = fps is None and num_frames == _ALL
         rate = _ALL if take_all else (2 if fps is None else fps)
-        frames, metadata = super().load_bytes(data, num_frames=num_frames, fps=rate, **kwargs)
+        # An operator who names vLLM's decoder, or ours not at all, gets vLLM's way of reading.
+        theirs = uses_reference() or kwargs.keys() & {"backend", "frame_recovery"}
+        clip = None if theirs else _indexed(data)
+        if clip is None:
+            frames, metadata = super().load_bytes(data, num_frames=num_frames, fps=rate, **kwargs)
+        else:
+            frames, metadata = cls._pick(clip, num_frames, rate, **kwargs)
         if take_all:
             metadata = _as_whole_clip(metadata, len(frames))
+            _decode_ahead(frames, metadata)
         return frames, metadata
+
+    @classmethod
+    def _pick(cls, clip: Clip, num_frames: int, rate: float, **kwargs: Any) -> tuple[Any, Any]:
+        """What ``load_bytes`` returns, of a clip whose frames can be decoded one by one."""
+        max_duration = kwargs.pop(
+            "max_duration", 300
+        )  # vLLM's default; its Qwen3-VL rule has no use for it
+        source = VideoSourceMetadata(len(clip), clip.fps, len(clip) / clip.fps)
+        target = VideoTargetMetadata(num_frames, rate, max_duration)
+        numbers = cls.compute_frames_index_to_sample(source, target, **kwargs)
+        frames = ClipFrames.of(clip, numbers)
+        metadata = cls.create_hf_metadata(source, numbers, "pyav")
+        return (frames if rate == _ALL else frames[:]), metadata
 
     @classmethod
     def compute_frames_index_to_sample(cls, source: Any, target: Any, **kwargs: Any) -> list[int]:
@@ -60,6 +88,22 @@ class Cosmos3VideoBackend(Qwen3VLVideoBackend):
         total = source.total_frames_num
         count = min(total, kwargs["max_frames"])
         return [round(i * (total - 1) / max(count - 1, 1)) for i in range(count)]
+
+
+def _indexed(data: bytes) -> Clip | None:
+    """The clip, or None where vLLM must read it or say what is wrong with it."""
+    try:
+        clip = Clip(data)
+    except NotIndexable:
+        return None
+    limit = envs.VLLM_MAX_IMAGE_PIXELS
+    return None if 0 < limit < clip.width * clip.height else clip
+
+
+def _decode_ahead(frames: Any, metadata: dict[str, Any]) -> None:
+    """Decode what will probably be sampled here, on one of many threads, not where others wait."""
+    if isinstance(frames, ClipFrames):
+        frames[RECENT_SAMPLES.numbers(len(frames), metadata["fps"])]
 
 
 def _as_whole_clip(metadata: dict[str, Any], count: int) -> dict[str, Any]:

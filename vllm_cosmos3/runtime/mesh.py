@@ -56,12 +56,17 @@ class Mesh:
 
 
 def check_degrees(
-    parallel: ParallelConfig, transformer: TransformerConfig, *, devices: int | None = None
+    parallel: ParallelConfig,
+    transformer: TransformerConfig,
+    *,
+    guided: bool = True,
+    devices: int | None = None,
 ) -> None:
-    """Raise InvalidRequest for the first degree that this transformer or machine cannot have.
+    """Raise InvalidRequest for the first degree that this checkpoint or machine cannot have.
 
     Each key-value head lives on one rank, so the tensor-parallel and Ulysses degrees together
-    divide their number. ``devices`` is how many accelerators there are; None means any number.
+    divide their number. ``guided`` is false for distilled checkpoints, which have no guidance to
+    share. ``devices`` is how many accelerators there are; None means any number.
     """
     kv_heads = transformer.num_key_value_heads
     legal = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0]
@@ -71,7 +76,9 @@ def check_degrees(
     beside = [n for n in legal if kv_heads % (n * tp) == 0]
     reason = f"(tensor_parallel_size is {tp}, {kv_heads} key-value heads)"
     _check("ulysses_degree", ulysses, beside, reason)
-    _check("cfg_parallel_size", parallel.cfg_parallel_size, [1, 2], "(guidance has two branches)")
+    branches = ([1, 2], "(guidance has two branches)")
+    without = ([1], "(a distilled checkpoint has no guidance)")
+    _check("cfg_parallel_size", parallel.cfg_parallel_size, *(branches if guided else without))
     if devices is not None and parallel.world_size > devices:
         raise InvalidRequest(
             "tensor_parallel_size x cfg_parallel_size x ulysses_degree",

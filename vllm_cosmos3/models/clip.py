@@ -1,0 +1,211 @@
+"""A video in memory, of which only the frames that somebody asks for are decoded.
+
+A request says how it samples a clip after the clip was loaded. So the container is taken apart at
+once, which is cheap, and packets are decoded when frames are wanted: from the last key frame before
+a wanted one to the wanted one; the rest stays compressed. FFmpeg works without Python's lock.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from io import BytesIO
+from typing import Any
+
+import av
+import numpy as np
+
+from vllm_cosmos3.errors import InvalidRequest
+
+Sample = Callable[[int, float], Sequence[int]]  # (frames of a clip, its rate) -> their numbers
+
+
+class NotIndexable(Exception):
+    """Frames of this file cannot be taken by their number here; vLLM's loader reads it as a whole."""
+
+
+class Clip:
+    """The first video stream of a file: ``len(clip)`` frames, ``width`` x ``height``, by number.
+
+    ``fps`` is the container's rate. ``frames`` may be called from several threads.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        """NotIndexable if frames cannot be told apart before they are decoded, and other oddities."""
+        self.data = data
+        self._turn = threading.Lock()
+        self._decoded: dict[int, np.ndarray] = {}
+        try:
+            self._container = av.open(BytesIO(data))
+            stream = self._container.streams.video[0]
+            self._codec = stream.codec_context
+            self.fps = float(stream.guessed_rate or 0)
+            self.width, self.height = stream.width, stream.height
+            packets = [packet for packet in self._container.demux(stream) if packet.size]
+        except (av.error.FFmpegError, IndexError) as error:
+            raise NotIndexable(str(error)) from None
+        times = [packet.pts for packet in packets if not packet.is_discard]
+        if self.fps <= 0 or not times or None in times or len(set(times)) < len(times):
+            raise NotIndexable("no rate, no frames, or frames without a time of their own")
+        self._times: list[int] = sorted(times)
+        self._groups = _groups_of_pictures(packets)
+        first = next(self._play(self._groups[0], self._times[:1]), None)
+        if first is None or first.rotation or first.format.components[0].bits > 8:
+            raise NotIndexable("pictures that must be turned, or that have more than 8 bits")
+
+    def __len__(self) -> int:
+        return len(self._times)
+
+    def frames(self, numbers: Sequence[int]) -> np.ndarray:
+        """Frames [len(numbers), height, width, 3] as uint8 RGB; each is decoded at most once.
+
+        A damaged frame is the one before it, as a player shows it. InvalidRequest if none decodes.
+        """
+        with self._turn:
+            missing = sorted(set(numbers) - self._decoded.keys())
+            if missing:
+                self._decode(missing)
+            chosen = [self._decoded[number] for number in numbers]
+        return np.stack(chosen) if chosen else np.empty((0, self.height, self.width, 3), np.uint8)
+
+    def _decode(self, numbers: list[int]) -> None:
+        """Decode these frames, ascending, into ``_decoded``."""
+        number_at = {self._times[number]: number for number in numbers}
+        found: dict[int, np.ndarray] = {}
+        for packets in _runs(self._groups, number_at.keys()):
+            asked = sorted(number_at[p.pts] for p in packets if p.pts in number_at)
+            shown = self._play(packets, number_at.keys())
+            found |= dict(self._held(shown, asked))
+        if not found:
+            raise InvalidRequest("video_url", "a video in which no frame can be decoded", "a video")
+        for number in numbers:
+            nearest = min(found, key=lambda other: (other > number, abs(other - number)))
+            self._decoded[number] = found.setdefault(number, found[nearest])
+
+    def _play(self, packets: list[Any], wanted: Iterable[int]) -> Iterator[av.VideoFrame]:
+        """The decoder's frames in the order they are shown, from key frame to last wanted one."""
+        # H.264 says of a picture whether others are built on it; those others do without are left out.
+        droppable = self._codec.name == "h264"
+        self._codec.flush_buffers()
+        for packet in [*packets, None]:
+            if droppable and packet is not None:
+                self._codec.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+            try:
+                yield from self._codec.decode(packet)
+            except av.error.InvalidDataError:
+                continue  # damaged: the frame before it stays on screen
+
+    def _held(
+        self, shown: Iterator[av.VideoFrame], numbers: list[int]
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Each number with the newest frame that is not after its time."""
+        waiting, last = iter(numbers), None
+        number = next(waiting, None)
+        for frame in shown:
+            while number is not None and frame.pts is not None and self._times[number] < frame.pts:
+                if last is not None:
+                    yield number, self._pixels(last)
+                number = next(waiting, None)
+            last = frame
+        while number is not None and last is not None:
+            yield number, self._pixels(last)
+            number = next(waiting, None)
+
+    def _pixels(self, frame: av.VideoFrame) -> np.ndarray:
+        pixels: np.ndarray[Any, Any] = frame.to_ndarray(
+            format="rgb24", width=self.width, height=self.height, interpolation="BICUBIC"
+        )
+        return pixels
+
+
+class ClipFrames(np.ndarray[Any, Any]):
+    """Looks like the frames [T, H, W, 3] of a clip and occupies no memory.
+
+    ``frames[numbers]`` decodes. vLLM and transformers ask no more of a video than its shape and its
+    frames by number; vLLM's cache key is made of ``tobytes``, here the file.
+    """
+
+    source: Clip
+    numbers: Sequence[int]
+
+    @classmethod
+    def of(cls, clip: Clip, numbers: Sequence[int]) -> ClipFrames:
+        """Frames ``numbers`` of ``clip``."""
+        shape = (len(numbers), clip.height, clip.width, 3)
+        frames = np.broadcast_to(np.zeros((), np.uint8), shape).view(cls)
+        frames.source, frames.numbers = clip, numbers
+        return frames
+
+    def __getitem__(self, index: Any) -> Any:
+        chosen = np.asarray(self.numbers)[index]
+        frames = self.source.frames(np.atleast_1d(chosen).tolist())
+        return frames if chosen.ndim else frames[0]
+
+    def tobytes(self, order: Any = "C") -> bytes:
+        return self.source.data
+
+
+class RecentSamples:
+    """How the last few requests sampled their clips: a good guess at what the next one wants.
+
+    The guess costs or saves time and never changes a result.
+    """
+
+    def __init__(self, size: int = 4) -> None:
+        self._size = size
+        self._turn = threading.Lock()
+        self._samples: OrderedDict[Hashable, Sample] = OrderedDict()
+
+    def note(self, key: Hashable, sample: Sample) -> None:
+        """A request sampled in this way; equal ways have equal keys."""
+        with self._turn:
+            self._samples[key] = sample
+            self._samples.move_to_end(key)
+            while len(self._samples) > self._size:
+                self._samples.popitem(last=False)
+
+    def numbers(self, total: int, fps: float) -> list[int]:
+        """Frames that one of them would take of a clip of ``total`` frames."""
+        with self._turn:
+            samples = list(self._samples.values())
+        return sorted({int(number) for sample in samples for number in sample(total, fps)})
+
+
+RECENT_SAMPLES = RecentSamples()
+
+
+def _groups_of_pictures(packets: list[Any]) -> list[list[Any]]:
+    """Packets in the order of the file, cut before each key frame."""
+    groups: list[list[Any]] = []
+    for packet in packets:
+        if packet.is_keyframe or not groups:
+            groups.append([])
+        groups[-1].append(packet)
+    return groups
+
+
+def _runs(groups: list[list[Any]], wanted: Iterable[int]) -> Iterator[list[Any]]:
+    """The shortest stretches of packets that decode to the wanted times.
+
+    A picture shown before the key frame of its group may be built on the group before it as well.
+    """
+    needed: list[tuple[int, int]] = []  # group, and how many of its packets
+    for index, group in enumerate(groups):
+        last = max((i for i, p in enumerate(group) if p.pts in wanted), default=None)
+        if last is None:
+            continue
+        leads = any(p.pts in wanted and p.pts < (group[0].pts or 0) for p in group)
+        if leads and index:
+            if needed and needed[-1][0] == index - 1:
+                needed.pop()
+            needed.append((index - 1, len(groups[index - 1])))
+        needed.append((index, last + 1))
+    run: list[Any] = []
+    for place, (index, count) in enumerate(needed):
+        run += groups[index][:count]
+        following = needed[place + 1] if place + 1 < len(needed) else None
+        goes_on = following is not None and following[0] == index + 1
+        if not (goes_on and count == len(groups[index])):
+            yield run
+            run = []
