@@ -427,6 +427,7 @@ class Pipeline:
         with state.timers.phase("to_cpu"):
             pixels = torch.cat(chunks)[state.plan.overlap if before else 0 :].cpu()
             pixels_THWC = torch.cat([*before, pixels])[: state.plan.num_frames].numpy()
+            pixels_THWC = np.concatenate([*state.plan.beside, pixels_THWC], axis=2)
             sound = None if waveform is None else waveform.float().cpu().numpy()
         if len(pixels_THWC) == 1:
             return Sample(seed=seed, image=pixels_THWC[0])
