@@ -355,7 +355,8 @@ class Pipeline:
         """Predict, guide, step, and put back what is known. The solver works in float32."""
         plan, schedule = state.plan, state.schedule
         predict = partial(self._predict, state, state.timesteps[index])
-        velocities = guide(predict, state.guidance[index], self.mesh.cfg)
+        latents = tuple(stream.x for stream in state.streams)
+        velocities = guide(predict, state.guidance[index], self.mesh.cfg, latents)
         solver = SOLVERS[plan.solver]
         fresh: dict[str, Tensor] = {}
         if solver.draws_noise:

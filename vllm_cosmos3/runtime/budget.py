@@ -88,8 +88,8 @@ class Budget:
         if found:
             advice += f", or start with {found[0][0]}"
         return OutOfMemory(
-            f"the request needs {needed:,} bytes ({needed / GIB:.2f} GiB) of a device beside the "
-            f"weights, and {max(0, room):,} ({max(0, room) / GIB:.2f} GiB) are free; {advice}"
+            f"the request needs {needed:,} bytes ({needed / GIB:.3g} GiB) of a device beside the "
+            f"weights, and {max(0, room):,} ({max(0, room) / GIB:.3g} GiB) are free; {advice}"
         )
 
 
