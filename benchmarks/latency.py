@@ -1,123 +1,332 @@
-"""How long one request takes, phase by phase: ``python benchmarks/latency.py CKPT --json out.json``.
+"""How long requests take, phase by phase: ``python benchmarks/latency.py CKPT --json out.json``.
 
-Runs the request once to warm up and then ``--repeat`` times, prints the median of every phase and
-writes all runs. The default is small enough for a CPU. FLOPs are those of the transformer, two for
-each multiply-add.
+On a CPU one small request, on a GPU the rows of ROWS (``--rows``); ``--size`` and its neighbours
+make a request of your own instead. Each runs through `Cosmos3.generate`: once cold, which is the
+first request of its shape in this process, then ``--repeat`` times. Of long rows ``--measured-steps
+N`` makes 3 + N steps only and counts the others as the median of the last N, marked with ~.
+
+Phases and steps are timed by events on the device that nothing waits for, the total by the host's
+clock. The tail is what is left of the total: sound, frames to the host, Python. Writing MP4 is not
+in it; ``--save`` times that apart. Every request has prompt tokens of its own, so that no cache of
+texts can answer for them, and the same negative ones, as users have.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from vllm_cosmos3.config import ModelConfig, TransformerConfig, read_config
+import numpy as np
+import torch
+
+from clock import StepClock, percentile
+from floor import Rates, Work, decode_work, measure_rates, step_work, text_work, tokens
+from kernel_profile import Profile, profile_table
+from machine import heading, provenance
+from vllm_cosmos3.config import ModelConfig, read_config
 from vllm_cosmos3.engine import Cosmos3
 from vllm_cosmos3.errors import Cosmos3Error
 from vllm_cosmos3.hub import resolve
-from vllm_cosmos3.plan import Plan
-from vllm_cosmos3.version import __version__
+from vllm_cosmos3.output import Output
+from vllm_cosmos3.request import parse_size
+
+Fields = dict[str, Any]
+
+WARM_STEPS = 3  # of an extrapolated row, not counted
+LONG = ["t2v-480p", "t2v-720p"]  # rows of which --measured-steps makes a part
+CUSTOM = "custom"  # the row that options make up
+PROFILED_STEPS = 2  # of a video; five times as many of an image, whose graph needs a few to record
+VIDEO = {"num_frames": 189, "fps": 24, "num_inference_steps": 35, "guidance_scale": 6.0}
+IMAGE = {**VIDEO, "num_frames": 1}
+ROWS: dict[str, Fields] = {
+    "t2i-256p": {**IMAGE, "size": "320x192"},
+    "t2i-720p": {**IMAGE, "size": "1280x720"},
+    "t2v-256p": {**VIDEO, "size": "320x192"},
+    "i2v-256p": {**VIDEO, "size": "320x192", "image": True},
+    "sound-256p": {**VIDEO, "size": "320x192", "generate_sound": True},
+    "t2v-480p": {**VIDEO, "size": "832x480"},
+    "t2v-720p": {**VIDEO, "size": "1280x720"},
+    "policy-droid": {  # what a robot waits for: 32 actions, and no pixels
+        "action_mode": "policy",
+        "domain_name": "droid_lerobot",
+        "raw_action_dim": 8,
+        "action_state": [0.0] * 8,
+        "num_frames": 33,
+        "size": "640x544",
+        "image": True,
+        "num_inference_steps": 4,
+        "guidance_scale": 3.0,
+        "flow_shift": 5.0,
+        "output_type": "latent",
+    },
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One request. Seconds by phase, seconds by step; bytes."""
+
+    phases: dict[str, float]
+    steps: list[float]
+    peak: int
+    save: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """What one kind of request took. Medians of the warm runs; seconds, bytes, FLOP."""
+
+    name: str
+    request: Fields
+    tokens: dict[str, int]
+    steps: int
+    measured_steps: int | None  # None: all of them; else the denoising is extrapolated
+    cold: dict[str, float]
+    warm: dict[str, float]
+    step_p50: float
+    step_p99: float
+    save: float | None
+    peak: int
+    step_flop: float
+    decode_flop: float
+    denoise_floor: float
+    floor: float  # of text, denoising and decoding
+    runs: list[dict[str, float]]
+
+    @property
+    def rate(self) -> float:
+        """FLOP/s while denoising."""
+        return self.step_flop * self.steps / self.warm["denoise"]
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    fields = {
-        "prompt": "A paper boat floats down a stream",
-        "size": args.size,
-        "num_frames": args.num_frames,
-        "num_inference_steps": args.num_inference_steps,
-        "guidance_scale": args.guidance_scale,
-        "generate_sound": args.sound,
-        "seed": 0,
-        "allow_untrained_size": True,
-    }
     try:
-        config = read_config(resolve(args.model, weights=False))
         with Cosmos3(
-            args.model, dtype=args.dtype, device=args.device, load_format=args.load_format
+            args.model,
+            dtype=args.dtype,
+            device=args.device,
+            load_format=args.load_format,
+            attention_backend=args.attention_backend,
+            **args.engine,
         ) as model:
-            plan = model.plan(fields)
-            outputs = [model.generate(fields) for _ in range(args.repeat + 1)][1:]
-            device = str(model.device)
+            report = measure_all(model, read_config(resolve(args.model, weights=False)), args)
     except Cosmos3Error as error:
         print(f"latency: {error}", file=sys.stderr)
         return 2
-    runs = [dict(output.timings) for output in outputs]
-    counts = tokens(plan, config.transformer.latent_patch_size)
-    work = flops(config, plan)
-    report = {
-        "version": __version__,
-        "model": str(args.model),
-        "device": device,
-        "machine": platform.processor() or platform.machine(),
-        "dtype": args.dtype,
-        "request": fields,
-        "tokens": counts,
-        "flops": work,
-        "median_seconds": {name: statistics.median(r[name] for r in runs) for name in runs[0]},
-        "runs": runs,
-        "peak_memory_bytes": max(output.peak_memory for output in outputs),
-    }
-    print(table(report))
+    print(tables(report))
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
     return 0
 
 
-def tokens(plan: Plan, patch: int) -> dict[str, int]:
-    """Tokens of the generation sequence by stream, and of each text."""
-    counts = {}
-    for stream in plan.streams:
-        plane = 1
-        if stream.name == "vision":
-            plane = -(-stream.shape[3] // patch) * -(-stream.shape[4] // patch)
-        counts[stream.name] = stream.length * plane
-    texts = dict(zip(("prompt", "negative_prompt"), map(len, plan.token_ids), strict=False))
-    return counts | texts
+def measure_all(model: Cosmos3, config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]:
+    """Every row, printed as it comes: a run that is cut short still tells something."""
+    device = model.device
+    facts = provenance(device)
+    print(heading(facts), f"model load: {model.load_seconds:.1f} s", sep="\n", flush=True)
+    if args.memory_limit:
+        limit = args.memory_limit * 2**30 / torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(limit, device)
+    rates = measure_rates(config.transformer, device, getattr(torch, args.dtype))
+    print(rate_line(rates), HEAD, sep="\n", flush=True)
+    rows, profiles = [], []
+    for name, fields in requests(args, device).items():
+        row = measure(model, config, name, fields, rates, args)
+        print(line(asdict(row) | {"rate": row.rate}), flush=True)
+        rows.append(asdict(row) | {"rate": row.rate})
+        if args.profile:
+            profiles += [profile(model, name, fields, latents=latents) for latents in (True, False)]
+    return {
+        "machine": facts,
+        "model_load_s": model.load_seconds,
+        "dtype": args.dtype,
+        "rates": asdict(rates),
+        "rows": rows,
+        "profiles": [asdict(each) for each in profiles],
+    }
 
 
-def flops(model: ModelConfig, plan: Plan) -> dict[str, int]:
-    """Of the whole request: both texts once, all steps of all branches. Heads excluded."""
-    config = model.transformer
-    counts = tokens(plan, config.latent_patch_size)
-    generated = sum(counts[stream.name] for stream in plan.streams)
-    text = sum(
-        layers_flops(config, len(ids), attended=(len(ids) + 1) / 2) for ids in plan.token_ids
-    )
-    step = sum(
-        layers_flops(config, generated, attended=generated + len(ids)) for ids in plan.token_ids
-    )
-    return {"text": text, "per_step": step, "denoise": step * plan.steps}
+def requests(args: argparse.Namespace, device: torch.device) -> dict[str, Fields]:
+    """The rows that were asked for, or the one request that the other options make up."""
+    if args.rows or (device.type != "cpu" and args.size is None):
+        chosen = {name: dict(ROWS[name]) for name in args.rows or ROWS}
+        for fields in chosen.values():
+            if args.frames and fields["num_frames"] > 1:
+                fields["num_frames"] = args.frames
+            if args.num_inference_steps:
+                fields["num_inference_steps"] = args.num_inference_steps
+        return chosen
+    return {
+        CUSTOM: {
+            "size": args.size or "320x192",
+            "num_frames": args.num_frames,
+            "num_inference_steps": args.num_inference_steps or 8,
+            "guidance_scale": args.guidance_scale,
+            "generate_sound": args.sound,
+        }
+    }
 
 
-def layers_flops(config: TransformerConfig, length: int, attended: float) -> int:
-    """One tower on ``length`` tokens of which each attends to ``attended`` on average."""
-    query = config.num_attention_heads * config.head_dim
-    key = config.num_key_value_heads * config.head_dim
-    matrices = config.hidden_size * (2 * query + 2 * key + 3 * config.intermediate_size)
-    return round(config.num_hidden_layers * length * (2 * matrices + 4 * attended * query))
-
-
-def table(report: dict) -> str:
-    """What a person reads."""
-    request, counts, work = report["request"], report["tokens"], report["flops"]
-    seconds = report["median_seconds"]
-    lines = [
-        f"{report['model']} on {report['device']}, {report['dtype']}",
-        f"{request['size']}, {request['num_frames']} frames,"
-        f" {request['num_inference_steps']} steps, guidance {request['guidance_scale']:g}",
-        "tokens: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()),
-        "",
-        *(f"{name:>12} {value:10.3f} s" for name, value in seconds.items()),
-        "",
-        f"{'per step':>12} {work['per_step'] / 1e12:10.4f} TFLOP"
-        f" = {work['denoise'] / 1e12 / seconds['denoise']:.3f} TFLOP/s while denoising",
-        f"{'peak memory':>12} {report['peak_memory_bytes'] / 2**30:10.3f} GiB",
+def measure(
+    model: Cosmos3,
+    config: ModelConfig,
+    name: str,
+    fields: Fields,
+    rates: Rates,
+    args: argparse.Namespace,
+) -> Row:
+    """One cold run, the warm ones, and what they should have taken."""
+    steps = fields["num_inference_steps"]
+    measured = args.measured_steps if name in (*args.measured_rows, CUSTOM) else None
+    if measured and measured + WARM_STEPS >= steps:
+        measured = None
+    if measured:
+        fields = {**fields, "num_inference_steps": WARM_STEPS + measured}
+    lengths = args.tokens or ([512, 512] if model.device.type != "cpu" else None)
+    plan = model.plan(request(fields, lengths, 0))
+    runs = [
+        run(model, request(fields, lengths, seed), measured, steps, save=args.save)
+        for seed in range(1 + args.repeat)
     ]
-    return "\n".join(lines)
+    warm = runs[1:] or runs
+    every_step = [step for each in warm for step in each.steps]
+    step, text = step_work(config.transformer, plan), text_work(config.transformer, plan)
+    decode = decode_work(config, plan.streams[0].shape) if plan.decoded else Work()
+    denoise_floor = step.floor(rates) * steps
+    saves = [each.save for each in warm if each.save is not None]
+    return Row(
+        name=name,
+        request=fields | {"num_inference_steps": steps},
+        tokens=tokens(plan, config.transformer.latent_patch_size),
+        steps=steps,
+        measured_steps=measured,
+        cold=runs[0].phases,
+        warm=medians([each.phases for each in warm]),
+        step_p50=percentile(every_step, 50),
+        step_p99=percentile(every_step, 99),
+        save=statistics.median(saves) if saves else None,
+        peak=max(each.peak for each in warm),
+        step_flop=step.total,
+        decode_flop=decode.total,
+        denoise_floor=denoise_floor,
+        floor=text.floor(rates) + denoise_floor + decode.floor(rates),
+        runs=[each.phases for each in runs],
+    )
+
+
+def request(fields: Fields, lengths: list[int] | None, seed: int) -> Fields:
+    """The fields of one run: its own prompt, a seed, and pixels where a picture is asked for."""
+    fields = {**fields, "seed": seed, "allow_untrained_size": True}
+    if fields.pop("image", False):
+        width, height = parse_size(fields["size"])
+        random = np.random.RandomState(0)
+        fields["image"] = random.randint(0, 256, (height, width, 3), dtype=np.uint8)
+    if lengths is None:
+        return {**fields, "prompt": f"Paper boat number {seed} floats down a stream"}
+    prompt, negative = lengths
+    fields["prompt_token_ids"] = [10 + (7 * i + seed) % 400 for i in range(prompt)]
+    if fields["guidance_scale"] != 1:
+        fields["negative_prompt_token_ids"] = [20 + 3 * i % 400 for i in range(negative)]
+    return fields
+
+
+def run(model: Cosmos3, fields: Fields, measured: int | None, steps: int, *, save: bool) -> Run:
+    """One request. Steps that were not made count as the median of the last ``measured`` ones."""
+    clock = StepClock(model.device)
+    if model.device.type != "cpu":  # whose peak is that of the process's life
+        torch.accelerator.reset_peak_memory_stats(model.device)
+    output = model.generate(fields, progress=clock)
+    timed = clock.steps()[-measured:] if measured else clock.steps()
+    phases = {name: seconds for name, seconds in output.timings.items() if name != "model_load"}
+    known = ("text", "vae_encode", "denoise", "vae_decode")
+    phases["tail"] = max(0.0, phases["total"] - sum(phases[name] for name in known))
+    if measured:
+        missing = statistics.median(timed) * (steps - fields["num_inference_steps"])
+        phases["total"] += missing
+        phases["denoise"] += missing
+        phases["per_step"] = phases["denoise"] / steps
+    written = write_seconds(output) if save else None
+    return Run(phases=phases, steps=timed, peak=output.peak_memory, save=written)
+
+
+def write_seconds(output: Output) -> float:
+    """Writing the file that a user would get. Random weights make noise, the encoder's worst case."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        output.save(Path(folder) / "result")
+        return time.perf_counter() - start
+
+
+def medians(runs: list[Mapping[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(each[name] for each in runs) for name in runs[0]}
+
+
+def profile(model: Cosmos3, name: str, fields: Fields, *, latents: bool) -> Profile:
+    """Kernels of a few steps, with or without what follows, of a shape that was run before."""
+    steps = PROFILED_STEPS if fields["num_frames"] > 1 else 5 * PROFILED_STEPS
+    fields = {**request(fields, [512, 512], 99), "num_inference_steps": steps}
+    fields |= {"output_type": "latent"} if latents else {}
+    what = f"{steps} steps" if latents else f"{steps} steps and the decoder"
+    return profile_table(f"{name}, {what}", lambda: model.generate(fields), model.device)
+
+
+HEAD = (
+    "| request | tokens | steps | cold s | total s | text | denoise | step p50 ms | p99 | encode "
+    "| decode | tail | save | peak GiB | TFLOP/s | of product rate | floor s | floor / total |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def line(row: dict[str, Any], product_rate: float | None = None) -> str:
+    """A row of the Markdown table. Extrapolated figures are marked with a tilde."""
+    warm, about = row["warm"], "~" if row["measured_steps"] else ""
+    measured = f" ({row['measured_steps']} measured)" if row["measured_steps"] else ""
+    share = "" if product_rate is None else f"{100 * row['rate'] / product_rate:.0f} %"
+    cells = [
+        row["name"],
+        ", ".join(f"{count:,}" for count in row["tokens"].values()),
+        f"{row['steps']}{measured}",
+        f"{about}{row['cold']['total']:.2f}",
+        f"{about}{warm['total']:.2f}",
+        f"{warm['text']:.3f}",
+        f"{about}{warm['denoise']:.2f}",
+        f"{1000 * row['step_p50']:.1f}",
+        f"{1000 * row['step_p99']:.1f}",
+        f"{warm['vae_encode']:.3f}",
+        f"{warm['vae_decode']:.2f}",
+        f"{warm['tail']:.3f}",
+        "" if row["save"] is None else f"{row['save']:.2f}",
+        f"{row['peak'] / 2**30:.1f}",
+        f"{row['rate'] / 1e12:.3g}",
+        share,
+        f"{row['floor']:.3g}",
+        f"{100 * row['floor'] / warm['total']:.0f} %",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def rate_line(rates: Rates) -> str:
+    return (
+        f"rates of this run: products {rates.product / 1e12:.4g} TFLOP/s, attention "
+        f"{rates.attention / 1e12:.4g} TFLOP/s, reading {rates.read / 1e9:.4g} GB/s"
+    )
+
+
+def tables(report: dict[str, Any]) -> str:
+    """What a person reads at the end: the table in one piece, then the profiles."""
+    product = report["rates"]["product"]
+    parts = ["", HEAD, *(line(row, product) for row in report["rows"])]
+    parts += [Profile(**each).table() for each in report["profiles"]]
+    return "\n".join(parts)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -126,15 +335,40 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("model", help="checkpoint folder or repository")
-    parser.add_argument("--size", default="320x192")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--frames", type=int, help="of the rows' videos, instead of 189")
+    parser.add_argument("--size", help="of a request of your own; default 320x192")
     parser.add_argument("--num-frames", type=int, default=25)
-    parser.add_argument("--num-inference-steps", type=int, default=8)
+    parser.add_argument("--num-inference-steps", type=int, help="default: 35 for rows, else 8")
     parser.add_argument("--guidance-scale", type=float, default=6.0)
     parser.add_argument("--sound", action="store_true")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device")
     parser.add_argument("--load-format", default="auto")
+    parser.add_argument("--attention-backend", default="auto")
+    parser.add_argument(
+        "--engine", type=json.loads, default={}, help="more arguments of Cosmos3, as JSON"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        nargs=2,
+        metavar=("PROMPT", "NEGATIVE"),
+        help="lengths of the texts; default: 512 512 on a GPU, real texts on a CPU",
+    )
     parser.add_argument("--repeat", type=int, default=3, help="runs after the first")
+    parser.add_argument("--measured-steps", type=int, help="of long rows, after three others")
+    parser.add_argument(
+        "--measured-rows",
+        nargs="+",
+        choices=ROWS,
+        default=LONG,
+        metavar="ROW",
+        help="the long rows",
+    )
+    parser.add_argument("--profile", action="store_true", help="kernels of a few steps of each row")
+    parser.add_argument("--save", action="store_true", help="time writing the MP4 or PNG too")
+    parser.add_argument("--memory-limit", type=float, help="GiB that may be used of the GPU")
     parser.add_argument("--json", type=Path, help="write the report here")
     return parser.parse_args(argv)
 

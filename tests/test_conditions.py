@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_cosmos3 import conditions, prompts
+from vllm_cosmos3.checkpoint import write_checkpoint
 from vllm_cosmos3.config import ModelConfig, read_config
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.plan import Plan
@@ -23,13 +24,6 @@ from vllm_cosmos3.request import GenerateRequest, from_fields
 
 PICTURE = np.full((48, 80, 3), 128, np.uint8)
 CLIP = np.arange(9, dtype=np.uint8)[:, None, None, None].repeat(48, 1).repeat(80, 2).repeat(3, 3)
-DISTILLED = {
-    "_class_name": "FlowMatchEulerDiscreteScheduler",
-    "num_train_timesteps": 1000,
-    "shift": 1.0,
-    "stochastic_sampling": True,
-    "fixed_step_sampler_config": {"t_list": [1.0, 0.9375, 0.8333, 0.625], "sample_type": "sde"},
-}
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +45,10 @@ def tokenizer(folder: Path) -> prompts.Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def distilled(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
-    copy = tmp_path_factory.mktemp("distilled") / "tiny"
-    shutil.copytree(folder, copy)
-    (copy / "scheduler" / "scheduler_config.json").write_text(json.dumps(DISTILLED))
-    return read_config(copy)
+def distilled(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    folder = tmp_path_factory.mktemp("distilled") / "tiny"
+    write_checkpoint(folder, kind="distilled-t2i", weights=False)
+    return read_config(folder)
 
 
 def plan(model: ModelConfig, tokenizer: prompts.Tokenizer, **fields: Any) -> Plan:
@@ -287,12 +280,14 @@ def test_sound_needs_a_sound_tokenizer(model: ModelConfig) -> None:
 def test_distilled_checkpoint_fixes_steps(
     distilled: ModelConfig, tokenizer: prompts.Tokenizer
 ) -> None:
-    p = plan(distilled, tokenizer)
+    p = plan(distilled, tokenizer, num_frames=1)
     assert (p.solver, p.num_inference_steps, p.guidance_scale) == ("sde", 4, 1.0)
     assert len(p.token_ids) == 1
-    assert plan(distilled, tokenizer, num_inference_steps=4, guidance_scale=1).steps == 4
+    assert (
+        plan(distilled, tokenizer, num_frames=1, num_inference_steps=4, guidance_scale=1).steps == 4
+    )
     for name, value in (("num_inference_steps", 35), ("guidance_scale", 6.0)):
-        error = refusal(distilled, **{name: value})
+        error = refusal(distilled, num_frames=1, **{name: value})
         assert (error.field, error.code) == (name, "unsupported_parameter")
 
 

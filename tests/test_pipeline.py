@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -14,8 +13,10 @@ import pytest
 import torch
 
 from vllm_cosmos3 import pipeline as pipeline_module
+from vllm_cosmos3.checkpoint import write_checkpoint
 from vllm_cosmos3.config import EngineConfig, ParallelConfig
 from vllm_cosmos3.errors import CheckpointError
+from vllm_cosmos3.models.texts import RecentTexts
 from vllm_cosmos3.output import Output
 from vllm_cosmos3.pipeline import Pipeline
 from vllm_cosmos3.request import from_fields
@@ -31,16 +32,6 @@ SMALL = {
     "output_type": "latent",
 }
 PICTURE = np.random.RandomState(0).randint(0, 256, (64, 96, 3), dtype=np.uint8)
-DISTILLED = {
-    "_class_name": "FlowMatchEulerDiscreteScheduler",
-    "num_train_timesteps": 1000,
-    "shift": 1.0,
-    "stochastic_sampling": True,
-    "fixed_step_sampler_config": {
-        "t_list": [1.0, 0.9375, 0.8333333333333334, 0.625],
-        "sample_type": "sde",
-    },
-}
 
 
 def load(folder: Path) -> Pipeline:
@@ -58,8 +49,9 @@ def pipeline(tiny_checkpoint_fp32: Path) -> Pipeline:
 
 @pytest.fixture
 def texts(pipeline: Pipeline) -> Iterator[list[int]]:
-    """Lengths of the texts that the understanding tower has read."""
+    """Lengths of the texts that the understanding tower has read, none of them before."""
     lengths: list[int] = []
+    pipeline.texts = RecentTexts(pipeline_module.TEXT_BYTES)
     hook = pipeline.transformer.understanding.register_forward_hook(
         lambda _, inputs, __: lengths.append(len(inputs[0]))
     )
@@ -109,8 +101,27 @@ def test_each_text_is_read_once(
     pipeline: Pipeline, texts: list[int], fields: dict[str, Any], branches: int
 ) -> None:
     plan = pipeline.plan(from_fields({**SMALL, **fields}))
-    run(pipeline, **fields)
+    first = run(pipeline, **fields)
     assert texts == [len(ids) for ids in plan.token_ids][:branches]
+    again = run(pipeline, **fields)
+    assert len(texts) == branches
+    assert (vision(again) == vision(first)).all()
+
+
+@pytest.mark.parametrize("fields", [{}, {"generate_sound": True, "image": PICTURE}])
+def test_branches_may_be_evaluated_together_or_one_by_one(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
+) -> None:
+    calls: list[int] = []
+    hook = pipeline.transformer.register_forward_hook(lambda *_: calls.append(1))
+    together = run(pipeline, **fields)
+    steps = len(calls)
+    monkeypatch.setattr(pipeline_module, "JOINED_TOKENS", 0)
+    one_by_one = run(pipeline, **fields)
+    hook.remove()
+    assert len(calls) - steps == 2 * steps
+    scale = np.abs(vision(one_by_one)).max()
+    assert np.abs(vision(together) - vision(one_by_one)).max() <= 1e-5 * scale
 
 
 def test_several_results_are_those_of_their_seeds(pipeline: Pipeline) -> None:
@@ -199,11 +210,10 @@ def test_noise_rules_and_schedules_differ(pipeline: Pipeline) -> None:
             assert np.abs(one - other).max() > 1e-3
 
 
-def test_distilled_checkpoint(tiny_checkpoint_fp32: Path, tmp_path: Path) -> None:
+def test_distilled_checkpoint(tmp_path: Path) -> None:
     """Four steps without guidance, with fresh noise at each but the last."""
     folder = tmp_path / "distilled"
-    shutil.copytree(tiny_checkpoint_fp32, folder)
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(DISTILLED))
+    write_checkpoint(folder, kind="distilled-i2v", dtype="float32")
     distilled = load(folder)
     plan = distilled.plan(from_fields({**SMALL, "num_inference_steps": None, "image": PICTURE}))
     state = distilled.encode(plan)

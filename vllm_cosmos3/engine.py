@@ -34,6 +34,7 @@ __all__ = ["Cosmos3", "Output", "Progress", "Sample"]
 
 DTYPES = ("bfloat16", "float16", "float32")
 LOAD_FORMATS = ("auto", "dummy")
+RESIDENCIES = ("gpu", "host", "auto")
 Request = GenerateRequest | Mapping[str, Any]
 
 
@@ -59,6 +60,12 @@ class Cosmos3:
             only rank 0 gets results.
         attention_backend: one of `runtime.attention.BACKENDS`, or "auto".
         load_format: "auto", or "dummy" for random weights where only the time matters.
+        und_residency: where the text tower rests: "gpu", "host" (it visits the device to read the
+            texts of a request) or "auto": the host only if a default video would not fit otherwise.
+        enable_layerwise_offload: generation layers rest on the host and are copied to the device at
+            every step, each while the one before it computes.
+        memory_limit: GiB of its device that each rank may use; omitted: what is free.
+        checkpoint_kind: one of `kinds.MODES`, where the files do not tell it.
 
     Raises:
         CheckpointError: the checkpoint is missing, incomplete or of another kind.
@@ -79,12 +86,19 @@ class Cosmos3:
         distributed_executor_backend: str | None = None,
         attention_backend: str = "auto",
         load_format: str = "auto",
+        und_residency: str = "auto",
+        enable_layerwise_offload: bool = False,
+        memory_limit: float | None = None,
+        checkpoint_kind: str | None = None,
     ) -> None:
         start = time.perf_counter()
         _check_choice("dtype", dtype, DTYPES)
         _check_choice("vae_parallel", vae_parallel, MODES)
         _check_choice("attention_backend", attention_backend, ("auto", *BACKENDS))
         _check_choice("load_format", load_format, LOAD_FORMATS)
+        _check_choice("und_residency", und_residency, RESIDENCIES)
+        if memory_limit is not None and not memory_limit > 0:
+            raise InvalidRequest("memory_limit", memory_limit, "above 0 GiB")
         self.device = _device(device)
         config = EngineConfig(
             model=resolve(model, revision),
@@ -92,14 +106,18 @@ class Cosmos3:
             device=str(self.device),
             load_format=load_format,
             attention_backend=attention_backend,
+            checkpoint_kind=checkpoint_kind,
             parallel=ParallelConfig(
                 tensor_parallel_size=tensor_parallel_size,
                 cfg_parallel_size=cfg_parallel_size,
                 ulysses_degree=ulysses_degree,
                 vae_parallel=vae_parallel,
             ),
+            und_residency=und_residency,
+            layerwise_offload=enable_layerwise_offload,
+            memory_limit=memory_limit,
         )
-        self._model = read_config(config.model)
+        self._model = read_config(config.model, checkpoint_kind)
         self._tokenizer = load_tokenizer(config.model)
         self._runner: Runner | None = make_runner(config, distributed_executor_backend)
         self._lock = threading.Lock()  # one request at a time, also from several threads

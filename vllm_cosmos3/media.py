@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Literal
@@ -106,6 +107,36 @@ def read_video(
     return np.stack(clip[:frames] if keep == "first" else clip[-frames:])
 
 
+def frames_of(source: VideoSource, *, limit: int, field: str = "video") -> Iterator[Pixels]:
+    """The first ``limit`` frames of a clip one after the other, so that a long one fits in memory.
+
+    As `read_video` without ``fps``; errors come with the frame that has them.
+    """
+    if isinstance(source, np.ndarray):
+        yield from _checked_array(source, 4, field)[:limit]
+    elif isinstance(source, str | Path | bytes):
+        with _decoding(source, field, A_VIDEO), _stored_frames(source, field) as frames:
+            for frame in islice(frames, limit):
+                yield _upright(frame)
+    else:
+        for image in islice(source, limit):
+            yield read_image(image, field=field)
+
+
+def rate_of(source: VideoSource, *, field: str = "video") -> float | None:
+    """Frames per second that an encoded clip states; None for arrays and pictures."""
+    if not isinstance(source, str | Path | bytes):
+        return None
+    options = {"format_whitelist": VIDEO_FORMATS}
+    with (
+        _decoding(source, field, A_VIDEO),
+        _opened(source) as file,
+        av.open(file, options=options) as container,
+    ):
+        rates = [stream.average_rate for stream in container.streams.video]
+    return float(rates[0]) if rates and rates[0] else None
+
+
 def cover_crop(frames: Pixels, *, height: int, width: int) -> Pixels:
     """Frames enlarged or reduced until they just cover ``height`` x ``width``, the middle cut out.
 
@@ -125,6 +156,30 @@ def cover_crop(frames: Pixels, *, height: int, width: int) -> Pixels:
         x = x[0, :, top : top + height, left : left + width].round().clamp(0, 255)
         target[:] = x.movedim(0, 2).numpy()
     return out
+
+
+def fit_inside(frames: Pixels, *, height: int, width: int) -> tuple[Pixels, tuple[int, int]]:
+    """Frames at the top left of a canvas ``height`` x ``width``, and their own height and width there.
+
+    They are reduced to fit, bicubically with antialiasing and rounded to whole levels, but never
+    enlarged. The rest mirrors them, or repeats their last row and column where it is larger than
+    they are.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    scale = min(width / frames.shape[2], height / frames.shape[1], 1.0)
+    rows, columns = (max(1, int(scale * side + 0.5)) for side in frames.shape[1:3])
+    down, right = height - rows, width - columns
+    mode: Literal["edge", "reflect"] = "edge" if down >= rows or right >= columns else "reflect"
+    out = np.empty((len(frames), height, width, 3), np.uint8)
+    for frame, target in zip(frames, out, strict=True):
+        if (rows, columns) != frame.shape[:2]:
+            x = torch.from_numpy(np.ascontiguousarray(frame)).movedim(2, 0)[None].float()
+            x = F.interpolate(x, size=(rows, columns), mode="bicubic", antialias=True)
+            frame = x[0].round().clamp(0, 255).movedim(0, 2).numpy().astype(np.uint8)  # noqa: PLW2901
+        target[:] = np.pad(frame, ((0, down), (0, right), (0, 0)), mode)
+    return out, (rows, columns)
 
 
 class VideoWriter:
@@ -303,22 +358,24 @@ def _decoded(
     source: str | Path | bytes, count: int, keep: str, fps: float | None, field: str
 ) -> list[Pixels]:
     """The first or last ``count`` frames of an encoded video, or all of a shorter one."""
-    options = {"format_whitelist": VIDEO_FORMATS}
     kept: deque[av.VideoFrame] = deque(maxlen=count)
-    with (
-        _decoding(source, field, A_VIDEO),
-        _opened(source) as file,
-        av.open(file, options=options) as container,
-    ):
-        if not container.streams.video:
-            possible = "a file with a video track"
-            raise InvalidRequest(field, _described(source), possible, "invalid_media")
-        frames = _intact(container, field)
+    with _decoding(source, field, A_VIDEO), _stored_frames(source, field) as frames:
         for frame in frames if fps is None else _on_screen(frames, frame_rate(fps)):
             kept.append(frame)
             if keep == "first" and len(kept) == count:
                 break
         return [_upright(frame) for frame in kept]
+
+
+@contextmanager
+def _stored_frames(source: str | Path | bytes, field: str) -> Iterator[Iterator[av.VideoFrame]]:
+    """The frames of an encoded video, decoded as they are asked for."""
+    options = {"format_whitelist": VIDEO_FORMATS}
+    with _opened(source) as file, av.open(file, options=options) as container:
+        if not container.streams.video:
+            possible = "a file with a video track"
+            raise InvalidRequest(field, _described(source), possible, "invalid_media")
+        yield _intact(container, field)
 
 
 def _intact(container: av.container.InputContainer, field: str) -> Iterator[av.VideoFrame]:

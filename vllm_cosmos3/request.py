@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal
 
+from vllm_cosmos3.embodiments import VIEWS
 from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.hints import HINTS, Hint, hint_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,8 +31,8 @@ MAX_SEED = 2**32 - 1  # numpy's RandomState, the reference's noise rule, takes 3
 class Spec:
     """What one field accepts, as data: its kind, range and unit, and a sentence for the help.
 
-    ``kind`` is text, int, float, bool, choice, size, ints, pair, image, video or arrays. ``low``
-    and ``high`` are inclusive, except that ``above`` makes ``low`` exclusive.
+    ``kind`` is text, int, float, bool, choice, size, ints, pair, numbers, rows, hint, image, video
+    or arrays. ``low`` and ``high`` are inclusive, except that ``above`` makes ``low`` exclusive.
     """
 
     kind: str
@@ -39,13 +41,13 @@ class Spec:
     low: float = -math.inf
     high: float = math.inf
     above: bool = False
-    choices: tuple[str, ...] = ()
+    choices: tuple[str | int, ...] = ()
 
     @property
     def possible(self) -> str:
         """What the field accepts, as the end of the sentence "... must be"."""
-        if self.kind == "choice":
-            return f"one of {', '.join(self.choices)}"
+        if self.choices:
+            return f"one of {', '.join(map(str, self.choices))}"
         return _POSSIBLE[self.kind] + self._range()
 
     def _range(self) -> str:
@@ -58,10 +60,14 @@ class Spec:
 
     def checked(self, name: str, value: Any) -> Any:
         """``value`` in its normal form; InvalidRequest if the field cannot have it."""
+        if self.kind == "rows":
+            return _rows(name, value)
+        if self.kind == "hint":
+            return hint_of(name, value)
         normal = _NORMAL[self.kind](value)
         if normal is None:
             raise InvalidRequest(name, value, self.possible, "invalid_type")
-        if self.kind == "choice" and normal not in self.choices:
+        if self.choices and normal not in self.choices:
             raise InvalidRequest(name, value, self.possible)
         if self.kind == "text" and len(normal) > self.high:
             raise InvalidRequest(name, value, self.possible, "field_too_large")
@@ -83,10 +89,11 @@ def _field(*, default: Any = None, **spec: Any) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
-    """One request for an image or a video, with or without sound.
+    """One request for an image or a video, with or without sound, or for actions.
 
-    The mode follows from the inputs: ``num_frames=1`` is text-to-image, an ``image`` is
-    image-to-video, a ``video`` is video-to-video, anything else is text-to-video. A field that is
+    The mode follows from the inputs: ``action_mode`` names one of those with actions, a control
+    such as ``edge`` is transfer, ``num_frames=1`` is text-to-image, an ``image`` is image-to-video,
+    a ``video`` is video-to-video, anything else is text-to-video. A field that is
     None takes the default of its mode (`conditions.DEFAULTS`); an omitted seed is drawn here, so
     that every rank and the record of the result see the same number.
 
@@ -119,6 +126,131 @@ class GenerateRequest:
         kind="choice",
         choices=("first", "last"),
         help="which end of the video supplies those frames",
+    )
+    action_mode: str | None = _field(
+        kind="choice",
+        choices=("forward_dynamics", "inverse_dynamics", "policy"),
+        help="forward_dynamics: from a picture and actions to a video; inverse_dynamics: from a"
+        " video to its actions; policy: from a picture and an instruction to actions and a video",
+    )
+    domain_name: str | None = _field(
+        kind="text", high=100, help="embodiment of the actions, such as av, umi or droid_lerobot"
+    )
+    domain_id: int | None = _field(
+        kind="int", low=0, high=1000, help="its number, instead of the name"
+    )
+    raw_action_dim: int | None = _field(
+        kind="int", low=1, high=1000, help="numbers in an action; omitted: those of the embodiment"
+    )
+    action_chunk_size: int | None = _field(
+        kind="int", low=1, high=1000, help="actions, one for each frame of the video but the first"
+    )
+    action: tuple[tuple[float, ...], ...] | None = _field(
+        kind="rows", help="the actions of forward_dynamics: a list of rows"
+    )
+    action_path: str | None = _field(
+        kind="text", high=4096, help="file with those rows as JSON, instead"
+    )
+    action_history: tuple[tuple[float, ...], ...] | None = _field(
+        kind="rows", help="actions that were carried out before the first frame"
+    )
+    action_state: tuple[float, ...] | None = _field(
+        kind="numbers", help="state of the body at the first frame, for models trained with one"
+    )
+    action_stats_path: str | None = _field(
+        kind="text",
+        high=4096,
+        help="file of statistics as JSON: actions are then in its units, else as the model sees them",
+    )
+    action_normalization: str = _field(
+        default="minmax",
+        kind="choice",
+        choices=("minmax", "meanstd", "quantile", "quantile_rot"),
+        help="which of the statistics the model was trained with",
+    )
+    view_point: str | None = _field(
+        kind="choice",
+        choices=tuple(VIEWS),
+        help="where the camera is; omitted: that of the embodiment",
+    )
+    view_description: str | None = _field(
+        kind="text", high=2**12, help="more on the cameras, after the sentence on the view"
+    )
+    image_size: int | None = _field(
+        kind="int",
+        choices=(256, 480, 704, 720),
+        help="tier of sizes, of which the one nearest in shape to the input is taken",
+    )
+    edge: Hint | None = _field(  # noqa: RUF009
+        kind="hint",
+        help="follow the edges of a control clip, or of the video, if true; an object has control,"
+        " control_path, control_weight and preset_edge_threshold (none to very_high)",
+    )
+    blur: Hint | None = _field(  # noqa: RUF009
+        kind="hint",
+        help="follow a blurred clip, or the video blurred, if true; an object has control,"
+        " control_path, control_weight and preset_blur_strength (none to very_high)",
+    )
+    depth: Hint | None = _field(  # noqa: RUF009
+        kind="hint", help="follow a clip of depths, or an object with one"
+    )
+    seg: Hint | None = _field(  # noqa: RUF009
+        kind="hint", help="follow a clip of segments, or an object with one"
+    )
+    wsm: Hint | None = _field(  # noqa: RUF009
+        kind="hint", help="follow a clip of world-scenario maps, or an object with one"
+    )
+    control_guidance: float | None = _field(
+        kind="float",
+        low=0,
+        high=20,
+        help="strength of the controls; omitted: 1, or what suits the only one",
+    )
+    control_guidance_interval: tuple[float, float] | None = _field(
+        kind="pair",
+        low=0,
+        high=1000,
+        help="lowest and highest timestep at which it holds, both included; omitted: all",
+    )
+    control_attention: str | None = _field(
+        kind="choice",
+        choices=("averaged", "full"),
+        help="of several controls: the video attends to each in turn and the weighted mean counts,"
+        " as trained (default); or to all at once, as diffusers does",
+    )
+    num_video_frames_per_chunk: int | None = _field(
+        kind="int",
+        low=2,
+        high=401,
+        unit="frames",
+        help="length of the chunks that a long transfer is made in; omitted: at most 93 (wsm: 101)",
+    )
+    num_conditional_frames: int | None = _field(
+        kind="int",
+        low=0,
+        high=400,
+        unit="frames",
+        help="that a chunk takes over from the one before it; omitted: 1",
+    )
+    num_first_chunk_conditional_frames: int | None = _field(
+        kind="int",
+        low=0,
+        high=400,
+        unit="frames",
+        help="that the first chunk takes over from the video; omitted: none",
+    )
+    max_frames: int | None = _field(
+        kind="int",
+        low=2,
+        high=18_000,
+        unit="frames",
+        help="of a control that are followed at most; omitted: 5000",
+    )
+    share_vision_temporal_positions: bool | None = _field(
+        kind="bool", help="controls and video lie at the same times; omitted: yes"
+    )
+    emphasize_control_in_prompt: bool | None = _field(
+        kind="bool", help="end the prompt with a sentence on the controls; omitted: yes"
     )
     size: str | None = _field(
         kind="size", help="WIDTHxHEIGHT in pixels, multiples of 16, instead of the two"
@@ -205,11 +337,11 @@ class GenerateRequest:
         kind="bool",
         help="end plain video prompts with a sentence on length and frame rate",
     )
-    negative_metadata_mode: str = _field(
-        default="same",
+    negative_metadata_mode: str | None = _field(
         kind="choice",
         choices=("none", "same", "inverse"),
-        help="what the negative prompt says of size and length: nothing, the same, the opposite",
+        help="what the negative prompt says of size and length: nothing, the same, the opposite;"
+        " omitted: the same, with actions nothing",
     )
     use_system_prompt: bool = _field(
         default=False, kind="bool", help="put the model's system sentence before the prompt"
@@ -267,14 +399,25 @@ class GenerateRequest:
         _check_prompts(self)
         _check_size(self)
         _check_conditions(self)
+        _check_transfer(self)
         if self.seed is None:
             object.__setattr__(self, "seed", secrets.randbelow(MAX_SEED - self.n))
         elif self.seed + self.n - 1 > MAX_SEED:
             raise InvalidRequest("seed", self.seed, f"at most {MAX_SEED} minus n, plus one")
 
     @property
+    def hints(self) -> dict[str, Hint]:
+        """The control signals of a transfer, in the order of their clips in the sequence."""
+        given = {name: getattr(self, name) for name in HINTS}
+        return {name: hint for name, hint in given.items() if hint is not None}
+
+    @property
     def mode(self) -> str:
-        """text2image, text2video, image2video or video2video, from the inputs that are given."""
+        """The action mode, or what the inputs make it: transfer, text2image, text2video, ..."""
+        if self.action_mode is not None:
+            return self.action_mode
+        if self.hints:
+            return "transfer"
         if self.num_frames == 1:
             return "text2image"
         if self.image is not None:
@@ -384,6 +527,47 @@ def _check_conditions(request: GenerateRequest) -> None:
         raise InvalidRequest("guidance_interval", request.guidance_interval, possible)
 
 
+OF_TRANSFER = (
+    "control_guidance", "control_guidance_interval", "control_attention",
+    "num_video_frames_per_chunk", "num_conditional_frames", "num_first_chunk_conditional_frames",
+    "max_frames", "share_vision_temporal_positions", "emphasize_control_in_prompt",
+)  # fmt: skip
+NOT_OF_TRANSFER = ("action_mode", "image", "condition_frame_indexes_vision")
+
+
+def _check_transfer(request: GenerateRequest) -> None:
+    hints = request.hints
+    if not hints:
+        for name in OF_TRANSFER:
+            if (value := getattr(request, name)) is not None:
+                possible = f"left out, or given with one of {', '.join(HINTS)}"
+                raise InvalidRequest(name, value, possible, "conflict")
+        return
+    for name in NOT_OF_TRANSFER:
+        if (value := getattr(request, name)) is not None:
+            possible = f"left out, as {next(iter(hints))} makes this a transfer"
+            raise InvalidRequest(name, value, possible, "unsupported_combination")
+    if request.num_frames == 1 or request.generate_sound:
+        name = "generate_sound" if request.generate_sound else "num_frames"
+        possible = "left out, as a transfer makes a video without sound"
+        raise InvalidRequest(name, getattr(request, name), possible, "unsupported_combination")
+    for name, hint in hints.items():
+        if hint.control is None and request.video is None:
+            possible = f"a clip, or video given, of which the {name} is computed"
+            raise InvalidRequest(f"{name}.control", None, possible, "missing_required")
+    if sum(hint.weight for hint in hints.values()) == 0:
+        name = f"{next(iter(hints))}.control_weight"
+        raise InvalidRequest(name, 0.0, "above 0 for at least one of the controls")
+    if request.num_first_chunk_conditional_frames and request.video is None:
+        value = request.num_first_chunk_conditional_frames
+        possible = "0 or left out, or given with the video that has those frames"
+        raise InvalidRequest("num_first_chunk_conditional_frames", value, possible, "conflict")
+    interval = request.control_guidance_interval
+    if interval and interval[0] > interval[1]:
+        possible = "two timesteps, the lower one first"
+        raise InvalidRequest("control_guidance_interval", interval, possible)
+
+
 def parse_size(size: str) -> tuple[int, int]:
     """Width and height of a string such as ``1280x720``, which a `Spec` has checked."""
     width, height = size.lower().split("x")
@@ -425,6 +609,33 @@ def _integers(value: Any) -> tuple[int, ...] | None:
     return None if None in items else tuple(item for item in items if item is not None)
 
 
+def _numbers(value: Any) -> tuple[float, ...] | None:
+    values = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence) or not values:
+        return None
+    items = [_number(item) for item in values]
+    finite = all(item is not None and math.isfinite(item) for item in items)
+    return tuple(item for item in items if item is not None) if finite else None
+
+
+def _rows(name: str, value: Any) -> tuple[tuple[float, ...], ...]:
+    """Rows of finite numbers, all of one length; the error names the first other row."""
+    possible = _POSSIBLE["rows"]
+    values = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence) or not values:
+        raise InvalidRequest(name, value, possible, "invalid_type")
+    rows: list[tuple[float, ...]] = []
+    for index, item in enumerate(values):
+        row = _numbers(item)
+        if row is None:
+            raise InvalidRequest(name, value, f"{possible}, not as row {index}", "invalid_type")
+        if rows and len(row) != len(rows[0]):
+            odd = f"{possible}: row {index} has {len(row)}, the first one {len(rows[0])}"
+            raise InvalidRequest(name, value, odd)
+        rows.append(row)
+    return tuple(rows)
+
+
 def _pair(value: Any) -> tuple[float, float] | None:
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or len(value) != 2:
         return None
@@ -450,6 +661,7 @@ _NORMAL = {
     "size": _size,
     "ints": _integers,
     "pair": _pair,
+    "numbers": _numbers,
     "image": _media,
     "video": _media,
     "arrays": _arrays,
@@ -462,6 +674,9 @@ _POSSIBLE = {
     "size": "WIDTHxHEIGHT in pixels, for example 1280x720",
     "ints": "a list of integers",
     "pair": "two numbers",
+    "numbers": "a list of finite numbers",
+    "rows": "a list of rows of finite numbers, all of one length",
+    "hint": "true, a video, or an object",
     "image": "a file, bytes, a PIL image or a uint8 array [H,W,3]",
     "video": "a file, bytes, a list of PIL images or a uint8 array [T,H,W,3]",
     "arrays": "a mapping of stream names to arrays",

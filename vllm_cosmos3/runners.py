@@ -18,6 +18,7 @@ import torch
 
 from vllm_cosmos3.config import EngineConfig, read_config
 from vllm_cosmos3.errors import Cancelled
+from vllm_cosmos3.kinds import DISTILLED
 from vllm_cosmos3.output import Output, Sample
 from vllm_cosmos3.pipeline import Pipeline
 from vllm_cosmos3.plan import Plan
@@ -49,7 +50,9 @@ def make_runner(config: EngineConfig, backend: str | None = None) -> Runner:
     backend = backend or ("uni" if config.parallel.world_size == 1 else "mp")
     here = backend in ("uni", "mp") and config.device != "cpu"
     devices = torch.accelerator.device_count() if here else None
-    check_degrees(config.parallel, read_config(config.model).transformer, devices=devices)
+    model = read_config(config.model, config.checkpoint_kind)
+    guided = model.kind not in DISTILLED
+    check_degrees(config.parallel, model.transformer, guided=guided, devices=devices)
     if backend == "uni" and config.parallel.world_size == 1:
         return InProcess(config)
     stage = StageConfig(engine=config, backend=backend)

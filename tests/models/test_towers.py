@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,12 @@ from torch import Tensor
 from vllm_cosmos3.config import ParallelConfig, TransformerConfig, read_config
 from vllm_cosmos3.inventory import parameters, transformer_tensors
 from vllm_cosmos3.models.transformer import (
+    Context,
     Rope,
     TextCache,
     TimeEmbedding,
     Transformer,
+    join,
     rotate,
     sinusoid,
     weight_table,
@@ -89,8 +91,10 @@ def streams(width: int = 5, *, rows: int = 4) -> list[Stream]:
     ]
 
 
-def places(config: TransformerConfig, width: int = 5, *, rows: int = 4) -> Tensor:
-    start = generation_start(len(IDS), config)
+def places(
+    config: TransformerConfig, width: int = 5, *, rows: int = 4, texts: int = len(IDS)
+) -> Tensor:
+    start = generation_start(texts, config)
     return torch.cat(
         [
             vision_positions(3, 2, -(-width // 2), start=start, fps=15.0, config=config),
@@ -107,7 +111,8 @@ def run(
 ) -> tuple[Tensor, ...]:
     rope = model.rope(places(model.config, width, rows=rows))
     text = model.understand(IDS)
-    return model(streams(width, rows=rows), text, rope, torch.tensor(t), 7)
+    context = Context(texts=(text,), rope=rope)
+    return model(streams(width, rows=rows), context, torch.tensor(t), 7)[0]
 
 
 def run_on_rank(mesh: Mesh, folder: Path, width: int, rows: int) -> list[Tensor]:
@@ -142,24 +147,57 @@ def test_text_is_read_once_for_all_steps(model: Transformer) -> None:
     calls = []
     hook = model.understanding.register_forward_hook(lambda *_: calls.append(1))
     text = model.understand(IDS)
-    before = [(k.clone(), v.clone()) for k, v in text.layers]
-    rope = model.rope(places(model.config))
-    results = [model(streams(), text, rope, torch.tensor(t), 7) for t in (999.0, 500.0, 1.0)]
+    before = [layer.clone() for layer in text.layers]
+    context = Context(texts=(text,), rope=model.rope(places(model.config)))
+    results = [model(streams(), context, torch.tensor(t), 7)[0] for t in (999.0, 500.0, 1.0)]
     hook.remove()
     assert len(calls) == 1
     assert not torch.equal(results[0][0], results[2][0])
-    for (k, v), (k_before, v_before) in zip(text.layers, before, strict=True):
-        assert torch.equal(k, k_before)
-        assert torch.equal(v, v_before)
+    for layer, layer_before in zip(text.layers, before, strict=True):
+        assert torch.equal(layer, layer_before)
+
+
+def run_joined(model: Transformer, width: int) -> tuple[tuple[Tensor, ...], ...]:
+    """Two branches side by side, and then each alone."""
+    rope = model.rope(places(model.config, width))
+    later = model.rope(places(model.config, width, texts=5))
+    contexts = [
+        Context(texts=(model.understand(IDS),), rope=rope),
+        Context(texts=(model.understand(IDS.flip(0)[:5]),), rope=later),
+    ]
+    timestep, given = torch.tensor(500.0), streams(width)
+    together = model(given, join(contexts), timestep, 7)
+    return (*together, *(model(given, context, timestep, 7)[0] for context in contexts))
+
+
+@torch.inference_mode()
+def run_joined_on_rank(mesh: Mesh, folder: Path, width: int) -> tuple[tuple[Tensor, ...], ...]:
+    return run_joined(load(mesh, folder), width)
+
+
+@pytest.mark.parametrize("width", [4, 5])
+@torch.inference_mode()
+def test_branches_side_by_side_do_not_see_each_other(
+    width: int, model: Transformer, ranks: Ranks, tiny_checkpoint_fp32: Path
+) -> None:
+    first, second, first_alone, second_alone = expected = run_joined(model, width)
+    for joined, alone in ((first, first_alone), (second, second_alone)):
+        for a, b in zip(joined, alone, strict=True):
+            assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+    assert not torch.allclose(first[0], second[0], atol=1e-3)
+    two = ParallelConfig(ulysses_degree=2)
+    for result in ranks(two, run_joined_on_rank, tiny_checkpoint_fp32, width):
+        for got, wanted in zip(result, expected, strict=True):
+            for a, b in zip(got, wanted, strict=True):
+                assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
 
 @torch.inference_mode()
 def test_earlier_text_does_not_see_later_text(model: Transformer) -> None:
     whole, part = model.understand(IDS), model.understand(IDS[:9])
-    for (k, v), (k_part, v_part) in zip(whole.layers, part.layers, strict=True):
-        torch.testing.assert_close(k[:9], k_part, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(v[:9], v_part, atol=1e-5, rtol=1e-5)
-        assert not torch.allclose(k[1:9], k_part[:8], atol=1e-3)
+    for kv, kv_part in zip(whole.layers, part.layers, strict=True):
+        torch.testing.assert_close(kv[:9], kv_part, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(kv[1:9], kv_part[:8], atol=1e-3)
 
 
 def test_given_values_have_no_velocity(model: Transformer) -> None:
@@ -181,7 +219,8 @@ def test_no_step_depends_on_a_value(tiny_checkpoint: Path, mesh: Mesh) -> None:
         replace(s, x=s.x.to(meta), clean=s.clean.to(meta), free=s.free.to(meta)) for s in streams()
     ]
     text = model.understand(IDS.to(meta))
-    velocities = model(moved, text, model.rope(places(config)), torch.tensor(3.0, device=meta), 7)
+    context = Context(texts=(text,), rope=model.rope(places(config)))
+    (velocities,) = model(moved, context, torch.tensor(3.0, device=meta), 7)
     assert [v.shape for v in velocities] == [s.x.shape for s in moved]
 
 
@@ -258,9 +297,10 @@ def velocities_of(
     texts: list[TextCache],
     rope: Rope,
     timestep: Tensor,
-    branch: int,
-) -> tuple[Tensor, ...]:
-    return model(current, texts[branch], rope, timestep, 7)
+    branches: Sequence[int],
+) -> tuple[tuple[Tensor, ...], ...]:
+    contexts = [Context(texts=(texts[branch],), rope=rope) for branch in branches]
+    return model(current, join(contexts), timestep, 7)
 
 
 def dummy_on_rank(mesh: Mesh, folder: Path) -> list[Tensor]:

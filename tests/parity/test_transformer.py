@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vllm_cosmos3.config import ParallelConfig, read_config
 from vllm_cosmos3.inventory import transformer_tensors
-from vllm_cosmos3.models.transformer import Transformer, weight_table
+from vllm_cosmos3.models.transformer import Context, Transformer, weight_table
 from vllm_cosmos3.models.weights import load_weights
 from vllm_cosmos3.runtime.attention import make_attend
 from vllm_cosmos3.runtime.mesh import Mesh, close_mesh, init_mesh
@@ -172,7 +172,8 @@ def velocities(
         )
     rope = model.rope(torch.cat(parts, dim=1))
     timestep = torch.tensor(float(case.timestep))
-    return model(streams, model.understand(ids), rope, timestep, case.domain)
+    context = Context(texts=(model.understand(ids),), rope=rope)
+    return model(streams, context, timestep, case.domain)[0]
 
 
 def reference(

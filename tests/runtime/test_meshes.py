@@ -1,4 +1,4 @@
-"""Every mesh makes what one rank makes: latents, pixels and sound of the tiny checkpoint, float32."""
+"""Every mesh makes what one rank makes: latents, pixels, sound and actions, float32."""
 
 from __future__ import annotations
 
@@ -25,13 +25,45 @@ COMMON = {
     "seed": 7,
 }
 IMAGE = np.random.RandomState(0).randint(0, 256, (48, 80, 3), dtype=np.uint8)
+CLIP = np.random.RandomState(1).randint(0, 256, (8, 64, 80, 3), dtype=np.uint8)
 REQUESTS = {
     "video with sound": {"num_frames": 9, "height": 64, "width": 96, "generate_sound": True},
     "odd latent size": {"num_frames": 5, "height": 80, "width": 112},
     # 3 x 3 patches and a sound latent: an odd number of tokens
     "tokens that do not divide": {"num_frames": 1, "height": 96, "width": 96},
     "image to video": {"num_frames": 9, "height": 64, "width": 80, "image": IMAGE},
+    "transfer of two controls in two chunks": {
+        "depth": {"control": CLIP, "control_weight": 3},
+        "seg": CLIP[::-1],
+        "size": "64x80",
+        "num_video_frames_per_chunk": 5,
+        "control_guidance": 2.0,
+    },
     "without guidance": {"num_frames": 5, "height": 64, "width": 64, "guidance_scale": 1.0},
+    "policy with a state": {
+        "action_mode": "policy",
+        "domain_name": "droid",
+        "raw_action_dim": 8,
+        "action_chunk_size": 8,
+        "action_state": [0.5] * 8,
+        "image": IMAGE,
+        "size": "96x64",
+        "guidance_scale": 3.0,
+    },
+    "inverse dynamics": {
+        "action_mode": "inverse_dynamics",
+        "domain_name": "agibotworld",
+        "action_chunk_size": 8,
+        "video": np.stack([IMAGE, IMAGE[::-1], IMAGE[:, ::-1]] * 3),
+        "size": "112x48",
+    },
+    "forward dynamics": {
+        "action_mode": "forward_dynamics",
+        "domain_name": "av",
+        "action": np.random.RandomState(1).standard_normal((4, 9)),
+        "image": IMAGE,
+        "size": "80x80",
+    },
 }
 MESHES = {  # cfg x ulysses x tp
     "1x1x2": ParallelConfig(tensor_parallel_size=2),
@@ -87,6 +119,9 @@ def test_a_mesh_equals_one_rank(
         pixels = made.image if made.video is None else made.video
         reference = expected.image if expected.video is None else expected.video
         assert np.abs(pixels.astype(int) - reference.astype(int)).max() <= 1, name
+        assert (made.action is None) == (expected.action is None)
+        if expected.action is not None:
+            assert relative(made.action, expected.action) < BOUND, name
         if expected.sound is not None:
             assert relative(made.sound, expected.sound) < 10 * BOUND
 

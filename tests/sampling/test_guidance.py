@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hypothesis import given
@@ -27,6 +29,10 @@ def velocities(branch: int) -> tuple[Tensor, ...]:
     return torch.randn(1, 3, 2, 4, generator=generator), torch.randn(5, 7, generator=generator)
 
 
+def several(branches: Sequence[int]) -> list[tuple[Tensor, ...]]:
+    return [velocities(branch) for branch in branches]
+
+
 def test_the_interval_is_inclusive() -> None:
     timesteps = (1000.0, 999.0, 500.0, 400.0, 399.0)
     assert guidance_per_step(timesteps, 7.0, (400, 999)) == (1.0, 7.0, 7.0, 7.0, 1.0)
@@ -36,7 +42,7 @@ def test_the_interval_is_inclusive() -> None:
 @given(scale=SCALES)
 def test_plain_guidance(scale: float) -> None:
     ran = []
-    guided = guide(lambda b: (ran.append(b), velocities(b))[1], (scale,), ALONE)
+    guided = guide(lambda bs: (ran.extend(bs), several(bs))[1], (scale,), ALONE)
     for v, c, u in zip(guided, velocities(0), velocities(1), strict=True):
         torch.testing.assert_close(v, u + scale * (c - u))
     assert ran == ([0] if scale == 1 else [0, 1])
@@ -45,7 +51,7 @@ def test_plain_guidance(scale: float) -> None:
 @given(control=SCALES, text=SCALES)
 def test_nested_guidance(control: float, text: float) -> None:
     """Transfer: the control signal first, then the text, each against the branch without it."""
-    guided = guide(velocities, (control, text), ALONE)
+    guided = guide(several, (control, text), ALONE)
     full, bare, negative = (velocities(b) for b in range(3))
     for v, f, b, n in zip(guided, full, bare, negative, strict=True):
         strong = b + control * (f - b)
@@ -76,14 +82,14 @@ def test_each_rank_reads_only_its_texts(
 
 def guide_on_rank(mesh: Mesh, scales: tuple[float, ...]) -> tuple[list[int], list[Tensor]]:
     ran: list[int] = []
-    guided = guide(lambda b: (ran.append(b), velocities(b))[1], scales, mesh.cfg)
+    guided = guide(lambda bs: (ran.extend(bs), several(bs))[1], scales, mesh.cfg)
     return ran, list(guided)
 
 
 @pytest.mark.parametrize("scales", [(6.0,), (1.0,), (1.5, 3.0), (1.0, 3.0)])
 def test_two_ranks_share_the_branches(scales: tuple[float, ...], ranks: Ranks) -> None:
     results = ranks(ParallelConfig(cfg_parallel_size=2), guide_on_rank, scales)
-    expected = guide(velocities, scales, ALONE)
+    expected = guide(several, scales, ALONE)
     for rank, (ran, guided) in enumerate(results):
         assert tuple(ran) == branches_of_rank([scales], Axis("cfg", 2, rank, None))
         for a, b in zip(guided, expected, strict=True):

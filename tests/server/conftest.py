@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from generators import generator
+from robots import KEY
 from servers import Server
 
+from vllm_cosmos3.checkpoint import write_checkpoint
+
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 
 
 @pytest.fixture(scope="session")
@@ -31,15 +35,10 @@ def generator_server(
 
 
 @pytest.fixture(scope="session")
-def distilled_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint as if it were distilled to four steps and made no sound."""
+def distilled_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint that turns a picture into a video in four steps."""
     folder = tmp_path_factory.mktemp("distilled") / "tiny"
-    shutil.copytree(tiny_checkpoint, folder)
-    file = folder / "scheduler" / "scheduler_config.json"
-    sampler = {"t_list": [1.0, 0.75, 0.5, 0.25], "sample_type": "sde"}
-    file.write_text(
-        json.dumps(json.loads(file.read_text()) | {"fixed_step_sampler_config": sampler})
-    )
+    write_checkpoint(folder, kind="distilled-i2v")
     return folder
 
 
@@ -62,3 +61,22 @@ def guarded_server(
         patch.setenv("PYTHONPATH", path)
         with generator(distilled_checkpoint, folder, vllm_cache, *flags) as server:
             yield server
+
+
+@pytest.fixture(scope="session")
+def robot_server(vllm_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A policy for DROID robots, behind an API key."""
+    folder = tmp_path_factory.mktemp("robots")
+    write_checkpoint(folder / "tiny", kind="policy-droid")
+    flags = ["--api-key", KEY, "--robot-openpi-idle-timeout", "5"]
+    with generator(folder / "tiny", folder, vllm_cache, *flags) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def openpi_python() -> Path:
+    """The Python of an environment with openpi-client, which later sessions find again."""
+    folder = ROOT / ".venv-openpi"
+    command = [sys.executable, str(ROOT / "tools" / "setup.py"), "--device", "openpi"]
+    subprocess.run([*command, "--folder", str(folder)], check=True, timeout=300)
+    return folder / "bin" / "python"

@@ -9,8 +9,10 @@ from pathlib import Path
 import httpx
 import pytest
 from generators import PICTURE, SMALL
+from robots import PATH, robot
 from servers import BIN, Server, running
 from servers import SMALL as SMALL_ENGINE
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 pytestmark = [pytest.mark.serve, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
@@ -78,6 +80,19 @@ def test_keys_metrics_and_errors_are_the_same(server: Server) -> None:
         "unknown_parameter",
         "promt",
     )
+
+
+def test_robots_name_their_key_in_either_way(server: Server) -> None:
+    """The checkpoint is no policy, which only those hear who have a key."""
+    for authorization in ("Bearer EMPTY", "Api-Key EMPTY"):
+        for path in ("/", PATH):
+            refused = pytest.raises(ConnectionClosed, match="no robot policy")
+            with refused, robot(server.url, path, authorization):
+                pass
+    for authorization in ("Api-Key wrong", None):
+        for path in ("/", PATH):
+            with pytest.raises(InvalidStatus, match="401"), robot(server.url, path, authorization):
+                pass
 
 
 def test_start_up_prints_the_stock_command(server: Server) -> None:

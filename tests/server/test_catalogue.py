@@ -1,7 +1,7 @@
 """Malformed requests: each row is answered before anything is queued, with its slug and field.
 
 The numbers are those of the catalogue of bad input that the API was designed against; rows about
-action, transfer and policy requests are not here.
+transfer and the policy WebSocket are not here.
 """
 
 from __future__ import annotations
@@ -65,6 +65,33 @@ def file(data: bytes, name: str = "input_reference", **changes: Any) -> dict[str
 
 def image(**changes: Any) -> dict[str, Any]:
     return {"path": IMAGES, "send": {"json": {"prompt": "a boat", **PICTURE, **changes}}}
+
+
+def action(**changes: Any) -> dict[str, Any]:
+    """A short forward-dynamics request, with changes; extra_params as where other servers take it."""
+    extra = {
+        "action_mode": "forward_dynamics",
+        "domain_name": "av",
+        "action_chunk_size": 4,
+        "action": [[0.1] * 9] * 4,
+    }
+    top = {"num_frames": None, "input_reference": PICTURE_URL}
+    for name, value in changes.items():
+        (top if name in (*SMALL, "input_reference", "generate_sound", "fps") else extra)[name] = (
+            value
+        )
+    given = {name: value for name, value in extra.items() if value is not None}
+    return body(**top, extra_params=given)
+
+
+def predicted(mode: str, **changes: Any) -> dict[str, Any]:
+    """The same for a mode that predicts the actions."""
+    return action(action_mode=mode, action=None, **changes)
+
+
+def nan_action() -> dict[str, Any]:
+    """JSON with a NaN, which Python's writer would refuse to httpx."""
+    return raw(json.dumps(action(action=[[float("nan")] * 9] * 4)["json"]))
 
 
 def bomb() -> bytes:
@@ -132,6 +159,38 @@ ROWS = [
     Row(number=36, status=400, code="invalid_value", param="extra_args.seed", **image(seed=None, extra_args={"seed": -1})),
     Row(number=37, status=400, code="unknown_parameter", param="foo", send=form(foo=1)),
     Row(number=37, status=200, send=body(user="me"), warns="user has no effect"),
+    Row(number=38, status=400, code="invalid_value", param="extra_params.action_mode", send=action(action_mode="fly"), says="forward_dynamics, inverse_dynamics, policy"),
+    Row(number=39, status=400, code="missing_required", param="domain_name", send=action(domain_name=None), says="umi"),
+    Row(number=40, status=400, code="invalid_value", param="extra_params.domain_name", send=action(domain_name="droid_robot"), says="did you mean droid"),
+    Row(number=41, status=400, code="invalid_value", param="extra_params.domain_id", send=action(domain_name=None, domain_id=999)),
+    Row(number=41, status=400, code="conflict", param="extra_params.domain_id", send=action(domain_id=6), says="1 or left out"),
+    Row(number=42, status=200, send=predicted("policy")),
+    Row(number=42, status=400, code="missing_required", param="raw_action_dim", send=predicted("policy", domain_name="libero"), says="7 or 10 or 13"),
+    Row(number=43, status=400, code="conflict", param="extra_params.raw_action_dim", send=predicted("policy", domain_name="umi", raw_action_dim=9), says="10 or left out"),
+    Row(number=44, status=400, code="missing_required", param="action", send=action(action=None)),
+    Row(number=45, status=400, code="invalid_value", param="extra_params.action", send=action(action=[[0.1] * 9, [0.1] * 8]), says="row 1 has 8"),
+    Row(number=45, status=400, code="invalid_type", param="extra_params.action", send=action(action=[[0.1] * 9, ["a"] * 9]), says="row 1"),
+    Row(number=45, status=400, code="invalid_type", param="extra_params.action", send=nan_action(), says="row 0"),
+    Row(number=45, status=400, code="invalid_type", param="extra_params.action", send=action(action=[[[0.1] * 9]])),
+    Row(number=46, status=400, code="conflict", param="extra_params.action", send=action(action=[[0.1] * 65] * 4), says="9 numbers wide"),
+    Row(number=47, status=200, send=action(action=[[0.1] * 9] * 3), warns="repeated 1 times"),
+    Row(number=48, status=400, code="invalid_value", param="extra_params.action_chunk_size", send=action(action_chunk_size=0)),
+    Row(number=48, status=400, code="conflict", param="num_frames", send=action(num_frames=9), says="5 or left out"),
+    Row(number=49, status=403, code="path_not_allowed", param="extra_params.action_path", send=action(action=None, action_path="/etc/hostname")),
+    Row(number=49, status=403, code="path_not_allowed", param="extra_params.action_path", send=action(action=None, action_path="../rows.json")),
+    Row(number=49, status=403, code="path_not_allowed", param="extra_params.action_stats_path", send=action(action_stats_path="file:///etc/hostname")),
+    Row(number=49, status=400, code="invalid_type", param="extra_params.action_path", send=action(action=None, action_path=5)),
+    Row(number=49, status=400, code="invalid_media", param="extra_params.action_path", send=action(action=None, action_path="absent.json")),
+    Row(number=50, status=400, code="invalid_type", param="extra_params.image_size", send=action(image_size=[320, 576]), says="256, 480, 704, 720"),
+    Row(number=50, status=400, code="invalid_value", param="extra_params.image_size", send=action(image_size=512)),
+    Row(number=51, status=400, code="invalid_type", param="extra_params.view_point", send=action(view_point=0), says="ego_view"),
+    Row(number=52, status=400, code="conflict", param="input_reference", send=predicted("inverse_dynamics"), says="give a video"),
+    *(Row(number=52, status=400, code="missing_required", param="input_reference", send=predicted(mode, input_reference=None)) for mode in ("policy", "inverse_dynamics")),
+    Row(number=52, status=400, code="conflict", param="extra_params.action", send=action(action_mode="policy"), says="predicts it"),
+    Row(number=53, status=400, code="unsupported_combination", param="generate_sound", send=action(generate_sound=True)),
+    *(Row(number=53, status=400, code="unsupported", param="extra_params.action_mode", path="/v1/videos/sync", send=predicted(mode), says="POST /v1/videos") for mode in ("policy", "inverse_dynamics")),
+    Row(number=53, status=400, code="unsupported_combination", param="action_mode", **image(action_mode="policy", domain_name="av")),
+    Row(number=53, status=400, code="conflict", param="extra_params.domain_name", send=body(extra_params={"domain_name": "av"}), says="action_mode"),
     Row(number=55, status=400, code="conflict", param="sound_duration", send=body(sound_duration=1)),
     Row(number=56, status=400, code="invalid_type", param="generate_sound", send=form(generate_sound="maybe")),
     Row(number=57, status=400, code="invalid_media", param="input_reference", send=file(b"garbage" * 99, num_frames=13)),

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from servers import BIN, Server, run_to_end
 
+from vllm_cosmos3.media import encode_image
+
 pytestmark = pytest.mark.serve
-SMALL = {"prompt": "a boat", "size": "64x64", "num_frames": 5, "seed": 1}
+PICTURE = f"data:image/png;base64,{b64encode(encode_image(np.zeros((64, 64, 3), np.uint8), 'png')).decode()}"
+TEXT = {"prompt": "a boat", "size": "64x64", "num_frames": 5, "seed": 1}
+SMALL = TEXT | {"input_reference": PICTURE}
 PATHS = [
     ("POST", "/v1/images/generations"), ("POST", "/v1/videos"), ("GET", "/v1/videos"),
     ("POST", "/v1/videos/sync"), ("GET", "/v1/videos/x"), ("DELETE", "/v1/videos/x"),
@@ -100,10 +106,26 @@ def test_row_24_a_distilled_checkpoint(field: str, value: float, client: httpx.C
         "unsupported_parameter",
         field,
     )
-    assert (
-        client.get("/v1/cosmos3/models").json()["data"][0]["cosmos3"]["checkpoint_kind"]
-        == "distilled"
-    )
+
+
+def test_row_75_a_mode_that_the_checkpoint_was_not_made_for(client: httpx.Client) -> None:
+    answers = [
+        client.post("/v1/videos", json=TEXT),
+        client.post("/v1/images/generations", json={"prompt": "a boat", "size": "64x64"}),
+    ]
+    for answer, mode in zip(answers, ("text2video", "text2image"), strict=True):
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (400, "unsupported_by_model")
+        assert error["message"] == (
+            f"mode is '{mode}', must be image2video (an image), as this is a distilled-i2v checkpoint"
+        )
+    block = client.get("/v1/cosmos3/models").json()["data"][0]["cosmos3"]
+    assert (block["checkpoint_kind"], block["modes"]) == ("distilled-i2v", ["image2video"])
+    assert list(block["defaults"]) == ["image2video"]
+
+
+def test_the_kind_is_told_at_start(guarded_server: Server) -> None:
+    assert "vllm-cosmos3 serve: checkpoint: distilled-i2v" in guarded_server.log.read_text()
 
 
 @pytest.mark.parametrize(
@@ -111,6 +133,8 @@ def test_row_24_a_distilled_checkpoint(field: str, value: float, client: httpx.C
     [
         (["--guardrails", "required"], ["guardrails required", "cosmos-guardrail", "auto or off"]),
         (["--max-queue", "0"], ["max_queue is 0", "from 1 to"]),
+        (["--checkpoint-kind", "distilled-t2i"], ["checkpoint_kind is 'distilled-t2i'", "base"]),
+        (["--tensor-parallel-size", "3"], ["tensor_parallel_size is 3", "4 key-value heads"]),
     ],
 )
 def test_it_refuses_to_start(

@@ -47,13 +47,16 @@ def write_checkpoint(
 ) -> None:
     """Write a checkpoint of ``size`` into ``folder``; the same arguments give the same bytes.
 
-    ``size`` is one of SIZES and ``kind`` one of KINDS; tiny alone can have weights.
+    ``size`` is one of SIZES and ``kind`` one of `kinds.MODES`; tiny alone can
+    have weights, and Edge cannot.
     ``dtype`` is that of the transformers and the video autoencoder. The sound autoencoder is always
     float32, as published. Without ``weights`` only the configuration and the tokenizer are written.
     A folder that holds something other than a checkpoint is replaced only with ``force``.
     """
     if weights and size != "tiny":
         raise InvalidRequest("--size", size, "tiny, or given together with --no-weights")
+    if weights and kind == "edge":
+        raise InvalidRequest("--kind", kind, "another one, or given together with --no-weights")
     _clear(folder, force=force)
     chosen = SIZES[size]
     tokenizer = train_tokenizer()

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_cosmos3.kinds import MODES
+
 Json = dict[str, Any]
 
 
@@ -84,9 +86,8 @@ SIZES = {
 }
 
 
-# Kinds of checkpoint, and the frame rate at which their positions count seconds. The distilled ones
-# take four fixed steps and make neither sound nor actions.
-KINDS = {"base": 24, "distilled-t2i": 24, "distilled-i2v": 16}
+# The frame rate at which positions count seconds, by kind of checkpoint.
+_BASE_FPS = dict.fromkeys(MODES, 24) | {"distilled-i2v": 16}
 _DISTILLED_SIGMAS = [1.0, 0.9375, 0.8333333333333334, 0.625]
 
 
@@ -104,24 +105,64 @@ def published_files(
         "preprocessor_config.json": _preprocessor(size),
         "video_preprocessor_config.json": _video_preprocessor(size),
         "model_index.json": _model_index(),
-        "transformer/config.json": _transformer(size, vocab_size, KINDS[kind]),
+        "transformer/config.json": _transformer(size, vocab_size, _BASE_FPS[kind]),
         "vision_encoder/config.json": {**vision, "dtype": dtype, "model_type": "qwen3_vl_vision"},
         "vae/config.json": _vae(size),
         "sound_tokenizer/config.json": _sound(size),
         "scheduler/scheduler_config.json": _scheduler(),
     }
-    return files if kind == "base" else _distilled(files)
+    return _CHANGED[kind](files) if kind in _CHANGED else files
+
+
+def _policy(files: dict[str, Json]) -> dict[str, Json]:
+    """A policy has the files of a base checkpoint and is told by its name. It makes no sound."""
+    name = {"_name_or_path": "random/Cosmos3-Policy-DROID"}
+    silent = _without_sound(files)
+    return silent | {
+        "config.json": {**silent["config.json"], **name},
+        "transformer/config.json": {**files["transformer/config.json"], "sound_gen": False},
+    }
+
+
+def _edge(files: dict[str, Json]) -> dict[str, Json]:
+    """What marks the Edge architecture, of which there is no more than these marks here."""
+    scheduler = "Cosmos3EdgeUniPCMultistepScheduler"
+    silent = _without_sound(files)
+    return silent | {
+        "model_index.json": {
+            **silent["model_index.json"],
+            "_class_name": "Cosmos3EdgePipeline",
+            "scheduler": ["diffusers", scheduler],
+        },
+        "transformer/config.json": {
+            **files["transformer/config.json"],
+            "hidden_act": "relu2",
+            "qk_norm_for_text": False,
+            "sound_gen": False,
+            "use_und_k_norm_for_gen": True,
+        },
+        "scheduler/scheduler_config.json": {
+            **files["scheduler/scheduler_config.json"],
+            "_class_name": scheduler,
+            "flow_shift": 3.0,
+            "use_karras_sigmas": False,
+        },
+    }
+
+
+def _without_sound(files: dict[str, Json]) -> dict[str, Json]:
+    kept = {name: json for name, json in files.items() if not name.startswith("sound_tokenizer/")}
+    return kept | {
+        "model_index.json": {**files["model_index.json"], "sound_tokenizer": [None, None]}
+    }
 
 
 def _distilled(files: dict[str, Json]) -> dict[str, Json]:
-    """What a task checkpoint of four steps has instead."""
+    """What a task checkpoint of four steps has instead. It makes neither sound nor actions."""
     adapters = {"action_gen": False, "sound_gen": False}
+    files = _without_sound(files)
     root, pipeline = files["config.json"], files["model_index.json"]
-    pipeline = {
-        **pipeline,
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "sound_tokenizer": [None, None],
-    }
+    pipeline = {**pipeline, "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
     # The modular index says where each component lies: for a local copy, in its own folder.
     components = {
         name: [*pipeline[name], {"subfolder": name, "type_hint": pipeline[name]}]
@@ -153,11 +194,15 @@ def _distilled(files: dict[str, Json]) -> dict[str, Json]:
             "use_karras_sigmas": False,
         },
     }
-    return {
-        name: contents
-        for name, contents in (files | changed).items()
-        if not name.startswith("sound_tokenizer/")
-    }
+    return files | changed
+
+
+_CHANGED = {
+    "distilled-t2i": _distilled,
+    "distilled-i2v": _distilled,
+    "policy-droid": _policy,
+    "edge": _edge,
+}
 
 
 def _root(size: Size, vocab_size: int, ids: dict[str, int], dtype: str, vision: Json) -> Json:

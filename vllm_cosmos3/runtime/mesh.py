@@ -56,12 +56,17 @@ class Mesh:
 
 
 def check_degrees(
-    parallel: ParallelConfig, transformer: TransformerConfig, *, devices: int | None = None
+    parallel: ParallelConfig,
+    transformer: TransformerConfig,
+    *,
+    guided: bool = True,
+    devices: int | None = None,
 ) -> None:
-    """Raise InvalidRequest for the first degree that this transformer or machine cannot have.
+    """Raise InvalidRequest for the first degree that this checkpoint or machine cannot have.
 
     Each key-value head lives on one rank, so the tensor-parallel and Ulysses degrees together
-    divide their number. ``devices`` is how many accelerators there are; None means any number.
+    divide their number. ``guided`` is false for distilled checkpoints, which have no guidance to
+    share. ``devices`` is how many accelerators there are; None means any number.
     """
     kv_heads = transformer.num_key_value_heads
     legal = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0]
@@ -71,7 +76,9 @@ def check_degrees(
     beside = [n for n in legal if kv_heads % (n * tp) == 0]
     reason = f"(tensor_parallel_size is {tp}, {kv_heads} key-value heads)"
     _check("ulysses_degree", ulysses, beside, reason)
-    _check("cfg_parallel_size", parallel.cfg_parallel_size, [1, 2], "(guidance has two branches)")
+    branches = ([1, 2], "(guidance has two branches)")
+    without = ([1], "(a distilled checkpoint has no guidance)")
+    _check("cfg_parallel_size", parallel.cfg_parallel_size, *(branches if guided else without))
     if devices is not None and parallel.world_size > devices:
         raise InvalidRequest(
             "tensor_parallel_size x cfg_parallel_size x ulysses_degree",
@@ -172,10 +179,10 @@ def gather_sequence(x_sD: Tensor, axis: Axis, length: int) -> Tensor:
 
 
 def scatter_heads(x_sHD: Tensor, axis: Axis) -> Tensor:
-    """Trade heads for tokens: [S/n, H, D] -> [S, H/n, D], S padded as by ``shard_sequence``."""
+    """Trade heads for tokens: [S/n, ..., H, D] -> [S, ..., H/n, D], S padded as by `shard_sequence`."""
     if axis.size == 1:
         return x_sHD
-    x_nshD = x_sHD.unflatten(1, (axis.size, -1)).movedim(1, 0)
+    x_nshD = x_sHD.unflatten(-2, (axis.size, -1)).movedim(-3, 0)
     return _all_to_all(x_nshD, axis).flatten(0, 1)
 
 
@@ -188,8 +195,8 @@ def gather_heads(x_ShD: Tensor, axis: Axis) -> Tensor:
 
 
 def own_heads(x_SHD: Tensor, axis: Axis) -> Tensor:
-    """The heads that ``scatter_heads`` leaves here, of a replicated [S, H, D]. No exchange."""
-    return x_SHD if axis.size == 1 else x_SHD.chunk(axis.size, dim=1)[axis.rank].contiguous()
+    """The heads that ``scatter_heads`` leaves here, of a replicated [S, ..., H, D]. No exchange."""
+    return x_SHD if axis.size == 1 else x_SHD.chunk(axis.size, dim=-2)[axis.rank].contiguous()
 
 
 def all_gather(x: Tensor, axis: Axis) -> list[Tensor]:

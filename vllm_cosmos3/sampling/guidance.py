@@ -46,14 +46,17 @@ def idle_ranks(per_step: Sequence[Scales], axis: Axis) -> tuple[str, ...]:
     )
 
 
-def guide(predict: Callable[[int], Velocities], scales: Scales, axis: Axis) -> Velocities:
-    """The guided velocities of one step; ``predict(branch)`` evaluates one branch.
+def guide(
+    predict: Callable[[Sequence[int]], Sequence[Velocities]], scales: Scales, axis: Axis
+) -> Velocities:
+    """The guided velocities of one step; ``predict`` evaluates some branches, perhaps at once.
 
     Branches are dealt over the CFG axis and exchanged once; with one rank, or one branch, nothing
     is exchanged. Every rank returns the same values.
     """
     needed = branches_needed(scales)
-    mine = {branch: predict(branch) for branch in _share(scales, axis)}
+    share = _share(scales, axis)
+    mine = dict(zip(share, predict(share), strict=True))
     velocities = mine if len(needed) == 1 or axis.size == 1 else _exchange(mine, needed, axis)
     guided = velocities[0]
     for branch in needed[1:]:

@@ -49,6 +49,14 @@ def free_frames(frames: int, known: tuple[int, ...]) -> Tensor:
     return free.view(1, 1, frames, 1, 1)
 
 
+def free_rows(shape: tuple[int, ...], known: tuple[int, ...], channels: int) -> Tensor:
+    """Mask of action rows ``shape`` [T, C]: given rows and all but the first channels are not free."""
+    free = torch.ones(shape, dtype=torch.bool)
+    free[list(known)] = False
+    free[:, channels:] = False
+    return free
+
+
 def patch_grid(shape: tuple[int, ...], patch: int) -> tuple[int, int, int]:
     """Frames, patch rows and patch columns of a latent of ``shape`` [1, C, T, h, w]."""
     return shape[2], -(-shape[3] // patch), -(-shape[4] // patch)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
-import secrets
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -18,10 +16,10 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
 
-from vllm_cosmos3.server import images, info, videos
+from vllm_cosmos3.server import images, info, openpi, videos
 from vllm_cosmos3.server.errors import ApiError, error_body, error_response
+from vllm_cosmos3.server.keys import ApiKeys, Keys
 from vllm_cosmos3.server.routing import Route, request_id, service
 from vllm_cosmos3.server.service import Service
 from vllm_cosmos3.version import __version__
@@ -45,7 +43,7 @@ class Listen:
 
 def routers() -> tuple[APIRouter, ...]:
     """What both hosts serve."""
-    return videos.router, images.router, info.router
+    return videos.router, images.router, info.router, openpi.router
 
 
 def make_app(make_service: Callable[[], Service], listen: Listen) -> FastAPI:
@@ -62,6 +60,8 @@ def make_app(make_service: Callable[[], Service], listen: Listen) -> FastAPI:
         title="vllm-cosmos3", version=__version__, lifespan=lifespan, root_path=listen.root_path
     )
     app.state.cosmos3 = app.state.cosmos3_engine = None
+    app.state.cosmos3_keys = Keys(listen.api_keys)
+    app.state.cosmos3_sessions = openpi.Sessions()
     for router in (*routers(), core):
         app.include_router(router)
     app.add_exception_handler(HTTPException, _http_error)
@@ -85,6 +85,7 @@ def serve(app: FastAPI, listen: Listen) -> int:
         ssl_certfile=listen.ssl_certfile,
         log_level="warning",
         timeout_graceful_shutdown=5,
+        ws_max_size=2 * openpi.MAX_MESSAGE,  # a message that is too large gets an answer
     )
     server = DrainingServer(config)
     server.run()
@@ -107,33 +108,6 @@ class DrainingServer(uvicorn.Server):
     async def _end(self, at: Service) -> None:
         await at.drain()
         self.should_exit = True
-
-
-class ApiKeys:
-    """Asks for a bearer token on everything under /v1, like vLLM."""
-
-    def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
-        self._app = app
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._refused(scope):
-            message = "the Authorization header must be 'Bearer' and an API key of this server"
-            response = JSONResponse(
-                error_body("authentication", message), 401, {"WWW-Authenticate": "Bearer"}
-            )
-            await response(scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
-
-    def _refused(self, scope: Scope) -> bool:
-        if scope["method"] == "OPTIONS" or not scope["path"].startswith("/v1"):
-            return False
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        scheme, _, token = given.partition(b" ")
-        digest = hashlib.sha256(token.strip()).digest()
-        known = [secrets.compare_digest(digest, each) for each in self._digests]
-        return scheme.lower() != b"bearer" or not any(known)
 
 
 @core.get("/v1/models")

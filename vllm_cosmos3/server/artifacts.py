@@ -16,7 +16,7 @@ from vllm_cosmos3 import media
 from vllm_cosmos3.errors import Cosmos3Error
 from vllm_cosmos3.output import Output
 from vllm_cosmos3.pipeline import Pipeline, State
-from vllm_cosmos3.server.guardrails import FrameCheck, frame_check
+from vllm_cosmos3.server.guardrails import frame_check
 
 RECORD, CLIP, THUMBNAIL, SPRITES = "record.json", "video.mp4", "thumbnail.webp", "spritesheet.webp"
 STAGE = f"{__name__}:ServedPipeline"
@@ -32,20 +32,20 @@ class Artifacts:
     """The result of one request, ready to be written."""
 
     output: Output
-    check: FrameCheck | None
 
     def save(self, folder: Path) -> list[Path]:
         """The files of a video or of pictures, and their record."""
         folder.mkdir(parents=True, exist_ok=True)
+        check = frame_check()
         report: dict[str, Any] = {}
         files: list[Path] = []
         for index, sample in enumerate(self.output.samples):
             frames = sample.video if sample.video is not None else sample.image
             if frames is None:
                 return []  # not the rank that has the pixels
-            if self.check is not None:
+            if check is not None:
                 try:
-                    frames, report = self.check(frames)
+                    frames, report = check(frames)
                 except Cosmos3Error as error:  # a verdict, of which the other ranks know nothing
                     refusal = {"code": error.code, "message": str(error)}
                     (folder / RECORD).write_text(json.dumps({"error": refusal}))
@@ -67,6 +67,7 @@ class Artifacts:
             "peak_memory": self.output.peak_memory,
             "guardrails": report,
             "files": [file.name for file in files],
+            "action": action_json(self.output),
         }
         (folder / RECORD).write_text(json.dumps(record))
         return files
@@ -76,7 +77,23 @@ class ServedPipeline(Pipeline):
     """The pipeline, whose results are files."""
 
     def finish(self, state: State) -> Any:
-        return Artifacts(super().finish(state), frame_check())
+        return Artifacts(super().finish(state))
+
+
+def action_json(output: Output) -> dict[str, Any] | None:
+    """The actions of the first result as clients read them; None if none were asked for."""
+    rows = output.action
+    if rows is None:
+        return None
+    names = ("raw_action_dim", "action_mode", "domain_id", "domain_name", "fps")
+    physical = output.effective["action_stats_path"] is not None
+    return {
+        "data": rows.tolist(),
+        "shape": list(rows.shape),
+        "dtype": str(rows.dtype),
+        **{name: output.effective[name] for name in names},
+        "units": "physical" if physical else "normalized",
+    }
 
 
 def sprites(frames: media.Pixels) -> media.Pixels:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_cosmos3 import droid
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.hub import resolve
 from vllm_cosmos3.server.options import SHARED, Options, add_flags, from_mapping, given
@@ -111,8 +112,9 @@ def run(checkpoint: str, host: str | None, port: int, rest: list[str]) -> int:
 
     from vllm_cosmos3.server.app import Listen, make_app, serve
     from vllm_cosmos3.server.guardrails import Guardrails
-    from vllm_cosmos3.server.service import Service
+    from vllm_cosmos3.server.service import Service, checked_model
 
+    checked_model(folder, options)
     device = args.device or current_platform.device_type
     if device.split(":")[0] != current_platform.device_type:
         possible = f"{current_platform.device_type}, for the vLLM installed here"
@@ -140,6 +142,8 @@ def run(checkpoint: str, host: str | None, port: int, rest: list[str]) -> int:
 
 def _announce(service: Service, listen: Listen) -> None:
     """Say what is served, where and how."""
+    from vllm_cosmos3.server import openpi
+
     options = service.options
     scheme = "https" if listen.ssl_certfile else "http"
     mesh = {
@@ -149,6 +153,7 @@ def _announce(service: Service, listen: Listen) -> None:
     }
     lines = {
         "models": ", ".join(service.names),
+        "checkpoint": service.model.kind,
         "surface": "generator: /v1/images/generations, /v1/videos; /docs has all",
         "mesh": ", ".join(f"{name} {size}" for name, size in mesh.items()),
         "queue": f"{options.max_queue} requests",
@@ -156,6 +161,9 @@ def _announce(service: Service, listen: Listen) -> None:
         "guardrails": f"{service.guardrails.state} {service.guardrails.reason}".strip(),
         "url": f"{scheme}://{listen.host}:{listen.port}/v1",
     }
+    if service.model.kind == droid.KIND:
+        socket = f"{scheme.replace('http', 'ws')}://{listen.host}:{listen.port}"
+        lines["robots"] = f"{socket}/ or {socket}{openpi.PATH}"
     for name, value in lines.items():
         sys.stdout.write(f"vllm-cosmos3 serve: {name}: {value}\n")
     sys.stdout.flush()

@@ -6,6 +6,7 @@ has no hook for the end, so the one of the app's lifespan is used.
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,9 +16,10 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from vllm_cosmos3.server import info, metrics
+from vllm_cosmos3.server import info, metrics, openpi
 from vllm_cosmos3.server.app import routers
 from vllm_cosmos3.server.guardrails import Guardrails
+from vllm_cosmos3.server.keys import Keys
 from vllm_cosmos3.server.options import from_mapping
 from vllm_cosmos3.server.routing import Route, service
 from vllm_cosmos3.server.service import Service
@@ -33,6 +35,7 @@ class GeneratorRoutes:
         """Add our routes, and our truth about /health and /v1/models where vLLM lets us."""
         metrics.metrics()
         app.state.cosmos3 = app.state.cosmos3_engine = None
+        app.state.cosmos3_sessions = openpi.Sessions()
         for router in routers():
             app.include_router(router)
         core = {"/health": _health, "/v1/models": _models}
@@ -52,6 +55,8 @@ class GeneratorRoutes:
         )
         names = args.served_model_name or [args.model]
         folder = _folder(args)
+        keys = args.api_key or [os.environ.get("VLLM_API_KEY", "")]
+        state.cosmos3_keys = Keys(tuple(key for key in keys if key))
         state.cosmos3_engine = engine_client
         state.cosmos3 = Service(
             folder, tuple(names), options, config.device_config.device_type, Guardrails(options)

@@ -28,6 +28,7 @@ STATUS = {  # every slug that is not a 400
     "field_too_large": 413,
     "payload_too_large": 413,
     "unsupported_media_type": 415,
+    "upgrade_required": 426,
     "range_not_satisfiable": 416,
     "queue_full": 429,
     "internal_error": 500,
@@ -76,18 +77,23 @@ def error_body(code: str, message: str, param: str | None = None) -> dict[str, A
     return {"error": {"message": message, "type": kind, "param": param, "code": shown}}
 
 
-def error_response(error: Cosmos3Error) -> JSONResponse:
-    """The answer to a request that ended with ``error``."""
-    param, headers = None, {}
+def envelope(error: Cosmos3Error) -> dict[str, Any]:
+    """The envelope of one error."""
+    param = None
     if isinstance(error, InvalidRequest):
         param = error.field
     elif isinstance(error, ApiError):
-        param, headers = error.param, error.headers
-    code = slug(error)
-    status = status_of(code)
+        param = error.param
+    return error_body(slug(error), str(error), param)
+
+
+def error_response(error: Cosmos3Error) -> JSONResponse:
+    """The answer to a request that ended with ``error``."""
+    headers = error.headers if isinstance(error, ApiError) else {}
+    status = status_of(slug(error))
     if status == HTTPStatus.TOO_MANY_REQUESTS or status == HTTPStatus.SERVICE_UNAVAILABLE:
         headers = {"Retry-After": "5", **headers}
-    return JSONResponse(error_body(code, str(error), param), status, headers)
+    return JSONResponse(envelope(error), status, headers)
 
 
 def _kind(status: int) -> str:

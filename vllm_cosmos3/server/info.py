@@ -9,7 +9,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from vllm_cosmos3 import conditions
+from vllm_cosmos3 import conditions, droid
+from vllm_cosmos3.embodiments import EMBODIMENTS
+from vllm_cosmos3.kinds import ACTION_MODES, MODES
 from vllm_cosmos3.server.errors import ApiError, error_body
 from vllm_cosmos3.server.routing import Route, service
 from vllm_cosmos3.server.service import Service
@@ -45,18 +47,24 @@ def models(at: Service) -> dict[str, Any]:
 
 def capability(at: Service) -> dict[str, Any]:
     """What a user interface needs to know about the checkpoint."""
-    distilled = at.model.scheduler.t_list is not None
+    actions = ACTION_MODES if at.model.transformer.action_gen else ()
+    modes = [mode for mode in MODES[at.model.kind] if mode in (*conditions.DEFAULTS, *actions)]
+    bodies = EMBODIMENTS if set(ACTION_MODES) & set(modes) else ()
     return {
         "family": "cosmos3",
-        "checkpoint_kind": "distilled" if distilled else "base",
-        "modes": list(conditions.DEFAULTS),
+        "checkpoint_kind": at.model.kind,
+        "modes": modes,
         "sound": at.model.sound is not None,
         "resolutions": {
             str(tier): [f"{width}x{height}" for width, height in sizes]
             for tier, sizes in conditions.TRAINED_SIZES.items()
         },
         "max_frames": {str(k): v for k, v in conditions.MAX_TRAINED_FRAMES.items()},
-        "defaults": {mode: asdict(values) for mode, values in conditions.DEFAULTS.items()},
+        "defaults": {
+            mode: asdict(conditions.DEFAULTS[mode]) for mode in modes if mode in conditions.DEFAULTS
+        },
+        "action_domains": {row.name: asdict(row) for row in bodies},
+        "robot": droid.CAPABILITY if at.model.kind == droid.KIND else None,
         "guardrails": at.guardrails.state,
         "queue_limit": at.options.max_queue,
     }

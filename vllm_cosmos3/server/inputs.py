@@ -15,6 +15,7 @@ import shutil
 import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,8 +29,10 @@ from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.media import IMAGE_FORMATS
 from vllm_cosmos3.server.errors import ApiError
 from vllm_cosmos3.server.options import Options
+from vllm_cosmos3.server.protocol import Asked
 
 REDIRECTS = 4
+FILE_FIELDS = {"action_path", "action_stats_path"}  # of the validator, which opens them by name
 SCHEMES = "an uploaded file, or a URL of http, https, data or (where allowed) file"
 
 
@@ -105,6 +108,20 @@ def _data(name: str, url: str) -> bytes:
         raise InvalidRequest(name, url, f"a complete data URL ({error})", "invalid_media") from None
 
 
+def local_files(asked: Asked, options: Options) -> Asked:
+    """The same request with its JSON files as absolute paths that this server may read.
+
+    Raises:
+        ApiError: one of them is not there.
+    """
+    paths = {
+        name: str(allowed_path(asked.paths.get(name, name), asked.fields[name], options))
+        for name in FILE_FIELDS & asked.fields.keys()
+        if isinstance(asked.fields[name], str)
+    }
+    return replace(asked, fields={**asked.fields, **paths})
+
+
 def allowed_path(name: str, url: str, options: Options) -> Path:
     """The file of a file:// URL or a path, inside the folder that the operator allowed.
 
@@ -117,7 +134,7 @@ def allowed_path(name: str, url: str, options: Options) -> Path:
         )
         raise ApiError("unsupported", f"{name}: {message}", param=name)
     allowed = Path(options.allowed_local_media_path).resolve()
-    path = Path(unquote_to_bytes(urlsplit(url).path).decode(errors="replace")).resolve()
+    path = (allowed / unquote_to_bytes(urlsplit(url).path).decode(errors="replace")).resolve()
     if not path.is_relative_to(allowed):
         raise ApiError("path_not_allowed", f"{name} is outside the allowed folder", param=name)
     if not path.is_file():

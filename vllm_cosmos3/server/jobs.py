@@ -76,6 +76,7 @@ class Job:
     guardrails: dict[str, Any] = field(default_factory=dict)
     error: dict[str, Any] | None = None
     files: list[str] = field(default_factory=list)
+    action: dict[str, Any] | None = None
 
     @property
     def ended(self) -> bool:

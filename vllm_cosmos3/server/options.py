@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.kinds import MODES
 from vllm_cosmos3.request import Spec
 
 
@@ -132,6 +133,15 @@ class Options:
         above=True,
         high=3600,
     )
+    robot_openpi_idle_timeout: float = _option(
+        0.0,
+        "inputs",
+        "float",
+        "without a message until a robot's WebSocket is closed; 0: never",
+        unit="seconds",
+        low=0,
+        high=1e6,
+    )
     allowed_local_media_path: str = _option(
         "", "inputs", "text", "folder that file:// URLs may read; default: none"
     )
@@ -172,6 +182,9 @@ class Options:
     )
     generator_load_format: str = _option(
         "auto", "generator", "choice", "dummy: random weights", choices=("auto", "dummy")
+    )
+    checkpoint_kind: str = _option(
+        "", "generator", "text", f"{', '.join(MODES)}; default: what the files say"
     )
     generator_tensor_parallel_size: int = _option(
         1, "generator", "int", "ranks that share each layer", low=1, high=64

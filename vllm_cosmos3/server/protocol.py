@@ -35,6 +35,7 @@ ALIASES = {
     "audio_duration": "sound_duration",
     "frame_rate": "fps",
     "resolved_frame_rate": "fps",
+    "resolution": "image_size",
 }
 NESTED = ("extra_params", "extra_args")
 REFERENCES = (
@@ -81,6 +82,9 @@ UNSUPPORTED = {
     "source_audio": "left out: sound is generated, see generate_sound",
     "audio_reference": "left out: sound is generated, see generate_sound",
 }
+
+
+_ITEMS = {"ints": "int", "pair": "float", "numbers": "float", "rows": "numbers"}
 
 
 class FormText(str):
@@ -269,7 +273,7 @@ def _text_or_json(value: Any) -> Any:
 def _typed(value: Any, kind: str) -> Any:
     """The value that the text of a form stands for; anything else as it is."""
     if isinstance(value, list):
-        return [_typed(item, {"ints": "int", "pair": "float"}.get(kind, kind)) for item in value]
+        return [_typed(item, _ITEMS.get(kind, kind)) for item in value]
     if not isinstance(value, FormText) or kind in ("text", "choice", "size"):
         return str(value) if isinstance(value, FormText) else value
     text = value.strip()
@@ -278,7 +282,7 @@ def _typed(value: Any, kind: str) -> Any:
             return int(text)
         if kind == "float":
             return float(text)
-        if kind in ("ints", "pair"):
+        if kind in ("ints", "pair", "numbers", "rows"):
             if text.startswith("["):
                 return json.loads(text)
             number = int if kind == "ints" else float

@@ -39,7 +39,7 @@ def video_json(job: Job, at: Service) -> dict[str, Any]:
         "inference_time_s": job.timings.get("total"),
         "stage_durations": job.timings,
         "peak_memory_mb": round(job.peak_memory / 2**20, 1),
-        "action": None,
+        "action": job.action,
         "usage": job.usage or None,
         "cosmos3": details(job, at),
     }

@@ -18,10 +18,15 @@ _TYPES: dict[str, dict[str, Any]] = {
     "bool": {"type": "boolean"},
     "ints": {"type": "array", "items": {"type": "integer"}},
     "pair": {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2},
+    "numbers": {"type": "array", "items": {"type": "number"}},
+    "rows": {"type": "array", "items": {"type": "array", "items": {"type": "number"}}},
 }
 _IMAGE_FIELDS_NOT = {
     "num_frames", "seconds", "fps", "generate_sound", "sound_duration", "use_duration_template",
-    "condition_frame_indexes_vision", "condition_video_keep",
+    "condition_frame_indexes_vision", "condition_video_keep", "action_mode", "domain_name",
+    "domain_id", "raw_action_dim", "action_chunk_size", "action", "action_path", "action_history",
+    "action_state", "action_stats_path", "action_normalization", "view_point", "view_description",
+    "image_size",
 }  # fmt: skip
 
 

@@ -21,14 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from vllm_cosmos3 import conditions, prompts
-from vllm_cosmos3.config import EngineConfig, ParallelConfig, read_config
+from vllm_cosmos3.config import EngineConfig, ModelConfig, ParallelConfig, read_config
 from vllm_cosmos3.errors import Busy, Cosmos3Error, InvalidRequest
+from vllm_cosmos3.kinds import DISTILLED
+from vllm_cosmos3.output import Output
 from vllm_cosmos3.plan import Plan
 from vllm_cosmos3.progress import Progress
 from vllm_cosmos3.request import from_fields
 from vllm_cosmos3.runtime.client import Job as StageJob
 from vllm_cosmos3.runtime.client import StageClient
 from vllm_cosmos3.runtime.core import Status
+from vllm_cosmos3.runtime.mesh import check_degrees
 from vllm_cosmos3.runtime.scheduler import QueueConfig
 from vllm_cosmos3.runtime.worker import StageConfig
 from vllm_cosmos3.server.artifacts import RECORD, STAGE
@@ -49,6 +52,28 @@ PLANNERS = 4  # requests that are planned at once, which may decode media
 SPANS = {"encode": (1, 5), "denoise": (5, 90), "decode": (90, 99)}
 
 
+def checked_model(folder: Path, options: Options) -> ModelConfig:
+    """The checkpoint's own numbers.
+
+    Raises:
+        CheckpointError, Unsupported: it cannot be run.
+        InvalidRequest: the options do not suit it.
+    """
+    model = read_config(folder, options.checkpoint_kind or None)
+    guided = model.kind not in DISTILLED
+    check_degrees(_parallel(options), model.transformer, guided=guided)
+    return model
+
+
+def _parallel(options: Options) -> ParallelConfig:
+    return ParallelConfig(
+        tensor_parallel_size=options.generator_tensor_parallel_size,
+        cfg_parallel_size=options.cfg_parallel_size,
+        ulysses_degree=options.ulysses_degree,
+        vae_parallel=options.vae_parallel,
+    )
+
+
 class Service:
     """Everything that lives as long as the server. ``start`` it in the event loop."""
 
@@ -61,7 +86,7 @@ class Service:
         guardrails: Guardrails,
     ) -> None:
         self.options, self.names = options, names
-        self.model = read_config(folder)
+        self.model = checked_model(folder, options)
         self.guardrails = guardrails
         self.journal = Journal(options.storage)
         self.metrics = metrics()
@@ -73,6 +98,7 @@ class Service:
         self._stage_jobs: dict[str, StageJob] = {}
         self._changed: set[str] = set()  # not yet in the journal
         self._lock = threading.Lock()  # of the three above
+        self._inferring = 0  # requests without a job
         self._rate = 0.0  # seconds per unit of work, from what was served
         self._ticker: asyncio.Task[None] | None = None
         if options.generator_devices:
@@ -84,12 +110,8 @@ class Service:
             device=device,
             load_format=options.generator_load_format,
             attention_backend=options.attention_backend,
-            parallel=ParallelConfig(
-                tensor_parallel_size=options.generator_tensor_parallel_size,
-                cfg_parallel_size=options.cfg_parallel_size,
-                ulysses_degree=options.ulysses_degree,
-                vae_parallel=options.vae_parallel,
-            ),
+            checkpoint_kind=options.checkpoint_kind or None,
+            parallel=_parallel(options),
         )
         self.stage = StageClient(
             StageConfig(engine=engine, stage=STAGE, backend=options.generator_executor_backend),
@@ -108,7 +130,7 @@ class Service:
         """Take nothing new and wait for what was accepted, as long as the options say."""
         self.draining = True
         end = time.monotonic() + self.options.drain_seconds
-        while self._own and time.monotonic() < end:
+        while (self._own or self._inferring) and time.monotonic() < end:
             await asyncio.sleep(0.05)
 
     async def close(self) -> None:
@@ -193,6 +215,55 @@ class Service:
                         "invalid_value", f"{warning}, and truncate_prompt is false", param="prompt"
                     )
         return plan
+
+    async def infer(self, fields: Mapping[str, Any]) -> Output:
+        """Run a request for what it comes to: there is no job, and nothing is stored.
+
+        Cancelling it stops the stage's work.
+
+        Raises:
+            Cosmos3Error: it cannot be served, now or at all, or it failed.
+        """
+        self._inferring += 1
+        try:
+            job = await self._accepted(fields)
+            return await self._inferred(job)
+        finally:
+            self._inferring -= 1
+
+    async def _accepted(self, fields: Mapping[str, Any]) -> StageJob:
+        asked = Asked(fields=dict(fields), server={}, references={}, warnings=())
+        try:
+            self._check_open()
+            plan = await self._plan(asked, {})
+            await asyncio.to_thread(self.guardrails.check, fields["prompt"], requested=None)
+            seconds, deadline = _work(plan) * self._rate, self.options.sync_deadline
+            return await asyncio.to_thread(
+                self.stage.submit, plan, seconds=seconds, deadline=deadline
+            )
+        except Cosmos3Error as error:
+            reason = "invalid" if isinstance(error, InvalidRequest) else slug(error)
+            self.metrics.rejected.labels(reason).inc()
+            if isinstance(error, Busy):
+                raise self.full(str(error)) from None
+            raise
+
+    async def _inferred(self, job: StageJob) -> Output:
+        """What a job of the stage made; it is cancelled with the task that waits for it."""
+        loop, end = asyncio.get_running_loop(), asyncio.Event()
+        job.future.add_done_callback(lambda _: loop.call_soon_threadsafe(end.set))
+        try:
+            await end.wait()
+            output: Output = job.future.result().output
+        except asyncio.CancelledError:
+            job.cancel()
+            self.metrics.cancelled.inc()
+            raise
+        except Cosmos3Error as error:
+            self._count_failure(slug(error))
+            raise
+        self.metrics.completed.labels("policy").inc()
+        return output
 
     async def _submit(self, job: Job, plan: Plan, deadline: float) -> None:
         work = _work(plan)
@@ -316,7 +387,7 @@ class Service:
         seconds = job.completed - started
         job.status, job.phase, job.progress = COMPLETED, "done", 100
         job.step = job.num_steps
-        job.files = list(record["files"])
+        job.files, job.action = list(record["files"]), record["action"]
         job.timings = {
             "queue": started - job.created, **record["timings"], "total": job.completed - job.created
         }  # fmt: skip

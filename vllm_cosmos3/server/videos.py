@@ -17,7 +17,7 @@ from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.server.artifacts import CLIP, SPRITES, THUMBNAIL
 from vllm_cosmos3.server.body import read_body
 from vllm_cosmos3.server.errors import ApiError
-from vllm_cosmos3.server.inputs import media_files
+from vllm_cosmos3.server.inputs import local_files, media_files
 from vllm_cosmos3.server.jobs import COMPLETED, FAILED, Job
 from vllm_cosmos3.server.protocol import VIDEO, Asked, translate
 from vllm_cosmos3.server.render import video_json
@@ -27,6 +27,7 @@ from vllm_cosmos3.server.service import Service
 
 router = APIRouter(route_class=Route, tags=["Cosmos3 videos"])
 VARIANTS = {"video": (CLIP, "video/mp4"), "thumbnail": (THUMBNAIL, "image/webp"), "spritesheet": (SPRITES, "image/webp")}  # fmt: skip
+INPUTS = {"image": "input_reference", "video": "input_reference"}  # where the two are missing
 POLL_SECONDS = 0.1  # between looks at a job whose events are streamed
 BEAT_SECONDS = 15.0  # of silence until an empty event keeps proxies from closing the stream
 
@@ -48,6 +49,10 @@ async def create(request: Request) -> Response:
 async def sync(request: Request) -> Response:
     """Make a video and answer with it. A client that goes away cancels it."""
     at, asked = service(request), await _asked(request)
+    mode = asked.fields.get("action_mode")
+    if mode in ("policy", "inverse_dynamics"):
+        possible = "forward_dynamics, as the answer is a video alone; POST /v1/videos keeps actions"
+        raise asked.placed(InvalidRequest("action_mode", mode, possible, "unsupported"))
     deadline = asked.server.get("deadline_seconds", at.options.sync_deadline)
     if at.estimated_wait() > deadline:
         message = f"about {at.estimated_wait():.0f} seconds of work wait, longer than {deadline:g}"
@@ -203,10 +208,11 @@ async def _create(
 ) -> Job:  # fmt: skip
     key = request.headers.get("idempotency-key") if kind == "video" else None
     retried = kind == "video" and request.headers.get("x-stainless-retry-count", "0") != "0"
+    asked = local_files(asked, at.options)
     async with media_files(asked.references, at.options) as (media, names):
         return await at.create(
             kind,
-            replace(asked, paths={**asked.paths, **names}),
+            replace(asked, paths={**INPUTS, **asked.paths, **names}),
             media,
             deadline=deadline,
             key=key,

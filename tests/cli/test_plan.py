@@ -1,0 +1,50 @@
+"""``vllm-cosmos3 plan``: what it prints, and its status."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vllm_cosmos3.cli import main
+
+
+def test_nano_without_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "nano"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "nano, bfloat16, on 1 GPU (cfg x ulysses x tp: 1 x 1 x 1)"
+    assert lines[-1] == "fits in 80 GiB"
+    needed = next(float(line.split()[-1]) for line in lines if line.startswith("needed"))
+    assert 36 < needed < 42
+
+
+def test_what_to_change_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "super", "--und-residency", "gpu", "--gpu-memory", "80"]) == 1
+    said = capsys.readouterr().out
+    assert "does not fit in 80 GiB" in said
+    assert "would fit with --und-residency host:" in said
+    assert main(["plan", "nano", "--gpu-memory", "1"]) == 1
+    assert "ask for fewer frames or a smaller size" in capsys.readouterr().out
+
+
+def test_json_of_a_checkpoint_on_a_mesh(
+    tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--device", "cpu", "--size", "320x192", "--num-frames", "24", "--json"]
+    mesh = ["--ulysses-degree", "2", "--tensor-parallel-size", "2", "--cfg-parallel-size", "2"]
+    assert main(["plan", str(tiny_checkpoint), *flags, *mesh, "--generate-sound"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["fits"]
+    assert record["peak"] == max(
+        record["loading"], sum(record["weights"].values()) + max(record["phases"].values())
+    )
+    assert record["phases"].keys() == {"text", "denoise", "decode", "sound"}
+    assert [name for name, _ in record["work"]["streams"]] == ["vision", "sound"]
+
+
+def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "nano", "--tensor-parallel-size", "3"]) == 2
+    assert "tensor_parallel_size is 3, must be 1, 2, 4 or 8" in capsys.readouterr().err
+    assert main(["plan", "nano", "--size", "1280x721"]) == 2
+    assert "size" in capsys.readouterr().err

@@ -1,0 +1,88 @@
+"""Actions over HTTP: what a finished job holds, files of the server, and the blocking route."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from generators import create, finished
+from media_files import clip, data_url, picture, png
+from servers import Server
+
+pytestmark = pytest.mark.serve
+SHORT = {"size": "64x64", "num_inference_steps": 2, "seed": 3, "action_chunk_size": 4}
+
+
+def upload(server: Server, data: bytes, path: str = "/v1/videos", **fields: Any) -> httpx.Response:
+    """A form as other servers want it: a file, and the rest as JSON in extra_params."""
+    form = {"prompt": "drive on", "extra_params": json.dumps(SHORT | fields)}
+    files = {"input_reference": ("file", data)}
+    return httpx.post(f"{server.url}{path}", data=form, files=files, timeout=120)
+
+
+def test_a_policy_job_holds_its_actions(generator_server: Server) -> None:
+    fields = {"action_mode": "policy", "domain_name": "umi", "view_point": "ego_view"}
+    answer = upload(generator_server, png(picture(64, 48)), **fields)
+    assert answer.json()["action"] is None
+    job = finished(generator_server, answer.json())
+    action = job["action"]
+    assert (action["shape"], action["dtype"], action["units"]) == ([4, 10], "float32", "normalized")
+    assert (action["domain_name"], action["domain_id"], action["fps"]) == ("umi", 6, 20.0)
+    assert (action["action_mode"], action["raw_action_dim"]) == ("policy", 10)
+    rows = np.array(action["data"])
+    assert rows.shape == (4, 10)
+    assert rows.std() > 0
+    content = httpx.get(f"{generator_server.url}/v1/videos/{job['id']}/content")
+    assert content.headers["content-type"] == "video/mp4"
+
+
+def test_inverse_dynamics_of_an_uploaded_clip(generator_server: Server, tmp_path: Path) -> None:
+    file = clip(tmp_path / "drive.mp4", frames=5)
+    fields = {"action_mode": "inverse_dynamics", "domain_name": "av", "raw_action_dim": 9}
+    job = finished(generator_server, upload(generator_server, file.read_bytes(), **fields).json())
+    assert job["action"]["shape"] == [4, 9]
+
+
+def test_forward_dynamics_from_a_file_of_the_server(
+    generator_server: Server, media_folder: Path
+) -> None:
+    (media_folder / "left.json").write_text(json.dumps([[0.1] * 9] * 4))
+    fields = {"action_mode": "forward_dynamics", "domain_name": "av"}
+    answer = upload(
+        generator_server,
+        png(picture(64, 64)),
+        "/v1/videos/sync",
+        action_path="left.json",
+        **fields,
+    )
+    assert answer.headers["content-type"] == "video/mp4"
+    inline = upload(
+        generator_server,
+        png(picture(64, 64)),
+        "/v1/videos/sync",
+        action=[[0.1] * 9] * 4,
+        **fields,
+    )
+    assert answer.content == inline.content
+
+
+def test_the_same_request_as_json_and_as_form_fields(generator_server: Server) -> None:
+
+    url = data_url(png(picture(64, 64)), "image/png")
+    fields = SHORT | {"prompt": "go", "action_mode": "policy", "domain_name": "av"}
+    fields |= {"action_state": [0.5] * 9, "input_reference": url}
+    first = finished(generator_server, create(generator_server, **fields))
+    form = {k: json.dumps(v) if isinstance(v, list) else str(v) for k, v in fields.items()}
+    answer = httpx.post(f"{generator_server.url}/v1/videos", data=form, timeout=60)
+    second = finished(generator_server, answer.json())
+    assert first["action"] == second["action"]
+
+
+def test_embodiments_are_listed(generator_server: Server) -> None:
+    block = httpx.get(f"{generator_server.url}/v1/cosmos3/models").json()["data"][0]["cosmos3"]
+    assert {"policy", "forward_dynamics", "inverse_dynamics"} <= set(block["modes"])
+    assert block["action_domains"]["av"]["action_chunk_size"] == 60

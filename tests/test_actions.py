@@ -1,0 +1,320 @@
+"""Requests with actions: the table of embodiments, what contradicts it, rows, units and captions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_cosmos3 import actions, conditions, media, prompts
+from vllm_cosmos3.config import ModelConfig, read_config
+from vllm_cosmos3.embodiments import EMBODIMENTS, VIEWS, find_embodiment
+from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.plan import Plan
+from vllm_cosmos3.request import from_fields
+
+PICTURE = np.random.RandomState(0).randint(0, 256, (48, 80, 3), dtype=np.uint8)
+CLIP = np.stack([PICTURE] * 5)
+POLICY = {"action_mode": "policy", "domain_name": "umi", "image": PICTURE, "size": "96x64"}
+FORWARD = POLICY | {"action_mode": "forward_dynamics", "action": np.ones((16, 10))}
+INVERSE = {"action_mode": "inverse_dynamics", "domain_name": "av", "video": CLIP}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint: Path) -> ModelConfig:
+    return read_config(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_checkpoint: Path) -> prompts.Tokenizer:
+    return prompts.load_tokenizer(tiny_checkpoint)
+
+
+@pytest.fixture
+def plan(model: ModelConfig, tokenizer: prompts.Tokenizer) -> Any:
+    def make(**fields: Any) -> Plan:
+        return conditions.make_plan(from_fields({"prompt": "go", **fields}), model, tokenizer)
+
+    return make
+
+
+def refusal(model: ModelConfig, **fields: Any) -> InvalidRequest:
+    with pytest.raises(InvalidRequest) as caught:
+        actions.settle(from_fields({"prompt": "go", **fields}), model)
+    return caught.value
+
+
+# The table.
+
+
+def test_names_are_unique_and_widths_fit_the_model(model: ModelConfig) -> None:
+    names = [name for row in EMBODIMENTS for name in (row.name, *row.aliases)]
+    assert len(names) == len(set(names))
+    for row in EMBODIMENTS:
+        assert row.domain_id < model.transformer.num_embodiment_domains
+        assert row.widths
+        assert max(row.widths) <= model.transformer.action_dim
+        assert row.view_point in VIEWS
+
+
+def test_a_name_in_any_case_and_a_number_alone() -> None:
+    assert find_embodiment(" AV ", None).name == "av"
+    assert find_embodiment(None, 8).name == "droid_lerobot"
+
+
+# Contradictions.
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "code"),
+    [
+        ({"domain_name": "av"}, "domain_name", "conflict"),
+        ({"image_size": 256}, "image_size", "conflict"),
+        (POLICY | {"domain_name": None}, "domain_name", "missing_required"),
+        (POLICY | {"domain_name": "robot"}, "domain_name", "invalid_value"),
+        (POLICY | {"domain_name": None, "domain_id": 31}, "domain_id", "invalid_value"),
+        (POLICY | {"domain_id": 1}, "domain_id", "conflict"),
+        (POLICY | {"raw_action_dim": 9}, "raw_action_dim", "conflict"),
+        (POLICY | {"domain_name": "libero"}, "raw_action_dim", "missing_required"),
+        (POLICY | {"image": None}, "image", "missing_required"),
+        (POLICY | {"action": [[1.0] * 10]}, "action", "conflict"),
+        (POLICY | {"action_path": "a.json"}, "action_path", "conflict"),
+        (POLICY | {"action_state": [0.0] * 9}, "action_state", "conflict"),
+        (POLICY | {"action_history": [[0.0] * 9]}, "action_history", "conflict"),
+        (POLICY | {"num_frames": 9, "action_chunk_size": 4}, "num_frames", "conflict"),
+        (POLICY | {"seconds": 1}, "seconds", "conflict"),
+        (POLICY | {"image_size": 480}, "image_size", "conflict"),
+        (POLICY | {"generate_sound": True}, "generate_sound", "unsupported_combination"),
+        (POLICY | {"num_frames": 1, "image": None}, "action_mode", "unsupported_combination"),
+        (FORWARD | {"action": None}, "action", "missing_required"),
+        (FORWARD | {"action": np.ones((4, 9))}, "action", "conflict"),
+        (FORWARD | {"action_path": "a.json"}, "action_path", "conflict"),
+        (INVERSE | {"video": None}, "video", "missing_required"),
+        (INVERSE | {"video": None, "image": PICTURE}, "image", "conflict"),
+        (
+            INVERSE | {"condition_frame_indexes_vision": [0]},
+            "condition_frame_indexes_vision",
+            "conflict",
+        ),
+    ],
+)
+def test_refused(model: ModelConfig, fields: dict[str, Any], field: str, code: str) -> None:
+    error = refusal(model, **{k: v for k, v in fields.items() if v is not None})
+    assert (error.field, error.code) == (field, code)
+
+
+def test_a_checkpoint_without_actions(model: ModelConfig) -> None:
+    from dataclasses import replace
+
+    without = replace(model, transformer=replace(model.transformer, action_gen=False))
+    assert refusal(without, **POLICY).code == "unsupported_by_model"
+    narrow = replace(model, transformer=replace(model.transformer, action_dim=8))
+    assert refusal(narrow, **POLICY).field == "raw_action_dim"
+    few = replace(model, transformer=replace(model.transformer, num_embodiment_domains=6))
+    assert refusal(few, **POLICY).field == "domain_id"
+
+
+def test_a_short_clip_is_told_how_long_it_must_be(plan: Any) -> None:
+    with pytest.raises(InvalidRequest, match="at least 9 frames long for 8 actions"):
+        plan(**INVERSE, action_chunk_size=8, size="96x64")
+
+
+# The plan.
+
+
+def test_defaults_follow_from_the_embodiment(plan: Any) -> None:
+    made = plan(**{k: v for k, v in POLICY.items() if k != "size"})
+    vision, rows = made.streams
+    assert vision.shape == (1, 48, 5, 3, 5)  # of the picture: the canvas is larger
+    assert vision.source.shape == (1, 192, 320, 3)
+    assert (vision.known, vision.rate) == ((0,), 20.0)
+    assert (rows.shape, rows.channels, rows.known, rows.first) == ((16, 64), 10, (), 1)
+    assert (made.num_inference_steps, made.guidance_scale, made.flow_shift) == (30, 1.0, 10.0)
+    assert (made.domain_id, len(made.token_ids)) == (6, 1)
+    shown = {name: made.effective[name] for name in ("size", "num_frames", "view_point", "mode")}
+    assert shown == {
+        "size": "320x192", "num_frames": 17, "view_point": "wrist_view", "mode": "policy"
+    }  # fmt: skip
+    assert json.dumps(dict(made.effective))
+
+
+@pytest.mark.parametrize(
+    ("history", "state", "first"), [(0, 0, 1), (3, 0, -2), (0, 1, 0), (2, 1, -2)]
+)
+def test_history_and_state_go_before_the_chunk(
+    plan: Any, history: int, state: int, first: int
+) -> None:
+    fields: dict[str, Any] = {"action_chunk_size": 4}
+    if history:
+        fields["action_history"] = np.full((history, 10), 2.0)
+    if state:
+        fields["action_state"] = [5.0] * 10
+    rows = plan(**POLICY, **fields).streams[1]
+    assert rows.first == first
+    assert rows.known == tuple(range(history + state))
+    expected = [2.0] * history + [5.0] * state + [0.0] * 4
+    assert rows.source[:, 0].tolist() == expected
+    assert not rows.source[:, 10:].any()
+
+
+def test_the_rows_that_come_back_are_those_of_the_chunk(plan: Any) -> None:
+    made = plan(**POLICY, action_chunk_size=4, action_state=[5.0] * 10)
+    latents = np.arange(5 * 64, dtype=np.float32).reshape(5, 64)
+    assert np.array_equal(made.actions.read(latents), latents[1:, :10])
+    assert made.actions.read(latents).dtype == np.float32
+    assert plan(**FORWARD).actions is None
+
+
+@pytest.mark.parametrize(("rows", "said"), [(3, "repeated 1 times"), (4, None), (6, "first 4")])
+def test_rows_are_brought_to_the_chunk(plan: Any, rows: int, said: str | None) -> None:
+    given = np.arange(rows, dtype=float)[:, None].repeat(10, 1)
+    made = plan(**FORWARD | {"action": given}, action_chunk_size=4)
+    assert made.streams[1].source[:, 0].tolist() == [0, 1, 2, min(rows - 1, 3)]
+    assert [said in w for w in made.warnings if "action" in w] == ([True] if said else [])
+
+
+def test_the_chunk_is_as_long_as_the_rows_or_the_video(plan: Any) -> None:
+    assert plan(**FORWARD | {"action": np.ones((8, 10))}).effective["action_chunk_size"] == 8
+    assert plan(**POLICY, num_frames=13).effective["action_chunk_size"] == 12
+    odd = plan(**POLICY, num_frames=12)
+    assert (odd.streams[0].shape[2], odd.streams[1].length) == (3, 11)
+    assert any("3 frames early" in warning for warning in odd.warnings)
+
+
+def test_inverse_dynamics_knows_every_frame(plan: Any) -> None:
+    vision, rows = plan(**INVERSE, action_chunk_size=4, image_size=256).streams
+    assert (vision.known, rows.known, len(vision.source)) == ((0, 1), (), 5)
+
+
+# Files.
+
+
+def test_rows_from_a_file(plan: Any, tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    file.write_text("[[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]]")
+    made = plan(**FORWARD | {"action": None, "action_path": str(file)})
+    assert made.streams[1].source[0, :10].tolist() == list(range(1, 11))
+    file.write_text('{"rows": 1}')
+    with pytest.raises(InvalidRequest, match="action_path"):
+        plan(**FORWARD | {"action": None, "action_path": str(file)})
+    file.write_text("[[1,")
+    with pytest.raises(InvalidRequest, match="can be read"):
+        plan(**FORWARD | {"action": None, "action_path": str(file)})
+
+
+STATISTICS = {
+    "min": [-2.0] * 10, "max": [4.0] * 10, "mean": [1.0] * 10, "std": [3.0] * 10,
+    "q01": [-1.0] * 9 + [0.5], "q99": [3.0] * 9 + [0.5],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "value", "inside"),
+    [
+        ("minmax", 4.0, 1.0),
+        ("meanstd", 4.0, 1.0),
+        ("quantile", 3.0, 1.0),
+        ("quantile_rot", 6.0, 1.0),
+    ],
+)
+def test_units_of_a_statistics_file(
+    plan: Any, tmp_path: Path, method: str, value: float, inside: float
+) -> None:
+    file = tmp_path / "stats.json"
+    doubled = {name: [2 * x for x in values] for name, values in STATISTICS.items()}
+    file.write_text(json.dumps({"global": STATISTICS, "global_raw": doubled}))
+    units = {"action_stats_path": str(file), "action_normalization": method}
+    rows = plan(**FORWARD | {"action": np.full((4, 10), value)}, **units).streams[1].source
+    assert rows[0, 0] == pytest.approx(inside)
+    made = plan(**POLICY, **units, action_state=[value] * 10)
+    assert made.actions.read(made.streams[1].source[[0, 0]])[0, 0] == pytest.approx(value)
+
+
+def test_flat_statistics_and_wrong_ones(plan: Any, tmp_path: Path) -> None:
+    file = tmp_path / "stats.json"
+    file.write_text(json.dumps(STATISTICS))
+    made = plan(**POLICY, action_stats_path=str(file), action_normalization="quantile")
+    latents = np.zeros((16, 64), np.float32)
+    assert made.actions.read(latents)[0].tolist() == [1.0] * 9 + [0.5]  # the last never changes
+    file.write_text(json.dumps({"min": [0.0] * 10, "max": [1.0] * 9}))
+    with pytest.raises(InvalidRequest, match="10 finite numbers under max"):
+        plan(**POLICY, action_stats_path=str(file))
+
+
+# Pictures and captions.
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.integers(1, 400), st.integers(1, 400), st.sampled_from(["256x256", "320x192", "96x64"])
+)  # fmt: skip
+def test_pictures_fit_their_canvas(width: int, height: int, canvas: str) -> None:
+    to_width, to_height = map(int, canvas.split("x"))
+    picture = np.random.RandomState(0).randint(0, 256, (1, height, width, 3), dtype=np.uint8)
+    out, (rows, columns) = media.fit_inside(picture, height=to_height, width=to_width)
+    assert out.shape == (1, to_height, to_width, 3)
+    assert rows <= min(height, to_height)
+    assert columns <= min(width, to_width)
+    if width <= to_width and height <= to_height:
+        assert np.array_equal(out[:, :rows, :columns], picture)
+    else:
+        assert abs(columns * height - rows * width) <= max(width, height)  # the same shape
+    reach = 2 * max(rows, columns)
+    assert {tuple(p) for p in out[0, rows:, :columns].reshape(-1, 3)} <= {
+        tuple(p) for p in out[0, : min(rows, reach), :columns].reshape(-1, 3)
+    }
+
+
+@pytest.mark.parametrize(
+    ("tier", "size", "canvas"),
+    [
+        (256, (640, 480), (320, 256)),
+        (480, (640, 540), (736, 544)),
+        (480, (500, 500), (640, 640)),
+        (720, (1920, 1080), (1280, 720)),
+        (704, (100, 300), (704, 1280)),
+    ],
+)
+def test_canvases(tier: int, size: tuple[int, int], canvas: tuple[int, int]) -> None:
+    assert conditions.nearest_size(tier, *size) == canvas
+
+
+FACTS = prompts.Facts(num_frames=17, fps=5.0, height=544, width=736, aspect_ratio="4,3")
+
+
+def test_the_caption_of_an_instruction() -> None:
+    text = prompts.action_text(
+        " Put the pot to the left of the purple item ", FACTS, style="auto",
+        view=VIEWS["ego_view"], duration=True, resolution=True,
+    )  # fmt: skip
+    assert text == (
+        '{"cinematography": {"framing": "This video is captured from a first-person perspective'
+        ' looking at the scene."}, "actions": [{"time": "0:00-0:03", "description": "Put the pot to'
+        ' the left of the purple item."}], "duration": "3s", "fps": 5.0, "resolution": {"H": 544,'
+        ' "W": 736}, "aspect_ratio": "4,3"}'
+    )
+
+
+def test_a_plain_instruction_and_a_caption_of_ones_own() -> None:
+    more = {"view": "From above.", "duration": True, "resolution": True}
+    text = prompts.action_text("Open it.", FACTS, style="plain", **more)
+    assert text == (
+        "Open it. From above. The video is 3.4 seconds long and is of 5 FPS."
+        " This video is of 544x736 resolution."
+    )
+    own = json.loads(prompts.action_text('{"subjects": 1}', FACTS, style="auto", **more))
+    assert list(own) == ["subjects", "duration", "fps", "resolution", "aspect_ratio"]
+
+
+def test_the_document_has_the_table() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "actions.md").read_text()
+    for row in EMBODIMENTS:
+        names = ", ".join(f"`{name}`" for name in (row.name, *row.aliases))
+        cells = [names, str(row.domain_id), ", ".join(map(str, row.widths)), row.composition]
+        cells += [f"{row.fps:g}", str(row.action_chunk_size), f"`{row.view_point}`"]
+        assert f"| {' | '.join([*cells, str(row.image_size)])} |" in text

@@ -1,0 +1,361 @@
+"""The actions of a request: which rows the model is given, which it makes, and in which units.
+
+The rows of the stream are the history, then the state at the first frame, then the chunk: one row
+for each further frame. The state belongs to frame 0, the chunk to frames 1, 2, ..., the history ends
+where they begin.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vllm_cosmos3 import media
+from vllm_cosmos3.config import ModelConfig
+from vllm_cosmos3.embodiments import VIEWS, Embodiment, find_embodiment
+from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.kinds import check_mode
+from vllm_cosmos3.plan import ActionRows, StreamPlan
+from vllm_cosmos3.request import SPECS, GenerateRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mode:
+    """What an action mode is given: the chunk, or the whole video instead of its first frame."""
+
+    chunk: bool
+    video: bool
+
+
+MODES = {
+    "forward_dynamics": Mode(chunk=True, video=False),
+    "inverse_dynamics": Mode(chunk=False, video=True),
+    "policy": Mode(chunk=False, video=False),
+}
+WITHOUT_MODE = (
+    "domain_name",
+    "domain_id",
+    "raw_action_dim",
+    "action_chunk_size",
+    "action",
+    "action_path",
+    "action_history",
+    "action_state",
+    "action_stats_path",
+    "view_point",
+    "view_description",
+    "image_size",
+)
+SMALLEST_SCALE = 1e-8  # of a number that never changes in the statistics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Action:
+    """The action fields of a request, settled. ``chunk`` [T_a, channels] is None where it is made.
+
+    ``history`` [H, channels] and ``state`` [0 or 1, channels] are float32 in the model's units, and
+    so is ``chunk``; ``scale`` and ``offset`` lead from these units to the user's.
+    """
+
+    mode: Mode
+    embodiment: Embodiment
+    channels: int
+    chunk_size: int
+    view_point: str
+    view: str
+    image_size: int
+    fps: float
+    history: np.ndarray
+    state: np.ndarray
+    chunk: np.ndarray | None
+    scale: np.ndarray
+    offset: np.ndarray
+    warnings: tuple[str, ...]
+
+    @property
+    def num_frames(self) -> int:
+        return self.chunk_size + 1
+
+    @property
+    def known_frames(self) -> tuple[int, ...]:
+        """Latent frames that the input supplies."""
+        return tuple(range(1 + self.chunk_size // 4)) if self.mode.video else (0,)
+
+    @property
+    def rows(self) -> ActionRows | None:
+        """How to read the actions that were made; None if none were."""
+        if self.chunk is not None:
+            return None
+        start = len(self.history) + len(self.state)
+        return ActionRows(start=start, channels=self.channels, scale=self.scale, offset=self.offset)
+
+    def effective(self) -> dict[str, object]:
+        """The fields of the request with their final values."""
+        return {
+            "domain_name": self.embodiment.name,
+            "domain_id": self.embodiment.domain_id,
+            "raw_action_dim": self.channels,
+            "action_chunk_size": self.chunk_size,
+            "view_point": self.view_point,
+            "image_size": self.image_size,
+            "action": None if self.chunk is None else list(self.chunk.shape),
+        }
+
+
+def settle(request: GenerateRequest, model: ModelConfig) -> Action | None:
+    """The actions of a request, or None if it is not about actions. Reads its JSON files.
+
+    Raises:
+        InvalidRequest: the fields contradict each other, the embodiment or the checkpoint.
+    """
+    if request.action_mode is None:
+        for name in WITHOUT_MODE:
+            if (value := getattr(request, name)) is not None:
+                if name == "image_size" and request.hints:
+                    continue
+                possible = "left out, or given with action_mode"
+                raise InvalidRequest(name, value, possible, "conflict")
+        return None
+    check_mode(model.kind, request.mode)
+    mode = MODES[request.action_mode]
+    _check_model(request, model)
+    _check_inputs(request, mode)
+    embodiment = find_embodiment(request.domain_name, request.domain_id)
+    given = _rows_given(request)
+    channels = _channels(request, embodiment, given, model)
+    chunk_size = _chunk_size(request, embodiment, given)
+    scale, offset = _units(request, channels)
+    chunk, warnings = _chunk(given, chunk_size)
+    if chunk_size % 4:
+        warnings.append(
+            f"action_chunk_size {chunk_size} is not a multiple of 4: the video ends"
+            f" {chunk_size % 4} frames early"
+        )
+    view_point = request.view_point or embodiment.view_point
+    state = None if request.action_state is None else (request.action_state,)
+
+    def inside(name: str, rows: tuple[tuple[float, ...], ...] | None) -> np.ndarray:
+        matrix: np.ndarray = (_matrix(name, rows, channels) - offset) / scale
+        return matrix
+
+    return Action(
+        mode=mode,
+        embodiment=embodiment,
+        channels=channels,
+        chunk_size=chunk_size,
+        view_point=view_point,
+        view=" ".join(filter(None, (VIEWS[view_point], request.view_description))),
+        image_size=request.image_size or embodiment.image_size,
+        fps=request.fps or embodiment.fps,
+        history=inside("action_history", request.action_history),
+        state=inside("action_state", state),
+        chunk=None if chunk is None else inside("action", chunk),
+        scale=scale,
+        offset=offset,
+        warnings=tuple(warnings),
+    )
+
+
+def observation(request: GenerateRequest, action: Action) -> media.Pixels:
+    """The frames that the model sees, uint8 [T, H, W, 3]: one, or all of the chunk.
+
+    Raises:
+        InvalidRequest: they cannot be read, or are too few.
+    """
+    if request.image is not None:
+        return media.read_image(request.image)[None]
+    assert request.video is not None  # _check_inputs has seen to it
+    needed = 4 * action.known_frames[-1] + 1
+    frames = media.read_video(
+        request.video, frames=action.num_frames if action.mode.video else 1,
+        keep=request.condition_video_keep,
+    )  # fmt: skip
+    if action.mode.video and len(frames) < action.num_frames:
+        possible = f"at least {action.num_frames} frames long for {action.chunk_size} actions"
+        raise InvalidRequest("video", f"{len(frames)} frames", possible)
+    return frames[:needed]
+
+
+def action_stream(action: Action, model: ModelConfig) -> StreamPlan:
+    """The rows as a stream as wide as the model's: those that are given, and zeros."""
+    width = model.transformer.action_dim
+    before = np.concatenate([action.history, action.state])
+    given = before if action.chunk is None else np.concatenate([before, action.chunk])
+    source = np.zeros((len(before) + action.chunk_size, width), np.float32)
+    source[: len(given), : action.channels] = given
+    return StreamPlan(
+        name="action",
+        shape=source.shape,
+        rate=action.fps,
+        known=tuple(range(len(given))),
+        source=source,
+        channels=action.channels,
+        first=1 - len(before),
+    )
+
+
+# The rules that join several fields.
+
+
+def _check_model(request: GenerateRequest, model: ModelConfig) -> None:
+    if not model.transformer.action_gen:
+        possible = "left out: this checkpoint knows no actions"
+        raise InvalidRequest("action_mode", request.action_mode, possible, "unsupported_by_model")
+    if request.generate_sound:
+        possible = "False, as action_mode is given"
+        raise InvalidRequest(
+            "generate_sound", request.generate_sound, possible, "unsupported_combination"
+        )
+    if request.num_frames == 1:
+        possible = "left out, as num_frames=1 makes an image"
+        raise InvalidRequest(
+            "action_mode", request.action_mode, possible, "unsupported_combination"
+        )
+    for name in ("seconds", "condition_frame_indexes_vision"):
+        if (value := getattr(request, name)) is not None:
+            possible = "left out: action_mode and action_chunk_size settle it"
+            raise InvalidRequest(name, value, possible, "conflict")
+    if request.image_size is not None and (request.size or request.width):
+        possible = "left out, as a size is given"
+        raise InvalidRequest("image_size", request.image_size, possible, "conflict")
+
+
+def _check_inputs(request: GenerateRequest, mode: Mode) -> None:
+    """The picture or clip, and the chunk, are there exactly if the mode takes them."""
+    for_mode = f"for action_mode {request.action_mode}"
+    if mode.video and request.image is not None:
+        possible = f"left out; give a video {for_mode}"
+        raise InvalidRequest("image", request.image, possible, "conflict")
+    if request.image is None and request.video is None:
+        name = "video" if mode.video else "image"
+        raise InvalidRequest(name, None, f"given {for_mode}", "missing_required")
+    if request.action is not None and request.action_path is not None:
+        possible = "left out, as action is given"
+        raise InvalidRequest("action_path", request.action_path, possible, "conflict")
+    if mode.chunk and request.action is None and request.action_path is None:
+        raise InvalidRequest("action", None, f"given {for_mode}", "missing_required")
+    for name in () if mode.chunk else ("action", "action_path"):
+        if (value := getattr(request, name)) is not None:
+            raise InvalidRequest(name, value, f"left out {for_mode}, which predicts it", "conflict")
+
+
+def _channels(
+    request: GenerateRequest,
+    embodiment: Embodiment,
+    given: tuple[tuple[float, ...], ...] | None,
+    model: ModelConfig,
+) -> int:
+    """The width of an action row: as asked, as given, or the usual one of the embodiment."""
+    width = request.raw_action_dim or embodiment.raw_action_dim
+    if request.raw_action_dim is None and given and len(given[0]) in embodiment.widths:
+        width = len(given[0])
+    allowed = " or ".join(map(str, embodiment.widths))
+    if width is None:
+        possible = f"given for {embodiment.name}: {allowed}"
+        raise InvalidRequest("raw_action_dim", None, possible, "missing_required")
+    if width not in embodiment.widths:
+        possible = f"{allowed} or left out, as the embodiment is {embodiment.name}"
+        raise InvalidRequest("raw_action_dim", width, possible, "conflict")
+    most = model.transformer.action_dim
+    if width > most:
+        possible = f"at most {most}, the actions of this checkpoint"
+        raise InvalidRequest("raw_action_dim", width, possible, "unsupported_by_model")
+    domains = model.transformer.num_embodiment_domains
+    if embodiment.domain_id >= domains:
+        possible = f"below {domains}, the embodiments of this checkpoint"
+        raise InvalidRequest("domain_id", embodiment.domain_id, possible, "unsupported_by_model")
+    return width
+
+
+def _chunk_size(
+    request: GenerateRequest,
+    embodiment: Embodiment,
+    given: tuple[tuple[float, ...], ...] | None,
+) -> int:
+    """Actions in the chunk: as asked, or by the frames, the rows, or the embodiment."""
+    frames = request.num_frames
+    size = request.action_chunk_size
+    if size is None and frames is not None:
+        size = frames - 1
+    if size is None:
+        size = len(given) if given else embodiment.action_chunk_size
+    if frames is not None and frames != size + 1:
+        possible = f"{size + 1} or left out, as action_chunk_size is {size}"
+        raise InvalidRequest("num_frames", frames, possible, "conflict")
+    return size
+
+
+def _chunk(
+    given: tuple[tuple[float, ...], ...] | None, size: int
+) -> tuple[tuple[tuple[float, ...], ...] | None, list[str]]:
+    """The given rows, brought to ``size`` of them, with a warning where that was needed."""
+    if given is None or len(given) == size:
+        return given, []
+    if len(given) > size:
+        return given[:size], [f"action has {len(given)} rows, of which the first {size} are used"]
+    missing = size - len(given)
+    return given + given[-1:] * missing, [
+        f"action has {len(given)} rows; the last one is repeated {missing} times"
+    ]
+
+
+def _matrix(name: str, rows: tuple[tuple[float, ...], ...] | None, channels: int) -> np.ndarray:
+    if rows is None:
+        return np.zeros((0, channels), np.float32)
+    if len(rows[0]) != channels:
+        possible = f"{channels} numbers wide, the raw_action_dim"
+        raise InvalidRequest(name, f"{len(rows[0])} numbers wide", possible, "conflict")
+    return np.array(rows, np.float32)
+
+
+# Files.
+
+
+def _rows_given(request: GenerateRequest) -> tuple[tuple[float, ...], ...] | None:
+    if request.action_path is None:
+        return request.action
+    rows: tuple[tuple[float, ...], ...] = SPECS["action"].checked(
+        "action_path", _json("action_path", request.action_path)
+    )
+    return rows
+
+
+def _units(request: GenerateRequest, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and offset [channels] of the statistics file; 1 and 0 without one."""
+    path = request.action_stats_path
+    if path is None:
+        return np.ones(channels, np.float32), np.zeros(channels, np.float32)
+    value = _json("action_stats_path", path)
+    method = request.action_normalization
+    key = "global_raw" if method == "quantile_rot" else "global"
+    values = value.get(key, value) if isinstance(value, Mapping) else value
+    names = {"meanstd": ("mean", "std"), "minmax": ("min", "max")}.get(method, ("q01", "q99"))
+    first, second = (_statistic(path, values, name, channels) for name in names)
+    if method == "meanstd":
+        return np.maximum(second, SMALLEST_SCALE), first
+    return np.maximum(second - first, SMALLEST_SCALE) / 2, (first + second) / 2
+
+
+def _statistic(path: str, values: object, name: str, channels: int) -> np.ndarray:
+    """One list of the statistics file, as long as an action."""
+    numbers = values.get(name) if isinstance(values, Mapping) else None
+    try:
+        column = np.array(numbers, np.float32)
+    except (TypeError, ValueError):
+        column = np.zeros(0, np.float32)
+    if column.shape != (channels,) or not np.isfinite(column).all():
+        possible = f"a JSON file with {channels} finite numbers under {name}"
+        raise InvalidRequest("action_stats_path", path, possible)
+    return column
+
+
+def _json(field: str, path: str) -> object:
+    try:
+        value: object = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InvalidRequest(field, path, f"a JSON file that can be read ({error})") from None
+    return value

@@ -1,0 +1,175 @@
+"""``vllm-cosmos3 plan``: memory per GPU for a checkpoint, a mesh and a request, before anything loads.
+
+Everything is computed from the configuration files; no device is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections import defaultdict
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_cosmos3.checkpoint.files import SIZES, published_files
+from vllm_cosmos3.config import EngineConfig, ModelConfig, ParallelConfig, read_config
+from vllm_cosmos3.hub import resolve
+
+if TYPE_CHECKING:  # torch, which --help should not wait for
+    from vllm_cosmos3.memory import Memory, Work
+
+GIB = 2**30
+WITHOUT_CHECKPOINT = ("nano", "super")
+TEXT_TOKENS = 2048  # the published negative prompt has 1,904
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", help="checkpoint folder, Hugging Face repository, nano or super"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of the repository")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="bfloat16, float16 or float32 (default: bfloat16)")  # fmt: skip
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cuda, or cpu for what torch allocates there (default: cuda)")  # fmt: skip
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks that share each layer (default: 1)")  # fmt: skip
+    parser.add_argument("--cfg-parallel-size", type=int, default=1, metavar="N", help="2: the branches of guidance side by side (default: 1)")  # fmt: skip
+    parser.add_argument("--ulysses-degree", type=int, default=1, metavar="N", help="ranks that share the tokens (default: 1)")  # fmt: skip
+    parser.add_argument("--vae-parallel", choices=("halo", "tile", "off"), default="halo", help="halo, tile (less memory, not exact) or off (default: halo)")  # fmt: skip
+    parser.add_argument("--und-residency", choices=("auto", "gpu", "host"), default="auto", help="where the text tower rests: gpu, host, or auto: host if it would not fit otherwise (default: auto)")  # fmt: skip
+    parser.add_argument("--enable-layerwise-offload", action="store_true", help="keep the generation layers on the host and stream them at every step")  # fmt: skip
+    parser.add_argument("--load-format", choices=("auto", "dummy"), default="auto", help="auto, or dummy for random weights (default: auto)")  # fmt: skip
+    parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="memory of one GPU (default: 80)")  # fmt: skip
+    parser.add_argument("--size", default="1280x720", metavar="WxH", help="of the picture (default: 1280x720)")  # fmt: skip
+    parser.add_argument("--num-frames", type=int, default=189, metavar="N", help="1 for an image (default: 189)")  # fmt: skip
+    parser.add_argument("--guidance-scale", type=float, metavar="X", help="1: no negative prompt (default: of the checkpoint)")  # fmt: skip
+    parser.add_argument("--generate-sound", action="store_true", help="with sound")
+    parser.add_argument("--text-tokens", type=int, default=TEXT_TOKENS, metavar="N", help=f"of each prompt (default: {TEXT_TOKENS:,})")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print JSON, in bytes")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table, or JSON. Status 1 where the request does not fit."""
+    from vllm_cosmos3.memory import decided, estimate, suggestions
+    from vllm_cosmos3.runtime.mesh import check_degrees
+
+    model = known_model(args.model, args.revision)
+    engine = engine_of(args, model)
+    check_degrees(engine.parallel, model.transformer)
+    work, limit = work_of(args, model), round(args.gpu_memory * GIB)
+    engine = decided(model, engine, work, limit)
+    memory = estimate(model, engine, work)
+    fits = memory.needed <= limit
+    advice = [] if fits else suggestions(model, engine, work, limit)
+    if args.json:
+        print(json.dumps(record(memory, engine, work, limit, advice), indent=2))
+    else:
+        print("\n".join(table(args.model, memory, engine, work)))
+        print("\n".join(verdict(memory.needed, limit, advice)))
+    return 0 if fits else 1
+
+
+def known_model(name: str, revision: str | None) -> ModelConfig:
+    """The configuration of a checkpoint, or the published one of a size."""
+    if name not in WITHOUT_CHECKPOINT or Path(name).exists():
+        return read_config(resolve(name, revision, weights=False))
+    size = SIZES[name]
+    assert size.vocab_size is not None  # tiny alone takes it from its tokenizer
+    ids: dict[str, int] = defaultdict(int)  # of markup tokens, which take no memory
+    files = published_files(size, "base", size.vocab_size, ids, "bfloat16")
+    with tempfile.TemporaryDirectory() as folder:
+        for file, contents in files.items():
+            path = Path(folder) / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(contents))
+        return read_config(Path(folder))
+
+
+def engine_of(args: argparse.Namespace, model: ModelConfig) -> EngineConfig:
+    return EngineConfig(
+        model=model.path,
+        dtype=args.dtype,
+        device=args.device,
+        load_format=args.load_format,
+        parallel=ParallelConfig(
+            tensor_parallel_size=args.tensor_parallel_size,
+            cfg_parallel_size=args.cfg_parallel_size,
+            ulysses_degree=args.ulysses_degree,
+            vae_parallel=args.vae_parallel,
+        ),
+        und_residency=args.und_residency,
+        layerwise_offload=args.enable_layerwise_offload,
+    )
+
+
+def work_of(args: argparse.Namespace, model: ModelConfig) -> Work:
+    """The sizes of a request with these flags, checked as a request is."""
+    from vllm_cosmos3.memory import usual_work
+    from vllm_cosmos3.request import GenerateRequest
+
+    request = GenerateRequest(
+        prompt="any",
+        size=args.size,
+        num_frames=args.num_frames,
+        guidance_scale=args.guidance_scale,
+        generate_sound=args.generate_sound,
+        allow_untrained_size=True,
+    )
+    work = usual_work(model, request)
+    return replace(work, text=(args.text_tokens,) * len(work.text))
+
+
+def table(name: str, memory: Memory, engine: EngineConfig, work: Work) -> list[str]:
+    """What a person reads, in GiB."""
+    mesh, (_, shape) = engine.parallel, work.streams[0]
+    ranks = f"{mesh.world_size} GPU{'s' if mesh.world_size > 1 else ''}"
+    degrees = f"{mesh.cfg_parallel_size} x {mesh.ulysses_degree} x {mesh.tensor_parallel_size}"
+    frames = 1 + 4 * (shape[2] - 1)
+    rows = [
+        *((f"weights: {part}", size) for part, size in memory.weights.items()),
+        ("all weights", memory.resident),
+        ("start, at its peak", memory.loading),
+        *((f"weights and {phase}", memory.resident + n) for phase, n in memory.phases.items()),
+        ("reserve: CUDA, workspaces", memory.reserve),
+        ("needed", memory.needed),
+        *((f"on the host: {part}", size) for part, size in memory.host.items()),
+    ]
+    return [
+        f"{name}, {engine.dtype}, on {ranks} (cfg x ulysses x tp: {degrees})",
+        f"{shape[4] * 16}x{shape[3] * 16}, {frames} frames, text {' and '.join(map(str, work.text))}"
+        f" tokens, text tower on the {engine.und_residency}",
+        "",
+        f"{'GiB of each GPU':28}",
+        *(f"{what:28}{size / GIB:9.2f}" for what, size in rows),
+        "",
+    ]
+
+
+def verdict(needed: int, limit: int, advice: list[tuple[str, int]]) -> list[str]:
+    """Whether it fits, and what to change."""
+    if needed <= limit:
+        return [f"fits in {limit / GIB:g} GiB"]
+    lines = [f"does not fit in {limit / GIB:g} GiB: {(needed - limit) / GIB:.2f} GiB are missing"]
+    lines += [f"would fit with {flags}: {size / GIB:.2f} GiB" for flags, size in advice]
+    return lines if advice else [*lines, "ask for fewer frames or a smaller size"]
+
+
+def record(
+    memory: Memory, engine: EngineConfig, work: Work, limit: int, advice: list[tuple[str, int]]
+) -> dict[str, object]:
+    """The same for programs, in bytes."""
+    return {
+        "parallel": asdict(engine.parallel),
+        "und_residency": engine.und_residency,
+        "enable_layerwise_offload": engine.layerwise_offload,
+        "work": asdict(work),
+        "weights": dict(memory.weights),
+        "host": dict(memory.host),
+        "loading": memory.loading,
+        "phases": dict(memory.phases),
+        "peak": memory.peak,
+        "reserve": memory.reserve,
+        "limit": limit,
+        "fits": memory.needed <= limit,
+        "would_fit_with": dict(advice),
+    }

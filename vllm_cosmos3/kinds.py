@@ -1,0 +1,84 @@
+"""Kinds of checkpoint: how their files tell them apart, and which modes each one serves.
+
+Kinds share their code; what they were trained for differs. A request for another mode would run and
+make noise, so it is refused before it is queued.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vllm_cosmos3.errors import InvalidRequest
+
+VIDEO_MODES = ("text2video", "image2video", "video2video")
+ACTION_MODES = ("forward_dynamics", "inverse_dynamics", "policy")
+# Sound and actions also need their weights, whatever the kind.
+MODES: dict[str, tuple[str, ...]] = {
+    "base": ("text2image", *VIDEO_MODES, "transfer", *ACTION_MODES),
+    "distilled-t2i": ("text2image",),
+    "distilled-i2v": ("image2video",),
+    "policy-droid": ("policy",),
+    "edge": ("text2image", "text2video", "image2video", *ACTION_MODES),
+}
+DISTILLED = ("distilled-t2i", "distilled-i2v")
+ASKED_BY = {  # what a request of a mode has that the others lack
+    "text2image": "num_frames=1",
+    "text2video": "a prompt alone",
+    "image2video": "an image",
+    "video2video": "a video",
+    "transfer": "a control such as edge",
+    "forward_dynamics": "action_mode=forward_dynamics",
+    "inverse_dynamics": "action_mode=inverse_dynamics",
+    "policy": "action_mode=policy",
+}
+_IMAGE2VIDEO_FPS = 16  # base_fps of the published distilled checkpoint; the other one has 24
+
+
+def kind_of(
+    folder: Path,
+    *,
+    transformer: Mapping[str, Any],
+    scheduler: Mapping[str, Any],
+    pipeline: Mapping[str, Any],
+    root: Mapping[str, Any],
+) -> str:
+    """The kind of the checkpoint in ``folder``, given its JSON files; ``pipeline`` is the index.
+
+    Policies have the files of base checkpoints and are told by the name of their repository: in the
+    root configuration, of the folder, or of the folder in the Hugging Face cache.
+    """
+    if (
+        transformer.get("hidden_act") == "relu2"
+        or transformer.get("use_und_k_norm_for_gen") is True
+        or "qwen" not in transformer.get("backbone_type", "qwen")  # Nano and Super have none
+        or "Edge" in str(scheduler.get("_class_name"))
+        or "Edge" in str(pipeline.get("_class_name"))
+    ):
+        return "edge"
+    if scheduler.get("fixed_step_sampler_config") or pipeline.get("is_distilled"):
+        fps = transformer.get("base_fps")
+        return "distilled-i2v" if fps == _IMAGE2VIDEO_FPS else "distilled-t2i"
+    cached = folder.parent.parent.name if folder.parent.name == "snapshots" else ""
+    names = (str(root.get("_name_or_path", "")), folder.name, cached)
+    return "policy-droid" if any("policy" in name.lower() for name in names) else "base"
+
+
+def check_kind(chosen: str, found: str) -> None:
+    """Refuse a kind that the user has chosen for files that cannot be of that kind."""
+    alike = [kind for kind in MODES if (kind in DISTILLED) == (found in DISTILLED)]
+    possible = [kind for kind in alike if kind != "edge"]
+    if chosen not in possible:
+        reason = "fixed steps" if found in DISTILLED else "no fixed steps"
+        raise InvalidRequest(
+            "checkpoint_kind", chosen, f"one of {', '.join(possible)}: this checkpoint has {reason}"
+        )
+
+
+def check_mode(kind: str, mode: str) -> None:
+    """Refuse a mode that a checkpoint of ``kind`` was not made for."""
+    if mode not in MODES[kind]:
+        served = " or ".join(f"{name} ({ASKED_BY[name]})" for name in MODES[kind])
+        possible = f"{served}, as this is a {kind} checkpoint"
+        raise InvalidRequest("mode", mode, possible, "unsupported_by_model")
