@@ -356,14 +356,15 @@ class Pipeline:
         """Predict, guide, step, and put back what is known. The solver works in float32."""
         plan, schedule = state.plan, state.schedule
         predict = partial(self._predict, state, state.timesteps[index])
-        velocities = guide(predict, state.guidance[index], self.mesh.cfg)
+        moving = [place for place, stream in enumerate(plan.streams) if stream.generated]
+        latents = tuple(state.streams[place].x for place in moving)
+        velocities = guide(predict, state.guidance[index], self.mesh.cfg, latents)
         solver = SOLVERS[plan.solver]
         fresh: dict[str, Tensor] = {}
         if solver.draws_noise:
             shapes = {stream.name: stream.shape for stream in plan.streams}
             fresh = step_noise(shapes, seed=seed, rule=plan.noise, index=index)
         streams, remembered = list(state.streams), []
-        moving = [place for place, stream in enumerate(plan.streams) if stream.generated]
         for place, v, before in zip(moving, velocities, state.solver, strict=True):
             stream = state.streams[place]
             noise = fresh[stream.name].to(self.device) if fresh else None
