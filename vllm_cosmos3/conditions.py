@@ -273,7 +273,7 @@ def make_plan(request: GenerateRequest, model: ModelConfig, tokenizer: prompts.T
         control_guidance_interval=request.control_guidance_interval,
         later=tuple(later),
         overlap=1 if followed is None else followed.chunks.overlap,
-        num_frames=parameters.num_frames if later else None,
+        num_frames=parameters.num_frames if later or followed is not None else None,
         beside=() if followed is None else followed.beside,
         domain_id=0 if action is None else action.embodiment.domain_id,
         actions=None if action is None else action.rows,
