@@ -132,7 +132,7 @@ def actions(rows: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def example() -> dict[str, Any]:
     """A message with everything that `read` needs."""
-    pictures = np.random.default_rng(0).integers(0, 256, (3, 180, 320, 3), np.uint8)
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 360, 640, 3), np.uint8)
     return {
         "prompt": "put the cup on the plate",
         "session_id": "example",

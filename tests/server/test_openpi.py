@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,8 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from vllm_cosmos3 import droid
 
 pytestmark = pytest.mark.serve
-EXAMPLE = Path(__file__).parents[2] / "examples" / "generator" / "droid_policy_client.py"
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "generator" / "droid_policy_client.py"
 WRIST, ARM, GRIPPER = droid.WRIST, droid.ARM, droid.GRIPPER
 METADATA = {
     "image_resolution": [540, 640],
@@ -101,7 +105,7 @@ def test_replies_are_maps_at_the_root_and_arrays_elsewhere(robot_server: Server)
             answers[path] = arm.ask(observation(seed=3))
     whole = answers["/"]
     assert whole["seed"] == 3
-    assert whole["server_timing"].keys() >= {"infer_ms", "denoise_ms"}
+    assert whole["server_timing"].keys() >= {"infer_ms", "queue_ms", "denoise_ms"}
     actions = whole["actions"]
     assert actions.shape == (32, 8)
     assert actions.dtype == np.float32
@@ -210,6 +214,22 @@ def test_several_robots_take_turns(robot_server: Server) -> None:
     np.testing.assert_array_equal(first["actions"], second["actions"])
 
 
+def test_a_robot_too_many_is_told_and_may_ask_again(robot_server: Server) -> None:
+    with ExitStack() as stack:
+        robots = [stack.enter_context(robot(robot_server.url)) for _ in range(6)]
+        for arm in robots:
+            arm.send(observation())
+        refused = {}
+        for arm in robots:
+            try:
+                assert arm.receive()["actions"].shape == (32, 8)
+            except Refused as error:
+                refused[arm] = error.error["code"]
+        assert 1 <= len(refused) <= 4  # one is served and two wait, at least
+        assert set(refused.values()) == {"queue_full"}
+        assert next(iter(refused)).ask(observation())["actions"].shape == (32, 8)
+
+
 def test_a_robot_that_goes_away_is_cancelled(robot_server: Server) -> None:
     headers = {"Authorization": f"Bearer {KEY}"}
 
@@ -229,6 +249,27 @@ def test_a_robot_that_goes_away_is_cancelled(robot_server: Server) -> None:
     assert value("cosmos3:requests_cancelled_total") == before + 1
     with robot(robot_server.url) as arm:
         assert arm.ask(observation())["actions"].shape == (32, 8)
+
+
+def test_the_load_generator_of_robots(robot_server: Server, tmp_path: Path) -> None:
+    fields = {"sampling_params": {"num_inference_steps": 1}}
+    command = [sys.executable, str(ROOT / "benchmarks" / "serving.py"), "--kind", "actions"]
+    command += [
+        "--url",
+        robot_server.url,
+        "--api-key",
+        KEY,
+        "--requests",
+        "4",
+        "--concurrency",
+        "2",
+    ]
+    command += ["--fields", json.dumps(fields), "--json", str(tmp_path / "report.json")]
+    subprocess.run(command, check=True, timeout=120)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["requests"], report["errors"]) == (4, 0)
+    assert 0 < report["gpu_seconds_per_output"] < report["latency_s"]["p99"]
+    assert report["queue_s"]["p99"] > report["queue_s"]["p50"]
 
 
 def test_health_and_the_page_of_the_route(robot_server: Server) -> None:

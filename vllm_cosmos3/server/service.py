@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from vllm_cosmos3.errors import Busy, Cosmos3Error, InvalidRequest
 from vllm_cosmos3.kinds import DISTILLED
 from vllm_cosmos3.output import Output
 from vllm_cosmos3.plan import Plan
-from vllm_cosmos3.progress import Progress
+from vllm_cosmos3.progress import Progress, Report
 from vllm_cosmos3.request import from_fields
 from vllm_cosmos3.runtime.client import Job as StageJob
 from vllm_cosmos3.runtime.client import StageClient
@@ -219,19 +220,26 @@ class Service:
     async def infer(self, fields: Mapping[str, Any]) -> Output:
         """Run a request for what it comes to: there is no job, and nothing is stored.
 
-        Cancelling it stops the stage's work.
+        Cancelling it stops the stage's work. The output's timings have "queue" too.
 
         Raises:
             Cosmos3Error: it cannot be served, now or at all, or it failed.
         """
         self._inferring += 1
         try:
-            job = await self._accepted(fields)
-            return await self._inferred(job)
+            accepted, begun = time.perf_counter(), Future[float]()
+
+            def begin(progress: Progress) -> None:
+                if not begun.done():
+                    begun.set_result(time.perf_counter())
+
+            output = await self._inferred(await self._accepted(fields, begin))
+            queue = begun.result() - accepted
+            return replace(output, timings={"queue": queue, **output.timings})
         finally:
             self._inferring -= 1
 
-    async def _accepted(self, fields: Mapping[str, Any]) -> StageJob:
+    async def _accepted(self, fields: Mapping[str, Any], report: Report) -> StageJob:
         asked = Asked(fields=dict(fields), server={}, references={}, warnings=())
         try:
             self._check_open()
@@ -239,7 +247,7 @@ class Service:
             await asyncio.to_thread(self.guardrails.check, fields["prompt"], requested=None)
             seconds, deadline = _work(plan) * self._rate, self.options.sync_deadline
             return await asyncio.to_thread(
-                self.stage.submit, plan, seconds=seconds, deadline=deadline
+                self.stage.submit, plan, seconds=seconds, deadline=deadline, report=report
             )
         except Cosmos3Error as error:
             reason = "invalid" if isinstance(error, InvalidRequest) else slug(error)
