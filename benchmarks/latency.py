@@ -2,8 +2,8 @@
 
 On a CPU one small request, on a GPU the rows of ROWS (``--rows``); ``--size`` and its neighbours
 make a request of your own instead. Each runs through `Cosmos3.generate`: once cold, which is the
-first request of its shape in this process, then ``--repeat`` times. ``--measured-steps N`` makes
-3 + N steps only and counts the others as the median of the last N: such figures are marked with ~.
+first request of its shape in this process, then ``--repeat`` times. Of long rows ``--measured-steps
+N`` makes 3 + N steps only and counts the others as the median of the last N, marked with ~.
 
 Phases and steps are timed by events on the device that nothing waits for, the total by the host's
 clock. The tail is what is left of the total: sound, frames to the host, Python. Writing MP4 is not
@@ -41,6 +41,8 @@ from vllm_cosmos3.request import parse_size
 Fields = dict[str, Any]
 
 WARM_STEPS = 3  # of an extrapolated row, not counted
+LONG = ["t2v-480p", "t2v-720p"]  # rows of which --measured-steps makes a part
+CUSTOM = "custom"  # the row that options make up
 PROFILED_STEPS = 2  # of a video; five times as many of an image, whose graph needs a few to record
 VIDEO = {"num_frames": 189, "fps": 24, "num_inference_steps": 35, "guidance_scale": 6.0}
 IMAGE = {**VIDEO, "num_frames": 1}
@@ -52,6 +54,19 @@ ROWS: dict[str, Fields] = {
     "sound-256p": {**VIDEO, "size": "320x192", "generate_sound": True},
     "t2v-480p": {**VIDEO, "size": "832x480"},
     "t2v-720p": {**VIDEO, "size": "1280x720"},
+    "policy-droid": {  # what a robot waits for: 32 actions, and no pixels
+        "action_mode": "policy",
+        "domain_name": "droid_lerobot",
+        "raw_action_dim": 8,
+        "action_state": [0.0] * 8,
+        "num_frames": 33,
+        "size": "640x544",
+        "image": True,
+        "num_inference_steps": 4,
+        "guidance_scale": 3.0,
+        "flow_shift": 5.0,
+        "output_type": "latent",
+    },
 }
 
 
@@ -151,7 +166,7 @@ def requests(args: argparse.Namespace, device: torch.device) -> dict[str, Fields
                 fields["num_inference_steps"] = args.num_inference_steps
         return chosen
     return {
-        "custom": {
+        CUSTOM: {
             "size": args.size or "320x192",
             "num_frames": args.num_frames,
             "num_inference_steps": args.num_inference_steps or 8,
@@ -171,7 +186,7 @@ def measure(
 ) -> Row:
     """One cold run, the warm ones, and what they should have taken."""
     steps = fields["num_inference_steps"]
-    measured = args.measured_steps or None
+    measured = args.measured_steps if name in (*args.measured_rows, CUSTOM) else None
     if measured and measured + WARM_STEPS >= steps:
         measured = None
     if measured:
@@ -342,7 +357,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="lengths of the texts; default: 512 512 on a GPU, real texts on a CPU",
     )
     parser.add_argument("--repeat", type=int, default=3, help="runs after the first")
-    parser.add_argument("--measured-steps", type=int, help="after three others; omitted: all steps")
+    parser.add_argument("--measured-steps", type=int, help="of long rows, after three others")
+    parser.add_argument(
+        "--measured-rows",
+        nargs="+",
+        choices=ROWS,
+        default=LONG,
+        metavar="ROW",
+        help="the long rows",
+    )
     parser.add_argument("--profile", action="store_true", help="kernels of a few steps of each row")
     parser.add_argument("--save", action="store_true", help="time writing the MP4 or PNG too")
     parser.add_argument("--memory-limit", type=float, help="GiB that may be used of the GPU")

@@ -9,11 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from ranks import Ranks
 from servers import ARCHITECTURE, BIN, SMALL, Server, running
 
 from vllm_cosmos3.checkpoint import write_checkpoint
 from vllm_cosmos3.compat import has_serve_flag
+
+
+def pytest_report_header() -> list[str]:
+    """Say why the tests for GPUs are not there, where they are not."""
+    return [] if torch.cuda.is_available() else ["tests/gpu: not collected, no CUDA device here"]
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_cosmos3 import actions, conditions, media, prompts
@@ -249,6 +249,7 @@ def test_flat_statistics_and_wrong_ones(plan: Any, tmp_path: Path) -> None:
 # Pictures and captions.
 
 
+@settings(deadline=None, max_examples=50)
 @given(
     st.integers(1, 400), st.integers(1, 400), st.sampled_from(["256x256", "320x192", "96x64"])
 )  # fmt: skip
@@ -308,3 +309,12 @@ def test_a_plain_instruction_and_a_caption_of_ones_own() -> None:
     )
     own = json.loads(prompts.action_text('{"subjects": 1}', FACTS, style="auto", **more))
     assert list(own) == ["subjects", "duration", "fps", "resolution", "aspect_ratio"]
+
+
+def test_the_document_has_the_table() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "actions.md").read_text()
+    for row in EMBODIMENTS:
+        names = ", ".join(f"`{name}`" for name in (row.name, *row.aliases))
+        cells = [names, str(row.domain_id), ", ".join(map(str, row.widths)), row.composition]
+        cells += [f"{row.fps:g}", str(row.action_chunk_size), f"`{row.view_point}`"]
+        assert f"| {' | '.join([*cells, str(row.image_size)])} |" in text

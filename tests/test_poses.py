@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -29,6 +29,7 @@ def turn(degrees: float) -> NDArray[np.float64]:
     return poses.poses_from_quaternions([[0, 0, 0]], [[0, 0, np.sin(half), np.cos(half)]])[0]
 
 
+@settings(deadline=None)
 @given(path, st.floats(0.1, 10))
 def test_rows_and_back(points: list, scale: float) -> None:
     there = matrices(points)
@@ -38,6 +39,7 @@ def test_rows_and_back(points: list, scale: float) -> None:
     assert np.abs(back - there).max() <= 1e-6
 
 
+@settings(deadline=None)
 @given(path)
 def test_quaternions_and_back(points: list) -> None:
     there = matrices(points)
@@ -48,6 +50,7 @@ def test_quaternions_and_back(points: list) -> None:
     assert np.abs(back - there).max() <= 1e-6
 
 
+@settings(deadline=None)
 @given(path, path)
 def test_rows_do_not_depend_on_the_world(points: list, world: list) -> None:
     there, moved = matrices(points), matrices(world)[0]
@@ -56,6 +59,7 @@ def test_rows_do_not_depend_on_the_world(points: list, world: list) -> None:
     ).max() <= 1e-6  # fmt: skip
 
 
+@settings(deadline=None)
 @given(st.lists(quaternion, min_size=1, max_size=5), st.integers(0, 2**31))
 def test_what_a_model_predicts_becomes_the_nearest_rotation(points: list, seed: int) -> None:
     exact = poses.poses_from_quaternions(np.zeros((len(points), 3)), points)[:, :3, :3]

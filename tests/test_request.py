@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_cosmos3.errors import InvalidRequest
-from vllm_cosmos3.request import MAX_SEED, SPECS, GenerateRequest, from_fields
+from vllm_cosmos3.request import MAX_SEED, OF_TRANSFER, SPECS, GenerateRequest, from_fields
 
 NOT_INTEGERS = [True, 1.5, "12", [12], b"1"]
 NOT_NUMBERS = [True, "1", [1.0], float("nan"), float("inf"), 1j]
@@ -39,6 +39,20 @@ WRONG: dict[str, list[Any]] = {
     "view_point": ["below", 0],
     "view_description": [*NOT_TEXT, "x" * 5000],
     "image_size": [*NOT_INTEGERS, 0, 512, [320, 576]],
+    "edge": [5, 1.5],
+    "blur": [0, 1.5],
+    "depth": [5, 1.5],
+    "seg": [5, 1.5],
+    "wsm": [5, 1.5],
+    "control_guidance": [*NOT_NUMBERS, -1, 21],
+    "control_guidance_interval": [5, [1], [600, 400], [-1, 5], ["a", "b"]],
+    "control_attention": ["mean", 1],
+    "num_video_frames_per_chunk": [*NOT_INTEGERS, 0, 1, 500],
+    "num_conditional_frames": [*NOT_INTEGERS, -1, 500],
+    "num_first_chunk_conditional_frames": [*NOT_INTEGERS, -1, 500],
+    "max_frames": [*NOT_INTEGERS, 0, 1, 10**6],
+    "share_vision_temporal_positions": [0, "yes"],
+    "emphasize_control_in_prompt": [0, "yes"],
     "size": ["1280*720", "0x0", "x", "1280x", "-16x16", "1281x719", "²x16", 720, "99999999999x16"],
     "height": [*NOT_INTEGERS, 0, -16, 100, 2**20],
     "width": [*NOT_INTEGERS, 0, -16, 100, 2**20],
@@ -67,6 +81,7 @@ WRONG: dict[str, list[Any]] = {
     "output_type": ["pil", 1],
     "latents": [5, [1], {}, np.zeros(3)],
 }
+EDGE = {"edge": True, "video": "a.mp4"}
 # What a field needs beside it so that the field itself is what is wrong.
 BESIDE: dict[str, dict[str, Any]] = {
     "height": {"width": 64},
@@ -74,8 +89,10 @@ BESIDE: dict[str, dict[str, Any]] = {
     "sound_duration": {"generate_sound": True},
     "condition_frame_indexes_vision": {"video": np.zeros((5, 16, 16, 3), np.uint8)},
     "prompt_token_ids": {"prompt": None},
-}
+} | dict.fromkeys(OF_TRANSFER, EDGE)
 WRONG_CASES = [(name, value) for name, values in WRONG.items() for value in values]
+NOT_WEIGHTS = [-1, math.nan, math.inf, "1", True, [1]]
+OPTIONS = [1.5, (0, 900), "full", 93, 1, 1, 5, False, False]  # of OF_TRANSFER, in its order
 CONFLICTS: list[tuple[str, dict[str, Any]]] = [
     ("prompt", {"prompt": None}),
     ("prompt", {"prompt_token_ids": [1]}),
@@ -91,6 +108,23 @@ CONFLICTS: list[tuple[str, dict[str, Any]]] = [
     ("sound_duration", {"sound_duration": 2.0}),
     ("condition_frame_indexes_vision", {"condition_frame_indexes_vision": [0]}),
     ("condition_frame_indexes_vision", {"image": "a.png", "condition_frame_indexes_vision": [1]}),
+    ("action_mode", EDGE | {"action_mode": "policy"}),
+    ("image", {"depth": "a.mp4", "image": "a.png"}),
+    ("num_frames", {"edge": "a.mp4", "num_frames": 1}),
+    ("generate_sound", EDGE | {"generate_sound": True}),
+    ("condition_frame_indexes_vision", EDGE | {"condition_frame_indexes_vision": [0]}),
+    ("edge.control", {"edge": True}),
+    ("depth.control", {"depth": True, "video": "a.mp4"}),
+    ("seg.control", {"seg": {"control_weight": 2}}),
+    ("edge.control_path", {"edge": {"control": "a.mp4", "control_path": "b.mp4"}}),
+    ("edge.weight", {"edge": {"control": "a.mp4", "weight": 1}}),
+    ("depth.preset_edge_threshold", {"depth": {"control": "a", "preset_edge_threshold": "low"}}),
+    ("edge.preset_edge_threshold", {"edge": {"control": "a", "preset_edge_threshold": "odd"}}),
+    ("blur.preset_blur_strength", {"blur": {"control": "a", "preset_blur_strength": 3}}),
+    *(("seg.control_weight", {"seg": {"control": "a", "control_weight": w}}) for w in NOT_WEIGHTS),
+    ("depth.control_weight", {n: {"control": "a", "control_weight": 0} for n in ("seg", "depth")}),
+    ("num_first_chunk_conditional_frames", {"seg": "a", "num_first_chunk_conditional_frames": 1}),
+    *((name, {name: value}) for name, value in zip(OF_TRANSFER, OPTIONS, strict=True)),
     ("seed", {"seed": MAX_SEED, "n": 2}),
     ("n", {"n": 2, "latents": {"vision": np.zeros(1)}}),
 ]
@@ -143,6 +177,8 @@ def test_unknown_field_names_the_nearest() -> None:
         ({"image": "a.png"}, "image2video"),
         ({"video": "a.mp4"}, "video2video"),
         ({"image": "a.png", "action_mode": "policy"}, "policy"),
+        ({"video": "a.mp4", "edge": True}, "transfer"),
+        ({"video": "a.mp4", "edge": False}, "video2video"),
     ],
 )
 def test_mode_follows_from_inputs(fields: dict[str, Any], mode: str) -> None:

@@ -115,6 +115,8 @@ def settle(request: GenerateRequest, model: ModelConfig) -> Action | None:
     if request.action_mode is None:
         for name in WITHOUT_MODE:
             if (value := getattr(request, name)) is not None:
+                if name == "image_size" and request.hints:
+                    continue
                 possible = "left out, or given with action_mode"
                 raise InvalidRequest(name, value, possible, "conflict")
         return None

@@ -9,16 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import numpy as np
 
-from vllm_cosmos3 import actions, media, prompts
+from vllm_cosmos3 import actions, media, prompts, transfer
 from vllm_cosmos3.actions import Action
 from vllm_cosmos3.config import ModelConfig
 from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.hints import HINTS
 from vllm_cosmos3.kinds import check_mode
 from vllm_cosmos3.plan import Plan, StreamPlan
 from vllm_cosmos3.request import SPECS, GenerateRequest, parse_size
+from vllm_cosmos3.transfer import Transfer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +73,7 @@ DEFAULTS = {
 }
 # With actions, where size, length and rate follow from the embodiment and the picture.
 ACTION_STEPS, ACTION_GUIDANCE, ACTION_SHIFT = 30, 1.0, 10.0
+TRANSFER_TIER = 720  # of sizes, where the request names none
 
 ASPECT_RATIOS = ("1,1", "4,3", "3,4", "16,9", "9,16")
 TRAINED_SIZES = {  # tier: (width, height) for each of ASPECT_RATIOS
@@ -150,7 +154,6 @@ def resolve_action(
 
     The size is that of the canvas on which the picture is laid.
     """
-    check_mode(model.kind, request.mode)
     width, height = nearest_size(action.image_size, *picture)
     default = Defaults(
         width=width,
@@ -184,6 +187,39 @@ def resolve_action(
     )
 
 
+def resolve_transfer(
+    request: GenerateRequest, model: ModelConfig, followed: Transfer
+) -> Parameters:
+    """The same for a transfer, whose clips have settled most."""
+    default = replace(_VIDEO, guidance_scale=followed.guidance_scale)
+    width, height, chunks = followed.width, followed.height, followed.chunks
+    steps, guidance = _fixed_steps(request, model, default)
+    limit = round_frames(MAX_TRAINED_FRAMES[tier_of(width, height)])
+    if chunks.frames > limit and not request.allow_untrained_size:
+        possible = f"at most {limit} at {width}x{height}, or allow_untrained_size set"
+        raise InvalidRequest("num_video_frames_per_chunk", chunks.frames, possible, "too_large")
+    return Parameters(
+        mode=request.mode,
+        width=width,
+        height=height,
+        num_frames=chunks.total,
+        seconds=chunks.total / followed.fps,
+        fps=followed.fps,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        flow_shift=request.flow_shift or default.flow_shift,
+        condition_frame_indexes_vision=(),
+        negative_prompts=(),
+        negative_metadata_mode=request.negative_metadata_mode or default.negative_metadata_mode,
+        sound_duration=None,
+        warnings=(
+            *followed.warnings,
+            *_check_area(request, width, height),
+            *_check_fps(request, followed.fps),
+        ),
+    )
+
+
 def make_plan(request: GenerateRequest, model: ModelConfig, tokenizer: prompts.Tokenizer) -> Plan:
     """The plan of a request. Opens and resizes its image or video; touches no weight.
 
@@ -191,20 +227,29 @@ def make_plan(request: GenerateRequest, model: ModelConfig, tokenizer: prompts.T
         InvalidRequest: as `resolve`, and for media that cannot be read, and for wrong token ids.
     """
     action = actions.settle(request, model)
-    if action is None:
-        parameters = resolve(request, model)
-        warnings = list(parameters.warnings)
-        streams = [_vision_stream(request, parameters, model, warnings)]
-    else:
+    followed = transfer.settle(request, model, partial(_fitting, request))
+    later: list[tuple[StreamPlan, ...]] = []
+    if action is not None:
         frames = actions.observation(request, action)
         parameters = resolve_action(request, model, action, (frames.shape[2], frames.shape[1]))
         warnings = list(parameters.warnings)
         streams = [_canvas_stream(frames, parameters, model), actions.action_stream(action, model)]
+    elif followed is not None:
+        parameters = resolve_transfer(request, model, followed)
+        warnings = list(parameters.warnings)
+        (*streams,), *later = transfer.chunk_streams(followed, model)
+    else:
+        parameters = resolve(request, model)
+        warnings = list(parameters.warnings)
+        streams = [_vision_stream(request, parameters, model, warnings)]
     if parameters.sound_duration is not None:
         streams.append(_sound_stream(parameters.sound_duration, model))
     negative = _negative_prompt(request, parameters, model)
     view = None if action is None else action.view
-    token_ids = _token_ids(request, parameters, model, tokenizer, negative, view, warnings)
+    told = parameters
+    if followed is not None:  # the prompt is that of a chunk
+        told = replace(told, num_frames=followed.chunks.frames, fps=float(round(followed.fps)))
+    token_ids = _token_ids(request, told, model, tokenizer, negative, view, warnings)
     seed = request.seed or 0
     return Plan(
         token_ids=token_ids,
@@ -219,10 +264,15 @@ def make_plan(request: GenerateRequest, model: ModelConfig, tokenizer: prompts.T
         seeds=tuple(range(seed, seed + request.n)),
         noise=request.noise,
         decoded=request.output_type != "latent",
+        control_guidance=None if followed is None else followed.control_guidance,
+        control_guidance_interval=request.control_guidance_interval,
+        later=tuple(later),
+        overlap=0 if followed is None else followed.chunks.overlap,
+        num_frames=None if followed is None else followed.chunks.total,
         domain_id=0 if action is None else action.embodiment.domain_id,
         actions=None if action is None else action.rows,
-        initial=_initial(request, streams),
-        effective=_effective(request, parameters, model, action, negative, token_ids),
+        initial=_initial(request, streams, several=bool(later)),
+        effective=_effective(request, parameters, model, action, followed, negative, token_ids),
         warnings=tuple(warnings),
     )
 
@@ -320,10 +370,15 @@ def _sound_stream(duration: float, model: ModelConfig) -> StreamPlan:
     )
 
 
-def _initial(request: GenerateRequest, streams: list[StreamPlan]) -> dict[str, np.ndarray]:
+def _initial(
+    request: GenerateRequest, streams: list[StreamPlan], *, several: bool
+) -> dict[str, np.ndarray]:
     """The caller's initial noise as float32 arrays of the streams' shapes."""
     shapes = {stream.name: stream.shape for stream in streams}
     given = {}
+    if request.latents and several:
+        possible = "left out, as each chunk of a transfer draws its own noise"
+        raise InvalidRequest("latents", "given", possible, "unsupported_combination")
     for name, value in (request.latents or {}).items():
         if name not in shapes:
             possible = f"latents of the request's streams: {', '.join(shapes)}"
@@ -363,7 +418,9 @@ def _token_ids(
         width=parameters.width,
         aspect_ratio=_aspect_ratio(parameters.width, parameters.height),
     )
-    system = prompts.SYSTEM_IMAGE if facts.is_image else prompts.SYSTEM_VIDEO
+    system = prompts.SYSTEM_TRANSFER if request.hints else None  # always: so it was trained
+    if system is None and request.use_system_prompt:
+        system = prompts.SYSTEM_IMAGE if facts.is_image else prompts.SYSTEM_VIDEO
     sentences = {
         "duration": request.use_duration_template,
         "resolution": request.use_resolution_template,
@@ -371,9 +428,7 @@ def _token_ids(
 
     def encoded(field: str, text: str) -> tuple[int, ...]:
         limit = request.max_sequence_length
-        ids, length = prompts.encode(
-            text, tokenizer, system=system if request.use_system_prompt else None, limit=limit
-        )
+        ids, length = prompts.encode(text, tokenizer, system=system, limit=limit)
         if length > limit:
             warnings.append(f"{field} is cut from {length} to max_sequence_length={limit} tokens")
         return ids
@@ -386,6 +441,8 @@ def _token_ids(
             text = prompts.positive_text(prompt, facts, style=style, **sentences)
         else:
             text = prompts.action_text(prompt, facts, style=style, view=view, **sentences)
+        if request.hints and request.emphasize_control_in_prompt is not False:
+            text = prompts.following(text, list(request.hints))
         ids = encoded("prompt", text)
     if request.negative_prompt_token_ids is not None:
         negative_ids = _given_ids(
@@ -396,7 +453,8 @@ def _token_ids(
             negative, facts, metadata=parameters.negative_metadata_mode, **sentences
         )
         negative_ids = encoded("negative_prompt", text)
-    return (ids, negative_ids) if parameters.guidance_scale != 1 else (ids,)
+    prompted = (ids, ids) if request.hints else (ids,)  # with controls and without
+    return (*prompted, negative_ids) if parameters.guidance_scale != 1 else prompted
 
 
 def _given_ids(
@@ -432,6 +490,15 @@ def tier_of(width: int, height: int) -> int:
         if width * height <= max(w * h for w, h in sizes):
             return tier
     return max(TRAINED_SIZES)
+
+
+def _fitting(request: GenerateRequest, width: int, height: int) -> tuple[int, int]:
+    """The size of a transfer for that of its input."""
+    if request.size is not None:
+        return parse_size(request.size)
+    if request.width is not None and request.height is not None:
+        return request.width, request.height
+    return nearest_size(request.image_size or TRANSFER_TIER, width, height)
 
 
 def _size(request: GenerateRequest, default: Defaults) -> tuple[int, int]:
@@ -545,6 +612,7 @@ def _effective(
     parameters: Parameters,
     model: ModelConfig,
     action: Action | None,
+    followed: Transfer | None,
     negative: str,
     token_ids: tuple[tuple[int, ...], ...],
 ) -> dict[str, object]:
@@ -559,7 +627,9 @@ def _effective(
         values["negative_prompt"] = negative
     values["image"] = _shown(request.image)
     values["video"] = _shown(request.video)
+    values |= dict.fromkeys(HINTS)
     values |= {} if action is None else action.effective()
+    values |= {} if followed is None else followed.effective()
     values["latents"] = sorted(request.latents) if request.latents else None
     values["prompt_tokens"] = [len(ids) for ids in token_ids]
     return values

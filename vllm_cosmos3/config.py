@@ -155,7 +155,10 @@ class ParallelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """Everything a rank needs to build its part of the generator. Picklable."""
+    """Everything a rank needs to build its part of the generator. Picklable.
+
+    ``memory_limit`` is how much of its device a rank may use, in GiB; None: all that is free.
+    """
 
     model: Path
     dtype: str = "bfloat16"  # of weights and activations; solver state is always float32
@@ -164,7 +167,8 @@ class EngineConfig:
     attention_backend: str = "auto"
     parallel: ParallelConfig = ParallelConfig()
     und_residency: str = "auto"  # where the understanding tower rests: "gpu", "host" or "auto"
-    layerwise_offload: bool = False
+    layerwise_offload: bool = False  # generation layers rest on the host and visit the device
+    memory_limit: float | None = None
     checkpoint_kind: str | None = None  # None: what the files say
 
 

@@ -34,6 +34,7 @@ __all__ = ["Cosmos3", "Output", "Progress", "Sample"]
 
 DTYPES = ("bfloat16", "float16", "float32")
 LOAD_FORMATS = ("auto", "dummy")
+RESIDENCIES = ("gpu", "host", "auto")
 Request = GenerateRequest | Mapping[str, Any]
 
 
@@ -59,6 +60,11 @@ class Cosmos3:
             only rank 0 gets results.
         attention_backend: one of `runtime.attention.BACKENDS`, or "auto".
         load_format: "auto", or "dummy" for random weights where only the time matters.
+        und_residency: where the text tower rests: "gpu", "host" (it visits the device to read the
+            texts of a request) or "auto": the host only if a default video would not fit otherwise.
+        enable_layerwise_offload: generation layers rest on the host and are copied to the device at
+            every step, each while the one before it computes.
+        memory_limit: GiB of its device that each rank may use; omitted: what is free.
         checkpoint_kind: one of `kinds.MODES`, where the files do not tell it.
 
     Raises:
@@ -80,6 +86,9 @@ class Cosmos3:
         distributed_executor_backend: str | None = None,
         attention_backend: str = "auto",
         load_format: str = "auto",
+        und_residency: str = "auto",
+        enable_layerwise_offload: bool = False,
+        memory_limit: float | None = None,
         checkpoint_kind: str | None = None,
     ) -> None:
         start = time.perf_counter()
@@ -87,6 +96,9 @@ class Cosmos3:
         _check_choice("vae_parallel", vae_parallel, MODES)
         _check_choice("attention_backend", attention_backend, ("auto", *BACKENDS))
         _check_choice("load_format", load_format, LOAD_FORMATS)
+        _check_choice("und_residency", und_residency, RESIDENCIES)
+        if memory_limit is not None and not memory_limit > 0:
+            raise InvalidRequest("memory_limit", memory_limit, "above 0 GiB")
         self.device = _device(device)
         config = EngineConfig(
             model=resolve(model, revision),
@@ -101,6 +113,9 @@ class Cosmos3:
                 ulysses_degree=ulysses_degree,
                 vae_parallel=vae_parallel,
             ),
+            und_residency=und_residency,
+            layerwise_offload=enable_layerwise_offload,
+            memory_limit=memory_limit,
         )
         self._model = read_config(config.model, checkpoint_kind)
         self._tokenizer = load_tokenizer(config.model)

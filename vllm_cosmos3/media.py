@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Literal
@@ -104,6 +105,36 @@ def read_video(
     if len({frame.shape for frame in clip}) > 1:
         raise InvalidRequest(field, _described(source), "frames of one size")
     return np.stack(clip[:frames] if keep == "first" else clip[-frames:])
+
+
+def frames_of(source: VideoSource, *, limit: int, field: str = "video") -> Iterator[Pixels]:
+    """The first ``limit`` frames of a clip one after the other, so that a long one fits in memory.
+
+    As `read_video` without ``fps``; errors come with the frame that has them.
+    """
+    if isinstance(source, np.ndarray):
+        yield from _checked_array(source, 4, field)[:limit]
+    elif isinstance(source, str | Path | bytes):
+        with _decoding(source, field, A_VIDEO), _stored_frames(source, field) as frames:
+            for frame in islice(frames, limit):
+                yield _upright(frame)
+    else:
+        for image in islice(source, limit):
+            yield read_image(image, field=field)
+
+
+def rate_of(source: VideoSource, *, field: str = "video") -> float | None:
+    """Frames per second that an encoded clip states; None for arrays and pictures."""
+    if not isinstance(source, str | Path | bytes):
+        return None
+    options = {"format_whitelist": VIDEO_FORMATS}
+    with (
+        _decoding(source, field, A_VIDEO),
+        _opened(source) as file,
+        av.open(file, options=options) as container,
+    ):
+        rates = [stream.average_rate for stream in container.streams.video]
+    return float(rates[0]) if rates and rates[0] else None
 
 
 def cover_crop(frames: Pixels, *, height: int, width: int) -> Pixels:
@@ -327,22 +358,24 @@ def _decoded(
     source: str | Path | bytes, count: int, keep: str, fps: float | None, field: str
 ) -> list[Pixels]:
     """The first or last ``count`` frames of an encoded video, or all of a shorter one."""
-    options = {"format_whitelist": VIDEO_FORMATS}
     kept: deque[av.VideoFrame] = deque(maxlen=count)
-    with (
-        _decoding(source, field, A_VIDEO),
-        _opened(source) as file,
-        av.open(file, options=options) as container,
-    ):
-        if not container.streams.video:
-            possible = "a file with a video track"
-            raise InvalidRequest(field, _described(source), possible, "invalid_media")
-        frames = _intact(container, field)
+    with _decoding(source, field, A_VIDEO), _stored_frames(source, field) as frames:
         for frame in frames if fps is None else _on_screen(frames, frame_rate(fps)):
             kept.append(frame)
             if keep == "first" and len(kept) == count:
                 break
         return [_upright(frame) for frame in kept]
+
+
+@contextmanager
+def _stored_frames(source: str | Path | bytes, field: str) -> Iterator[Iterator[av.VideoFrame]]:
+    """The frames of an encoded video, decoded as they are asked for."""
+    options = {"format_whitelist": VIDEO_FORMATS}
+    with _opened(source) as file, av.open(file, options=options) as container:
+        if not container.streams.video:
+            possible = "a file with a video track"
+            raise InvalidRequest(field, _described(source), possible, "invalid_media")
+        yield _intact(container, field)
 
 
 def _intact(container: av.container.InputContainer, field: str) -> Iterator[av.VideoFrame]:

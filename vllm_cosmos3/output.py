@@ -24,6 +24,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 LATENT_SUFFIXES = (".safetensors",)
 ACTION_SUFFIXES = (".json",)
 CRF = Spec(kind="int", low=0, high=51, help="quality of H.264, 0 is lossless, 51 is worst")
+QUALITY = Spec(kind="int", low=0, high=100, help="of JPEG and WebP, 100 is best")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -92,13 +93,13 @@ class Output:
             return ".mp4"
         return ".png" if self.image is not None else ".safetensors"
 
-    def save(self, path: str | Path, *, crf: int = 18) -> list[Path]:
+    def save(self, path: str | Path, *, crf: int = 18, quality: int = 95) -> list[Path]:
         """Write every sample and return the files: ``path``, or path-0, path-1, ... for several.
 
         The suffix chooses the format: .mp4 (H.264 with AAC sound; ``crf`` 0 is lossless, 51 is
-        worst), .png, .jpg, .webp, or .safetensors for latents; without one the usual is added.
-        Actions are rows in JSON: with .json alone, else in a second file, path_action.json, listed
-        after all the others. They can be read back as ``action_path``.
+        worst), .png, .jpg and .webp (``quality`` 0 to 100), or .safetensors for latents; without one
+        the usual is added. Actions are rows in JSON: with .json alone, else in a second file,
+        path_action.json, listed after all the others. They can be read back as ``action_path``.
 
         On a rank that got no results nothing is written.
 
@@ -107,7 +108,7 @@ class Output:
         """
         if all(sample.empty for sample in self.samples):
             return []
-        crf = CRF.checked("crf", crf)
+        crf, quality = CRF.checked("crf", crf), QUALITY.checked("quality", quality)
         path = Path(path)
         path = path if path.suffix else path.with_suffix(self.suffix)
         if len(self.samples) == 1:
@@ -117,13 +118,13 @@ class Output:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = []
         for file, sample in zip(files, self.samples, strict=True):
-            self._write(file, sample, crf)
+            self._write(file, sample, crf, quality)
             if sample.action is not None and file.suffix.lower() not in ACTION_SUFFIXES:
                 beside.append(file.with_name(f"{file.stem}_action.json"))
                 _write_rows(beside[-1], sample.action)
         return files + beside
 
-    def _write(self, path: Path, sample: Sample, crf: int) -> None:
+    def _write(self, path: Path, sample: Sample, crf: int, quality: int) -> None:
         suffix = path.suffix.lower()
         if sample.video is not None and suffix in VIDEO_SUFFIXES:
             media.write_video(
@@ -135,7 +136,7 @@ class Output:
                 crf=crf,
             )
         elif sample.image is not None and suffix in IMAGE_SUFFIXES:
-            media.write_image(path, sample.image)
+            media.write_image(path, sample.image, quality=quality)
         elif sample.action is not None and suffix in ACTION_SUFFIXES:
             _write_rows(path, sample.action)
         elif sample.latents is not None and suffix in LATENT_SUFFIXES:

@@ -22,19 +22,23 @@ from torch import Tensor
 from vllm_cosmos3 import conditions, prompts
 from vllm_cosmos3.config import EngineConfig, ModelConfig, read_config
 from vllm_cosmos3.inventory import sound_tensors, transformer_tensors, vae_tensors
+from vllm_cosmos3.memory import decided, usual_work, work_of
+from vllm_cosmos3.memory.estimate import TEXT_BYTES
 from vllm_cosmos3.models.sound import SoundVAE
 from vllm_cosmos3.models.texts import RecentTexts
-from vllm_cosmos3.models.transformer import Context, Transformer, join, weight_table
+from vllm_cosmos3.models.transformer import Context, TextCache, Transformer, join, weight_table
 from vllm_cosmos3.models.vae import VideoVAE, to_frames, to_pixels
 from vllm_cosmos3.models.weights import Table, identity_table, load_dummy_weights, load_weights
 from vllm_cosmos3.output import Output, Sample
 from vllm_cosmos3.plan import Plan, StreamPlan
 from vllm_cosmos3.request import GenerateRequest
 from vllm_cosmos3.runtime.attention import make_attend
+from vllm_cosmos3.runtime.budget import Budget, Promise, memory_of
 from vllm_cosmos3.runtime.graphs import Recording, launches_matter
 from vllm_cosmos3.runtime.mesh import Mesh
 from vllm_cosmos3.sampling import positions
 from vllm_cosmos3.sampling.guidance import (
+    Scales,
     branches_of_rank,
     guidance_per_step,
     guide,
@@ -53,7 +57,6 @@ from vllm_cosmos3.sampling.solvers import SOLVERS
 from vllm_cosmos3.sampling.solvers import State as SolverState
 
 JOINED_TOKENS = 2048  # of all branches, up to which one forward is faster than one for each
-TEXT_BYTES = 1 << 29  # of keys and values kept of recent texts: about 3,600 tokens of Nano
 
 Forward = Callable[..., Sequence[tuple[Tensor, ...]]]  # of the timestep and each stream's x
 
@@ -71,8 +74,9 @@ class State:
     """All there is about one request in flight. ``index`` counts steps over all its samples."""
 
     plan: Plan
+    promise: Promise
     schedule: Schedule
-    guidance: tuple[tuple[float], ...]  # for each step, one scale: see sampling.guidance
+    guidance: tuple[Scales, ...]  # for each step: see sampling.guidance
     timers: Timers
     timesteps: Tensor  # the schedule's, on the device: a copy in each step would wait for the GPU
     index: int = 0
@@ -81,7 +85,8 @@ class State:
     known: tuple[Known, ...] = ()  # by stream, like all tuples below
     streams: tuple[Stream, ...] = ()
     solver: tuple[SolverState, ...] = ()
-    denoised: list[tuple[Tensor, ...]] = field(default_factory=list)  # by sample
+    denoised: list[dict[str, Tensor]] = field(default_factory=list)  # by sample and chunk
+    frames: list[Tensor] = field(default_factory=list)  # of all chunks but each sample's last
     samples: list[Sample] = field(default_factory=list)
 
     @property
@@ -102,11 +107,13 @@ class Pipeline:
         sound: SoundVAE | None,
         mesh: Mesh,
         device: torch.device,
+        config: EngineConfig,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.config = model, tokenizer, config
         self.transformer, self.vae, self.sound = transformer, vae, sound
         self.mesh, self.device = mesh, device
         self.texts = RecentTexts(TEXT_BYTES)
+        self.budget = Budget(model, config, mesh.world, device)
 
     @classmethod
     def load(cls, config: EngineConfig, mesh: Mesh, device: torch.device | str) -> Pipeline:
@@ -118,6 +125,7 @@ class Pipeline:
         device = torch.device(device)
         model = read_config(config.model, config.checkpoint_kind)
         tokenizer = prompts.load_tokenizer(config.model)
+        config = decided(model, config, usual_work(model), memory_of(device, config.memory_limit))
         dtype = getattr(torch, config.dtype)
         attend = make_attend(
             config.attention_backend,
@@ -125,9 +133,19 @@ class Pipeline:
             dtype=dtype,
             head_dim=model.transformer.head_dim,
         )
-        transformer = Transformer(model.transformer, mesh, attend, dtype=dtype, device=device)
+        host, text_rests = torch.device("cpu"), config.und_residency == "host"
+        transformer = Transformer(
+            model.transformer,
+            mesh,
+            attend,
+            dtype=dtype,
+            device=device,
+            text_device=host if text_rests else device,
+            layer_device=host if config.layerwise_offload else device,
+        )
         shapes = transformer_tensors(model.transformer)
         _fill(transformer, weight_table(model.transformer), config, "transformer", shapes, device)
+        transformer.rest_on_host(text=text_rests, layers=config.layerwise_offload)
         with device:
             vae = VideoVAE(model.vae, mesh.world, config.parallel.vae_parallel).to(dtype)
         shapes = vae_tensors(model.vae)
@@ -141,7 +159,7 @@ class Pipeline:
             shapes = sound_tensors(model.sound)
             table = identity_table({n: s for n, s in shapes.items() if n.startswith("decoder.")})
             _fill(sound, table, config, "sound_tokenizer", shapes, device)
-        return cls(model, tokenizer, transformer, vae, sound, mesh, device)
+        return cls(model, tokenizer, transformer, vae, sound, mesh, device, config)
 
     def plan(self, request: GenerateRequest) -> Plan:
         """Check a request against this checkpoint. The same on every rank; touches no weight."""
@@ -149,24 +167,29 @@ class Pipeline:
 
     @torch.inference_mode()
     def encode(self, plan: Plan) -> State:
-        """Read the prompts, once for all samples, and encode what is given of each stream."""
+        """Read the prompts, once for all samples, and encode what is given of each stream.
+
+        Raises:
+            OutOfMemory: the request does not fit beside those in flight.
+        """
+        promise = self.budget.promise(work_of(plan), self.texts.nbytes, self.texts.clear)
         schedule = make_schedule(
             plan.schedule,
             steps=plan.num_inference_steps,
             shift=plan.flow_shift,
             scheduler=self.model.scheduler,
         )
-        scales = guidance_per_step(schedule.timesteps, plan.guidance_scale, plan.guidance_interval)
         state = State(
             plan=plan,
+            promise=promise,
             schedule=schedule,
-            guidance=tuple((scale,) for scale in scales),
+            guidance=_guidance(plan, schedule),
             timers=Timers(self.device),
             timesteps=torch.tensor(schedule.timesteps, dtype=torch.float32, device=self.device),
         )
         with state.timers.phase("text"):
             for branch in branches_of_rank(state.guidance, self.mesh.cfg):
-                state.contexts[branch] = self._understand(plan, branch)
+                state.contexts[branch] = self._understand(state, branch)
         with state.timers.phase("vae_encode"):
             state.known = tuple(self._known(stream) for stream in plan.streams)
         return state
@@ -174,14 +197,19 @@ class Pipeline:
     @torch.inference_mode()
     def step(self, state: State) -> None:
         """One denoising step of one sample. The first step of a sample draws its noise."""
-        sample, index = divmod(state.index, state.plan.num_inference_steps)
+        plan = state.plan
+        place, index = divmod(state.index, plan.num_inference_steps)
+        sample, chunk = divmod(place, len(plan.chunks))
+        if index == 0 and plan.later:
+            self._take_over(state, chunk)
         with state.timers.phase("denoise", paced=True):
             if index == 0:
-                self._start(state, state.plan.seeds[sample])
-            self._advance(state, state.plan.seeds[sample], index)
+                self._start(state, plan.seeds[sample], chunk)
+            self._advance(state, plan.seeds[sample], index)
         state.index += 1
-        if index + 1 == state.plan.num_inference_steps:
-            state.denoised.append(tuple(stream.x for stream in state.streams))
+        if index + 1 == plan.num_inference_steps:
+            streams = zip(plan.streams, state.streams, strict=True)
+            state.denoised.append({stream.name: now.x for stream, now in streams})
             state.streams, state.solver = (), ()
 
     @torch.inference_mode()
@@ -191,11 +219,16 @@ class Pipeline:
             self.texts.keep(tuple(state.plan.token_ids[branch]), *context.texts)
         state.contexts.clear()
         state.forwards.clear()
-        for seed, latents in zip(state.plan.seeds, state.denoised, strict=True):
-            named = {stream.name: x for stream, x in zip(state.plan.streams, latents, strict=True)}
-            make = self._decoded if state.plan.decoded else self._undecoded
-            state.samples.append(make(state, seed, named))
+        count = len(state.plan.chunks)
+        for sample, seed in enumerate(state.plan.seeds):
+            chunks = state.denoised[sample * count : (sample + 1) * count]
+            if state.plan.decoded:
+                before = state.frames[sample * (count - 1) : (sample + 1) * (count - 1)]
+                state.samples.append(self._decoded(state, seed, chunks[-1], before))
+            else:
+                state.samples.append(self._undecoded(state, seed, chunks))
         state.denoised.clear()
+        state.frames.clear()
 
     def finish(self, state: State) -> Output:
         """The result, with the seconds that each phase took."""
@@ -213,15 +246,31 @@ class Pipeline:
 
     # Encoding.
 
-    def _understand(self, plan: Plan, branch: int) -> Context:
+    def _understand(self, state: State, branch: int) -> Context:
         """Keys and values of one branch's text, and the positions of all that follows it."""
+        plan = state.plan
         ids = plan.token_ids[branch]
         start = positions.generation_start(len(ids), self.model.transformer)
-        positions_3S = torch.cat([self._positions(s, start) for s in plan.streams], dim=1)
-        text = self.texts.find(tuple(ids))
+        parts: list[Tensor] = []
+        controls = []
+        for stream in (plan.streams[place] for place in plan.seen(branch)):
+            begin = positions.next_start(parts[-1]) if stream.follows and parts else start
+            parts.append(self._positions(stream, begin))
+            if stream.share is not None:
+                controls.append((parts[-1].shape[1], stream.share))
+        rope = self.transformer.rope(torch.cat(parts, dim=1), tuple(controls))
+        text = self._text(state, tuple(ids))
+        return Context(texts=(text,), rope=rope)
+
+    def _text(self, state: State, ids: tuple[int, ...]) -> TextCache:
+        """Keys and values of a text, which another branch or a recent request may have read."""
+        for branch, context in state.contexts.items():
+            if state.plan.token_ids[branch] == ids:
+                return context.texts[0]
+        text = self.texts.find(ids)
         if text is None:
             text = self.transformer.understand(torch.tensor(ids, device=self.device))
-        return Context(texts=(text,), rope=self.transformer.rope(positions_3S))
+        return text
 
     def _positions(self, stream: StreamPlan, start: float) -> Tensor:
         config = self.model.transformer
@@ -236,7 +285,8 @@ class Pipeline:
             frames, rows, columns, start=start, fps=stream.rate, config=config
         )
 
-    def _known(self, stream: StreamPlan) -> Known:
+    def _known(self, stream: StreamPlan, taken: Tensor | None = None) -> Known:
+        """What is given of a stream: by its source, or the pixels ``taken`` from elsewhere."""
         clean = torch.zeros(stream.shape, device=self.device)
         if stream.name == "sound":
             free = torch.ones((1, stream.length), dtype=torch.bool)
@@ -246,9 +296,11 @@ class Pipeline:
             clean = torch.from_numpy(stream.source).to(self.device)
             free = free_rows(stream.shape, stream.known, stream.channels)
             return Known(clean=clean, free=free.to(self.device))
+        pixels = taken
         if stream.source is not None:
-            pixels = torch.from_numpy(stream.source).to(self.device)
-            given = self.vae.encode(to_pixels(pixels))
+            pixels = to_pixels(torch.from_numpy(stream.source).to(self.device))
+        if stream.known and pixels is not None:
+            given = self.vae.encode(pixels[:, :, : 4 * stream.known[-1] + 1])
             height, width = stream.shape[3:]  # of a canvas that was filled up, the picture
             for frame in stream.known:
                 clean[:, :, frame] = given[:, :, frame, :height, :width]
@@ -256,10 +308,35 @@ class Pipeline:
 
     # Denoising.
 
-    def _start(self, state: State, seed: int) -> None:
+    def _take_over(self, state: State, chunk: int) -> None:
+        """Encode what is known of a chunk: of a later one also the end of the one before."""
+        plan, end = state.plan, None
+        if chunk:
+            end = self._end(state, state.denoised[-1]["vision"])
+        if state.index:  # else it has been encoded already
+            with state.timers.phase("vae_encode"):
+                state.known = tuple(self._known(stream, end) for stream in plan.chunks[chunk])
+
+    def _end(self, state: State, latents: Tensor) -> Tensor:
+        """The last pixels of a chunk, float32 [1, 3, overlap, H, W]; the first rank keeps all of it."""
+        plan, frames = state.plan, []
+        keep = plan.decoded and self.mesh.world.rank == 0
+        with state.timers.phase("vae_decode"):
+            end = torch.empty(0, device=self.device)
+            for pixels in self.vae.decode(latents):
+                end = torch.cat([end, pixels], dim=2) if end.numel() else pixels
+                end = end[:, :, max(0, end.shape[2] - plan.overlap) :]
+                if keep:
+                    frames.append(to_frames(pixels).cpu())
+        if plan.decoded:
+            skip = plan.overlap if len(state.frames) % len(plan.later) else 0
+            state.frames.append(torch.cat(frames)[skip:] if keep else end.new_empty(0))
+        return end
+
+    def _start(self, state: State, seed: int, chunk: int) -> None:
         plan = state.plan
         shapes = {stream.name: stream.shape for stream in plan.streams}
-        noise = initial_noise(shapes, seed=seed, rule=plan.noise)
+        noise = initial_noise(shapes, seed=seed, rule=plan.noise, chunk=chunk)
         noise |= {name: torch.from_numpy(x) for name, x in plan.initial.items()}
         state.streams = tuple(
             start_stream(
@@ -270,7 +347,9 @@ class Pipeline:
             )
             for stream, known in zip(plan.streams, state.known, strict=True)
         )
-        state.solver = tuple(SolverState() for _ in plan.streams)
+        if plan.later:  # what is free of the streams is part of a forward, and changes
+            state.forwards.clear()
+        state.solver = tuple(SolverState() for stream in plan.streams if stream.generated)
 
     def _advance(self, state: State, seed: int, index: int) -> None:
         """Predict, guide, step, and put back what is known. The solver works in float32."""
@@ -282,11 +361,13 @@ class Pipeline:
         if solver.draws_noise:
             shapes = {stream.name: stream.shape for stream in plan.streams}
             fresh = step_noise(shapes, seed=seed, rule=plan.noise, index=index)
-        streams, remembered = [], []
-        for stream, v, before in zip(state.streams, velocities, state.solver, strict=True):
+        streams, remembered = list(state.streams), []
+        moving = [place for place, stream in enumerate(plan.streams) if stream.generated]
+        for place, v, before in zip(moving, velocities, state.solver, strict=True):
+            stream = state.streams[place]
             noise = fresh[stream.name].to(self.device) if fresh else None
             x, after = solver.step(stream.x, v, before, schedule.sigmas, index, noise)
-            streams.append(stream.restored(x))
+            streams[place] = stream.restored(x)
             remembered.append(after)
         state.streams, state.solver = tuple(streams), tuple(remembered)
 
@@ -294,32 +375,44 @@ class Pipeline:
         self, state: State, timestep: Tensor, branches: Sequence[int]
     ) -> list[tuple[Tensor, ...]]:
         """The velocities of some branches: evaluated together where the tokens are few."""
-        tokens = state.contexts[branches[0]].rope.length
-        group = len(branches) if tokens * len(branches) <= JOINED_TOKENS else 1
-        velocities: list[tuple[Tensor, ...]] = []
-        for first in range(0, len(branches), group):
-            forward = self._forward(state, tuple(branches[first : first + group]))
-            velocities += forward(timestep, *(stream.x for stream in state.streams))
-        return velocities
+        plan = state.plan
+        found: dict[int, tuple[Tensor, ...]] = {}
+        for group in _groups(state, branches):
+            seen = plan.seen(group[0])
+            xs = (state.streams[place].x for place in seen)
+            made = self._forward(state, group)(timestep, *xs)
+            for branch, velocities in zip(group, made, strict=True):
+                named = zip(seen, velocities, strict=True)
+                found[branch] = tuple(v for place, v in named if plan.streams[place].generated)
+        return [found[branch] for branch in branches]
 
     def _forward(self, state: State, branches: tuple[int, ...]) -> Forward:
         """The transformer for these branches: made once, as it may be a recording."""
         if branches not in state.forwards:
             context = join([state.contexts[branch] for branch in branches])
-            forward = partial(_evaluate, self.transformer, state.streams, context, state.plan)
+            streams = [state.streams[place] for place in state.plan.seen(branches[0])]
+            forward = partial(_evaluate, self.transformer, streams, context, state.plan)
             tokens = context.rope.table.shape[0]
-            recorded = launches_matter(tokens, state.plan.steps, self.mesh.world, self.device)
+            recorded = not self.config.layerwise_offload and launches_matter(
+                tokens, state.plan.steps, self.mesh.world, self.device
+            )
             state.forwards[branches] = Recording(forward) if recorded else forward
         return state.forwards[branches]
 
     # Decoding.
 
-    def _undecoded(self, state: State, seed: int, latents: dict[str, Tensor]) -> Sample:
+    def _undecoded(self, state: State, seed: int, chunks: list[dict[str, Tensor]]) -> Sample:
+        """The latents: of video in several chunks those of one chunk after the other."""
+        vision = torch.cat([chunk["vision"] for chunk in chunks], dim=2)
+        latents = {**chunks[-1], "vision": vision}
         with state.timers.phase("to_cpu"):
             arrays = {name: x.cpu().numpy() for name, x in latents.items()}
         return Sample(seed=seed, latents=arrays, action=_actions(state.plan, latents))
 
-    def _decoded(self, state: State, seed: int, latents: dict[str, Tensor]) -> Sample:
+    def _decoded(
+        self, state: State, seed: int, latents: dict[str, Tensor], before: list[Tensor]
+    ) -> Sample:
+        """Pixels and sound of the last chunk, after the frames of those ``before``."""
         first = self.mesh.world.rank == 0
         with state.timers.phase("vae_decode"):
             # Bytes at once: a chunk of floats lives only until the next one.
@@ -331,7 +424,8 @@ class Pipeline:
             if self.sound is not None and "sound" in latents:
                 waveform = self.sound.decode(latents["sound"])
         with state.timers.phase("to_cpu"):
-            pixels_THWC = torch.cat(chunks).cpu().numpy()
+            pixels = torch.cat(chunks)[state.plan.overlap if before else 0 :].cpu()
+            pixels_THWC = torch.cat([*before, pixels])[: state.plan.num_frames].numpy()
             sound = None if waveform is None else waveform.float().cpu().numpy()
         if len(pixels_THWC) == 1:
             return Sample(seed=seed, image=pixels_THWC[0])
@@ -377,6 +471,31 @@ class Timers:
         return dict(self._seconds)
 
 
+def _guidance(plan: Plan, schedule: Schedule) -> tuple[Scales, ...]:
+    """The scales of every step: of the controls, if there are any, and of the prompt."""
+    asked = [(plan.guidance_scale, plan.guidance_interval)]
+    if plan.control_guidance is not None:
+        asked.insert(0, (plan.control_guidance, plan.control_guidance_interval))
+    return tuple(zip(*(guidance_per_step(schedule.timesteps, *one) for one in asked), strict=True))
+
+
+def _actions(plan: Plan, latents: dict[str, Tensor]) -> np.ndarray | None:
+    """The actions that a request has made."""
+    return None if plan.actions is None else plan.actions.read(latents["action"].cpu().numpy())
+
+
+def _groups(state: State, branches: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Branches that are evaluated together: of the same streams, and where the tokens are few."""
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for branch in branches:
+        alike.setdefault(state.plan.seen(branch), []).append(branch)
+    for group in alike.values():
+        tokens = state.contexts[group[0]].rope.length
+        size = len(group) if tokens * len(group) <= JOINED_TOKENS else 1
+        for first in range(0, len(group), size):
+            yield tuple(group[first : first + size])
+
+
 def _evaluate(
     transformer: Transformer,
     streams: Sequence[Stream],
@@ -389,11 +508,6 @@ def _evaluate(
     now = [replace(stream, x=x) for stream, x in zip(streams, xs, strict=True)]
     velocities: tuple[tuple[Tensor, ...], ...] = transformer(now, context, timestep, plan.domain_id)
     return velocities
-
-
-def _actions(plan: Plan, latents: dict[str, Tensor]) -> np.ndarray | None:
-    """The actions that a request has made."""
-    return None if plan.actions is None else plan.actions.read(latents["action"].cpu().numpy())
 
 
 def peak_memory(device: torch.device) -> int:

@@ -23,6 +23,11 @@ class StreamPlan:
     action float32 rows of the whole shape. ``rate`` is what a second holds of the material: pixel
     frames, sound latents, action rows. Of action, ``channels`` carry numbers and the rest is zero,
     and row 0 belongs to pixel frame ``first``.
+
+    ``absent`` are the branches of guidance whose sequence leaves the stream out. ``follows`` says
+    that its positions begin after those of the stream before, not beside them. With a ``share`` the
+    stream is one of several controls that the others attend to in turn: they take that part of the
+    mean.
     """
 
     name: str
@@ -32,6 +37,14 @@ class StreamPlan:
     source: np.ndarray | None = None
     channels: int = 0
     first: int = 0
+    absent: tuple[int, ...] = ()
+    follows: bool = False
+    share: float | None = None
+
+    @property
+    def generated(self) -> bool:
+        """Whether anything of it is made rather than given."""
+        return len(self.known) < self.length
 
     @property
     def length(self) -> int:
@@ -63,9 +76,14 @@ class Plan:
     """Everything that the five calls of the pipeline need to know about one request.
 
     ``token_ids`` has one list per guidance branch: the prompt, then the negative prompt unless
-    ``guidance_scale`` is 1. ``seeds`` has one seed per result. ``initial`` replaces the seeds'
-    noise by stream name. ``decoded`` is false if the latents alone are wanted. ``domain_id`` is the
-    embodiment of the actions, ``actions`` how to read them if they are generated. ``effective`` is the
+    ``guidance_scale`` is 1; with a ``control_guidance`` the prompt again between the two, for the
+    branch without controls. ``streams`` are in the order of the sequence; of several with one name
+    the last is the result. A long video is made in chunks: ``later`` has the streams of all but the
+    first, in the same shapes, and each takes its first ``overlap`` pixel frames over from the end of
+    the one before; of all together ``num_frames`` are kept. ``seeds`` has one seed per result.
+    ``initial`` replaces the seeds' noise by stream name. ``decoded`` is false if the latents alone
+    are wanted. ``domain_id`` is the embodiment of the actions, ``actions`` how to read them if they
+    are generated. ``effective`` is the
     record of all resolved parameters under their public names, JSON-serialisable; ``warnings`` are
     sentences for the user.
     """
@@ -79,11 +97,16 @@ class Plan:
     flow_shift: float
     guidance_scale: float
     guidance_interval: tuple[float, float] | None
+    control_guidance: float | None = None  # None: no controls
+    control_guidance_interval: tuple[float, float] | None = None
     seeds: tuple[int, ...]
     noise: str
     decoded: bool
     domain_id: int = 0
     actions: ActionRows | None = None
+    later: tuple[tuple[StreamPlan, ...], ...] = ()
+    overlap: int = 0
+    num_frames: int | None = None  # None: as many as there are
     initial: Mapping[str, np.ndarray] = field(default_factory=dict)
     effective: Mapping[str, object] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
@@ -91,4 +114,13 @@ class Plan:
     @property
     def steps(self) -> int:
         """Calls of the pipeline's ``step`` that the request takes."""
-        return self.num_inference_steps * len(self.seeds)
+        return self.num_inference_steps * len(self.chunks) * len(self.seeds)
+
+    def seen(self, branch: int) -> tuple[int, ...]:
+        """Places of the streams that a branch of guidance has in its sequence."""
+        return tuple(i for i, stream in enumerate(self.streams) if branch not in stream.absent)
+
+    @property
+    def chunks(self) -> tuple[tuple[StreamPlan, ...], ...]:
+        """The streams of every chunk."""
+        return (self.streams, *self.later)

@@ -18,6 +18,14 @@ from vllm_cosmos3.errors import CheckpointError, InvalidRequest
 # Trained text, word for word: "give" is a slip of the training data.
 SYSTEM_IMAGE = "You are a helpful assistant who will generate images from a give prompt."
 SYSTEM_VIDEO = "You are a helpful assistant who will generate videos from a give prompt."
+SYSTEM_TRANSFER = (
+    "You are a helpful assistant that generates images or videos following the user's instructions"
+    " and control signals (edge maps, blur, depth, or segmentation)."
+)
+FOLLOW = (
+    "Follow the {hints} control video precisely: shape, contour, silhouette, position, and motion of"
+    " every visible structure must align with the {hints} signal at every frame."
+)
 DURATION = "The video is {duration:.1f} seconds long and is of {fps:.0f} FPS."
 DURATION_INVERSE = "The video is not {duration:.1f} seconds long and is not of {fps:.0f} FPS."
 RESOLUTION = "This {kind} is of {height}x{width} resolution."
@@ -91,6 +99,11 @@ def action_text(
     minutes, seconds = divmod(round(facts.num_frames / facts.fps), 60)
     whole = {"time": f"0:00-{minutes}:{seconds:02d}", "description": text}
     return json.dumps(_with_facts({"cinematography": {"framing": view}, "actions": [whole]}, facts))
+
+
+def following(text: str, hints: Sequence[str]) -> str:
+    """A prompt with its facts, and the sentence on the controls that the video follows."""
+    return f"{text.rstrip()} {FOLLOW.format(hints=', '.join(hints))}"
 
 
 def negative_text(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vllm_cosmos3.embodiments import VIEWS
 from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.hints import HINTS, Hint, hint_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,8 +31,8 @@ MAX_SEED = 2**32 - 1  # numpy's RandomState, the reference's noise rule, takes 3
 class Spec:
     """What one field accepts, as data: its kind, range and unit, and a sentence for the help.
 
-    ``kind`` is text, int, float, bool, choice, size, ints, pair, numbers, rows, image, video or
-    arrays. ``low`` and ``high`` are inclusive, except that ``above`` makes ``low`` exclusive.
+    ``kind`` is text, int, float, bool, choice, size, ints, pair, numbers, rows, hint, image, video
+    or arrays. ``low`` and ``high`` are inclusive, except that ``above`` makes ``low`` exclusive.
     """
 
     kind: str
@@ -61,6 +62,8 @@ class Spec:
         """``value`` in its normal form; InvalidRequest if the field cannot have it."""
         if self.kind == "rows":
             return _rows(name, value)
+        if self.kind == "hint":
+            return hint_of(name, value)
         normal = _NORMAL[self.kind](value)
         if normal is None:
             raise InvalidRequest(name, value, self.possible, "invalid_type")
@@ -88,9 +91,9 @@ def _field(*, default: Any = None, **spec: Any) -> Any:
 class GenerateRequest:
     """One request for an image or a video, with or without sound, or for actions.
 
-    The mode follows from the inputs: ``action_mode`` names one of those with actions,
-    ``num_frames=1`` is text-to-image, an ``image`` is image-to-video, a ``video`` is
-    video-to-video, anything else is text-to-video. A field that is
+    The mode follows from the inputs: ``action_mode`` names one of those with actions, a control
+    such as ``edge`` is transfer, ``num_frames=1`` is text-to-image, an ``image`` is image-to-video,
+    a ``video`` is video-to-video, anything else is text-to-video. A field that is
     None takes the default of its mode (`conditions.DEFAULTS`); an omitted seed is drawn here, so
     that every rank and the record of the result see the same number.
 
@@ -177,6 +180,77 @@ class GenerateRequest:
         kind="int",
         choices=(256, 480, 704, 720),
         help="tier of sizes, of which the one nearest in shape to the input is taken",
+    )
+    edge: Hint | None = _field(  # noqa: RUF009
+        kind="hint",
+        help="follow the edges of a control clip, or of the video, if true; an object has control,"
+        " control_path, control_weight and preset_edge_threshold (none to very_high)",
+    )
+    blur: Hint | None = _field(  # noqa: RUF009
+        kind="hint",
+        help="follow a blurred clip, or the video blurred, if true; an object has control,"
+        " control_path, control_weight and preset_blur_strength (none to very_high)",
+    )
+    depth: Hint | None = _field(  # noqa: RUF009
+        kind="hint", help="follow a clip of depths, or an object with one"
+    )
+    seg: Hint | None = _field(  # noqa: RUF009
+        kind="hint", help="follow a clip of segments, or an object with one"
+    )
+    wsm: Hint | None = _field(  # noqa: RUF009
+        kind="hint", help="follow a clip of world-scenario maps, or an object with one"
+    )
+    control_guidance: float | None = _field(
+        kind="float",
+        low=0,
+        high=20,
+        help="strength of the controls; omitted: 1, or what suits the only one",
+    )
+    control_guidance_interval: tuple[float, float] | None = _field(
+        kind="pair",
+        low=0,
+        high=1000,
+        help="lowest and highest timestep at which it holds, both included; omitted: all",
+    )
+    control_attention: str | None = _field(
+        kind="choice",
+        choices=("averaged", "full"),
+        help="of several controls: the video attends to each in turn and the weighted mean counts,"
+        " as trained (default); or to all at once, as diffusers does",
+    )
+    num_video_frames_per_chunk: int | None = _field(
+        kind="int",
+        low=2,
+        high=401,
+        unit="frames",
+        help="length of the chunks that a long transfer is made in; omitted: at most 93 (wsm: 101)",
+    )
+    num_conditional_frames: int | None = _field(
+        kind="int",
+        low=0,
+        high=400,
+        unit="frames",
+        help="that a chunk takes over from the one before it; omitted: 1",
+    )
+    num_first_chunk_conditional_frames: int | None = _field(
+        kind="int",
+        low=0,
+        high=400,
+        unit="frames",
+        help="that the first chunk takes over from the video; omitted: none",
+    )
+    max_frames: int | None = _field(
+        kind="int",
+        low=2,
+        high=18_000,
+        unit="frames",
+        help="of a control that are followed at most; omitted: 5000",
+    )
+    share_vision_temporal_positions: bool | None = _field(
+        kind="bool", help="controls and video lie at the same times; omitted: yes"
+    )
+    emphasize_control_in_prompt: bool | None = _field(
+        kind="bool", help="end the prompt with a sentence on the controls; omitted: yes"
     )
     size: str | None = _field(
         kind="size", help="WIDTHxHEIGHT in pixels, multiples of 16, instead of the two"
@@ -325,16 +399,25 @@ class GenerateRequest:
         _check_prompts(self)
         _check_size(self)
         _check_conditions(self)
+        _check_transfer(self)
         if self.seed is None:
             object.__setattr__(self, "seed", secrets.randbelow(MAX_SEED - self.n))
         elif self.seed + self.n - 1 > MAX_SEED:
             raise InvalidRequest("seed", self.seed, f"at most {MAX_SEED} minus n, plus one")
 
     @property
+    def hints(self) -> dict[str, Hint]:
+        """The control signals of a transfer, in the order of their clips in the sequence."""
+        given = {name: getattr(self, name) for name in HINTS}
+        return {name: hint for name, hint in given.items() if hint is not None}
+
+    @property
     def mode(self) -> str:
-        """The action mode, or text2image, text2video, image2video or video2video by the inputs."""
+        """The action mode, or what the inputs make it: transfer, text2image, text2video, ..."""
         if self.action_mode is not None:
             return self.action_mode
+        if self.hints:
+            return "transfer"
         if self.num_frames == 1:
             return "text2image"
         if self.image is not None:
@@ -442,6 +525,47 @@ def _check_conditions(request: GenerateRequest) -> None:
     if request.guidance_interval and request.guidance_interval[0] > request.guidance_interval[1]:
         possible = "two timesteps, the lower one first"
         raise InvalidRequest("guidance_interval", request.guidance_interval, possible)
+
+
+OF_TRANSFER = (
+    "control_guidance", "control_guidance_interval", "control_attention",
+    "num_video_frames_per_chunk", "num_conditional_frames", "num_first_chunk_conditional_frames",
+    "max_frames", "share_vision_temporal_positions", "emphasize_control_in_prompt",
+)  # fmt: skip
+NOT_OF_TRANSFER = ("action_mode", "image", "condition_frame_indexes_vision")
+
+
+def _check_transfer(request: GenerateRequest) -> None:
+    hints = request.hints
+    if not hints:
+        for name in OF_TRANSFER:
+            if (value := getattr(request, name)) is not None:
+                possible = f"left out, or given with one of {', '.join(HINTS)}"
+                raise InvalidRequest(name, value, possible, "conflict")
+        return
+    for name in NOT_OF_TRANSFER:
+        if (value := getattr(request, name)) is not None:
+            possible = f"left out, as {next(iter(hints))} makes this a transfer"
+            raise InvalidRequest(name, value, possible, "unsupported_combination")
+    if request.num_frames == 1 or request.generate_sound:
+        name = "generate_sound" if request.generate_sound else "num_frames"
+        possible = "left out, as a transfer makes a video without sound"
+        raise InvalidRequest(name, getattr(request, name), possible, "unsupported_combination")
+    for name, hint in hints.items():
+        if hint.control is None and request.video is None:
+            possible = f"a clip, or video given, of which the {name} is computed"
+            raise InvalidRequest(f"{name}.control", None, possible, "missing_required")
+    if sum(hint.weight for hint in hints.values()) == 0:
+        name = f"{next(iter(hints))}.control_weight"
+        raise InvalidRequest(name, 0.0, "above 0 for at least one of the controls")
+    if request.num_first_chunk_conditional_frames and request.video is None:
+        value = request.num_first_chunk_conditional_frames
+        possible = "0 or left out, or given with the video that has those frames"
+        raise InvalidRequest("num_first_chunk_conditional_frames", value, possible, "conflict")
+    interval = request.control_guidance_interval
+    if interval and interval[0] > interval[1]:
+        possible = "two timesteps, the lower one first"
+        raise InvalidRequest("control_guidance_interval", interval, possible)
 
 
 def parse_size(size: str) -> tuple[int, int]:
@@ -552,6 +676,7 @@ _POSSIBLE = {
     "pair": "two numbers",
     "numbers": "a list of finite numbers",
     "rows": "a list of rows of finite numbers, all of one length",
+    "hint": "true, a video, or an object",
     "image": "a file, bytes, a PIL image or a uint8 array [H,W,3]",
     "video": "a file, bytes, a list of PIL images or a uint8 array [T,H,W,3]",
     "arrays": "a mapping of stream names to arrays",

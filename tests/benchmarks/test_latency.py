@@ -44,6 +44,12 @@ def run(checkpoint: Path, tmp_path: Path, *arguments: str) -> dict[str, Any]:
     return report
 
 
+def test_the_robot_waits_for_no_pixels(nano: ModelConfig) -> None:
+    robot = plan(nano, "policy-droid")
+    assert tokens(robot, 2)["vision"] == 9 * 17 * 20  # as many as 640x540 pixels make
+    assert (tokens(robot, 2)["action"], robot.decoded, robot.actions.channels) == (33, False, 8)
+
+
 def test_rows_on_a_tiny_checkpoint(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -52,7 +58,7 @@ def test_rows_on_a_tiny_checkpoint(
         tiny_checkpoint,
         tmp_path,
         *("--rows", *names, "--frames", "5", "--tokens", "20", "30", "--repeat", "1"),
-        *("--measured-steps", "2", "--save", "--profile"),
+        *("--measured-steps", "2", "--measured-rows", *names, "--save", "--profile"),
     )
     rows = report["rows"]
     assert [row["name"] for row in rows] == names

@@ -176,3 +176,25 @@ def test_bar_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     bar = capsys.readouterr().err
     assert "denoise" in bar
     assert "8/8" in bar
+
+
+def test_actions_are_saved_beside_the_video_and_read_back(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "start.png"
+    Image.fromarray(np.zeros((48, 80, 3), np.uint8)).save(picture)
+    common = ["--prompt", "go", "--image", picture, "--domain-name", "umi", "--size", "96x64"]
+    common += ["--num-inference-steps", 1, "--out", tmp_path]
+    policy = ["--action-mode", "policy", "--action-chunk-size", 4, "--name", "policy"]
+    assert generate(tiny_checkpoint, *common, *policy) == 0
+    folder = tmp_path / "policy"
+    rows = json.loads((folder / "vision_action.json").read_text())
+    assert np.array(rows).shape == (4, 10)
+    (result,) = json.loads((folder / "sample_outputs.json").read_text())["outputs"]
+    assert result["files"] == ["vision.mp4", "vision_action.json"]
+    assert result["content"]["action"] == rows
+    assert "vision_action.json  actions" in capsys.readouterr().out
+    forward = ["--action-mode", "forward_dynamics", "--name", "forward"]
+    forward += ["--action-path", folder / "vision_action.json"]
+    assert generate(tiny_checkpoint, *common, *forward) == 0
+    assert sorted(p.name for p in (tmp_path / "forward").glob("vision*")) == ["vision.mp4"]

@@ -34,12 +34,17 @@ REQUESTS: list[tuple[str, dict[str, Any]]] = [
 
 
 def peaks(folder: Path) -> list[tuple[int, int]]:
-    """Of each request in turn, everything from the first weight on: measured and planned."""
+    """Of each request in turn, from the first weight on: measured and planned.
+
+    On a CPU vLLM packs matrices into memory of oneDNN, which torch does not see. So the weights are
+    counted by their parameters, which another test compares with the plan byte by byte.
+    """
     model, mesh, found = read_config(folder), init_mesh(ParallelConfig()), []
     for dtype, fields in REQUESTS:
         config = EngineConfig(model=folder, dtype=dtype, und_residency="gpu")
         with LiveTensors() as live:
             pipeline = Pipeline.load(config, mesh, "cpu")
+            seen = live.now
             settings = {"prompt": "A boat", "num_inference_steps": 3, "max_sequence_length": 512}
             plan = pipeline.plan(from_fields({**settings, **fields}))
             state = pipeline.encode(plan)
@@ -47,7 +52,8 @@ def peaks(folder: Path) -> list[tuple[int, int]]:
                 pipeline.step(state)
             pipeline.decode(state)
             del pipeline, state
-        found.append((live.peak, estimate(model, config, work_of(plan)).peak))
+        memory = estimate(model, config, work_of(plan))
+        found.append((live.peak - seen + memory.resident, memory.peak))
     return found
 
 

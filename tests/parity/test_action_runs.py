@@ -19,10 +19,13 @@ import torch
 from diffusers import Cosmos3OmniPipeline, UniPCMultistepScheduler
 from diffusers.pipelines.cosmos import pipeline_cosmos3_omni as reference_module
 from PIL import Image
+from torchvision.transforms.functional import InterpolationMode, resize
 
 from vllm_cosmos3.conditions import nearest_size
 from vllm_cosmos3.embodiments import VIEWS, find_embodiment
 from vllm_cosmos3.engine import Cosmos3
+from vllm_cosmos3.media import fit_inside
+from vllm_cosmos3.sampling.noise import initial_noise
 
 pytestmark = pytest.mark.parity
 
@@ -176,6 +179,51 @@ def test_final_latents_and_actions(oracle: Cosmos3OmniPipeline, ours: Cosmos3, n
         assert_close(mine.action, action)
 
 
+@pytest.mark.parametrize(("history", "state"), [(0, 1), (3, 0), (2, 1)])
+def test_history_and_state(
+    oracle: Cosmos3OmniPipeline,
+    ours: Cosmos3,
+    monkeypatch: pytest.MonkeyPatch,
+    history: int,
+    state: int,
+) -> None:
+    """Rows before the chunk, which the oracle has no argument for: they are put into its latents.
+
+    Its own chunk begins at frame 1; the rows before it are that much earlier.
+    """
+    case, before, width = Case(mode="policy", domain="droid_lerobot", chunk=4), history + state, 8
+    rows = np.random.RandomState(3).standard_normal((before, width)).astype(np.float32)
+    fields_of_rows: dict[str, Any] = {"raw_action_dim": width}
+    if history:
+        fields_of_rows["action_history"] = rows[:history]
+    if state:
+        fields_of_rows["action_state"] = rows[history]
+    mine = ours.generate(**fields(case), **fields_of_rows)
+
+    prepare, positions = oracle.prepare_latents, reference_module.get_3d_mrope_ids_vae_tokens
+
+    def with_rows(**arguments: Any) -> tuple[Any, ...]:
+        out = list(prepare(**arguments))
+        shapes = {"vision": tuple(out[0].shape), "action": (before + case.chunk, 64)}
+        out[2] = initial_noise(shapes, seed=SEED, rule="torch")["action"]
+        out[2][:before, :width] = torch.from_numpy(rows)
+        out[2][:, width:] = 0
+        out[7] = (torch.arange(before + case.chunk) < before).float()[:, None]
+        out[10], out[11] = width, list(range(before))
+        return tuple(out)
+
+    def earlier(**arguments: Any) -> Any:
+        if "start_frame_offset" in arguments:
+            arguments["start_frame_offset"] -= before
+        return positions(**arguments)
+
+    monkeypatch.setattr(oracle, "prepare_latents", with_rows)
+    monkeypatch.setattr(reference_module, "get_3d_mrope_ids_vae_tokens", earlier)
+    video, action = reference(oracle, case)
+    assert_close(mine.latents["vision"], video)
+    assert_close(mine.action, action[before:])
+
+
 def test_the_table_of_embodiments() -> None:
     for name, number in reference_module._EMBODIMENT_TO_DOMAIN_ID.items():
         if name != "no_action":
@@ -193,3 +241,19 @@ def test_the_canvas_of_any_shape(tier: int) -> None:
     for width in range(100, 2000, 37):
         height, canvas = classify(700, width, ratios=bins)
         assert nearest_size(tier, width, 700) == (canvas, height)
+
+
+@pytest.mark.parametrize("size", [(640, 540), (401, 997)])
+def test_a_picture_is_reduced_as_torchvision_does(size: tuple[int, int]) -> None:
+    """As the models' own framework does, on bytes; a level may be rounded to either side."""
+    picture = np.random.RandomState(0).randint(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    mine, (rows, columns) = fit_inside(picture[None], height=256, width=320)
+    theirs = resize(
+        torch.from_numpy(picture).movedim(2, 0),
+        [rows, columns],
+        interpolation=InterpolationMode.BICUBIC,
+        antialias=True,
+    )
+    difference = mine[0, :rows, :columns].astype(int) - theirs.movedim(0, 2).numpy().astype(int)
+    assert np.abs(difference).max() <= 1
+    assert (difference != 0).mean() < 0.05

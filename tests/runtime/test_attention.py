@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vllm_cosmos3.errors import InvalidRequest, Unsupported
-from vllm_cosmos3.runtime.attention import make_attend
+from vllm_cosmos3.runtime.attention import attend_in_turn, make_attend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -48,6 +50,37 @@ def test_sdpa_is_attention(
     torch.testing.assert_close(
         actual.double(), definition(q, k, v, causal=causal), atol=1e-5, rtol=0
     )
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    tokens=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    rest=st.integers(1, 6),
+    texts=st.integers(0, 4),
+)
+def test_controls_are_attended_to_in_turn(tokens: list[int], rest: int, texts: int) -> None:
+    """Each control sees the text, itself and the rest; the rest sees one control at a time."""
+    generator = torch.Generator().manual_seed(rest)
+    length = sum(tokens) + rest
+    q = torch.randn(length, 4, 16, generator=generator)
+    k, v = (torch.randn(texts + length, 2, 16, generator=generator) for _ in range(2))
+    shares = torch.rand(len(tokens), generator=generator)
+    shares = (shares / shares.sum()).tolist()
+    attend = make_attend("sdpa", device=CPU, dtype=torch.float32, head_dim=16)
+    actual = attend_in_turn(
+        partial(attend, causal=False), list(zip(tokens, shares, strict=True)), q, k, v
+    )
+
+    expected = torch.zeros_like(q, dtype=torch.float64)
+    ends = torch.tensor(tokens).cumsum(0).tolist()
+    for count, end, share in zip(tokens, ends, shares, strict=True):
+        own = list(range(end - count, end))
+        last = list(range(length - rest, length))
+        keys = [*range(texts), *(texts + i for i in own + last)]
+        found = definition(q[own + last], k[keys], v[keys], causal=False)
+        expected[own] = found[:count]
+        expected[last] += share * found[count:]
+    torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=0)
 
 
 def test_auto_finds_a_backend_on_the_cpu() -> None:

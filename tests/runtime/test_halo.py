@@ -94,11 +94,12 @@ def test_ramp_is_linear_and_symmetric() -> None:
     assert weights.tolist() == [0.125, 0.375, 0.625, 0.875, 1, 1, 1, 1, 0.875, 0.625, 0.375, 0.125]
 
 
-def test_one_strip_is_surrounded_by_zeros_alone() -> None:
+def test_one_strip_gets_no_rows_and_leaves_all_borders_to_the_convolution() -> None:
     (part,) = divide(3, 4, WHOLE, "halo")
-    x, past = torch.randn(1, 2, 2, 3, 4), torch.randn(1, 2, 1, 3, 6)
-    expected = torch.cat([past, F.pad(x, (1, 1))], dim=2)
+    x, past = torch.randn(1, 2, 2, 3, 4), torch.randn(1, 2, 1, 3, 4)
+    expected = torch.cat([past, x], dim=2)
     assert torch.equal(part.strips.surround(x, 1, 1, past), expected)
+    assert part.strips.padding(1) == (1, 1)
     gathered = torch.randn(2, 12, 5)
     assert torch.equal(part.strips.gather(gathered, 3), gathered)
 
@@ -132,10 +133,11 @@ def test_neighbours_rows_are_found(
     x = torch.randn(1, 2, 3, 2 * height, 2 * width)
     dim = 3 if height > width else 4
     pad = (before, after) if dim == 4 else (0, 0, before, after)
-    padded = F.pad(x, pad)
+    padded = x if size == 1 else F.pad(x, pad)
+    added = before + after if size > 1 else 0
     results = ranks(ParallelConfig(ulysses_degree=size), surrounded, x, 2, before, after)
     for (start, stop), result in zip(even(max(height, width), size), results, strict=True):
-        expected = padded.narrow(dim, 2 * start, 2 * (stop - start) + before + after)
+        expected = padded.narrow(dim, 2 * start, 2 * (stop - start) + added)
         assert torch.equal(result, expected)
 
 

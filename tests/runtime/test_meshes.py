@@ -25,12 +25,20 @@ COMMON = {
     "seed": 7,
 }
 IMAGE = np.random.RandomState(0).randint(0, 256, (48, 80, 3), dtype=np.uint8)
+CLIP = np.random.RandomState(1).randint(0, 256, (8, 64, 80, 3), dtype=np.uint8)
 REQUESTS = {
     "video with sound": {"num_frames": 9, "height": 64, "width": 96, "generate_sound": True},
     "odd latent size": {"num_frames": 5, "height": 80, "width": 112},
     # 3 x 3 patches and a sound latent: an odd number of tokens
     "tokens that do not divide": {"num_frames": 1, "height": 96, "width": 96},
     "image to video": {"num_frames": 9, "height": 64, "width": 80, "image": IMAGE},
+    "transfer of two controls in two chunks": {
+        "depth": {"control": CLIP, "control_weight": 3},
+        "seg": CLIP[::-1],
+        "size": "64x80",
+        "num_video_frames_per_chunk": 5,
+        "control_guidance": 2.0,
+    },
     "without guidance": {"num_frames": 5, "height": 64, "width": 64, "guidance_scale": 1.0},
     "policy with a state": {
         "action_mode": "policy",

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 from generators import PICTURE, SMALL
 from media_files import picture, png
@@ -64,6 +65,24 @@ def test_sync_with_curl(generator_server: Server, tmp_path: Path) -> None:
     )  # fmt: skip
     assert "x-stage-durations: {" in output.lower()
     assert frames(tmp_path / "sync.mp4") == 5
+
+
+def test_a_path_driven_forward_and_found_again(generator_server: Server, tmp_path: Path) -> None:
+    (tmp_path / "street.png").write_bytes(png(picture(64, 64)))
+    poses = np.tile(np.eye(4), (5, 1, 1))
+    poses[:, 2, 3], poses[:, 0, 3] = np.arange(5), np.arange(5) ** 2 / 8  # forward, to the right
+    (tmp_path / "poses.json").write_text(json.dumps(poses.tolist()))
+    fields = json.dumps({"size": "64x64", "num_inference_steps": 2, "seed": 1})
+    command = [sys.executable, str(EXAMPLES / "av_forward.py"), generator_server.url]
+    run(tmp_path, *command, "street.png", "poses.json", fields)
+    assert frames(tmp_path / "drive.mp4") == 5
+    assert np.array(json.loads((tmp_path / "rows.json").read_text())).shape == (4, 9)
+    command = [sys.executable, str(EXAMPLES / "av_inverse.py"), generator_server.url]
+    output = run(tmp_path, *command, "drive.mp4", "rows.json", fields)
+    assert "m apart" in output
+    with Image.open(tmp_path / "path.png") as image:
+        colours = {colour for _, colour in image.getcolors()}
+    assert {(0, 0, 255), (255, 0, 0)} <= colours
 
 
 def test_examples_are_short() -> None:

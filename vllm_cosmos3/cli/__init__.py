@@ -16,6 +16,7 @@ from vllm_cosmos3.version import __version__
 COMMANDS = {
     "serve": "serve both surfaces, or one, behind an OpenAI-compatible API",
     "generate": "make images and videos from a prompt, offline",
+    "upsample": "let the reasoner write a structured prompt for the generator",
     "make-checkpoint": "write a small random checkpoint in the published layout",
     "plan": "print the memory per GPU for a checkpoint and a mesh",
     "doctor": "check this machine and print what to fix",

@@ -1,6 +1,7 @@
 """``vllm-cosmos3 generate``: one request from the command line to files on disk.
 
-The flags of a request are generated from its fields; nothing here checks their values.
+The flags of a request are generated from its fields; nothing here checks their values. With
+``--input`` the requests come from files, see `batch`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,22 +27,44 @@ if TYPE_CHECKING:
 
     from vllm_cosmos3.engine import Cosmos3, Output, Progress, Sample
     from vllm_cosmos3.plan import Plan
+    from vllm_cosmos3.reasoner import Reasoner
 
 METAVARS = {
     "text": "TEXT", "int": "N", "float": "X", "size": "WxH", "ints": "I,J,...", "pair": "LOW,HIGH",
     "numbers": "X,Y,...", "rows": "JSON", "image": "FILE", "video": "FILE", "arrays": "FILE.safetensors",
 }  # fmt: skip
+# What scripts for phyai call our flags.
+SPELLINGS = {
+    "num_inference_steps": ("--steps",),
+    "generate_sound": ("--sound",),
+    "condition_frame_indexes_vision": ("--condition-frames",),
+    "action_mode": ("--mode",),
+    "action_path": ("--action-file",),
+}
+KARRAS = {"true": "karras", "false": "diffusers"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "%(prog)s MODEL --prompt TEXT --out DIR [options]"
+    parser.usage = (
+        "%(prog)s MODEL --prompt TEXT --out DIR [options]\n"
+        "       %(prog)s MODEL --input FILE... --out DIR [options]"
+    )
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", help="checkpoint folder or Hugging Face repository"
     )
+    parser.add_argument(
+        "--checkpoint", "--checkpoint-path", dest="checkpoint", metavar="MODEL", help="the same"
+    )
+    batch = parser.add_argument_group("many requests from files")
+    batch.add_argument("-i", "--input", nargs="+", metavar="FILE", help="JSON, JSONL or YAML files or globs with records of the Cosmos Framework; flags of a request hold for all of them")  # fmt: skip
+    batch.add_argument("--resume", action="store_true", help="skip the records that --out has the results of")  # fmt: skip
+    batch.add_argument("--keep-going", action="store_true", help="go on after a record that is invalid or fails")  # fmt: skip
     out = parser.add_argument_group("output")
-    out.add_argument("--out", type=Path, metavar="DIR", help="where to write DIR/NAME/...")
+    out.add_argument("-o", "--out", "--output-dir", dest="out", type=Path, metavar="DIR", help="where to write DIR/NAME/...")  # fmt: skip
     out.add_argument("--name", default="sample", help="folder of this sample (default: sample)")
     out.add_argument("--crf", type=_integer, default=18, metavar="N", help="H.264 quality, 0 (lossless) to 51 (default: 18)")  # fmt: skip
+    out.add_argument("--image-type", metavar="TYPE", help="png, jpg or webp (default: png; jpg with --input)")  # fmt: skip
+    out.add_argument("--image-quality", type=_integer, default=95, metavar="N", help="of jpg and webp, 0 to 100 (default: 95)")  # fmt: skip
     out.add_argument(
         "--timings-json", type=Path, metavar="FILE", help="also write the timings here"
     )
@@ -51,37 +74,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--revision", help="branch, tag or commit of the repository")
     run.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32 (default: bfloat16)")  # fmt: skip
     run.add_argument("--device", help="such as cuda or cpu (default: what vLLM is built for)")
-    run.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks that share each layer (default: 1)")  # fmt: skip
-    run.add_argument("--cfg-parallel-size", type=int, default=1, metavar="N", help="2: the branches of guidance side by side (default: 1)")  # fmt: skip
+    run.add_argument("--tensor-parallel-size", "--tp", type=int, default=1, metavar="N", help="ranks that share each layer (default: 1)")  # fmt: skip
+    run.add_argument("--cfg-parallel-size", "--cfg", type=int, default=1, metavar="N", help="2: the branches of guidance side by side (default: 1)")  # fmt: skip
     run.add_argument("--ulysses-degree", type=int, default=1, metavar="N", help="ranks that share the tokens (default: 1)")  # fmt: skip
     run.add_argument("--distributed-executor-backend", metavar="NAME", help="who starts several ranks: mp (default), ray, or external_launcher under torchrun")  # fmt: skip
     run.add_argument("--vae-parallel", default="halo", help="halo, tile (less memory, not exact) or off (default: halo)")  # fmt: skip
     run.add_argument("--attention-backend", default="auto", help="auto, or the name of one (default: auto)")  # fmt: skip
     run.add_argument("--load-format", default="auto", help="auto, or dummy for random weights (default: auto)")  # fmt: skip
+    run.add_argument("--und-residency", default="auto", help="where the text tower rests: gpu, host, or auto: the host if a default video would not fit otherwise (default: auto)")  # fmt: skip
+    run.add_argument("--enable-layerwise-offload", action="store_true", help="keep the generation layers on the host and stream them at every step")  # fmt: skip
+    run.add_argument("--memory-limit", type=float, metavar="GIB", help="what each rank may use of its device (default: what is free)")  # fmt: skip
+    run.add_argument("--enforce-eager", action="store_true", help="of the reasoner: start sooner and answer more slowly")  # fmt: skip
     run.add_argument("--checkpoint-kind", metavar="KIND", help=f"{', '.join(MODES)} (default: what its files say)")  # fmt: skip
     request = parser.add_argument_group("request")
     for item in fields(GenerateRequest):
-        _add_flag(request, item.name, SPECS[item.name], item.default)
+        add_flag(request, item.name, SPECS[item.name], item.default)
+    request.add_argument("--upsample-prompt", action="store_true", help="let the checkpoint's reasoner write the structured prompt first")  # fmt: skip
+    request.add_argument("--use-karras-sigmas", dest="schedule", type=lambda text: KARRAS.get(text.lower(), text), metavar="{true,false}", help="--schedule karras or diffusers")  # fmt: skip
+    request.add_argument("--no-prompt-metadata", action="store_true", help="neither of the two sentences at the end of plain prompts")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
     if args.print_defaults:
         print(defaults_table())
         return 0
+    args.model = args.model or args.checkpoint
     if args.model is None:
         raise InvalidRequest("model", None, "a checkpoint folder or repository", "missing_required")
     if args.out is None and not args.dry_run:
         raise InvalidRequest("out", None, "a folder for the results", "missing_required")
-    request = request_of(args)
-    plan = checked(args, request)
+    _check_formats(args)
+    if args.input:
+        from vllm_cosmos3.cli.batch import run as run_batch
+
+        return run_batch(args)
+    request = from_fields(given(args))
+    plan = planner(args)(request)
     if args.dry_run:
         print(json.dumps(dict(plan.effective), indent=2))
         _warn(plan.warnings)
         return 0
     folder = sample_folder(args.out, args.name)
+    with quiet_libraries():
+        written = _upsampled(request, plan, args)
+    args.original_prompt = None if written is request else request.prompt
     with quiet_libraries(), loaded(args) as model:
         print(f"checkpoint: {plan.effective['checkpoint_kind']}", file=sys.stderr)
-        output, files, timings = generate(model, request, args, folder)
+        output, files, timings = generate(model, written, args, folder)
         if files:  # with several processes under torchrun the first one has the results
             write(args, folder, output, files, timings)
     return 0
@@ -103,30 +142,64 @@ def loaded(args: argparse.Namespace) -> Cosmos3:
         distributed_executor_backend=args.distributed_executor_backend,
         attention_backend=args.attention_backend,
         load_format=args.load_format,
+        und_residency=args.und_residency,
+        enable_layerwise_offload=args.enable_layerwise_offload,
+        memory_limit=args.memory_limit,
         checkpoint_kind=args.checkpoint_kind,
     )
 
 
-def request_of(args: argparse.Namespace) -> GenerateRequest:
-    """The request that the flags describe; flags that were not given keep their defaults."""
-    given = {name: getattr(args, name) for name in SPECS if getattr(args, name) is not None}
-    if "latents" in given:
-        given["latents"] = _read_latents(given["latents"])
-    return from_fields(given)
+def given(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a request that the flags were given."""
+    fields = {name: getattr(args, name) for name in SPECS if getattr(args, name) is not None}
+    if args.no_prompt_metadata:
+        fields |= {"use_duration_template": False, "use_resolution_template": False}
+    if "latents" in fields:
+        fields["latents"] = _read_latents(fields["latents"])
+    return fields
 
 
-def checked(args: argparse.Namespace, request: GenerateRequest) -> Plan:
-    """The plan, from everything but the weights: a mistake should not wait for them."""
+def planner(args: argparse.Namespace) -> Callable[[GenerateRequest], Plan]:
+    """Plans requests with everything but the weights: a mistake should not wait for them."""
     from vllm_cosmos3.conditions import make_plan
     from vllm_cosmos3.config import read_config
     from vllm_cosmos3.hub import resolve
-    from vllm_cosmos3.output import CRF
     from vllm_cosmos3.prompts import load_tokenizer
 
-    CRF.checked("crf", args.crf)
     folder = resolve(args.model, args.revision, weights=False)
     model = read_config(folder, args.checkpoint_kind)
-    return make_plan(request, model, load_tokenizer(model.path))
+    tokenizer = load_tokenizer(model.path)
+    return lambda request: make_plan(request, model, tokenizer)
+
+
+def open_reasoner(args: argparse.Namespace) -> Reasoner:
+    """The reasoner of the same checkpoint. Close it before the generator is loaded."""
+    from vllm_cosmos3.reasoner import Reasoner
+
+    if args.distributed_executor_backend == "external_launcher":
+        possible = "left out: under torchrun each rank would start a reasoner of its own"
+        raise InvalidRequest("upsample_prompt", "true", possible, "unsupported_combination")
+    return Reasoner(
+        args.model,
+        revision=args.revision,
+        dtype=args.dtype,
+        tensor_parallel_size=args.tensor_parallel_size,
+        load_format=args.load_format,
+        enforce_eager=args.enforce_eager,
+    )
+
+
+def _upsampled(request: GenerateRequest, plan: Plan, args: argparse.Namespace) -> GenerateRequest:
+    """The request with the prompt that the reasoner writes, if the flags ask for one."""
+    from vllm_cosmos3.upsample import caption_of, question_about
+
+    question = question_about(request, plan.effective, {}) if args.upsample_prompt else None
+    if question is None:
+        return request
+    print("upsample", file=sys.stderr)
+    with open_reasoner(args) as reasoner:
+        (answer,) = reasoner.ask([question])
+    return replace(request, prompt=caption_of(answer.text, complete=answer.complete))
 
 
 def sample_folder(out: Path, name: str) -> Path:
@@ -148,8 +221,10 @@ def generate(
     with progress_shown(terminal=sys.stderr.isatty()) as report:
         output = model.generate(request, progress=report)
     start = time.perf_counter()
-    stem = "latents" if output.latents is not None else "vision"
-    files = output.save(folder / stem, crf=args.crf)
+    name = "latents" if output.latents is not None else "vision"
+    if output.image is not None:
+        name = f"vision.{args.image_type}"
+    files = output.save(folder / name, crf=args.crf, quality=args.image_quality)
     seconds = time.perf_counter() - start
     total = output.timings["total"] + seconds + model.load_seconds
     phases = {name: value for name, value in output.timings.items() if name != "total"}
@@ -166,6 +241,8 @@ def write(
 ) -> None:
     """The two JSON records beside the media, and what the user reads."""
     settings = {"model": str(args.model), "dtype": args.dtype, "name": args.name, "crf": args.crf}
+    if args.original_prompt is not None:
+        settings["original_prompt"] = args.original_prompt
     arguments = {**settings, **output.effective}
     names = [file.name for file in files]
     record = {
@@ -234,6 +311,7 @@ def quiet_libraries() -> Iterator[None]:
     if "VLLM_LOGGING_LEVEL" in os.environ:
         yield
         return
+    os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"  # of a vLLM that is imported or started from here on
     loggers = [logging.getLogger(name) for name in ("vllm", "torch._library.triton")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
@@ -241,6 +319,7 @@ def quiet_libraries() -> Iterator[None]:
     try:
         yield
     finally:
+        del os.environ["VLLM_LOGGING_LEVEL"]
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
 
@@ -281,18 +360,32 @@ def progress_shown(*, terminal: bool) -> Iterator[Callable[[Progress], None]]:
 # Flags.
 
 
-def _add_flag(group: Any, name: str, spec: Spec, default: object) -> None:
-    flag = f"--{name.replace('_', '-')}"
+def _check_formats(args: argparse.Namespace) -> None:
+    from vllm_cosmos3.output import CRF, IMAGE_SUFFIXES, QUALITY
+
+    CRF.checked("crf", args.crf)
+    QUALITY.checked("image_quality", args.image_quality)
+    args.image_type = args.image_type or ("jpg" if args.input else "png")
+    if f".{args.image_type}" not in IMAGE_SUFFIXES:
+        possible = f"one of {', '.join(suffix[1:] for suffix in IMAGE_SUFFIXES)}"
+        raise InvalidRequest("image_type", args.image_type, possible)
+
+
+def add_flag(group: Any, name: str, spec: Spec, default: object) -> None:
+    flags = (f"--{name.replace('_', '-')}", *SPELLINGS.get(name, ()))
     text = f"{spec.help}{_range(spec)}"
     if default is not None:
         text += f" (default: {default})"
     text = text.replace("%", "%%")
     if spec.kind == "bool":
         action = argparse.BooleanOptionalAction
-        group.add_argument(flag, action=action, default=None, help=text)
+        group.add_argument(*flags, action=action, default=None, help=text)
+    elif spec.kind == "hint":
+        metavar = "FILE|JSON"
+        group.add_argument(*flags, nargs="?", const=True, type=_hint, metavar=metavar, help=text)
     else:
         metavar = METAVARS.get(spec.kind) or "{" + ",".join(map(str, spec.choices)) + "}"
-        group.add_argument(flag, type=_PARSERS.get(spec.kind, str), metavar=metavar, help=text)
+        group.add_argument(*flags, type=_PARSERS.get(spec.kind, str), metavar=metavar, help=text)
 
 
 def _range(spec: Spec) -> str:
@@ -330,6 +423,11 @@ def _rows(text: str) -> object:
 
 def _numbers(text: str) -> list[float | str]:
     return [_number(part) for part in text.split(",")]
+
+
+def _hint(text: str) -> Any:
+    """A file, or an object that says more; the flag alone is true."""
+    return _rows(text) if text.lstrip().startswith("{") else text
 
 
 _PARSERS: dict[str, Callable[[str], Any]] = {

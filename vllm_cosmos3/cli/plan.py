@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import tempfile
 from collections import defaultdict
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:  # torch, which --help should not wait for
 
 GIB = 2**30
 WITHOUT_CHECKPOINT = ("nano", "super")
-TEXT_TOKENS = 2048  # of the prompt and of the negative prompt; the published negative one has 1,904
+TEXT_TOKENS = 2048  # the published negative prompt has 1,904
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="memory of one GPU (default: 80)")  # fmt: skip
     parser.add_argument("--size", default="1280x720", metavar="WxH", help="of the picture (default: 1280x720)")  # fmt: skip
     parser.add_argument("--num-frames", type=int, default=189, metavar="N", help="1 for an image (default: 189)")  # fmt: skip
-    parser.add_argument("--guidance-scale", type=float, default=6.0, metavar="X", help="1: no negative prompt (default: 6)")  # fmt: skip
+    parser.add_argument("--guidance-scale", type=float, metavar="X", help="1: no negative prompt (default: of the checkpoint)")  # fmt: skip
     parser.add_argument("--generate-sound", action="store_true", help="with sound")
     parser.add_argument("--text-tokens", type=int, default=TEXT_TOKENS, metavar="N", help=f"of each prompt (default: {TEXT_TOKENS:,})")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes")
@@ -105,27 +104,19 @@ def engine_of(args: argparse.Namespace, model: ModelConfig) -> EngineConfig:
 
 def work_of(args: argparse.Namespace, model: ModelConfig) -> Work:
     """The sizes of a request with these flags, checked as a request is."""
-    from vllm_cosmos3.conditions import resolve as settle
-    from vllm_cosmos3.memory import Work
+    from vllm_cosmos3.memory import usual_work
     from vllm_cosmos3.request import GenerateRequest
 
     request = GenerateRequest(
         prompt="any",
         size=args.size,
         num_frames=args.num_frames,
+        guidance_scale=args.guidance_scale,
         generate_sound=args.generate_sound,
         allow_untrained_size=True,
     )
-    settled, vae = settle(request, model), model.vae
-    rows, columns = (n // vae.scale_factor_spatial for n in (settled.height, settled.width))
-    frames = 1 + (settled.num_frames - 1) // vae.scale_factor_temporal
-    streams: list[tuple[str, tuple[int, ...]]] = [("vision", (1, vae.z_dim, frames, rows, columns))]
-    if settled.sound_duration is not None:
-        rate = model.transformer.sound_latent_fps
-        length = math.ceil(settled.sound_duration * rate)
-        streams.append(("sound", (model.transformer.sound_dim, length)))
-    branches = 1 if args.guidance_scale == 1 or model.scheduler.t_list else 2
-    return Work(streams=tuple(streams), text=(args.text_tokens,) * branches)
+    work = usual_work(model, request)
+    return replace(work, text=(args.text_tokens,) * len(work.text))
 
 
 def table(name: str, memory: Memory, engine: EngineConfig, work: Work) -> list[str]:

@@ -2,12 +2,30 @@
 
 Bytes are those that torch's allocator hands out at the same time. On a GPU come on top: the CUDA
 context, workspaces of cuBLAS, cuDNN and NCCL, and what fragmentation wastes. `RESERVE` stands for
-all of them.
+all of them, `WORKSPACES` for all but the context.
 """
 
 from __future__ import annotations
 
-from vllm_cosmos3.memory.estimate import RESERVE, Memory, Work, estimate, work_of
+from vllm_cosmos3.memory.estimate import (
+    RESERVE,
+    WORKSPACES,
+    Memory,
+    Work,
+    estimate,
+    usual_work,
+    work_of,
+)
 from vllm_cosmos3.memory.fit import decided, suggestions
 
-__all__ = ["RESERVE", "Memory", "Work", "decided", "estimate", "suggestions", "work_of"]
+__all__ = [
+    "RESERVE",
+    "WORKSPACES",
+    "Memory",
+    "Work",
+    "decided",
+    "estimate",
+    "suggestions",
+    "usual_work",
+    "work_of",
+]

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
+from vllm_cosmos3.conditions import resolve
 from vllm_cosmos3.config import EngineConfig, ModelConfig, SoundConfig, TransformerConfig
+from vllm_cosmos3.kinds import MODES
 from vllm_cosmos3.memory.ledger import Ledger
 from vllm_cosmos3.memory.vae import decode_peak, encode_peak
 from vllm_cosmos3.memory.weights import FLOAT32, layer_bytes, loading, weights
 from vllm_cosmos3.plan import Plan
+from vllm_cosmos3.request import GenerateRequest
 
-RESERVE = 3 * 2**29  # bytes: see the package; 0.5 GiB of CUDA context and 1 GiB of workspaces
+WORKSPACES = 2**30  # bytes: see the package
+RESERVE = WORKSPACES + 2**29  # with the CUDA context
 LAYERS_AHEAD = 1  # layers that are fetched from the host while one computes
+TEXT_TOKENS = 2048  # of a long text; the published negative prompt has 1,904
+TEXT_BYTES = 1 << 29  # of keys and values kept of recent texts: about 3,600 tokens of Nano
 INT64 = 8
 OTHER_ATTENTION_BYTES = FLOAT32  # of a query head: the logarithm of its sum
 
@@ -71,12 +78,38 @@ class Memory:
         return self.peak + self.reserve
 
 
+def usual_work(model: ModelConfig, request: GenerateRequest | None = None) -> Work:
+    """The sizes of a request with long texts: of the largest default, if no other is given.
+
+    Raises:
+        InvalidRequest: as `conditions.resolve`.
+    """
+    if request is None:
+        images = MODES[model.kind] == ("text2image",)
+        request = GenerateRequest(prompt="any", num_frames=1 if images else None)
+    # All kinds take the same memory for the same sizes; a video of text stands for the others.
+    settled, vae = resolve(request, replace(model, kind="base")), model.vae
+    rows, columns = (n // vae.scale_factor_spatial for n in (settled.height, settled.width))
+    frames = 1 + (settled.num_frames - 1) // vae.scale_factor_temporal
+    streams: list[tuple[str, tuple[int, ...]]] = [("vision", (1, vae.z_dim, frames, rows, columns))]
+    if settled.sound_duration is not None:
+        config = model.transformer
+        length = math.ceil(settled.sound_duration * config.sound_latent_fps)
+        streams.append(("sound", (config.sound_dim, length)))
+    branches = 1 if settled.guidance_scale == 1 else 2
+    return Work(streams=tuple(streams), text=(TEXT_TOKENS,) * branches)
+
+
 def work_of(plan: Plan) -> Work:
     """The sizes of a planned request."""
     return Work(
         streams=tuple((stream.name, stream.shape) for stream in plan.streams),
         text=tuple(map(len, plan.token_ids)),
-        sources=tuple(s.source.shape[:3] for s in plan.streams if s.source is not None),
+        sources=tuple(
+            stream.source.shape[:3]
+            for stream in plan.streams
+            if stream.source is not None and stream.name == "vision"
+        ),
         samples=len(plan.seeds),
         decoded=plan.decoded,
     )
@@ -119,15 +152,20 @@ class _Request:
         )
 
     @property
-    def cached_text(self) -> int:
-        """Keys and values of this rank's heads and branches, and the rotary tables beside them."""
+    def texts(self) -> int:
+        """Keys and values of this rank's heads and branches."""
         config, parallel = self.config, self.parallel
         heads = config.num_key_value_heads // (
             parallel.tensor_parallel_size * parallel.ulysses_degree
         )
         token = 2 * heads * config.head_dim * config.num_hidden_layers * self.item
-        table = self.own_tokens * (config.head_dim * self.item + INT64)
-        return sum(self.text) * token + len(self.text) * table
+        return sum(self.text) * token
+
+    @property
+    def context(self) -> int:
+        """What the generation tokens are told: texts, and rotary tables of their own positions."""
+        table = self.own_tokens * (self.config.head_dim * self.item + INT64)
+        return self.texts + len(self.text) * table
 
     @property
     def own_tokens(self) -> int:
@@ -137,7 +175,7 @@ class _Request:
     def held(self) -> int:
         """Between two steps: text, what is known, the latents, and the solver's three of them."""
         done = (self.work.samples - 1) * self.latents
-        return self.cached_text + self.latents * 5 + done
+        return self.context + self.latents * 5 + done
 
     def phases(self) -> dict[str, int]:
         phases = {"text": self._text(), "denoise": self._denoise()}
@@ -150,7 +188,7 @@ class _Request:
     def _text(self) -> int:
         ledger = Ledger()
         streamed = self.engine.und_residency == "host"
-        ledger.take(self.cached_text, self.layer * (1 + LAYERS_AHEAD) * streamed)
+        ledger.take(self.context, self.layer * (1 + LAYERS_AHEAD) * streamed)
         if streamed:  # the embedding's turn is over before the layers'
             ledger.moment(self._embedding())
         self._layer(ledger, max(self.text), keys=0)  # which go into the cache
@@ -172,7 +210,7 @@ class _Request:
             )
             for source in self.work.sources
         ]
-        return self.cached_text + self.latents + max(peaks)
+        return self.context + self.latents + max(peaks)
 
     def _denoise(self) -> int:
         """One forward; then velocities of all branches, and the solver's next state."""
@@ -183,10 +221,8 @@ class _Request:
         ledger.take(self.latents)  # of the other branch's velocities
         ledger.take(self.layer * (1 + LAYERS_AHEAD) * self.engine.layerwise_offload)
         width = config.hidden_size * self.item
-        if self.parallel.ulysses_degree > 1:
-            ledger.take(self.tokens * width)  # all tokens, of which this rank takes its own
-            ledger.moment(2 * self.tokens * width)  # gathered at the end
-        ledger.moment(self.tokens * width * 2)
+        ledger.take(self.tokens * width)  # all tokens, of which this rank takes its own
+        ledger.moment(2 * self.tokens * width)  # gathered at the end
         self._layer(ledger, own, max(self.text) + self.tokens)
         return ledger.peak
 
@@ -217,7 +253,7 @@ class _Request:
             ledger.take(width + reduced)
 
     def _decode(self) -> dict[str, int]:
-        latents = self.work.samples * self.latents
+        latents = self.work.samples * self.latents + min(self.texts, TEXT_BYTES)
         vision = next(shape for name, shape in self.work.streams if name == "vision")
         peak = decode_peak(
             self.model.vae,

@@ -1,4 +1,7 @@
-"""Triton kernels of the video autoencoder. Import on a GPU only, where vLLM has brought Triton."""
+"""Triton kernels of the video autoencoder. Import on a GPU only, where vLLM has brought Triton.
+
+Tensors are [1, C, T, H, W] with channels innermost. Values are computed in float32 and rounded once.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ ELEMENTS = 4096  # of a program; whole positions, so that the norm needs one pas
 
 
 @triton.jit
-def _norm_silu(x, bias, gamma, out, positions, scale, channels: tl.constexpr, block: tl.constexpr, rows: tl.constexpr, biased: tl.constexpr):  # fmt: skip
+def _norm_silu(x, bias, gamma, out, positions, plane, width, step_t, step_h, step_w, scale, channels: tl.constexpr, block: tl.constexpr, rows: tl.constexpr, biased: tl.constexpr):  # fmt: skip
     row = tl.program_id(0) * rows + tl.arange(0, rows)
     channel = tl.arange(0, block)
     inside = (row[:, None] < positions) & (channel[None, :] < channels)
@@ -22,29 +25,58 @@ def _norm_silu(x, bias, gamma, out, positions, scale, channels: tl.constexpr, bl
     norm = tl.maximum(tl.sqrt(tl.sum(value * value, axis=1)), 1e-12)
     weight = tl.load(gamma + channel, mask=channel < channels, other=0.0).to(tl.float32) * scale
     value = value / norm[:, None] * weight[None, :]
-    tl.store(out + place, value * tl.sigmoid(value), mask=inside)
+    frame, inner = row // plane, row % plane
+    place = frame.to(tl.int64) * step_t + (inner // width) * step_h + (inner % width) * step_w
+    tl.store(out + place[:, None] + channel[None, :], value * tl.sigmoid(value), mask=inside)
 
 
-def norm_silu(x_BCTHW: Tensor, bias_C: Tensor | None, gamma: Tensor) -> Tensor:
-    """SiLU of ``x + bias`` scaled to root mean square ``gamma`` over the channels.
+@triton.jit
+def _add_with_bias(x, other, bias, positions, channels: tl.constexpr, block: tl.constexpr, rows: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0) * rows + tl.arange(0, rows)
+    channel = tl.arange(0, block)
+    inside = (row[:, None] < positions) & (channel[None, :] < channels)
+    place = row[:, None].to(tl.int64) * channels + channel[None, :]
+    value = tl.load(x + place, mask=inside).to(tl.float32)
+    value += tl.load(other + place, mask=inside).to(tl.float32)
+    value += tl.load(bias + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
+    tl.store(x + place, value, mask=inside)
 
-    ``x`` lies with channels innermost. Computed in float32 and rounded once.
+
+def norm_silu(out: Tensor, x: Tensor, bias_C: Tensor | None, gamma: Tensor) -> None:
+    """SiLU of ``x + bias`` scaled to root mean square ``gamma`` over the channels, into ``out``.
+
+    ``out`` may be part of a larger tensor.
     """
-    channels = x_BCTHW.shape[1]
-    positions = x_BCTHW.numel() // channels
-    block = triton.next_power_of_2(channels)
-    rows = max(1, ELEMENTS // block)
-    out = torch.empty_like(x_BCTHW)
+    channels, _, height, width = x.shape[1:]
+    positions, block, rows = _division(x)
     _norm_silu[(triton.cdiv(positions, rows),)](
-        x_BCTHW,
+        x,
         gamma if bias_C is None else bias_C,
         gamma,
         out,
         positions,
+        height * width,
+        width,
+        *out.stride()[2:],
         channels**0.5,
         channels=channels,
         block=block,
         rows=rows,
         biased=bias_C is not None,
     )
-    return out
+
+
+def add_with_bias(x: Tensor, other: Tensor, bias_C: Tensor) -> Tensor:
+    """``x + other + bias``, written over ``x``."""
+    positions, block, rows = _division(x)
+    other = other.contiguous(memory_format=torch.channels_last_3d)
+    _add_with_bias[(triton.cdiv(positions, rows),)](
+        x, other, bias_C, positions, channels=x.shape[1], block=block, rows=rows
+    )
+    return x
+
+
+def _division(x: Tensor) -> tuple[int, int, int]:
+    """Positions of ``x``, channels rounded up to a power of two, and positions of a program."""
+    block = triton.next_power_of_2(x.shape[1])
+    return x.numel() // x.shape[1], block, max(1, ELEMENTS // block)

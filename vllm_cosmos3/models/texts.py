@@ -31,5 +31,13 @@ class RecentTexts:
         """Make this the latest text, at the cost of the oldest ones."""
         self._texts[ids] = text
         self._texts.move_to_end(ids)
-        while sum(kept.nbytes for kept in self._texts.values()) > self._limit:
+        while self.nbytes > self._limit:
             self._texts.popitem(last=False)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(kept.nbytes for kept in self._texts.values())
+
+    def clear(self) -> None:
+        """Give all of them up. All ranks must."""
+        self._texts.clear()

@@ -18,9 +18,10 @@ D values of a token or head, F rotary frequencies.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ from vllm_cosmos3.compat import fused_qk_norm_rope
 from vllm_cosmos3.config import TransformerConfig
 from vllm_cosmos3.inventory import TIME_FREQUENCIES
 from vllm_cosmos3.models.weights import Target
-from vllm_cosmos3.runtime.attention import Attend
+from vllm_cosmos3.runtime.attention import Attend, attend_in_turn
 from vllm_cosmos3.runtime.mesh import (
     Axis,
     Mesh,
@@ -49,6 +50,7 @@ from vllm_cosmos3.runtime.mesh import (
     scatter_heads,
     shard_sequence,
 )
+from vllm_cosmos3.runtime.offload import HostLayers
 from vllm_cosmos3.sampling.packing import (
     Stream,
     noisy_tokens,
@@ -64,12 +66,14 @@ class Rope:
     """Rotary tables of this rank's tokens, and the length of the whole sequence of one branch.
 
     ``table`` [B s, 2 F] holds the cosines, then the sines; ``rows`` [B s] counts its rows, as
-    vLLM's kernel wants to be told which row each token takes.
+    vLLM's kernel wants to be told which row each token takes. ``controls`` are tokens and share of
+    those streams, first in the sequence, that the others attend to in turn.
     """
 
     table: Tensor
     rows: Tensor
     length: int
+    controls: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -102,15 +106,15 @@ def join(contexts: Sequence[Context]) -> Context:
     rows = torch.arange(table.shape[0], device=table.device)
     return Context(
         texts=tuple(text for context in contexts for text in context.texts),
-        rope=Rope(table=table, rows=rows, length=contexts[0].rope.length),
+        rope=replace(contexts[0].rope, table=table, rows=rows),
     )
 
 
 class Transformer(nn.Module):
     """Both towers and the adapters of each kind of latent.
 
-    ``understanding`` and ``layers`` can be moved between devices on their own; ``text_device`` and
-    ``layer_device`` are where they are built, if not on ``device`` with everything else.
+    ``text_device`` and ``layer_device`` are where the weights of the understanding tower and of the
+    generation layers are, if not on ``device`` with everything else; see `rest_on_host`.
     """
 
     def __init__(
@@ -133,16 +137,26 @@ class Transformer(nn.Module):
             with layer_device or device:
                 count = config.num_hidden_layers
                 self.layers = nn.ModuleList(Layer(config, dtype) for _ in range(count))
+                self.sequence: Iterable[nn.Module] = tuple(self.layers)
             with device:
                 self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
                 self.adapters = _adapters(config, dtype)
                 self.time = TimeEmbedding(config)
         self.requires_grad_(requires_grad=False)
 
-    def rope(self, positions_3S: Tensor) -> Rope:
+    def rest_on_host(self, *, text: bool, layers: bool) -> None:
+        """Take loaded weights that were built on the host to the device only while they are used."""
+        if text:
+            tower = self.understanding
+            tower.sequence = HostLayers(tower.sequence, self.device)
+        if layers:
+            self.sequence = HostLayers(self.layers, self.device)
+
+    def rope(self, positions_3S: Tensor, controls: tuple[tuple[int, float], ...] = ()) -> Rope:
         """Tables for the generation tokens at ``positions_3S``; once per request and branch."""
         table = torch.cat(rotary_table(positions_3S, self.config), dim=1)
-        return self._rope(shard_sequence(table, self._ulysses), positions_3S.shape[1])
+        rope = self._rope(shard_sequence(table, self._ulysses), positions_3S.shape[1])
+        return replace(rope, controls=controls)
 
     def understand(self, ids_S: Tensor) -> TextCache:
         """Read the token ids of one branch, int64 on the device; once per request and branch."""
@@ -171,8 +185,8 @@ class Transformer(nn.Module):
         temb_D = self.time(timestep).to(self.dtype)
         x_SD = torch.cat([self._embed(stream, temb_D, domain_id) for stream in streams])
         x_sD, residual_sD = shard_sequence(x_SD, self._ulysses).repeat(branches, 1), None
-        for layer, *texts in zip(self.layers, *(t.layers for t in context.texts), strict=True):
-            attend = partial(self._attend_all, texts, rope.length)
+        for layer, *texts in zip(self.sequence, *(t.layers for t in context.texts), strict=True):
+            attend = partial(self._attend_all, texts, rope)
             x_sD, residual_sD = layer(x_sD, residual_sD, rope, attend)
         x_sD, _ = self.norm(x_sD, residual_sD)
         return tuple(
@@ -198,21 +212,24 @@ class Transformer(nn.Module):
         return torch.where(stream.free, velocity.float(), 0.0)
 
     def _attend_all(
-        self, texts: Sequence[Tensor], length: int, q_sHD: Tensor, kv_s2hD: Tensor
+        self, texts: Sequence[Tensor], rope: Rope, q_sHD: Tensor, kv_s2hD: Tensor
     ) -> Tensor:
         """Attention of each branch's tokens to its text and to each other, without a mask."""
         count = len(texts)
         parts = zip(texts, q_sHD.chunk(count), kv_s2hD.chunk(count), strict=True)
-        o_sHD = [self._attend_branch(text, length, q, kv) for text, q, kv in parts]
+        o_sHD = [self._attend_branch(text, rope, q, kv) for text, q, kv in parts]
         return o_sHD[0] if count == 1 else torch.cat(o_sHD)
 
     def _attend_branch(
-        self, text_K2hD: Tensor, length: int, q_sHD: Tensor, kv_s2hD: Tensor
+        self, text_K2hD: Tensor, rope: Rope, q_sHD: Tensor, kv_s2hD: Tensor
     ) -> Tensor:
         """The tokens that only fill the last rank's part are cut off before and put back after."""
         q_SHD, kv_S2hD = (scatter_heads(x, self._ulysses) for x in (q_sHD, kv_s2hD))
-        k_KhD, v_KhD = _appended(text_K2hD, kv_S2hD[:length]).unbind(1)
-        o_SHD = self._attend(q_SHD[:length], k_KhD, v_KhD, causal=False)
+        k_KhD, v_KhD = _appended(text_K2hD, kv_S2hD[: rope.length]).unbind(1)
+        attend = partial(self._attend, causal=False)
+        if rope.controls:
+            attend = partial(attend_in_turn, attend, rope.controls)
+        o_SHD = attend(q_SHD[: rope.length], k_KhD, v_KhD)
         return gather_heads(_filled(o_SHD, q_SHD.shape[0]), self._ulysses)
 
 
@@ -231,13 +248,17 @@ class Understanding(nn.Module):
             Layer(config, dtype) for _ in range(config.num_hidden_layers - 1)
         )
         self.last = LastLayer(config, dtype)
+        self.sequence: Iterable[nn.Module] = (self.embed_tokens, *self.layers, self.last)
 
     def forward(self, ids_S: Tensor, rope: Rope) -> tuple[Tensor, ...]:
         cache: list[Tensor] = []
+        parts = iter(self.sequence)
+        next(parts)
         x_SD, residual_SD = self._embed(ids_S), None
-        for layer in self.layers:
+        for layer in islice(parts, len(self.layers)):
             x_SD, residual_SD = layer(x_SD, residual_SD, rope, partial(self._attend_causal, cache))
-        return (*cache, self._own(self.last(x_SD, residual_SD, rope)))
+        last = next(parts)
+        return (*cache, self._own(last(x_SD, residual_SD, rope)))
 
     def _embed(self, ids_S: Tensor) -> Tensor:
         """The rows of ``ids_S``. vLLM 0.26 sums over the group even if this is its only rank."""

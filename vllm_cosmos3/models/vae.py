@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_cosmos3.config import VAEConfig
-from vllm_cosmos3.runtime.halo import Strips, divide, sum_over
+from vllm_cosmos3.runtime.halo import Fill, Strips, divide, sum_over
 from vllm_cosmos3.runtime.mesh import Axis
 
 
@@ -126,17 +126,19 @@ class Memory:
         self.first = True  # the chunk of the single first frame
         self._past: dict[nn.Module, Tensor] = {}
 
-    def extend(self, conv: nn.Module, x: Tensor, frames: int, rows: int) -> Tensor:
-        """``x`` with the ``frames`` that ``conv`` saw last in front, zero in the beginning.
+    def extend(
+        self, conv: nn.Module, x: Tensor, frames: int, rows: int, through: Fill = Tensor.copy_
+    ) -> Tensor:
+        """What ``through`` makes of ``x``, with the ``frames`` that ``conv`` saw last in front.
 
-        And with ``rows`` on both sides along the divided dimension.
+        They are zero in the beginning. And with ``rows`` on both sides where a plane is divided.
         """
         past = self._past.get(conv)
         if past is None:
             shape = [x.shape[0], x.shape[1], frames, *x.shape[3:]]
-            shape[self.strips.dim] += 2 * rows
+            shape[self.strips.dim] += 2 * self.strips.added(rows)
             past = x.new_zeros(shape)
-        extended = self.strips.surround(x, rows, rows, past)
+        extended = self.strips.surround(x, rows, rows, past, through)
         self._past[conv] = extended[:, :, -frames:].clone()  # a view would keep all of it alive
         return extended
 
@@ -169,7 +171,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             x = block(x, memory)
         x = self.mid_block(x, memory)
-        x = self.conv_out(self.norm_out(x), memory)
+        x = self.conv_out(x, memory, through=self.norm_out)
         memory.first = False
         return x
 
@@ -202,7 +204,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(x, memory), memory)
         for block in self.up_blocks:
             x = block(x, memory)
-        x = self.conv_out(self.norm_out(x), memory)
+        x = self.conv_out(x, memory, through=self.norm_out)
         memory.first = False
         return x
 
@@ -240,7 +242,10 @@ class UpBlock(nn.Module):
             x = resnet(x, memory)
         if self.upsampler is None:
             return x
-        return add_repeated(self.upsampler(x, memory), start, self.time, self.space)
+        x = self.upsampler(x, memory)
+        # The bias that the upsampler has left out is added where there are fewer positions.
+        bias = self.upsampler.bias.repeat_interleave(start.shape[1] // x.shape[1])
+        return add_repeated(x, start + bias.view(-1, 1, 1, 1), self.time, self.space)
 
 
 class Downsampler(nn.Module):
@@ -255,9 +260,8 @@ class Downsampler(nn.Module):
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         # One row and column of zeros at the right and bottom border only.
-        x = F.pad(
-            memory.strips.surround(x, 0, 1), (0, 1) if memory.strips.dim == 3 else (0, 0, 0, 1)
-        )
+        bottom, right = memory.strips.padding(1)
+        x = F.pad(memory.strips.surround(x, 0, 1), (0, right, 0, bottom))
         x = each_frame(self.resample["1"], x)
         if self.time_conv is None:
             return x
@@ -268,12 +272,16 @@ class Downsampler(nn.Module):
 
 
 class Upsampler(nn.Module):
-    """Twice the rows and columns, and twice the frames where ``time`` is 2."""
+    """Twice the rows and columns, and twice the frames where ``time`` is 2; the caller adds ``bias``."""
 
     def __init__(self, channels: int, time: int) -> None:
         super().__init__()
         self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, channels, 3)})
         self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1)) if time > 1 else None
+
+    @property
+    def bias(self) -> Tensor:
+        return self.resample["1"].bias
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         if self.time_conv is not None and not memory.first:
@@ -283,8 +291,9 @@ class Upsampler(nn.Module):
         # Frame by frame: torch's two-dimensional kernel keeps channels innermost, and is faster.
         images = F.interpolate(x.transpose(1, 2).flatten(0, 1), scale_factor=2, mode="nearest")
         x = images.unflatten(0, (-1, x.shape[2])).transpose(1, 2)
-        x = memory.strips.surround(x, 1, 1)
-        return each_frame(self.resample["1"], x, padding=memory.strips.padding(1))
+        if memory.strips.added(1):
+            x = memory.strips.surround(x, 1, 1)
+        return each_frame(self.resample["1"], x, memory.strips.padding(1), biased=False)
 
 
 class MidBlock(nn.Module):
@@ -310,12 +319,20 @@ class ResidualBlock(nn.Module):
         self.conv1 = CausalConv3d(before, after, (3, 3, 3))
         self.norm2 = NormSiLU(after)
         self.conv2 = CausalConv3d(after, after, (3, 3, 3))
-        self.conv_shortcut = nn.Conv3d(before, after, 1) if before != after else nn.Identity()
+        self.conv_shortcut = nn.Conv3d(before, after, 1) if before != after else None
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        shortcut = self.conv_shortcut(x)
-        x = self.conv1(self.norm1(x), memory, biased=False)
-        return self.conv2(self.norm2(x, self.conv1.bias), memory) + shortcut
+        """Biases are added in passes that are made anyway: each would be one of its own on a GPU."""
+        shortcut, bias = x, self.conv2.bias
+        if self.conv_shortcut is not None:
+            shortcut = F.conv3d(x, self.conv_shortcut.weight)
+            bias = bias + self.conv_shortcut.bias
+        x = self.conv1(x, memory, through=self.norm1, biased=False)
+        x = self.conv2(x, memory, through=self._second_norm, biased=False)
+        return sum_with_bias(x, shortcut, bias)
+
+    def _second_norm(self, out: Tensor, x: Tensor) -> None:
+        self.norm2(out, x, self.conv1.bias)
 
 
 class FrameAttention(nn.Module):
@@ -348,10 +365,12 @@ class CausalConv3d(nn.Conv3d):
     ) -> None:
         super().__init__(before, after, kernel, stride=(stride, 1, 1))
 
-    def forward(self, x: Tensor, memory: Memory, *, biased: bool = True) -> Tensor:
-        """``biased`` is False where the caller adds ``bias`` in a pass that it makes anyway."""
-        rows = self.kernel_size[1] // 2
-        x = memory.extend(self, x, frames=self.kernel_size[0] - self.stride[0], rows=rows)
+    def forward(
+        self, x: Tensor, memory: Memory, *, through: Fill = Tensor.copy_, biased: bool = True
+    ) -> Tensor:
+        """Of what ``through`` makes of ``x``; not ``biased`` where the caller adds ``bias``."""
+        rows, frames = self.kernel_size[1] // 2, self.kernel_size[0] - self.stride[0]
+        x = memory.extend(self, x, frames, rows, through)
         padding = (0, *memory.strips.padding(rows))
         return F.conv3d(x, self.weight, self.bias if biased else None, self.stride, padding)
 
@@ -363,14 +382,15 @@ class NormSiLU(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(channels, 1, 1, 1))
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Of ``x + bias``, where the convolution before has left its bias out."""
-        if x.is_cuda and x.is_contiguous(memory_format=torch.channels_last_3d):
+    def forward(self, out: Tensor, x: Tensor, bias: Tensor | None = None) -> None:
+        """Written into ``out``. Of ``x + bias``, where the convolution before has left its bias out."""
+        if on_gpu(x, out):
             from vllm_cosmos3.models.kernels import norm_silu
 
-            return norm_silu(x, bias, self.gamma)
+            norm_silu(out, x, bias, self.gamma)
+            return
         x = x if bias is None else x + bias.view(-1, 1, 1, 1)
-        return F.silu(rms_normalised(x, self.gamma))
+        out.copy_(F.silu(rms_normalised(x, self.gamma)))
 
 
 class Norm(nn.Module):
@@ -389,15 +409,32 @@ def rms_normalised(x: Tensor, gamma: Tensor) -> Tensor:
     return F.normalize(x.float(), dim=1).to(x.dtype) * (x.shape[1] ** 0.5 * gamma)
 
 
+def sum_with_bias(x: Tensor, shortcut: Tensor, bias: Tensor) -> Tensor:
+    """``x + shortcut + bias`` in the memory of ``x``: one pass on a GPU."""
+    if on_gpu(x, shortcut):
+        from vllm_cosmos3.models.kernels import add_with_bias
+
+        return add_with_bias(x, shortcut, bias)
+    return x.add_(shortcut).add_(bias.view(-1, 1, 1, 1))
+
+
+def on_gpu(x: Tensor, other: Tensor) -> bool:
+    """Whether our kernels can take this: on CUDA, channels innermost, ``x`` without gaps."""
+    without_gaps = x.is_contiguous(memory_format=torch.channels_last_3d)
+    return bool(x.is_cuda and without_gaps and other.stride(1) == 1)
+
+
 def residual_blocks(before: int, after: int, depth: int) -> nn.ModuleList:
     widths = [before] + [after] * depth
     return nn.ModuleList(ResidualBlock(*pair) for pair in pairwise(widths))
 
 
-def each_frame(conv: nn.Module, x_BCTHW: Tensor, padding: tuple[int, int] = (0, 0)) -> Tensor:
+def each_frame(
+    conv: nn.Module, x_BCTHW: Tensor, padding: tuple[int, int] = (0, 0), *, biased: bool = True
+) -> Tensor:
     """A two-dimensional convolution of every frame."""
     x = x_BCTHW.transpose(1, 2).flatten(0, 1)
-    x = F.conv2d(x, conv.weight, conv.bias, conv.stride, padding)
+    x = F.conv2d(x, conv.weight, conv.bias if biased else None, conv.stride, padding)
     return x.unflatten(0, (-1, x_BCTHW.shape[2])).transpose(1, 2)
 
 

@@ -6,7 +6,7 @@ key head j // (H / h). Causal attention needs S = K. Scores are scaled by 1 / sq
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Protocol
 
@@ -36,6 +36,35 @@ def make_attend(
     elif name == "flash" and obstacle:
         raise Unsupported(f"attention_backend flash {obstacle}; use sdpa or auto")
     return BACKENDS[name](head_dim)
+
+
+def attend_in_turn(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    controls: Sequence[tuple[int, float]],
+    q_SHD: Tensor,
+    k_KhD: Tensor,
+    v_KhD: Tensor,
+) -> Tensor:
+    """Attention to several controls, which see each other only through the tokens after them.
+
+    ``controls`` are the number of tokens and the share of each, first among the queries; the keys
+    have a text before them. Each control and the rest attend to the text, to themselves and to each
+    other; of the results for the rest the mean by shares counts.
+    """
+    counts = [count for count, _ in controls]
+    sizes = [*counts, len(q_SHD) - sum(counts)]
+    *q_own, q_rest = q_SHD.split(sizes)
+    (k_text, *k_own, k_rest), (v_text, *v_own, v_rest) = (
+        x.split([len(k_KhD) - len(q_SHD), *sizes]) for x in (k_KhD, v_KhD)
+    )
+    results, mean = [], torch.zeros_like(q_rest, dtype=torch.float32)
+    for (count, share), q, k, v in zip(controls, q_own, k_own, v_own, strict=True):
+        own, rest = attend(
+            torch.cat([q, q_rest]), torch.cat([k_text, k, k_rest]), torch.cat([v_text, v, v_rest])
+        ).tensor_split([count])
+        results.append(own)
+        mean += share * rest
+    return torch.cat([*results, mean.to(q_SHD.dtype)])
 
 
 def _sdpa(_head_dim: int) -> Attend:

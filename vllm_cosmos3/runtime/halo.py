@@ -15,7 +15,7 @@ Shape suffixes: B batch, C channels, T frames, H height, W width, S positions.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -27,6 +27,9 @@ from torch import Tensor
 from vllm_cosmos3.runtime.mesh import Axis, all_gather
 
 Span = tuple[int, int]  # start and stop
+Fill = Callable[
+    [Tensor, Tensor], object
+]  # writes into its first argument what it makes of the second
 
 MODES = ("halo", "tile", "off")
 TILE = 32  # positions along a side. Every tile computes its overlap again: 1.2x at 45 x 80
@@ -47,12 +50,21 @@ class Strips:
     dim: int
     spans: tuple[Span, ...]
 
-    def surround(self, x: Tensor, before: int, after: int, past: Tensor | None = None) -> Tensor:
+    def surround(
+        self,
+        x: Tensor,
+        before: int,
+        after: int,
+        past: Tensor | None = None,
+        through: Fill = Tensor.copy_,
+    ) -> Tensor:
         """``x`` with rows of the neighbouring strips on both sides and ``past`` frames in front.
 
-        Rows beyond the true border are zero. ``past`` has its rows already. Written into one new
-        buffer, since convolutions would otherwise be preceded by two copies.
+        Rows beyond the true border are zero; an undivided plane gets none, see `padding`. ``past``
+        has its rows already. ``through`` writes what it makes of ``x`` into one new buffer, since
+        convolutions would otherwise be preceded by two copies.
         """
+        before, after = self.added(before), self.added(after)
         frames = 0 if past is None else past.shape[2]
         shape = list(x.shape)
         shape[2] += frames
@@ -63,15 +75,21 @@ class Strips:
             out.narrow(2, 0, frames).copy_(past)
         present = out.narrow(2, frames, x.shape[2])
         rows = x.shape[self.dim]
-        present.narrow(self.dim, before, rows).copy_(x)
-        above, below = exchange(x, self.dim, before, after, self.axis)
+        own = present.narrow(self.dim, before, rows)
+        through(own, x)
+        above, below = exchange(own, self.dim, before, after, self.axis)
         _fill(present.narrow(self.dim, 0, before), above)
         _fill(present.narrow(self.dim, before + rows, after), below)
         return out
 
+    def added(self, rows: int) -> int:
+        """How many of ``rows`` beyond a border `surround` adds: none where nothing is divided."""
+        return rows if self.axis.size > 1 else 0
+
     def padding(self, margin: int) -> tuple[int, int]:
         """Zeros that a convolution after `surround` still has to add along height and width."""
-        return (0, margin) if self.dim == 3 else (margin, 0)
+        missing = margin - self.added(margin)
+        return (missing, margin) if self.dim == 3 else (margin, missing)
 
     def gather(self, x_BSC: Tensor, positions: int) -> Tensor:
         """Every strip's positions, [B, sum of S, C], where one row of the plane has ``positions``."""

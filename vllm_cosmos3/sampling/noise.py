@@ -19,11 +19,18 @@ _ORDER = ("vision", "sound", "action")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def initial_noise(shapes: Shapes, *, seed: int, rule: str) -> dict[str, Tensor]:
-    """Standard normal noise for each stream name in ``shapes``. ``seed`` in [0, 2**32)."""
+def initial_noise(shapes: Shapes, *, seed: int, rule: str, chunk: int = 0) -> dict[str, Tensor]:
+    """Standard normal noise for each stream name in ``shapes``. ``seed`` in [0, 2**32).
+
+    A later ``chunk`` of a long video has the next seed with ``numpy``; with ``torch`` the generator
+    goes on.
+    """
     if rule == "numpy":
-        return {name: _numpy(shape, seed) for name, shape in shapes.items()}
-    return _drawn(shapes, torch.Generator().manual_seed(seed))
+        return {name: _numpy(shape, (seed + chunk) % 2**32) for name, shape in shapes.items()}
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(chunk):
+        _drawn(shapes, generator)
+    return _drawn(shapes, generator)
 
 
 def step_noise(shapes: Shapes, *, seed: int, rule: str, index: int) -> dict[str, Tensor]:

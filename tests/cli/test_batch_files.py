@@ -1,0 +1,249 @@
+"""``vllm-cosmos3 generate --input`` from the files to the tree of results."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from media_files import clip
+from PIL import Image
+from servers import BIN, environment
+
+from vllm_cosmos3.cli import main
+from vllm_cosmos3.engine import Cosmos3
+from vllm_cosmos3.media import read_image, read_video
+
+FAST = {"size": "64x64", "num_steps": 2, "num_frames": 5, "prompt": "a boat", "seed": 3}
+ROOT = Path(__file__).parents[2]
+
+
+def batch(folder: Path, *records: dict[str, Any]) -> Path:
+    file = folder / "batch.jsonl"
+    file.write_text("".join(json.dumps(FAST | values) + "\n" for values in records))
+    return file
+
+
+def generate(checkpoint: Path, file: Path, *flags: object) -> int:
+    arguments = [checkpoint, "--input", file, "--out", file.parent / "out", *flags]
+    return main(["generate", *map(str, arguments)])
+
+
+def outputs(file: Path, name: str) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(
+        (file.parent / "out" / name / "sample_outputs.json").read_text()
+    )
+    return record
+
+
+def tree(file: Path) -> list[str]:
+    out = file.parent / "out"
+    return sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+
+
+def test_a_tree_of_results(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (64, 64), "teal").save(tmp_path / "first.png")
+    clip(tmp_path / "clip.mp4", frames=9)
+    file = batch(
+        tmp_path,
+        {"name": "t2v", "enable_sound": True, "video_save_quality": 5},
+        {"name": "t2i", "num_frames": 1, "model_mode": "text2image", "image_save_quality": 50},
+        {"vision_path": "first.png"},
+        {"vision_path": "clip.mp4", "model_mode": "video2video", "num_frames": 13},
+    )
+    assert generate(tiny_checkpoint, file) == 0
+    records = ("sample_args.json", "sample_outputs.json")
+    assert tree(file) == sorted(
+        [f"{name}/{record}" for name in ("t2v", "t2i", "batch_2", "batch_3") for record in records]
+        + ["t2i/vision.jpg"] + [f"{name}/vision.mp4" for name in ("t2v", "batch_2", "batch_3")]
+    )  # fmt: skip
+    modes = {name: outputs(file, name)["args"]["mode"] for name in ("batch_2", "batch_3", "t2i")}
+    assert modes == {"batch_2": "image2video", "batch_3": "video2video", "t2i": "text2image"}
+    assert outputs(file, "t2v")["args"]["crf"] == 25
+    assert outputs(file, "t2v")["outputs"][0]["content"]["sample_rate"] == 48000
+    assert outputs(file, "batch_2")["args"]["image"] == str(tmp_path / "first.png")
+    printed = capsys.readouterr()
+    assert "4 of 4 records have their results" in printed.out
+    assert "[4/4] batch_3" in printed.err
+
+
+def test_resume_serves_what_is_new_or_has_changed(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = batch(tmp_path, {"name": "a"}, {"name": "b"}, {"name": "c"})
+    assert generate(tiny_checkpoint, file) == 0
+    times = {name: (tmp_path / "out" / name / "vision.mp4").stat().st_mtime_ns for name in "abc"}
+    (tmp_path / "out" / "c" / "vision.mp4").unlink()
+    batch(tmp_path, {"name": "a"}, {"name": "b", "seed": 4}, {"name": "c"}, {"name": "d"})
+    assert generate(tiny_checkpoint, file, "--resume") == 0
+    fresh = {
+        name
+        for name in "abcd"
+        if (tmp_path / "out" / name / "vision.mp4").stat().st_mtime_ns != times.get(name)
+    }
+    assert fresh == {"b", "c", "d"}
+    assert "1 of 4 records are finished" in capsys.readouterr().err
+
+
+def test_nothing_starts_while_a_record_is_invalid(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    file = batch(
+        tmp_path, {"name": "good"}, {"num_steps": 999}, {"vision_path": "broken.png"}, {"fsp": 1},
+        {"enable_sound": "yes"}, {"model_mode": "reasoner", "top_p": 7.0},
+    )  # fmt: skip
+    assert generate(tiny_checkpoint, file) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ", 2)[1].rsplit("/", 1)[1] for line in lines] == [
+        f"batch.jsonl line {number}" for number in (4, 2, 3, 5, 6)
+    ]
+    for line, words in zip(
+        lines, ("fsp is 1", "num_steps is 999", "vision_path is ", "enable_sound is 'yes'", "top_p is 7.0"), strict=True,
+    ):  # fmt: skip
+        assert words in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_keep_going_past_invalid_and_failing_records(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = batch(tmp_path, {"name": "bad", "fps": 0}, {"name": "blocked"}, {"name": "good"})
+    (tmp_path / "out" / "blocked" / "vision.mp4").mkdir(parents=True)  # cannot be written
+    assert generate(tiny_checkpoint, file, "--keep-going") == 1
+    assert outputs(file, "good")["status"] == "success"
+    failed = outputs(file, "blocked")
+    assert (failed["status"], failed["outputs"]) == ("error", [])
+    assert "directory" in failed["message"]
+    assert "Traceback" in failed["stack_trace"]
+    assert "1 of 3 records have their results" in capsys.readouterr().out
+
+    batch(tmp_path, {"name": "blocked"}, {"name": "later"})
+    assert generate(tiny_checkpoint, file) == 1
+    assert not (tmp_path / "out" / "later" / "sample_outputs.json").exists()
+    assert "stopped at the first failure" in capsys.readouterr().err
+
+
+def test_dry_run_prints_every_parameter(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = batch(tmp_path, {"shift": 4}, {"fps": 12})
+    assert generate(tiny_checkpoint, file, "--dry-run", "--steps", 7) == 0
+    first, second = json.loads(capsys.readouterr().out)
+    assert (first["flow_shift"], second["fps"], second["name"]) == (4.0, 12.0, "batch_1")
+    assert first["num_inference_steps"] == second["num_inference_steps"] == 7
+    assert not (tmp_path / "out").exists()
+
+
+def test_empty_files_are_a_mistake(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate(tiny_checkpoint, batch(tmp_path)) == 2
+    assert "files with at least one record" in capsys.readouterr().err
+
+
+def test_a_record_continues_another(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = batch(
+        tmp_path, {"name": "a"}, {"name": "b", "continue_from": "a", "video_save_quality": 10}
+    )
+    assert generate(tiny_checkpoint, file, "--guidance-scale", 1) == 0
+    last = read_image(tmp_path / "out" / "a" / "last.png")
+    alone = Cosmos3(tiny_checkpoint).generate(
+        prompt="a boat", image=last, size="64x64", num_frames=5, num_inference_steps=2, seed=3,
+        guidance_scale=1.0,
+    )  # fmt: skip
+    alone.save(tmp_path / "alone.mp4", crf=0)
+    made = read_video(tmp_path / "out" / "b" / "vision.mp4", frames=9)
+    assert np.array_equal(made, read_video(tmp_path / "alone.mp4", frames=9))
+    assert not (tmp_path / "out" / "b" / "last.png").exists()
+
+    assert generate(tiny_checkpoint, file, "--guidance-scale", 1, "--resume") == 0
+    assert "2 of 2 records are finished" in capsys.readouterr().err
+    picture = {"name": "a", "num_frames": 1}
+    batch(tmp_path, picture, {"continue_from": "a"}, {"name": "c"}, {"continue_from": "c", "n": 2})
+    assert generate(tiny_checkpoint, file) == 2
+    assert "continue_from is 'a', must be the name of a valid record that makes one video" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[str]:
+    """An address where a picture is."""
+    folder = tmp_path / "web"
+    folder.mkdir()
+    Image.new("RGB", (64, 64), "teal").save(folder / "first.png")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_urls(
+    tiny_checkpoint: Path, tmp_path: Path, web: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = batch(tmp_path, {"name": "a", "vision_path": f"{web}/first.png"})
+    assert generate(tiny_checkpoint, file) == 0
+    assert outputs(file, "a")["args"]["mode"] == "image2video"
+    capsys.readouterr()
+    batch(tmp_path, {"vision_path": f"{web}/none.png"})
+    assert generate(tiny_checkpoint, file) == 2
+    assert (
+        "none.png', must be a URL that can be fetched (File not found)" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.serve
+def test_the_reasoner_answers_its_records(
+    tiny_checkpoint_fp32: Path, tmp_path: Path, vllm_cache: Path
+) -> None:
+    Image.new("RGB", (64, 64), "teal").save(tmp_path / "first.png")
+    clip(tmp_path / "clip.mp4", frames=9)
+    ask = {"model_mode": "reasoner", "enable_sound": False, "max_new_tokens": 8}
+    file = batch(
+        tmp_path,
+        {"name": "video"},
+        {"name": "text", **ask},
+        {"name": "image", **ask, "vision_path": "first.png", "do_sample": True, "temperature": 0.6},
+        {"name": "clip", **ask, "vision_path": "clip.mp4", "video_fps": 4},
+    )
+    command = [BIN / "vllm-cosmos3", "generate", tiny_checkpoint_fp32, "--dtype", "float32"]
+    command += ["--input", file, "--out", tmp_path / "out"]
+    done = subprocess.run(
+        [str(word) for word in command], check=False, capture_output=True, text=True, timeout=200,
+        env=environment(vllm_cache),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("text", "image", "clip"):
+        content = outputs(file, name)["outputs"][0]["content"]
+        text = (tmp_path / "out" / name / "reasoner_text.txt").read_text()
+        assert content == {"text": text, "tokens": 8, "complete": False}
+        assert text.strip()
+    assert outputs(file, "video")["outputs"][0]["files"] == ["vision.mp4"]
+
+
+def test_the_example(tiny_checkpoint: Path, tmp_path: Path, vllm_cache: Path) -> None:
+    script = ROOT / "examples" / "batch" / "run.sh"
+    assert len(script.read_text().splitlines()) <= 40
+    command = ["sh", script, tiny_checkpoint, tmp_path, "--size", "64x64", "--steps", "2"]
+    path = os.pathsep.join([str(BIN), os.environ["PATH"]])
+    done = subprocess.run(
+        [str(word) for word in command], check=False, capture_output=True, text=True, timeout=100,
+        env=environment(vllm_cache) | {"PATH": path},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 of 3 records have their results" in done.stdout
+    assert len(read_video(tmp_path / "boat_goes_on" / "vision.mp4", frames=99)) == 25

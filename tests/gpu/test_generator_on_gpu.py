@@ -1,0 +1,135 @@
+"""Whole steps at Nano's width: precision, graphs, branches side by side, and no waiting."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from vllm_cosmos3 import pipeline as pipeline_module
+from vllm_cosmos3.pipeline import Pipeline, State
+from vllm_cosmos3.request import from_fields
+
+pytestmark = pytest.mark.gpu
+
+IMAGE = {
+    "prompt_token_ids": list(range(10, 138)),
+    "negative_prompt_token_ids": list(range(20, 84)),
+    "size": "320x192",
+    "num_frames": 1,
+    "num_inference_steps": 35,
+    "guidance_scale": 6.0,
+    "flow_shift": 10.0,
+    "seed": 3,
+    "allow_untrained_size": True,
+}
+VIDEO = IMAGE | {"num_frames": 189}  # too many tokens for a graph, and for branches side by side
+
+
+def started(pipeline: Pipeline, fields: dict[str, object]) -> State:
+    return pipeline.encode(pipeline.plan(from_fields(fields)))
+
+
+def latents(pipeline: Pipeline, fields: dict[str, object], steps: int) -> Tensor:
+    """The video's latents after so many of the request's steps."""
+    state = started(pipeline, fields)
+    for _ in range(steps):
+        pipeline.step(state)
+    x: Tensor = state.denoised[0][0] if state.done else state.streams[0].x
+    return x
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    return float((a.float() - b.float()).norm() / b.float().norm())
+
+
+@pytest.mark.parametrize("fields", [IMAGE, VIDEO], ids=["image", "video"])
+def test_bfloat16_stays_near_float32(
+    pipeline: Pipeline, reference: Pipeline, fields: dict[str, object]
+) -> None:
+    """Guided, with the same weights to the bit: a whole request of four steps, and four of 35."""
+    rounded, precise = (latents(each, fields, 4) for each in (pipeline, reference))
+    assert apart(rounded, precise) <= 2e-3  # the latents are nearly all noise yet
+    whole = fields | {"num_inference_steps": 4}
+    rounded, precise = (latents(each, whole, 4) for each in (pipeline, reference))
+    assert apart(rounded, precise) <= 2e-2
+    assert apart(rounded, latents(pipeline, whole, 3)) > 0.1
+
+
+def test_bfloat16_velocities_stay_near_float32(pipeline: Pipeline, reference: Pipeline) -> None:
+    """One evaluation of each branch, which the noise of the latents cannot hide."""
+    pairs = []
+    for each in (pipeline, reference):
+        state = started(each, VIDEO)
+        each.step(state)  # draws the noise
+        with torch.inference_mode():
+            context = state.contexts[0]
+            timestep = state.timesteps[0]
+            pairs.append(each.transformer(state.streams, context, timestep, 0)[0][0])
+    assert apart(*pairs) <= 2e-2
+
+
+def test_a_replayed_graph_equals_launched_kernels(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten steps, of which the last eight or more are replayed."""
+    fields = IMAGE | {"num_inference_steps": 10}
+    made: list[int] = []
+    recording = pipeline_module.Recording
+
+    def counting(function: object) -> object:
+        made.append(1)
+        return recording(function)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pipeline_module, "Recording", counting)
+    replayed = latents(pipeline, fields, 10)
+    assert made  # few tokens: a graph was recorded
+    monkeypatch.setattr(pipeline_module, "launches_matter", lambda *_: False)
+    launched = latents(pipeline, fields, 10)
+    assert apart(replayed, launched) <= 5e-3
+    other = latents(pipeline, fields | {"seed": 4}, 10)
+    assert apart(other, launched) > 0.1
+
+
+def test_the_next_request_is_not_answered_by_the_last_ones_graph(pipeline: Pipeline) -> None:
+    fields = IMAGE | {"num_inference_steps": 10}
+    first = latents(pipeline, fields, 10)
+    latents(pipeline, fields | {"seed": 9, "prompt_token_ids": list(range(300, 428))}, 10)
+    assert torch.equal(latents(pipeline, fields, 10), first)
+
+
+def test_branches_side_by_side_equal_one_after_the_other(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other matrix shapes round otherwise, hence the margin."""
+    together = latents(pipeline, IMAGE, 4)
+    monkeypatch.setattr(pipeline_module, "JOINED_TOKENS", 0)
+    assert apart(together, latents(pipeline, IMAGE, 4)) <= 1e-2
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize("fields", [IMAGE, VIDEO], ids=["image", "video"])
+def test_no_step_waits_for_the_device(pipeline: Pipeline, fields: dict[str, object]) -> None:
+    """But for the pace between steps. The first ones draw noise, load kernels and record."""
+    state = started(pipeline, fields)
+    for _ in range(4):
+        pipeline.step(state)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            pipeline.step(state)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert bool(torch.isfinite(state.streams[0].x).all())
+
+
+def test_thirty_five_steps_stay_finite_and_decode(pipeline: Pipeline) -> None:
+    state = started(pipeline, IMAGE)
+    while not state.done:
+        pipeline.step(state)
+    assert bool(torch.isfinite(state.denoised[0][0]).all())
+    pipeline.decode(state)
+    (sample,) = pipeline.finish(state).samples
+    assert sample.image is not None
+    assert sample.image.shape == (192, 320, 3)
+    assert sample.image.std() > 1

@@ -1,0 +1,355 @@
+"""``vllm-cosmos3 generate --input``: records of files, one folder of results for each.
+
+Everything is checked before a weight is loaded. The reasoner answers first and is closed; then the
+generator is loaded, once, for all pictures: they need not fit into the memory together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+import traceback
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vllm_cosmos3 import media
+from vllm_cosmos3.batch import read_batch
+from vllm_cosmos3.cli.generate import (
+    generate,
+    given,
+    loaded,
+    open_reasoner,
+    planner,
+    quiet_libraries,
+    sample_folder,
+    write,
+)
+from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
+from vllm_cosmos3.questions import Question, question_of
+from vllm_cosmos3.records import REASONER, Record, is_url
+from vllm_cosmos3.request import GenerateRequest, from_fields
+from vllm_cosmos3.upsample import caption_of, question_about
+
+if TYPE_CHECKING:
+    from vllm_cosmos3.engine import Cosmos3
+    from vllm_cosmos3.plan import Plan
+    from vllm_cosmos3.reasoner import Answer, Reasoner
+
+FETCH_SECONDS = 60.0  # without a byte until a URL is given up
+AT_ONCE = 64  # questions, whose pictures are in memory together
+ARGUMENTS, OUTPUTS, TEXT = "sample_args.json", "sample_outputs.json", "reasoner_text.txt"
+LAST = "last.png"  # the last frame of a video that another record continues
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Sample:
+    """A checked record: what to ask whom, what it comes to as JSON, and the mark of its results.
+
+    ``continued`` says whether another record starts from its last frame.
+    """
+
+    record: Record
+    asked: GenerateRequest | Question
+    effective: Mapping[str, Any]
+    warnings: tuple[str, ...]
+    digest: str
+    continued: bool
+    upsampling: Question | None  # to be asked for the prompt before the generator is
+
+
+class Stopped(Exception):
+    """A record failed, and nobody asked to go on."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve the records of ``args.input``.
+
+    Returns 0 if every record has its results, 1 if one failed, 2 if one is invalid and nothing was
+    started.
+    """
+    batch = read_batch(args.input, given(args))
+    with TemporaryDirectory(prefix="cosmos3-input-") as cache:
+        samples, found = _checked(batch.records, planner(args), Downloads(Path(cache)), args)
+        problems = [*batch.problems, *found]
+        for problem in problems:
+            print(f"vllm-cosmos3 generate: {problem}", file=sys.stderr)
+        if not samples and not problems:
+            raise InvalidRequest("input", " ".join(args.input), "files with at least one record")
+        if problems and not args.keep_going:
+            return 2
+        if args.dry_run:
+            print(json.dumps([dict(sample.effective) for sample in samples], indent=2))
+            return 1 if problems else 0
+        for sample in samples:  # an unwritable place should fail before minutes of work
+            sample_folder(args.out, sample.record.name)
+        todo = [sample for sample in samples if not (args.resume and _finished(args, sample))]
+        _say(samples, todo)
+        served = _serve(todo, args)
+    done, total = len(samples) - len(todo) + served, len(samples) + len(problems)
+    print(f"{done} of {total} records have their results in {args.out}")
+    return 0 if done == total else 1
+
+
+def _serve(samples: Sequence[Sample], args: argparse.Namespace) -> int:
+    """Make the results of all samples. Returns how many have them now."""
+    questions = [sample for sample in samples if sample.record.kind == REASONER]
+    requests = [sample for sample in samples if sample.record.kind != REASONER]
+    served = 0
+    try:
+        with quiet_libraries():
+            if questions or any(sample.upsampling is not None for sample in requests):
+                with open_reasoner(args) as reasoner:
+                    served += _answered(reasoner, questions, args)
+                    requests = _upsampled(reasoner, requests, args)
+            for made in _generated(requests, args):
+                served += made
+    except Stopped:
+        print("stopped at the first failure; --keep-going goes on", file=sys.stderr)
+    return served
+
+
+# Before a weight is loaded.
+
+
+class Downloads:
+    """Files of URLs, each fetched once, in a folder that somebody else deletes."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._known: dict[str, Path] = {}
+
+    def file(self, field: str, url: str) -> str:
+        """The file of ``url``; InvalidRequest of ``field`` if it cannot be had."""
+        if url not in self._known:
+            path = self._folder / f"{len(self._known)}{Path(url.split('?')[0]).suffix}"
+            try:
+                with (
+                    urllib.request.urlopen(url, timeout=FETCH_SECONDS) as answer,
+                    path.open("wb") as file,
+                ):
+                    shutil.copyfileobj(answer, file)
+            except (OSError, ValueError) as error:
+                reason = " ".join(str(getattr(error, "reason", error)).split())
+                possible = f"a URL that can be fetched ({reason})"
+                raise InvalidRequest(field, url, possible, "fetch_failed") from None
+            self._known[url] = path
+        return str(self._known[url])
+
+
+def _checked(
+    records: Sequence[Record],
+    plan: Callable[[GenerateRequest], Plan],
+    downloads: Downloads,
+    args: argparse.Namespace,
+) -> tuple[list[Sample], list[InvalidRequest]]:
+    """The records that can be served, and what is wrong with the others."""
+    samples: dict[str, Sample] = {}
+    problems: list[InvalidRequest] = []
+    wanted = {record.continue_from for record in records}
+    for record in records:
+        upsampling = None
+        try:
+            fields = {
+                name: downloads.file(name, value) if is_url(value) else value
+                for name, value in record.fields.items()
+            }
+            before = _before(record, samples)
+            asked, effective, warnings = _settled(record, fields, before, plan)
+            if record.upsample is not None and isinstance(asked, GenerateRequest):
+                upsampling = question_about(asked, effective, record.upsample)
+        except InvalidRequest as error:
+            problems.append(record.placed(error))
+            continue
+        urls = {name: value for name, value in record.fields.items() if is_url(value)}
+        samples[record.name] = Sample(
+            record=record,
+            asked=asked,
+            effective={"name": record.name, **effective, **urls},
+            warnings=(*record.warnings, *warnings),
+            digest=_digest(record, before, args),
+            continued=record.name in wanted,
+            upsampling=upsampling,
+        )
+    return list(samples.values()), problems
+
+
+def _before(record: Record, samples: Mapping[str, Sample]) -> Sample | None:
+    """The sample whose last frame a record starts from."""
+    if record.continue_from is None:
+        return None
+    before = samples.get(record.continue_from)
+    video = before is not None and before.effective.get("num_frames", 1) > 1
+    if before is None or not video or before.effective["n"] != 1:
+        possible = "the name of a valid record that makes one video"
+        raise InvalidRequest("continue_from", record.continue_from, possible)
+    return before
+
+
+def _settled(
+    record: Record,
+    fields: Mapping[str, Any],
+    before: Sample | None,
+    plan: Callable[[GenerateRequest], Plan],
+) -> tuple[GenerateRequest | Question, dict[str, Any], tuple[str, ...]]:
+    """The request or question of a record, every parameter of it, and warnings."""
+    if record.kind == REASONER:
+        question = question_of(fields)
+        names = [name for name in question.__dataclass_fields__ if name != "schema"]
+        return question, {"mode": REASONER} | {n: getattr(question, n) for n in names}, ()
+    if before is not None:  # a picture of the right size stands for the frame to come
+        shape = (before.effective["height"], before.effective["width"], 3)
+        fields = {**fields, "image": np.zeros(shape, np.uint8)}
+    request = from_fields(fields)
+    planned = plan(request)
+    return request, dict(planned.effective), planned.warnings
+
+
+def _digest(record: Record, before: Sample | None, args: argparse.Namespace) -> str:
+    """What makes the results of two runs the same, seeds that are drawn apart."""
+    values = [
+        str(args.model), args.revision, args.dtype, record.kind, dict(record.fields), record.upsample,
+        record.crf, args.crf, record.quality, args.image_quality, args.image_type,
+        None if before is None else before.digest,
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _finished(args: argparse.Namespace, sample: Sample) -> bool:
+    """Whether an earlier run has left the results of this very record."""
+    folder = args.out / sample.record.name
+    try:
+        done = json.loads((folder / OUTPUTS).read_text())
+        files = [folder / name for output in done["outputs"] for name in output["files"]]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False  # none, or of another program
+    files += [folder / LAST] if sample.continued else []
+    same = done.get("status") == "success" and done.get("digest") == sample.digest
+    return same and all(file.is_file() for file in files)
+
+
+# The results.
+
+
+def _answered(reasoner: Reasoner, samples: Sequence[Sample], args: argparse.Namespace) -> int:
+    """Ask the reasoner everything, many questions at once. Returns how many have their answers."""
+    answered = 0
+    for start in range(0, len(samples), AT_ONCE):
+        some = samples[start : start + AT_ONCE]
+        questions = [sample.asked for sample in some if isinstance(sample.asked, Question)]
+        with _failures(some, args) as failed:
+            for sample, answer in zip(some, reasoner.ask(questions), strict=True):
+                _write_answer(sample, answer, args)
+        answered += 0 if failed else len(some)
+    return answered
+
+
+def _upsampled(
+    reasoner: Reasoner, samples: Sequence[Sample], args: argparse.Namespace
+) -> list[Sample]:
+    """The samples with the prompts that the reasoner writes, without those that it cannot write."""
+    wanted = {s.record.name: s.upsampling for s in samples if s.upsampling is not None}
+    print(f"upsample {len(wanted)} prompts", file=sys.stderr)
+    answers = dict(zip(wanted, reasoner.ask(list(wanted.values())), strict=True))
+    written = []
+    for sample in samples:
+        if sample.upsampling is None:
+            written.append(sample)
+            continue
+        with _failures([sample], args):
+            assert isinstance(sample.asked, GenerateRequest)  # so says its kind
+            answer = answers[sample.record.name]
+            prompt = caption_of(answer.text, complete=answer.complete)
+            written.append(replace(sample, asked=replace(sample.asked, prompt=prompt)))
+    return written
+
+
+def _write_answer(sample: Sample, answer: Answer, args: argparse.Namespace) -> None:
+    folder = sample_folder(args.out, sample.record.name)
+    (folder / TEXT).write_text(answer.text)
+    content = {"text": answer.text, "tokens": answer.tokens, "complete": answer.complete}
+    _record(sample, folder, status="success", outputs=[{"content": content, "files": [TEXT]}])
+    print(f"{folder / TEXT}  {answer.tokens} tokens")
+
+
+def _generated(samples: Sequence[Sample], args: argparse.Namespace) -> Iterator[bool]:
+    """Load the generator once and make everything; whether each has its pictures."""
+    if not samples:
+        return
+    with loaded(args) as model:
+        for number, sample in enumerate(samples, 1):
+            print(f"[{number}/{len(samples)}] {sample.record.name}", file=sys.stderr)
+            with _failures([sample], args) as failed:
+                _generate(model, sample, args)
+            yield not failed
+
+
+def _generate(model: Cosmos3, sample: Sample, args: argparse.Namespace) -> None:
+    assert isinstance(sample.asked, GenerateRequest)  # so says its kind
+    record, own = sample.record, argparse.Namespace(**vars(args))
+    own.name = record.name
+    own.original_prompt = None if sample.upsampling is None else record.fields["prompt"]
+    own.crf = args.crf if record.crf is None else record.crf
+    own.image_quality = args.image_quality if record.quality is None else record.quality
+    folder = sample_folder(args.out, record.name)
+    for name in (OUTPUTS, LAST):  # of an earlier run
+        (folder / name).unlink(missing_ok=True)
+    request = sample.asked
+    if record.continue_from is not None:
+        frame = args.out / record.continue_from / LAST
+        request = replace(request, image=media.read_image(frame, field="continue_from"))
+    output, files, timings = generate(model, request, own, folder)
+    if files:  # with several processes under torchrun the first one has the results
+        if sample.continued and output.video is not None:
+            media.write_image(folder / LAST, output.video[-1])
+        write(own, folder, output, files, timings)
+        done = json.loads((folder / OUTPUTS).read_text())
+        (folder / OUTPUTS).write_text(json.dumps(done | {"digest": sample.digest}, indent=2) + "\n")
+
+
+@contextmanager
+def _failures(samples: Sequence[Sample], args: argparse.Namespace) -> Iterator[list[Exception]]:
+    """What goes wrong inside is recorded in the folders of these samples, and given as a list.
+
+    Raises:
+        Stopped: something went wrong and the user did not ask to go on.
+    """
+    failed: list[Exception] = []
+    try:
+        yield failed
+    except Exception as error:  # whatever it is, it is the end of these alone
+        failed.append(error)
+        message = str(error) or type(error).__name__
+        stack = None if isinstance(error, Cosmos3Error) else traceback.format_exc()
+        for sample in samples:
+            folder = sample_folder(args.out, sample.record.name)
+            _record(sample, folder, status="error", message=message, stack_trace=stack)
+            print(f"vllm-cosmos3 generate: {sample.record.where}: {message}", file=sys.stderr)
+        if not args.keep_going:
+            raise Stopped from error
+
+
+def _record(sample: Sample, folder: Path, **values: Any) -> None:
+    """The two JSON records of a sample that no picture was made for."""
+    arguments = dict(sample.effective)
+    (folder / ARGUMENTS).write_text(json.dumps(arguments, indent=2, default=str) + "\n")
+    record = {"status": "error", "message": "", "args": arguments, "outputs": [], **values}
+    record |= {"warnings": list(sample.warnings), "digest": sample.digest}
+    (folder / OUTPUTS).write_text(json.dumps(record, indent=2, default=str) + "\n")
+
+
+def _say(samples: Sequence[Sample], todo: Sequence[Sample]) -> None:
+    for sample in todo:
+        for warning in sample.record.warnings:
+            print(f"warning: {sample.record.where}: {warning}", file=sys.stderr)
+    if len(todo) < len(samples):
+        print(f"{len(samples) - len(todo)} of {len(samples)} records are finished", file=sys.stderr)

@@ -1,0 +1,72 @@
+"""``vllm-cosmos3 upsample``: a short prompt becomes the structured one that the generator knows.
+
+The checkpoint's own reasoner writes it. The answer alone goes to standard output, one line for each
+prompt, so that it can be piped or kept in a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from vllm_cosmos3.cli.generate import add_flag, open_reasoner, planner, quiet_libraries
+from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.request import SPECS, from_fields
+from vllm_cosmos3.upsample import SAMPLING, SAMPLING_SPECS, caption_of, question_about
+
+# Fields of a request that the structured prompt depends on.
+FIELDS = ("image", "video", "size", "width", "height", "num_frames", "seconds", "fps")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s MODEL --prompt TEXT... [options]"
+    parser.add_argument(
+        "model", metavar="MODEL", help="checkpoint folder or Hugging Face repository"
+    )
+    parser.add_argument("--prompt", nargs="+", required=True, metavar="TEXT", help="what to show, in short")  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write here and not to standard output")  # fmt: skip
+    output = parser.add_argument_group("what the generator will make; --num-frames 1 is a picture")
+    for name in FIELDS:
+        add_flag(output, name, SPECS[name], None)
+    drawn = parser.add_argument_group("how the reasoner draws its answer")
+    for name, value in SAMPLING.items():
+        add_flag(drawn, name, SAMPLING_SPECS[name], value)
+    run = parser.add_argument_group("model and device")
+    run.add_argument("--revision", help="branch, tag or commit of the repository")
+    run.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32 (default: bfloat16)")  # fmt: skip
+    run.add_argument("--tensor-parallel-size", "--tp", type=int, default=1, metavar="N", help="ranks that share each layer (default: 1)")  # fmt: skip
+    run.add_argument("--load-format", default="auto", help="as vLLM's (default: auto)")
+    run.add_argument("--enforce-eager", action="store_true", help="start sooner and answer more slowly")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Ask for all prompts at once. Prompts that are structured already stay as they are."""
+    args.checkpoint_kind = args.distributed_executor_backend = None
+    sampling = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    for name, value in sampling.items():
+        sampling[name] = SAMPLING_SPECS[name].checked(name, value)
+    fields = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
+    plan = planner(args)
+    captions: list[str] = list(args.prompt)
+    questions = {}
+    for index, prompt in enumerate(captions):
+        request = from_fields({"prompt": prompt, **fields})
+        question = question_about(request, plan(request).effective, sampling)
+        if question is None:
+            captions[index] = json.dumps(json.loads(prompt), separators=(",", ":"))
+        else:
+            questions[index] = question
+    if args.out is not None and not args.out.absolute().parent.is_dir():
+        raise InvalidRequest("out", str(args.out), "a file in a folder that exists")
+    if questions:
+        with quiet_libraries(), open_reasoner(args) as reasoner:
+            answers = reasoner.ask(list(questions.values()))
+        for index, answer in zip(questions, answers, strict=True):
+            captions[index] = caption_of(answer.text, complete=answer.complete)
+    text = "".join(f"{caption}\n" for caption in captions)
+    if args.out is None:
+        print(text, end="")
+    else:
+        args.out.write_text(text)
+    return 0
