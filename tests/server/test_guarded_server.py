@@ -112,8 +112,9 @@ def test_row_75_a_mode_that_the_checkpoint_was_not_made_for(client: httpx.Client
     answers = [
         client.post("/v1/videos", json=TEXT),
         client.post("/v1/images/generations", json={"prompt": "a boat", "size": "64x64"}),
+        client.post("/v1/videos", json=TEXT | {"seg": PICTURE}),
     ]
-    for answer, mode in zip(answers, ("text2video", "text2image"), strict=True):
+    for answer, mode in zip(answers, ("text2video", "text2image", "transfer"), strict=True):
         error = answer.json()["error"]
         assert (answer.status_code, error["code"]) == (400, "unsupported_by_model")
         assert error["message"] == (

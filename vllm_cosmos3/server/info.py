@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, Response
 
 from vllm_cosmos3 import conditions, droid
 from vllm_cosmos3.embodiments import EMBODIMENTS
+from vllm_cosmos3.hints import CONTROL_GUIDANCE
 from vllm_cosmos3.kinds import ACTION_MODES, MODES
 from vllm_cosmos3.server.errors import ApiError, error_body
 from vllm_cosmos3.server.routing import Route, service
@@ -48,7 +49,11 @@ def models(at: Service) -> dict[str, Any]:
 def capability(at: Service) -> dict[str, Any]:
     """What a user interface needs to know about the checkpoint."""
     actions = ACTION_MODES if at.model.transformer.action_gen else ()
-    modes = [mode for mode in MODES[at.model.kind] if mode in (*conditions.DEFAULTS, *actions)]
+    modes = [
+        mode
+        for mode in MODES[at.model.kind]
+        if mode in (*conditions.DEFAULTS, "transfer", *actions)
+    ]
     bodies = EMBODIMENTS if set(ACTION_MODES) & set(modes) else ()
     return {
         "family": "cosmos3",
@@ -64,6 +69,7 @@ def capability(at: Service) -> dict[str, Any]:
             mode: asdict(conditions.DEFAULTS[mode]) for mode in modes if mode in conditions.DEFAULTS
         },
         "action_domains": {row.name: asdict(row) for row in bodies},
+        "control_guidance": CONTROL_GUIDANCE if "transfer" in modes else {},
         "robot": droid.CAPABILITY if at.model.kind == droid.KIND else None,
         "guardrails": at.guardrails.state,
         "queue_limit": at.options.max_queue,

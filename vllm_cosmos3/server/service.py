@@ -36,6 +36,7 @@ from vllm_cosmos3.runtime.mesh import check_degrees
 from vllm_cosmos3.runtime.scheduler import QueueConfig
 from vllm_cosmos3.runtime.worker import StageConfig
 from vllm_cosmos3.server.artifacts import RECORD, STAGE
+from vllm_cosmos3.server.controls import joined
 from vllm_cosmos3.server.errors import ApiError, slug
 from vllm_cosmos3.server.guardrails import Guardrails
 from vllm_cosmos3.server.jobs import COMPLETED, FAILED, RUNNING, Job, Journal
@@ -204,7 +205,7 @@ class Service:
 
     async def _plan(self, asked: Asked, media: Mapping[str, Any]) -> Plan:
         def make() -> Plan:
-            request = from_fields({**asked.fields, **media})
+            request = from_fields(joined(asked.fields, media))
             return conditions.make_plan(request, self.model, self._tokenizer)
 
         async with self._planners:
