@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "vllm_cosmos3"
 
 LAYERS = [
-    {"version", "errors", "progress"},
+    {"version", "errors", "progress", "loading"},
     {"kinds"},
     {"config", "plan", "embodiments", "poses", "compat"},
     {"runtime.mesh", "media"},
@@ -38,6 +38,7 @@ LAYERS = [
     {"models.texts", "runtime.budget", "records"},
     {
         "batch",
+        "models.components",
         "models.processing",
         "models.video_loader",
         "models.config_parser",

@@ -13,7 +13,7 @@ from vllm_cosmos3 import conditions, droid
 from vllm_cosmos3.embodiments import EMBODIMENTS
 from vllm_cosmos3.hints import CONTROL_GUIDANCE
 from vllm_cosmos3.kinds import ACTION_MODES, MODES
-from vllm_cosmos3.server.errors import ApiError, error_body
+from vllm_cosmos3.server.errors import error_body
 from vllm_cosmos3.server.routing import Route, service
 from vllm_cosmos3.server.service import Service
 
@@ -94,12 +94,14 @@ async def health_of(request: Request) -> Response:
     if at is None:
         return _unready("loading", "the server is starting", None)
     status = await asyncio.to_thread(at.status)
-    report = {
+    report: dict[str, Any] = {
         "surfaces": {"generator": status.state},
         "queue": {"waiting": status.waiting, "running": status.running, "limit": status.limit},
         "restarts": status.restarts,
         "guardrails": at.guardrails.state,
     }
+    if status.state == "starting":
+        report["loaded_percent"] = at.loaded(status)
     engine = request.app.state.cosmos3_engine
     if engine is not None:
         report["surfaces"]["reasoner"] = "ready"
@@ -111,15 +113,10 @@ async def health_of(request: Request) -> Response:
     if at.draining:
         return _unready("draining", "the server is stopping", report)
     if status.state != "ready":
-        return _unready("loading", f"the generator is {status.state}", report)
+        return _unready("loading", at.reason(status), report)
     return JSONResponse({"status": "healthy", **report})
 
 
 def _unready(code: str, reason: str, report: dict[str, Any] | None) -> JSONResponse:
     body = {"status": "unhealthy", "reason": reason, **(report or {}), **error_body(code, reason)}
     return JSONResponse(body, 503, {"Retry-After": "5"})
-
-
-def not_found(path: str) -> ApiError:
-    """The answer to a path that nothing serves."""
-    return ApiError("not_found", f"there is no {path} here; /docs lists what there is")
