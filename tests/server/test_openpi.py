@@ -91,9 +91,14 @@ def test_openpi_client(robot_server: Server, openpi_python: Path) -> None:
     assert again == "True"
 
 
-def test_the_example(robot_server: Server, openpi_python: Path) -> None:
+def test_the_example_while_an_idle_robot_is_let_go(
+    robot_server: Server, openpi_python: Path
+) -> None:
     url = robot_server.url.replace("http", "ws")
-    output = openpi_client(openpi_python, str(EXAMPLE), url, "open the drawer")
+    with robot(robot_server.url) as idle:
+        output = openpi_client(openpi_python, str(EXAMPLE), url, "open the drawer")
+        with pytest.raises(ConnectionClosed, match="no message for 12 seconds"):
+            idle.receive()
     assert output.splitlines()[1].startswith("0: (32, 8) in ")
 
 
@@ -199,11 +204,6 @@ def test_an_unknown_shape_of_replies(robot_server: Server) -> None:
     refused = pytest.raises(ConnectionClosed, match="must be dict or array")
     with refused, robot(robot_server.url, "/?reply=json"):
         pass
-
-
-def test_an_idle_robot_is_let_go(robot_server: Server) -> None:
-    with robot(robot_server.url) as arm, pytest.raises(ConnectionClosed, match="no message for"):
-        arm.receive()
 
 
 def test_several_robots_take_turns(robot_server: Server) -> None:

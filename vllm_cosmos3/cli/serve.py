@@ -24,7 +24,6 @@ TAKES_REST = True
 ARCHITECTURE = "Cosmos3ReasonerForConditionalGeneration"
 PLUGIN = "cosmos3"  # name of our entry points, which VLLM_PLUGINS can switch off
 DEFAULT_PORT = 8000  # vLLM's
-ROBOT_KEYS = "vllm_cosmos3.server.keys.AnyScheme"  # lets robots name their API key as they do
 
 _EPILOG = """\
 Every other flag is passed on to vLLM, for example --tensor-parallel-size 4, --max-model-len 32768,
@@ -97,7 +96,6 @@ def run(args: argparse.Namespace) -> int:
             additional.get("cosmos3"), args.checkpoint, args.rest
         )
         args.rest += ["--additional-config", json.dumps(additional)]
-        args.rest += ["--middleware", ROBOT_KEYS]
 
     environment = (
         {"VLLM_PLUGINS": os.environ.get("VLLM_PLUGINS", PLUGIN)} if args.surface == "both" else {}
