@@ -206,12 +206,14 @@ def test_an_unknown_shape_of_replies(robot_server: Server) -> None:
         pass
 
 
-def test_several_robots_take_turns(robot_server: Server) -> None:
+def test_several_robots_are_served_one_after_the_other(robot_server: Server) -> None:
     with robot(robot_server.url) as one, robot(robot_server.url) as other:
         for arm in (one, other):
-            arm.send(observation(seed=5))
+            arm.send(observation(seed=5, sampling_params={"num_inference_steps": 3}))
         first, second = one.receive(), other.receive()
     np.testing.assert_array_equal(first["actions"], second["actions"])
+    times = sorted((x["server_timing"] for x in (first, second)), key=lambda x: x["queue_ms"])
+    assert times[1]["queue_ms"] > times[0]["denoise_ms"] / 2  # in turns nobody waits for long
 
 
 def test_a_robot_too_many_is_told_and_may_ask_again(robot_server: Server) -> None:

@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vllm_cosmos3 import conditions, prompts
+from vllm_cosmos3 import conditions, droid, prompts
 from vllm_cosmos3.config import EngineConfig, ModelConfig, ParallelConfig, read_config
 from vllm_cosmos3.errors import Busy, Cosmos3Error, InvalidRequest
 from vllm_cosmos3.kinds import DISTILLED
@@ -122,7 +122,10 @@ class Service:
         self.stage = StageClient(
             StageConfig(engine=engine, stage=STAGE, backend=options.generator_executor_backend),
             QueueConfig(
-                max_waiting=options.max_queue, max_waiting_seconds=options.max_queue_gpu_seconds
+                # Requests of robots are alike: in turns each of them would take as long as all.
+                policy="fifo" if self.model.kind == droid.KIND else "short-first",
+                max_waiting=options.max_queue,
+                max_waiting_seconds=options.max_queue_gpu_seconds,
             ),
             drain_seconds=options.drain_seconds,
         )
@@ -239,23 +242,29 @@ class Service:
                 if not begun.done():
                     begun.set_result(time.perf_counter())
 
-            output = await self._inferred(await self._accepted(fields, begin))
+            job, work = await self._accepted(fields, begin)
+            output = await self._inferred(job)
+            self._pace.learn(work, time.perf_counter() - begun.result())
             queue = begun.result() - accepted
             return replace(output, timings={"queue": queue, **output.timings})
         finally:
             self._inferring -= 1
 
-    async def _accepted(self, fields: Mapping[str, Any], report: Report) -> StageJob:
+    async def _accepted(self, fields: Mapping[str, Any], report: Report) -> tuple[StageJob, float]:
         asked = Asked(fields=dict(fields), server={}, references={}, warnings=())
         try:
             self._check_open()
             plan = await self._plan(asked, {})
             await asyncio.to_thread(self.guardrails.check, fields["prompt"], requested=None)
-            seconds = self._pace.seconds(estimates.work(plan))
-            deadline = self.options.sync_deadline
-            return await asyncio.to_thread(
-                self.stage.submit, plan, seconds=seconds, deadline=deadline, report=report
+            work = estimates.work(plan)
+            job = await asyncio.to_thread(
+                self.stage.submit,
+                plan,
+                seconds=self._pace.seconds(work),
+                deadline=self.options.sync_deadline,
+                report=report,
             )
+            return job, work
         except Cosmos3Error as error:
             reason = "invalid" if isinstance(error, InvalidRequest) else slug(error)
             self.metrics.rejected.labels(reason).inc()
