@@ -14,7 +14,8 @@ LAYERS = [
     {"kinds"},
     {"config", "plan", "embodiments", "poses", "compat"},
     {"runtime.mesh", "media"},
-    {"hints"},
+    {"hints", "sizes"},
+    {"spec"},
     {"inventory", "request", "prompts", "sampling", "hub", "models.limits", "droid"},
     {"actions", "transfer"},
     {
@@ -37,8 +38,8 @@ LAYERS = [
     {"models.transformer", "models.vae", "models.sound", "models.patches", "upsample"},
     {"models.texts", "runtime.budget", "records"},
     {
-        "batch",
         "models.components",
+        "batch",
         "models.processing",
         "models.video_loader",
         "models.config_parser",
@@ -64,6 +65,8 @@ NO_TORCH = {
     "poses",
     "actions",
     "hints",
+    "sizes",
+    "spec",
     "transfer",
     "conditions",
     "request",
