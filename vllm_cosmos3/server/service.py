@@ -18,22 +18,20 @@ import uuid
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vllm_cosmos3 import conditions, prompts
-from vllm_cosmos3.config import EngineConfig, ModelConfig, ParallelConfig, read_config
+from vllm_cosmos3 import conditions, droid, prompts
 from vllm_cosmos3.errors import Busy, Cosmos3Error, InvalidRequest
-from vllm_cosmos3.kinds import DISTILLED
 from vllm_cosmos3.models.components import loaded_values
 from vllm_cosmos3.output import Output
 from vllm_cosmos3.plan import Plan
-from vllm_cosmos3.progress import Progress
+from vllm_cosmos3.progress import Progress, Report
 from vllm_cosmos3.request import from_fields
 from vllm_cosmos3.runtime.client import Job as StageJob
 from vllm_cosmos3.runtime.client import StageClient
 from vllm_cosmos3.runtime.core import Status
-from vllm_cosmos3.runtime.mesh import check_degrees
 from vllm_cosmos3.runtime.scheduler import QueueConfig
 from vllm_cosmos3.runtime.worker import StageConfig
 from vllm_cosmos3.server import estimates
@@ -45,6 +43,7 @@ from vllm_cosmos3.server.jobs import COMPLETED, FAILED, RUNNING, Job, Journal
 from vllm_cosmos3.server.metrics import metrics
 from vllm_cosmos3.server.options import Options
 from vllm_cosmos3.server.protocol import Asked
+from vllm_cosmos3.server.sizing import Sizing
 
 logger = logging.getLogger(__name__)
 
@@ -56,47 +55,19 @@ PLANNERS = 4  # requests that are planned at once, which may decode media
 SPANS = {"encode": (1, 5), "denoise": (5, 90), "decode": (90, 99)}
 
 
-def checked_model(folder: Path, options: Options) -> ModelConfig:
-    """The checkpoint's own numbers.
-
-    Raises:
-        CheckpointError, Unsupported: it cannot be run.
-        InvalidRequest: the options do not suit it.
-    """
-    model = read_config(folder, options.checkpoint_kind or None)
-    guided = model.kind not in DISTILLED
-    check_degrees(_parallel(options), model.transformer, guided=guided)
-    return model
-
-
-def _parallel(options: Options) -> ParallelConfig:
-    return ParallelConfig(
-        tensor_parallel_size=options.generator_tensor_parallel_size,
-        cfg_parallel_size=options.cfg_parallel_size,
-        ulysses_degree=options.ulysses_degree,
-        vae_parallel=options.vae_parallel,
-    )
-
-
 class Service:
     """Everything that lives as long as the server. ``start`` it in the event loop."""
 
     def __init__(
-        self,
-        folder: Path,
-        names: tuple[str, ...],
-        options: Options,
-        device: str,
-        guardrails: Guardrails,
+        self, sizing: Sizing, names: tuple[str, ...], options: Options, guardrails: Guardrails
     ) -> None:
-        self.options, self.names = options, names
-        self.model = checked_model(folder, options)
-        self.guardrails = guardrails
+        self.sizing, self.model = sizing, sizing.model
+        self.options, self.names, self.guardrails = options, names, guardrails
         self.journal = Journal(options.storage)
         self.metrics = metrics()
         self.metrics.limit.set(options.max_queue)
         self.draining = False
-        self._tokenizer = prompts.load_tokenizer(folder)
+        self._tokenizer = prompts.load_tokenizer(self.model.path)
         self._planners = asyncio.Semaphore(PLANNERS)
         self._own: dict[str, Job] = {}  # not ended
         self._stage_jobs: dict[str, StageJob] = {}
@@ -109,19 +80,15 @@ class Service:
         if options.generator_devices:
             # This process computes nothing, and the reasoner's processes have started before.
             os.environ["CUDA_VISIBLE_DEVICES"] = options.generator_devices
-        engine = EngineConfig(
-            model=folder,
-            dtype=options.generator_dtype,
-            device=device,
-            load_format=options.generator_load_format,
-            attention_backend=options.attention_backend,
-            checkpoint_kind=options.checkpoint_kind or None,
-            parallel=_parallel(options),
-        )
         self.stage = StageClient(
-            StageConfig(engine=engine, stage=STAGE, backend=options.generator_executor_backend),
+            StageConfig(
+                engine=sizing.engine, stage=STAGE, backend=options.generator_executor_backend
+            ),
             QueueConfig(
-                max_waiting=options.max_queue, max_waiting_seconds=options.max_queue_gpu_seconds
+                # Requests of robots are alike: in turns each of them would take as long as all.
+                policy="fifo" if self.model.kind == droid.KIND else "short-first",
+                max_waiting=options.max_queue,
+                max_waiting_seconds=options.max_queue_gpu_seconds,
             ),
             drain_seconds=options.drain_seconds,
         )
@@ -225,29 +192,42 @@ class Service:
     async def infer(self, fields: Mapping[str, Any]) -> Output:
         """Run a request for what it comes to: there is no job, and nothing is stored.
 
-        Cancelling it stops the stage's work.
+        Cancelling it stops the stage's work. The output's timings have "queue" too.
 
         Raises:
             Cosmos3Error: it cannot be served, now or at all, or it failed.
         """
         self._inferring += 1
         try:
-            job = await self._accepted(fields)
-            return await self._inferred(job)
+            accepted, begun = time.perf_counter(), Future[float]()
+
+            def begin(progress: Progress) -> None:
+                if not begun.done():
+                    begun.set_result(time.perf_counter())
+
+            job, work = await self._accepted(fields, begin)
+            output = await self._inferred(job)
+            self._pace.learn(work, time.perf_counter() - begun.result())
+            queue = begun.result() - accepted
+            return replace(output, timings={"queue": queue, **output.timings})
         finally:
             self._inferring -= 1
 
-    async def _accepted(self, fields: Mapping[str, Any]) -> StageJob:
+    async def _accepted(self, fields: Mapping[str, Any], report: Report) -> tuple[StageJob, float]:
         asked = Asked(fields=dict(fields), server={}, references={}, warnings=())
         try:
             self._check_open()
             plan = await self._plan(asked, {})
             await asyncio.to_thread(self.guardrails.check, fields["prompt"], requested=None)
-            seconds = self._pace.seconds(estimates.work(plan))
-            deadline = self.options.sync_deadline
-            return await asyncio.to_thread(
-                self.stage.submit, plan, seconds=seconds, deadline=deadline
+            work = estimates.work(plan)
+            job = await asyncio.to_thread(
+                self.stage.submit,
+                plan,
+                seconds=self._pace.seconds(work),
+                deadline=self.options.sync_deadline,
+                report=report,
             )
+            return job, work
         except Cosmos3Error as error:
             reason = "invalid" if isinstance(error, InvalidRequest) else slug(error)
             self.metrics.rejected.labels(reason).inc()
@@ -409,11 +389,7 @@ class Service:
         folder = self.journal.folder(job.id)
         job.bytes = sum(file.stat().st_size for file in folder.iterdir())
         frames = int(job.effective["num_frames"]) * int(job.effective["n"])
-        ranks = (
-            self.options.generator_tensor_parallel_size
-            * self.options.cfg_parallel_size
-            * self.options.ulysses_degree
-        )
+        ranks = self.sizing.engine.parallel.world_size
         job.usage = {
             "frames": frames,
             "output_seconds": round(frames / float(job.effective["fps"]), 3),
