@@ -355,7 +355,8 @@ class Pipeline:
         """Predict, guide, step, and put back what is known. The solver works in float32."""
         plan, schedule = state.plan, state.schedule
         predict = partial(self._predict, state, state.timesteps[index])
-        latents = tuple(stream.x for stream in state.streams)
+        moving = [place for place, stream in enumerate(plan.streams) if stream.generated]
+        latents = tuple(state.streams[place].x for place in moving)
         velocities = guide(predict, state.guidance[index], self.mesh.cfg, latents)
         solver = SOLVERS[plan.solver]
         fresh: dict[str, Tensor] = {}
@@ -363,7 +364,6 @@ class Pipeline:
             shapes = {stream.name: stream.shape for stream in plan.streams}
             fresh = step_noise(shapes, seed=seed, rule=plan.noise, index=index)
         streams, remembered = list(state.streams), []
-        moving = [place for place, stream in enumerate(plan.streams) if stream.generated]
         for place, v, before in zip(moving, velocities, state.solver, strict=True):
             stream = state.streams[place]
             noise = fresh[stream.name].to(self.device) if fresh else None
@@ -427,6 +427,7 @@ class Pipeline:
         with state.timers.phase("to_cpu"):
             pixels = torch.cat(chunks)[state.plan.overlap if before else 0 :].cpu()
             pixels_THWC = torch.cat([*before, pixels])[: state.plan.num_frames].numpy()
+            pixels_THWC = np.concatenate([*state.plan.beside, pixels_THWC], axis=2)
             sound = None if waveform is None else waveform.float().cpu().numpy()
         if len(pixels_THWC) == 1:
             return Sample(seed=seed, image=pixels_THWC[0])

@@ -80,7 +80,8 @@ class Plan:
     branch without controls. ``streams`` are in the order of the sequence; of several with one name
     the last is the result. A long video is made in chunks: ``later`` has the streams of all but the
     first, in the same shapes, and each takes its first ``overlap`` pixel frames over from the end of
-    the one before; of all together ``num_frames`` are kept. ``seeds`` has one seed per result.
+    the one before; of all together ``num_frames`` are kept, to the right of the clips ``beside``
+    [num_frames, H, W, 3]. ``seeds`` has one seed per result.
     ``initial`` replaces the seeds' noise by stream name. ``decoded`` is false if the latents alone
     are wanted. ``domain_id`` is the embodiment of the actions, ``actions`` how to read them if they
     are generated. ``effective`` is the
@@ -107,6 +108,7 @@ class Plan:
     later: tuple[tuple[StreamPlan, ...], ...] = ()
     overlap: int = 0
     num_frames: int | None = None  # None: as many as there are
+    beside: tuple[np.ndarray, ...] = ()
     initial: Mapping[str, np.ndarray] = field(default_factory=dict)
     effective: Mapping[str, object] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()

@@ -32,6 +32,7 @@ REQUESTS = {
     # 3 x 3 patches and a sound latent: an odd number of tokens
     "tokens that do not divide": {"num_frames": 1, "height": 96, "width": 96},
     "image to video": {"num_frames": 9, "height": 64, "width": 80, "image": IMAGE},
+    "rollout": {"num_frames": 5, "height": 64, "width": 64, "image": IMAGE, "num_chunks": 2},
     "transfer of two controls in two chunks": {
         "depth": {"control": CLIP, "control_weight": 3},
         "seg": CLIP[::-1],

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from generators import SMALL, create, finished, generator
+from generators import SMALL, create, eventually, finished, generator, refuses
 from servers import Server
 
 pytestmark = pytest.mark.serve
@@ -26,13 +27,6 @@ def job_of(server: Server, job: dict[str, Any]) -> dict[str, Any]:
 
 def content(server: Server, job: dict[str, Any]) -> httpx.Response:
     return httpx.get(f"{server.url}/v1/videos/{job['id']}/content")
-
-
-def eventually(what: Callable[[], bool], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "it does not happen"
-        time.sleep(0.05)
 
 
 def test_jobs_outlive_servers(tiny_checkpoint: Path, vllm_cache: Path, tmp_path: Path) -> None:
@@ -74,22 +68,28 @@ def test_jobs_outlive_servers(tiny_checkpoint: Path, vllm_cache: Path, tmp_path:
         assert job_of(first, last)["status"] in ("queued", "in_progress")
         assert finished(second, last, 120)["status"] == "completed"
         assert content(second, last).status_code == 200
-        eventually(lambda: _refuses(first))
+        eventually(lambda: refuses(first))
 
 
-def _refuses(server: Server) -> bool:
-    try:
-        httpx.get(f"{server.url}/health/live")
-    except httpx.TransportError:
-        return True
-    return False
-
-
-def test_files_expire_by_age_and_quota(
+def test_loading_is_told_and_files_expire_by_age_and_quota(
     tiny_checkpoint: Path, vllm_cache: Path, tmp_path: Path
 ) -> None:
-    flags = ["--file-ttl", "8", "--storage-quota", "90000"]
-    with generator(tiny_checkpoint, tmp_path, vllm_cache, *flags) as server:
+    wide = widened(tiny_checkpoint, tmp_path / "wide", intermediate_size=32768)
+    heard: list[dict[str, Any]] = []
+
+    def listen(server: Server) -> None:
+        assert httpx.get(f"{server.url}/health/live").status_code == 200
+        answer = httpx.get(f"{server.url}/health")
+        if answer.status_code == 503:
+            heard.append(answer.json())
+
+    flags = ["--file-ttl", "8", "--storage-quota", "90000", "--load-format", "dummy"]
+    with generator(wide, tmp_path, vllm_cache, *flags, while_starting=listen) as server:
+        loaded = [report["loaded_percent"] for report in heard]
+        assert loaded == sorted(loaded)
+        assert any(0 < percent < 100 for percent in loaded)
+        assert {report["error"]["code"] for report in heard} == {"loading"}
+        assert f"{loaded[-1]} % of its weights" in heard[-1]["reason"]
         first = finished(server, create(server, **SMALL))
         assert content(server, first).status_code == 200
         jobs = [finished(server, create(server, **SMALL)) for _ in range(3)]
@@ -103,3 +103,11 @@ def test_files_expire_by_age_and_quota(
         assert kept["status"] == "completed"
         assert kept["expires_at"] <= time.time()
         assert httpx.delete(f"{server.url}/v1/videos/{first['id']}").status_code == 200
+
+
+def widened(checkpoint: Path, folder: Path, **changes: int) -> Path:
+    """The configuration of a larger checkpoint, so that loading takes a while."""
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    file = folder / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder

@@ -19,6 +19,7 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from getpass import getuser
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,11 @@ class StageClient:
             if self._error is not None:
                 raise self._error
 
+    @property
+    def error(self) -> Cosmos3Error | None:
+        """Why the stage will never serve again, None as long as it may."""
+        return self._error
+
     def submit(
         self,
         plan: Any,
@@ -274,7 +280,7 @@ class StageClient:
 
     def _start_process(self) -> subprocess.Popen[bytes]:
         setup = Setup(
-            stage=self._stage,
+            stage=replace(self._stage, scratch=self._folder),
             queue=self._queue,
             folder=self._folder,
             parent=os.getpid(),

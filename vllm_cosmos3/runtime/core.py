@@ -31,6 +31,7 @@ from vllm_cosmos3.errors import (
     OutOfMemory,
     WorkerDied,
 )
+from vllm_cosmos3.loading import slowest
 from vllm_cosmos3.progress import Progress
 from vllm_cosmos3.runtime.executor import StageExecutor
 from vllm_cosmos3.runtime.scheduler import QueueConfig, Scheduler
@@ -102,7 +103,10 @@ class Failed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """``state`` is starting, ready, recovering, draining or failed."""
+    """``state`` is starting, ready, recovering, draining or failed.
+
+    ``loaded`` counts the values of the checkpoint that are in place while the ranks start.
+    """
 
     state: str
     waiting: int = 0
@@ -110,6 +114,7 @@ class Status:
     running: int = 0
     limit: int = 0
     restarts: int = 0
+    loaded: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -396,6 +401,7 @@ class StageCore:
             running=len(self._scheduler.resident),
             limit=self._setup.queue.max_waiting,
             restarts=self._restarts,
+            loaded=slowest(self._setup.folder),
         )
 
     def _tell_all(self, message: object) -> None:

@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +26,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_cosmos3.config import EngineConfig
 from vllm_cosmos3.errors import Cosmos3Error, OutOfMemory
+from vllm_cosmos3.loading import counted
 from vllm_cosmos3.runtime.mesh import Mesh, all_gather, close_mesh, from_first, init_mesh
 
 
@@ -59,6 +61,7 @@ class StageConfig:
 
     ``backend`` is a name that vLLM's ParallelConfig.distributed_executor_backend knows: "mp" for
     local processes, "uni" for the calling process, "ray", "external_launcher" under torchrun.
+    In ``scratch``, where it is given, ranks say how much they have loaded.
     Seconds: ``timeout`` until a call that does not answer is taken for hung, ``grace`` that other
     ranks have to answer once one has failed.
     """
@@ -68,6 +71,7 @@ class StageConfig:
     backend: str = "mp"
     timeout: float = 1800.0
     grace: float = 2.0
+    scratch: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +155,11 @@ class DiffusionWorker(WorkerBase):
     def load(self) -> None:
         module, name = self._config.stage.split(":")
         stage: type[Stage] = getattr(importlib.import_module(module), name)
-        self._stage = stage.load(self._config.engine, self._mesh, self.device)
+        folder = self._config.scratch
+        if folder is not None and not folder.is_dir():
+            folder = None  # it is on another host
+        with nullcontext() if folder is None else counted(folder, self.rank):
+            self._stage = stage.load(self._config.engine, self._mesh, self.device)
 
     def ping(self, number: int) -> bool:
         """Whether this rank and its neighbours on every axis are at the same exchange."""

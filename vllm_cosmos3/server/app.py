@@ -15,12 +15,12 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.exceptions import HTTPException
 
 from vllm_cosmos3.server import images, info, openpi, videos
-from vllm_cosmos3.server.errors import ApiError, error_body, error_response
+from vllm_cosmos3.server.envelope import Envelope
+from vllm_cosmos3.server.errors import ApiError
 from vllm_cosmos3.server.keys import ApiKeys, Keys
-from vllm_cosmos3.server.routing import Route, request_id, service
+from vllm_cosmos3.server.routing import Route, service
 from vllm_cosmos3.server.service import Service
 from vllm_cosmos3.version import __version__
 
@@ -64,14 +64,13 @@ def make_app(make_service: Callable[[], Service], listen: Listen) -> FastAPI:
     app.state.cosmos3_sessions = openpi.Sessions()
     for router in (*routers(), core):
         app.include_router(router)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _unforeseen)
     if listen.origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=listen.origins, allow_methods=["*"], allow_headers=["*"]
         )
     if listen.api_keys:
         app.add_middleware(ApiKeys, keys=listen.api_keys)
+    app.add_middleware(Envelope, prefixes=("/",))
     return app
 
 
@@ -147,28 +146,3 @@ async def version() -> Response:
 async def metrics() -> Response:
     """Prometheus families."""
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    """404 and 405 of the router in our envelope."""
-    assert isinstance(error, HTTPException)
-    response = _of_router(request, error)
-    response.headers["x-request-id"] = request_id(request)
-    return response
-
-
-def _of_router(request: Request, error: HTTPException) -> Response:
-    if error.status_code == 404:
-        return error_response(info.not_found(request.url.path))
-    if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "")
-        message = f"{request.method} is not allowed here, only {allowed}"
-        return error_response(ApiError("method_not_allowed", message, headers={"Allow": allowed}))
-    return JSONResponse(error_body("invalid_value", str(error.detail)), error.status_code)
-
-
-async def _unforeseen(request: Request, error: Exception) -> Response:
-    logger.error("%s %s", request.method, request.url.path, exc_info=error)
-    return JSONResponse(
-        error_body("internal_error", "the server failed; its log has the cause"), 500
-    )

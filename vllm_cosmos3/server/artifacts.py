@@ -66,6 +66,7 @@ class Artifacts:
             "timings": dict(self.output.timings),
             "peak_memory": self.output.peak_memory,
             "guardrails": report,
+            "warnings": list(self.output.warnings),
             "files": [file.name for file in files],
             "action": action_json(self.output),
         }

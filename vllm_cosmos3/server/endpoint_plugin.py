@@ -1,12 +1,16 @@
 """The generator in stock ``vllm serve``: entry point of the group ``vllm.endpoint_plugins``.
 
-vLLM asks for the routes while it builds its app, and for the state when its engine runs. Its app
-has no hook for the end, so the one of the app's lifespan is used.
+vLLM asks for the routes while it builds its app, and for the state when its engine runs. It tells
+a plugin neither of SIGTERM nor of the end: the first is taken over and passed on, for the second there
+is the lifespan of the app.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
+import signal
 from argparse import Namespace
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -18,11 +22,16 @@ from fastapi.responses import JSONResponse, Response
 
 from vllm_cosmos3.server import info, metrics, openpi
 from vllm_cosmos3.server.app import routers
+from vllm_cosmos3.server.envelope import Envelope
 from vllm_cosmos3.server.guardrails import Guardrails
 from vllm_cosmos3.server.keys import Keys
 from vllm_cosmos3.server.options import from_mapping
 from vllm_cosmos3.server.routing import Route, service
 from vllm_cosmos3.server.service import Service
+
+logger = logging.getLogger(__name__)
+
+OURS = ("/v1/videos", "/v1/images", "/v1/cosmos3")  # below these errors have our envelope
 
 
 class GeneratorRoutes:
@@ -41,7 +50,8 @@ class GeneratorRoutes:
         core = {"/health": _health, "/v1/models": _models}
         for path, handler in core.items():
             app.router.add_api_route(path, handler, methods=["GET"], route_class_override=Route)
-        _close_at_the_end(app)
+        _wrap(app)
+        _settle_at_the_end(app)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Start the generator beside the engine."""
@@ -85,14 +95,41 @@ async def _models(request: Request) -> Response:
     return JSONResponse(body)
 
 
-def _close_at_the_end(app: FastAPI) -> None:
+def _wrap(app: FastAPI) -> None:
+    """Put our envelope around all middleware, that which vLLM adds after this included."""
+    build = app.build_middleware_stack
+    app.build_middleware_stack = lambda: Envelope(build(), OURS)  # type: ignore[method-assign]
+
+
+def _settle_at_the_end(app: FastAPI) -> None:
+    """Let the generator finish what it accepted when the server is asked to stop, then end it."""
     inner = app.router.lifespan_context
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
         async with inner(app) as state:
+            _drain_on_sigterm(app.state.cosmos3)
             yield state
-        if app.state.cosmos3 is not None:
-            await app.state.cosmos3.close()
+        await app.state.cosmos3.close()
 
     app.router.lifespan_context = lifespan
+
+
+def _drain_on_sigterm(at: Service) -> None:
+    """Take SIGTERM from vLLM, which by now handles it like SIGINT: that one ends the server."""
+    loop = asyncio.get_running_loop()
+
+    def end(_: object = None) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def drain() -> None:
+        if at.draining:  # asked twice
+            end()
+            return
+        logger.warning("draining: %s more seconds at most", at.options.drain_seconds)
+        at.draining = True
+        draining.append(loop.create_task(at.drain()))
+        draining[0].add_done_callback(end)
+
+    draining: list[asyncio.Task[None]] = []  # asyncio itself would forget it
+    loop.add_signal_handler(signal.SIGTERM, drain)

@@ -59,6 +59,7 @@ class Job:
     phase: str = "queued"
     step: int = 0
     num_steps: int = 0
+    work: float = 0.0  # what it costs: see estimates
     eta: float | None = None  # seconds
     position: int | None = None
     started: float | None = None
