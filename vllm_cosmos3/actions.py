@@ -1,8 +1,8 @@
 """The actions of a request: which rows the model is given, which it makes, and in which units.
 
-The rows of the stream are the history, then the state at the first frame, then the chunk: one row
-for each further frame. The state belongs to frame 0, the chunk to frames 1, 2, ..., the history ends
-where they begin.
+The rows of the stream are the history, then the state at the first frame, then the chunk. They count
+frames without a gap: the chunk has frames 1, 2, ..., so that the state is at frame 0, and without a
+state the history ends there.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.kinds import check_mode
 from vllm_cosmos3.plan import ActionRows, StreamPlan
 from vllm_cosmos3.request import SPECS, GenerateRequest
+
+Rows = tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +126,7 @@ def settle(request: GenerateRequest, model: ModelConfig) -> Action | None:
     check_mode(model.kind, request.mode)
     mode = MODES[request.action_mode]
     _check_model(request, model)
+    _check_others(request)
     _check_inputs(request, mode)
     embodiment = find_embodiment(request.domain_name, request.domain_id)
     given = _rows_given(request)
@@ -139,7 +142,7 @@ def settle(request: GenerateRequest, model: ModelConfig) -> Action | None:
     view_point = request.view_point or embodiment.view_point
     state = None if request.action_state is None else (request.action_state,)
 
-    def inside(name: str, rows: tuple[tuple[float, ...], ...] | None) -> np.ndarray:
+    def inside(name: str, rows: Rows | None) -> np.ndarray:
         matrix: np.ndarray = (_matrix(name, rows, channels) - offset) / scale
         return matrix
 
@@ -211,6 +214,10 @@ def _check_model(request: GenerateRequest, model: ModelConfig) -> None:
     if not model.transformer.action_gen:
         possible = "left out: this checkpoint knows no actions"
         raise InvalidRequest("action_mode", request.action_mode, possible, "unsupported_by_model")
+
+
+def _check_others(request: GenerateRequest) -> None:
+    """Nothing is asked for that does not go with actions."""
     if request.generate_sound:
         possible = "False, as action_mode is given"
         raise InvalidRequest(
@@ -252,7 +259,7 @@ def _check_inputs(request: GenerateRequest, mode: Mode) -> None:
 def _channels(
     request: GenerateRequest,
     embodiment: Embodiment,
-    given: tuple[tuple[float, ...], ...] | None,
+    given: Rows | None,
     model: ModelConfig,
 ) -> int:
     """The width of an action row: as asked, as given, or the usual one of the embodiment."""
@@ -280,7 +287,7 @@ def _channels(
 def _chunk_size(
     request: GenerateRequest,
     embodiment: Embodiment,
-    given: tuple[tuple[float, ...], ...] | None,
+    given: Rows | None,
 ) -> int:
     """Actions in the chunk: as asked, or by the frames, the rows, or the embodiment."""
     frames = request.num_frames
@@ -296,9 +303,7 @@ def _chunk_size(
     return size
 
 
-def _chunk(
-    given: tuple[tuple[float, ...], ...] | None, size: int
-) -> tuple[tuple[tuple[float, ...], ...] | None, list[str]]:
+def _chunk(given: Rows | None, size: int) -> tuple[Rows | None, list[str]]:
     """The given rows, brought to ``size`` of them, with a warning where that was needed."""
     if given is None or len(given) == size:
         return given, []
@@ -311,7 +316,7 @@ def _chunk(
     ]
 
 
-def _matrix(name: str, rows: tuple[tuple[float, ...], ...] | None, channels: int) -> np.ndarray:
+def _matrix(name: str, rows: Rows | None, channels: int) -> np.ndarray:
     if rows is None:
         return np.zeros((0, channels), np.float32)
     if len(rows[0]) != channels:
@@ -323,12 +328,10 @@ def _matrix(name: str, rows: tuple[tuple[float, ...], ...] | None, channels: int
 # Files.
 
 
-def _rows_given(request: GenerateRequest) -> tuple[tuple[float, ...], ...] | None:
+def _rows_given(request: GenerateRequest) -> Rows | None:
     if request.action_path is None:
         return request.action
-    rows: tuple[tuple[float, ...], ...] = SPECS["action"].checked(
-        "action_path", _json("action_path", request.action_path)
-    )
+    rows: Rows = SPECS["action"].checked("action_path", _json("action_path", request.action_path))
     return rows
 
 
@@ -365,5 +368,6 @@ def _json(field: str, path: str) -> object:
     try:
         value: object = json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise InvalidRequest(field, path, f"a JSON file that can be read ({error})") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InvalidRequest(field, path, f"a JSON file that can be read ({reason})") from None
     return value

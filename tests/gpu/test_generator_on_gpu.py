@@ -24,6 +24,15 @@ IMAGE = {
     "seed": 3,
     "allow_untrained_size": True,
 }
+POLICY = IMAGE | {  # what a robot asks for
+    "action_mode": "policy",
+    "domain_name": "droid_lerobot",
+    "raw_action_dim": 8,
+    "action_state": [0.1] * 8,
+    "image": np.random.RandomState(0).randint(0, 256, (544, 640, 3), dtype=np.uint8),
+    "size": "640x544",
+    "num_frames": 33,
+}
 VIDEO = IMAGE | {"num_frames": 189}  # too many tokens for a graph, and for branches side by side
 
 
@@ -68,6 +77,21 @@ def test_bfloat16_stays_near_float32(
     print(f"{distance:.2e}")  # noqa: T201 pytest -rP shows it
     assert distance <= bound
     assert apart(rounded, latents(pipeline, fields, 3)) > 5 * distance
+
+
+def test_actions_in_bfloat16_stay_near_float32(pipeline: Pipeline, reference: Pipeline) -> None:
+    fields = POLICY | {"num_inference_steps": 4, "guidance_scale": 1.0}
+    made = []
+    for each in (pipeline, reference):
+        state = started(each, fields)
+        while not state.done:
+            each.step(state)
+        made.append(state.denoised[0]["action"])
+    rounded, precise = made
+    assert rounded.shape == (33, 64)
+    assert torch.equal(rounded[0, :8], precise[0, :8])  # the state, which is given
+    assert not rounded[:, 8:].any()
+    assert apart(rounded[1:, :8], precise[1:, :8]) <= 2e-2
 
 
 def test_bfloat16_velocities_stay_near_float32(pipeline: Pipeline, reference: Pipeline) -> None:
@@ -149,7 +173,7 @@ def test_branches_side_by_side_equal_one_after_the_other(
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-@pytest.mark.parametrize("fields", [IMAGE, VIDEO], ids=["image", "video"])
+@pytest.mark.parametrize("fields", [IMAGE, VIDEO, POLICY], ids=["image", "video", "policy"])
 def test_no_step_waits_for_the_device(pipeline: Pipeline, fields: dict[str, object]) -> None:
     """But for the pace between steps. The first ones draw noise, load kernels and record."""
     state = started(pipeline, fields)
