@@ -129,6 +129,33 @@ def test_a_replayed_graph_equals_launched_kernels(
     assert apart(other, launched) > 0.1
 
 
+def test_every_chunk_of_a_transfer_has_its_own_graph(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second chunk knows its first frame, and has other controls: nothing of it is recorded."""
+    clip = np.random.RandomState(0).randint(0, 256, (9, 192, 320, 3), dtype=np.uint8)
+    fields = IMAGE | {
+        "num_frames": None, "num_inference_steps": 10, "num_video_frames_per_chunk": 5,
+        "depth": clip, "seg": {"control": clip[::-1].copy(), "control_weight": 3},
+        "control_guidance": 2.0, "guidance_scale": 3.0,
+    }  # fmt: skip
+    replayed = chunks(pipeline, fields)
+    monkeypatch.setattr(pipeline_module, "launches_matter", lambda *_: False)
+    launched = chunks(pipeline, fields)
+    assert len(launched) == 2
+    for one, other in zip(replayed, launched, strict=True):
+        assert apart(one, other) <= 2e-2
+    assert apart(launched[1], launched[0]) > 0.1
+
+
+def chunks(pipeline: Pipeline, fields: dict[str, object]) -> list[Tensor]:
+    """The latents of each chunk of a whole request."""
+    state = started(pipeline, fields)
+    while not state.done:
+        pipeline.step(state)
+    return [made["vision"] for made in state.denoised]
+
+
 def test_the_next_request_is_not_answered_by_the_last_ones_graph(pipeline: Pipeline) -> None:
     fields = IMAGE | {"num_inference_steps": 10}
     first = latents(pipeline, fields, 10)
