@@ -28,6 +28,7 @@ from transformers.video_utils import VideoMetadata
 
 from vllm_cosmos3.models.clip import RECENT_SAMPLES, ClipFrames
 
+Frames = torch.Tensor | ClipFrames  # [T, 3, H, W] in memory, or still in a file
 Planes = tuple[torch.Tensor, ...]  # red, green and blue of a frame, [H, W] each
 _LONG_NUMBERS = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}  # bytes
 _Processor = TypeVar("_Processor")
@@ -107,14 +108,15 @@ class PatchingVideoProcessor(Qwen3VLVideoProcessor):
         do_convert_rgb: bool | None = None,  # noqa: FBT001  # transformers' interface
         input_data_format: Any = None,
         device: Any = None,
-    ) -> list[torch.Tensor | ClipFrames]:
+    ) -> list[Frames]:
         """Clips as views [T, 3, H, W] of what was decoded, or as they lie in their files."""
-        prepared = []
+        prepared: list[Frames] = []
         for video in videos:
             if isinstance(video, ClipFrames) and device is None:
                 prepared.append(video)
                 continue
-            frames = torch.from_numpy(video) if isinstance(video, np.ndarray) else video
+            pixels = video.pixels() if isinstance(video, ClipFrames) else video
+            frames = torch.from_numpy(pixels) if isinstance(pixels, np.ndarray) else pixels
             layout = input_data_format or infer_channel_dimension_format(frames)
             if layout == ChannelDimension.LAST:
                 frames = frames.permute(0, 3, 1, 2)
@@ -123,18 +125,13 @@ class PatchingVideoProcessor(Qwen3VLVideoProcessor):
             prepared.append(frames if device is None else frames.to(device))
         return prepared
 
-    def _preprocess(self, videos: list[torch.Tensor | ClipFrames], **options: Any) -> BatchFeature:
+    def _preprocess(self, videos: list[Frames], **options: Any) -> BatchFeature:
         """``videos``: [T, 3, H, W] each, or frames of a file."""
         made = [self._patches(frames, options) for frames in videos]
         return _features("pixel_values_videos", "video_grid_thw", made)
 
-    def _patches(
-        self, frames: torch.Tensor | ClipFrames, options: dict[str, Any]
-    ) -> tuple[torch.Tensor, list[int]]:
-        in_file = isinstance(frames, ClipFrames)
-        count, _, height, width = (
-            torch.Size(np.array(frames.shape)[[0, 3, 1, 2]]) if in_file else frames.shape
-        )
+    def _patches(self, frames: Frames, options: dict[str, Any]) -> tuple[torch.Tensor, list[int]]:
+        count, height, width = _shape(frames)
         size = SizeDict(height=height, width=width)
         if options["do_resize"]:
             size = size_after(
@@ -146,19 +143,14 @@ class PatchingVideoProcessor(Qwen3VLVideoProcessor):
                 temporal_factor=options["temporal_patch_size"],
                 cap_pixels_per_frame=options.get("cap_pixels_per_frame"),
             )
-        fits = (height, width) == (size.height, size.width)
-        plain = super(Qwen3VLVideoProcessor, self).resize
+        if (size.height, size.width) == (height, width):
+            return patchify(count, partial(_planes, frames), **_layout(options))
+        resize = super(Qwen3VLVideoProcessor, self).resize
 
-        def planes(place: int) -> Planes:
-            if in_file and fits:
-                found = frames.source.planes(frames.numbers[place])
-                return tuple(torch.from_numpy(plane) for plane in found)
-            frame = torch.from_numpy(frames[place]).permute(2, 0, 1) if in_file else frames[place]
-            return tuple(frame if fits else plain(frame[None], size, options["resample"])[0])
+        def resized(place: int) -> Planes:
+            return tuple(resize(_picture(frames, place)[None], size, options["resample"])[0])
 
-        if in_file:
-            frames.source.decode(frames.numbers)
-        return patchify(count, planes, **_layout(options))
+        return patchify(count, resized, **_layout(options))
 
 
 def patchify(
@@ -201,6 +193,27 @@ def _copy_rows(there: torch.Tensor, here: torch.Tensor) -> None:
     if number is not None and here.stride(-1) == 1 and not any(step % row for step in steps):
         there, here = there.view(number), here.view(number)
     there.copy_(here)
+
+
+def _shape(frames: Frames) -> tuple[int, int, int]:
+    """Number of frames, height, width."""
+    count, *size = frames.shape
+    height, width = size[:2] if isinstance(frames, ClipFrames) else size[1:]
+    return count, height, width
+
+
+def _planes(frames: Frames, place: int) -> Planes:
+    if not isinstance(frames, ClipFrames):
+        return tuple(frames[place])
+    planes = frames.source.planes(frames.numbers[place])
+    return tuple(torch.from_numpy(plane) for plane in planes)
+
+
+def _picture(frames: Frames, place: int) -> torch.Tensor:
+    """A frame [3, H, W] for resizing, which is fastest with colours innermost in memory."""
+    if isinstance(frames, ClipFrames):
+        return torch.from_numpy(frames[place]).permute(2, 0, 1)
+    return frames[place]
 
 
 def _features(
