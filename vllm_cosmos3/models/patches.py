@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from functools import lru_cache, partial
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from transformers.video_utils import VideoMetadata
 
 from vllm_cosmos3.models.clip import RECENT_SAMPLES, ClipFrames
 
-Frames = torch.Tensor | ClipFrames  # [T, 3, H, W] in memory, or still in a file
+Frames: TypeAlias = torch.Tensor | ClipFrames  # [T, 3, H, W] in memory, or still in a file
 Planes = tuple[torch.Tensor, ...]  # red, green and blue of a frame, [H, W] each
 _LONG_NUMBERS = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}  # bytes
 _Processor = TypeVar("_Processor")
@@ -113,6 +113,7 @@ class PatchingVideoProcessor(Qwen3VLVideoProcessor):
         prepared: list[Frames] = []
         for video in videos:
             if isinstance(video, ClipFrames) and device is None:
+                video.source.decode(video.numbers)  # in one go, not a frame at a time
                 prepared.append(video)
                 continue
             pixels = video.pixels() if isinstance(video, ClipFrames) else video
