@@ -28,6 +28,7 @@ from vllm_cosmos3.server.keys import Keys
 from vllm_cosmos3.server.options import from_mapping
 from vllm_cosmos3.server.routing import Route, service
 from vllm_cosmos3.server.service import Service
+from vllm_cosmos3.server.upsampling import EngineReasoner
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,12 @@ class GeneratorRoutes:
         state.cosmos3_keys = Keys(tuple(key for key in keys if key))
         state.cosmos3_engine = engine_client
         state.cosmos3 = Service(
-            folder, tuple(names), options, config.device_config.device_type, Guardrails(options)
+            folder,
+            tuple(names),
+            options,
+            config.device_config.device_type,
+            Guardrails(options),
+            EngineReasoner(engine_client, folder),
         )
         await state.cosmos3.start()
 
