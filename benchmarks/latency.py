@@ -133,9 +133,6 @@ def measure_all(model: Cosmos3, config: ModelConfig, args: argparse.Namespace) -
     device = model.device
     facts = provenance(device)
     print(heading(facts), f"model load: {model.load_seconds:.1f} s", sep="\n", flush=True)
-    if args.memory_limit:
-        limit = args.memory_limit * 2**30 / torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(limit, device)
     rates = measure_rates(config.transformer, device, getattr(torch, args.dtype))
     print(rate_line(rates), HEAD, sep="\n", flush=True)
     rows, profiles = [], []
@@ -368,7 +365,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--profile", action="store_true", help="kernels of a few steps of each row")
     parser.add_argument("--save", action="store_true", help="time writing the MP4 or PNG too")
-    parser.add_argument("--memory-limit", type=float, help="GiB that may be used of the GPU")
     parser.add_argument("--json", type=Path, help="write the report here")
     return parser.parse_args(argv)
 

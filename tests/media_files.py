@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
 
@@ -33,6 +34,46 @@ def clip(path: Path, *, frames: int = 48, fps: int = 24, seed: int = 0, size: in
         for packet in stream.encode():
             container.mux(packet)
     return path
+
+
+def encoded(  # a clip has that many properties
+    *,
+    codec: str = "libx264",
+    container: str = "mp4",
+    width: int = 96,
+    height: int = 64,
+    frames: int = 24,
+    fps: Fraction | int = 24,
+    pixels: str = "yuv420p",
+    **options: str,
+) -> bytes:
+    """A clip of a drifting texture, as a file in memory."""
+    texture = np.asarray(picture(2 * width, 2 * height, seed=frames))
+    buffer = BytesIO()
+    with av.open(buffer, "w", format=container) as file:
+        stream = file.add_stream(codec, rate=fps, options=options)
+        stream.width, stream.height, stream.pix_fmt = width, height, pixels
+        for index in range(frames):
+            top, left = index % height, 2 * index % width
+            window = np.ascontiguousarray(texture[top : top + height, left : left + width])
+            frame = av.VideoFrame.from_ndarray(window, format="rgb24")
+            frame.pts = index
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def turned(data: bytes, degrees: int) -> bytes:
+    """The same clip with a note to players that they must turn it."""
+    buffer = BytesIO()
+    with av.open(BytesIO(data)) as source, av.open(buffer, "w", format="mp4") as file:
+        stream = file.add_stream_from_template(source.streams.video[0])
+        stream.set_display_rotation(degrees)
+        for packet in source.demux():
+            if packet.dts is not None:
+                packet.stream = stream
+                file.mux(packet)
+    return buffer.getvalue()
 
 
 def png(image: Image.Image) -> bytes:

@@ -14,7 +14,8 @@ LAYERS = [
     {"kinds"},
     {"config", "plan", "embodiments", "poses", "compat"},
     {"runtime.mesh", "media"},
-    {"hints"},
+    {"hints", "sizes"},
+    {"spec"},
     {"inventory", "request", "prompts", "sampling", "hub", "models.limits", "droid"},
     {"actions", "transfer"},
     {
@@ -64,6 +65,8 @@ NO_TORCH = {
     "poses",
     "actions",
     "hints",
+    "sizes",
+    "spec",
     "transfer",
     "conditions",
     "request",

@@ -289,3 +289,16 @@ def test_several_results_of_several_chunks(engine: Cosmos3) -> None:
     for sample in both.samples:
         alone = engine.generate(prompt="a boat", **request | {"seed": sample.seed})
         assert (alone.video == sample.video).all()
+
+
+def test_controls_and_input_beside_the_video(engine: Cosmos3) -> None:
+    """From left to right: input, controls, result; as long as the result, which stays the same."""
+    source, control = clip(8), clip(7, 1)
+    request = {"seg": control, "video": source, "num_video_frames_per_chunk": 5, **SMALL}
+    plain = engine.generate(prompt="a boat", **request).video
+    shown = {"show_control_condition": True, "show_input": True}
+    wide = engine.generate(prompt="a boat", **request, **shown).video
+    assert wide.shape == (7, 64, 3 * 96, 3)
+    assert (wide[:, :, :96] == source[:7]).all()
+    assert (wide[:, :, 96:192] == control).all()
+    assert (wide[:, :, 192:] == plain).all()

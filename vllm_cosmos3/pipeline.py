@@ -47,6 +47,7 @@ from vllm_cosmos3.sampling.guidance import (
 from vllm_cosmos3.sampling.noise import initial_noise, step_noise
 from vllm_cosmos3.sampling.packing import (
     Stream,
+    filled_up,
     free_frames,
     free_rows,
     patch_grid,
@@ -296,7 +297,7 @@ class Pipeline:
             clean = torch.from_numpy(stream.source).to(self.device)
             free = free_rows(stream.shape, stream.known, stream.channels)
             return Known(clean=clean, free=free.to(self.device))
-        pixels = taken
+        pixels = taken if taken is None else filled_up(taken, stream.canvas)
         if stream.source is not None:
             pixels = to_pixels(torch.from_numpy(stream.source).to(self.device))
         if stream.known and pixels is not None:
@@ -355,14 +356,15 @@ class Pipeline:
         """Predict, guide, step, and put back what is known. The solver works in float32."""
         plan, schedule = state.plan, state.schedule
         predict = partial(self._predict, state, state.timesteps[index])
-        velocities = guide(predict, state.guidance[index], self.mesh.cfg)
+        moving = [place for place, stream in enumerate(plan.streams) if stream.generated]
+        latents = tuple(state.streams[place].x for place in moving)
+        velocities = guide(predict, state.guidance[index], self.mesh.cfg, latents)
         solver = SOLVERS[plan.solver]
         fresh: dict[str, Tensor] = {}
         if solver.draws_noise:
             shapes = {stream.name: stream.shape for stream in plan.streams}
             fresh = step_noise(shapes, seed=seed, rule=plan.noise, index=index)
         streams, remembered = list(state.streams), []
-        moving = [place for place, stream in enumerate(plan.streams) if stream.generated]
         for place, v, before in zip(moving, velocities, state.solver, strict=True):
             stream = state.streams[place]
             noise = fresh[stream.name].to(self.device) if fresh else None
@@ -426,6 +428,7 @@ class Pipeline:
         with state.timers.phase("to_cpu"):
             pixels = torch.cat(chunks)[state.plan.overlap if before else 0 :].cpu()
             pixels_THWC = torch.cat([*before, pixels])[: state.plan.num_frames].numpy()
+            pixels_THWC = np.concatenate([*state.plan.beside, pixels_THWC], axis=2)
             sound = None if waveform is None else waveform.float().cpu().numpy()
         if len(pixels_THWC) == 1:
             return Sample(seed=seed, image=pixels_THWC[0])

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from vllm_cosmos3 import prompts
-from vllm_cosmos3.conditions import ASPECT_RATIOS, TRAINED_SIZES
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.questions import SAMPLING
-from vllm_cosmos3.request import SPECS, Spec
+from vllm_cosmos3.request import SPECS
+from vllm_cosmos3.sizes import ASPECT_RATIOS, TRAINED_SIZES
+from vllm_cosmos3.spec import Spec
 from vllm_cosmos3.upsample import SAMPLING_SPECS
 
 GENERATOR, REASONER = "generator", "reasoner"  # who serves a record

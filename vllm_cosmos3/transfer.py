@@ -88,6 +88,7 @@ class Transfer:
     hints: dict[str, Hint]
     clips: tuple[Pixels, ...]
     start: Pixels | None
+    beside: tuple[Pixels, ...]  # shown with the result
     width: int
     height: int
     fps: float
@@ -150,6 +151,13 @@ def settle(request: GenerateRequest, model: ModelConfig, fit: Fit) -> Transfer |
         hints=request.hints,
         clips=clips,
         start=read.clip(None)[:taken] if taken else None,
+        beside=tuple(
+            clip[padded(len(clip), chunks.total)[: chunks.total]]
+            for clip in (
+                *((read.clip(None),) if request.show_input else ()),
+                *(clips if request.show_control_condition else ()),
+            )
+        ),
         width=width,
         height=height,
         fps=min(max(fps, 1.0), 60.0),

@@ -8,8 +8,8 @@ a wanted one to the wanted one; the rest stays compressed. FFmpeg works without 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Container, Hashable, Iterator, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -72,18 +72,31 @@ class Clip:
     def _decode(self, numbers: list[int]) -> None:
         """Decode these frames, ascending, into ``_decoded``."""
         number_at = {self._times[number]: number for number in numbers}
-        found: dict[int, np.ndarray] = {}
         for packets in _runs(self._groups, number_at.keys()):
-            asked = sorted(number_at[p.pts] for p in packets if p.pts in number_at)
-            shown = self._play(packets, number_at.keys())
-            found |= dict(self._held(shown, asked))
-        if not found:
+            for frame in self._play(packets, number_at.keys()):
+                if frame.pts in number_at:
+                    self._decoded[number_at[frame.pts]] = self._pixels(frame)
+        damaged = [number for number in numbers if number not in self._decoded]
+        if damaged:
+            self._decoded |= self._held(damaged)
+        if not self._decoded:
             raise InvalidRequest("video_url", "a video in which no frame can be decoded", "a video")
-        for number in numbers:
-            nearest = min(found, key=lambda other: (other > number, abs(other - number)))
-            self._decoded[number] = found.setdefault(number, found[nearest])
 
-    def _play(self, packets: list[Any], wanted: Iterable[int]) -> Iterator[av.VideoFrame]:
+    def _held(self, numbers: list[int]) -> dict[int, np.ndarray[Any, Any]]:
+        """What a player shows at these frames: the newest one not after it, else the first of all."""
+        packets = [packet for group in self._groups for packet in group]
+        held: dict[int, np.ndarray[Any, Any]] = {}
+        last = None
+        waiting = deque(numbers)
+        for frame in self._play(packets, set(self._times)):
+            while waiting and frame.pts is not None and self._times[waiting[0]] < frame.pts:
+                held[waiting.popleft()] = self._pixels(last or frame)
+            last = frame
+        if last is not None:
+            held |= {number: self._pixels(last) for number in waiting}
+        return held
+
+    def _play(self, packets: list[Any], wanted: Container[int]) -> Iterator[av.VideoFrame]:
         """The decoder's frames in the order they are shown, from key frame to last wanted one."""
         # H.264 says of a picture whether others are built on it; those others do without are left out.
         droppable = self._codec.name == "h264"
@@ -95,22 +108,6 @@ class Clip:
                 yield from self._codec.decode(packet)
             except av.error.InvalidDataError:
                 continue  # damaged: the frame before it stays on screen
-
-    def _held(
-        self, shown: Iterator[av.VideoFrame], numbers: list[int]
-    ) -> Iterator[tuple[int, np.ndarray]]:
-        """Each number with the newest frame that is not after its time."""
-        waiting, last = iter(numbers), None
-        number = next(waiting, None)
-        for frame in shown:
-            while number is not None and frame.pts is not None and self._times[number] < frame.pts:
-                if last is not None:
-                    yield number, self._pixels(last)
-                number = next(waiting, None)
-            last = frame
-        while number is not None and last is not None:
-            yield number, self._pixels(last)
-            number = next(waiting, None)
 
     def _pixels(self, frame: av.VideoFrame) -> np.ndarray:
         pixels: np.ndarray[Any, Any] = frame.to_ndarray(
@@ -138,9 +135,14 @@ class ClipFrames(np.ndarray[Any, Any]):
         return frames
 
     def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, tuple):
+            return self[:][index]
         chosen = np.asarray(self.numbers)[index]
         frames = self.source.frames(np.atleast_1d(chosen).tolist())
         return frames if chosen.ndim else frames[0]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}{self.shape}"
 
     def tobytes(self, order: Any = "C") -> bytes:
         return self.source.data
@@ -185,7 +187,7 @@ def _groups_of_pictures(packets: list[Any]) -> list[list[Any]]:
     return groups
 
 
-def _runs(groups: list[list[Any]], wanted: Iterable[int]) -> Iterator[list[Any]]:
+def _runs(groups: list[list[Any]], wanted: Container[int]) -> Iterator[list[Any]]:
     """The shortest stretches of packets that decode to the wanted times.
 
     A picture shown before the key frame of its group may be built on the group before it as well.

@@ -62,6 +62,8 @@ class Cosmos3VideoBackend(Qwen3VLVideoBackend):
             frames, metadata = super().load_bytes(data, num_frames=num_frames, fps=rate, **kwargs)
         else:
             frames, metadata = cls._pick(clip, num_frames, rate, **kwargs)
+        if len(frames) == 0:
+            raise InvalidRequest("video_url", "a video in which no frame can be decoded", "a video")
         if take_all:
             metadata = _as_whole_clip(metadata, len(frames))
             _decode_ahead(frames, metadata)

@@ -87,9 +87,12 @@ class Budget:
             advice = f"wait for {others} other request{'s' if others > 1 else ''}, or {advice}"
         if found:
             advice += f", or start with {found[0][0]}"
+        mine = estimate(self._model, self._engine, work).request
+        freed = room + sum(promise.held for promise in self._promises)
         return OutOfMemory(
-            f"the request needs {needed:,} bytes ({needed / GIB:.2f} GiB) of a device beside the "
-            f"weights, and {max(0, room):,} ({max(0, room) / GIB:.2f} GiB) are free; {advice}"
+            f"the request needs {needed:,} bytes ({needed / GIB:.3g} GiB) of a device beside the "
+            f"weights, and {max(0, room):,} ({max(0, room) / GIB:.3g} GiB) are free; {advice}",
+            crowded=others > 0 and mine <= freed,
         )
 
 

@@ -28,6 +28,7 @@ from vllm_cosmos3.errors import (
     Cancelled,
     Cosmos3Error,
     DeadlineExceeded,
+    OutOfMemory,
     WorkerDied,
 )
 from vllm_cosmos3.loading import slowest
@@ -261,12 +262,18 @@ class StageCore:
 
     def _settle(self, job: Job, error: Cosmos3Error) -> None:
         """Fail ``job``; bring the ranks back if they went with it, and start the others again."""
+        if isinstance(error, OutOfMemory) and error.crowded and not self._is_alone(job):
+            self._scheduler.readmit(job.request.job, alone=True)
+            return  # nothing was made of it yet
         logger.error("request %s failed in %s: %s", job.request.job, job.phase, error)
         self._fail(job, error)
         if self._executor.healthy:
             self._drop(job)
         else:
             self._replace_ranks()
+
+    def _is_alone(self, job: Job) -> bool:
+        return any(e.name == job.request.job and e.alone for e in self._scheduler.resident)
 
     def _drop(self, job: Job) -> None:
         try:

@@ -148,7 +148,7 @@ class DiffusionWorker(WorkerBase):
         try:
             return Reply(number, getattr(self, method)(*args))
         except Exception as error:  # noqa: BLE001 - the process boundary
-            return Reply(number, error=_public(error, method), trace=traceback.format_exc())
+            return Reply(number, error=public_error(error, method), trace=traceback.format_exc())
 
     # What ``call`` can call.
 
@@ -204,17 +204,24 @@ class DiffusionWorker(WorkerBase):
             torch.accelerator.empty_cache()
 
 
-def _public(error: Exception, method: str) -> Cosmos3Error:
+def public_error(error: Exception, method: str) -> Cosmos3Error:
     """An error that can cross to another process and be shown to a user."""
     if isinstance(error, Cosmos3Error):
         return error
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate" in str(error):
+    if is_out_of_memory(error):
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return OutOfMemory(
             f"out of memory in {method} ({reason}); ask for fewer frames or a smaller size, or "
             "start with more ranks or --enable-layerwise-offload"
         )
     return Cosmos3Error(f"{method} failed: {type(error).__name__}: {error}")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocator has refused, on any kind of device."""
+    return isinstance(
+        error, (torch.OutOfMemoryError, MemoryError)
+    ) or "can't allocate memory" in str(error)
 
 
 def end_with_parent(

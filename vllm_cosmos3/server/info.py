@@ -16,6 +16,7 @@ from vllm_cosmos3.kinds import ACTION_MODES, MODES
 from vllm_cosmos3.server.errors import error_body
 from vllm_cosmos3.server.routing import Route, service
 from vllm_cosmos3.server.service import Service
+from vllm_cosmos3.sizes import MAX_TRAINED_FRAMES, TRAINED_SIZES
 
 router = APIRouter(route_class=Route, tags=["Cosmos3 server"])
 STARTED = 0  # models have no date of their own
@@ -62,9 +63,9 @@ def capability(at: Service) -> dict[str, Any]:
         "sound": at.model.sound is not None,
         "resolutions": {
             str(tier): [f"{width}x{height}" for width, height in sizes]
-            for tier, sizes in conditions.TRAINED_SIZES.items()
+            for tier, sizes in TRAINED_SIZES.items()
         },
-        "max_frames": {str(k): v for k, v in conditions.MAX_TRAINED_FRAMES.items()},
+        "max_frames": {str(k): v for k, v in MAX_TRAINED_FRAMES.items()},
         "defaults": {
             mode: asdict(conditions.DEFAULTS[mode]) for mode in modes if mode in conditions.DEFAULTS
         },

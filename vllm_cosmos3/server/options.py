@@ -13,7 +13,7 @@ from typing import Any
 
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.kinds import MODES
-from vllm_cosmos3.request import Spec
+from vllm_cosmos3.spec import Spec
 
 
 def _option(default: Any, group: str, kind: str, help: str, /, **spec: Any) -> Any:

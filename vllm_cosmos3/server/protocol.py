@@ -19,9 +19,10 @@ from starlette.datastructures import UploadFile
 
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.hints import HINTS
-from vllm_cosmos3.request import SPECS, Spec
+from vllm_cosmos3.request import SPECS
 from vllm_cosmos3.server import controls
 from vllm_cosmos3.server.errors import ApiError
+from vllm_cosmos3.spec import Spec
 
 VIDEO, IMAGE = "video", "image"  # what is asked for
 

@@ -26,7 +26,7 @@ def video_json(job: Job, at: Service) -> dict[str, Any]:
         "expires_at": int(job.expires) if done and job.expires else None,
         "prompt": job.prompt,
         "seconds": f"{seconds:.6g}",
-        "size": job.effective["size"],
+        "size": job.effective["output_size"],
         "quality": "default",
         "remixed_from_video_id": job.remixed_from,
         "error": {**job.error, "type": None, "param": None}

@@ -7,8 +7,9 @@ import math
 from typing import Any
 
 from vllm_cosmos3.hints import HINTS
-from vllm_cosmos3.request import OF_TRANSFER, SPECS, GenerateRequest, Spec
+from vllm_cosmos3.request import OF_TRANSFER, SPECS, GenerateRequest
 from vllm_cosmos3.server.protocol import HIDDEN, IMAGE_ONLY, SERVER_FIELDS, VIDEO_ONLY
+from vllm_cosmos3.spec import Spec
 
 _TYPES: dict[str, dict[str, Any]] = {
     "text": {"type": "string"},
