@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -14,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from generators import SMALL, create, eventually, finished, generator, refuses
-from servers import Server
+from servers import BIN, Server, free_port, run_to_end
 
 pytestmark = pytest.mark.serve
 LONG = {"size": "256x256", "num_frames": 61, "num_inference_steps": 200, "guidance_scale": 1}
@@ -80,6 +81,18 @@ def test_jobs_outlive_servers(tiny_checkpoint: Path, vllm_cache: Path, tmp_path:
         assert finished(second, last, 120)["status"] == "completed"
         assert content(second, last).status_code == 200
         eventually(lambda: refuses(first))
+
+
+def test_it_ends_with_a_generator_that_cannot_start(
+    tiny_checkpoint: Path, vllm_cache: Path, tmp_path: Path
+) -> None:
+    """What nobody could know before its processes have started is one line and a status as well."""
+    command = [str(BIN / "vllm-cosmos3"), "serve", str(tiny_checkpoint), "--surface", "generator"]
+    command += ["--host", "127.0.0.1", "--port", str(free_port()), "--storage-path", str(tmp_path)]
+    status, output = run_to_end([*command, "--attention-backend", "flash"], vllm_cache)
+    assert status == 2
+    assert re.search(r"^vllm-cosmos3 serve: attention_backend flash .*use sdpa or auto$", output, re.M)  # fmt: skip
+    assert "Traceback" not in output
 
 
 def test_loading_is_told_and_files_expire_by_age_and_quota(

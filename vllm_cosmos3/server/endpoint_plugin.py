@@ -22,12 +22,14 @@ from fastapi.responses import JSONResponse, Response
 
 from vllm_cosmos3.server import info, metrics, openpi
 from vllm_cosmos3.server.app import routers
+from vllm_cosmos3.server.command import announce
 from vllm_cosmos3.server.envelope import Envelope
 from vllm_cosmos3.server.guardrails import Guardrails
 from vllm_cosmos3.server.keys import Keys
 from vllm_cosmos3.server.options import from_mapping
 from vllm_cosmos3.server.routing import Route, service
 from vllm_cosmos3.server.service import Service
+from vllm_cosmos3.server.sizing import sized
 from vllm_cosmos3.server.upsampling import EngineReasoner
 
 logger = logging.getLogger(__name__)
@@ -65,18 +67,18 @@ class GeneratorRoutes:
             }
         )
         names = args.served_model_name or [args.model]
-        folder = _folder(args)
+        sizing = sized(_folder(args), options, config.device_config.device_type)
         keys = args.api_key or [os.environ.get("VLLM_API_KEY", "")]
         state.cosmos3_keys = Keys(tuple(key for key in keys if key))
         state.cosmos3_engine = engine_client
         state.cosmos3 = Service(
-            folder,
+            sizing,
             tuple(names),
             options,
-            config.device_config.device_type,
             Guardrails(options),
-            EngineReasoner(engine_client, folder),
+            EngineReasoner(engine_client, sizing.model.path),
         )
+        announce(state.cosmos3, "both: /v1/chat/completions and all others of vLLM, /v1/images/generations, /v1/videos", _url(args))  # fmt: skip
         await state.cosmos3.start()
 
 
@@ -84,6 +86,11 @@ def _folder(args: Namespace) -> Path:
     from vllm_cosmos3.hub import resolve
 
     return resolve(args.model, args.revision)
+
+
+def _url(args: Namespace) -> str:
+    scheme = "https" if args.ssl_certfile else "http"
+    return f"{scheme}://{args.host or '0.0.0.0'}:{args.port}/v1"
 
 
 async def _health(request: Request) -> Response:

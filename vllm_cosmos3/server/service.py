@@ -23,9 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_cosmos3 import conditions, prompts
-from vllm_cosmos3.config import EngineConfig, ModelConfig, ParallelConfig, read_config
 from vllm_cosmos3.errors import Busy, Cosmos3Error, InvalidRequest
-from vllm_cosmos3.kinds import DISTILLED
 from vllm_cosmos3.models.components import loaded_values
 from vllm_cosmos3.output import Output
 from vllm_cosmos3.plan import Plan
@@ -34,7 +32,6 @@ from vllm_cosmos3.request import from_fields
 from vllm_cosmos3.runtime.client import Job as StageJob
 from vllm_cosmos3.runtime.client import StageClient
 from vllm_cosmos3.runtime.core import Status
-from vllm_cosmos3.runtime.mesh import check_degrees
 from vllm_cosmos3.runtime.scheduler import QueueConfig
 from vllm_cosmos3.runtime.worker import StageConfig
 from vllm_cosmos3.server import continuing, estimates
@@ -46,6 +43,7 @@ from vllm_cosmos3.server.jobs import COMPLETED, FAILED, RUNNING, Job, Journal
 from vllm_cosmos3.server.metrics import metrics
 from vllm_cosmos3.server.options import Options
 from vllm_cosmos3.server.protocol import Asked
+from vllm_cosmos3.server.sizing import Sizing
 from vllm_cosmos3.server.upsampling import EngineReasoner
 from vllm_cosmos3.upsample import question_about
 
@@ -59,49 +57,25 @@ PLANNERS = 4  # requests that are planned at once, which may decode media
 SPANS = {"encode": (1, 5), "denoise": (5, 90), "decode": (90, 99)}
 
 
-def checked_model(folder: Path, options: Options) -> ModelConfig:
-    """The checkpoint's own numbers.
-
-    Raises:
-        CheckpointError, Unsupported: it cannot be run.
-        InvalidRequest: the options do not suit it.
-    """
-    model = read_config(folder, options.checkpoint_kind or None)
-    guided = model.kind not in DISTILLED
-    check_degrees(_parallel(options), model.transformer, guided=guided)
-    return model
-
-
-def _parallel(options: Options) -> ParallelConfig:
-    return ParallelConfig(
-        tensor_parallel_size=options.generator_tensor_parallel_size,
-        cfg_parallel_size=options.cfg_parallel_size,
-        ulysses_degree=options.ulysses_degree,
-        vae_parallel=options.vae_parallel,
-    )
-
-
 class Service:
     """Everything that lives as long as the server. ``start`` it in the event loop."""
 
     def __init__(
         self,
-        folder: Path,
+        sizing: Sizing,
         names: tuple[str, ...],
         options: Options,
-        device: str,
         guardrails: Guardrails,
         reasoner: EngineReasoner | None = None,
     ) -> None:
-        self.options, self.names = options, names
+        self.sizing, self.model = sizing, sizing.model
+        self.options, self.names, self.guardrails = options, names, guardrails
         self.reasoner = reasoner
-        self.model = checked_model(folder, options)
-        self.guardrails = guardrails
         self.journal = Journal(options.storage)
         self.metrics = metrics()
         self.metrics.limit.set(options.max_queue)
         self.draining = False
-        self._tokenizer = prompts.load_tokenizer(folder)
+        self._tokenizer = prompts.load_tokenizer(self.model.path)
         self._planners = asyncio.Semaphore(PLANNERS)
         self._own: dict[str, Job] = {}  # not ended
         self._stage_jobs: dict[str, StageJob] = {}
@@ -114,17 +88,10 @@ class Service:
         if options.generator_devices:
             # This process computes nothing, and the reasoner's processes have started before.
             os.environ["CUDA_VISIBLE_DEVICES"] = options.generator_devices
-        engine = EngineConfig(
-            model=folder,
-            dtype=options.generator_dtype,
-            device=device,
-            load_format=options.generator_load_format,
-            attention_backend=options.attention_backend,
-            checkpoint_kind=options.checkpoint_kind or None,
-            parallel=_parallel(options),
-        )
         self.stage = StageClient(
-            StageConfig(engine=engine, stage=STAGE, backend=options.generator_executor_backend),
+            StageConfig(
+                engine=sizing.engine, stage=STAGE, backend=options.generator_executor_backend
+            ),
             QueueConfig(
                 max_waiting=options.max_queue, max_waiting_seconds=options.max_queue_gpu_seconds
             ),
@@ -445,11 +412,7 @@ class Service:
         folder = self.journal.folder(job.id)
         job.bytes = sum(file.stat().st_size for file in folder.iterdir())
         frames = int(job.effective["num_frames"]) * int(job.effective["n"])
-        ranks = (
-            self.options.generator_tensor_parallel_size
-            * self.options.cfg_parallel_size
-            * self.options.ulysses_degree
-        )
+        ranks = self.sizing.engine.parallel.world_size
         job.usage = {
             "frames": frames,
             "output_seconds": round(frames / float(job.effective["fps"]), 3),
