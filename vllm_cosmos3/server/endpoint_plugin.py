@@ -30,6 +30,7 @@ from vllm_cosmos3.server.options import from_mapping
 from vllm_cosmos3.server.routing import Route, service
 from vllm_cosmos3.server.service import Service
 from vllm_cosmos3.server.sizing import sized
+from vllm_cosmos3.server.upsampling import EngineReasoner
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,13 @@ class GeneratorRoutes:
         keys = args.api_key or [os.environ.get("VLLM_API_KEY", "")]
         state.cosmos3_keys = Keys(tuple(key for key in keys if key))
         state.cosmos3_engine = engine_client
-        state.cosmos3 = Service(sizing, tuple(names), options, Guardrails(options))
+        state.cosmos3 = Service(
+            sizing,
+            tuple(names),
+            options,
+            Guardrails(options),
+            EngineReasoner(engine_client, sizing.model.path),
+        )
         announce(state.cosmos3, "both: /v1/chat/completions and all others of vLLM, /v1/images/generations, /v1/videos", _url(args))  # fmt: skip
         await state.cosmos3.start()
 

@@ -73,6 +73,7 @@ def capability(at: Service) -> dict[str, Any]:
         "control_guidance": CONTROL_GUIDANCE if "transfer" in modes else {},
         "robot": _robot(at) if at.model.kind == droid.KIND else None,
         "guardrails": at.guardrails.state,
+        "prompt_upsampling": at.reasoner is not None,
         "queue_limit": at.options.max_queue,
     }
 

@@ -34,7 +34,7 @@ from vllm_cosmos3.runtime.client import StageClient
 from vllm_cosmos3.runtime.core import Status
 from vllm_cosmos3.runtime.scheduler import QueueConfig
 from vllm_cosmos3.runtime.worker import StageConfig
-from vllm_cosmos3.server import estimates
+from vllm_cosmos3.server import continuing, estimates
 from vllm_cosmos3.server.artifacts import RECORD, STAGE
 from vllm_cosmos3.server.controls import joined
 from vllm_cosmos3.server.errors import ApiError, slug
@@ -44,6 +44,8 @@ from vllm_cosmos3.server.metrics import metrics
 from vllm_cosmos3.server.options import Options
 from vllm_cosmos3.server.protocol import Asked
 from vllm_cosmos3.server.sizing import Sizing
+from vllm_cosmos3.server.upsampling import EngineReasoner
+from vllm_cosmos3.upsample import question_about
 
 logger = logging.getLogger(__name__)
 
@@ -59,10 +61,16 @@ class Service:
     """Everything that lives as long as the server. ``start`` it in the event loop."""
 
     def __init__(
-        self, sizing: Sizing, names: tuple[str, ...], options: Options, guardrails: Guardrails
+        self,
+        sizing: Sizing,
+        names: tuple[str, ...],
+        options: Options,
+        guardrails: Guardrails,
+        reasoner: EngineReasoner | None = None,
     ) -> None:
         self.sizing, self.model = sizing, sizing.model
         self.options, self.names, self.guardrails = options, names, guardrails
+        self.reasoner = reasoner
         self.journal = Journal(options.storage)
         self.metrics = metrics()
         self.metrics.limit.set(options.max_queue)
@@ -127,10 +135,11 @@ class Service:
             Cosmos3Error: it cannot be served, now or at all; nothing is left of it.
         """
         try:
-            known = self._known(_digest(kind, asked, media), key, retried=retried)
+            body = _digest(kind, asked, media)
+            known = self._known(body, key, retried=retried)
             if known is not None:
                 return known
-            return await self._create(kind, asked, media, deadline, key, remixed_from)
+            return await self._create(kind, asked, media, deadline, body, key, remixed_from)
         except InvalidRequest as error:
             self.metrics.rejected.labels("invalid").inc()
             raise asked.placed(error) from None
@@ -140,18 +149,20 @@ class Service:
 
     async def _create(
         self, kind: str, asked: Asked, media: Mapping[str, Any], deadline: float,
-        key: str | None, remixed_from: str | None,
+        body: str, key: str | None, remixed_from: str | None,
     ) -> Job:  # fmt: skip
         self._check_model(asked.server.get("model"))
         self._check_open()
-        body = _digest(kind, asked, media)
-        plan = await self._plan(asked, media)
-        report = await asyncio.to_thread(
-            self.guardrails.check,
-            str(asked.fields.get("prompt", "")),
-            requested=asked.server.get("guardrails"),
-        )
         deadline = min(deadline, asked.server.get("deadline_seconds", deadline))
+        before = continuing.source_of(asked, self)
+        if before is not None:
+            asked, media = continuing.goes_on(asked, media, before, self.journal)
+        plan = await self._plan(asked, media)
+        report = await self._guarded(asked)
+        upsampled = await self._upsampled(asked, media, plan, deadline)
+        if upsampled is not None:
+            plan = await self._plan(upsampled, media)
+            report = await self._guarded(upsampled)
         job = Job(
             id=f"video_{uuid.uuid4().hex}",
             kind=kind,
@@ -167,12 +178,40 @@ class Service:
             effective=dict(plan.effective),
             warnings=[*asked.warnings, *plan.warnings],
             guardrails=report,
+            upsampled_prompt=None if upsampled is None else upsampled.fields["prompt"],
         )
+        if before is not None:
+            await asyncio.to_thread(continuing.prepare, job, plan, before, self.journal)
         other = self.journal.add(job)
         if other is not None:
+            self.journal.purge(job.id)
             return self._same(other, body)
         await self._submit(job, plan, deadline)
         return job
+
+    async def _guarded(self, asked: Asked) -> dict[str, Any]:
+        """What the guardrails say of the prompt; an error if they refuse it."""
+        return await asyncio.to_thread(
+            self.guardrails.check,
+            str(asked.fields.get("prompt", "")),
+            requested=asked.server.get("guardrails"),
+        )
+
+    async def _upsampled(
+        self, asked: Asked, media: Mapping[str, Any], plan: Plan, deadline: float
+    ) -> Asked | None:
+        """The request with the prompt that the reasoner writes; None where it keeps its own."""
+        if not asked.server.get("upsample_prompt"):
+            return None
+        if self.reasoner is None:
+            possible = "false or left out: this server was started without the reasoner"
+            raise InvalidRequest("upsample_prompt", "true", possible, "unsupported")
+        request = from_fields(joined(asked.fields, media))
+        question = await asyncio.to_thread(question_about, request, plan.effective, {})
+        if question is None:
+            return None
+        prompt = await self.reasoner.caption(question, deadline)
+        return replace(asked, fields={**asked.fields, "prompt": prompt})
 
     async def _plan(self, asked: Asked, media: Mapping[str, Any]) -> Plan:
         def make() -> Plan:
