@@ -219,8 +219,11 @@ def generate(
     model: Cosmos3, request: GenerateRequest, args: argparse.Namespace, folder: Path
 ) -> tuple[Output, list[Path], dict[str, float]]:
     """Run the request and write its media. Returns the files and the timings of it all."""
+    from vllm_cosmos3.media import Clip
+
+    clip = Clip(path=folder / "vision.mp4", crf=args.crf)
     with progress_shown(terminal=sys.stderr.isatty()) as report:
-        output = model.generate(request, progress=report)
+        output = model.generate(request, progress=report, clip=clip)
     start = time.perf_counter()
     name = "latents" if output.latents is not None else "vision"
     if output.image is not None:

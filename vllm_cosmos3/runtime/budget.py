@@ -67,7 +67,7 @@ class Budget:
         if self._device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self._device)
             allocated = torch.cuda.memory_allocated(self._device)
-            room = free + torch.cuda.memory_reserved(self._device) - allocated
+            room = int(free + torch.cuda.memory_reserved(self._device) - allocated)
             if limit is not None:
                 room = min(room, round(limit * GIB) - allocated)
             room -= WORKSPACES
