@@ -30,6 +30,7 @@ TAKES_REST = True
 ARCHITECTURE = "Cosmos3ReasonerForConditionalGeneration"
 PLUGIN = "cosmos3"  # name of our entry points, which VLLM_PLUGINS can switch off
 DEFAULT_PORT = 8000  # vLLM's
+MEDIA_ERRORS = "vllm_cosmos3.server.media_errors.MediaErrors"  # 400 for what cannot be fetched
 ROBOT_KEYS = "vllm_cosmos3.server.keys.AnyScheme"  # lets robots name their API key as they do
 
 _EPILOG = """\
@@ -174,7 +175,7 @@ def stock_command(args: argparse.Namespace, folder: Path | None) -> list[str]:
             command += ["--config-format", "cosmos3"]
         if not _given("--tokenizer", rest) and not (folder / "tokenizer_config.json").is_file():
             command += ["--tokenizer", str(folder / "text_tokenizer")]
-    return command + rest
+    return [*command, "--middleware", MEDIA_ERRORS, *rest]
 
 
 def check_reasoner(folder: Path) -> None:
