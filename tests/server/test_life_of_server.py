@@ -30,6 +30,13 @@ def content(server: Server, job: dict[str, Any]) -> httpx.Response:
     return httpx.get(f"{server.url}/v1/videos/{job['id']}/content")
 
 
+def continuing(server: Server, job: dict[str, Any]) -> tuple[int, str]:
+    """How a request to go on from a video is refused."""
+    body = {"prompt": "a boat", **SMALL, "continue_from": job["id"]}
+    answer = httpx.post(f"{server.url}/v1/videos", json=body)
+    return answer.status_code, answer.json()["error"]["code"]
+
+
 def test_jobs_outlive_servers(tiny_checkpoint: Path, vllm_cache: Path, tmp_path: Path) -> None:
     """A server is killed; two others share its storage; one of them is asked to stop."""
 
@@ -50,6 +57,10 @@ def test_jobs_outlive_servers(tiny_checkpoint: Path, vllm_cache: Path, tmp_path:
         for lost in (cut, waiting):
             ended = job_of(first, lost)
             assert (ended["status"], ended["error"]["code"]) == ("failed", "interrupted")
+        goes_on = finished(first, create(first, **SMALL, continue_from=done["id"]))
+        assert (goes_on["status"], goes_on["num_frames"]) == ("completed", 9)
+        assert continuing(first, cut) == (409, "job_failed")
+        assert httpx.delete(f"{first.url}/v1/videos/{goes_on['id']}").status_code == 200
 
         second = start(stack)
         shared = create(first, **LONG)
@@ -115,6 +126,7 @@ def test_loading_is_told_and_files_expire_by_age_and_quota(
         eventually(lambda: content(server, jobs[-1]).status_code == 410)
         answer = content(server, first)
         assert answer.json()["error"]["code"] == "expired"
+        assert continuing(server, first) == (410, "expired")
         kept = job_of(server, first)
         assert kept["status"] == "completed"
         assert kept["expires_at"] <= time.time()
