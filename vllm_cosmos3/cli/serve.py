@@ -23,7 +23,7 @@ from vllm_cosmos3.models.limits import DEFAULT_FPS, DEFAULT_FRAMES, FPS, FRAMES
 from vllm_cosmos3.models.reasoner_weights import check_folder, expected_tensors
 from vllm_cosmos3.server.command import run as run_generator
 from vllm_cosmos3.server.command import share_beside, web_parser
-from vllm_cosmos3.server.options import add_groups, from_mapping, given
+from vllm_cosmos3.server.options import ONE_PROCESS, add_groups, from_mapping, given
 
 TAKES_REST = True
 
@@ -134,6 +134,9 @@ def beside_generator(values: Mapping[str, Any], folder: Path | None, rest: list[
         Cosmos3Error: an option has a wrong value, or the generator cannot run here.
     """
     rest = list(rest)
+    processes = _value_of("--api-server-count", rest)
+    if processes not in (None, "1"):
+        raise InvalidRequest("--api-server-count", processes, ONE_PROCESS)
     additional = _json_flag("--additional-config", rest) or {}
     given_before = additional.get("cosmos3", {})
     if not isinstance(given_before, dict):
