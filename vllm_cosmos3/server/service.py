@@ -91,6 +91,7 @@ class Service:
     ) -> None:
         self.options, self.names = options, names
         self.model = checked_model(folder, options)
+        logger.info("the generator serves a %s checkpoint", self.model.kind)
         self.guardrails = guardrails
         self.journal = Journal(options.storage)
         self.metrics = metrics()
