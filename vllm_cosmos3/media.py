@@ -311,6 +311,41 @@ def write_video(
         video.write(frames)
 
 
+def join_videos(first: str | Path, second: str | Path, path: str | Path, *, fps: float) -> int:
+    """One clip after the other in a new MP4, and how many frames it has. Nothing is encoded again.
+
+    Both are of `VideoWriter`, with the same size, ``fps`` and quality. The sound is that of the first.
+
+    Raises:
+        Unsupported: they were encoded differently.
+    """
+    options = {"movflags": "+faststart"}
+    with (
+        av.open(str(first)) as before,
+        av.open(str(second)) as after,
+        av.open(str(path), "w", format="mp4", options=options) as joined,
+    ):
+        start, rest = before.streams.video[0], after.streams.video[0]
+        if start.codec_context.extradata != rest.codec_context.extradata:
+            raise Unsupported("the clips cannot be joined: they were encoded differently")
+        places = {stream: joined.add_stream_from_template(stream) for stream in before.streams}
+        frames = 0
+        for packet in before.demux():
+            if packet.dts is not None:  # else it is the end of a stream
+                frames += packet.stream is start
+                packet.stream = places[packet.stream]
+                joined.mux(packet)
+        offset = round(frames / frame_rate(fps) / rest.time_base)
+        for packet in after.demux(rest):
+            if packet.dts is not None:
+                frames += 1
+                packet.pts += offset
+                packet.dts += offset
+                packet.stream = places[start]
+                joined.mux(packet)
+    return frames
+
+
 def frame_rate(fps: float) -> Fraction:
     """The rate that ``fps`` is written for: 23.976 means 24000/1001, and 29.97 30000/1001."""
     ntsc = Fraction(round(fps * 1.001) * 1000, 1001)
