@@ -40,6 +40,7 @@ class Clip:
         try:
             self._container = av.open(BytesIO(data))
             stream = self._container.streams.video[0]
+            stream.thread_type = "SLICE"  # within a frame: whole frames would wait for each other
             self._codec = stream.codec_context
             self.fps = float(stream.guessed_rate or 0)
             self.width, self.height = stream.width, stream.height
