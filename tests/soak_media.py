@@ -72,8 +72,8 @@ def asks() -> list[Ask]:
         "fps 0": (video(clip), {"fps": 0}),
         "unknown option": (video(clip), {"frames_per_second": 2}),
     }
-    return [Ask(name, *found, True) for name, found in good.items()] + [
-        Ask(name, *found, False) for name, found in bad.items()
+    return [Ask(name, *found, good=True) for name, found in good.items()] + [
+        Ask(name, *found, good=False) for name, found in bad.items()
     ]
 
 
@@ -130,9 +130,11 @@ def main() -> int:
     at = words.index("--") if "--" in words else len(words)
     args = parser.parse_args(words[:at])
     command = [program(), "serve", args.checkpoint, "--surface", "reasoner", *words[at + 1 :]]
-    with tempfile.TemporaryDirectory() as folder:
-        with local_server(command, log=Path(folder) / "server.log") as server:
-            return report(server, args)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        local_server(command, log=Path(folder) / "server.log") as server,
+    ):
+        return report(server, args)
 
 
 def report(server: LocalServer, args: argparse.Namespace) -> int:
