@@ -180,6 +180,7 @@ def ours(model: ModelConfig, device: torch.device, dtype: str, attention: str) -
         device=str(device),
         load_format="dummy",
         attention_backend=attention,
+        und_residency="gpu",  # although another model is there
     )
     mesh = init_mesh(ParallelConfig())
     try:
@@ -198,7 +199,7 @@ def run_ours(pipeline: Pipeline, each: Case, number: int) -> Run:
         while not state.done:
             pipeline.step(state)
             marks.append(mark(device))
-        latents = state.denoised[0][0]
+        latents = state.denoised[0]["vision"]
         pipeline.decode(state)
         pipeline.finish(state)
         synchronize(device)

@@ -19,8 +19,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -133,18 +134,18 @@ def measure_all(model: Cosmos3, config: ModelConfig, args: argparse.Namespace) -
     device = model.device
     facts = provenance(device)
     print(heading(facts), f"model load: {model.load_seconds:.1f} s", sep="\n", flush=True)
-    if args.memory_limit:
-        limit = args.memory_limit * 2**30 / torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(limit, device)
     rates = measure_rates(config.transformer, device, getattr(torch, args.dtype))
     print(rate_line(rates), HEAD, sep="\n", flush=True)
     rows, profiles = [], []
+    numbers = count()  # of requests, so that no two of all rows have the same prompt
     for name, fields in requests(args, device).items():
-        row = measure(model, config, name, fields, rates, args)
+        row = measure(model, config, name, fields, rates, numbers, args)
         print(line(asdict(row) | {"rate": row.rate}), flush=True)
         rows.append(asdict(row) | {"rate": row.rate})
         if args.profile:
-            profiles += [profile(model, name, fields, latents=latents) for latents in (True, False)]
+            for latents in (True,) if "output_type" in fields else (True, False):
+                few = short(fields, next(numbers), latents=latents)
+                profiles.append(profile(model, name, few))
     return {
         "machine": facts,
         "model_load_s": model.load_seconds,
@@ -182,6 +183,7 @@ def measure(
     name: str,
     fields: Fields,
     rates: Rates,
+    numbers: Iterator[int],
     args: argparse.Namespace,
 ) -> Row:
     """One cold run, the warm ones, and what they should have taken."""
@@ -194,8 +196,8 @@ def measure(
     lengths = args.tokens or ([512, 512] if model.device.type != "cpu" else None)
     plan = model.plan(request(fields, lengths, 0))
     runs = [
-        run(model, request(fields, lengths, seed), measured, steps, save=args.save)
-        for seed in range(1 + args.repeat)
+        run(model, request(fields, lengths, next(numbers)), measured, steps, save=args.save)
+        for _ in range(1 + args.repeat)
     ]
     warm = runs[1:] or runs
     every_step = [step for each in warm for step in each.steps]
@@ -270,13 +272,19 @@ def medians(runs: list[Mapping[str, float]]) -> dict[str, float]:
     return {name: statistics.median(each[name] for each in runs) for name in runs[0]}
 
 
-def profile(model: Cosmos3, name: str, fields: Fields, *, latents: bool) -> Profile:
-    """Kernels of a few steps, with or without what follows, of a shape that was run before."""
+def short(fields: Fields, number: int, *, latents: bool) -> Fields:
+    """A few steps of a row, with or without what follows them."""
     steps = PROFILED_STEPS if fields["num_frames"] > 1 else 5 * PROFILED_STEPS
-    fields = {**request(fields, [512, 512], 99), "num_inference_steps": steps}
-    fields |= {"output_type": "latent"} if latents else {}
-    what = f"{steps} steps" if latents else f"{steps} steps and the decoder"
-    return profile_table(f"{name}, {what}", lambda: model.generate(fields), model.device)
+    fields = {**request(fields, [512, 512], number), "num_inference_steps": steps}
+    return {**fields, "output_type": "latent"} if latents else fields
+
+
+def profile(model: Cosmos3, name: str, fields: Fields) -> Profile:
+    """Kernels of a request whose shape was run before."""
+    what = f"{name}, {fields['num_inference_steps']} steps"
+    if "output_type" not in fields:
+        what += " and the decoder"
+    return profile_table(what, lambda: model.generate(fields), model.device)
 
 
 HEAD = (
@@ -368,7 +376,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--profile", action="store_true", help="kernels of a few steps of each row")
     parser.add_argument("--save", action="store_true", help="time writing the MP4 or PNG too")
-    parser.add_argument("--memory-limit", type=float, help="GiB that may be used of the GPU")
     parser.add_argument("--json", type=Path, help="write the report here")
     return parser.parse_args(argv)
 

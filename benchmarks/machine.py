@@ -43,12 +43,14 @@ def provenance(device: torch.device, *packages: str) -> dict[str, str]:
 
 
 def commit() -> str:
-    """Of this checkout, marked where files differ from it; else what $COMMIT says."""
+    """What $COMMIT says of a copy; else that of this checkout, marked where files differ from it."""
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
     command = ["git", "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("COMMIT", "unknown")
+        return "unknown"
     return done.stdout.strip()
 
 

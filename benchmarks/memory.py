@@ -123,7 +123,7 @@ def measure(
     with phase("denoise"):
         while not state.done:
             pipeline.step(state)
-    latents = state.denoised[0][0]
+    latents = state.denoised[0]["vision"]
     digest = hashlib.sha256(latents.cpu().numpy().tobytes()).hexdigest()
     with phase("decode"):
         pipeline.decode(state)
@@ -203,7 +203,7 @@ def served(pipeline: Pipeline, args: argparse.Namespace) -> str:
     state = pipeline.encode(pipeline.plan(request(label, args)))
     while not state.done:
         pipeline.step(state)
-    digest = hashlib.sha256(state.denoised[0][0].cpu().numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(state.denoised[0]["vision"].cpu().numpy().tobytes()).hexdigest()
     return f"Then {label} works, bits equal: {digest == REFERENCES[label]}."
 
 

@@ -138,7 +138,7 @@ def measure(pipeline: Pipeline, mesh: str, size: str, args: argparse.Namespace) 
         start = now(device)
         pipeline.step(state)
         steps.append(now(device) - start)
-    latents = state.denoised[0][0]
+    latents = state.denoised[0]["vision"]
     seconds = []
     for _ in range(2):
         start = now(device)

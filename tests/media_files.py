@@ -83,6 +83,13 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def animation(images: list[Image.Image]) -> bytes:
+    """The pictures as a GIF file, ten a second."""
+    buffer = BytesIO()
+    images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=100)
+    return buffer.getvalue()
+
+
 def data_url(data: bytes, kind: str) -> str:
     """``data:`` URL of a file in memory; ``kind`` is its media type."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,8 +58,16 @@ def environment(cache: Path) -> dict[str, str]:
 
 
 @contextmanager
-def running(command: list[str], folder: Path, cache: Path) -> Iterator[Server]:
-    """Run ``command`` (checkpoint third) with a port of its own until the block ends."""
+def running(
+    command: list[str],
+    folder: Path,
+    cache: Path,
+    while_starting: Callable[[Server], object] = lambda _: None,
+) -> Iterator[Server]:
+    """Run ``command`` (checkpoint third) with a port of its own until the block ends.
+
+    ``while_starting`` is called again and again until the server is ready.
+    """
     port = free_port()
     log = folder / f"server-{port}.log"
     with log.open("w") as output:
@@ -72,7 +80,7 @@ def running(command: list[str], folder: Path, cache: Path) -> Iterator[Server]:
         )
     try:
         server = Server(url=f"http://127.0.0.1:{port}", model=command[2], log=log, pid=process.pid)
-        _wait_until_ready(server, process)
+        _wait_until_ready(server, process, while_starting)
         yield server
     finally:
         _stop(process)
@@ -95,7 +103,9 @@ def run_to_end(command: list[str], cache: Path) -> tuple[int, str]:
     return process.returncode, output
 
 
-def _wait_until_ready(server: Server, process: subprocess.Popen[bytes]) -> None:
+def _wait_until_ready(
+    server: Server, process: subprocess.Popen[bytes], while_starting: Callable[[Server], object]
+) -> None:
     end = time.monotonic() + 240
     while time.monotonic() < end:
         if process.poll() is not None:
@@ -103,6 +113,7 @@ def _wait_until_ready(server: Server, process: subprocess.Popen[bytes]) -> None:
         try:
             if httpx.get(f"{server.url}/health", timeout=5).status_code == 200:
                 return
+            while_starting(server)
         except httpx.TransportError:
             time.sleep(0.5)
     raise RuntimeError(f"the server did not start: {server.log.read_text()[-3000:]}")

@@ -17,6 +17,7 @@ from vllm_cosmos3.embodiments import EMBODIMENTS, VIEWS, find_embodiment
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.plan import Plan
 from vllm_cosmos3.request import from_fields
+from vllm_cosmos3.sizes import nearest_size
 
 PICTURE = np.random.RandomState(0).randint(0, 256, (48, 80, 3), dtype=np.uint8)
 CLIP = np.stack([PICTURE] * 5)
@@ -136,9 +137,9 @@ def test_defaults_follow_from_the_embodiment(plan: Any) -> None:
     assert (rows.shape, rows.channels, rows.known, rows.first) == ((16, 64), 10, (), 1)
     assert (made.num_inference_steps, made.guidance_scale, made.flow_shift) == (30, 1.0, 10.0)
     assert (made.domain_id, len(made.token_ids)) == (6, 1)
-    shown = {name: made.effective[name] for name in ("size", "num_frames", "view_point", "mode")}
-    assert shown == {
-        "size": "320x192", "num_frames": 17, "view_point": "wrist_view", "mode": "policy"
+    names = ("size", "output_size", "num_frames", "view_point", "mode")
+    assert {name: made.effective[name] for name in names} == {
+        "size": "320x192", "output_size": "80x48", "num_frames": 17, "view_point": "wrist_view", "mode": "policy"
     }  # fmt: skip
     assert json.dumps(dict(made.effective))
 
@@ -281,7 +282,7 @@ def test_pictures_fit_their_canvas(width: int, height: int, canvas: str) -> None
     ],
 )
 def test_canvases(tier: int, size: tuple[int, int], canvas: tuple[int, int]) -> None:
-    assert conditions.nearest_size(tier, *size) == canvas
+    assert nearest_size(tier, *size) == canvas
 
 
 FACTS = prompts.Facts(num_frames=17, fps=5.0, height=544, width=736, aspect_ratio="4,3")

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from vllm_cosmos3 import prompts
 from vllm_cosmos3.batch import read_batch
-from vllm_cosmos3.conditions import ASPECT_RATIOS, TRAINED_SIZES
 from vllm_cosmos3.records import KNOWN, Entry, Record, make_record
 from vllm_cosmos3.request import from_fields
+from vllm_cosmos3.sizes import ASPECT_RATIOS, TRAINED_SIZES
 
 
 @pytest.fixture

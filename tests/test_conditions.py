@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_cosmos3 import conditions, prompts
+from vllm_cosmos3 import conditions, prompts, sizes
 from vllm_cosmos3.checkpoint import write_checkpoint
 from vllm_cosmos3.config import ModelConfig, read_config
 from vllm_cosmos3.errors import InvalidRequest
@@ -207,8 +207,8 @@ def test_any_size_up_to_the_largest_area(
     model: ModelConfig, width: int, height: int, allow: bool
 ) -> None:
     fields = {"width": width, "height": height, "num_frames": 29, "allow_untrained_size": allow}
-    trained = any((width, height) in sizes for sizes in conditions.TRAINED_SIZES.values())
-    if width * height > conditions.MAX_AREA and not allow:
+    trained = any((width, height) in each for each in sizes.TRAINED_SIZES.values())
+    if width * height > sizes.MAX_AREA and not allow:
         error = refusal(model, **fields)
         assert (error.field, error.code) == ("size", "too_large")
         return
@@ -219,7 +219,7 @@ def test_any_size_up_to_the_largest_area(
 
 @given(st.integers(1, 100_000))
 def test_frames_round_up_to_4k_plus_1(frames: int) -> None:
-    rounded = conditions.round_frames(frames)
+    rounded = sizes.round_frames(frames)
     assert rounded % 4 == 1
     assert frames <= rounded < frames + 4
 
@@ -230,11 +230,11 @@ def test_frame_limits(model: ModelConfig, frames: int, size: tuple[int, int]) ->
     fields = {"num_frames": frames, "width": size[0], "height": size[1]}
     if frames > limit:
         # What rounding would lead to anyway is not refused.
-        if conditions.round_frames(frames) > conditions.round_frames(limit):
+        if sizes.round_frames(frames) > sizes.round_frames(limit):
             assert refusal(model, **fields).field == "num_frames"
         fields["allow_untrained_size"] = True
     p = conditions.resolve(from_fields({"prompt": "a", **fields}), model)
-    assert p.num_frames == conditions.round_frames(frames)
+    assert p.num_frames == sizes.round_frames(frames)
     assert any("rounded up" in warning for warning in p.warnings) == (frames % 4 != 1)
 
 

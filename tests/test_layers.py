@@ -10,11 +10,12 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "vllm_cosmos3"
 
 LAYERS = [
-    {"version", "errors", "progress"},
+    {"version", "errors", "progress", "loading"},
     {"kinds"},
     {"config", "plan", "embodiments", "poses", "compat"},
     {"runtime.mesh", "media"},
-    {"hints"},
+    {"hints", "sizes"},
+    {"spec"},
     {"inventory", "request", "prompts", "sampling", "hub", "models.limits", "droid"},
     {"actions", "transfer"},
     {
@@ -37,6 +38,7 @@ LAYERS = [
     {"models.transformer", "models.vae", "models.sound", "models.patches", "upsample"},
     {"models.texts", "runtime.budget", "records"},
     {
+        "models.components",
         "batch",
         "models.processing",
         "models.video_loader",
@@ -63,6 +65,8 @@ NO_TORCH = {
     "poses",
     "actions",
     "hints",
+    "sizes",
+    "spec",
     "transfer",
     "conditions",
     "request",

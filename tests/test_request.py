@@ -53,11 +53,14 @@ WRONG: dict[str, list[Any]] = {
     "max_frames": [*NOT_INTEGERS, 0, 1, 10**6],
     "share_vision_temporal_positions": [0, "yes"],
     "emphasize_control_in_prompt": [0, "yes"],
+    "show_control_condition": [0, "yes"],
+    "show_input": [0, "yes"],
     "size": ["1280*720", "0x0", "x", "1280x", "-16x16", "1281x719", "²x16", 720, "99999999999x16"],
     "height": [*NOT_INTEGERS, 0, -16, 100, 2**20],
     "width": [*NOT_INTEGERS, 0, -16, 100, 2**20],
     "num_frames": [*NOT_INTEGERS, 0, -1, 10**9],
     "seconds": [*NOT_NUMBERS, 0, -1.0, 1e9],
+    "num_chunks": [*NOT_INTEGERS, 0, -1, 101],
     "fps": [*NOT_NUMBERS, 0, -24, 1e9],
     "num_inference_steps": [*NOT_INTEGERS, 0, 201],
     "guidance_scale": [*NOT_NUMBERS, -1, 21],
@@ -92,7 +95,19 @@ BESIDE: dict[str, dict[str, Any]] = {
 } | dict.fromkeys(OF_TRANSFER, EDGE)
 WRONG_CASES = [(name, value) for name, values in WRONG.items() for value in values]
 NOT_WEIGHTS = [-1, math.nan, math.inf, "1", True, [1]]
-OPTIONS = [1.5, (0, 900), "full", 93, 1, 1, 5, False, False]  # of OF_TRANSFER, in its order
+OPTIONS = [
+    1.5,
+    (0, 900),
+    "full",
+    93,
+    1,
+    1,
+    5,
+    False,
+    False,
+    True,
+    True,
+]  # of OF_TRANSFER, in its order
 CONFLICTS: list[tuple[str, dict[str, Any]]] = [
     ("prompt", {"prompt": None}),
     ("prompt", {"prompt_token_ids": [1]}),
@@ -124,6 +139,7 @@ CONFLICTS: list[tuple[str, dict[str, Any]]] = [
     *(("seg.control_weight", {"seg": {"control": "a", "control_weight": w}}) for w in NOT_WEIGHTS),
     ("depth.control_weight", {n: {"control": "a", "control_weight": 0} for n in ("seg", "depth")}),
     ("num_first_chunk_conditional_frames", {"seg": "a", "num_first_chunk_conditional_frames": 1}),
+    ("show_input", {"seg": "a", "show_input": True}),
     *((name, {name: value}) for name, value in zip(OF_TRANSFER, OPTIONS, strict=True)),
     ("seed", {"seed": MAX_SEED, "n": 2}),
     ("n", {"n": 2, "latents": {"vision": np.zeros(1)}}),

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from vllm_cosmos3.config import EngineConfig
-from vllm_cosmos3.errors import CheckpointError, InvalidRequest
+from vllm_cosmos3.errors import CheckpointError, InvalidRequest, OutOfMemory
 from vllm_cosmos3.runtime.mesh import Mesh, all_gather
 
 
@@ -20,7 +20,7 @@ class ToyPlan:
     """``faults`` maps a moment ("encode", "step 2", "decode", "finish") to what happens then.
 
     A fault is "all" or "one" rank raising before an exchange, "invalid", "memory" (on all ranks),
-    "memory one", "hang" or "kill" on the last rank.
+    "memory one", "hang" or "kill" on the last rank, or "crowded" until it is tried a second time.
     """
 
     steps: int = 3
@@ -50,6 +50,7 @@ class Toy:
 
     def __init__(self, mesh: Mesh, device: torch.device) -> None:
         self.mesh, self.device = mesh, device
+        self.crowded = False
 
     @classmethod
     def load(cls, config: EngineConfig, mesh: Mesh, device: torch.device) -> Toy:
@@ -89,6 +90,9 @@ class Toy:
             raise InvalidRequest("prompt", "", "text")
         if fault == "memory" or (fault == "memory one" and last):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        if fault == "crowded" and not self.crowded:
+            self.crowded = True
+            raise OutOfMemory("there is no room beside the others", crowded=True)
         if fault == "one" and last:
             raise RuntimeError("only the last rank fails")
         if fault == "hang" and last:

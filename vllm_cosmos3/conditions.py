@@ -21,6 +21,17 @@ from vllm_cosmos3.hints import HINTS
 from vllm_cosmos3.kinds import check_mode
 from vllm_cosmos3.plan import Plan, StreamPlan
 from vllm_cosmos3.request import SPECS, GenerateRequest, parse_size
+from vllm_cosmos3.sizes import (
+    MAX_AREA,
+    MAX_TRAINED_FRAMES,
+    MIN_TRAINED_FRAMES,
+    TRAINED_FPS,
+    TRAINED_SIZES,
+    aspect_ratio,
+    nearest_size,
+    round_frames,
+    tier_of,
+)
 from vllm_cosmos3.transfer import Transfer
 
 
@@ -74,19 +85,6 @@ DEFAULTS = {
 # With actions, where size, length and rate follow from the embodiment and the picture.
 ACTION_STEPS, ACTION_GUIDANCE, ACTION_SHIFT = 30, 1.0, 10.0
 TRANSFER_TIER = 720  # of sizes, where the request names none
-
-ASPECT_RATIOS = ("1,1", "4,3", "3,4", "16,9", "9,16")
-TRAINED_SIZES = {  # tier: (width, height) for each of ASPECT_RATIOS
-    256: ((256, 256), (320, 256), (256, 320), (320, 192), (192, 320)),
-    480: ((640, 640), (736, 544), (544, 736), (832, 480), (480, 832)),
-    704: ((960, 960), (1088, 832), (832, 1088), (1280, 704), (704, 1280)),
-    720: ((960, 960), (1104, 832), (832, 1104), (1280, 720), (720, 1280)),
-    768: ((1024, 1024), (1184, 880), (880, 1184), (1360, 768), (768, 1360)),
-}
-MAX_AREA = max(width * height for sizes in TRAINED_SIZES.values() for width, height in sizes)
-MIN_TRAINED_FRAMES = 24
-MAX_TRAINED_FRAMES = {256: 400, 480: 300, 704: 200, 720: 200, 768: 200}
-TRAINED_FPS = (10, 30)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,7 +231,12 @@ def make_plan(request: GenerateRequest, model: ModelConfig, tokenizer: prompts.T
         frames = actions.observation(request, action)
         parameters = resolve_action(request, model, action, (frames.shape[2], frames.shape[1]))
         warnings = list(parameters.warnings)
-        streams = [_canvas_stream(frames, parameters, model), actions.action_stream(action, model)]
+        canvas = _canvas_stream(frames, parameters, model)
+        streams = [canvas, actions.action_stream(action, model)]
+        later = [
+            (replace(canvas, source=None), actions.action_stream(action, model, chunk))
+            for chunk in range(1, request.num_chunks)
+        ]
     elif followed is not None:
         parameters = resolve_transfer(request, model, followed)
         warnings = list(parameters.warnings)
@@ -242,12 +245,14 @@ def make_plan(request: GenerateRequest, model: ModelConfig, tokenizer: prompts.T
         parameters = resolve(request, model)
         warnings = list(parameters.warnings)
         streams = [_vision_stream(request, parameters, model, warnings)]
+        later = [(replace(streams[0], known=(0,), source=None),)] * (request.num_chunks - 1)
+    chunk, parameters = parameters, _of_all_chunks(request, parameters)
     if parameters.sound_duration is not None:
         streams.append(_sound_stream(parameters.sound_duration, model))
     negative = _negative_prompt(request, parameters, model)
     view = None if action is None else action.view
-    told = parameters
-    if followed is not None:  # the prompt is that of a chunk
+    told = chunk  # the prompt is that of a chunk
+    if followed is not None:
         told = replace(told, num_frames=followed.chunks.frames, fps=float(round(followed.fps)))
     token_ids = _token_ids(request, told, model, tokenizer, negative, view, warnings)
     seed = request.seed or 0
@@ -267,14 +272,23 @@ def make_plan(request: GenerateRequest, model: ModelConfig, tokenizer: prompts.T
         control_guidance=None if followed is None else followed.control_guidance,
         control_guidance_interval=request.control_guidance_interval,
         later=tuple(later),
-        overlap=0 if followed is None else followed.chunks.overlap,
-        num_frames=None if followed is None else followed.chunks.total,
+        overlap=1 if followed is None else followed.chunks.overlap,
+        num_frames=parameters.num_frames if later or followed is not None else None,
+        beside=() if followed is None else followed.beside,
         domain_id=0 if action is None else action.embodiment.domain_id,
         actions=None if action is None else action.rows,
         initial=_initial(request, streams, several=bool(later)),
-        effective=_effective(request, parameters, model, action, followed, negative, token_ids),
+        effective=_effective(request, parameters, model, action, followed, negative, token_ids)
+        | ({"num_video_frames_per_chunk": told.num_frames} if later else {})
+        | {"output_size": _output_size(streams, model)},
         warnings=tuple(warnings),
     )
+
+
+def _of_all_chunks(request: GenerateRequest, chunk: Parameters) -> Parameters:
+    """The length of a rollout: each chunk begins with the last frame of the one before."""
+    frames = chunk.num_frames + (request.num_chunks - 1) * (chunk.num_frames - 1)
+    return replace(chunk, num_frames=frames, seconds=frames / chunk.fps)
 
 
 # The conditions: known latent frames become pixels.
@@ -346,6 +360,7 @@ def _canvas_stream(frames: media.Pixels, parameters: Parameters, model: ModelCon
         rate=parameters.fps,
         known=parameters.condition_frame_indexes_vision,
         source=pixels,
+        canvas=(parameters.height, parameters.width),
     )
 
 
@@ -377,7 +392,7 @@ def _initial(
     shapes = {stream.name: stream.shape for stream in streams}
     given = {}
     if request.latents and several:
-        possible = "left out, as each chunk of a transfer draws its own noise"
+        possible = "left out, as each chunk draws its own noise"
         raise InvalidRequest("latents", "given", possible, "unsupported_combination")
     for name, value in (request.latents or {}).items():
         if name not in shapes:
@@ -416,7 +431,7 @@ def _token_ids(
         fps=parameters.fps,
         height=parameters.height,
         width=parameters.width,
-        aspect_ratio=_aspect_ratio(parameters.width, parameters.height),
+        aspect_ratio=aspect_ratio(parameters.width, parameters.height),
     )
     system = prompts.SYSTEM_TRANSFER if request.hints else None  # always: so it was trained
     if system is None and request.use_system_prompt:
@@ -469,36 +484,19 @@ def _given_ids(
     return ids
 
 
-def _aspect_ratio(width: int, height: int) -> str | None:
-    for sizes in TRAINED_SIZES.values():
-        if (width, height) in sizes:
-            return ASPECT_RATIOS[sizes.index((width, height))]
-    return None
-
-
 # Numbers.
 
 
-def nearest_size(tier: int, width: int, height: int) -> tuple[int, int]:
-    """The trained width and height of a tier whose shape is nearest to that of a picture."""
-    return min(TRAINED_SIZES[tier], key=lambda size: abs(size[1] / size[0] - height / width))
-
-
-def tier_of(width: int, height: int) -> int:
-    """The smallest trained tier whose largest picture has at least this area, or the largest."""
-    for tier, sizes in TRAINED_SIZES.items():
-        if width * height <= max(w * h for w, h in sizes):
-            return tier
-    return max(TRAINED_SIZES)
-
-
 def _fitting(request: GenerateRequest, width: int, height: int) -> tuple[int, int]:
-    """The size of a transfer for that of its input."""
+    """The size of a transfer for that of its input. A wrong one should not wait for the clips."""
     if request.size is not None:
-        return parse_size(request.size)
-    if request.width is not None and request.height is not None:
-        return request.width, request.height
-    return nearest_size(request.image_size or TRANSFER_TIER, width, height)
+        width, height = parse_size(request.size)
+    elif request.width is not None and request.height is not None:
+        width, height = request.width, request.height
+    else:
+        width, height = nearest_size(request.image_size or TRANSFER_TIER, width, height)
+    _check_area(request, width, height)
+    return width, height
 
 
 def _size(request: GenerateRequest, default: Defaults) -> tuple[int, int]:
@@ -542,11 +540,6 @@ def _frames(request: GenerateRequest, default: Defaults, fps: float) -> tuple[in
     return frames, [
         f"num_frames {asked} is rounded up to {frames} (4k+1)"
     ] if frames != asked else []
-
-
-def round_frames(frames: int) -> int:
-    """The next number of the form 4k + 1."""
-    return 4 * math.ceil((frames - 1) / 4) + 1
 
 
 def _check_frames(
@@ -633,6 +626,13 @@ def _effective(
     values["latents"] = sorted(request.latents) if request.latents else None
     values["prompt_tokens"] = [len(ids) for ids in token_ids]
     return values
+
+
+def _output_size(streams: list[StreamPlan], model: ModelConfig) -> str:
+    """Width and height of what is decoded: of a canvas, only what its picture covers."""
+    rows, columns = next(s.shape[3:] for s in reversed(streams) if s.name == "vision")
+    scale = model.vae.scale_factor_spatial
+    return f"{columns * scale}x{rows * scale}"
 
 
 def _shown(source: object) -> str | None:

@@ -56,9 +56,16 @@ class Cancelled(Cosmos3Error):
 
 
 class OutOfMemory(Cosmos3Error):
-    """The request does not fit into the memory of the device. Says what is needed and free."""
+    """The request does not fit into the memory of the device. Says what is needed and free.
+
+    ``crowded`` means that it would fit if no other request were in flight.
+    """
 
     code = "out_of_memory"
+
+    def __init__(self, message: str, *, crowded: bool = False) -> None:
+        super().__init__(message)
+        self.crowded = crowded
 
 
 class DeadlineExceeded(Cosmos3Error):

@@ -15,7 +15,7 @@ import numpy as np
 from vllm_cosmos3 import media
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.progress import Progress, Report
-from vllm_cosmos3.request import Spec
+from vllm_cosmos3.spec import Spec
 
 __all__ = ["Output", "Progress", "Report", "Sample"]
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from vllm_cosmos3 import conditions, prompts
 from vllm_cosmos3.config import EngineConfig, ModelConfig, read_config
 from vllm_cosmos3.inventory import sound_tensors, transformer_tensors, vae_tensors
-from vllm_cosmos3.memory import decided, usual_work, work_of
+from vllm_cosmos3.memory import check_weights, decided, usual_work, work_of
 from vllm_cosmos3.memory.estimate import TEXT_BYTES
 from vllm_cosmos3.models.sound import SoundVAE
 from vllm_cosmos3.models.texts import RecentTexts
@@ -47,6 +47,7 @@ from vllm_cosmos3.sampling.guidance import (
 from vllm_cosmos3.sampling.noise import initial_noise, step_noise
 from vllm_cosmos3.sampling.packing import (
     Stream,
+    filled_up,
     free_frames,
     free_rows,
     patch_grid,
@@ -121,11 +122,14 @@ class Pipeline:
 
         Raises:
             CheckpointError: a file is missing, corrupt or of another architecture.
+            OutOfMemory: the weights do not fit into the device.
         """
         device = torch.device(device)
         model = read_config(config.model, config.checkpoint_kind)
         tokenizer = prompts.load_tokenizer(config.model)
-        config = decided(model, config, usual_work(model), memory_of(device, config.memory_limit))
+        usual, limit = usual_work(model), memory_of(device, config.memory_limit)
+        config = decided(model, config, usual, limit)
+        check_weights(model, config, usual, limit)
         dtype = getattr(torch, config.dtype)
         attend = make_attend(
             config.attention_backend,
@@ -296,7 +300,7 @@ class Pipeline:
             clean = torch.from_numpy(stream.source).to(self.device)
             free = free_rows(stream.shape, stream.known, stream.channels)
             return Known(clean=clean, free=free.to(self.device))
-        pixels = taken
+        pixels = taken if taken is None else filled_up(taken, stream.canvas)
         if stream.source is not None:
             pixels = to_pixels(torch.from_numpy(stream.source).to(self.device))
         if stream.known and pixels is not None:
@@ -355,14 +359,15 @@ class Pipeline:
         """Predict, guide, step, and put back what is known. The solver works in float32."""
         plan, schedule = state.plan, state.schedule
         predict = partial(self._predict, state, state.timesteps[index])
-        velocities = guide(predict, state.guidance[index], self.mesh.cfg)
+        moving = [place for place, stream in enumerate(plan.streams) if stream.generated]
+        latents = tuple(state.streams[place].x for place in moving)
+        velocities = guide(predict, state.guidance[index], self.mesh.cfg, latents)
         solver = SOLVERS[plan.solver]
         fresh: dict[str, Tensor] = {}
         if solver.draws_noise:
             shapes = {stream.name: stream.shape for stream in plan.streams}
             fresh = step_noise(shapes, seed=seed, rule=plan.noise, index=index)
         streams, remembered = list(state.streams), []
-        moving = [place for place, stream in enumerate(plan.streams) if stream.generated]
         for place, v, before in zip(moving, velocities, state.solver, strict=True):
             stream = state.streams[place]
             noise = fresh[stream.name].to(self.device) if fresh else None
@@ -426,6 +431,7 @@ class Pipeline:
         with state.timers.phase("to_cpu"):
             pixels = torch.cat(chunks)[state.plan.overlap if before else 0 :].cpu()
             pixels_THWC = torch.cat([*before, pixels])[: state.plan.num_frames].numpy()
+            pixels_THWC = np.concatenate([*state.plan.beside, pixels_THWC], axis=2)
             sound = None if waveform is None else waveform.float().cpu().numpy()
         if len(pixels_THWC) == 1:
             return Sample(seed=seed, image=pixels_THWC[0])

@@ -22,7 +22,8 @@ class StreamPlan:
     on, which the encoder may see more of than the stream's shape keeps at the right and bottom; for
     action float32 rows of the whole shape. ``rate`` is what a second holds of the material: pixel
     frames, sound latents, action rows. Of action, ``channels`` carry numbers and the rest is zero,
-    and row 0 belongs to pixel frame ``first``.
+    and row 0 belongs to pixel frame ``first``. Pixels that a later chunk takes over are filled up to
+    ``canvas`` (height, width), as the source of the first was, if there is one.
 
     ``absent`` are the branches of guidance whose sequence leaves the stream out. ``follows`` says
     that its positions begin after those of the stream before, not beside them. With a ``share`` the
@@ -37,6 +38,7 @@ class StreamPlan:
     source: np.ndarray | None = None
     channels: int = 0
     first: int = 0
+    canvas: tuple[int, int] | None = None
     absent: tuple[int, ...] = ()
     follows: bool = False
     share: float | None = None
@@ -80,7 +82,8 @@ class Plan:
     branch without controls. ``streams`` are in the order of the sequence; of several with one name
     the last is the result. A long video is made in chunks: ``later`` has the streams of all but the
     first, in the same shapes, and each takes its first ``overlap`` pixel frames over from the end of
-    the one before; of all together ``num_frames`` are kept. ``seeds`` has one seed per result.
+    the one before; of all together ``num_frames`` are kept, to the right of the clips ``beside``
+    [num_frames, H, W, 3]. ``seeds`` has one seed per result.
     ``initial`` replaces the seeds' noise by stream name. ``decoded`` is false if the latents alone
     are wanted. ``domain_id`` is the embodiment of the actions, ``actions`` how to read them if they
     are generated. ``effective`` is the
@@ -107,6 +110,7 @@ class Plan:
     later: tuple[tuple[StreamPlan, ...], ...] = ()
     overlap: int = 0
     num_frames: int | None = None  # None: as many as there are
+    beside: tuple[np.ndarray, ...] = ()
     initial: Mapping[str, np.ndarray] = field(default_factory=dict)
     effective: Mapping[str, object] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_cosmos3.errors import InvalidRequest
-from vllm_cosmos3.request import MAX_SEED, Spec
+from vllm_cosmos3.request import MAX_SEED
+from vllm_cosmos3.spec import Spec
 
 if TYPE_CHECKING:
     from vllm_cosmos3.media import ImageSource

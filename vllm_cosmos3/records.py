@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from vllm_cosmos3 import prompts
-from vllm_cosmos3.conditions import ASPECT_RATIOS, TRAINED_SIZES
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.questions import SAMPLING
-from vllm_cosmos3.request import SPECS, Spec
+from vllm_cosmos3.request import SPECS
+from vllm_cosmos3.sizes import ASPECT_RATIOS, TRAINED_SIZES
+from vllm_cosmos3.spec import Spec
 from vllm_cosmos3.upsample import SAMPLING_SPECS
 
 GENERATOR, REASONER = "generator", "reasoner"  # who serves a record
@@ -162,7 +163,8 @@ def _with_defaults(entry: Entry) -> tuple[dict[str, Any], list[str]]:
         if name not in KNOWN:
             near = difflib.get_close_matches(name, KNOWN, n=1)
             hint = f"did you mean {near[0]}?" if near else "there is no such field"
-            raise InvalidRequest(name, value, f"left out; {hint}", "unknown_parameter")
+            shown = name if name.isprintable() else repr(name)
+            raise InvalidRequest(shown, value, f"left out; {hint}", "unknown_parameter")
     if "defaults_file" not in given:
         return given, []
     defaults = parse_json(_text_of(entry, "defaults_file", given["defaults_file"]))

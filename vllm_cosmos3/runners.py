@@ -23,10 +23,11 @@ from vllm_cosmos3.output import Output, Sample
 from vllm_cosmos3.pipeline import Pipeline
 from vllm_cosmos3.plan import Plan
 from vllm_cosmos3.progress import Progress, Report
+from vllm_cosmos3.runtime.budget import lift_limit
 from vllm_cosmos3.runtime.client import StageClient
 from vllm_cosmos3.runtime.executor import StageExecutor
 from vllm_cosmos3.runtime.mesh import check_degrees, close_mesh, init_mesh
-from vllm_cosmos3.runtime.worker import StageConfig
+from vllm_cosmos3.runtime.worker import StageConfig, is_out_of_memory, public_error
 
 
 class Runner(Protocol):
@@ -83,13 +84,23 @@ class InProcess:
                 return None
             return getattr(pipeline, method)(state)
 
-        return _drive(call, plan, report, cancelled)
+        try:
+            return _drive(call, plan, report, cancelled)
+        except Exception as raised:
+            if not is_out_of_memory(raised):
+                raise
+            error = public_error(raised, "the request")
+        # Raised here, where nothing refers to the tensors of the failed call any more.
+        state = None
+        _free_caches()
+        raise error
 
     def close(self) -> None:
-        self._pipeline = None
-        gc.collect()
-        if torch.accelerator.is_available():
-            torch.accelerator.empty_cache()
+        pipeline, self._pipeline = self._pipeline, None
+        if pipeline is not None and pipeline.config.memory_limit is not None:
+            lift_limit(pipeline.device)
+        del pipeline
+        _free_caches()
 
 
 class OneOfMany:
@@ -145,6 +156,12 @@ class Remote:
 
     def close(self) -> None:
         self._client.close()
+
+
+def _free_caches() -> None:
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
 
 
 def _drive(call: Callable[..., Any], plan: Plan, report: Report, cancelled: Event) -> Output:

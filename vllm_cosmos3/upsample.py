@@ -151,8 +151,10 @@ def caption_of(text: str, *, complete: bool) -> str:
     Raises:
         UpsamplingFailed: the answer was cut before it was whole.
     """
-    try:  # the grammar of strings lets control characters pass, which JSON does not allow there
-        caption = json.loads("".join(character for character in text if character >= " "))
+    # The grammar of strings lets pass what JSON does not: control characters, halves of letters.
+    legible = "".join(character for character in text if " " <= character != "\ufffd")
+    try:
+        caption = json.loads(legible)
     except ValueError:
         caption = None
     if not isinstance(caption, dict):

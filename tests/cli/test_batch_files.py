@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jsonschema import Draft202012Validator
 from media_files import clip
 from PIL import Image
 from servers import BIN, environment
@@ -21,6 +22,7 @@ from servers import BIN, environment
 from vllm_cosmos3.cli import main
 from vllm_cosmos3.engine import Cosmos3
 from vllm_cosmos3.media import read_image, read_video
+from vllm_cosmos3.upsample import schema_of
 
 FAST = {"size": "64x64", "num_steps": 2, "num_frames": 5, "prompt": "a boat", "seed": 3}
 ROOT = Path(__file__).parents[2]
@@ -207,7 +209,7 @@ def test_urls(
 
 
 @pytest.mark.serve
-def test_the_reasoner_answers_its_records(
+def test_the_reasoner_answers_its_records_and_writes_prompts(
     tiny_checkpoint_fp32: Path, tmp_path: Path, vllm_cache: Path
 ) -> None:
     Image.new("RGB", (64, 64), "teal").save(tmp_path / "first.png")
@@ -219,20 +221,27 @@ def test_the_reasoner_answers_its_records(
         {"name": "text", **ask},
         {"name": "image", **ask, "vision_path": "first.png", "do_sample": True, "temperature": 0.6},
         {"name": "clip", **ask, "vision_path": "clip.mp4", "video_fps": 4},
+        {"name": "written", "num_frames": 1, "prompt_upsampling": True},
+        {"name": "cut", "prompt_upsampling": True, "prompt_upsampler_max_tokens": 9},
     )
     command = [BIN / "vllm-cosmos3", "generate", tiny_checkpoint_fp32, "--dtype", "float32"]
-    command += ["--input", file, "--out", tmp_path / "out"]
+    command += ["--input", file, "--out", tmp_path / "out", "--enforce-eager", "--keep-going"]
     done = subprocess.run(
         [str(word) for word in command], check=False, capture_output=True, text=True, timeout=200,
         env=environment(vllm_cache),
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "5 of 6 records have their results" in done.stdout
     for name in ("text", "image", "clip"):
         content = outputs(file, name)["outputs"][0]["content"]
         text = (tmp_path / "out" / name / "reasoner_text.txt").read_text()
         assert content == {"text": text, "tokens": 8, "complete": False}
         assert text.strip()
     assert outputs(file, "video")["outputs"][0]["files"] == ["vision.mp4"]
+    written = outputs(file, "written")["args"]
+    assert written["original_prompt"] == "a boat"
+    Draft202012Validator(schema_of("image")).validate(json.loads(written["prompt"]))
+    assert "was cut at its longest length" in outputs(file, "cut")["message"]
 
 
 def test_the_example(tiny_checkpoint: Path, tmp_path: Path, vllm_cache: Path) -> None:

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from vllm_cosmos3.cli import main
 from vllm_cosmos3.cli.generate import progress_shown
+from vllm_cosmos3.media import write_video
 from vllm_cosmos3.request import SPECS
 
 FAST = ["--size", "96x64", "--num-inference-steps", "2", "--seed", "3"]
@@ -65,6 +66,26 @@ def test_video_with_sound(
     assert "peak memory" in printed.out
     assert "96x64, 29 frames at 12.5 fps, 2.32 s with sound" in printed.out
     assert "warning: num_frames 26 is rounded up to 29 (4k+1)" in printed.err
+
+
+def test_transfer(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    levels = np.random.RandomState(0).randint(0, 256, (6, 64, 96, 3), dtype=np.uint8)
+    write_video(tmp_path / "in.mp4", levels, fps=12, crf=0)
+    depth = {"control_path": str(tmp_path / "in.mp4"), "control_weight": 3}
+    assert generate(
+        tiny_checkpoint, "--prompt", "a boat", *FAST, "--video", tmp_path / "in.mp4", "--edge",
+        "--depth", json.dumps(depth), "--num-video-frames-per-chunk", 5, "--out", tmp_path,
+        "--show-control-condition",
+    ) == 0  # fmt: skip
+    known = json.loads((tmp_path / "sample" / "sample_args.json").read_text())
+    assert (known["mode"], known["checkpoint_kind"], known["num_frames"]) == ("transfer", "base", 6)
+    assert known["edge"] == {"control_weight": 1.0, "preset_edge_threshold": "medium"}
+    assert known["depth"] == {"control_weight": 3.0}
+    printed = capsys.readouterr()
+    assert "288x64, 6 frames at 12 fps" in printed.out
+    assert "checkpoint: base" in printed.err
 
 
 def test_images(tiny_checkpoint: Path, tmp_path: Path) -> None:

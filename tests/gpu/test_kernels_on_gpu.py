@@ -13,7 +13,7 @@ import kernels
 from vllm_cosmos3.compat import fused_qk_norm_rope
 from vllm_cosmos3.config import ParallelConfig
 from vllm_cosmos3.inventory import vae_tensors
-from vllm_cosmos3.models.kernels import norm_silu
+from vllm_cosmos3.models.kernels import add_with_bias, norm_silu
 from vllm_cosmos3.models.transformer import Layer
 from vllm_cosmos3.models.vae import VideoVAE, rms_normalised, to_frames, to_pixels
 from vllm_cosmos3.models.weights import identity_table, load_dummy_weights
@@ -119,15 +119,29 @@ def test_silu_and_multiply(pipeline: Pipeline, device: torch.device) -> None:
 @pytest.mark.parametrize("channels", [48, 256, 1024])
 @pytest.mark.parametrize("biased", [0, 1])
 def test_norm_and_silu_of_the_autoencoder(device: torch.device, channels: int, biased: int) -> None:
-    x = noise(device, 1, channels, 2, 11, 7).bfloat16()
-    x = x.contiguous(memory_format=torch.channels_last_3d)
+    """Into a part of a larger tensor, whose rest stays as it was."""
+    x = innermost(noise(device, 1, channels, 2, 11, 7).bfloat16())
     gamma = (1 + 0.1 * noise(device, channels, 1, 1, 1)).bfloat16()
     bias = noise(device, channels).bfloat16() if biased else None
     shifted = x.float() if bias is None else x.float() + bias.float().view(-1, 1, 1, 1)
     expected = F.silu(rms_normalised(shifted, gamma.float()))
-    actual = norm_silu(x, bias, gamma)
-    assert actual.is_contiguous(memory_format=torch.channels_last_3d)
-    assert apart(actual, expected) <= 5e-3
+    around = innermost(torch.zeros(1, channels, 4, 13, 9, device=device, dtype=x.dtype))
+    norm_silu(around[:, :, 2:, 1:-1, 1:-1], x, bias, gamma)
+    assert apart(around[:, :, 2:, 1:-1, 1:-1], expected) <= 5e-3
+    around[:, :, 2:, 1:-1, 1:-1] = 0
+    assert not around.any()
+
+
+@pytest.mark.parametrize("channels", [48, 256, 1024])
+def test_sums_with_bias_of_the_autoencoder(device: torch.device, channels: int) -> None:
+    x, other = (innermost(noise(device, 1, channels, t, 5, 7).bfloat16()) for t in (2, 2))
+    bias = noise(device, channels).bfloat16()
+    expected = x.float() + other.float() + bias.float().view(-1, 1, 1, 1)
+    assert apart(add_with_bias(x, other, bias), expected) <= 5e-3
+
+
+def innermost(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last_3d)
 
 
 def test_the_fast_decoder_equals_the_plain_one(pipeline: Pipeline, device: torch.device) -> None:

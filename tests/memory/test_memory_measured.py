@@ -29,6 +29,32 @@ REQUESTS: list[tuple[str, dict[str, Any]]] = [
     ("bfloat16", {**VIDEO, "image": np.zeros((192, 320, 3), np.uint8)}),
     ("bfloat16", {"size": "128x64", "num_frames": 49, "generate_sound": True}),
     ("bfloat16", {"size": "256x256", "num_frames": 1}),
+    (
+        "bfloat16",
+        {
+            "action_mode": "policy",
+            "domain_name": "av",
+            "image": np.zeros((80, 112, 3), np.uint8),
+            "size": "192x128",
+        },
+    ),
+    (
+        "bfloat16",
+        {
+            "size": "192x128",
+            "num_frames": 25,
+            "edge": {"control": np.zeros((25, 128, 192, 3), np.uint8)},
+            "blur": {"control": np.zeros((25, 128, 192, 3), np.uint8)},
+        },
+    ),
+    (
+        "bfloat16",
+        {
+            "size": "192x128",
+            "edge": {"control": np.zeros((37, 128, 192, 3), np.uint8)},
+            "num_video_frames_per_chunk": 13,
+        },
+    ),
     ("float32", {"size": "64x64", "num_frames": 5, "output_type": "latent"}),
 ]
 

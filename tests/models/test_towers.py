@@ -279,7 +279,7 @@ def test_dummy_weights_stay_finite_over_a_request(tiny_checkpoint: Path, mesh: M
     states = [State() for _ in current]
     for index, t in enumerate(schedule.timesteps):
         predict = partial(velocities_of, model, current, texts, rope, torch.tensor(t))
-        velocities = guide(predict, (6.0,), mesh.cfg)
+        velocities = guide(predict, (6.0,), mesh.cfg, tuple(s.x for s in current))
         stepped = [
             SOLVERS["unipc"].step(s.x, v, state, schedule.sigmas, index, None)
             for s, v, state in zip(current, velocities, states, strict=True)

@@ -1,7 +1,8 @@
 """Transfers against Cosmos3OmniModularPipeline of diffusers: the same tokens and noise, float32.
 
-Diffusers lets several controls see each other, which is ``control_attention="full"`` here. Clips have
-the size of the output, since the oracle stretches them.
+Diffusers lets several controls see each other, which is ``control_attention="full"`` here; one test
+puts the averaged attention of the models' own framework into the oracle. Clips have the size of the
+output, since the oracle stretches them.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import Cosmos3OmniPipeline, UniPCMultistepScheduler
+from diffusers.models.transformers import transformer_cosmos3
 from diffusers.modular_pipelines.cosmos import Cosmos3OmniBlocks, Cosmos3OmniModularPipeline
 from PIL import Image
+from torch import Tensor
 
 from vllm_cosmos3.engine import Cosmos3
 
@@ -120,10 +123,9 @@ def mine(ours: Cosmos3, case: dict[str, Any], state: Any, **more: Any) -> Any:
         fps=24.0,
         num_inference_steps=STEPS,
         schedule="diffusers",
-        control_attention="full",
         noise="torch",
+        **{"control_attention": "full", **more},
         **{name: case[name] for name in names if name in case},
-        **more,
     )
 
 
@@ -142,3 +144,42 @@ def test_transfer(oracle: Any, ours: Cosmos3, name: str) -> None:
     assert np.abs(made.video - frames * 255).max() <= 0.52
     other = mine(ours, case, state, seed=5, output_type="latent").latents["vision"]
     assert np.abs(other[:, :, -latents.shape[2] :] - latents).max() > 0.1 * scale
+
+
+@pytest.mark.parametrize("name", ["two hints", "three chunks of two hints"])
+def test_averaged_attention(
+    oracle: Any, ours: Cosmos3, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The oracle with the attention that the models were trained with put into its place.
+
+    Target and one control attend to the text, to that control and to the target, for each control
+    in turn; the target takes the mean by weight.
+    """
+    case = CASES[name]
+    state = theirs(oracle, case, seed=4)  # for its token ids
+    weights = torch.tensor([1.0 + len(hint) for hint in case["hints"]])
+    attend = transformer_cosmos3.dispatch_attention_fn
+    frames = case.get("chunk", 9)
+    tokens = (1 + (frames - 1) // 4) * (HEIGHT // 32) * (WIDTH // 32)  # of one clip
+
+    def averaged(q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Tensor:
+        if q.shape[1] != 3 * tokens or q.shape[1] == k.shape[1]:
+            return attend(q, k, v, **more)
+        texts, out = k.shape[1] - q.shape[1], torch.zeros_like(q)
+        target = torch.arange(2 * tokens, 3 * tokens)
+        for control, weight in enumerate(weights / weights.sum()):
+            own = torch.arange(control * tokens, (control + 1) * tokens)
+            rows = torch.cat([own, target])
+            keys = torch.cat([torch.arange(texts), texts + rows])
+            found = attend(q[:, rows], k[:, keys], v[:, keys], **more)
+            out[:, own] = found[:, :tokens]
+            out[:, target] += weight * found[:, tokens:]
+        return out
+
+    monkeypatch.setattr(transformer_cosmos3, "dispatch_attention_fn", averaged)
+    latents = theirs(oracle, case, seed=4).get("latents").numpy()
+    scale = np.abs(latents).max()
+    assert np.abs(latents - state.get("latents").numpy()).max() > 0.01 * scale
+    request = {"seed": 4, "output_type": "latent", "control_attention": "averaged"}
+    last = mine(ours, case, state, **request).latents["vision"][:, :, -latents.shape[2] :]
+    assert np.abs(last - latents).max() <= BOUND * scale

@@ -32,6 +32,7 @@ REQUESTS = {
     # 3 x 3 patches and a sound latent: an odd number of tokens
     "tokens that do not divide": {"num_frames": 1, "height": 96, "width": 96},
     "image to video": {"num_frames": 9, "height": 64, "width": 80, "image": IMAGE},
+    "rollout": {"num_frames": 5, "height": 64, "width": 64, "image": IMAGE, "num_chunks": 2},
     "transfer of two controls in two chunks": {
         "depth": {"control": CLIP, "control_weight": 3},
         "seg": CLIP[::-1],
@@ -126,12 +127,19 @@ def test_a_mesh_equals_one_rank(
             assert relative(made.sound, expected.sound) < 10 * BOUND
 
 
-def warnings_of(mesh: Mesh, folder: Path, parallel: ParallelConfig) -> list[tuple[str, ...]]:
-    """What each of UNGUIDED and guided requests warns of beyond its plan."""
+def work_of(
+    mesh: Mesh, folder: Path, parallel: ParallelConfig
+) -> list[tuple[int, int, tuple[str, ...]]]:
+    """Of each of UNGUIDED and GUIDED: texts read, forwards made, and warnings beyond the plan's."""
     config = EngineConfig(model=folder, dtype="float32", device="cpu", parallel=parallel)
     pipeline = Pipeline.load(config, mesh, "cpu")
-    new = []
+    calls: list[str] = []
+    pipeline.transformer.understanding.register_forward_hook(lambda *_: calls.append("text"))
+    pipeline.transformer.register_forward_hook(lambda *_: calls.append("step"))
+    found = []
     for fields in (*UNGUIDED, *GUIDED):
+        calls.clear()
+        pipeline.texts.clear()
         size = {"num_frames": 1, "height": 64, "width": 64, "output_type": "latent"}
         plan = pipeline.plan(GenerateRequest(**COMMON, **size, **fields))
         state = pipeline.encode(plan)
@@ -140,20 +148,54 @@ def warnings_of(mesh: Mesh, folder: Path, parallel: ParallelConfig) -> list[tupl
         pipeline.decode(state)
         output = pipeline.finish(state)
         assert output.warnings[: len(plan.warnings)] == plan.warnings
-        new.append(output.warnings[len(plan.warnings) :])
-    return new
+        new = output.warnings[len(plan.warnings) :]
+        found.append((calls.count("text"), calls.count("step"), new))
+    return found
 
 
 @pytest.mark.parametrize("mesh", ["2x1x1", "1x2x1"])
-def test_ranks_that_guidance_leaves_idle_are_told_of(
+def test_ranks_that_guidance_leaves_idle_compute_nothing(
     mesh: str, ranks: Ranks, tiny_checkpoint_fp32: Path
 ) -> None:
     shares_branches = MESHES[mesh].cfg_parallel_size == 2
-    for warnings in ranks(MESHES[mesh], warnings_of, tiny_checkpoint_fp32, MESHES[mesh]):
-        unguided, guided = warnings[: len(UNGUIDED)], warnings[len(UNGUIDED) :]
-        assert all(len(new) == shares_branches for new in unguided)
-        assert all("cfg_parallel_size=2" in text for new in unguided for text in new)
-        assert guided == [()] * len(GUIDED)
+    results = ranks(MESHES[mesh], work_of, tiny_checkpoint_fp32, MESHES[mesh])
+    for rank, found in enumerate(results):
+        unguided, guided = found[: len(UNGUIDED)], found[len(UNGUIDED) :]
+        idle = shares_branches and rank == 1
+        for texts, steps, warnings in unguided:
+            assert (texts, steps) == ((0, 0) if idle else (1, 3))
+            assert len(warnings) == shares_branches
+            assert all("cfg_parallel_size=2" in text for text in warnings)
+        always, once = guided
+        joined = 1 if shares_branches else 2
+        assert always == (joined, 3, ())
+        assert once == (joined, 1 if idle else 3, ())
+
+
+@pytest.mark.parametrize("mesh", ["1x1x2", "1x2x1"])
+def test_weights_that_rest_on_the_host_change_no_bit(
+    mesh: str, ranks: Ranks, tiny_checkpoint_fp32: Path
+) -> None:
+    results = ranks(MESHES[mesh], placed, tiny_checkpoint_fp32, MESHES[mesh])
+    for plain, *others in results:
+        assert all(np.array_equal(other, plain) for other in others)
+
+
+def placed(mesh: Mesh, folder: Path, parallel: ParallelConfig) -> list[np.ndarray]:
+    """Latents with the weights on the device, the text tower on the host, and both on the host."""
+    found = []
+    for settings in (
+        {"und_residency": "gpu"},
+        {"und_residency": "host"},
+        {"und_residency": "host", "layerwise_offload": True},
+    ):
+        config = EngineConfig(
+            model=folder, dtype="float32", device="cpu", parallel=parallel, **settings
+        )
+        pipeline = Pipeline.load(config, mesh, "cpu")
+        size = {"num_frames": 5, "height": 64, "width": 96, "output_type": "latent"}
+        found.append(run(pipeline, GenerateRequest(**COMMON, **size)).latents["vision"])
+    return found
 
 
 def relative(x: np.ndarray, reference: np.ndarray) -> float:

@@ -108,3 +108,16 @@ def test_wrong_settings(wrong: dict[str, object]) -> None:
     with pytest.raises(InvalidRequest) as refusal:
         QueueConfig(**wrong)
     assert refusal.value.field in wrong
+
+
+def test_a_request_that_needs_to_be_alone_waits_for_all_but_not_for_ever() -> None:
+    scheduler = submitted(QueueConfig(max_passed=2), [900.0, 5.0])
+    assert [scheduler.admit(), scheduler.admit(), scheduler.admit()] == ["1", "0", None]
+    scheduler.readmit("1", alone=True)
+    for name in ("a", "b", "c"):
+        scheduler.submit(name, 1.0)
+    assert [scheduler.admit(), scheduler.admit(), scheduler.admit()] == ["a", "b", None]
+    for name in ("0", "a", "b"):
+        scheduler.remove(name)
+    assert scheduler.admit() == "1"
+    assert scheduler.admit() == "c"

@@ -155,6 +155,17 @@ def test_a_fault_fails_its_request_only(
     assert client.submit(ToyPlan(steps=1)).result(60).total == 2
 
 
+def test_a_request_without_room_beside_others_waits_for_them(client: StageClient) -> None:
+    beside = client.submit(ToyPlan(steps=40, seconds=0.01), seconds=LONG)
+    order: list[str] = []
+    beside.future.add_done_callback(lambda _: order.append("beside"))
+    crowded = client.submit(ToyPlan(steps=1, faults={"encode": "crowded"}), seconds=1.0)
+    crowded.future.add_done_callback(lambda _: order.append("crowded"))
+    assert crowded.result(60).total == 2
+    assert beside.result(60).total == 80
+    assert order == ["beside", "crowded"]
+
+
 def test_a_killed_stage_process_is_replaced_and_its_workers_end(client: StageClient) -> None:
     hanging = client.submit(ToyPlan(faults={"step 1": "hang"}))
     while hanging.progress is None or hanging.progress.step < 1:

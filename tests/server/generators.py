@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,17 @@ LONG = {"size": "256x256", "num_frames": 21, "num_inference_steps": 200, "seed":
 
 
 @contextmanager
-def generator(checkpoint: Path, folder: Path, cache: Path, *flags: str) -> Iterator[Server]:
+def generator(
+    checkpoint: Path,
+    folder: Path,
+    cache: Path,
+    *flags: str,
+    while_starting: Callable[[Server], object] = lambda _: None,
+) -> Iterator[Server]:
     """``vllm-cosmos3 serve CKPT --surface generator`` until the block ends."""
     command = [str(BIN / "vllm-cosmos3"), "serve", str(checkpoint), "--surface", "generator"]
     command += ["--storage-path", str(folder / "storage"), "--served-model-name", "tiny", *flags]
-    with running(command, folder, cache) as server:
+    with running(command, folder, cache, while_starting) as server:
         yield server
 
 
@@ -41,3 +48,20 @@ def finished(server: Server, job: dict[str, Any], seconds: float = 60) -> dict[s
             pass
     ended: dict[str, Any] = httpx.get(f"{server.url}/v1/videos/{job['id']}").json()
     return ended
+
+
+def eventually(what: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait until something is so."""
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it does not happen"
+        time.sleep(0.01)
+
+
+def refuses(server: Server) -> bool:
+    """Whether nobody listens any more."""
+    try:
+        httpx.get(f"{server.url}/health/live")
+    except httpx.TransportError:
+        return True
+    return False

@@ -1,7 +1,8 @@
 """Malformed requests: each row is answered before anything is queued, with its slug and field.
 
 The numbers are those of the catalogue of bad input that the API was designed against; rows about
-transfer and the policy WebSocket are not here.
+the policy WebSocket are in test_openpi.py, and those about other checkpoints and lost memory or
+workers are in test_guarded_server.py and test_faults_of_server.py.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import httpx
 import numpy as np
 import pytest
 from generators import PICTURE, create, finished
-from media_files import clip, data_url, picture, png
+from media_files import animation, clip, data_url, picture, png
 from PIL import Image
 from servers import Server
 
@@ -84,6 +85,11 @@ def action(**changes: Any) -> dict[str, Any]:
     return body(**top, extra_params=given)
 
 
+def hints(**fields: Any) -> dict[str, Any]:
+    """A small request with controls among the extra parameters."""
+    return body(extra_params=fields)
+
+
 def predicted(mode: str, **changes: Any) -> dict[str, Any]:
     """The same for a mode that predicts the actions."""
     return action(action_mode=mode, action=None, **changes)
@@ -108,6 +114,8 @@ def bomb() -> bytes:
 
 
 PICTURE_URL = data_url(png(picture(64, 64)), "image/png")
+CONTROL = animation([picture(64, 64, seed) for seed in range(5)])
+CONTROL_URL = data_url(CONTROL, "image/gif")
 ROWS = [
     Row(number=1, status=400, code="missing_required", param="prompt", send=body(prompt=None)),
     Row(number=1, status=400, code="missing_required", param="prompt", send=form(prompt=None)),
@@ -206,6 +214,28 @@ ROWS = [
     Row(number=66, status=400, code="unsupported", param="image_reference.file_id", send=body(image_reference={"file_id": "x"})),
     Row(number=66, status=403, code="path_not_allowed", param="image_reference", send=body(image_reference={"image_url": "file:///etc/hostname"})),
     *(Row(number=67, status=400, code="url_not_allowed", param="input_reference", send=body(input_reference=f"http://{host}/x.png"), says="public") for host in ("127.0.0.1:80", "localhost", "169.254.169.254", "10.0.0.1", "[::1]", "0.0.0.0", "[::ffff:127.0.0.1]")),
+    Row(number=69, status=400, code="missing_required", param="control_type", send=file(CONTROL, "control_reference")),
+    Row(number=69, status=400, code="invalid_value", param="control_type", send=file(CONTROL, "control_reference", control_type="lines"), says="edge, blur, depth, seg, wsm"),
+    Row(number=69, status=400, code="missing_required", param="control_reference", send=form(control_type="edge")),
+    Row(number=69, status=200, send=file(CONTROL, "control_reference", control_type="depth")),
+    Row(number=69, status=200, send=file(CONTROL, "seg", num_frames=None)),
+    Row(number=70, status=400, code="missing_required", param="extra_params.depth.control", send=hints(depth=True), says="only edge and blur"),
+    Row(number=70, status=400, code="missing_required", param="extra_params.edge.control", send=hints(edge=True), says="video given"),
+    Row(number=71, status=400, code="invalid_value", param="extra_params.seg.control_weight", send=hints(seg={"control": CONTROL_URL, "control_weight": 0}), says="above 0"),
+    Row(number=71, status=400, code="invalid_value", param="extra_params.seg.control_weight", send=hints(seg={"control": CONTROL_URL, "control_weight": -1})),
+    Row(number=71, status=400, code="invalid_value", param="extra_params.seg.control_weight", send=raw(json.dumps(hints(seg={"control": CONTROL_URL, "control_weight": float("nan")})["json"]))),
+    Row(number=71, status=400, code="unknown_parameter", param="extra_params.seg.weight", send=hints(seg={"control": CONTROL_URL, "weight": 1}), says="control_weight"),
+    Row(number=71, status=400, code="invalid_value", param="edge.control_weight", send=form(**{"edge[control]": CONTROL_URL, "edge[control_weight]": "-2"})),
+    Row(number=71, status=400, code="invalid_type", param="extra_params.edge", send=hints(edge=5)),
+    Row(number=71, status=400, code="invalid_json", param="edge", send=form(edge="{control")),
+    *(Row(number=72, status=400, code="conflict", param=f"extra_params.{name}", send=hints(**{name: value}), says="edge, blur, depth") for name, value in (("control_guidance", 2.0), ("num_conditional_frames", 1), ("emphasize_control_in_prompt", False))),
+    Row(number=73, status=403, code="path_not_allowed", param="extra_params.depth.control_path", send=hints(depth={"control_path": "/etc/hostname"})),
+    Row(number=73, status=403, code="path_not_allowed", param="extra_params.depth", send=hints(depth="/etc/hostname")),
+    Row(number=74, status=200, send=hints(seg=CONTROL_URL), warns="64x64 is not a trained one"),
+    Row(number=75, status=400, code="unsupported_combination", param="generate_sound", send=body(seg=CONTROL_URL, generate_sound=True), says="without sound"),
+    Row(number=75, status=400, code="unsupported_combination", param="action_mode", send=body(seg=CONTROL_URL, action_mode="policy")),
+    Row(number=75, status=400, code="unsupported_combination", param="input_reference", send=body(seg=CONTROL_URL, input_reference=PICTURE_URL)),
+    Row(number=75, status=400, code="unsupported", param="seg", **image(seg=CONTROL_URL)),
     Row(number=76, status=400, code="unsupported", param="num_outputs_per_prompt", send=form(num_outputs_per_prompt=2)),
     Row(number=77, status=400, code="invalid_value", param="n", **image(n=11)),
     Row(number=77, status=400, code="invalid_value", param="n", **image(n=0)),

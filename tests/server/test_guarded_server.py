@@ -34,7 +34,8 @@ def client(guarded_server: Server) -> Iterator[httpx.Client]:
 
 
 def post(client: httpx.Client, **fields: Any) -> httpx.Response:
-    return client.post("/v1/videos", json=SMALL | fields, headers={"Prefer": "wait=60"})
+    body = {name: value for name, value in (SMALL | fields).items() if value is not None}
+    return client.post("/v1/videos", json=body, headers={"Prefer": "wait=60"})
 
 
 @pytest.mark.parametrize(("method", "path"), PATHS)
@@ -112,8 +113,9 @@ def test_row_75_a_mode_that_the_checkpoint_was_not_made_for(client: httpx.Client
     answers = [
         client.post("/v1/videos", json=TEXT),
         client.post("/v1/images/generations", json={"prompt": "a boat", "size": "64x64"}),
+        client.post("/v1/videos", json=TEXT | {"seg": PICTURE}),
     ]
-    for answer, mode in zip(answers, ("text2video", "text2image"), strict=True):
+    for answer, mode in zip(answers, ("text2video", "text2image", "transfer"), strict=True):
         error = answer.json()["error"]
         assert (answer.status_code, error["code"]) == (400, "unsupported_by_model")
         assert error["message"] == (
@@ -129,20 +131,26 @@ def test_the_kind_is_told_at_start(guarded_server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("field", "fields"),
     [
-        (["--guardrails", "required"], ["guardrails required", "cosmos-guardrail", "auto or off"]),
-        (["--max-queue", "0"], ["max_queue is 0", "from 1 to"]),
-        (["--checkpoint-kind", "distilled-t2i"], ["checkpoint_kind is 'distilled-t2i'", "base"]),
-        (["--tensor-parallel-size", "3"], ["tensor_parallel_size is 3", "4 key-value heads"]),
+        ("generate_sound", {"generate_sound": True}),
+        ("extra_params.sound_gen", {"extra_params": {"sound_gen": True}}),
     ],
 )
-def test_it_refuses_to_start(
-    flags: list[str], words: list[str], tiny_checkpoint: Path, tmp_path: Path, vllm_cache: Path
+def test_row_54_sound(field: str, fields: dict[str, Any], client: httpx.Client) -> None:
+    answer = post(client, **fields)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (400, "unsupported_by_model")
+    assert error["param"] == field
+
+
+def test_it_does_not_start_without_required_guardrails(
+    tiny_checkpoint: Path, tmp_path: Path, vllm_cache: Path
 ) -> None:
     command = [str(BIN / "vllm-cosmos3"), "serve", str(tiny_checkpoint), "--surface", "generator"]
-    command += ["--port", "0", "--storage-path", str(tmp_path), *flags]
+    command += ["--port", "0", "--storage-path", str(tmp_path), "--guardrails", "required"]
     status, output = run_to_end(command, vllm_cache)
     assert status == 2
     last = output.strip().splitlines()[-1]
-    assert all(word in last for word in words), output
+    assert last.startswith("vllm-cosmos3 serve: --guardrails required, but ")
+    assert last.endswith("with its models, or start with --guardrails auto or off")

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
 import signal
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from generators import SMALL, create, finished, generator
-from servers import Server
+from generators import SMALL, create, eventually, finished, generator, refuses
+from servers import BIN, Server, free_port, run_to_end
 
 pytestmark = pytest.mark.serve
 LONG = {"size": "256x256", "num_frames": 61, "num_inference_steps": 200, "guidance_scale": 1}
@@ -28,11 +30,11 @@ def content(server: Server, job: dict[str, Any]) -> httpx.Response:
     return httpx.get(f"{server.url}/v1/videos/{job['id']}/content")
 
 
-def eventually(what: Callable[[], bool], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "it does not happen"
-        time.sleep(0.05)
+def continuing(server: Server, job: dict[str, Any]) -> tuple[int, str]:
+    """How a request to go on from a video is refused."""
+    body = {"prompt": "a boat", **SMALL, "continue_from": job["id"]}
+    answer = httpx.post(f"{server.url}/v1/videos", json=body)
+    return answer.status_code, answer.json()["error"]["code"]
 
 
 def test_jobs_outlive_servers(tiny_checkpoint: Path, vllm_cache: Path, tmp_path: Path) -> None:
@@ -55,6 +57,10 @@ def test_jobs_outlive_servers(tiny_checkpoint: Path, vllm_cache: Path, tmp_path:
         for lost in (cut, waiting):
             ended = job_of(first, lost)
             assert (ended["status"], ended["error"]["code"]) == ("failed", "interrupted")
+        goes_on = finished(first, create(first, **SMALL, continue_from=done["id"]))
+        assert (goes_on["status"], goes_on["num_frames"]) == ("completed", 9)
+        assert continuing(first, cut) == (409, "job_failed")
+        assert httpx.delete(f"{first.url}/v1/videos/{goes_on['id']}").status_code == 200
 
         second = start(stack)
         shared = create(first, **LONG)
@@ -74,24 +80,45 @@ def test_jobs_outlive_servers(tiny_checkpoint: Path, vllm_cache: Path, tmp_path:
         assert job_of(first, last)["status"] in ("queued", "in_progress")
         assert finished(second, last, 120)["status"] == "completed"
         assert content(second, last).status_code == 200
-        eventually(lambda: _refuses(first))
+        eventually(lambda: refuses(first))
 
 
-def _refuses(server: Server) -> bool:
-    try:
-        httpx.get(f"{server.url}/health/live")
-    except httpx.TransportError:
-        return True
-    return False
-
-
-def test_files_expire_by_age_and_quota(
+def test_it_ends_with_a_generator_that_cannot_start(
     tiny_checkpoint: Path, vllm_cache: Path, tmp_path: Path
 ) -> None:
-    flags = ["--file-ttl", "8", "--storage-quota", "90000"]
-    with generator(tiny_checkpoint, tmp_path, vllm_cache, *flags) as server:
+    """What nobody could know before its processes have started is one line and a status as well."""
+    command = [str(BIN / "vllm-cosmos3"), "serve", str(tiny_checkpoint), "--surface", "generator"]
+    command += ["--host", "127.0.0.1", "--port", str(free_port()), "--storage-path", str(tmp_path)]
+    status, output = run_to_end([*command, "--attention-backend", "flash"], vllm_cache)
+    assert status == 2
+    assert re.search(r"^vllm-cosmos3 serve: attention_backend flash .*use sdpa or auto$", output, re.M)  # fmt: skip
+    assert "Traceback" not in output
+
+
+def test_loading_is_told_and_files_expire_by_age_and_quota(
+    tiny_checkpoint: Path, vllm_cache: Path, tmp_path: Path
+) -> None:
+    wide = widened(tiny_checkpoint, tmp_path / "wide", intermediate_size=32768)
+    heard: list[dict[str, Any]] = []
+
+    def listen(server: Server) -> None:
+        assert httpx.get(f"{server.url}/health/live").status_code == 200
+        answer = httpx.get(f"{server.url}/health")
+        if answer.status_code == 503:
+            heard.append(answer.json())
+
+    flags = ["--file-ttl", "8", "--storage-quota", "90000", "--load-format", "dummy"]
+    flags += ["--guardrails", "off"]
+    with generator(wide, tmp_path, vllm_cache, *flags, while_starting=listen) as server:
+        loaded = [report["loaded_percent"] for report in heard]
+        assert loaded == sorted(loaded)
+        assert any(0 < percent < 100 for percent in loaded)
+        assert {report["error"]["code"] for report in heard} == {"loading"}
+        assert f"{loaded[-1]} % of its weights" in heard[-1]["reason"]
         first = finished(server, create(server, **SMALL))
         assert content(server, first).status_code == 200
+        assert httpx.get(f"{server.url}/health").json()["guardrails"] == "disabled"
+        assert first["cosmos3"]["guardrails"] == {"requested": None, "effective": "disabled"}
         jobs = [finished(server, create(server, **SMALL)) for _ in range(3)]
         # Four results are more than the quota, so the oldest goes; age takes the others.
         eventually(lambda: content(server, first).status_code == 410)
@@ -99,7 +126,16 @@ def test_files_expire_by_age_and_quota(
         eventually(lambda: content(server, jobs[-1]).status_code == 410)
         answer = content(server, first)
         assert answer.json()["error"]["code"] == "expired"
+        assert continuing(server, first) == (410, "expired")
         kept = job_of(server, first)
         assert kept["status"] == "completed"
         assert kept["expires_at"] <= time.time()
         assert httpx.delete(f"{server.url}/v1/videos/{first['id']}").status_code == 200
+
+
+def widened(checkpoint: Path, folder: Path, **changes: int) -> Path:
+    """The configuration of a larger checkpoint, so that loading takes a while."""
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    file = folder / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder

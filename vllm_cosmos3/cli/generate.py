@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.kinds import MODES
-from vllm_cosmos3.request import SPECS, GenerateRequest, Spec, from_fields
+from vllm_cosmos3.request import SPECS, GenerateRequest, from_fields
+from vllm_cosmos3.spec import Spec
 
 if TYPE_CHECKING:
     import numpy as np

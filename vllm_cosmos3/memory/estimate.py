@@ -29,14 +29,16 @@ OTHER_ATTENTION_BYTES = FLOAT32  # of a query head: the logarithm of its sum
 class Work:
     """What a request comes to, in sizes.
 
-    ``streams`` are names and latent shapes, ``text`` the tokens of each guidance branch, ``sources``
-    the frames, height and width of what is encoded for known frames.
+    ``streams`` are names and latent shapes, ``text`` the tokens of each text, ``sources`` the frames,
+    height and width of what is encoded for known frames. ``chunks`` are made one after the other,
+    and all but the last are decoded while the request goes on.
     """
 
     streams: tuple[tuple[str, tuple[int, ...]], ...]
     text: tuple[int, ...]
     sources: tuple[tuple[int, int, int], ...] = ()
     samples: int = 1
+    chunks: int = 1
     decoded: bool = True
 
 
@@ -104,13 +106,14 @@ def work_of(plan: Plan) -> Work:
     """The sizes of a planned request."""
     return Work(
         streams=tuple((stream.name, stream.shape) for stream in plan.streams),
-        text=tuple(map(len, plan.token_ids)),
+        text=tuple(map(len, dict.fromkeys(plan.token_ids))),  # branches may share one
         sources=tuple(
             stream.source.shape[:3]
             for stream in plan.streams
             if stream.source is not None and stream.name == "vision"
         ),
         samples=len(plan.seeds),
+        chunks=len(plan.chunks),
         decoded=plan.decoded,
     )
 
@@ -174,7 +177,7 @@ class _Request:
     @property
     def held(self) -> int:
         """Between two steps: text, what is known, the latents, and the solver's three of them."""
-        done = (self.work.samples - 1) * self.latents
+        done = (self.work.samples * self.work.chunks - 1) * self.latents
         return self.context + self.latents * 5 + done
 
     def phases(self) -> dict[str, int]:
@@ -253,8 +256,10 @@ class _Request:
             ledger.take(width + reduced)
 
     def _decode(self) -> dict[str, int]:
-        latents = self.work.samples * self.latents + min(self.texts, TEXT_BYTES)
-        vision = next(shape for name, shape in self.work.streams if name == "vision")
+        latents = self.work.samples * self.work.chunks * self.latents
+        latents += self.held if self.work.chunks > 1 else min(self.texts, TEXT_BYTES)
+        # Of several the last is the result; the others are controls.
+        vision = next(shape for name, shape in reversed(self.work.streams) if name == "vision")
         peak = decode_peak(
             self.model.vae,
             vision,
@@ -263,11 +268,13 @@ class _Request:
             item=self.item,
             fused=self.fused,
         )
-        phases = {"decode": latents + peak}
-        sound = next((shape for name, shape in self.work.streams if name == "sound"), None)
         vae = self.model.vae
         frames = 1 + (vision[2] - 1) * vae.scale_factor_temporal
         pixels = 3 * frames * vision[3] * vision[4] * vae.scale_factor_spatial**2
+        if not self.fused:  # on a CPU the frames of the chunks before are in the same memory
+            peak += (self.work.chunks - 1) * pixels
+        phases = {"decode": latents + peak}
+        sound = next((shape for name, shape in self.work.streams if name == "sound"), None)
         if sound is not None and self.model.sound is not None:
             phases["sound"] = latents + pixels + _sound_peak(self.model.sound, sound[1])
         phases["decode"] = max(phases["decode"], latents + 2 * pixels)  # joined

@@ -15,7 +15,7 @@ from math import prod
 
 from vllm_cosmos3.config import VAEConfig
 from vllm_cosmos3.memory.ledger import Ledger
-from vllm_cosmos3.runtime.halo import Part, divide
+from vllm_cosmos3.runtime.halo import Part, Strips, divide
 from vllm_cosmos3.runtime.mesh import Axis
 
 FLOAT32 = 4
@@ -52,7 +52,7 @@ def decode_peak(
         parts = divide(height, width, Axis("world", world, rank, None), parallel)
         ledger = Ledger()
         ledger.take(2 * prod(shape) * item)  # scaled back, in float32 for a moment
-        walks = [(part, Walk(ledger, item, fused, part.strips.dim)) for part in parts]
+        walks = [(part, Walk(ledger, item, fused, part.strips)) for part in parts]
         previous = 0  # what the loops' variables still refer to
         for index in range(min(frames, CHUNKS)):
             made = pixels * (doubled if index else 1)
@@ -101,7 +101,7 @@ def encode_peak(
             with ledger.scope():
                 ledger.moment(own, own)  # the cast, and the patches copied from it
                 ledger.take(own)
-                walk = Walk(ledger, item, fused, part.strips.dim)
+                walk = Walk(ledger, item, fused, part.strips)
                 p = config.patch_size
                 for index in range(min(latent, CHUNKS)):
                     made = grouped if index else 1
@@ -115,12 +115,12 @@ def encode_peak(
 
 @dataclass(slots=True)
 class Walk:
-    """One clip on its way through one part of the plane. ``dim`` is divided: 3 rows, 4 columns."""
+    """One clip on its way through one part of the plane, which ``strips`` may divide."""
 
     ledger: Ledger
     item: int
     fused: bool
-    dim: int
+    strips: Strips
     first: bool = True
     past: dict[str, int] = field(default_factory=dict)
 
@@ -137,8 +137,7 @@ class Walk:
             with self.replacing(x):
                 time = 2 if doubles_time[index] else 1
                 x = self.up(index, x, after, config.num_res_blocks + 1, time, space=index < last)
-        self.norm_silu(x)
-        self.conv("out", x, config.out_channels)
+        self.conv("out", x, config.out_channels, normed=True)
         self.first = False
 
     def encoder(self, config: VAEConfig, x: Shape) -> None:
@@ -152,14 +151,14 @@ class Walk:
                 x = self.down(index, x, after, config.num_res_blocks, time, space=index < last)
         with self.replacing(x):
             x = self.middle(x)
-        self.norm_silu(x)
-        self.conv("out", x, 2 * config.z_dim)
+        self.conv("out", x, 2 * config.z_dim, normed=True)
         self.first = False
 
     def up(
         self, index: int, x: Shape, channels: int, depth: int, time: int, *, space: bool
     ) -> Shape:
         """`UpBlock`: its own first input stays, the inputs of its residual blocks do not."""
+        start = x
         x = self.resnets(f"up{index}", x, channels, depth)
         if not space:
             return x
@@ -172,8 +171,11 @@ class Walk:
         wide = replace(y, height=2 * y.height, width=2 * y.width)
         self.take(wide)
         self.give(*[y] * (y != x))
-        self.take(self.around(wide, 2), wide)
-        self.give(self.around(wide, 2), wide, x)
+        surrounded = [self.around(wide, 2)] if self.strips.added(1) else []
+        self.take(*surrounded, wide)
+        self.give(*surrounded, wide, x)
+        with self.ledger.scope():
+            self.take(start)  # with the bias
         return wide
 
     def down(
@@ -222,28 +224,43 @@ class Walk:
         return y
 
     def resnet(self, name: str, x: Shape, channels: int) -> Shape:
-        """`ResidualBlock`."""
+        """`ResidualBlock`, whose sum takes the place of the second result."""
         y = replace(x, channels=channels)
         shortcut = [y] if x != y else []
         self.take(*shortcut)
-        self.norm_silu(x)
-        self.conv(f"{name}.1", x, channels)
-        self.give(x)
-        self.norm_silu(y, biased=True)
-        self.conv(f"{name}.2", y, channels)
-        self.take(y)  # the sum
-        self.give(y, y, y, *shortcut)
+        self.conv(f"{name}.1", x, channels, normed=True)
+        self.conv(f"{name}.2", y, channels, normed=True, biased=True)
+        self.give(y, *shortcut)
         return y
 
-    def conv(self, name: str, x: Shape, channels: int, rows: int = 1, stride: int = 1) -> Shape:
+    def conv(
+        self,
+        name: str,
+        x: Shape,
+        channels: int,
+        *,
+        rows: int = 1,
+        stride: int = 1,
+        normed: bool = False,
+        biased: bool = False,
+    ) -> Shape:
         """`CausalConv3d` with a kernel of 3 frames that reaches ``rows`` far."""
-        extended = self.extend(name, x, 3 - stride, rows)
+        extended = self.extend(name, x, 3 - stride, rows, normed=normed, biased=biased)
         out = Shape(channels, (extended.frames - 3) // stride + 1, x.height, x.width)
         self.take(out)
         self.give(extended)
         return out
 
-    def extend(self, name: str, x: Shape, frames: int, rows: int) -> Shape:
+    def extend(
+        self,
+        name: str,
+        x: Shape,
+        frames: int,
+        rows: int,
+        *,
+        normed: bool = False,
+        biased: bool = False,
+    ) -> Shape:
         """`Memory.extend`: for a moment the remembered frames are there twice."""
         wide = self.around(x, 2 * rows)
         past = replace(wide, frames=frames)
@@ -251,22 +268,22 @@ class Walk:
         with self.ledger.scope():
             if name not in self.past:
                 self.take(past)
-            self.take(extended, past)
+            self.take(extended)
+            if normed and not self.fused:
+                self.norm_silu_in_torch(x, biased=biased)
+            self.take(past)
         size = past.values * self.item
         self.ledger.keep(size - self.past.get(name, 0))
         self.past[name] = size
         self.take(extended)
         return extended
 
-    def norm_silu(self, x: Shape, *, biased: bool = False) -> None:
-        """`NormSiLU`: one new tensor, and others for a moment where it is written in torch."""
+    def norm_silu_in_torch(self, x: Shape, *, biased: bool) -> None:
+        """`NormSiLU` without a kernel of its own, which needs nothing beside its result."""
         with self.ledger.scope():
-            if biased and not self.fused:
-                self.take(x)
+            self.take(*[x] * biased)
             self.norm_in_torch(x)
-            if not self.fused:
-                self.take(x, x)
-        self.take(x)
+            self.take(x, x)
 
     def norm_in_torch(self, x: Shape) -> None:
         if self.fused:
@@ -277,7 +294,8 @@ class Walk:
 
     def around(self, x: Shape, rows: int) -> Shape:
         """``x`` with so many rows more along the divided dimension."""
-        if self.dim == 3:
+        rows = self.strips.added(rows)
+        if self.strips.dim == 3:
             return replace(x, height=x.height + rows)
         return replace(x, width=x.width + rows)
 

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from vllm_cosmos3 import loading
 from vllm_cosmos3.config import read_json
 from vllm_cosmos3.errors import CheckpointError
 
@@ -57,6 +58,13 @@ def load_weights(module: nn.Module, table: Table, folder: Path, shapes: Shapes) 
     _fill(module, table, _read(folder, table, shapes))
 
 
+def check_weights(table: Table, folder: Path, shapes: Shapes) -> None:
+    """Read the headers of the shards alone, and raise what `load_weights` would."""
+    with ExitStack() as stack:
+        shards = [stack.enter_context(_open(path)) for path in _shard_files(folder)]
+        _check(folder, shards, table, shapes)
+
+
 def load_dummy_weights(
     module: nn.Module, table: Table, shapes: Shapes, *, device: torch.device, seed: int = 0
 ) -> None:
@@ -76,6 +84,7 @@ def _fill(module: nn.Module, table: Table, tensors: Iterable[tuple[str, Tensor]]
         parameter = parameters[target.parameter]
         load: Any = getattr(parameter, "weight_loader", _copy)  # set by vLLM's layers
         load(parameter, tensor, *(() if target.part is None else (target.part,)))
+        loading.count(tensor.numel())
     choose_kernels(module)
 
 

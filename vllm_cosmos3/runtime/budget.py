@@ -76,6 +76,8 @@ class Budget:
             room = round(limit * GIB) - weights - kept - held
         else:
             return None
+        if self._world.size == 1:
+            return room  # without waiting for the device
         rooms = all_gather(torch.tensor([room], device=self._device), self._world)
         return int(torch.cat(rooms).min())
 
@@ -87,10 +89,19 @@ class Budget:
             advice = f"wait for {others} other request{'s' if others > 1 else ''}, or {advice}"
         if found:
             advice += f", or start with {found[0][0]}"
+        mine = estimate(self._model, self._engine, work).request
+        freed = room + sum(promise.held for promise in self._promises)
         return OutOfMemory(
-            f"the request needs {needed:,} bytes ({needed / GIB:.2f} GiB) of a device beside the "
-            f"weights, and {max(0, room):,} ({max(0, room) / GIB:.2f} GiB) are free; {advice}"
+            f"the request needs {needed:,} bytes ({needed / GIB:.3g} GiB) of a device beside the "
+            f"weights, and {max(0, room):,} ({max(0, room) / GIB:.3g} GiB) are free; {advice}",
+            crowded=others > 0 and mine <= freed,
         )
+
+
+def lift_limit(device: torch.device) -> None:
+    """Let torch use the whole device again."""
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def memory_of(device: torch.device, limit: float | None) -> int | None:

@@ -19,6 +19,7 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from getpass import getuser
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,10 @@ BOOTSTRAP = (
     "from vllm_cosmos3.runtime.core import main; sys.exit(main())"
 )
 STDERR = 2
+QUIET = {  # what torch and vLLM would say of an ordinary start
+    "TORCH_LOGS": "-all",
+    "PYTHONWARNINGS": "ignore::FutureWarning:vllm.triton_utils.dispatcher",
+}
 STOP_SECONDS = 20.0  # until a stage that was told to stop is killed
 
 
@@ -152,6 +157,11 @@ class StageClient:
                 raise TimeoutError(f"the stage is {self._status.state}")
             if self._error is not None:
                 raise self._error
+
+    @property
+    def error(self) -> Cosmos3Error | None:
+        """Why the stage will never serve again, None as long as it may."""
+        return self._error
 
     def submit(
         self,
@@ -274,15 +284,16 @@ class StageClient:
 
     def _start_process(self) -> subprocess.Popen[bytes]:
         setup = Setup(
-            stage=self._stage,
+            stage=replace(self._stage, scratch=self._folder),
             queue=self._queue,
             folder=self._folder,
             parent=os.getpid(),
             drain_seconds=self._drain_seconds,
         )
         temporary = tempfile.gettempdir()
-        loud = logging.getLevelName(logging.getLogger("vllm").getEffectiveLevel())
-        environment = {"VLLM_LOGGING_LEVEL": loud} | os.environ
+        level = logging.getLogger("vllm").getEffectiveLevel()
+        environment = {"VLLM_LOGGING_LEVEL": logging.getLevelName(level)}
+        environment |= (QUIET if level > logging.WARNING else {}) | os.environ
         environment |= {
             # Sockets and rendezvous files of vLLM go where they are removed even after a SIGKILL.
             "TMPDIR": str(self._folder),

@@ -28,12 +28,14 @@ from vllm_cosmos3.errors import (
     Cancelled,
     Cosmos3Error,
     DeadlineExceeded,
+    OutOfMemory,
     WorkerDied,
 )
+from vllm_cosmos3.loading import forget, slowest
 from vllm_cosmos3.progress import Progress
 from vllm_cosmos3.runtime.executor import StageExecutor
 from vllm_cosmos3.runtime.scheduler import QueueConfig, Scheduler
-from vllm_cosmos3.runtime.worker import StageConfig, end_with_parent
+from vllm_cosmos3.runtime.worker import StageConfig, end_with_parent, set_log_level
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +103,10 @@ class Failed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """``state`` is starting, ready, recovering, draining or failed."""
+    """``state`` is starting, ready, recovering, draining or failed.
+
+    ``loaded`` counts the values of the checkpoint that are in place while the ranks start.
+    """
 
     state: str
     waiting: int = 0
@@ -109,6 +114,7 @@ class Status:
     running: int = 0
     limit: int = 0
     restarts: int = 0
+    loaded: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +165,7 @@ class StageCore:
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
+        forget(setup.folder)  # what the ranks of an earlier process have loaded
         self._executor = StageExecutor(setup.stage)
         self._scheduler = Scheduler(setup.queue)
         self._jobs: dict[str, Job] = {}
@@ -256,12 +263,18 @@ class StageCore:
 
     def _settle(self, job: Job, error: Cosmos3Error) -> None:
         """Fail ``job``; bring the ranks back if they went with it, and start the others again."""
+        if isinstance(error, OutOfMemory) and error.crowded and not self._is_alone(job):
+            self._scheduler.readmit(job.request.job, alone=True)
+            return  # nothing was made of it yet
         logger.error("request %s failed in %s: %s", job.request.job, job.phase, error)
         self._fail(job, error)
         if self._executor.healthy:
             self._drop(job)
         else:
             self._replace_ranks()
+
+    def _is_alone(self, job: Job) -> bool:
+        return any(e.name == job.request.job and e.alone for e in self._scheduler.resident)
 
     def _drop(self, job: Job) -> None:
         try:
@@ -389,6 +402,7 @@ class StageCore:
             running=len(self._scheduler.resident),
             limit=self._setup.queue.max_waiting,
             restarts=self._restarts,
+            loaded=slowest(self._setup.folder),
         )
 
     def _tell_all(self, message: object) -> None:
@@ -429,6 +443,7 @@ def address(folder: Path) -> str:
 def main() -> int:
     """Run a stage for the `Setup` on standard input."""
     setup: Setup = pickle.load(sys.stdin.buffer)
+    set_log_level()
     gone = partial(shutil.rmtree, setup.folder, ignore_errors=True)
     end_with_parent(setup.parent, patience=ORPHAN_SECONDS, last=gone)
     core = StageCore(setup)

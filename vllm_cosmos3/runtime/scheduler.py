@@ -48,6 +48,7 @@ class Entry:
     seconds: float
     passed: int = 0  # how often a later request was admitted before
     served: float = 0.0  # seconds of turns, counted from the least served at admission
+    alone: bool = False  # waits until nothing is resident: there was no memory for it beside others
 
 
 class Scheduler:
@@ -79,11 +80,14 @@ class Scheduler:
     def admit(self) -> str | None:
         """Make the next waiting request resident; None if none may come in now."""
         candidates = [entry for entry in self.waiting if self._fits(entry)]
+        overdue = [e for e in self.waiting if e.alone and e.passed >= self.config.max_passed]
+        if overdue and self.resident:
+            return None  # the residents end, and then it is its turn
         if not candidates:
             return None
         chosen = min(candidates, key=self._rank)
         for entry in self.waiting[: self._order(chosen)]:
-            if entry in candidates:
+            if entry in candidates or entry.alone:
                 entry.passed += 1
         self.waiting.remove(chosen)
         chosen.served = min((entry.served for entry in self.resident), default=0.0)
@@ -100,9 +104,10 @@ class Scheduler:
         """A turn of ``name`` took ``seconds``."""
         next(entry for entry in self.resident if entry.name == name).served += seconds
 
-    def readmit(self, name: str) -> None:
-        """Put a resident back to the front of the queue: its state is lost."""
+    def readmit(self, name: str, *, alone: bool = False) -> None:
+        """Put a resident back to the front of the queue: its state is lost, or was never made."""
         entry = next(entry for entry in self.resident if entry.name == name)
+        entry.alone |= alone
         self.resident.remove(entry)
         self.waiting.insert(0, entry)
 
@@ -120,6 +125,8 @@ class Scheduler:
         return entry.seconds <= self.config.short_seconds
 
     def _fits(self, entry: Entry) -> bool:
+        if entry.alone and self.resident:
+            return False
         if self.config.policy == "fifo":
             return not self.resident
         if len(self.resident) >= self.config.max_resident:

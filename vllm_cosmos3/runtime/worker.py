@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import gc
 import importlib
+import logging
 import os
 import pickle
 import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +27,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_cosmos3.config import EngineConfig
 from vllm_cosmos3.errors import Cosmos3Error, OutOfMemory
+from vllm_cosmos3.loading import counted
 from vllm_cosmos3.runtime.mesh import Mesh, all_gather, close_mesh, from_first, init_mesh
 
 
@@ -59,6 +62,7 @@ class StageConfig:
 
     ``backend`` is a name that vLLM's ParallelConfig.distributed_executor_backend knows: "mp" for
     local processes, "uni" for the calling process, "ray", "external_launcher" under torchrun.
+    In ``scratch``, where it is given, ranks say how much they have loaded.
     Seconds: ``timeout`` until a call that does not answer is taken for hung, ``grace`` that other
     ranks have to answer once one has failed.
     """
@@ -68,6 +72,7 @@ class StageConfig:
     backend: str = "mp"
     timeout: float = 1800.0
     grace: float = 2.0
+    scratch: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +111,7 @@ class DiffusionWorker(WorkerBase):
         is_driver_worker: bool = False,  # noqa: FBT001, FBT002 - vLLM's signature
         **_: object,  # arguments that some versions add
     ) -> None:
+        set_log_level()
         vllm_config.model_config = None
         super().__init__(vllm_config, local_rank, rank, distributed_init_method, is_driver_worker)
         self._config: StageConfig = vllm_config.additional_config["cosmos3"]
@@ -144,14 +150,18 @@ class DiffusionWorker(WorkerBase):
         try:
             return Reply(number, getattr(self, method)(*args))
         except Exception as error:  # noqa: BLE001 - the process boundary
-            return Reply(number, error=_public(error, method), trace=traceback.format_exc())
+            return Reply(number, error=public_error(error, method), trace=traceback.format_exc())
 
     # What ``call`` can call.
 
     def load(self) -> None:
         module, name = self._config.stage.split(":")
         stage: type[Stage] = getattr(importlib.import_module(module), name)
-        self._stage = stage.load(self._config.engine, self._mesh, self.device)
+        folder = self._config.scratch
+        if folder is not None and not folder.is_dir():
+            folder = None  # it is on another host
+        with nullcontext() if folder is None else counted(folder, self.rank):
+            self._stage = stage.load(self._config.engine, self._mesh, self.device)
 
     def ping(self, number: int) -> bool:
         """Whether this rank and its neighbours on every axis are at the same exchange."""
@@ -196,17 +206,30 @@ class DiffusionWorker(WorkerBase):
             torch.accelerator.empty_cache()
 
 
-def _public(error: Exception, method: str) -> Cosmos3Error:
+def set_log_level() -> None:
+    """VLLM_LOGGING_LEVEL for this process: from 0.32 vLLM reads it only where its own commands start."""
+    if level := os.environ.get("VLLM_LOGGING_LEVEL"):
+        logging.getLogger("vllm").setLevel(level.upper())
+
+
+def public_error(error: Exception, method: str) -> Cosmos3Error:
     """An error that can cross to another process and be shown to a user."""
     if isinstance(error, Cosmos3Error):
         return error
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate" in str(error):
+    if is_out_of_memory(error):
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return OutOfMemory(
             f"out of memory in {method} ({reason}); ask for fewer frames or a smaller size, or "
             "start with more ranks or --enable-layerwise-offload"
         )
     return Cosmos3Error(f"{method} failed: {type(error).__name__}: {error}")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocator has refused, on any kind of device."""
+    return isinstance(
+        error, (torch.OutOfMemoryError, MemoryError)
+    ) or "can't allocate memory" in str(error)
 
 
 def end_with_parent(

@@ -42,22 +42,25 @@ def idle_ranks(per_step: Sequence[Scales], axis: Axis) -> tuple[str, ...]:
         return ()
     return (
         f"cfg_parallel_size={axis.size} did not make this request faster: no step is guided, so "
-        "its ranks repeat each other's work; ulysses_degree would share it",
+        "all ranks but the first of that axis were idle; ulysses_degree would share the work",
     )
 
 
 def guide(
-    predict: Callable[[Sequence[int]], Sequence[Velocities]], scales: Scales, axis: Axis
+    predict: Callable[[Sequence[int]], Sequence[Velocities]],
+    scales: Scales,
+    axis: Axis,
+    latents: Velocities,
 ) -> Velocities:
     """The guided velocities of one step; ``predict`` evaluates some branches, perhaps at once.
 
-    Branches are dealt over the CFG axis and exchanged once; with one rank, or one branch, nothing
-    is exchanged. Every rank returns the same values.
+    Branches are dealt over the CFG axis and exchanged once. A rank without a branch evaluates
+    nothing and learns from ``latents`` what it receives. Every rank returns the same values.
     """
     needed = branches_needed(scales)
     share = _share(scales, axis)
-    mine = dict(zip(share, predict(share), strict=True))
-    velocities = mine if len(needed) == 1 or axis.size == 1 else _exchange(mine, needed, axis)
+    mine = dict(zip(share, predict(share), strict=True)) if share else {}
+    velocities = mine if axis.size == 1 else _exchange(mine, needed, axis, latents)
     guided = velocities[0]
     for branch in needed[1:]:
         scale, weaker = scales[branch - 1], velocities[branch]
@@ -68,26 +71,24 @@ def guide(
 
 
 def _share(scales: Scales, axis: Axis) -> tuple[int, ...]:
-    """This rank's branches. A single branch is evaluated everywhere: cheaper than sending it."""
-    needed = branches_needed(scales)
-    return needed if len(needed) == 1 else needed[axis.rank :: axis.size]
+    """This rank's branches."""
+    return branches_needed(scales)[axis.rank :: axis.size]
 
 
 def _exchange(
-    mine: dict[int, Velocities], needed: tuple[int, ...], axis: Axis
+    mine: dict[int, Velocities], needed: tuple[int, ...], axis: Axis, latents: Velocities
 ) -> dict[int, Velocities]:
     """All branches from all ranks, with one collective of equal sizes."""
     rounds = -(-len(needed) // axis.size)
-    sample = next(iter(mine.values()))
     flat = [torch.cat([v.flatten() for v in velocities]) for velocities in mine.values()]
-    flat += [torch.zeros_like(flat[0])] * (rounds - len(flat))
+    sizes = [x.numel() for x in latents]
+    flat += [latents[0].new_zeros(sum(sizes))] * (rounds - len(flat))
     gathered = all_gather(torch.stack(flat), axis)
-    sizes = [v.numel() for v in sample]
     return {
         branch: tuple(
             part.view_as(like)
             for part, like in zip(
-                gathered[place % axis.size][place // axis.size].split(sizes), sample, strict=True
+                gathered[place % axis.size][place // axis.size].split(sizes), latents, strict=True
             )
         )
         for place, branch in enumerate(needed)

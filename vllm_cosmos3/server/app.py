@@ -15,12 +15,13 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.exceptions import HTTPException
 
+from vllm_cosmos3.errors import Cosmos3Error
 from vllm_cosmos3.server import images, info, openpi, videos
-from vllm_cosmos3.server.errors import ApiError, error_body, error_response
+from vllm_cosmos3.server.envelope import Envelope
+from vllm_cosmos3.server.errors import ApiError
 from vllm_cosmos3.server.keys import ApiKeys, Keys
-from vllm_cosmos3.server.routing import Route, request_id, service
+from vllm_cosmos3.server.routing import Route, service
 from vllm_cosmos3.server.service import Service
 from vllm_cosmos3.version import __version__
 
@@ -64,19 +65,22 @@ def make_app(make_service: Callable[[], Service], listen: Listen) -> FastAPI:
     app.state.cosmos3_sessions = openpi.Sessions()
     for router in (*routers(), core):
         app.include_router(router)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _unforeseen)
     if listen.origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=listen.origins, allow_methods=["*"], allow_headers=["*"]
         )
     if listen.api_keys:
         app.add_middleware(ApiKeys, keys=listen.api_keys)
+    app.add_middleware(Envelope, prefixes=("/",))
     return app
 
 
 def serve(app: FastAPI, listen: Listen) -> int:
-    """Serve until a signal; SIGTERM lets what was accepted finish. The exit status."""
+    """Serve until a signal; SIGTERM lets what was accepted finish. The exit status.
+
+    Raises:
+        Cosmos3Error: the generator ended for good.
+    """
     config = uvicorn.Config(
         app,
         host=listen.host,
@@ -89,11 +93,21 @@ def serve(app: FastAPI, listen: Listen) -> int:
     )
     server = DrainingServer(config)
     server.run()
+    if server.failure is not None:
+        raise server.failure
     return 0 if server.started else 1
 
 
 class DrainingServer(uvicorn.Server):
-    """Keeps answering while the accepted requests are finished."""
+    """Keeps answering while the accepted requests are finished; ends with the generator."""
+
+    failure: Cosmos3Error | None = None
+
+    async def on_tick(self, counter: int) -> bool:
+        at: Service | None = self.config.app.state.cosmos3  # type: ignore[union-attr]
+        if at is not None and not at.draining:
+            self.failure = at.stage.error
+        return self.failure is not None or await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         at: Service | None = self.config.app.state.cosmos3  # type: ignore[union-attr]
@@ -147,28 +161,3 @@ async def version() -> Response:
 async def metrics() -> Response:
     """Prometheus families."""
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    """404 and 405 of the router in our envelope."""
-    assert isinstance(error, HTTPException)
-    response = _of_router(request, error)
-    response.headers["x-request-id"] = request_id(request)
-    return response
-
-
-def _of_router(request: Request, error: HTTPException) -> Response:
-    if error.status_code == 404:
-        return error_response(info.not_found(request.url.path))
-    if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "")
-        message = f"{request.method} is not allowed here, only {allowed}"
-        return error_response(ApiError("method_not_allowed", message, headers={"Allow": allowed}))
-    return JSONResponse(error_body("invalid_value", str(error.detail)), error.status_code)
-
-
-async def _unforeseen(request: Request, error: Exception) -> Response:
-    logger.error("%s %s", request.method, request.url.path, exc_info=error)
-    return JSONResponse(
-        error_body("internal_error", "the server failed; its log has the cause"), 500
-    )

@@ -1,12 +1,16 @@
 """The generator in stock ``vllm serve``: entry point of the group ``vllm.endpoint_plugins``.
 
-vLLM asks for the routes while it builds its app, and for the state when its engine runs. Its app
-has no hook for the end, so the one of the app's lifespan is used.
+vLLM asks for the routes while it builds its app, and for the state when its engine runs. It tells
+a plugin neither of SIGTERM nor of the end: the first is taken over and passed on, for the second there
+is the lifespan of the app.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
+import signal
 from argparse import Namespace
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -18,11 +22,24 @@ from fastapi.responses import JSONResponse, Response
 
 from vllm_cosmos3.server import info, metrics, openpi
 from vllm_cosmos3.server.app import routers
+from vllm_cosmos3.server.command import announce
+from vllm_cosmos3.server.envelope import Envelope
 from vllm_cosmos3.server.guardrails import Guardrails
-from vllm_cosmos3.server.keys import Keys
+from vllm_cosmos3.server.keys import AnyScheme, Keys
 from vllm_cosmos3.server.options import from_mapping
 from vllm_cosmos3.server.routing import Route, service
 from vllm_cosmos3.server.service import Service
+from vllm_cosmos3.server.sizing import sized
+from vllm_cosmos3.server.upsampling import EngineReasoner
+
+logger = logging.getLogger(__name__)
+
+OURS = (
+    "/v1/videos",
+    "/v1/images",
+    "/v1/cosmos3",
+    openpi.PATH,
+)  # below these errors have our envelope
 
 
 class GeneratorRoutes:
@@ -41,7 +58,8 @@ class GeneratorRoutes:
         core = {"/health": _health, "/v1/models": _models}
         for path, handler in core.items():
             app.router.add_api_route(path, handler, methods=["GET"], route_class_override=Route)
-        _close_at_the_end(app)
+        _wrap(app)
+        _settle_at_the_end(app)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Start the generator beside the engine."""
@@ -54,13 +72,18 @@ class GeneratorRoutes:
             }
         )
         names = args.served_model_name or [args.model]
-        folder = _folder(args)
+        sizing = sized(_folder(args), options, config.device_config.device_type)
         keys = args.api_key or [os.environ.get("VLLM_API_KEY", "")]
         state.cosmos3_keys = Keys(tuple(key for key in keys if key))
         state.cosmos3_engine = engine_client
         state.cosmos3 = Service(
-            folder, tuple(names), options, config.device_config.device_type, Guardrails(options)
+            sizing,
+            tuple(names),
+            options,
+            Guardrails(options),
+            EngineReasoner(engine_client, sizing.model.path),
         )
+        announce(state.cosmos3, "both: /v1/chat/completions and all others of vLLM, /v1/images/generations, /v1/videos", _url(args))  # fmt: skip
         await state.cosmos3.start()
 
 
@@ -68,6 +91,11 @@ def _folder(args: Namespace) -> Path:
     from vllm_cosmos3.hub import resolve
 
     return resolve(args.model, args.revision)
+
+
+def _url(args: Namespace) -> str:
+    scheme = "https" if args.ssl_certfile else "http"
+    return f"{scheme}://{args.host or '0.0.0.0'}:{args.port}/v1"
 
 
 async def _health(request: Request) -> Response:
@@ -85,14 +113,45 @@ async def _models(request: Request) -> Response:
     return JSONResponse(body)
 
 
-def _close_at_the_end(app: FastAPI) -> None:
+def _wrap(app: FastAPI) -> None:
+    """Put our envelope around all middleware, that which vLLM adds after this included.
+
+    Robots' keys are put into vLLM's form in front of it, which knows ``Bearer`` alone.
+    """
+    build = app.build_middleware_stack
+    app.build_middleware_stack = lambda: Envelope(AnyScheme(build()), OURS)  # type: ignore[method-assign]
+
+
+def _settle_at_the_end(app: FastAPI) -> None:
+    """Let the generator finish what it accepted when the server is asked to stop, then end it."""
     inner = app.router.lifespan_context
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
         async with inner(app) as state:
+            at: Service = app.state.cosmos3  # vLLM deletes the state on its way out
+            _drain_on_sigterm(at)
             yield state
-        if app.state.cosmos3 is not None:
-            await app.state.cosmos3.close()
+        await at.close()
 
     app.router.lifespan_context = lifespan
+
+
+def _drain_on_sigterm(at: Service) -> None:
+    """Take SIGTERM from vLLM, which by now handles it like SIGINT: that one ends the server."""
+    loop = asyncio.get_running_loop()
+
+    def end(_: object = None) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def drain() -> None:
+        if at.draining:  # asked twice
+            end()
+            return
+        logger.warning("draining: %s more seconds at most", at.options.drain_seconds)
+        at.draining = True
+        draining.append(loop.create_task(at.drain()))
+        draining[0].add_done_callback(end)
+
+    draining: list[asyncio.Task[None]] = []  # asyncio itself would forget it
+    loop.add_signal_handler(signal.SIGTERM, drain)

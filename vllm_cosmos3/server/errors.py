@@ -87,10 +87,10 @@ def envelope(error: Cosmos3Error) -> dict[str, Any]:
     return error_body(slug(error), str(error), param)
 
 
-def error_response(error: Cosmos3Error) -> JSONResponse:
-    """The answer to a request that ended with ``error``."""
+def error_response(error: Cosmos3Error, status: int | None = None) -> JSONResponse:
+    """The answer to a request that ended with ``error``; its code says with which status."""
     headers = error.headers if isinstance(error, ApiError) else {}
-    status = status_of(slug(error))
+    status = status or status_of(slug(error))
     if status == HTTPStatus.TOO_MANY_REQUESTS or status == HTTPStatus.SERVICE_UNAVAILABLE:
         headers = {"Retry-After": "5", **headers}
     return JSONResponse(envelope(error), status, headers)

@@ -11,10 +11,12 @@ from fastapi.responses import JSONResponse, Response
 
 from vllm_cosmos3 import conditions, droid
 from vllm_cosmos3.embodiments import EMBODIMENTS
+from vllm_cosmos3.hints import CONTROL_GUIDANCE
 from vllm_cosmos3.kinds import ACTION_MODES, MODES
-from vllm_cosmos3.server.errors import ApiError, error_body
+from vllm_cosmos3.server.errors import error_body
 from vllm_cosmos3.server.routing import Route, service
 from vllm_cosmos3.server.service import Service
+from vllm_cosmos3.sizes import MAX_TRAINED_FRAMES, TRAINED_SIZES
 
 router = APIRouter(route_class=Route, tags=["Cosmos3 server"])
 STARTED = 0  # models have no date of their own
@@ -48,7 +50,11 @@ def models(at: Service) -> dict[str, Any]:
 def capability(at: Service) -> dict[str, Any]:
     """What a user interface needs to know about the checkpoint."""
     actions = ACTION_MODES if at.model.transformer.action_gen else ()
-    modes = [mode for mode in MODES[at.model.kind] if mode in (*conditions.DEFAULTS, *actions)]
+    modes = [
+        mode
+        for mode in MODES[at.model.kind]
+        if mode in (*conditions.DEFAULTS, "transfer", *actions)
+    ]
     bodies = EMBODIMENTS if set(ACTION_MODES) & set(modes) else ()
     return {
         "family": "cosmos3",
@@ -57,17 +63,26 @@ def capability(at: Service) -> dict[str, Any]:
         "sound": at.model.sound is not None,
         "resolutions": {
             str(tier): [f"{width}x{height}" for width, height in sizes]
-            for tier, sizes in conditions.TRAINED_SIZES.items()
+            for tier, sizes in TRAINED_SIZES.items()
         },
-        "max_frames": {str(k): v for k, v in conditions.MAX_TRAINED_FRAMES.items()},
+        "max_frames": {str(k): v for k, v in MAX_TRAINED_FRAMES.items()},
         "defaults": {
             mode: asdict(conditions.DEFAULTS[mode]) for mode in modes if mode in conditions.DEFAULTS
         },
         "action_domains": {row.name: asdict(row) for row in bodies},
-        "robot": droid.CAPABILITY if at.model.kind == droid.KIND else None,
+        "control_guidance": CONTROL_GUIDANCE if "transfer" in modes else {},
+        "robot": _robot(at) if at.model.kind == droid.KIND else None,
         "guardrails": at.guardrails.state,
+        "prompt_upsampling": at.reasoner is not None,
         "queue_limit": at.options.max_queue,
     }
+
+
+def _robot(at: Service) -> dict[str, Any]:
+    """What a robot gets, beside what the handshake says."""
+    shape = [droid.HORIZON, droid.WIDTH]
+    told = droid.metadata(at.options.robot_action_space)
+    return {**told, "action_shape": shape, "actions_per_second": droid.FPS}
 
 
 @router.get("/health/live")
@@ -88,12 +103,14 @@ async def health_of(request: Request) -> Response:
     if at is None:
         return _unready("loading", "the server is starting", None)
     status = await asyncio.to_thread(at.status)
-    report = {
+    report: dict[str, Any] = {
         "surfaces": {"generator": status.state},
         "queue": {"waiting": status.waiting, "running": status.running, "limit": status.limit},
         "restarts": status.restarts,
         "guardrails": at.guardrails.state,
     }
+    if status.state == "starting":
+        report["loaded_percent"] = at.loaded(status)
     engine = request.app.state.cosmos3_engine
     if engine is not None:
         report["surfaces"]["reasoner"] = "ready"
@@ -105,15 +122,10 @@ async def health_of(request: Request) -> Response:
     if at.draining:
         return _unready("draining", "the server is stopping", report)
     if status.state != "ready":
-        return _unready("loading", f"the generator is {status.state}", report)
+        return _unready("loading", at.reason(status), report)
     return JSONResponse({"status": "healthy", **report})
 
 
 def _unready(code: str, reason: str, report: dict[str, Any] | None) -> JSONResponse:
     body = {"status": "unhealthy", "reason": reason, **(report or {}), **error_body(code, reason)}
     return JSONResponse(body, 503, {"Retry-After": "5"})
-
-
-def not_found(path: str) -> ApiError:
-    """The answer to a path that nothing serves."""
-    return ApiError("not_found", f"there is no {path} here; /docs lists what there is")

@@ -26,6 +26,7 @@ from PIL import Image
 from starlette.datastructures import UploadFile
 
 from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.hints import HINTS
 from vllm_cosmos3.media import IMAGE_FORMATS
 from vllm_cosmos3.server.errors import ApiError
 from vllm_cosmos3.server.options import Options
@@ -38,9 +39,9 @@ SCHEMES = "an uploaded file, or a URL of http, https, data or (where allowed) fi
 
 @asynccontextmanager
 async def media_files(
-    references: Mapping[str, Any], options: Options
+    asked: Asked, options: Options
 ) -> AsyncIterator[tuple[dict[str, Path], dict[str, str]]]:
-    """The references of a request as files, and as what they were given, both by image and video.
+    """The references of a request as files, and as what they were given, by image, video and hint.
 
     Raises:
         InvalidRequest: not a file or URL, several of a kind, or not to be had.
@@ -49,9 +50,14 @@ async def media_files(
     with TemporaryDirectory(prefix="cosmos3-input-") as folder:
         files: dict[str, Path] = {}
         names: dict[str, str] = {}
-        for index, (name, value) in enumerate(references.items()):
+        for index, (name, value) in enumerate(asked.references.items()):
             file = Path(folder) / str(index)
             source = _only(name, value)
+            if name in HINTS:  # a clip, whatever is in it
+                path = asked.paths.get(f"{name}.control", f"{name}.control")
+                await _store(path, _as_url(source), file, options)
+                files[name] = file
+                continue
             await _store(name, source, file, options)
             kind = _kind(name, file)
             if kind in files:
@@ -75,6 +81,12 @@ def _only(name: str, value: Any) -> Any:
         possible = "left out: upload the file, or give its URL"
         raise InvalidRequest(f"{name}.file_id", value["file_id"], possible, "unsupported")
     raise InvalidRequest(name, list(value), "an object with image_url or video_url", "invalid_type")
+
+
+def _as_url(source: Any) -> Any:
+    """A control may be named by its path alone."""
+    bare = isinstance(source, str) and not urlsplit(source).scheme
+    return f"file://{source}" if bare else source
 
 
 async def _store(name: str, source: Any, file: Path, options: Options) -> None:

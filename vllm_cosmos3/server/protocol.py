@@ -18,8 +18,11 @@ from urllib.parse import parse_qsl
 from starlette.datastructures import UploadFile
 
 from vllm_cosmos3.errors import InvalidRequest
-from vllm_cosmos3.request import SPECS, Spec
+from vllm_cosmos3.hints import HINTS
+from vllm_cosmos3.request import SPECS
+from vllm_cosmos3.server import controls
 from vllm_cosmos3.server.errors import ApiError
+from vllm_cosmos3.spec import Spec
 
 VIDEO, IMAGE = "video", "image"  # what is asked for
 
@@ -28,6 +31,7 @@ HIDDEN = {"latents", "output_type", "image", "video"}
 ALIASES = {
     "num_outputs_per_prompt": "n",
     "num_steps": "num_inference_steps",
+    "prompt_upsampling": "upsample_prompt",
     "guidance": "guidance_scale",
     "shift": "flow_shift",
     "sound_gen": "generate_sound",
@@ -53,6 +57,12 @@ SERVER_FIELDS: dict[str, Spec] = {
     "deadline_seconds": Spec(
         kind="float", low=0, above=True, high=1e6, unit="seconds", help="until the request is given up"
     ),
+    "continue_from": Spec(
+        kind="text", high=200, help="id of a finished video, which this one goes on from"
+    ),
+    "upsample_prompt": Spec(
+        kind="bool", help="let the reasoner write the structured prompt first"
+    ),
     "truncate_prompt": Spec(kind="bool", help="false refuses prompts that would be cut"),
     "response_format": Spec(
         kind="choice", choices=("b64_json", "file", "url"), help="of images: base64 or the file"
@@ -64,6 +74,7 @@ SERVER_FIELDS: dict[str, Spec] = {
         kind="int", low=0, high=100, help="quality of JPEG and WebP images"
     ),
 }  # fmt: skip
+VIDEO_ONLY = {"continue_from"}
 IMAGE_ONLY = {"response_format", "output_format", "output_compression"}
 IGNORED = {
     "user", "quality", "style", "moderation", "background", "metadata", "safety_identifier",
@@ -108,7 +119,8 @@ class Asked:
 
     def placed(self, error: InvalidRequest) -> InvalidRequest:
         """The same error, of the field as the user wrote it."""
-        path = self.paths.get(error.field, error.field)
+        head, dot, part = error.field.partition(".")
+        path = self.paths.get(error.field, self.paths.get(head, head) + dot + part)
         return InvalidRequest(path, error.value, error.possible, error.code)
 
 
@@ -176,10 +188,18 @@ def translate(body: Mapping[str, Any], wanted: str) -> Asked:
     references: dict[str, Any] = {}
     warnings: list[str] = []
     paths: dict[str, str] = {}
+    pair: dict[str, tuple[str, Any]] = {}
     for path, given, value in _flat(body):
         name = ALIASES.get(given, given)
         if name in REFERENCES and (value := _text_or_json(value)) is not None:
             _put(references, name, value, path, paths)
+        elif name in HINTS:
+            parts, place, clip = controls.split(path, name, value)
+            _put(fields, name, parts, path, paths)
+            if clip is not None:
+                references[name], paths[f"{name}.control"] = clip, place
+        elif name in controls.PAIR:
+            pair[name] = path, value
         elif name in UNSUPPORTED:
             if value is not False and value not in ("false", ""):
                 raise InvalidRequest(path, value, UNSUPPORTED[name], "unsupported")
@@ -187,6 +207,8 @@ def translate(body: Mapping[str, Any], wanted: str) -> Asked:
             spec = SERVER_FIELDS[name]
             if wanted == VIDEO and name in IMAGE_ONLY:
                 raise InvalidRequest(path, value, "left out: it is of images", "unknown_parameter")
+            if wanted == IMAGE and name in VIDEO_ONLY:
+                raise InvalidRequest(path, value, "left out: it is of videos", "unknown_parameter")
             _put(server, name, spec.checked(path, _typed(value, spec.kind)), path, paths)
         elif name in IGNORED:
             warnings.append(f"{path} has no effect on this model")
@@ -199,6 +221,7 @@ def translate(body: Mapping[str, Any], wanted: str) -> Asked:
             _put(fields, name, _typed(text, kind), path, paths)
         else:
             raise InvalidRequest(path, value, _hint(name), "unknown_parameter")
+    _settle_pair(pair, fields, references, paths)
     _settle_count(fields, wanted, paths)
     return Asked(
         fields=fields,
@@ -239,6 +262,25 @@ def _put(out: dict[str, Any], name: str, value: Any, path: str, paths: dict[str,
     paths.setdefault(name, path)
 
 
+def _settle_pair(
+    pair: Mapping[str, tuple[str, Any]],
+    fields: dict[str, Any],
+    references: dict[str, Any],
+    paths: dict[str, str],
+) -> None:
+    """A control that came as a file and its type is the hint of that name."""
+    found = controls.paired(pair)
+    if found is None:
+        return
+    name, path, clip = found
+    if name in references:
+        possible = f"left out, as {paths[f'{name}.control']} is given"
+        raise InvalidRequest(path, "given", possible, "conflict")
+    if not isinstance(fields.get(name), Mapping):
+        fields[name] = {}
+    references[name], paths[f"{name}.control"] = clip, path
+
+
 def _settle_count(fields: dict[str, Any], wanted: str, paths: Mapping[str, str]) -> None:
     """One frame makes an image, several a video; one video per request."""
     frames = fields.get("num_frames")
@@ -259,6 +301,7 @@ def _settle_count(fields: dict[str, Any], wanted: str, paths: Mapping[str, str])
 
 def _hint(name: str) -> str:
     known = [*(SPECS.keys() - HIDDEN), *SERVER_FIELDS, *ALIASES, *REFERENCES, *NESTED]
+    known += controls.PAIR
     near = difflib.get_close_matches(name, known, n=1)
     return f"left out; did you mean {near[0]}?" if near else "left out: there is no such field"
 

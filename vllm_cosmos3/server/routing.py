@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from starlette.requests import ClientDisconnect
 
 from vllm_cosmos3.errors import Cosmos3Error
 from vllm_cosmos3.server.errors import ApiError, error_response
 from vllm_cosmos3.server.service import Service
+
+logger = logging.getLogger(__name__)
 
 
 class Route(APIRoute):
@@ -22,22 +26,28 @@ class Route(APIRoute):
         handle = super().get_route_handler()
 
         async def handler(request: Request) -> Response:
-            name = request_id(request)
             try:
                 response: Response = await handle(request)
             except Cosmos3Error as error:
                 response = error_response(error)
             except RequestValidationError as error:
                 response = error_response(_of_query(error))
-            response.headers["x-request-id"] = name
+            except ClientDisconnect:
+                response = error_response(ApiError("cancelled", "the client went away"))
+            except Exception as error:
+                logger.error("%s %s", request.method, request.url.path, exc_info=error)
+                response = error_response(
+                    ApiError("internal_error", "the server failed; its log has the cause")
+                )
+            response.headers["x-request-id"] = request_id(request.headers)
             return response
 
         return handler
 
 
-def request_id(request: Request) -> str:
+def request_id(headers: Mapping[str, str]) -> str:
     """The client's name for its request, or a new one."""
-    return request.headers.get("x-request-id") or uuid.uuid4().hex
+    return headers.get("x-request-id") or uuid.uuid4().hex
 
 
 def service(request: Request) -> Service:

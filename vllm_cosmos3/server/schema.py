@@ -6,8 +6,10 @@ import dataclasses
 import math
 from typing import Any
 
-from vllm_cosmos3.request import SPECS, GenerateRequest, Spec
-from vllm_cosmos3.server.protocol import HIDDEN, IMAGE_ONLY, SERVER_FIELDS
+from vllm_cosmos3.hints import HINTS
+from vllm_cosmos3.request import OF_TRANSFER, SPECS, GenerateRequest
+from vllm_cosmos3.server.protocol import HIDDEN, IMAGE_ONLY, SERVER_FIELDS, VIDEO_ONLY
+from vllm_cosmos3.spec import Spec
 
 _TYPES: dict[str, dict[str, Any]] = {
     "text": {"type": "string"},
@@ -21,7 +23,9 @@ _TYPES: dict[str, dict[str, Any]] = {
     "numbers": {"type": "array", "items": {"type": "number"}},
     "rows": {"type": "array", "items": {"type": "array", "items": {"type": "number"}}},
 }
+_TYPES["hint"] = {"oneOf": [{"type": "boolean"}, {"type": "string"}, {"type": "object"}]}
 _IMAGE_FIELDS_NOT = {
+    *HINTS, *OF_TRANSFER,
     "num_frames", "seconds", "fps", "generate_sound", "sound_duration", "use_duration_template",
     "condition_frame_indexes_vision", "condition_video_keep", "action_mode", "domain_name",
     "domain_id", "raw_action_dim", "action_chunk_size", "action", "action_path", "action_history",
@@ -46,7 +50,7 @@ def video_request() -> dict[str, Any]:
 def image_request() -> dict[str, Any]:
     """The body of POST /v1/images/generations."""
     names = SPECS.keys() - HIDDEN - _IMAGE_FIELDS_NOT
-    return _body(_object(names, set(SERVER_FIELDS)), ("application/json",))
+    return _body(_object(names, SERVER_FIELDS.keys() - VIDEO_ONLY), ("application/json",))
 
 
 def _body(schema: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import math
 import os
 import threading
 import time
@@ -17,30 +18,34 @@ import uuid
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vllm_cosmos3 import conditions, prompts
-from vllm_cosmos3.config import EngineConfig, ModelConfig, ParallelConfig, read_config
+from vllm_cosmos3 import conditions, droid, prompts
 from vllm_cosmos3.errors import Busy, Cosmos3Error, InvalidRequest
-from vllm_cosmos3.kinds import DISTILLED
+from vllm_cosmos3.models.components import loaded_values
 from vllm_cosmos3.output import Output
 from vllm_cosmos3.plan import Plan
-from vllm_cosmos3.progress import Progress
+from vllm_cosmos3.progress import Progress, Report
 from vllm_cosmos3.request import from_fields
 from vllm_cosmos3.runtime.client import Job as StageJob
 from vllm_cosmos3.runtime.client import StageClient
 from vllm_cosmos3.runtime.core import Status
-from vllm_cosmos3.runtime.mesh import check_degrees
 from vllm_cosmos3.runtime.scheduler import QueueConfig
 from vllm_cosmos3.runtime.worker import StageConfig
+from vllm_cosmos3.server import continuing, estimates
 from vllm_cosmos3.server.artifacts import RECORD, STAGE
+from vllm_cosmos3.server.controls import joined
 from vllm_cosmos3.server.errors import ApiError, slug
 from vllm_cosmos3.server.guardrails import Guardrails
 from vllm_cosmos3.server.jobs import COMPLETED, FAILED, RUNNING, Job, Journal
 from vllm_cosmos3.server.metrics import metrics
 from vllm_cosmos3.server.options import Options
 from vllm_cosmos3.server.protocol import Asked
+from vllm_cosmos3.server.sizing import Sizing
+from vllm_cosmos3.server.upsampling import EngineReasoner
+from vllm_cosmos3.upsample import question_about
 
 logger = logging.getLogger(__name__)
 
@@ -52,71 +57,46 @@ PLANNERS = 4  # requests that are planned at once, which may decode media
 SPANS = {"encode": (1, 5), "denoise": (5, 90), "decode": (90, 99)}
 
 
-def checked_model(folder: Path, options: Options) -> ModelConfig:
-    """The checkpoint's own numbers.
-
-    Raises:
-        CheckpointError, Unsupported: it cannot be run.
-        InvalidRequest: the options do not suit it.
-    """
-    model = read_config(folder, options.checkpoint_kind or None)
-    guided = model.kind not in DISTILLED
-    check_degrees(_parallel(options), model.transformer, guided=guided)
-    return model
-
-
-def _parallel(options: Options) -> ParallelConfig:
-    return ParallelConfig(
-        tensor_parallel_size=options.generator_tensor_parallel_size,
-        cfg_parallel_size=options.cfg_parallel_size,
-        ulysses_degree=options.ulysses_degree,
-        vae_parallel=options.vae_parallel,
-    )
-
-
 class Service:
     """Everything that lives as long as the server. ``start`` it in the event loop."""
 
     def __init__(
         self,
-        folder: Path,
+        sizing: Sizing,
         names: tuple[str, ...],
         options: Options,
-        device: str,
         guardrails: Guardrails,
+        reasoner: EngineReasoner | None = None,
     ) -> None:
-        self.options, self.names = options, names
-        self.model = checked_model(folder, options)
-        self.guardrails = guardrails
+        self.sizing, self.model = sizing, sizing.model
+        self.options, self.names, self.guardrails = options, names, guardrails
+        self.reasoner = reasoner
         self.journal = Journal(options.storage)
         self.metrics = metrics()
         self.metrics.limit.set(options.max_queue)
         self.draining = False
-        self._tokenizer = prompts.load_tokenizer(folder)
+        self._tokenizer = prompts.load_tokenizer(self.model.path)
         self._planners = asyncio.Semaphore(PLANNERS)
         self._own: dict[str, Job] = {}  # not ended
         self._stage_jobs: dict[str, StageJob] = {}
         self._changed: set[str] = set()  # not yet in the journal
         self._lock = threading.Lock()  # of the three above
         self._inferring = 0  # requests without a job
-        self._rate = 0.0  # seconds per unit of work, from what was served
+        self._pace = estimates.Pace()
+        self._values = loaded_values(self.model)
         self._ticker: asyncio.Task[None] | None = None
         if options.generator_devices:
             # This process computes nothing, and the reasoner's processes have started before.
             os.environ["CUDA_VISIBLE_DEVICES"] = options.generator_devices
-        engine = EngineConfig(
-            model=folder,
-            dtype=options.generator_dtype,
-            device=device,
-            load_format=options.generator_load_format,
-            attention_backend=options.attention_backend,
-            checkpoint_kind=options.checkpoint_kind or None,
-            parallel=_parallel(options),
-        )
         self.stage = StageClient(
-            StageConfig(engine=engine, stage=STAGE, backend=options.generator_executor_backend),
+            StageConfig(
+                engine=sizing.engine, stage=STAGE, backend=options.generator_executor_backend
+            ),
             QueueConfig(
-                max_waiting=options.max_queue, max_waiting_seconds=options.max_queue_gpu_seconds
+                # Requests of robots are alike: in turns each of them would take as long as all.
+                policy="fifo" if self.model.kind == droid.KIND else "short-first",
+                max_waiting=options.max_queue,
+                max_waiting_seconds=options.max_queue_gpu_seconds,
             ),
             drain_seconds=options.drain_seconds,
         )
@@ -155,10 +135,11 @@ class Service:
             Cosmos3Error: it cannot be served, now or at all; nothing is left of it.
         """
         try:
-            known = self._known(_digest(kind, asked, media), key, retried=retried)
+            body = _digest(kind, asked, media)
+            known = self._known(body, key, retried=retried)
             if known is not None:
                 return known
-            return await self._create(kind, asked, media, deadline, key, remixed_from)
+            return await self._create(kind, asked, media, deadline, body, key, remixed_from)
         except InvalidRequest as error:
             self.metrics.rejected.labels("invalid").inc()
             raise asked.placed(error) from None
@@ -168,18 +149,20 @@ class Service:
 
     async def _create(
         self, kind: str, asked: Asked, media: Mapping[str, Any], deadline: float,
-        key: str | None, remixed_from: str | None,
+        body: str, key: str | None, remixed_from: str | None,
     ) -> Job:  # fmt: skip
         self._check_model(asked.server.get("model"))
         self._check_open()
-        body = _digest(kind, asked, media)
-        plan = await self._plan(asked, media)
-        report = await asyncio.to_thread(
-            self.guardrails.check,
-            str(asked.fields.get("prompt", "")),
-            requested=asked.server.get("guardrails"),
-        )
         deadline = min(deadline, asked.server.get("deadline_seconds", deadline))
+        before = continuing.source_of(asked, self)
+        if before is not None:
+            asked, media = continuing.goes_on(asked, media, before, self.journal)
+        plan = await self._plan(asked, media)
+        report = await self._guarded(asked)
+        upsampled = await self._upsampled(asked, media, plan, deadline)
+        if upsampled is not None:
+            plan = await self._plan(upsampled, media)
+            report = await self._guarded(upsampled)
         job = Job(
             id=f"video_{uuid.uuid4().hex}",
             kind=kind,
@@ -189,21 +172,50 @@ class Service:
             body=body,
             key=key,
             num_steps=plan.steps,
+            work=estimates.work(plan),
             remixed_from=remixed_from,
             request=dict(asked.fields),
             effective=dict(plan.effective),
             warnings=[*asked.warnings, *plan.warnings],
             guardrails=report,
+            upsampled_prompt=None if upsampled is None else upsampled.fields["prompt"],
         )
+        if before is not None:
+            await asyncio.to_thread(continuing.prepare, job, plan, before, self.journal)
         other = self.journal.add(job)
         if other is not None:
+            self.journal.purge(job.id)
             return self._same(other, body)
         await self._submit(job, plan, deadline)
         return job
 
+    async def _guarded(self, asked: Asked) -> dict[str, Any]:
+        """What the guardrails say of the prompt; an error if they refuse it."""
+        return await asyncio.to_thread(
+            self.guardrails.check,
+            str(asked.fields.get("prompt", "")),
+            requested=asked.server.get("guardrails"),
+        )
+
+    async def _upsampled(
+        self, asked: Asked, media: Mapping[str, Any], plan: Plan, deadline: float
+    ) -> Asked | None:
+        """The request with the prompt that the reasoner writes; None where it keeps its own."""
+        if not asked.server.get("upsample_prompt"):
+            return None
+        if self.reasoner is None:
+            possible = "false or left out: this server was started without the reasoner"
+            raise InvalidRequest("upsample_prompt", "true", possible, "unsupported")
+        request = from_fields(joined(asked.fields, media))
+        question = await asyncio.to_thread(question_about, request, plan.effective, {})
+        if question is None:
+            return None
+        prompt = await self.reasoner.caption(question, deadline)
+        return replace(asked, fields={**asked.fields, "prompt": prompt})
+
     async def _plan(self, asked: Asked, media: Mapping[str, Any]) -> Plan:
         def make() -> Plan:
-            request = from_fields({**asked.fields, **media})
+            request = from_fields(joined(asked.fields, media))
             return conditions.make_plan(request, self.model, self._tokenizer)
 
         async with self._planners:
@@ -219,28 +231,42 @@ class Service:
     async def infer(self, fields: Mapping[str, Any]) -> Output:
         """Run a request for what it comes to: there is no job, and nothing is stored.
 
-        Cancelling it stops the stage's work.
+        Cancelling it stops the stage's work. The output's timings have "queue" too.
 
         Raises:
             Cosmos3Error: it cannot be served, now or at all, or it failed.
         """
         self._inferring += 1
         try:
-            job = await self._accepted(fields)
-            return await self._inferred(job)
+            accepted, begun = time.perf_counter(), Future[float]()
+
+            def begin(progress: Progress) -> None:
+                if not begun.done():
+                    begun.set_result(time.perf_counter())
+
+            job, work = await self._accepted(fields, begin)
+            output = await self._inferred(job)
+            self._pace.learn(work, time.perf_counter() - begun.result())
+            queue = begun.result() - accepted
+            return replace(output, timings={"queue": queue, **output.timings})
         finally:
             self._inferring -= 1
 
-    async def _accepted(self, fields: Mapping[str, Any]) -> StageJob:
+    async def _accepted(self, fields: Mapping[str, Any], report: Report) -> tuple[StageJob, float]:
         asked = Asked(fields=dict(fields), server={}, references={}, warnings=())
         try:
             self._check_open()
             plan = await self._plan(asked, {})
             await asyncio.to_thread(self.guardrails.check, fields["prompt"], requested=None)
-            seconds, deadline = _work(plan) * self._rate, self.options.sync_deadline
-            return await asyncio.to_thread(
-                self.stage.submit, plan, seconds=seconds, deadline=deadline
+            work = estimates.work(plan)
+            job = await asyncio.to_thread(
+                self.stage.submit,
+                plan,
+                seconds=self._pace.seconds(work),
+                deadline=self.options.sync_deadline,
+                report=report,
             )
+            return job, work
         except Cosmos3Error as error:
             reason = "invalid" if isinstance(error, InvalidRequest) else slug(error)
             self.metrics.rejected.labels(reason).inc()
@@ -266,21 +292,20 @@ class Service:
         return output
 
     async def _submit(self, job: Job, plan: Plan, deadline: float) -> None:
-        work = _work(plan)
         with self._lock:
             self._own[job.id] = job
 
         def submit() -> None:
             stage_job = self.stage.submit(
                 plan,
-                seconds=work * self._rate,
+                seconds=self._pace.seconds(job.work),
                 save=self.journal.folder(job.id),
                 deadline=deadline,
                 report=lambda progress: self._advance(job, progress),
             )
             with self._lock:
                 self._stage_jobs[job.id] = stage_job
-            stage_job.future.add_done_callback(lambda future: self._finish(job, work, future))
+            stage_job.future.add_done_callback(lambda future: self._finish(job, future))
 
         try:
             await asyncio.to_thread(submit)
@@ -300,10 +325,9 @@ class Service:
     def _check_open(self) -> None:
         if self.draining:
             raise ApiError("draining", "the server is stopping", headers={"Retry-After": "30"})
-        state = self.stage.status(0).state
-        if state in ("starting", "failed"):
-            message = "the generator is loading" if state == "starting" else "the generator is down"
-            raise ApiError("loading", message, headers={"Retry-After": "10"})
+        status = self.stage.status(0)
+        if status.state in ("starting", "failed"):
+            raise ApiError("loading", self.reason(status), headers={"Retry-After": "10"})
 
     def _known(self, body: str, key: str | None, *, retried: bool) -> Job | None:
         if key is not None:
@@ -321,11 +345,15 @@ class Service:
 
     def full(self, message: str) -> ApiError:
         """The answer where no more may wait, with when to come back."""
-        status = self.stage.status(0)
-        seconds = max(1, round(status.waiting_seconds / 2)) if status.waiting_seconds else 2
+        with self._lock:
+            accepted = [self._own[name] for name in self._stage_jobs]
+            running = [job for job in accepted if job.started is not None]
+            waiting = len(accepted) - len(running)
+        # When the first of those on the ranks is done, a waiting one leaves the queue.
+        seconds = min((estimates.left(job, self._pace) for job in running), default=0.0)
         headers = {
-            "Retry-After": str(min(seconds, 3600)),
-            "x-queue-depth": str(len(self._own)),
+            "Retry-After": str(min(max(1, math.ceil(seconds)), 3600)),
+            "x-queue-depth": str(waiting),
             "x-queue-limit": str(self.options.max_queue),
         }
         return ApiError("queue_full", message, headers=headers)
@@ -344,9 +372,12 @@ class Service:
             job.progress = max(job.progress, int(low + (high - low) * share))
             if progress.phase == "denoise":
                 job.step, job.eta = progress.step, progress.eta
+                if progress.step:
+                    share = progress.step / progress.steps
+                    self._pace.glimpse(job.work, share, progress.elapsed)
             self._changed.add(job.id)
 
-    def _finish(self, job: Job, work: float, future: Future[Any]) -> None:
+    def _finish(self, job: Job, future: Future[Any]) -> None:
         """Record the end of a job. Whatever goes wrong with that is the end of the job too."""
         error = future.exception()
         try:
@@ -361,7 +392,7 @@ class Service:
             elif "error" in record:
                 job.status, job.error = FAILED, record["error"]
             else:
-                self._complete(job, record, work)
+                self._complete(job, record)
             job.expires = job.completed + self.options.file_ttl
             self._own.pop(job.id, None)
             self._stage_jobs.pop(job.id, None)
@@ -381,7 +412,7 @@ class Service:
             code = "interrupted"
         job.status, job.error = FAILED, {"code": code, "message": str(error)}
 
-    def _complete(self, job: Job, record: Mapping[str, Any], work: float) -> None:
+    def _complete(self, job: Job, record: Mapping[str, Any]) -> None:
         assert job.completed is not None
         started = job.started or job.created
         seconds = job.completed - started
@@ -393,22 +424,18 @@ class Service:
         }  # fmt: skip
         job.peak_memory = record["peak_memory"]
         job.guardrails |= record["guardrails"]
+        job.warnings += [text for text in record["warnings"] if text not in job.warnings]
         folder = self.journal.folder(job.id)
         job.bytes = sum(file.stat().st_size for file in folder.iterdir())
         frames = int(job.effective["num_frames"]) * int(job.effective["n"])
-        ranks = (
-            self.options.generator_tensor_parallel_size
-            * self.options.cfg_parallel_size
-            * self.options.ulysses_degree
-        )
+        ranks = self.sizing.engine.parallel.world_size
         job.usage = {
             "frames": frames,
             "output_seconds": round(frames / float(job.effective["fps"]), 3),
             "steps": job.num_steps,
             "gpu_seconds": round(seconds * ranks, 3),
         }
-        rate = seconds / work
-        self._rate = rate if not self._rate else 0.7 * self._rate + 0.3 * rate
+        self._pace.learn(job.work, seconds)
         self.metrics.completed.labels(job.kind).inc()
         self.metrics.frames.inc(frames)
         self.metrics.peak.set(max(job.peak_memory, 0))
@@ -435,11 +462,20 @@ class Service:
         if job is not None:
             stage_job = self._stage_jobs.get(name)
             if stage_job is not None and job.started is None:
-                job.position = stage_job.position
+                self._look_ahead(job)
         stored = self.journal.get(name)
         if stored is None:
             raise ApiError("not_found", f"there is no video {name!r}", param="id")
         return job or stored
+
+    def _look_ahead(self, job: Job) -> None:
+        """Say of a waiting job where it stands and when it will be done."""
+        with self._lock:
+            jobs = [(self._own[name], waiting) for name, waiting in self._stage_jobs.items()]
+            for each, waiting in jobs:
+                each.position = waiting.position if each.started is None else None
+            others = [each for each, _ in jobs if each is not job]
+            job.eta = estimates.queue_eta(job, others, self._pace)
 
     async def wait(self, job: Job, seconds: float) -> Job:
         """The job when it has ended, or as it is after ``seconds``.
@@ -470,8 +506,21 @@ class Service:
             self.journal.purge(name)
 
     def estimated_wait(self) -> float:
-        """Seconds of work before a new request."""
-        return self.stage.status(0).waiting_seconds
+        """Seconds of work before a new request; 0 if nothing is known."""
+        with self._lock:
+            return sum(estimates.left(job, self._pace) for job in self._own.values())
+
+    def reason(self, status: Status) -> str:
+        """Why the generator can take no work, as a sentence."""
+        if self.stage.error is not None:
+            return f"the generator is down: {self.stage.error}"
+        if status.state == "starting":
+            return f"the generator is loading: {self.loaded(status)} % of its weights are in place"
+        return f"the generator is {status.state}"
+
+    def loaded(self, status: Status) -> int:
+        """Percent of the weights that are in place while the stage starts."""
+        return min(99, 100 * status.loaded // self._values)
 
     def status(self, timeout: float = 1.0) -> Status:
         """How the stage is, as it says or as it was last heard."""
@@ -515,17 +564,6 @@ class Service:
         )
         self.metrics.expired.inc(len(expired))
         self.metrics.stored.set(self.journal.stored())
-
-
-def _work(plan: Plan) -> float:
-    """What a request costs, in tokens times passes: proportional to seconds near enough."""
-    tokens = sum(stream.length * _positions(stream.shape) for stream in plan.streams)
-    return float(max(1, tokens) * plan.steps * len(plan.token_ids))
-
-
-def _positions(shape: tuple[int, ...]) -> int:
-    """Tokens of one position on the time axis: patches of 2 x 2 latents, or one."""
-    return max(1, shape[-2] * shape[-1] // 4) if len(shape) == 5 else 1
 
 
 def _digest(kind: str, asked: Asked, media: Mapping[str, Any]) -> str:

@@ -209,7 +209,7 @@ async def _create(
     key = request.headers.get("idempotency-key") if kind == "video" else None
     retried = kind == "video" and request.headers.get("x-stainless-retry-count", "0") != "0"
     asked = local_files(asked, at.options)
-    async with media_files(asked.references, at.options) as (media, names):
+    async with media_files(asked, at.options) as (media, names):
         return await at.create(
             kind,
             replace(asked, paths={**INPUTS, **asked.paths, **names}),

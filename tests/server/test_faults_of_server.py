@@ -1,0 +1,79 @@
+"""Rows 102 and 103 of the catalogue: memory that runs out and workers that die, with jobs on them."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from generators import SMALL, create, eventually, finished
+from servers import Server
+
+pytestmark = pytest.mark.serve
+LONG = {"size": "256x256", "num_frames": 61, "num_inference_steps": 200, "guidance_scale": 1}
+
+
+def health(server: Server) -> httpx.Response:
+    return httpx.get(f"{server.url}/health", timeout=30)
+
+
+def started(server: Server, **fields: Any) -> dict[str, Any]:
+    """A job that is denoising."""
+    job = create(server, **fields)
+    url = f"{server.url}/v1/videos/{job['id']}"
+    eventually(lambda: httpx.get(url).json()["cosmos3"]["step"] > 0)
+    return job
+
+
+def worker(server: Server) -> psutil.Process:
+    """The one rank of the server: the last of the line of processes that it has started."""
+    (stage,) = psutil.Process(server.pid).children()
+    (rank,) = [
+        child for child in stage.children() if "resource_tracker" not in str(child.cmdline())
+    ]
+    return rank
+
+
+def failure(server: Server, job: dict[str, Any]) -> dict[str, Any]:
+    """The error of a job that was accepted and then failed."""
+    ended = finished(server, job)
+    assert ended["status"] == "failed"
+    error: dict[str, Any] = ended["error"]
+    return error
+
+
+def test_row_102_memory_runs_out(generator_server: Server) -> None:
+    rank = worker(generator_server)
+    most = rank.memory_info().vms + 16 * 2**20
+    rank.rlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+    # Its latents are 38 MB, more than glibc would take from what was freed before.
+    job = create(generator_server, size="1360x768", num_frames=189, num_inference_steps=1)
+    try:
+        error = failure(generator_server, job)
+    finally:
+        rank.rlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert error["code"] == "out_of_memory"
+    assert "fewer frames or a smaller size" in error["message"]
+    eventually(lambda: health(generator_server).status_code == 200)
+    assert health(generator_server).json()["restarts"] == 0
+    after = finished(generator_server, create(generator_server, **SMALL))
+    assert after["status"] == "completed"
+
+
+@pytest.mark.parametrize("victim", ["rank", "stage"])
+def test_row_103_a_worker_dies(victim: str, generator_server: Server) -> None:
+    job = started(generator_server, **LONG)
+    rank = worker(generator_server)
+    os.kill(rank.pid if victim == "rank" else rank.ppid(), signal.SIGKILL)
+    answers = []
+    eventually(
+        lambda: not answers.append(health(generator_server)) and answers[-1].status_code == 503
+    )  # type: ignore[func-returns-value]
+    assert failure(generator_server, job)["code"] == "worker_lost"
+    eventually(lambda: health(generator_server).status_code == 200)
+    after = finished(generator_server, create(generator_server, **SMALL))
+    assert after["status"] == "completed"
