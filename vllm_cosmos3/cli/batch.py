@@ -128,6 +128,12 @@ class Downloads:
         self._folder = folder
         self._known: dict[str, Path] = {}
 
+    def local(self, field: str, value: Any) -> Any:
+        """A value with files instead of its URLs."""
+        if isinstance(value, Mapping):
+            return {name: self.local(f"{field}.{name}", item) for name, item in value.items()}
+        return self.file(field, value) if is_url(value) else value
+
     def file(self, field: str, url: str) -> str:
         """The file of ``url``; InvalidRequest of ``field`` if it cannot be had."""
         if url not in self._known:
@@ -159,10 +165,7 @@ def _checked(
     for record in records:
         upsampling = None
         try:
-            fields = {
-                name: downloads.file(name, value) if is_url(value) else value
-                for name, value in record.fields.items()
-            }
+            fields = {name: downloads.local(name, x) for name, x in record.fields.items()}
             before = _before(record, samples)
             asked, effective, warnings = _settled(record, fields, before, plan)
             if record.upsample is not None and isinstance(asked, GenerateRequest):
