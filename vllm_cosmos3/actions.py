@@ -368,5 +368,6 @@ def _json(field: str, path: str) -> object:
     try:
         value: object = json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise InvalidRequest(field, path, f"a JSON file that can be read ({error})") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InvalidRequest(field, path, f"a JSON file that can be read ({reason})") from None
     return value

@@ -488,12 +488,15 @@ def _given_ids(
 
 
 def _fitting(request: GenerateRequest, width: int, height: int) -> tuple[int, int]:
-    """The size of a transfer for that of its input."""
+    """The size of a transfer for that of its input. A wrong one should not wait for the clips."""
     if request.size is not None:
-        return parse_size(request.size)
-    if request.width is not None and request.height is not None:
-        return request.width, request.height
-    return nearest_size(request.image_size or TRANSFER_TIER, width, height)
+        width, height = parse_size(request.size)
+    elif request.width is not None and request.height is not None:
+        width, height = request.width, request.height
+    else:
+        width, height = nearest_size(request.image_size or TRANSFER_TIER, width, height)
+    _check_area(request, width, height)
+    return width, height
 
 
 def _size(request: GenerateRequest, default: Defaults) -> tuple[int, int]:

@@ -110,16 +110,26 @@ def read_video(
 def frames_of(source: VideoSource, *, limit: int, field: str = "video") -> Iterator[Pixels]:
     """The first ``limit`` frames of a clip one after the other, so that a long one fits in memory.
 
-    As `read_video` without ``fps``; errors come with the frame that has them.
+    As `read_video` without ``fps``, but that frames may differ in size; errors come with the frame
+    that has them.
     """
+    empty = True
+    for frame in islice(_each(source, field), limit):
+        empty = False
+        yield frame
+    if empty:
+        raise InvalidRequest(field, _described(source), "a video with at least one frame")
+
+
+def _each(source: VideoSource, field: str) -> Iterator[Pixels]:
     if isinstance(source, np.ndarray):
-        yield from _checked_array(source, 4, field)[:limit]
+        yield from _checked_array(source, 4, field)
     elif isinstance(source, str | Path | bytes):
         with _decoding(source, field, A_VIDEO), _stored_frames(source, field) as frames:
-            for frame in islice(frames, limit):
+            for frame in frames:
                 yield _upright(frame)
     else:
-        for image in islice(source, limit):
+        for image in source:
             yield read_image(image, field=field)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from vllm_cosmos3 import conditions, prompts
 from vllm_cosmos3.config import EngineConfig, ModelConfig, read_config
 from vllm_cosmos3.inventory import sound_tensors, transformer_tensors, vae_tensors
-from vllm_cosmos3.memory import decided, usual_work, work_of
+from vllm_cosmos3.memory import check_weights, decided, usual_work, work_of
 from vllm_cosmos3.memory.estimate import TEXT_BYTES
 from vllm_cosmos3.models.sound import SoundVAE
 from vllm_cosmos3.models.texts import RecentTexts
@@ -122,11 +122,14 @@ class Pipeline:
 
         Raises:
             CheckpointError: a file is missing, corrupt or of another architecture.
+            OutOfMemory: the weights do not fit into the device.
         """
         device = torch.device(device)
         model = read_config(config.model, config.checkpoint_kind)
         tokenizer = prompts.load_tokenizer(config.model)
-        config = decided(model, config, usual_work(model), memory_of(device, config.memory_limit))
+        usual, limit = usual_work(model), memory_of(device, config.memory_limit)
+        config = decided(model, config, usual, limit)
+        check_weights(model, config, usual, limit)
         dtype = getattr(torch, config.dtype)
         attend = make_attend(
             config.attention_backend,

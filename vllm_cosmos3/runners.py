@@ -23,6 +23,7 @@ from vllm_cosmos3.output import Output, Sample
 from vllm_cosmos3.pipeline import Pipeline
 from vllm_cosmos3.plan import Plan
 from vllm_cosmos3.progress import Progress, Report
+from vllm_cosmos3.runtime.budget import lift_limit
 from vllm_cosmos3.runtime.client import StageClient
 from vllm_cosmos3.runtime.executor import StageExecutor
 from vllm_cosmos3.runtime.mesh import check_degrees, close_mesh, init_mesh
@@ -95,7 +96,10 @@ class InProcess:
         raise error
 
     def close(self) -> None:
-        self._pipeline = None
+        pipeline, self._pipeline = self._pipeline, None
+        if pipeline is not None and pipeline.config.memory_limit is not None:
+            lift_limit(pipeline.device)
+        del pipeline
         _free_caches()
 
 

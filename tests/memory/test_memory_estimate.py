@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from vllm_cosmos3.cli.plan import known_model
 from vllm_cosmos3.config import EngineConfig, ModelConfig, ParallelConfig
-from vllm_cosmos3.memory import Work, decided, estimate, suggestions
+from vllm_cosmos3.errors import OutOfMemory
+from vllm_cosmos3.memory import Work, check_weights, decided, estimate, suggestions
 
 GIB = 2**30
 NANO = known_model("nano", None)
@@ -82,6 +83,14 @@ def test_auto_moves_the_text_tower_only_where_it_must() -> None:
     assert decided(NANO, engine, shape, 36 * GIB).und_residency == "host"
     assert decided(NANO, engine, shape, None).und_residency == "gpu"
     assert decided(NANO, ENGINE, shape, 1).und_residency == "gpu"  # the user's word
+
+
+def test_weights_that_do_not_fit_are_told_with_what_would() -> None:
+    shape = work("1280x720", 189)
+    check_weights(SUPER, ENGINE, shape, None)
+    check_weights(NANO, ENGINE, shape, 32 * GIB)
+    with pytest.raises(OutOfMemory, match=r"12\d.* GiB.* start with --und-residency host$"):
+        check_weights(SUPER, ENGINE, shape, 80 * GIB)
 
 
 def test_suggestions_fit_and_name_flags() -> None:

@@ -123,6 +123,11 @@ def test_a_limit_is_a_positive_number(tiny_checkpoint: Path) -> None:
             Cosmos3(tiny_checkpoint, device="cpu", memory_limit=wrong)
 
 
+def test_weights_that_do_not_fit_are_refused_before_they_are_read(tiny_checkpoint: Path) -> None:
+    with pytest.raises(OutOfMemory, match=r"the weights need [\d,]+ bytes .* may be used$"):
+        Cosmos3(tiny_checkpoint, device="cpu", und_residency="gpu", memory_limit=0.0005)
+
+
 def residencies(mesh: Mesh, folder: Path) -> list[str]:
     base = EngineConfig(model=folder, device="cpu")
     return [

@@ -108,6 +108,7 @@ def test_loading_is_told_and_files_expire_by_age_and_quota(
             heard.append(answer.json())
 
     flags = ["--file-ttl", "8", "--storage-quota", "90000", "--load-format", "dummy"]
+    flags += ["--guardrails", "off"]
     with generator(wide, tmp_path, vllm_cache, *flags, while_starting=listen) as server:
         loaded = [report["loaded_percent"] for report in heard]
         assert loaded == sorted(loaded)
@@ -116,6 +117,8 @@ def test_loading_is_told_and_files_expire_by_age_and_quota(
         assert f"{loaded[-1]} % of its weights" in heard[-1]["reason"]
         first = finished(server, create(server, **SMALL))
         assert content(server, first).status_code == 200
+        assert httpx.get(f"{server.url}/health").json()["guardrails"] == "disabled"
+        assert first["cosmos3"]["guardrails"] == {"requested": None, "effective": "disabled"}
         jobs = [finished(server, create(server, **SMALL)) for _ in range(3)]
         # Four results are more than the quota, so the oldest goes; age takes the others.
         eventually(lambda: content(server, first).status_code == 410)

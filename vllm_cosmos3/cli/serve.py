@@ -30,7 +30,6 @@ TAKES_REST = True
 ARCHITECTURE = "Cosmos3ReasonerForConditionalGeneration"
 PLUGIN = "cosmos3"  # name of our entry points, which VLLM_PLUGINS can switch off
 DEFAULT_PORT = 8000  # vLLM's
-ROBOT_KEYS = "vllm_cosmos3.server.keys.AnyScheme"  # lets robots name their API key as they do
 
 _EPILOG = """\
 Every other flag is passed on to vLLM, for example --tensor-parallel-size 4, --max-model-len 32768,
@@ -145,7 +144,7 @@ def beside_generator(values: Mapping[str, Any], folder: Path | None, rest: list[
         share = share_beside(folder, root_config(folder), options, ranks)
         if share is not None and not _given("--gpu-memory-utilization", rest):
             rest += ["--gpu-memory-utilization", f"{share:.2f}"]
-    return [*rest, "--additional-config", json.dumps(additional), "--middleware", ROBOT_KEYS]
+    return [*rest, "--additional-config", json.dumps(additional)]
 
 
 def stock_command(args: argparse.Namespace, folder: Path | None) -> list[str]:

@@ -16,13 +16,14 @@ from vllm_cosmos3.memory.estimate import (
     usual_work,
     work_of,
 )
-from vllm_cosmos3.memory.fit import decided, suggestions
+from vllm_cosmos3.memory.fit import check_weights, decided, suggestions
 
 __all__ = [
     "RESERVE",
     "WORKSPACES",
     "Memory",
     "Work",
+    "check_weights",
     "decided",
     "estimate",
     "suggestions",

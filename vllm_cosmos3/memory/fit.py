@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from vllm_cosmos3.config import EngineConfig, ModelConfig
-from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.errors import InvalidRequest, OutOfMemory
 from vllm_cosmos3.memory.estimate import Work, estimate
 from vllm_cosmos3.runtime.mesh import check_degrees
 
+GIB = 2**30
 MOST_RANKS = 8  # that a suggestion asks for
 MOST_SUGGESTIONS = 4
 
@@ -27,6 +28,24 @@ def decided(
     if limit is None or estimate(model, on_device, work).needed <= limit:
         return on_device
     return replace(engine, und_residency="host")
+
+
+def check_weights(model: ModelConfig, engine: EngineConfig, work: Work, limit: int | None) -> None:
+    """Refuse weights that do not fit into ``limit`` bytes of a device, before any is read.
+
+    Raises:
+        OutOfMemory: with the bytes needed and free, and flags with which ``work`` would fit.
+    """
+    memory = estimate(model, engine, work)
+    needed = max(memory.loading, memory.resident) + memory.reserve
+    if limit is None or needed <= limit:
+        return
+    found = suggestions(model, engine, work, limit)
+    advice = f"; start with {found[0][0]}" if found else ""
+    raise OutOfMemory(
+        f"the weights need {needed:,} bytes ({needed / GIB:.3g} GiB) of each device, and {limit:,} "
+        f"({limit / GIB:.3g} GiB) may be used{advice}"
+    )
 
 
 def suggestions(

@@ -76,6 +76,8 @@ class Budget:
             room = round(limit * GIB) - weights - kept - held
         else:
             return None
+        if self._world.size == 1:
+            return room  # without waiting for the device
         rooms = all_gather(torch.tensor([room], device=self._device), self._world)
         return int(torch.cat(rooms).min())
 
@@ -94,6 +96,12 @@ class Budget:
             f"weights, and {max(0, room):,} ({max(0, room) / GIB:.3g} GiB) are free; {advice}",
             crowded=others > 0 and mine <= freed,
         )
+
+
+def lift_limit(device: torch.device) -> None:
+    """Let torch use the whole device again."""
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def memory_of(device: torch.device, limit: float | None) -> int | None:

@@ -50,6 +50,10 @@ BOOTSTRAP = (
     "from vllm_cosmos3.runtime.core import main; sys.exit(main())"
 )
 STDERR = 2
+QUIET = {  # what torch and vLLM would say of an ordinary start
+    "TORCH_LOGS": "-all",
+    "PYTHONWARNINGS": "ignore::FutureWarning:vllm.triton_utils.dispatcher",
+}
 STOP_SECONDS = 20.0  # until a stage that was told to stop is killed
 
 
@@ -287,8 +291,9 @@ class StageClient:
             drain_seconds=self._drain_seconds,
         )
         temporary = tempfile.gettempdir()
-        loud = logging.getLevelName(logging.getLogger("vllm").getEffectiveLevel())
-        environment = {"VLLM_LOGGING_LEVEL": loud} | os.environ
+        level = logging.getLogger("vllm").getEffectiveLevel()
+        environment = {"VLLM_LOGGING_LEVEL": logging.getLevelName(level)}
+        environment |= (QUIET if level > logging.WARNING else {}) | os.environ
         environment |= {
             # Sockets and rendezvous files of vLLM go where they are removed even after a SIGKILL.
             "TMPDIR": str(self._folder),

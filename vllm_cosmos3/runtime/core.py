@@ -35,7 +35,7 @@ from vllm_cosmos3.loading import forget, slowest
 from vllm_cosmos3.progress import Progress
 from vllm_cosmos3.runtime.executor import StageExecutor
 from vllm_cosmos3.runtime.scheduler import QueueConfig, Scheduler
-from vllm_cosmos3.runtime.worker import StageConfig, end_with_parent
+from vllm_cosmos3.runtime.worker import StageConfig, end_with_parent, set_log_level
 
 logger = logging.getLogger(__name__)
 
@@ -443,6 +443,7 @@ def address(folder: Path) -> str:
 def main() -> int:
     """Run a stage for the `Setup` on standard input."""
     setup: Setup = pickle.load(sys.stdin.buffer)
+    set_log_level()
     gone = partial(shutil.rmtree, setup.folder, ignore_errors=True)
     end_with_parent(setup.parent, patience=ORPHAN_SECONDS, last=gone)
     core = StageCore(setup)

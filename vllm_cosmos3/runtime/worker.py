@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import logging
 import os
 import pickle
 import threading
@@ -110,6 +111,7 @@ class DiffusionWorker(WorkerBase):
         is_driver_worker: bool = False,  # noqa: FBT001, FBT002 - vLLM's signature
         **_: object,  # arguments that some versions add
     ) -> None:
+        set_log_level()
         vllm_config.model_config = None
         super().__init__(vllm_config, local_rank, rank, distributed_init_method, is_driver_worker)
         self._config: StageConfig = vllm_config.additional_config["cosmos3"]
@@ -202,6 +204,12 @@ class DiffusionWorker(WorkerBase):
         gc.collect()
         if self.device.type != "cpu":
             torch.accelerator.empty_cache()
+
+
+def set_log_level() -> None:
+    """VLLM_LOGGING_LEVEL for this process: from 0.32 vLLM reads it only where its own commands start."""
+    if level := os.environ.get("VLLM_LOGGING_LEVEL"):
+        logging.getLogger("vllm").setLevel(level.upper())
 
 
 def public_error(error: Exception, method: str) -> Cosmos3Error:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_cosmos3 import droid
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.hub import resolve
 from vllm_cosmos3.server.options import SHARED, Options, add_flags, given
@@ -118,6 +119,8 @@ def run(checkpoint: str, host: str | None, port: int, values: Mapping[str, Any],
 
 def announce(service: Service, surface: str, url: str) -> None:
     """Say what is served, where and how."""
+    from vllm_cosmos3.server import openpi
+
     options, parallel = service.options, service.sizing.engine.parallel
     mesh = {
         "tensor parallel": parallel.tensor_parallel_size,
@@ -135,6 +138,9 @@ def announce(service: Service, surface: str, url: str) -> None:
         "guardrails": f"{service.guardrails.state} {service.guardrails.reason}".strip(),
         "url": url,
     }
+    if service.model.kind == droid.KIND:
+        socket = url.replace("http", "ws", 1).removesuffix("/v1")
+        lines["robots"] = f"{socket}/ or {socket}{openpi.PATH}"
     for name, value in lines.items():
         sys.stdout.write(f"vllm-cosmos3 serve: {name}: {value}\n")
     sys.stdout.flush()

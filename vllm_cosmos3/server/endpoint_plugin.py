@@ -25,7 +25,7 @@ from vllm_cosmos3.server.app import routers
 from vllm_cosmos3.server.command import announce
 from vllm_cosmos3.server.envelope import Envelope
 from vllm_cosmos3.server.guardrails import Guardrails
-from vllm_cosmos3.server.keys import Keys
+from vllm_cosmos3.server.keys import AnyScheme, Keys
 from vllm_cosmos3.server.options import from_mapping
 from vllm_cosmos3.server.routing import Route, service
 from vllm_cosmos3.server.service import Service
@@ -34,7 +34,12 @@ from vllm_cosmos3.server.upsampling import EngineReasoner
 
 logger = logging.getLogger(__name__)
 
-OURS = ("/v1/videos", "/v1/images", "/v1/cosmos3")  # below these errors have our envelope
+OURS = (
+    "/v1/videos",
+    "/v1/images",
+    "/v1/cosmos3",
+    openpi.PATH,
+)  # below these errors have our envelope
 
 
 class GeneratorRoutes:
@@ -109,9 +114,12 @@ async def _models(request: Request) -> Response:
 
 
 def _wrap(app: FastAPI) -> None:
-    """Put our envelope around all middleware, that which vLLM adds after this included."""
+    """Put our envelope around all middleware, that which vLLM adds after this included.
+
+    Robots' keys are put into vLLM's form in front of it, which knows ``Bearer`` alone.
+    """
     build = app.build_middleware_stack
-    app.build_middleware_stack = lambda: Envelope(build(), OURS)  # type: ignore[method-assign]
+    app.build_middleware_stack = lambda: Envelope(AnyScheme(build()), OURS)  # type: ignore[method-assign]
 
 
 def _settle_at_the_end(app: FastAPI) -> None:
@@ -121,9 +129,10 @@ def _settle_at_the_end(app: FastAPI) -> None:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
         async with inner(app) as state:
-            _drain_on_sigterm(app.state.cosmos3)
+            at: Service = app.state.cosmos3  # vLLM deletes the state on its way out
+            _drain_on_sigterm(at)
             yield state
-        await app.state.cosmos3.close()
+        await at.close()
 
     app.router.lifespan_context = lifespan
 

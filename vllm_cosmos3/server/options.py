@@ -133,6 +133,10 @@ class Options:
         above=True,
         high=3600,
     )
+    robot_action_space: str = _option(
+        "joint_pos", "inputs", "choice", "what the policy was trained to move: joints, or (midtrain)"
+        " the end effector", choices=("joint_pos", "midtrain"),
+    )  # fmt: skip
     robot_openpi_idle_timeout: float = _option(
         0.0,
         "inputs",

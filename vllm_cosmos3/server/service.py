@@ -22,12 +22,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vllm_cosmos3 import conditions, prompts
+from vllm_cosmos3 import conditions, droid, prompts
 from vllm_cosmos3.errors import Busy, Cosmos3Error, InvalidRequest
 from vllm_cosmos3.models.components import loaded_values
 from vllm_cosmos3.output import Output
 from vllm_cosmos3.plan import Plan
-from vllm_cosmos3.progress import Progress
+from vllm_cosmos3.progress import Progress, Report
 from vllm_cosmos3.request import from_fields
 from vllm_cosmos3.runtime.client import Job as StageJob
 from vllm_cosmos3.runtime.client import StageClient
@@ -93,7 +93,10 @@ class Service:
                 engine=sizing.engine, stage=STAGE, backend=options.generator_executor_backend
             ),
             QueueConfig(
-                max_waiting=options.max_queue, max_waiting_seconds=options.max_queue_gpu_seconds
+                # Requests of robots are alike: in turns each of them would take as long as all.
+                policy="fifo" if self.model.kind == droid.KIND else "short-first",
+                max_waiting=options.max_queue,
+                max_waiting_seconds=options.max_queue_gpu_seconds,
             ),
             drain_seconds=options.drain_seconds,
         )
@@ -228,29 +231,42 @@ class Service:
     async def infer(self, fields: Mapping[str, Any]) -> Output:
         """Run a request for what it comes to: there is no job, and nothing is stored.
 
-        Cancelling it stops the stage's work.
+        Cancelling it stops the stage's work. The output's timings have "queue" too.
 
         Raises:
             Cosmos3Error: it cannot be served, now or at all, or it failed.
         """
         self._inferring += 1
         try:
-            job = await self._accepted(fields)
-            return await self._inferred(job)
+            accepted, begun = time.perf_counter(), Future[float]()
+
+            def begin(progress: Progress) -> None:
+                if not begun.done():
+                    begun.set_result(time.perf_counter())
+
+            job, work = await self._accepted(fields, begin)
+            output = await self._inferred(job)
+            self._pace.learn(work, time.perf_counter() - begun.result())
+            queue = begun.result() - accepted
+            return replace(output, timings={"queue": queue, **output.timings})
         finally:
             self._inferring -= 1
 
-    async def _accepted(self, fields: Mapping[str, Any]) -> StageJob:
+    async def _accepted(self, fields: Mapping[str, Any], report: Report) -> tuple[StageJob, float]:
         asked = Asked(fields=dict(fields), server={}, references={}, warnings=())
         try:
             self._check_open()
             plan = await self._plan(asked, {})
             await asyncio.to_thread(self.guardrails.check, fields["prompt"], requested=None)
-            seconds = self._pace.seconds(estimates.work(plan))
-            deadline = self.options.sync_deadline
-            return await asyncio.to_thread(
-                self.stage.submit, plan, seconds=seconds, deadline=deadline
+            work = estimates.work(plan)
+            job = await asyncio.to_thread(
+                self.stage.submit,
+                plan,
+                seconds=self._pace.seconds(work),
+                deadline=self.options.sync_deadline,
+                report=report,
             )
+            return job, work
         except Cosmos3Error as error:
             reason = "invalid" if isinstance(error, InvalidRequest) else slug(error)
             self.metrics.rejected.labels(reason).inc()
