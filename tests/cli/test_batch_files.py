@@ -187,6 +187,18 @@ def test_a_record_continues_another(
     )
 
 
+def test_what_torchrun_cannot_do(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = batch(tmp_path, {"name": "a"}, {"continue_from": "a"})
+    launched = ("--distributed-executor-backend", "external_launcher")
+    assert generate(tiny_checkpoint, file, *launched) == 2
+    assert "continue_from is 'a', must be left out under torchrun" in capsys.readouterr().err
+    batch(tmp_path, {"model_mode": "reasoner"})
+    assert generate(tiny_checkpoint, file, *launched) == 2
+    assert "each rank would start a reasoner of its own" in capsys.readouterr().err
+
+
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[str]:
     """An address where a picture is."""

@@ -25,6 +25,7 @@ import numpy as np
 from vllm_cosmos3 import media
 from vllm_cosmos3.batch import read_batch
 from vllm_cosmos3.cli.generate import (
+    LAUNCHED,
     generate,
     given,
     loaded,
@@ -166,7 +167,7 @@ def _checked(
         upsampling = None
         try:
             fields = {name: downloads.local(name, x) for name, x in record.fields.items()}
-            before = _before(record, samples)
+            before = _before(record, samples, args)
             asked, effective, warnings = _settled(record, fields, before, plan)
             if record.upsample is not None and isinstance(asked, GenerateRequest):
                 upsampling = question_about(asked, effective, record.upsample)
@@ -186,10 +187,16 @@ def _checked(
     return list(samples.values()), problems
 
 
-def _before(record: Record, samples: Mapping[str, Sample]) -> Sample | None:
+def _before(
+    record: Record, samples: Mapping[str, Sample], args: argparse.Namespace
+) -> Sample | None:
     """The sample whose last frame a record starts from."""
     if record.continue_from is None:
         return None
+    if args.distributed_executor_backend == LAUNCHED:
+        possible = "left out under torchrun, where only the first rank has the frame"
+        code = "unsupported_combination"
+        raise InvalidRequest("continue_from", record.continue_from, possible, code)
     before = samples.get(record.continue_from)
     video = before is not None and before.effective.get("num_frames", 1) > 1
     if before is None or not video or before.effective["n"] != 1:

@@ -42,6 +42,7 @@ SPELLINGS = {
     "action_mode": ("--mode",),
     "action_path": ("--action-file",),
 }
+LAUNCHED = "external_launcher"  # every rank runs this command
 KARRAS = {"true": "karras", "false": "diffusers"}
 
 
@@ -177,9 +178,10 @@ def open_reasoner(args: argparse.Namespace) -> Reasoner:
     """The reasoner of the same checkpoint. Close it before the generator is loaded."""
     from vllm_cosmos3.reasoner import Reasoner
 
-    if args.distributed_executor_backend == "external_launcher":
-        possible = "left out: under torchrun each rank would start a reasoner of its own"
-        raise InvalidRequest("upsample_prompt", "true", possible, "unsupported_combination")
+    if args.distributed_executor_backend == LAUNCHED:
+        possible = "another one: under torchrun each rank would start a reasoner of its own"
+        field = "distributed_executor_backend"
+        raise InvalidRequest(field, LAUNCHED, possible, "unsupported_combination")
     return Reasoner(
         args.model,
         revision=args.revision,
