@@ -146,6 +146,8 @@ def test_dry_run_prints_every_parameter(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = batch(tmp_path, {"shift": 4}, {"fps": 12})
+    assert generate(tiny_checkpoint, file, "--timings-json", "t.json") == 2
+    assert "each sample_outputs.json has its timings" in capsys.readouterr().err
     assert generate(tiny_checkpoint, file, "--dry-run", "--steps", 7) == 0
     first, second = json.loads(capsys.readouterr().out)
     assert (first["flow_shift"], second["fps"], second["name"]) == (4.0, 12.0, "batch_1")
@@ -164,9 +166,9 @@ def test_a_record_continues_another(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = batch(
-        tmp_path, {"name": "a"}, {"name": "b", "continue_from": "a", "video_save_quality": 10}
+        tmp_path, {"name": "a"}, {"name": "b", "continue_from": "a", "video_save_quality": 1}
     )
-    assert generate(tiny_checkpoint, file, "--guidance-scale", 1) == 0
+    assert generate(tiny_checkpoint, file, "--guidance-scale", 1, "--crf", 0) == 0
     last = read_image(tmp_path / "out" / "a" / "last.png")
     alone = Cosmos3(tiny_checkpoint).generate(
         prompt="a boat", image=last, size="64x64", num_frames=5, num_inference_steps=2, seed=3,
@@ -177,7 +179,8 @@ def test_a_record_continues_another(
     assert np.array_equal(made, read_video(tmp_path / "alone.mp4", frames=9))
     assert not (tmp_path / "out" / "b" / "last.png").exists()
 
-    assert generate(tiny_checkpoint, file, "--guidance-scale", 1, "--resume") == 0
+    flags = ("--guidance-scale", 1, "--crf", 0, "--resume")
+    assert generate(tiny_checkpoint, file, *flags) == 0
     assert "2 of 2 records are finished" in capsys.readouterr().err
     picture = {"name": "a", "num_frames": 1}
     batch(tmp_path, picture, {"continue_from": "a"}, {"name": "c"}, {"continue_from": "c", "n": 2})

@@ -33,6 +33,7 @@ from vllm_cosmos3.cli.generate import (
     planner,
     quiet_libraries,
     sample_folder,
+    settle_formats,
     write,
 )
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
@@ -78,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
     Returns 0 if every record has its results, 1 if one failed, 2 if one is invalid and nothing was
     started.
     """
-    batch = read_batch(args.input, given(args))
+    batch = read_batch(args.input, _overrides(args))
+    settle_formats(args)
     with TemporaryDirectory(prefix="cosmos3-input-") as cache:
         samples, found = _checked(batch.records, planner(args), Downloads(Path(cache)), args)
         problems = [*batch.problems, *found]
@@ -99,6 +101,19 @@ def run(args: argparse.Namespace) -> int:
     done, total = len(samples) - len(todo) + served, len(samples) + len(problems)
     print(f"{done} of {total} records have their results in {args.out}")
     return 0 if done == total else 1
+
+
+def _overrides(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say of every record."""
+    if args.timings_json is not None:
+        possible = f"left out with --input, as each {OUTPUTS} has its timings"
+        raise InvalidRequest("timings_json", str(args.timings_json), possible, "conflict")
+    flags = {
+        "crf": args.crf,
+        "quality": args.image_quality,
+        "upsample_prompt": args.upsample_prompt or None,
+    }
+    return given(args) | {name: value for name, value in flags.items() if value is not None}
 
 
 def _serve(samples: Sequence[Sample], args: argparse.Namespace) -> int:
