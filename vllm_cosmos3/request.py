@@ -38,7 +38,7 @@ class GenerateRequest:
     The mode follows from the inputs: ``action_mode`` names one of those with actions, a control
     such as ``edge`` is transfer, ``num_frames=1`` is text-to-image, an ``image`` is image-to-video,
     a ``video`` is video-to-video, anything else is text-to-video. A field that is
-    None takes the default of its mode (`conditions.DEFAULTS`); an omitted seed is drawn here, so
+    None takes the default of its mode (`defaults.DEFAULTS`); an omitted seed is drawn here, so
     that every rank and the record of the result see the same number.
 
     Raises:

@@ -278,7 +278,7 @@ def write(
 
 def defaults_table() -> str:
     """The defaults that depend on the mode, side by side, all others, and the embodiments."""
-    from vllm_cosmos3.conditions import DEFAULTS
+    from vllm_cosmos3.defaults import DEFAULTS
 
     rows = {mode: asdict(default) for mode, default in DEFAULTS.items()}
     names = [name for name in next(iter(rows.values())) if name in SPECS]
