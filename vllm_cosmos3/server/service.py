@@ -211,7 +211,11 @@ class Service:
         question = await asyncio.to_thread(question_about, request, plan.effective, {})
         if question is None:
             return None
-        prompt = await self.reasoner.caption(question, deadline)
+        self._inferring += 1
+        try:
+            prompt = await self.reasoner.caption(question, deadline)
+        finally:
+            self._inferring -= 1
         return replace(asked, fields={**asked.fields, "prompt": prompt})
 
     async def _plan(self, asked: Asked, media: Mapping[str, Any]) -> Plan:
