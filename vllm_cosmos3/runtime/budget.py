@@ -66,8 +66,8 @@ class Budget:
         limit = self._engine.memory_limit
         if self._device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self._device)
-            allocated = torch.cuda.memory_allocated(self._device)
-            room = free + torch.cuda.memory_reserved(self._device) - allocated
+            allocated = int(torch.cuda.memory_allocated(self._device))
+            room = int(free + torch.cuda.memory_reserved(self._device) - allocated)
             if limit is not None:
                 room = min(room, round(limit * GIB) - allocated)
             room -= WORKSPACES
@@ -101,15 +101,23 @@ class Budget:
 def lift_limit(device: torch.device) -> None:
     """Let torch use the whole device again."""
     if device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, _indexed(device))
 
 
 def memory_of(device: torch.device, limit: float | None) -> int | None:
     """Bytes that may be used of a device; None where that is no question. Holds torch to ``limit``."""
     if device.type != "cuda":
         return None if limit is None else round(limit * GIB)
-    free, total = torch.cuda.mem_get_info(device)
+    free, total = map(int, torch.cuda.mem_get_info(device))
     if limit is None:
-        return int(free)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, limit * GIB / total), device)
-    return min(int(free), round(limit * GIB))
+        return free
+    fraction = min(1.0, limit * GIB / total)
+    torch.cuda.set_per_process_memory_fraction(fraction, _indexed(device))
+    return min(free, round(limit * GIB) - int(torch.cuda.memory_allocated(device)))
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """ "cuda" alone means the current device nearly everywhere."""
+    if device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
