@@ -9,7 +9,7 @@ out norms, rotation, activations and everything between kernels: no run reaches 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.functional import linear
@@ -108,11 +108,14 @@ def text_work(config: TransformerConfig, plan: Plan) -> Work:
 
 
 def step_work(config: TransformerConfig, plan: Plan) -> Work:
-    """One step of all branches. The adapters of the streams, under 1 %, are left out."""
+    """One step of all branches, which need to read the weights only once.
+
+    The adapters of the streams, under 1 %, are left out.
+    """
     counts = tokens(plan, config.latent_patch_size)
     generated = sum(counts[stream.name] for stream in plan.streams)
-    works = (tower_work(config, generated, generated + len(ids)) for ids in plan.token_ids)
-    return sum(works, Work())
+    works = [tower_work(config, generated, generated + len(ids)) for ids in plan.token_ids]
+    return replace(sum(works, Work()), weights=works[0].weights)
 
 
 def tower_work(config: TransformerConfig, length: int, attended: float) -> Work:

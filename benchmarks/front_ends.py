@@ -114,7 +114,8 @@ def main() -> None:
             for row in rows if started else ():
                 if args.overlap and following and row is rows[-1]:
                     coming = pool.submit(start, args, *following.pop(), Path(folder))
-                bodies = [body(row, next(unused), n) for n in range(row.warmup + row.requests)]
+                numbers = range(row.warmup + row.requests)
+                bodies = [body(row, next(unused), n, fps_in=args.fps_in) for n in numbers]
                 measured.append({"server": name, **measure(started, row, bodies)})
                 print_row(measured[-1])
             if started:
@@ -149,6 +150,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--height", type=int, default=480)
     parser.add_argument("--seconds", type=float, default=10, help="length of a clip")
     parser.add_argument("--clip-fps", type=float, default=24, help="frame rate of a clip")
+    parser.add_argument(
+        "--fps-in",
+        choices=("media", "processor"),
+        default="media",
+        help="media_io_kwargs: the loader samples, which everybody can do; mm_processor_kwargs: the "
+        "processor samples, the documented recipe of ours",
+    )
     parser.add_argument(
         "--overlap",
         action="store_true",
@@ -232,22 +240,26 @@ def start(args: argparse.Namespace, name: str, kind: Kind, folder: Path) -> Star
     return Started(server, stages, stack)
 
 
-def body(row: Row, clip: bytes, number: int) -> Body:
-    """A request: the loader samples the clip, which both sides can do."""
+def body(row: Row, clip: bytes, number: int, *, fps_in: str) -> Body:
+    """A request."""
     words = " ".join(random.Random(f"{row} {number}").choices(WORDS, k=45))
     url = f"data:video/mp4;base64,{base64.b64encode(clip).decode()}"
     content = [
         {"type": "video_url", "video_url": {"url": url}},
         {"type": "text", "text": words},
     ]
+    sampling: Body = {
+        "media": {"media_io_kwargs": {"video": {"fps": row.fps}}},
+        "processor": {"mm_processor_kwargs": {"fps": row.fps, "do_sample_frames": True}},
+    }
     return {
+        **sampling[fps_in],  # type: ignore[dict-item]
         "messages": [{"role": "user", "content": content}],
         "max_tokens": row.output_tokens,
         "ignore_eos": True,
         "temperature": 0.0,
         "stream": True,
         "stream_options": {"include_usage": True},
-        "media_io_kwargs": {"video": {"fps": row.fps}},
     }
 
 

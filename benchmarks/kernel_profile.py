@@ -15,7 +15,7 @@ from clock import synchronize
 
 CATEGORIES = {  # the first that matches a kernel's name
     "attention": r"flash|fmha|attention|sdpa|FlashAttn|cudnn.*sdpa",
-    "convolutions": r"conv|implicit|fprop|xmma.*nhwc|cudnn",
+    "convolutions": r"convolution|conv[123]d|implicit|fprop|cudnn",
     "products": r"gemm|nvjet|cutlass|cublas|addmm|\bmm\b|splitK|gemv|linear",
     "norms and rotation": r"norm|rope|rotary",
     "activations": r"silu|act_and_mul|sigmoid|gelu",

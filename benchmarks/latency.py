@@ -19,8 +19,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -136,12 +137,15 @@ def measure_all(model: Cosmos3, config: ModelConfig, args: argparse.Namespace) -
     rates = measure_rates(config.transformer, device, getattr(torch, args.dtype))
     print(rate_line(rates), HEAD, sep="\n", flush=True)
     rows, profiles = [], []
+    numbers = count()  # of requests, so that no two of all rows have the same prompt
     for name, fields in requests(args, device).items():
-        row = measure(model, config, name, fields, rates, args)
+        row = measure(model, config, name, fields, rates, numbers, args)
         print(line(asdict(row) | {"rate": row.rate}), flush=True)
         rows.append(asdict(row) | {"rate": row.rate})
         if args.profile:
-            profiles += [profile(model, name, fields, latents=latents) for latents in (True, False)]
+            for latents in (True,) if "output_type" in fields else (True, False):
+                few = short(fields, next(numbers), latents=latents)
+                profiles.append(profile(model, name, few))
     return {
         "machine": facts,
         "model_load_s": model.load_seconds,
@@ -179,6 +183,7 @@ def measure(
     name: str,
     fields: Fields,
     rates: Rates,
+    numbers: Iterator[int],
     args: argparse.Namespace,
 ) -> Row:
     """One cold run, the warm ones, and what they should have taken."""
@@ -191,8 +196,8 @@ def measure(
     lengths = args.tokens or ([512, 512] if model.device.type != "cpu" else None)
     plan = model.plan(request(fields, lengths, 0))
     runs = [
-        run(model, request(fields, lengths, seed), measured, steps, save=args.save)
-        for seed in range(1 + args.repeat)
+        run(model, request(fields, lengths, next(numbers)), measured, steps, save=args.save)
+        for _ in range(1 + args.repeat)
     ]
     warm = runs[1:] or runs
     every_step = [step for each in warm for step in each.steps]
@@ -267,13 +272,19 @@ def medians(runs: list[Mapping[str, float]]) -> dict[str, float]:
     return {name: statistics.median(each[name] for each in runs) for name in runs[0]}
 
 
-def profile(model: Cosmos3, name: str, fields: Fields, *, latents: bool) -> Profile:
-    """Kernels of a few steps, with or without what follows, of a shape that was run before."""
+def short(fields: Fields, number: int, *, latents: bool) -> Fields:
+    """A few steps of a row, with or without what follows them."""
     steps = PROFILED_STEPS if fields["num_frames"] > 1 else 5 * PROFILED_STEPS
-    fields = {**request(fields, [512, 512], 99), "num_inference_steps": steps}
-    fields |= {"output_type": "latent"} if latents else {}
-    what = f"{steps} steps" if latents else f"{steps} steps and the decoder"
-    return profile_table(f"{name}, {what}", lambda: model.generate(fields), model.device)
+    fields = {**request(fields, [512, 512], number), "num_inference_steps": steps}
+    return {**fields, "output_type": "latent"} if latents else fields
+
+
+def profile(model: Cosmos3, name: str, fields: Fields) -> Profile:
+    """Kernels of a request whose shape was run before."""
+    what = f"{name}, {fields['num_inference_steps']} steps"
+    if "output_type" not in fields:
+        what += " and the decoder"
+    return profile_table(what, lambda: model.generate(fields), model.device)
 
 
 HEAD = (

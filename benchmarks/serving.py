@@ -1,4 +1,4 @@
-"""Load on a server: N requests for images, videos or chat, closed loop or at a rate.
+"""Load on a server: N requests for images, videos, chat or robots' actions, in turn or at a rate.
 
     python benchmarks/serving.py --url http://127.0.0.1:8000 --kind videos --requests 20 \\
         --concurrency 4 --fields '{"size": "320x192", "num_frames": 25}'
@@ -20,6 +20,11 @@ from typing import Any
 
 import httpx
 import numpy as np
+from websockets.asyncio.client import connect
+from websockets.exceptions import WebSocketException
+
+from vllm_cosmos3 import droid
+from vllm_cosmos3.server import msgpack
 
 POLL_SECONDS = 0.05
 
@@ -59,7 +64,7 @@ async def _load(
 ) -> list[Served | str]:
     """Send all requests, each after the other's turn or after its time."""
     turn = asyncio.Semaphore(args.concurrency if args.rate is None else args.requests)
-    send = {"images": _image, "videos": _video, "chat": _chat}[args.kind]
+    send = {"images": _image, "videos": _video, "chat": _chat, "actions": _actions}[args.kind]
 
     async def one(index: int) -> Served | str:
         if args.rate is not None:
@@ -69,7 +74,7 @@ async def _load(
                 return await send(client, {"prompt": args.prompt, **fields})
             except Refused as error:
                 return str(error)
-            except httpx.HTTPError as error:
+            except (httpx.HTTPError, WebSocketException) as error:
                 return type(error).__name__
 
     return await asyncio.gather(*map(one, range(args.requests)))
@@ -104,6 +109,24 @@ async def _chat(client: httpx.AsyncClient, body: dict[str, Any]) -> Served:
         body["model"] = listed["data"][0]["id"]
     _accepted(await client.post("/v1/chat/completions", json={"messages": [message], **body}))
     return Served(latency=time.perf_counter() - start)
+
+
+async def _actions(client: httpx.AsyncClient, body: dict[str, Any]) -> Served:
+    """One robot that asks once. Connecting is not part of its latency."""
+    url = str(client.base_url).replace("http", "ws", 1)
+    headers = {"Authorization": client.headers["Authorization"]}
+    async with connect(url, additional_headers=headers, max_size=None) as socket:
+        await socket.recv()  # what the server wants
+        start = time.perf_counter()
+        await socket.send(msgpack.pack(droid.example() | body))
+        answer = await socket.recv()
+        latency = time.perf_counter() - start
+    if isinstance(answer, str):
+        raise Refused(json.loads(answer)["error"]["code"])
+    timing = msgpack.unpack(answer)["server_timing"]
+    phases = ("text_ms", "vae_encode_ms", "denoise_ms")
+    gpu = sum(timing[name] for name in phases) / 1000
+    return Served(latency=latency, queue=timing["queue_ms"] / 1000, gpu=gpu)
 
 
 def _accepted(answer: httpx.Response) -> dict[str, Any]:
@@ -152,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--api-key", default="EMPTY")
-    parser.add_argument("--kind", choices=("images", "videos", "chat"), default="images")
+    parser.add_argument("--kind", choices=("images", "videos", "chat", "actions"), default="images")
     parser.add_argument("--requests", type=int, default=20)
     parser.add_argument(
         "--concurrency", type=int, default=4, help="under way at once (closed loop)"

@@ -14,6 +14,7 @@ from vllm_cosmos3 import droid
 from vllm_cosmos3.conditions import make_plan
 from vllm_cosmos3.config import read_config
 from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.poses import poses_from_quaternions, relative_rows
 from vllm_cosmos3.prompts import load_tokenizer
 from vllm_cosmos3.request import from_fields
 
@@ -70,7 +71,7 @@ BAD: dict[str, Any] = {
     droid.WRIST: [None, 1, np.zeros((4, 4, 3), np.uint8), np.zeros((90, 160, 4), np.uint8)],
     droid.FROM_ONE[1]: [None, np.zeros((90, 160, 3), np.float32)],
     droid.IMAGE: [None, np.zeros((16, 9000, 3), np.uint8)],
-    droid.ARM: [None, True, "x", [1, "x"], np.zeros((0, 7)), np.zeros((1, 1, 7)), np.full(7, np.inf)],
+    droid.ARM: [None, True, "x", [1, "x"], [[1], [1, 2]], [{}] * 7, np.zeros((0, 7)), np.zeros((1, 1, 7)), np.full(7, np.inf)],
     droid.GRIPPER: [None, False, np.zeros(0), np.zeros((2, 2)), np.zeros(1, bool), "0.5"],
     "sampling_params": [3, [1]],
 }  # fmt: skip
@@ -99,10 +100,53 @@ def test_the_gripper_is_turned_around_on_both_ways(state: list[float]) -> None:
         sampling={},
     )
     given_to_model = droid.request_fields(seen, seed=0)["action_state"]
-    back = droid.actions(np.array([given_to_model], np.float32))[0]
+    back = droid.actions(np.array([given_to_model], np.float32), seen)[0]
     np.testing.assert_allclose(back, state, atol=1e-6)
     assert given_to_model[:7] == state[:7]
     assert given_to_model[7] == pytest.approx(1 - state[7], abs=1e-6)
+
+
+def end_effector(position: Any, quaternion: Any, gripper: Any = 0.25) -> dict[str, Any]:
+    measured = {droid.POSITION: position, droid.QUATERNION: quaternion, droid.GRIPPER: gripper}
+    return droid.example() | measured
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_steps_of_the_end_effector_lead_to_its_poses(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    quaternions = random.normal(size=(33, 4))
+    quaternions /= np.linalg.norm(quaternions, axis=1, keepdims=True)
+    quaternions *= np.where(quaternions[:, 3:] < 0, -1, 1)
+    positions = random.uniform(-1, 1, (33, 3))
+    seen = droid.read(end_effector(positions[0], quaternions[0]), droid.MIDTRAIN)
+    grippers = random.uniform(0, 1, 32)
+    steps = relative_rows(poses_from_quaternions(positions, quaternions))
+    rows = np.concatenate([steps, 1 - grippers[:, None]], axis=1).astype(np.float32)
+    found = droid.actions(rows, seen)
+    assert (found.shape, found.dtype) == ((32, 8), np.float32)
+    np.testing.assert_allclose(found[:, :3], positions[1:], atol=1e-4)
+    turned = abs((found[:, 3:7] * quaternions[1:]).sum(1))  # 1 where both are the same rotation
+    np.testing.assert_allclose(turned, 1, atol=1e-5)
+    np.testing.assert_allclose(found[:, 7], grippers, atol=1e-6)
+
+
+def test_the_state_of_the_end_effector_is_its_pose() -> None:
+    turn = [0, 0, np.sin(np.pi / 4), np.cos(np.pi / 4)]  # x becomes y
+    seen = droid.read(end_effector([[9, 9, 9], [1, 2, 3]], [turn, turn]), droid.MIDTRAIN)
+    np.testing.assert_allclose(seen.state, [1, 2, 3, 0, 1, 0, -1, 0, 0, 0.25], atol=1e-6)
+    fields = droid.request_fields(seen, seed=0)
+    assert fields["raw_action_dim"] == 10
+    assert fields["action_state"][-1] == 0.75
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [(droid.POSITION, np.zeros(2)), (droid.QUATERNION, np.zeros(4)), (droid.QUATERNION, "x")],
+)
+def test_an_end_effector_that_is_nowhere(key: str, value: Any) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        droid.read(end_effector(np.zeros(3), np.ones(4)) | {key: value}, droid.MIDTRAIN)
+    assert refused.value.field == key
 
 
 def test_the_request_is_that_of_the_policy(tiny_checkpoint: Path) -> None:

@@ -391,6 +391,25 @@ def test_rotated_video_is_upright(
     assert np.array_equal(upright, np.rot90(media.read_video(video, frames=2), turns, axes=(1, 2)))
 
 
+@pytest.mark.parametrize("limit", [1, 3, 1000])
+def test_frames_one_by_one_are_those_read_at_once(video: bytes, limit: int) -> None:
+    array = media.read_video(video, frames=limit)
+    for source in (video, media.read_video(video, frames=1000), list(array)):
+        assert np.array_equal(np.stack(list(media.frames_of(source, limit=limit))), array)
+    with pytest.raises(InvalidRequest, match="at least one frame"):
+        next(media.frames_of([], limit=limit))
+    with pytest.raises(InvalidRequest, match=r"depth\.control"):
+        list(media.frames_of(b"garbage", limit=limit, field="depth.control"))
+
+
+def test_rate_of_a_clip(tmp_path: Path) -> None:
+    media.write_video(tmp_path / "a.mp4", clip(4, 32, 32), fps=23.976)
+    assert media.rate_of(tmp_path / "a.mp4") == pytest.approx(23.976, abs=1e-3)
+    assert media.rate_of(clip(4, 32, 32)) is None
+    with pytest.raises(InvalidRequest):
+        media.rate_of(b"garbage")
+
+
 def test_file_without_pictures_is_refused(tmp_path: Path) -> None:
     with av.open(str(tmp_path / "v.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=48_000, layout="stereo")

@@ -52,6 +52,33 @@ def test_each_chunk_goes_on_where_the_last_one_ended(
     assert np.abs(whole[9:17].astype(int) - first[1:]).mean() > 5
 
 
+def test_a_path_is_driven_in_chunks(model: Cosmos3) -> None:
+    """Each chunk takes its own actions, and its first frame is laid on the canvas again."""
+    rows = np.random.RandomState(0).standard_normal((8, 9)) * 50  # random weights hardly listen
+    common = {"num_frames": None, "action_mode": "forward_dynamics", "domain_name": "av"}
+    start = np.array(picture(80, 48))
+    whole = video(model, **common, image=start, action=rows, num_chunks=2)
+    assert whole.shape == (9, 48, 80, 3)
+    first = video(model, **common, image=start, action=rows[:4])
+    assert np.array_equal(whole[:5], first)
+    second = video(model, **common, image=first[-1], action=rows[4:], seed=6)
+    other = video(model, **common, image=first[-1], action=rows[:4], seed=6)
+    near, far = (np.abs(whole[5:].astype(int) - x[1:]).mean() for x in (second, other))
+    assert near < 0.5
+    assert far > 4 * near
+
+
+def test_the_history_of_a_later_chunk_is_what_was_carried_out(model: Cosmos3) -> None:
+    rows = np.arange(8)[:, None].repeat(9, 1)
+    fields = {"action_mode": "forward_dynamics", "domain_name": "av", "image": picture(96, 64)}
+    history = np.full((2, 9), -1)
+    plan = model.plan("go", **fields, action=rows, action_history=history, num_chunks=2)
+    first, second = (chunk[1].source[:, 0].tolist() for chunk in plan.chunks)
+    assert (first, second) == ([-1, -1, 0, 1, 2, 3], [2, 3, 4, 5, 6, 7])
+    assert plan.effective["num_frames"] == 9
+    assert plan.effective["action_chunk_size"] == 4
+
+
 def test_the_record_tells_of_the_whole(model: Cosmos3) -> None:
     seen = []
     output = model.generate(**FIELDS, num_chunks=2, fps=12, progress=seen.append)
@@ -85,6 +112,7 @@ def test_several_results_and_latents(model: Cosmos3) -> None:
         ({"num_frames": 1}, "must be 1 with this num_frames: a picture has no last frame"),
         ({"generate_sound": True}, "must be 1 with this generate_sound"),
         ({"action_mode": "policy", "image": picture()}, "must be 1 with this action_mode"),
+        ({"action_state": [1.0], "image": picture()}, "must be 1 with this action_state"),
         ({"edge": True, "video": "a.mp4"}, "must be 1 with this edge: a transfer makes chunks"),
         ({"num_chunks": 0}, "num_chunks is 0, must be an integer from 1 to 100 chunks"),
     ],

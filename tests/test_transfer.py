@@ -203,6 +203,10 @@ def test_shares_and_positions(model: ModelConfig, tokenizer: prompts.Tokenizer) 
         ({"num_conditional_frames": 9}, "num_conditional_frames", "num_video_frames_per_chunk=9"),
         ({"depth": b"garbage"}, "depth.control", "MP4"),
         ({"depth": "/nowhere.mp4"}, "depth.control", "a file that exists"),
+        ({"edge": clip(1)}, "edge.control", "at least two"),
+        ({"edge": True, "video": clip(1)}, "video", "at least two"),
+        ({"edge": []}, "edge.control", "at least one frame"),
+        ({"num_frames": 9, "seconds": 1}, "seconds", "num_frames=9"),
         ({"latents": {"vision": np.zeros(1)}}, "latents", "draws its own noise"),
         ({"size": "2048x2048"}, "size", "allow_untrained_size"),
         ({"num_video_frames_per_chunk": 401}, "num_video_frames_per_chunk", "at most 401"),
@@ -234,6 +238,15 @@ def test_a_control_too_long_for_memory_is_refused(
         plan(model, tokenizer, edge=clip(11), size="96x64")
     assert (refusal.value.field, refusal.value.code) == ("edge.control", "too_large")
     assert plan(model, tokenizer, edge=clip(11), size="96x64", max_frames=10).num_frames == 10
+
+
+def test_length_by_seconds_and_overlap_of_one_chunk(
+    model: ModelConfig, tokenizer: prompts.Tokenizer
+) -> None:
+    p = plan(model, tokenizer, edge=clip(30), size="96x64", seconds=0.5, max_frames=20)
+    assert (p.num_frames, len(p.chunks)) == (12, 1)
+    p = plan(model, tokenizer, edge=clip(5), size="96x64", num_conditional_frames=5)
+    assert (p.num_frames, len(p.chunks)) == (5, 1)
 
 
 def test_warnings(model: ModelConfig, tokenizer: prompts.Tokenizer) -> None:

@@ -1,8 +1,8 @@
 """The actions of a request: which rows the model is given, which it makes, and in which units.
 
-The rows of the stream are the history, then the state at the first frame, then the chunk: one row
-for each further frame. The state belongs to frame 0, the chunk to frames 1, 2, ..., the history ends
-where they begin.
+The rows of the stream are the history, then the state at the first frame, then the chunk. They count
+frames without a gap: the chunk has frames 1, 2, ..., so that the state is at frame 0, and without a
+state the history ends there.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.kinds import check_mode
 from vllm_cosmos3.plan import ActionRows, StreamPlan
 from vllm_cosmos3.request import SPECS, GenerateRequest
+
+Rows = tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +57,8 @@ SMALLEST_SCALE = 1e-8  # of a number that never changes in the statistics
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Action:
-    """The action fields of a request, settled. ``chunk`` [T_a, channels] is None where it is made.
+    """The action fields of a request, settled. ``chunk`` is None where it is made, else the rows of
+    all chunks of a rollout [chunks * T_a, channels].
 
     ``history`` [H, channels] and ``state`` [0 or 1, channels] are float32 in the model's units, and
     so is ``chunk``; ``scale`` and ``offset`` lead from these units to the user's.
@@ -123,13 +126,14 @@ def settle(request: GenerateRequest, model: ModelConfig) -> Action | None:
     check_mode(model.kind, request.mode)
     mode = MODES[request.action_mode]
     _check_model(request, model)
+    _check_others(request)
     _check_inputs(request, mode)
     embodiment = find_embodiment(request.domain_name, request.domain_id)
     given = _rows_given(request)
     channels = _channels(request, embodiment, given, model)
     chunk_size = _chunk_size(request, embodiment, given)
     scale, offset = _units(request, channels)
-    chunk, warnings = _chunk(given, chunk_size)
+    chunk, warnings = _chunk(given, chunk_size * request.num_chunks)
     if chunk_size % 4:
         warnings.append(
             f"action_chunk_size {chunk_size} is not a multiple of 4: the video ends"
@@ -138,7 +142,7 @@ def settle(request: GenerateRequest, model: ModelConfig) -> Action | None:
     view_point = request.view_point or embodiment.view_point
     state = None if request.action_state is None else (request.action_state,)
 
-    def inside(name: str, rows: tuple[tuple[float, ...], ...] | None) -> np.ndarray:
+    def inside(name: str, rows: Rows | None) -> np.ndarray:
         matrix: np.ndarray = (_matrix(name, rows, channels) - offset) / scale
         return matrix
 
@@ -180,11 +184,16 @@ def observation(request: GenerateRequest, action: Action) -> media.Pixels:
     return frames[:needed]
 
 
-def action_stream(action: Action, model: ModelConfig) -> StreamPlan:
-    """The rows as a stream as wide as the model's: those that are given, and zeros."""
-    width = model.transformer.action_dim
-    before = np.concatenate([action.history, action.state])
-    given = before if action.chunk is None else np.concatenate([before, action.chunk])
+def action_stream(action: Action, model: ModelConfig, chunk: int = 0) -> StreamPlan:
+    """The rows as a stream as wide as the model's: those that are given, and zeros.
+
+    The history of a later ``chunk`` is what was carried out before it.
+    """
+    width, start = model.transformer.action_dim, chunk * action.chunk_size
+    before = given = np.concatenate([action.history, action.state])
+    if action.chunk is not None:
+        given = np.concatenate([before, action.chunk])
+        given = given[start : start + len(before) + action.chunk_size]
     source = np.zeros((len(before) + action.chunk_size, width), np.float32)
     source[: len(given), : action.channels] = given
     return StreamPlan(
@@ -205,6 +214,10 @@ def _check_model(request: GenerateRequest, model: ModelConfig) -> None:
     if not model.transformer.action_gen:
         possible = "left out: this checkpoint knows no actions"
         raise InvalidRequest("action_mode", request.action_mode, possible, "unsupported_by_model")
+
+
+def _check_others(request: GenerateRequest) -> None:
+    """Nothing is asked for that does not go with actions."""
     if request.generate_sound:
         possible = "False, as action_mode is given"
         raise InvalidRequest(
@@ -246,7 +259,7 @@ def _check_inputs(request: GenerateRequest, mode: Mode) -> None:
 def _channels(
     request: GenerateRequest,
     embodiment: Embodiment,
-    given: tuple[tuple[float, ...], ...] | None,
+    given: Rows | None,
     model: ModelConfig,
 ) -> int:
     """The width of an action row: as asked, as given, or the usual one of the embodiment."""
@@ -274,7 +287,7 @@ def _channels(
 def _chunk_size(
     request: GenerateRequest,
     embodiment: Embodiment,
-    given: tuple[tuple[float, ...], ...] | None,
+    given: Rows | None,
 ) -> int:
     """Actions in the chunk: as asked, or by the frames, the rows, or the embodiment."""
     frames = request.num_frames
@@ -282,28 +295,28 @@ def _chunk_size(
     if size is None and frames is not None:
         size = frames - 1
     if size is None:
-        size = len(given) if given else embodiment.action_chunk_size
+        size = embodiment.action_chunk_size
+        size = -(-len(given) // request.num_chunks) if given else size
     if frames is not None and frames != size + 1:
         possible = f"{size + 1} or left out, as action_chunk_size is {size}"
         raise InvalidRequest("num_frames", frames, possible, "conflict")
     return size
 
 
-def _chunk(
-    given: tuple[tuple[float, ...], ...] | None, size: int
-) -> tuple[tuple[tuple[float, ...], ...] | None, list[str]]:
+def _chunk(given: Rows | None, size: int) -> tuple[Rows | None, list[str]]:
     """The given rows, brought to ``size`` of them, with a warning where that was needed."""
     if given is None or len(given) == size:
         return given, []
     if len(given) > size:
-        return given[:size], [f"action has {len(given)} rows, of which the first {size} are used"]
+        used = f"action has {len(given)} rows, of which the first {size} are used"
+        return given[:size], [f"{used}; num_chunks uses more of them"]
     missing = size - len(given)
     return given + given[-1:] * missing, [
         f"action has {len(given)} rows; the last one is repeated {missing} times"
     ]
 
 
-def _matrix(name: str, rows: tuple[tuple[float, ...], ...] | None, channels: int) -> np.ndarray:
+def _matrix(name: str, rows: Rows | None, channels: int) -> np.ndarray:
     if rows is None:
         return np.zeros((0, channels), np.float32)
     if len(rows[0]) != channels:
@@ -315,12 +328,10 @@ def _matrix(name: str, rows: tuple[tuple[float, ...], ...] | None, channels: int
 # Files.
 
 
-def _rows_given(request: GenerateRequest) -> tuple[tuple[float, ...], ...] | None:
+def _rows_given(request: GenerateRequest) -> Rows | None:
     if request.action_path is None:
         return request.action
-    rows: tuple[tuple[float, ...], ...] = SPECS["action"].checked(
-        "action_path", _json("action_path", request.action_path)
-    )
+    rows: Rows = SPECS["action"].checked("action_path", _json("action_path", request.action_path))
     return rows
 
 
@@ -357,5 +368,6 @@ def _json(field: str, path: str) -> object:
     try:
         value: object = json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise InvalidRequest(field, path, f"a JSON file that can be read ({error})") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InvalidRequest(field, path, f"a JSON file that can be read ({reason})") from None
     return value

@@ -231,7 +231,12 @@ def make_plan(request: GenerateRequest, model: ModelConfig, tokenizer: prompts.T
         frames = actions.observation(request, action)
         parameters = resolve_action(request, model, action, (frames.shape[2], frames.shape[1]))
         warnings = list(parameters.warnings)
-        streams = [_canvas_stream(frames, parameters, model), actions.action_stream(action, model)]
+        canvas = _canvas_stream(frames, parameters, model)
+        streams = [canvas, actions.action_stream(action, model)]
+        later = [
+            (replace(canvas, source=None), actions.action_stream(action, model, chunk))
+            for chunk in range(1, request.num_chunks)
+        ]
     elif followed is not None:
         parameters = resolve_transfer(request, model, followed)
         warnings = list(parameters.warnings)
@@ -268,7 +273,7 @@ def make_plan(request: GenerateRequest, model: ModelConfig, tokenizer: prompts.T
         control_guidance_interval=request.control_guidance_interval,
         later=tuple(later),
         overlap=1 if followed is None else followed.chunks.overlap,
-        num_frames=parameters.num_frames if later else None,
+        num_frames=parameters.num_frames if later or followed is not None else None,
         beside=() if followed is None else followed.beside,
         domain_id=0 if action is None else action.embodiment.domain_id,
         actions=None if action is None else action.rows,
@@ -355,6 +360,7 @@ def _canvas_stream(frames: media.Pixels, parameters: Parameters, model: ModelCon
         rate=parameters.fps,
         known=parameters.condition_frame_indexes_vision,
         source=pixels,
+        canvas=(parameters.height, parameters.width),
     )
 
 
@@ -482,12 +488,15 @@ def _given_ids(
 
 
 def _fitting(request: GenerateRequest, width: int, height: int) -> tuple[int, int]:
-    """The size of a transfer for that of its input."""
+    """The size of a transfer for that of its input. A wrong one should not wait for the clips."""
     if request.size is not None:
-        return parse_size(request.size)
-    if request.width is not None and request.height is not None:
-        return request.width, request.height
-    return nearest_size(request.image_size or TRANSFER_TIER, width, height)
+        width, height = parse_size(request.size)
+    elif request.width is not None and request.height is not None:
+        width, height = request.width, request.height
+    else:
+        width, height = nearest_size(request.image_size or TRANSFER_TIER, width, height)
+    _check_area(request, width, height)
+    return width, height
 
 
 def _size(request: GenerateRequest, default: Defaults) -> tuple[int, int]:

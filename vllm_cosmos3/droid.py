@@ -1,7 +1,8 @@
-"""The DROID robot: from what it sees and measures to a policy request, and back to joint positions.
+"""The DROID robot: from what it sees and measures to a policy request, and back to where it goes.
 
 For checkpoints such as Cosmos3-Nano-Policy-DROID: a Franka arm with seven joints, a gripper and
-three cameras. The numbers are those of its training.
+three cameras. The numbers are those of its training. A policy moves the joints, or (for checkpoints
+that were trained like that) the end effector, whose steps are relative to each other.
 """
 
 from __future__ import annotations
@@ -16,10 +17,17 @@ from numpy.typing import NDArray
 
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.media import Pixels
+from vllm_cosmos3.poses import (
+    absolute_poses,
+    poses_from_quaternions,
+    quaternions_from_poses,
+    rotations,
+)
 
 KIND = "policy-droid"  # of the checkpoints that do this
+JOINT_POS, MIDTRAIN = "joint_pos", "midtrain"  # what an action is about: joints, end effector
 JOINTS = 7
-WIDTH = JOINTS + 1  # of an action: the joints and the gripper
+WIDTH = 8  # of an answer: seven joints, or position and quaternion; and the gripper
 HORIZON = 32  # actions of one answer
 FPS = 15.0  # actions per second
 CANVAS = (540, 640)  # height and width of the composed views
@@ -35,17 +43,20 @@ WRIST = "observation/wrist_image_left"
 FROM_ONE = ("observation/exterior_image_1_left", "observation/exterior_image_2_left")
 FROM_ZERO = ("observation/exterior_image_0_left", "observation/exterior_image_1_left")
 ARM, GRIPPER = "observation/joint_position", "observation/gripper_position"
+POSITION, QUATERNION = "observation/eef_pos", "observation/eef_quat"
 ADJUSTABLE = ("num_inference_steps", "guidance_scale", "flow_shift")
 
-METADATA = {  # what a policy server of the RoboArena family tells its clients
-    "image_resolution": list(CANVAS),
-    "n_external_cameras": 2,
-    "needs_wrist_camera": True,
-    "needs_stereo_camera": False,
-    "needs_session_id": True,
-    "action_space": "joint_position",
-}
-CAPABILITY = {**METADATA, "action_shape": [HORIZON, WIDTH], "actions_per_second": FPS}
+
+def metadata(space: str) -> dict[str, Any]:
+    """What a policy server of the RoboArena family tells its clients."""
+    return {
+        "image_resolution": list(CANVAS),
+        "n_external_cameras": 2,
+        "needs_wrist_camera": True,
+        "needs_stereo_camera": False,
+        "needs_session_id": True,
+        "action_space": "joint_position" if space == JOINT_POS else "cartesian_position",
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -53,7 +64,8 @@ class Observation:
     """One moment of the robot.
 
     ``image`` is uint8 [540, 640, 3]: the wrist camera above, the two of the room below. ``state``
-    is float32 [8]: seven joints [rad] and the gripper, 0 open to 1 closed.
+    is float32: seven joints [rad], or position [m] and the first two columns of the rotation (6) of
+    the end effector; then the gripper, 0 open to 1 closed.
     """
 
     prompt: str
@@ -62,7 +74,7 @@ class Observation:
     sampling: Mapping[str, Any]
 
 
-def read(message: Mapping[str, Any]) -> Observation:
+def read(message: Mapping[str, Any], space: str = JOINT_POS) -> Observation:
     """An observation from the keys that DROID clients send; other keys are ignored.
 
     Pictures are uint8 [H, W, 3]: ``observation/image`` with all views as `compose` lays them out,
@@ -75,10 +87,10 @@ def read(message: Mapping[str, Any]) -> Observation:
     prompt = message.get("prompt")
     if not isinstance(prompt, str):
         raise InvalidRequest("prompt", prompt, "text", _absent(prompt))
-    arm = _numbers(message, ARM, f"{JOINTS} joint positions [rad], or rows of them")
-    if arm.ndim not in (1, 2) or arm.shape[-1] != JOINTS or not arm.size:
-        shape = f"an array {list(arm.shape)}"
-        raise InvalidRequest(ARM, shape, f"[{JOINTS}] or [T, {JOINTS}]", "invalid_type")
+    if space == JOINT_POS:
+        arm = _last(message, ARM, JOINTS, "joint positions [rad]")
+    else:
+        arm = _end_effector(message)
     gripper = _numbers(message, GRIPPER, "a number from 0 (open) to 1 (closed), or a series")
     if gripper.ndim > 2 or not gripper.size or gripper.shape[1:] not in ((), (1,)):
         shape = f"an array {list(gripper.shape)}"
@@ -86,7 +98,7 @@ def read(message: Mapping[str, Any]) -> Observation:
     return Observation(
         prompt=prompt,
         image=_canvas(message),
-        state=np.array([*arm.reshape(-1, JOINTS)[-1], gripper.reshape(-1)[-1]], np.float32),
+        state=np.array([*arm, gripper.reshape(-1)[-1]], np.float32),
         sampling=_sampling(message),
     )
 
@@ -103,7 +115,7 @@ def request_fields(observation: Observation, *, seed: int | None) -> dict[str, A
         "prompt_format": "plain",
         "action_mode": "policy",
         "domain_name": "droid_lerobot",
-        "raw_action_dim": WIDTH,
+        "raw_action_dim": len(state),
         "action_chunk_size": HORIZON,
         "action_state": state.tolist(),
         "image": observation.image,
@@ -120,19 +132,26 @@ def request_fields(observation: Observation, *, seed: int | None) -> dict[str, A
     }
 
 
-def actions(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Joint positions [rad] and gripper (0 open, 1 closed) to go to, float32 [32, 8].
+def actions(rows: NDArray[np.float32], observation: Observation) -> NDArray[np.float32]:
+    """Where to go, float32 [32, 8]: joint positions [rad] and the gripper (0 open, 1 closed).
 
-    ``rows`` are the actions of a policy request's output, [32, 8].
+    For the end effector it is position [m], quaternion x, y, z, w, and the gripper. ``rows`` are the
+    actions of the output of the observation's request.
     """
-    positions = np.array(rows, np.float32)
-    positions[:, -1] = 1 - positions[:, -1]
-    return positions
+    arm, gripper = rows[:, :-1], 1 - rows[:, -1:]
+    if arm.shape[1] != JOINTS:
+        start = np.eye(4)
+        start[:3, 3] = observation.state[:3]
+        start[:3, :3] = rotations(observation.state[None, 3:9])[0]
+        poses = absolute_poses(arm, start=start)[1:]
+        arm = np.concatenate([poses[:, :3, 3], quaternions_from_poses(poses)], axis=1)
+    goals: NDArray[np.float32] = np.concatenate([arm, gripper], axis=1).astype(np.float32)
+    return goals
 
 
 def example() -> dict[str, Any]:
-    """A message with everything that `read` needs."""
-    pictures = np.random.default_rng(0).integers(0, 256, (3, 180, 320, 3), np.uint8)
+    """A message with everything that `read` needs for joints."""
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 360, 640, 3), np.uint8)
     return {
         "prompt": "put the cup on the plate",
         "session_id": "example",
@@ -189,13 +208,33 @@ def _picture(message: Mapping[str, Any], key: str) -> Pixels:
     return value
 
 
+def _end_effector(message: Mapping[str, Any]) -> NDArray[np.float32]:
+    position = _last(message, POSITION, 3, "coordinates [m]")
+    quaternion = _last(message, QUATERNION, 4, "numbers x, y, z, w of a quaternion")
+    if not quaternion.any():
+        raise InvalidRequest(QUATERNION, "0", "a quaternion of a length above 0")
+    pose = poses_from_quaternions(position[None], quaternion[None])[0]
+    return np.concatenate([position, pose[:3, :2].T.reshape(-1)])
+
+
+def _last(message: Mapping[str, Any], key: str, width: int, what: str) -> NDArray[np.float32]:
+    """The last of one or several rows of numbers."""
+    rows = _numbers(message, key, f"{width} {what}, or rows of them")
+    if rows.ndim not in (1, 2) or rows.shape[-1] != width or not rows.size:
+        shape = f"an array {list(rows.shape)}"
+        raise InvalidRequest(key, shape, f"[{width}] or [T, {width}]", "invalid_type")
+    last: NDArray[np.float32] = rows.reshape(-1, width)[-1]
+    return last
+
+
 def _numbers(message: Mapping[str, Any], key: str, possible: str) -> NDArray[np.float32]:
     value = message.get(key)
-    if isinstance(value, list) and all(isinstance(item, Real) for item in value):
-        value = np.array(value)
-    if not isinstance(value, (np.ndarray, Real)) or isinstance(value, bool):
+    if not isinstance(value, (np.ndarray, list, Real)) or isinstance(value, bool):
         raise InvalidRequest(key, value, possible, _absent(value))
-    numbers = np.asarray(value)
+    try:
+        numbers = np.asarray(value)
+    except ValueError:  # rows of several lengths
+        raise InvalidRequest(key, value, possible, "invalid_type") from None
     if numbers.dtype.kind not in "iuf" or not np.isfinite(numbers).all():
         raise InvalidRequest(key, f"an array {numbers.dtype}", f"finite: {possible}")
     return numbers.astype(np.float32)

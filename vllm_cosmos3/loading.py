@@ -28,7 +28,10 @@ def count(values: int) -> None:
 
 @contextmanager
 def counted(folder: Path, rank: int) -> Iterator[None]:
-    """Leave what `count` is told within the block in ``folder``, for `slowest` to read."""
+    """Leave what `count` is told within the block in ``folder``, for `slowest` to read.
+
+    It stays there when the block ends.
+    """
     file, total, due = folder / f"loaded-{rank}", 0, 0.0
 
     def tell(values: int) -> None:
@@ -43,18 +46,18 @@ def counted(folder: Path, rank: int) -> Iterator[None]:
         yield
     finally:
         _tell.reset(token)
-        file.unlink(missing_ok=True)
+        _write(file, total)
 
 
 def slowest(folder: Path) -> int:
     """The count of the rank that is furthest behind; 0 where none has begun."""
-    counts = []
+    return min((int(file.read_text()) for file in folder.glob("loaded-*")), default=0)
+
+
+def forget(folder: Path) -> None:
+    """Ranks are about to begin again."""
     for file in folder.glob("loaded-*"):
-        try:
-            counts.append(int(file.read_text()))
-        except FileNotFoundError:  # that rank is done
-            continue
-    return min(counts, default=0)
+        file.unlink()
 
 
 def _write(file: Path, total: int) -> None:

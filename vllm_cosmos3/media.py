@@ -110,16 +110,26 @@ def read_video(
 def frames_of(source: VideoSource, *, limit: int, field: str = "video") -> Iterator[Pixels]:
     """The first ``limit`` frames of a clip one after the other, so that a long one fits in memory.
 
-    As `read_video` without ``fps``; errors come with the frame that has them.
+    As `read_video` without ``fps``, but that frames may differ in size; errors come with the frame
+    that has them.
     """
+    empty = True
+    for frame in islice(_each(source, field), limit):
+        empty = False
+        yield frame
+    if empty:
+        raise InvalidRequest(field, _described(source), "a video with at least one frame")
+
+
+def _each(source: VideoSource, field: str) -> Iterator[Pixels]:
     if isinstance(source, np.ndarray):
-        yield from _checked_array(source, 4, field)[:limit]
+        yield from _checked_array(source, 4, field)
     elif isinstance(source, str | Path | bytes):
         with _decoding(source, field, A_VIDEO), _stored_frames(source, field) as frames:
-            for frame in islice(frames, limit):
+            for frame in frames:
                 yield _upright(frame)
     else:
-        for image in islice(source, limit):
+        for image in source:
             yield read_image(image, field=field)
 
 
@@ -299,6 +309,41 @@ def write_video(
     """A whole clip at once; see `VideoWriter`."""
     with VideoWriter(path, fps=fps, sound=sound, sample_rate=sample_rate, crf=crf) as video:
         video.write(frames)
+
+
+def join_videos(first: str | Path, second: str | Path, path: str | Path, *, fps: float) -> int:
+    """One clip after the other in a new MP4, and how many frames it has. Nothing is encoded again.
+
+    Both are of `VideoWriter`, with the same size, ``fps`` and quality. The sound is that of the first.
+
+    Raises:
+        Unsupported: they were encoded differently.
+    """
+    options = {"movflags": "+faststart"}
+    with (
+        av.open(str(first)) as before,
+        av.open(str(second)) as after,
+        av.open(str(path), "w", format="mp4", options=options) as joined,
+    ):
+        start, rest = before.streams.video[0], after.streams.video[0]
+        if start.codec_context.extradata != rest.codec_context.extradata:
+            raise Unsupported("the clips cannot be joined: they were encoded differently")
+        places = {stream: joined.add_stream_from_template(stream) for stream in before.streams}
+        frames = 0
+        for packet in before.demux():
+            if packet.dts is not None:  # else it is the end of a stream
+                frames += packet.stream is start
+                packet.stream = places[packet.stream]
+                joined.mux(packet)
+        offset = round(frames / frame_rate(fps) / rest.time_base)
+        for packet in after.demux(rest):
+            if packet.dts is not None:
+                frames += 1
+                packet.pts += offset
+                packet.dts += offset
+                packet.stream = places[start]
+                joined.mux(packet)
+    return frames
 
 
 def frame_rate(fps: float) -> Fraction:

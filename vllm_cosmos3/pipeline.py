@@ -47,6 +47,7 @@ from vllm_cosmos3.sampling.guidance import (
 from vllm_cosmos3.sampling.noise import initial_noise, step_noise
 from vllm_cosmos3.sampling.packing import (
     Stream,
+    filled_up,
     free_frames,
     free_rows,
     patch_grid,
@@ -299,7 +300,7 @@ class Pipeline:
             clean = torch.from_numpy(stream.source).to(self.device)
             free = free_rows(stream.shape, stream.known, stream.channels)
             return Known(clean=clean, free=free.to(self.device))
-        pixels = taken
+        pixels = taken if taken is None else filled_up(taken, stream.canvas)
         if stream.source is not None:
             pixels = to_pixels(torch.from_numpy(stream.source).to(self.device))
         if stream.known and pixels is not None:

@@ -22,7 +22,8 @@ class StreamPlan:
     on, which the encoder may see more of than the stream's shape keeps at the right and bottom; for
     action float32 rows of the whole shape. ``rate`` is what a second holds of the material: pixel
     frames, sound latents, action rows. Of action, ``channels`` carry numbers and the rest is zero,
-    and row 0 belongs to pixel frame ``first``.
+    and row 0 belongs to pixel frame ``first``. Pixels that a later chunk takes over are filled up to
+    ``canvas`` (height, width), as the source of the first was, if there is one.
 
     ``absent`` are the branches of guidance whose sequence leaves the stream out. ``follows`` says
     that its positions begin after those of the stream before, not beside them. With a ``share`` the
@@ -37,6 +38,7 @@ class StreamPlan:
     source: np.ndarray | None = None
     channels: int = 0
     first: int = 0
+    canvas: tuple[int, int] | None = None
     absent: tuple[int, ...] = ()
     follows: bool = False
     share: float | None = None

@@ -491,7 +491,9 @@ def _check_chunks(request: GenerateRequest) -> None:
     reasons = {
         "num_frames": request.num_frames == 1 and "a picture has no last frame to go on from",
         "generate_sound": request.generate_sound and "the sound of a chunk does not go on in the next",
-        "action_mode": request.action_mode is not None and "each chunk needs actions of its own",
+        "action_mode": request.action_mode in ("inverse_dynamics", "policy")
+        and "it needs to see the world after each chunk",
+        "action_state": request.action_state is not None and "the later states are not known",
         next(iter(request.hints), ""): bool(request.hints) and "a transfer makes chunks of its own",
     }  # fmt: skip
     for name, reason in reasons.items():

@@ -69,8 +69,9 @@ class Chunks:
 
     @property
     def count(self) -> int:
-        more = max(0, self.total - self.frames)
-        return 1 + math.ceil(more / (self.frames - self.overlap))
+        if self.total <= self.frames:
+            return 1
+        return 1 + math.ceil((self.total - self.frames) / (self.frames - self.overlap))
 
     def window(self, index: int) -> slice:
         """The frames of the whole that chunk ``index`` shows; the last chunk shows fewer."""
@@ -145,19 +146,15 @@ def settle(request: GenerateRequest, model: ModelConfig, fit: Fit) -> Transfer |
     clips = tuple(read.control(name) for name in request.hints)
     chunks = _chunks(request, len(clips[0]), default.chunk)
     taken = min(request.num_first_chunk_conditional_frames or 0, chunks.frames)
+    shown = [read.clip(None)] if request.show_input else []
+    shown += clips if request.show_control_condition else []
     only = CONTROL_GUIDANCE[first] if len(clips) == 1 else 1.0
     scale, control = request.guidance_scale, request.control_guidance
     return Transfer(
         hints=request.hints,
         clips=clips,
         start=read.clip(None)[:taken] if taken else None,
-        beside=tuple(
-            clip[padded(len(clip), chunks.total)[: chunks.total]]
-            for clip in (
-                *((read.clip(None),) if request.show_input else ()),
-                *(clips if request.show_control_condition else ()),
-            )
-        ),
+        beside=tuple(clip[padded(len(clip), chunks.total)[: chunks.total]] for clip in shown),
         width=width,
         height=height,
         fps=min(max(fps, 1.0), 60.0),
@@ -293,23 +290,26 @@ class _Reader:
             yield media.cover_crop(frame[None], height=height, width=width)[0]
 
 
-def _limit(request: GenerateRequest, fps: float) -> int:
-    """Frames that the request asks for at most, 0 if it does not say."""
-    asked = request.num_frames or 0
+def _limit(request: GenerateRequest, fps: float) -> int | None:
+    """Frames that the request asks for at most; None if it does not say."""
+    asked = request.num_frames
     if request.seconds is not None:
+        if asked is not None:
+            possible = f"left out, as num_frames={asked} is given"
+            raise InvalidRequest("seconds", request.seconds, possible, "conflict")
         asked = max(2, round(request.seconds * fps))
-    return (
-        min(asked, request.max_frames)
-        if asked and request.max_frames
-        else asked or request.max_frames or 0
-    )
+    return min((most for most in (asked, request.max_frames) if most is not None), default=None)
 
 
 def _chunks(request: GenerateRequest, total: int, most: int) -> Chunks:
+    if total == 1:
+        first = next(iter(request.hints))
+        field = "video" if request.hints[first].control is None else f"{first}.control"
+        raise InvalidRequest(field, "one frame", "a clip of at least two")
     per_chunk = request.num_video_frames_per_chunk or min(most, total)
     frames = 4 * math.ceil((per_chunk - 1) / 4) + 1
     overlap = 1 if request.num_conditional_frames is None else request.num_conditional_frames
-    if overlap >= frames:
+    if overlap >= frames and total > frames:
         possible = f"below num_video_frames_per_chunk={frames}"
         raise InvalidRequest("num_conditional_frames", overlap, possible)
     return Chunks(total=total, frames=frames, overlap=overlap)

@@ -122,6 +122,7 @@ def test_work_at_the_real_size(
     assert counts == {"vision": vision, "prompt": 512, "negative_prompt": 512}
     step = step_work(nano.transformer, wanted)
     assert step.total / 1e12 == pytest.approx(step_tflop, rel=5e-3)
+    assert step.weights == pytest.approx(2 * 6.95e9, rel=2e-3)  # once for both branches
     decode = decode_work(nano, wanted.streams[0].shape)
     assert decode.total / 1e12 == pytest.approx(decode_tflop, rel=5e-3)
     assert text_work(nano.transformer, wanted).total / 1e12 == pytest.approx(2 * 7.2, rel=0.02)
@@ -164,6 +165,10 @@ def test_percentile(percent: float, value: float) -> None:
         ("sm90_xmma_fprop_implicit_gemm_bf16bf16_nhwc", "convolutions"),
         ("nvjet_sm90_tst_256x128_64x4_1x2_h_bz_TNT", "products"),
         ("void vllm::fused_add_rms_norm_kernel<c10::BFloat16, 8>", "norms and rotation"),
+        (
+            "std::enable_if<vllm::_typeConvert<c10::BFloat16>::exists>::type fused_add_rms_norm",
+            "norms and rotation",
+        ),
         ("void vllm::act_and_mul_kernel<c10::BFloat16, silu>", "activations"),
         ("void at::native::CatArrayBatchedCopy<at::native::OpaqueType<2>>", "copies"),
         ("Memcpy DtoH (Device -> Pinned)", "copies"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -22,6 +23,15 @@ IMAGE = {
     "flow_shift": 10.0,
     "seed": 3,
     "allow_untrained_size": True,
+}
+POLICY = IMAGE | {  # what a robot asks for
+    "action_mode": "policy",
+    "domain_name": "droid_lerobot",
+    "raw_action_dim": 8,
+    "action_state": [0.1] * 8,
+    "image": np.random.RandomState(0).randint(0, 256, (544, 640, 3), dtype=np.uint8),
+    "size": "640x544",
+    "num_frames": 33,
 }
 VIDEO = IMAGE | {"num_frames": 189}  # too many tokens for a graph, and for branches side by side
 
@@ -69,6 +79,21 @@ def test_bfloat16_stays_near_float32(
     assert apart(rounded, latents(pipeline, fields, 3)) > 5 * distance
 
 
+def test_actions_in_bfloat16_stay_near_float32(pipeline: Pipeline, reference: Pipeline) -> None:
+    fields = POLICY | {"num_inference_steps": 4, "guidance_scale": 1.0}
+    made = []
+    for each in (pipeline, reference):
+        state = started(each, fields)
+        while not state.done:
+            each.step(state)
+        made.append(state.denoised[0]["action"])
+    rounded, precise = made
+    assert rounded.shape == (33, 64)
+    assert torch.equal(rounded[0, :8], precise[0, :8])  # the state, which is given
+    assert not rounded[:, 8:].any()
+    assert apart(rounded[1:, :8], precise[1:, :8]) <= 2e-2
+
+
 def test_bfloat16_velocities_stay_near_float32(pipeline: Pipeline, reference: Pipeline) -> None:
     """One evaluation of each branch, which the noise of the latents cannot hide."""
     pairs = []
@@ -104,6 +129,33 @@ def test_a_replayed_graph_equals_launched_kernels(
     assert apart(other, launched) > 0.1
 
 
+def test_every_chunk_of_a_transfer_has_its_own_graph(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second chunk knows its first frame, and has other controls: nothing of it is recorded."""
+    clip = np.random.RandomState(0).randint(0, 256, (9, 192, 320, 3), dtype=np.uint8)
+    fields = IMAGE | {
+        "num_frames": None, "num_inference_steps": 10, "num_video_frames_per_chunk": 5,
+        "depth": clip, "seg": {"control": clip[::-1].copy(), "control_weight": 3},
+        "control_guidance": 2.0, "guidance_scale": 3.0,
+    }  # fmt: skip
+    replayed = chunks(pipeline, fields)
+    monkeypatch.setattr(pipeline_module, "launches_matter", lambda *_: False)
+    launched = chunks(pipeline, fields)
+    assert len(launched) == 2
+    for one, other in zip(replayed, launched, strict=True):
+        assert apart(one, other) <= 2e-2
+    assert apart(launched[1], launched[0]) > 0.1
+
+
+def chunks(pipeline: Pipeline, fields: dict[str, object]) -> list[Tensor]:
+    """The latents of each chunk of a whole request."""
+    state = started(pipeline, fields)
+    while not state.done:
+        pipeline.step(state)
+    return [made["vision"] for made in state.denoised]
+
+
 def test_the_next_request_is_not_answered_by_the_last_ones_graph(pipeline: Pipeline) -> None:
     fields = IMAGE | {"num_inference_steps": 10}
     first = latents(pipeline, fields, 10)
@@ -121,7 +173,7 @@ def test_branches_side_by_side_equal_one_after_the_other(
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-@pytest.mark.parametrize("fields", [IMAGE, VIDEO], ids=["image", "video"])
+@pytest.mark.parametrize("fields", [IMAGE, VIDEO, POLICY], ids=["image", "video", "policy"])
 def test_no_step_waits_for_the_device(pipeline: Pipeline, fields: dict[str, object]) -> None:
     """But for the pace between steps. The first ones draw noise, load kernels and record."""
     state = started(pipeline, fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 from functools import cache
 from io import BytesIO
@@ -52,12 +53,23 @@ def read_by_opencv(name: str) -> tuple[np.ndarray, float]:
     return np.stack(frames), capture.get(cv2.CAP_PROP_FPS)
 
 
+def pixels(clip: Clip, numbers: Sequence[int]) -> np.ndarray:
+    return ClipFrames.of(clip, numbers).pixels()
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_planes_are_the_same_pixels(name: str) -> None:
+    frames, _ = read_by_opencv(name)
+    planes = Clip(data(name)).planes(len(frames) - 1)
+    assert np.array_equal(np.stack(planes, axis=-1), frames[-1])
+
+
 @pytest.mark.parametrize("name", CLIPS)
 def test_frames_size_and_rate_are_those_of_opencv(name: str) -> None:
     frames, fps = read_by_opencv(name)
     clip = Clip(data(name))
     assert (len(clip), clip.fps) == (len(frames), pytest.approx(fps))
-    assert np.array_equal(clip.frames(range(len(clip))), frames)
+    assert np.array_equal(pixels(clip, range(len(clip))), frames)
 
 
 @settings(max_examples=25, deadline=None)
@@ -67,7 +79,7 @@ def test_any_frames_in_any_order_are_the_same(name: str, seed: int, count: int) 
     clip, random = Clip(data(name)), np.random.default_rng(seed)
     for _ in range(2):  # the second time on what the first has decoded
         numbers = random.integers(0, len(clip), count).tolist()
-        assert np.array_equal(clip.frames(numbers), frames[numbers])
+        assert np.array_equal(pixels(clip, numbers), frames[numbers])
 
 
 def test_a_group_that_nobody_wants_is_not_decoded() -> None:
@@ -75,7 +87,7 @@ def test_a_group_that_nobody_wants_is_not_decoded() -> None:
     played: list[int] = []
     play = clip._play
     clip._play = lambda packets, wanted: played.append(len(packets)) or play(packets, wanted)  # type: ignore[assignment,method-assign,func-returns-value]
-    clip.frames([0, 1, 40])
+    clip.decode([0, 1, 40])
     assert len(played) == 2
     assert sum(played) <= 2 * 7
 
@@ -89,7 +101,7 @@ def test_damage_holds_the_frame_before_and_hurts_no_other_group() -> None:
     start = whole.find(bytes(packet))
     broken[start + 5 : start + packet.size] = bytes(packet.size - 5)
     for numbers in (list(range(len(clip))), [20, 23, 47], [23]):
-        shown = Clip(bytes(broken)).frames(numbers)
+        shown = pixels(Clip(bytes(broken)), numbers)
         sound = [i for i, number in enumerate(numbers) if number < 18 or number > 32]
         assert shown.shape == (len(numbers), 64, 96, 3)
         assert np.array_equal(shown[sound], frames[[numbers[i] for i in sound]])
@@ -99,7 +111,7 @@ def test_a_clip_without_a_sound_frame_is_refused() -> None:
     clip = Clip(data("MJPEG"))
     clip._groups = [[] for _ in clip._groups]
     with pytest.raises(InvalidRequest, match="no frame can be decoded"):
-        clip.frames([3])
+        clip.decode([3])
 
 
 @pytest.mark.parametrize(
@@ -124,8 +136,11 @@ def test_clip_frames_look_like_an_array_and_hold_nothing() -> None:
     assert isinstance(lazy, np.ndarray)
     assert (lazy.shape, lazy.dtype, lazy.strides) == ((20, 64, 96, 3), np.uint8, (0, 0, 0, 0))
     assert np.array_equal(lazy[3], frames[6])
-    assert np.array_equal(lazy[:], frames[:40:2])
-    assert np.array_equal(lazy[np.array([1, 19])], frames[[2, 38]])
+    assert np.array_equal(lazy.pixels(), frames[:40:2])
+    assert np.array_equal(lazy[np.array([1, 19])].pixels(), frames[[2, 38]])
+    assert np.array_equal(lazy[2:5].pixels(), frames[4:10:2])
+    assert np.array_equal(lazy[..., 0], frames[:40:2, ..., 0])
+    assert repr(lazy) == "ClipFrames(20, 64, 96, 3)"
     assert lazy.tobytes() == data("B-frames")
 
 

@@ -33,11 +33,13 @@ def test_minus_one_gives_every_frame(data: bytes) -> None:
 def test_without_it_vllm_decides(data: bytes) -> None:
     frames, metadata = Cosmos3VideoBackend.load_bytes(data, num_frames=32)
     stock_frames, stock_metadata = Qwen3VLVideoBackend.load_bytes(data, num_frames=32)
-    assert np.array_equal(frames, stock_frames)
+    assert np.array_equal(frames.pixels(), stock_frames)
     assert metadata | {"video_backend": "opencv"} == stock_metadata
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20, deadline=None
+)
 @given(cap=st.integers(min_value=1, max_value=60))
 def test_cap_thins_evenly_and_keeps_the_duration(data: bytes, cap: int) -> None:
     frames, metadata = Cosmos3VideoBackend.load_bytes(data, num_frames=-1, max_frames=cap)

@@ -68,7 +68,7 @@ def robot_server(vllm_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """A policy for DROID robots, behind an API key."""
     folder = tmp_path_factory.mktemp("robots")
     write_checkpoint(folder / "tiny", kind="policy-droid")
-    flags = ["--api-key", KEY, "--robot-openpi-idle-timeout", "5"]
+    flags = ["--api-key", KEY, "--robot-openpi-idle-timeout", "12", "--max-queue", "2"]
     with generator(folder / "tiny", folder, vllm_cache, *flags) as server:
         yield server
 

@@ -24,7 +24,7 @@ class Refused(Exception):
         super().__init__(self.error["message"])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Robot:
     """A connection. ``metadata`` is what the server said first."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -13,12 +14,15 @@ import httpx
 import pytest
 import test_catalogue as catalogue
 from generators import PICTURE, SMALL, eventually, refuses
+from jsonschema import Draft202012Validator
+from media_files import data_url, picture, png
 from robots import PATH, robot
 from servers import BIN, Server, running
 from servers import SMALL as SMALL_ENGINE
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from vllm_cosmos3.server.jobs import Journal
+from vllm_cosmos3.upsample import schema_of
 
 pytestmark = [pytest.mark.serve, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 KEY = {"Authorization": "Bearer EMPTY"}
@@ -32,7 +36,10 @@ def server(
     folder = tmp_path_factory.mktemp("both")
     command = [str(BIN / "vllm-cosmos3"), "serve", str(tiny_checkpoint_fp32), "--max-queue", "5"]
     command += ["--storage-path", str(folder / "storage"), "--served-model-name", "tiny"]
-    command += ["--api-key", "EMPTY", *SMALL_ENGINE]
+    command += ["--api-key", "EMPTY", *SMALL_ENGINE, "--max-model-len", "16384"]
+    # A random model would pad JSON with blanks for ever.
+    command += ["--structured-outputs-config.disable_any_whitespace=true"]
+    command += ["--structured-outputs-config.backend=xgrammar"]
     with running(command, folder, vllm_cache) as server:
         yield server
 
@@ -61,6 +68,24 @@ def test_pictures(server: Server) -> None:
     assert base64.b64decode(picture.data[0].b64_json or "").startswith(b"\x89PNG")
 
 
+def test_the_reasoner_writes_the_prompt(server: Server) -> None:
+    body = {"prompt": "a boat", "upsample_prompt": True, **PICTURE}
+    answer = httpx.post(f"{server.url}/v1/images/generations", json=body, headers=KEY, timeout=200)
+    assert answer.status_code == 200, answer.text
+    written = answer.json()["cosmos3"]["upsampled_prompt"]
+    Draft202012Validator(schema_of("image")).validate(json.loads(written))
+    assert answer.json()["data"][0]["revised_prompt"] == written
+    assert answer.json()["cosmos3"]["effective"]["prompt"] == written
+
+
+def test_a_prompt_that_takes_too_long_is_given_up(server: Server) -> None:
+    frame = data_url(png(picture(64, 64)), "image/png")
+    body = {"prompt": "a boat", "upsample_prompt": True, "deadline_seconds": 1, **SMALL}
+    for more in ({}, {"input_reference": frame}):  # the reasoner sees the picture
+        answer = httpx.post(f"{server.url}/v1/videos", json=body | more, headers=KEY, timeout=60)
+        assert answer.json()["error"]["code"] == "deadline_exceeded"
+
+
 def test_health_and_models_tell_of_both(server: Server) -> None:
     report = httpx.get(f"{server.url}/health").json()
     assert report["surfaces"] == {"generator": "ready", "reasoner": "ready"}
@@ -71,6 +96,7 @@ def test_health_and_models_tell_of_both(server: Server) -> None:
         (model,) = httpx.get(f"{server.url}{path}", headers=KEY).json()["data"]
         assert model["id"] == "tiny"
         assert model["cosmos3"]["modes"]
+        assert model["cosmos3"]["prompt_upsampling"] is True
 
 
 def test_metrics_of_both_are_on_one_page(server: Server) -> None:

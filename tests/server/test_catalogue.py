@@ -1,8 +1,8 @@
 """Malformed requests: each row is answered before anything is queued, with its slug and field.
 
 The numbers are those of the catalogue of bad input that the API was designed against; rows about
-the policy WebSocket are not here, and those about other checkpoints and lost memory or workers are in
-test_guarded_server.py and test_faults_of_server.py.
+the policy WebSocket are in test_openpi.py, and those about other checkpoints and lost memory or
+workers are in test_guarded_server.py and test_faults_of_server.py.
 """
 
 from __future__ import annotations

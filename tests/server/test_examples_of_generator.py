@@ -57,6 +57,17 @@ def test_image_to_video(generator_server: Server, tmp_path: Path) -> None:
     assert frames(tmp_path / "moved.mp4") == 5
 
 
+def test_a_story_in_turns(generator_server: Server, tmp_path: Path) -> None:
+    script = str(EXAMPLES / "go_on.py")
+    fields = json.dumps({k: v for k, v in SMALL.items() if k != "size"} | {"fps": 10})
+    turns = ["a boat", "a waterfall", "the sea"]
+    output = run(
+        tmp_path, sys.executable, "-W", "ignore", script, generator_server.url, *turns, fields
+    )
+    assert output.splitlines()[-1] == "1.3 s: the sea"
+    assert frames(tmp_path / "story.mp4") == 13
+
+
 def test_sync_with_curl(generator_server: Server, tmp_path: Path) -> None:
     fields = [f"{name}={value}" for name, value in SMALL.items()]
     output = run(

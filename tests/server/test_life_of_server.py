@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -14,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from generators import SMALL, create, eventually, finished, generator, refuses
-from servers import Server
+from servers import BIN, Server, free_port, run_to_end
 
 pytestmark = pytest.mark.serve
 LONG = {"size": "256x256", "num_frames": 61, "num_inference_steps": 200, "guidance_scale": 1}
@@ -27,6 +28,13 @@ def job_of(server: Server, job: dict[str, Any]) -> dict[str, Any]:
 
 def content(server: Server, job: dict[str, Any]) -> httpx.Response:
     return httpx.get(f"{server.url}/v1/videos/{job['id']}/content")
+
+
+def continuing(server: Server, job: dict[str, Any]) -> tuple[int, str]:
+    """How a request to go on from a video is refused."""
+    body = {"prompt": "a boat", **SMALL, "continue_from": job["id"]}
+    answer = httpx.post(f"{server.url}/v1/videos", json=body)
+    return answer.status_code, answer.json()["error"]["code"]
 
 
 def test_jobs_outlive_servers(tiny_checkpoint: Path, vllm_cache: Path, tmp_path: Path) -> None:
@@ -49,6 +57,10 @@ def test_jobs_outlive_servers(tiny_checkpoint: Path, vllm_cache: Path, tmp_path:
         for lost in (cut, waiting):
             ended = job_of(first, lost)
             assert (ended["status"], ended["error"]["code"]) == ("failed", "interrupted")
+        goes_on = finished(first, create(first, **SMALL, continue_from=done["id"]))
+        assert (goes_on["status"], goes_on["num_frames"]) == ("completed", 9)
+        assert continuing(first, cut) == (409, "job_failed")
+        assert httpx.delete(f"{first.url}/v1/videos/{goes_on['id']}").status_code == 200
 
         second = start(stack)
         shared = create(first, **LONG)
@@ -71,6 +83,18 @@ def test_jobs_outlive_servers(tiny_checkpoint: Path, vllm_cache: Path, tmp_path:
         eventually(lambda: refuses(first))
 
 
+def test_it_ends_with_a_generator_that_cannot_start(
+    tiny_checkpoint: Path, vllm_cache: Path, tmp_path: Path
+) -> None:
+    """What nobody could know before its processes have started is one line and a status as well."""
+    command = [str(BIN / "vllm-cosmos3"), "serve", str(tiny_checkpoint), "--surface", "generator"]
+    command += ["--host", "127.0.0.1", "--port", str(free_port()), "--storage-path", str(tmp_path)]
+    status, output = run_to_end([*command, "--attention-backend", "flash"], vllm_cache)
+    assert status == 2
+    assert re.search(r"^vllm-cosmos3 serve: attention_backend flash .*use sdpa or auto$", output, re.M)  # fmt: skip
+    assert "Traceback" not in output
+
+
 def test_loading_is_told_and_files_expire_by_age_and_quota(
     tiny_checkpoint: Path, vllm_cache: Path, tmp_path: Path
 ) -> None:
@@ -84,6 +108,7 @@ def test_loading_is_told_and_files_expire_by_age_and_quota(
             heard.append(answer.json())
 
     flags = ["--file-ttl", "8", "--storage-quota", "90000", "--load-format", "dummy"]
+    flags += ["--guardrails", "off"]
     with generator(wide, tmp_path, vllm_cache, *flags, while_starting=listen) as server:
         loaded = [report["loaded_percent"] for report in heard]
         assert loaded == sorted(loaded)
@@ -92,6 +117,8 @@ def test_loading_is_told_and_files_expire_by_age_and_quota(
         assert f"{loaded[-1]} % of its weights" in heard[-1]["reason"]
         first = finished(server, create(server, **SMALL))
         assert content(server, first).status_code == 200
+        assert httpx.get(f"{server.url}/health").json()["guardrails"] == "disabled"
+        assert first["cosmos3"]["guardrails"] == {"requested": None, "effective": "disabled"}
         jobs = [finished(server, create(server, **SMALL)) for _ in range(3)]
         # Four results are more than the quota, so the oldest goes; age takes the others.
         eventually(lambda: content(server, first).status_code == 410)
@@ -99,6 +126,7 @@ def test_loading_is_told_and_files_expire_by_age_and_quota(
         eventually(lambda: content(server, jobs[-1]).status_code == 410)
         answer = content(server, first)
         assert answer.json()["error"]["code"] == "expired"
+        assert continuing(server, first) == (410, "expired")
         kept = job_of(server, first)
         assert kept["status"] == "completed"
         assert kept["expires_at"] <= time.time()

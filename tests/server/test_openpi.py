@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,8 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from vllm_cosmos3 import droid
 
 pytestmark = pytest.mark.serve
-EXAMPLE = Path(__file__).parents[2] / "examples" / "generator" / "droid_policy_client.py"
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "generator" / "droid_policy_client.py"
 WRIST, ARM, GRIPPER = droid.WRIST, droid.ARM, droid.GRIPPER
 METADATA = {
     "image_resolution": [540, 640],
@@ -87,9 +91,14 @@ def test_openpi_client(robot_server: Server, openpi_python: Path) -> None:
     assert again == "True"
 
 
-def test_the_example(robot_server: Server, openpi_python: Path) -> None:
+def test_the_example_while_an_idle_robot_is_let_go(
+    robot_server: Server, openpi_python: Path
+) -> None:
     url = robot_server.url.replace("http", "ws")
-    output = openpi_client(openpi_python, str(EXAMPLE), url, "open the drawer")
+    with robot(robot_server.url) as idle:
+        output = openpi_client(openpi_python, str(EXAMPLE), url, "open the drawer")
+        with pytest.raises(ConnectionClosed, match="no message for 12 seconds"):
+            idle.receive()
     assert output.splitlines()[1].startswith("0: (32, 8) in ")
 
 
@@ -101,7 +110,7 @@ def test_replies_are_maps_at_the_root_and_arrays_elsewhere(robot_server: Server)
             answers[path] = arm.ask(observation(seed=3))
     whole = answers["/"]
     assert whole["seed"] == 3
-    assert whole["server_timing"].keys() >= {"infer_ms", "denoise_ms"}
+    assert whole["server_timing"].keys() >= {"infer_ms", "queue_ms", "denoise_ms"}
     actions = whole["actions"]
     assert actions.shape == (32, 8)
     assert actions.dtype == np.float32
@@ -197,17 +206,30 @@ def test_an_unknown_shape_of_replies(robot_server: Server) -> None:
         pass
 
 
-def test_an_idle_robot_is_let_go(robot_server: Server) -> None:
-    with robot(robot_server.url) as arm, pytest.raises(ConnectionClosed, match="no message for"):
-        arm.receive()
-
-
-def test_several_robots_take_turns(robot_server: Server) -> None:
+def test_several_robots_are_served_one_after_the_other(robot_server: Server) -> None:
     with robot(robot_server.url) as one, robot(robot_server.url) as other:
         for arm in (one, other):
-            arm.send(observation(seed=5))
+            arm.send(observation(seed=5, sampling_params={"num_inference_steps": 3}))
         first, second = one.receive(), other.receive()
     np.testing.assert_array_equal(first["actions"], second["actions"])
+    times = sorted((x["server_timing"] for x in (first, second)), key=lambda x: x["queue_ms"])
+    assert times[1]["queue_ms"] > times[0]["denoise_ms"] / 2  # in turns nobody waits for long
+
+
+def test_a_robot_too_many_is_told_and_may_ask_again(robot_server: Server) -> None:
+    with ExitStack() as stack:
+        robots = [stack.enter_context(robot(robot_server.url)) for _ in range(6)]
+        for arm in robots:
+            arm.send(observation())
+        refused = {}
+        for arm in robots:
+            try:
+                assert arm.receive()["actions"].shape == (32, 8)
+            except Refused as error:
+                refused[arm] = error.error["code"]
+        assert 1 <= len(refused) <= 4  # one is served and two wait, at least
+        assert set(refused.values()) == {"queue_full"}
+        assert next(iter(refused)).ask(observation())["actions"].shape == (32, 8)
 
 
 def test_a_robot_that_goes_away_is_cancelled(robot_server: Server) -> None:
@@ -229,6 +251,27 @@ def test_a_robot_that_goes_away_is_cancelled(robot_server: Server) -> None:
     assert value("cosmos3:requests_cancelled_total") == before + 1
     with robot(robot_server.url) as arm:
         assert arm.ask(observation())["actions"].shape == (32, 8)
+
+
+def test_the_load_generator_of_robots(robot_server: Server, tmp_path: Path) -> None:
+    fields = {"sampling_params": {"num_inference_steps": 1}}
+    command = [sys.executable, str(ROOT / "benchmarks" / "serving.py"), "--kind", "actions"]
+    command += [
+        "--url",
+        robot_server.url,
+        "--api-key",
+        KEY,
+        "--requests",
+        "4",
+        "--concurrency",
+        "2",
+    ]
+    command += ["--fields", json.dumps(fields), "--json", str(tmp_path / "report.json")]
+    subprocess.run(command, check=True, timeout=120)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["requests"], report["errors"]) == (4, 0)
+    assert 0 < report["gpu_seconds_per_output"] < report["latency_s"]["p99"]
+    assert report["queue_s"]["p99"] > report["queue_s"]["p50"]
 
 
 def test_health_and_the_page_of_the_route(robot_server: Server) -> None:

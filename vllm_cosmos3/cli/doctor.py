@@ -22,7 +22,8 @@ from typing import Any
 
 from huggingface_hub import get_token
 from huggingface_hub.constants import HF_HUB_CACHE
-from packaging.requirements import Requirement
+
+from vllm_cosmos3.cli.versions import declared, installed
 
 TESTED_CPU = ("0.28.0", "0.30.0", "0.32.0")
 ARCHITECTURE = "Cosmos3ReasonerForConditionalGeneration"
@@ -287,25 +288,6 @@ def probe(code: str) -> Probe:
         return Probe(facts=json.loads(lines[-1]), error=None)
     words = done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"]
     return Probe(facts={}, error=words[-1][:300])
-
-
-def installed(name: str) -> str | None:
-    """The version of a distribution, or None."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def declared(name: str) -> Requirement | None:
-    """What this package's own metadata asks of a distribution, or None."""
-    if installed("vllm-cosmos3") is None:
-        return None
-    for line in importlib.metadata.requires("vllm-cosmos3") or []:
-        requirement = Requirement(line)
-        if requirement.name == name:
-            return requirement
-    return None
 
 
 def entry_points() -> dict[str, list[str]]:

@@ -12,19 +12,24 @@ import os
 import shlex
 import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from vllm_cosmos3.cli.versions import check_vllm
 from vllm_cosmos3.config import read_json
 from vllm_cosmos3.errors import CheckpointError, InvalidRequest
 from vllm_cosmos3.models.limits import DEFAULT_FPS, DEFAULT_FRAMES, FPS, FRAMES
 from vllm_cosmos3.models.reasoner_weights import check_folder, expected_tensors
+from vllm_cosmos3.server.command import run as run_generator
+from vllm_cosmos3.server.command import share_beside, web_parser
+from vllm_cosmos3.server.options import add_groups, from_mapping, given
 
 TAKES_REST = True
 
 ARCHITECTURE = "Cosmos3ReasonerForConditionalGeneration"
 PLUGIN = "cosmos3"  # name of our entry points, which VLLM_PLUGINS can switch off
 DEFAULT_PORT = 8000  # vLLM's
-ROBOT_KEYS = "vllm_cosmos3.server.keys.AnyScheme"  # lets robots name their API key as they do
 
 _EPILOG = """\
 Every other flag is passed on to vLLM, for example --tensor-parallel-size 4, --max-model-len 32768,
@@ -33,13 +38,15 @@ stands between <think> and </think>) or --load-format dummy. Put the checkpoint 
 
   vllm-cosmos3 serve nvidia/Cosmos3-Nano
   vllm-cosmos3 serve nvidia/Cosmos3-Super --tensor-parallel-size 4 --port 8001
+  vllm-cosmos3 serve nvidia/Cosmos3-Nano --surface generator --ulysses-degree 4
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The few flags that are ours."""
+    """The flags that are ours, in groups, and those of vLLM that need a word."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = _EPILOG
+    parser.epilog = f"{web_parser().format_help()}\n{_EPILOG}"
+    parser.usage = "vllm-cosmos3 serve CKPT [--surface reasoner|generator|both] [flags]"
     parser.allow_abbrev = False  # an abbreviation of ours may be the name of a flag of vLLM
     parser.add_argument("checkpoint", metavar="CKPT", help="folder, or repository id on the hub")
     parser.add_argument(
@@ -54,50 +61,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--port", type=int, default=DEFAULT_PORT, help="port to listen on (default: %(default)s)"
     )
-    parser.add_argument(
+    reasoner = parser.add_argument_group("reasoner")
+    reasoner.add_argument(
         "--max-video-fps",
         type=float,
         default=DEFAULT_FPS,
         metavar="N",
         help="highest fps a request may sample a video at (default: %(default)g)",
     )
-    parser.add_argument(
+    reasoner.add_argument(
         "--max-video-frames",
         type=int,
         default=DEFAULT_FRAMES,
         metavar="N",
         help="frames decoded of one video; longer ones are thinned evenly (default: %(default)s)",
     )
+    add_groups(parser)
     parser.set_defaults(rest=[])
 
 
 def run(args: argparse.Namespace) -> int:
     """Check, print the stock command, run it in this process. Returns its exit status."""
+    check_vllm()
+    values = given(args)
     if args.surface == "generator":
-        from vllm_cosmos3.server.command import run as run_generator
-
         _check_port_is_free(args.host, args.port)
-        return run_generator(args.checkpoint, args.host, args.port, args.rest)
+        _local_folder(args.checkpoint)
+        return run_generator(args.checkpoint, args.host, args.port, values, args.rest)
+    _check_plugin_is_on()
     for flag, value in (
         ("--max-video-fps", args.max_video_fps),
         ("--max-video-frames", args.max_video_frames),
     ):
         if value < 1:
             raise InvalidRequest(flag, value, "at least 1")
-    _check_plugin_is_on()
     folder = _local_folder(args.checkpoint)
     if folder is not None and _value_of("--load-format", args.rest) != "dummy":
         check_reasoner(folder)
     _check_port_is_free(args.host, args.port)
     if args.surface == "both":
-        from vllm_cosmos3.server.command import take_options
-
-        additional = _json_flag("--additional-config", args.rest) or {}
-        additional["cosmos3"], args.rest = take_options(
-            additional.get("cosmos3"), args.checkpoint, args.rest
-        )
-        args.rest += ["--additional-config", json.dumps(additional)]
-        args.rest += ["--middleware", ROBOT_KEYS]
+        args.rest = beside_generator(values, folder, args.rest)
+    elif values:
+        flag = f"--{next(iter(values)).replace('_', '-')}"
+        raise InvalidRequest(flag, "given", "left out: --surface reasoner has no generator")
 
     environment = (
         {"VLLM_PLUGINS": os.environ.get("VLLM_PLUGINS", PLUGIN)} if args.surface == "both" else {}
@@ -115,6 +121,30 @@ def run(args: argparse.Namespace) -> int:
         )
     os.environ.update(environment)
     return _become(command)
+
+
+def beside_generator(values: Mapping[str, Any], folder: Path | None, rest: list[str]) -> list[str]:
+    """vLLM's flags for a server with a generator of these options.
+
+    The reasoner gets what memory the generator leaves on the devices that they share, unless the
+    user has divided it.
+
+    Raises:
+        Cosmos3Error: an option has a wrong value, or the generator cannot run here.
+    """
+    rest = list(rest)
+    additional = _json_flag("--additional-config", rest) or {}
+    given_before = additional.get("cosmos3", {})
+    if not isinstance(given_before, dict):
+        raise InvalidRequest("additional-config.cosmos3", given_before, "a JSON object")
+    additional["cosmos3"] = {**given_before, **values}
+    options = from_mapping(additional["cosmos3"])
+    if folder is not None:  # a repository may not be here yet
+        ranks = int(_value_of("--tensor-parallel-size", rest) or 1)
+        share = share_beside(folder, root_config(folder), options, ranks)
+        if share is not None and not _given("--gpu-memory-utilization", rest):
+            rest += ["--gpu-memory-utilization", f"{share:.2f}"]
+    return [*rest, "--additional-config", json.dumps(additional)]
 
 
 def stock_command(args: argparse.Namespace, folder: Path | None) -> list[str]:
@@ -148,6 +178,13 @@ def stock_command(args: argparse.Namespace, folder: Path | None) -> list[str]:
 
 def check_reasoner(folder: Path) -> None:
     """CheckpointError, in one sentence, unless ``folder`` holds a whole reasoner."""
+    config = root_config(folder)
+    if "quantization_config" not in config:  # stored quantized: vLLM checks those tensors
+        check_folder(folder, expected_tensors(config))
+
+
+def root_config(folder: Path) -> dict[str, Any]:
+    """The root config.json of a checkpoint, or what it would be."""
     if (folder / "config.json").is_file():
         config = read_json(folder / "config.json")
     else:
@@ -158,8 +195,7 @@ def check_reasoner(folder: Path) -> None:
         raise CheckpointError(
             f"{folder} is not a Cosmos 3 checkpoint: its config.json has no text_config"
         )
-    if "quantization_config" not in config:  # stored quantized: vLLM checks those tensors
-        check_folder(folder, expected_tensors(config))
+    return config
 
 
 def _local_folder(checkpoint: str) -> Path | None:
@@ -219,7 +255,7 @@ def _value_of(flag: str, rest: list[str]) -> str | None:
     return None
 
 
-def _json_flag(flag: str, rest: list[str]) -> dict[str, object] | None:
+def _json_flag(flag: str, rest: list[str]) -> dict[str, Any] | None:
     """Take a flag with a JSON object out of ``rest``; None if it is not there."""
     for index, word in enumerate(rest):
         name, equals, value = word.partition("=")

@@ -15,6 +15,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from vllm_cosmos3.errors import InvalidRequest
 
@@ -35,7 +36,7 @@ class Clip:
         """NotIndexable if frames cannot be told apart before they are decoded, and other oddities."""
         self.data = data
         self._turn = threading.Lock()
-        self._decoded: dict[int, np.ndarray] = {}
+        self._decoded: dict[int, av.VideoFrame] = {}  # as the decoder gives them, mostly YUV
         try:
             self._container = av.open(BytesIO(data))
             stream = self._container.streams.video[0]
@@ -57,8 +58,22 @@ class Clip:
     def __len__(self) -> int:
         return len(self._times)
 
-    def frames(self, numbers: Sequence[int]) -> np.ndarray:
-        """Frames [len(numbers), height, width, 3] as uint8 RGB; each is decoded at most once.
+    def pixels(self, number: int) -> np.ndarray[Any, Any]:
+        """One frame [height, width, 3] as uint8 RGB."""
+        found: np.ndarray[Any, Any] = self._as_format(number, "rgb24").to_ndarray()
+        return found
+
+    def planes(self, number: int) -> list[np.ndarray[Any, Any]]:
+        """Red, green and blue of one frame, uint8 [height, width] each, rows apart as FFmpeg likes."""
+        frame = self._as_format(number, "gbrp")
+        green, blue, red = (
+            np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: self.height, : self.width]
+            for plane in frame.planes
+        )
+        return [red, green, blue]
+
+    def decode(self, numbers: Sequence[int]) -> None:
+        """Have these frames ready: each is decoded once.
 
         A damaged frame is the one before it, as a player shows it. InvalidRequest if none decodes.
         """
@@ -66,8 +81,6 @@ class Clip:
             missing = sorted(set(numbers) - self._decoded.keys())
             if missing:
                 self._decode(missing)
-            chosen = [self._decoded[number] for number in numbers]
-        return np.stack(chosen) if chosen else np.empty((0, self.height, self.width, 3), np.uint8)
 
     def _decode(self, numbers: list[int]) -> None:
         """Decode these frames, ascending, into ``_decoded``."""
@@ -75,25 +88,25 @@ class Clip:
         for packets in _runs(self._groups, number_at.keys()):
             for frame in self._play(packets, number_at.keys()):
                 if frame.pts in number_at:
-                    self._decoded[number_at[frame.pts]] = self._pixels(frame)
+                    self._decoded[number_at[frame.pts]] = frame
         damaged = [number for number in numbers if number not in self._decoded]
         if damaged:
             self._decoded |= self._held(damaged)
         if not self._decoded:
             raise InvalidRequest("video_url", "a video in which no frame can be decoded", "a video")
 
-    def _held(self, numbers: list[int]) -> dict[int, np.ndarray[Any, Any]]:
+    def _held(self, numbers: list[int]) -> dict[int, av.VideoFrame]:
         """What a player shows at these frames: the newest one not after it, else the first of all."""
         packets = [packet for group in self._groups for packet in group]
-        held: dict[int, np.ndarray[Any, Any]] = {}
+        held: dict[int, av.VideoFrame] = {}
         last = None
         waiting = deque(numbers)
         for frame in self._play(packets, set(self._times)):
             while waiting and frame.pts is not None and self._times[waiting[0]] < frame.pts:
-                held[waiting.popleft()] = self._pixels(last or frame)
+                held[waiting.popleft()] = last or frame
             last = frame
         if last is not None:
-            held |= {number: self._pixels(last) for number in waiting}
+            held |= dict.fromkeys(waiting, last)
         return held
 
     def _play(self, packets: list[Any], wanted: Container[int]) -> Iterator[av.VideoFrame]:
@@ -109,37 +122,59 @@ class Clip:
             except av.error.InvalidDataError:
                 continue  # damaged: the frame before it stays on screen
 
-    def _pixels(self, frame: av.VideoFrame) -> np.ndarray:
-        pixels: np.ndarray[Any, Any] = frame.to_ndarray(
-            format="rgb24", width=self.width, height=self.height, interpolation="BICUBIC"
+    def _as_format(self, number: int, name: str) -> av.VideoFrame:
+        self.decode([number])
+        # The filter matters for chroma of odd sizes, and is OpenCV's.
+        return _of_thread.reformatter.reformat(
+            self._decoded[number],
+            width=self.width,
+            height=self.height,
+            format=name,
+            interpolation="BICUBIC",
         )
-        return pixels
+
+
+class _OfThread(threading.local):
+    """FFmpeg's converter: setting one up costs more than a frame, and threads cannot share one."""
+
+    def __init__(self) -> None:
+        self.reformatter = VideoReformatter()
+
+
+_of_thread = _OfThread()
 
 
 class ClipFrames(np.ndarray[Any, Any]):
     """Looks like the frames [T, H, W, 3] of a clip and occupies no memory.
 
-    ``frames[numbers]`` decodes. vLLM and transformers ask no more of a video than its shape and its
-    frames by number; vLLM's cache key is made of ``tobytes``, here the file.
+    ``frames[numbers]`` are fewer such frames, ``frames[number]`` is an ordinary array, and so are
+    ``pixels()``. vLLM and transformers ask no more of a video than its shape and its frames by number;
+    vLLM's cache key is made of ``tobytes``, here the file.
     """
 
     source: Clip
-    numbers: Sequence[int]
+    numbers: list[int]
 
     @classmethod
     def of(cls, clip: Clip, numbers: Sequence[int]) -> ClipFrames:
         """Frames ``numbers`` of ``clip``."""
         shape = (len(numbers), clip.height, clip.width, 3)
         frames = np.broadcast_to(np.zeros((), np.uint8), shape).view(cls)
-        frames.source, frames.numbers = clip, numbers
+        frames.source, frames.numbers = clip, list(numbers)
         return frames
+
+    def pixels(self) -> np.ndarray[Any, Any]:
+        """The frames as an ordinary array."""
+        self.source.decode(self.numbers)
+        return np.stack([self.source.pixels(number) for number in self.numbers])
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, tuple):
-            return self[:][index]
+            return self.pixels()[index]
         chosen = np.asarray(self.numbers)[index]
-        frames = self.source.frames(np.atleast_1d(chosen).tolist())
-        return frames if chosen.ndim else frames[0]
+        if chosen.ndim == 0:
+            return self.source.pixels(int(chosen))
+        return self.of(self.source, chosen.tolist())
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}{self.shape}"

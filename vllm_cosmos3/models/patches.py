@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from functools import lru_cache, partial
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -26,11 +26,13 @@ from transformers import (
 from transformers.image_utils import ChannelDimension, SizeDict, infer_channel_dimension_format
 from transformers.video_utils import VideoMetadata
 
-from vllm_cosmos3.models.clip import RECENT_SAMPLES
+from vllm_cosmos3.models.clip import RECENT_SAMPLES, ClipFrames
 
-Resize = Callable[[torch.Tensor], torch.Tensor]  # [T, 3, H, W] to [T, 3, h, w]
+Frames: TypeAlias = torch.Tensor | ClipFrames  # [T, 3, H, W] in memory, or still in a file
+Planes = tuple[torch.Tensor, ...]  # red, green and blue of a frame, [H, W] each
+_LONG_NUMBERS = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}  # bytes
 _Processor = TypeVar("_Processor")
-_THREADS = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="patches")
+_THREADS = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="patches")
 
 
 class PatchingProcessor(Qwen3VLProcessor):
@@ -43,6 +45,19 @@ class PatchingProcessor(Qwen3VLProcessor):
         videos = _of_class(PatchingVideoProcessor, video_processor)
         super().__init__(images, tokenizer, videos, **kwargs)
 
+    def __call__(
+        self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any
+    ) -> BatchFeature:
+        """As Qwen3-VL's, without the token ids of a clip: vLLM makes them and drops these."""
+        if videos is None or images is not None:
+            return super().__call__(images=images, text=text, videos=videos, **kwargs)
+        merged = self._merge_kwargs(
+            self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
+        features = self.video_processor(videos, **merged["videos_kwargs"])
+        features.pop("video_metadata", None)
+        return features
+
 
 class PatchingImageProcessor(Qwen2VLImageProcessor):
     """Pictures to patches [grid, 3 * temporal * patch * patch], uint8 where the pictures are."""
@@ -50,14 +65,11 @@ class PatchingImageProcessor(Qwen2VLImageProcessor):
     def _preprocess(self, images: list[torch.Tensor], **options: Any) -> BatchFeature:
         """``images``: [3, H, W] each."""
         made = [self._patches(image[None], options) for image in images]
-        patches, grids = zip(*made, strict=True)
-        data = {"pixel_values": torch.cat(patches), "image_grid_thw": torch.tensor(grids)}
-        return BatchFeature(data, tensor_type=options["return_tensors"])
+        return _features("pixel_values", "image_grid_thw", made)
 
     def _patches(
         self, image: torch.Tensor, options: dict[str, Any]
     ) -> tuple[torch.Tensor, list[int]]:
-        resize: Resize = _unchanged
         if options["do_resize"]:
             size = size_after(
                 self.resize,
@@ -66,9 +78,9 @@ class PatchingImageProcessor(Qwen2VLImageProcessor):
                 resample=options["resample"],
                 factor=options["patch_size"] * options["merge_size"],
             )
-            plain = super(Qwen2VLImageProcessor, self).resize
-            resize = partial(plain, size=size, resample=options["resample"])
-        return patchify(image, resize, **_layout(options))
+            image = super(Qwen2VLImageProcessor, self).resize(image, size, options["resample"])
+        planes = tuple(image[0])
+        return patchify(1, lambda _: planes, **_layout(options))
 
 
 class PatchingVideoProcessor(Qwen3VLVideoProcessor):
@@ -96,11 +108,16 @@ class PatchingVideoProcessor(Qwen3VLVideoProcessor):
         do_convert_rgb: bool | None = None,  # noqa: FBT001  # transformers' interface
         input_data_format: Any = None,
         device: Any = None,
-    ) -> list[torch.Tensor]:
-        """Clips as views [T, 3, H, W] of what was decoded; they are copied only to be converted."""
-        prepared = []
+    ) -> list[Frames]:
+        """Clips as views [T, 3, H, W] of what was decoded, or as they lie in their files."""
+        prepared: list[Frames] = []
         for video in videos:
-            frames = torch.from_numpy(video[:]) if isinstance(video, np.ndarray) else video
+            if isinstance(video, ClipFrames) and device is None:
+                video.source.decode(video.numbers)  # in one go, not a frame at a time
+                prepared.append(video)
+                continue
+            pixels = video.pixels() if isinstance(video, ClipFrames) else video
+            frames = torch.from_numpy(pixels) if isinstance(pixels, np.ndarray) else pixels
             layout = input_data_format or infer_channel_dimension_format(frames)
             if layout == ChannelDimension.LAST:
                 frames = frames.permute(0, 3, 1, 2)
@@ -109,63 +126,103 @@ class PatchingVideoProcessor(Qwen3VLVideoProcessor):
             prepared.append(frames if device is None else frames.to(device))
         return prepared
 
-    def _preprocess(self, videos: list[torch.Tensor], **options: Any) -> BatchFeature:
-        """``videos``: [T, 3, H, W] each."""
+    def _preprocess(self, videos: list[Frames], **options: Any) -> BatchFeature:
+        """``videos``: [T, 3, H, W] each, or frames of a file."""
         made = [self._patches(frames, options) for frames in videos]
-        patches, grids = zip(*made, strict=True)
-        data = {"pixel_values_videos": torch.cat(patches), "video_grid_thw": torch.tensor(grids)}
-        return BatchFeature(data, tensor_type=options["return_tensors"])
+        return _features("pixel_values_videos", "video_grid_thw", made)
 
-    def _patches(
-        self, frames: torch.Tensor, options: dict[str, Any]
-    ) -> tuple[torch.Tensor, list[int]]:
-        resize: Resize = _unchanged
+    def _patches(self, frames: Frames, options: dict[str, Any]) -> tuple[torch.Tensor, list[int]]:
+        count, height, width = _shape(frames)
+        size = SizeDict(height=height, width=width)
         if options["do_resize"]:
             size = size_after(
                 self.resize,
-                (1, *frames.shape),
+                (1, count, 3, height, width),
                 size=options["size"],
                 resample=options["resample"],
                 factor=options["patch_size"] * options["merge_size"],
                 temporal_factor=options["temporal_patch_size"],
                 cap_pixels_per_frame=options.get("cap_pixels_per_frame"),
             )
-            plain = super(Qwen3VLVideoProcessor, self).resize
-            resize = partial(plain, size=size, resample=options["resample"])
-        return patchify(frames, resize, **_layout(options))
+        if (size.height, size.width) == (height, width):
+            return patchify(count, partial(_planes, frames), **_layout(options))
+        resize = super(Qwen3VLVideoProcessor, self).resize
+
+        def resized(place: int) -> Planes:
+            return tuple(resize(_picture(frames, place)[None], size, options["resample"])[0])
+
+        return patchify(count, resized, **_layout(options))
 
 
 def patchify(
-    frames: torch.Tensor, resize: Resize, *, patch: int, temporal: int, merge: int
+    count: int, planes: Callable[[int], Planes], *, patch: int, temporal: int, merge: int
 ) -> tuple[torch.Tensor, list[int]]:
-    """Patches of frames [T, 3, H, W] after ``resize``, and their grid of times, rows and columns.
+    """Patches of ``count`` frames and their grid of times, rows and columns.
 
-    A patch is ``temporal`` frames of ``patch`` x ``patch`` pixels in one row, [3, temporal, patch,
-    patch]; the ``merge`` x ``merge`` patches that become one token follow each other. The last frame
-    is repeated to fill the last patch.
+    ``planes`` gives a frame by its place, as colours [H, W]; it is called on several threads. A patch is
+    ``temporal`` frames of ``patch`` x ``patch`` pixels in one row, [3, temporal, patch, patch]; the
+    ``merge`` x ``merge`` patches that become one token follow each other. The last frame is repeated
+    to fill the last patch.
     """
-    starts = range(0, len(frames), temporal)
-    first = resize(frames[:temporal])
-    channels, height, width = first.shape[1:]
-    times, rows, columns = len(starts), height // patch, width // patch
-    shape = (rows // merge, columns // merge, merge, merge, channels, temporal, patch, patch)
-    out = torch.empty((times, *shape), dtype=first.dtype, device=first.device)
+    first = planes(0)
+    height, width = first[0].shape
+    times, rows, columns = -(-count // temporal), height // patch, width // patch
+    shape = (rows // merge, columns // merge, merge, merge, len(first), temporal, patch, patch)
+    out = torch.empty((times, *shape), dtype=first[0].dtype, device=first[0].device)
+    cut = (rows // merge, merge, patch, columns // merge, merge, -1)
 
     def lay_out(place: int) -> None:
-        chunk = first if place == 0 else resize(frames[starts[place] :][:temporal])
-        if missing := temporal - len(chunk):
-            chunk = torch.cat([chunk, chunk[-1:].expand(missing, -1, -1, -1)])
-        cut = chunk.reshape(
-            temporal, channels, rows // merge, merge, patch, columns // merge, merge, patch
-        )
-        out[place].copy_(cut.permute(2, 5, 3, 6, 1, 0, 4, 7))
+        frame = first if place == 0 else planes(min(place, count - 1))
+        for colour, plane in enumerate(frame):
+            rows_apart = plane if plane.stride(1) == 1 else plane.contiguous()
+            there = out[place // temporal][..., colour, place % temporal, :, :]
+            here = rows_apart.unflatten(1, (columns // merge, merge, patch)).unflatten(0, cut[:3])
+            _copy_rows(there, here.permute(0, 3, 1, 4, 2, 5))
 
-    list(_THREADS.map(lay_out, range(times)))
+    list(_THREADS.map(lay_out, range(times * temporal)))
     return out.view(times * rows * columns, -1), [times, rows, columns]
 
 
-def _unchanged(frames: torch.Tensor) -> torch.Tensor:
-    return frames
+def _copy_rows(there: torch.Tensor, here: torch.Tensor) -> None:
+    """Copy, with each row of a patch, the last dimension, as one number where a number is so long.
+
+    A copy that permutes moves one number at a time.
+    """
+    row = here.shape[-1]
+    number = _LONG_NUMBERS.get(row * here.element_size())
+    steps = (*here.stride()[:-1], here.storage_offset())
+    if number is not None and here.stride(-1) == 1 and not any(step % row for step in steps):
+        there, here = there.view(number), here.view(number)
+    there.copy_(here)
+
+
+def _shape(frames: Frames) -> tuple[int, int, int]:
+    """Number of frames, height, width."""
+    count, *size = frames.shape
+    height, width = size[:2] if isinstance(frames, ClipFrames) else size[1:]
+    return count, height, width
+
+
+def _planes(frames: Frames, place: int) -> Planes:
+    if not isinstance(frames, ClipFrames):
+        return tuple(frames[place])
+    planes = frames.source.planes(frames.numbers[place])
+    return tuple(torch.from_numpy(plane) for plane in planes)
+
+
+def _picture(frames: Frames, place: int) -> torch.Tensor:
+    """A frame [3, H, W] for resizing, which is fastest with colours innermost in memory."""
+    if isinstance(frames, ClipFrames):
+        return torch.from_numpy(frames[place]).permute(2, 0, 1)
+    return frames[place]
+
+
+def _features(
+    pixels: str, grid: str, made: Sequence[tuple[torch.Tensor, list[int]]]
+) -> BatchFeature:
+    patches = [found for found, _ in made]
+    joined = patches[0] if len(patches) == 1 else torch.cat(patches)
+    return BatchFeature({pixels: joined, grid: torch.tensor([size for _, size in made])})
 
 
 @lru_cache(maxsize=1024)

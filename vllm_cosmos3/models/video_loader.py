@@ -78,9 +78,9 @@ class Cosmos3VideoBackend(Qwen3VLVideoBackend):
         source = VideoSourceMetadata(len(clip), clip.fps, len(clip) / clip.fps)
         target = VideoTargetMetadata(num_frames, rate, max_duration)
         numbers = cls.compute_frames_index_to_sample(source, target, **kwargs)
-        frames = ClipFrames.of(clip, numbers)
-        metadata = cls.create_hf_metadata(source, numbers, "pyav")
-        return (frames if rate == _ALL else frames[:]), metadata
+        if rate != _ALL:
+            clip.decode(numbers)
+        return ClipFrames.of(clip, numbers), cls.create_hf_metadata(source, numbers, "pyav")
 
     @classmethod
     def compute_frames_index_to_sample(cls, source: Any, target: Any, **kwargs: Any) -> list[int]:
@@ -105,7 +105,8 @@ def _indexed(data: bytes) -> Clip | None:
 def _decode_ahead(frames: Any, metadata: dict[str, Any]) -> None:
     """Decode what will probably be sampled here, on one of many threads, not where others wait."""
     if isinstance(frames, ClipFrames):
-        frames[RECENT_SAMPLES.numbers(len(frames), metadata["fps"])]
+        places = RECENT_SAMPLES.numbers(len(frames), metadata["fps"])
+        frames.source.decode([frames.numbers[place] for place in places])
 
 
 def _as_whole_clip(metadata: dict[str, Any], count: int) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from vllm_cosmos3.errors import (
     OutOfMemory,
     WorkerDied,
 )
-from vllm_cosmos3.loading import slowest
+from vllm_cosmos3.loading import forget, slowest
 from vllm_cosmos3.progress import Progress
 from vllm_cosmos3.runtime.executor import StageExecutor
 from vllm_cosmos3.runtime.scheduler import QueueConfig, Scheduler
@@ -165,6 +165,7 @@ class StageCore:
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
+        forget(setup.folder)  # what the ranks of an earlier process have loaded
         self._executor = StageExecutor(setup.stage)
         self._scheduler = Scheduler(setup.queue)
         self._jobs: dict[str, Job] = {}

@@ -57,6 +57,19 @@ def free_rows(shape: tuple[int, ...], known: tuple[int, ...], channels: int) -> 
     return free
 
 
+def filled_up(pixels: Tensor, canvas: tuple[int, int] | None) -> Tensor:
+    """Pixels [1, 3, T, H, W] at the top left of a canvas of this height and width.
+
+    The rest mirrors them, or repeats their last row and column, as `media.fit_inside` does it.
+    """
+    if canvas is None:
+        return pixels
+    height, width = pixels.shape[3:]
+    down, right = canvas[0] - height, canvas[1] - width
+    mode = "replicate" if down >= height or right >= width else "reflect"
+    return pad(pixels[0], (0, right, 0, down), mode).unsqueeze(0)
+
+
 def patch_grid(shape: tuple[int, ...], patch: int) -> tuple[int, int, int]:
     """Frames, patch rows and patch columns of a latent of ``shape`` [1, C, T, h, w]."""
     return shape[2], -(-shape[3] // patch), -(-shape[4] // patch)

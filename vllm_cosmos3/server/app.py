@@ -16,6 +16,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from vllm_cosmos3.errors import Cosmos3Error
 from vllm_cosmos3.server import images, info, openpi, videos
 from vllm_cosmos3.server.envelope import Envelope
 from vllm_cosmos3.server.errors import ApiError
@@ -75,7 +76,11 @@ def make_app(make_service: Callable[[], Service], listen: Listen) -> FastAPI:
 
 
 def serve(app: FastAPI, listen: Listen) -> int:
-    """Serve until a signal; SIGTERM lets what was accepted finish. The exit status."""
+    """Serve until a signal; SIGTERM lets what was accepted finish. The exit status.
+
+    Raises:
+        Cosmos3Error: the generator ended for good.
+    """
     config = uvicorn.Config(
         app,
         host=listen.host,
@@ -88,11 +93,21 @@ def serve(app: FastAPI, listen: Listen) -> int:
     )
     server = DrainingServer(config)
     server.run()
+    if server.failure is not None:
+        raise server.failure
     return 0 if server.started else 1
 
 
 class DrainingServer(uvicorn.Server):
-    """Keeps answering while the accepted requests are finished."""
+    """Keeps answering while the accepted requests are finished; ends with the generator."""
+
+    failure: Cosmos3Error | None = None
+
+    async def on_tick(self, counter: int) -> bool:
+        at: Service | None = self.config.app.state.cosmos3  # type: ignore[union-attr]
+        if at is not None and not at.draining:
+            self.failure = at.stage.error
+        return self.failure is not None or await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         at: Service | None = self.config.app.state.cosmos3  # type: ignore[union-attr]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from vllm_cosmos3 import media
 from vllm_cosmos3.errors import Cosmos3Error
@@ -19,6 +20,9 @@ from vllm_cosmos3.pipeline import Pipeline, State
 from vllm_cosmos3.server.guardrails import frame_check
 
 RECORD, CLIP, THUMBNAIL, SPRITES = "record.json", "video.mp4", "thumbnail.webp", "spritesheet.webp"
+LAST = "last.png"  # frame, for a video that goes on from this one
+# What the video goes on from: its file, put there before; and the rest, until both are joined.
+BEFORE, REST = "before.mp4", "rest.mp4"
 STAGE = f"{__name__}:ServedPipeline"
 COLUMNS, ROWS, TILE = (
     4,
@@ -56,11 +60,7 @@ class Artifacts:
             else:
                 file = folder / CLIP
                 rate = self.output.sample_rate or 48_000
-                media.write_video(
-                    file, frames, fps=self.output.fps, sound=sample.sound, sample_rate=rate
-                )
-                (folder / THUMBNAIL).write_bytes(media.thumbnail(frames[0]))
-                (folder / SPRITES).write_bytes(media.encode_image(sprites(frames), "webp"))
+                _write_clip(folder, frames, self.output.fps, sample.sound, rate)
             files.append(file)
         record = {
             "timings": dict(self.output.timings),
@@ -81,6 +81,33 @@ class ServedPipeline(Pipeline):
         return Artifacts(super().finish(state))
 
 
+def _write_clip(
+    folder: Path, frames: media.Pixels, fps: float, sound: np.ndarray | None, rate: int
+) -> None:
+    """A video with its small pictures; after the one that it goes on from, if there is one."""
+    Image.fromarray(frames[-1]).save(folder / LAST, compress_level=1)
+    before = folder / BEFORE
+    if not before.is_file():
+        media.write_video(folder / CLIP, frames, fps=fps, sound=sound, sample_rate=rate)
+        chosen = frames[_spread(len(frames))]
+    else:  # the first frame is its last one
+        media.write_video(folder / REST, frames[1:], fps=fps)
+        count = media.join_videos(before, folder / REST, folder / CLIP, fps=fps)
+        for part in (before, folder / REST):
+            part.unlink()
+        places = _spread(count)
+        clip = enumerate(media.frames_of(folder / CLIP, limit=count))
+        shown = {index: frame for index, frame in clip if index in places}
+        chosen = np.stack([shown[index] for index in places])
+    (folder / THUMBNAIL).write_bytes(media.thumbnail(chosen[0]))
+    (folder / SPRITES).write_bytes(media.encode_image(sprites(chosen), "webp"))
+
+
+def _spread(frames: int) -> np.ndarray:
+    """Places of sixteen frames, evenly spread."""
+    return np.linspace(0, frames - 1, COLUMNS * ROWS).round().astype(int)
+
+
 def action_json(output: Output) -> dict[str, Any] | None:
     """The actions of the first result as clients read them; None if none were asked for."""
     rows = output.action
@@ -98,10 +125,9 @@ def action_json(output: Output) -> dict[str, Any] | None:
 
 
 def sprites(frames: media.Pixels) -> media.Pixels:
-    """Sixteen frames, evenly spread, as one picture of small tiles."""
-    chosen = np.linspace(0, len(frames) - 1, COLUMNS * ROWS).round().astype(int)
+    """Sixteen frames as one picture of small tiles."""
     width = min(TILE, frames.shape[2])
     height = max(1, round(width * frames.shape[1] / frames.shape[2]))
-    tiles = media.cover_crop(frames[chosen], height=height, width=width)
+    tiles = media.cover_crop(frames, height=height, width=width)
     rows = tiles.reshape(ROWS, COLUMNS, height, width, 3).swapaxes(1, 2)
     return rows.reshape(ROWS * height, COLUMNS * width, 3)

@@ -22,16 +22,24 @@ from fastapi.responses import JSONResponse, Response
 
 from vllm_cosmos3.server import info, metrics, openpi
 from vllm_cosmos3.server.app import routers
+from vllm_cosmos3.server.command import announce
 from vllm_cosmos3.server.envelope import Envelope
 from vllm_cosmos3.server.guardrails import Guardrails
-from vllm_cosmos3.server.keys import Keys
+from vllm_cosmos3.server.keys import AnyScheme, Keys
 from vllm_cosmos3.server.options import from_mapping
 from vllm_cosmos3.server.routing import Route, service
 from vllm_cosmos3.server.service import Service
+from vllm_cosmos3.server.sizing import sized
+from vllm_cosmos3.server.upsampling import EngineReasoner
 
 logger = logging.getLogger(__name__)
 
-OURS = ("/v1/videos", "/v1/images", "/v1/cosmos3")  # below these errors have our envelope
+OURS = (
+    "/v1/videos",
+    "/v1/images",
+    "/v1/cosmos3",
+    openpi.PATH,
+)  # below these errors have our envelope
 
 
 class GeneratorRoutes:
@@ -64,13 +72,18 @@ class GeneratorRoutes:
             }
         )
         names = args.served_model_name or [args.model]
-        folder = _folder(args)
+        sizing = sized(_folder(args), options, config.device_config.device_type)
         keys = args.api_key or [os.environ.get("VLLM_API_KEY", "")]
         state.cosmos3_keys = Keys(tuple(key for key in keys if key))
         state.cosmos3_engine = engine_client
         state.cosmos3 = Service(
-            folder, tuple(names), options, config.device_config.device_type, Guardrails(options)
+            sizing,
+            tuple(names),
+            options,
+            Guardrails(options),
+            EngineReasoner(engine_client, sizing.model.path),
         )
+        announce(state.cosmos3, "both: /v1/chat/completions and all others of vLLM, /v1/images/generations, /v1/videos", _url(args))  # fmt: skip
         await state.cosmos3.start()
 
 
@@ -78,6 +91,11 @@ def _folder(args: Namespace) -> Path:
     from vllm_cosmos3.hub import resolve
 
     return resolve(args.model, args.revision)
+
+
+def _url(args: Namespace) -> str:
+    scheme = "https" if args.ssl_certfile else "http"
+    return f"{scheme}://{args.host or '0.0.0.0'}:{args.port}/v1"
 
 
 async def _health(request: Request) -> Response:
@@ -96,9 +114,12 @@ async def _models(request: Request) -> Response:
 
 
 def _wrap(app: FastAPI) -> None:
-    """Put our envelope around all middleware, that which vLLM adds after this included."""
+    """Put our envelope around all middleware, that which vLLM adds after this included.
+
+    Robots' keys are put into vLLM's form in front of it, which knows ``Bearer`` alone.
+    """
     build = app.build_middleware_stack
-    app.build_middleware_stack = lambda: Envelope(build(), OURS)  # type: ignore[method-assign]
+    app.build_middleware_stack = lambda: Envelope(AnyScheme(build()), OURS)  # type: ignore[method-assign]
 
 
 def _settle_at_the_end(app: FastAPI) -> None:
@@ -108,9 +129,10 @@ def _settle_at_the_end(app: FastAPI) -> None:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
         async with inner(app) as state:
-            _drain_on_sigterm(app.state.cosmos3)
+            at: Service = app.state.cosmos3  # vLLM deletes the state on its way out
+            _drain_on_sigterm(at)
             yield state
-        await app.state.cosmos3.close()
+        await at.close()
 
     app.router.lifespan_context = lifespan
 

@@ -80,7 +80,8 @@ def _error(status: int, scope: Scope, headers: dict[str, Any]) -> ApiError:
     if status == 401:
         headers = {"WWW-Authenticate": "Bearer", **headers}
     elif status == 405:
-        headers["Allow"] = headers.pop("allow", None) or _allowed(scope)
+        headers.pop("allow", None)
+        headers["Allow"] = _allowed(scope)
         code = "method_not_allowed"
         message = f"{scope['method']} is not allowed here, only {headers['Allow']}"
     elif status >= 500:
@@ -89,7 +90,7 @@ def _error(status: int, scope: Scope, headers: dict[str, Any]) -> ApiError:
 
 
 def _allowed(scope: Scope) -> str:
-    """The methods of the routes with this path, which vLLM's answer does not tell."""
+    """The methods of all routes with this path; the router tells those of the first alone."""
     methods: set[str] = set()
     for route in scope["app"].routes:
         if route.matches(scope)[0] is Match.PARTIAL:

@@ -36,21 +36,47 @@ class Checker(Protocol):
 
 
 class CosmosGuardrail:
-    """The ``cosmos-guardrail`` package with its models."""
+    """The ``cosmos-guardrail`` package (0.3.2) with its models.
+
+    Its own text check takes an error of a model for a pass, so each model is asked here, and errors
+    leave. That version pixelates faces and, by its own choice, does not judge what frames show.
+    """
 
     def __init__(self) -> None:
         module = importlib.import_module("cosmos_guardrail")
-        self._checker = module.CosmosSafetyChecker()
+        checker = module.CosmosSafetyChecker()
+        self._text, self._video = checker.text_guardrail, checker.video_guardrail
+        if not self._text.safety_models or not self._video.postprocessors:
+            raise RuntimeError("this version of cosmos-guardrail checks no text or no faces")
+        self._placed = False
 
     def check_text(self, prompt: str) -> str | None:
-        return None if self._checker.check_text_safety(prompt) else "text"
+        for model in self._text.safety_models:
+            # is_safe of a language model turns exceptions into "safe"; this is what it wraps.
+            judge = getattr(model, "extract_label_and_categories", model.is_safe)
+            safe, _ = judge(prompt)
+            if not safe:
+                return type(model).__name__
+        return None
 
     def check_frames(self, frames: Pixels) -> tuple[Pixels | None, dict[str, Any]]:
-        clip = frames if frames.ndim == 4 else frames[None]
-        checked = self._checker.check_video_safety(clip)
-        if checked is None:
+        self._place()
+        clip = (frames if frames.ndim == 4 else frames[None]).copy()  # pixelated in place
+        judged = bool(self._video.safety_models)
+        if judged and not self._video.run_safety_check(clip)[0]:
             return None, {}
-        return (checked if frames.ndim == 4 else checked[0]), {}
+        checked = self._video.postprocess(clip)
+        facts = {"video": "pass" if judged else "faces pixelated, content not judged"}
+        return (checked if frames.ndim == 4 else checked[0]), facts
+
+    def _place(self) -> None:
+        """Move what looks at frames to the device of this worker."""
+        import torch
+
+        if not self._placed and torch.accelerator.is_available():
+            for model in self._video.models:
+                model.to(torch.accelerator.current_accelerator())
+        self._placed = True
 
 
 class Guardrails:
@@ -67,7 +93,8 @@ class Guardrails:
             self._checker = load(options.guardrail_checker)
         except Exception as error:  # noqa: BLE001 - another package's, and told to the operator
             self.state = "unavailable"
-            self.reason = f"{options.guardrail_checker} cannot be used: {error}"
+            cause = f"{type(error).__name__}: {error}".splitlines()[0]
+            self.reason = f"{options.guardrail_checker} cannot be used ({cause})"
             if options.guardrails == "required":
                 raise Cosmos3Error(
                     f"--guardrails required, but {self.reason}; install cosmos-guardrail with its "

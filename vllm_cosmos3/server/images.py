@@ -53,7 +53,11 @@ async def generate(request: Request) -> Response:
     if shape == "file":
         return _as_file(job.id, pictures, form)
     data = [
-        {"b64_json": base64.b64encode(picture).decode(), "url": None, "revised_prompt": None}
+        {
+            "b64_json": base64.b64encode(picture).decode(),
+            "url": None,
+            "revised_prompt": job.upsampled_prompt,
+        }
         for picture in pictures
     ]
     answer: dict[str, Any] = {

@@ -71,10 +71,18 @@ def capability(at: Service) -> dict[str, Any]:
         },
         "action_domains": {row.name: asdict(row) for row in bodies},
         "control_guidance": CONTROL_GUIDANCE if "transfer" in modes else {},
-        "robot": droid.CAPABILITY if at.model.kind == droid.KIND else None,
+        "robot": _robot(at) if at.model.kind == droid.KIND else None,
         "guardrails": at.guardrails.state,
+        "prompt_upsampling": at.reasoner is not None,
         "queue_limit": at.options.max_queue,
     }
+
+
+def _robot(at: Service) -> dict[str, Any]:
+    """What a robot gets, beside what the handshake says."""
+    shape = [droid.HORIZON, droid.WIDTH]
+    told = droid.metadata(at.options.robot_action_space)
+    return {**told, "action_shape": shape, "actions_per_second": droid.FPS}
 
 
 @router.get("/health/live")

@@ -68,6 +68,9 @@ class Job:
     removed: bool = False
     bytes: int = 0
     remixed_from: str | None = None
+    continued_from: str | None = None
+    frames_before: int = 0  # of the video that this one goes on from, without the shared frame
+    upsampled_prompt: str | None = None
     request: dict[str, Any] = field(default_factory=dict)  # as asked, for a remix
     effective: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)

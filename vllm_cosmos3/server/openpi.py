@@ -115,7 +115,9 @@ class Connection:
     async def run(self) -> None:
         """Serve until either side goes away."""
         try:
-            await self._socket.send_bytes(msgpack.pack(droid.METADATA))
+            await self._socket.send_bytes(
+                msgpack.pack(droid.metadata(self._at.options.robot_action_space))
+            )
             while (message := await self._next()) is not None:
                 await self._answer(message)
         except WebSocketDisconnect:
@@ -181,12 +183,13 @@ class Connection:
     async def _inferred(self, request: Mapping[str, Any], session: Session, start: float) -> Any:
         seed = request.get("seed")
         seed = session.seed if seed is None else seed
-        observation = await asyncio.to_thread(droid.read, request)
+        space = self._at.options.robot_action_space
+        observation = await asyncio.to_thread(droid.read, request, space)
         fields = droid.request_fields(observation, seed=seed)
         output = await self._at.infer(fields)
         session.answers += 1
         assert output.action is not None
-        actions = droid.actions(output.action)
+        actions = droid.actions(output.action, observation)
         if self._reply == ARRAY:
             return actions
         total = time.perf_counter() - start

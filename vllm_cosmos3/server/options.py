@@ -133,6 +133,10 @@ class Options:
         above=True,
         high=3600,
     )
+    robot_action_space: str = _option(
+        "joint_pos", "inputs", "choice", "what the policy was trained to move: joints, or (midtrain)"
+        " the end effector", choices=("joint_pos", "midtrain"),
+    )  # fmt: skip
     robot_openpi_idle_timeout: float = _option(
         0.0,
         "inputs",
@@ -198,6 +202,28 @@ class Options:
     vae_parallel: str = _option(
         "halo", "generator", "choice", "how ranks share the VAE", choices=("halo", "tile", "off")
     )
+    und_residency: str = _option(
+        "auto",
+        "generator",
+        "choice",
+        "where the text tower rests; auto: on the host if a default request would not fit otherwise",
+        choices=("auto", "gpu", "host"),
+    )
+    enable_layerwise_offload: bool = _option(
+        False,  # noqa: FBT003 - a default
+        "generator",
+        "bool",
+        "layers rest on the host and visit the device at every step",
+    )
+    memory_limit: float = _option(
+        0.0,
+        "generator",
+        "float",
+        "that a rank may use; 0: what is free",
+        unit="GiB",
+        low=0,
+        high=1e4,
+    )
     attention_backend: str = _option("auto", "generator", "text", "attention kernel")
     generator_executor_backend: str = _option(
         "mp", "generator", "choice", "who runs the ranks", choices=("mp", "ray", "uni")
@@ -233,31 +259,41 @@ def from_mapping(values: Mapping[str, Any]) -> Options:
 SHARED = ("allowed_local_media_path", "allowed_media_domains")  # flags of vLLM too
 
 
-def add_flags(parser: argparse.ArgumentParser, *, without: Container[str] = ()) -> None:
-    """One flag for every option, in groups. A flag that is not given leaves no attribute."""
-    groups: dict[str, Any] = {}
+def add_groups(parser: argparse.ArgumentParser) -> None:
+    """The flags of all options that vLLM has no flag for, in groups."""
+    groups: dict[str, list[str]] = {}
     for item in dataclasses.fields(Options):
-        if item.name in without:
+        if item.name not in SHARED:
+            groups.setdefault(item.metadata["group"], []).append(item.name)
+    for name, names in groups.items():
+        title = name if name == "generator" else f"generator: {name}"
+        add_flags(parser.add_argument_group(title), only=names)
+
+
+def add_flags(group: argparse._ArgumentGroup, *, only: Container[str]) -> None:
+    """One flag for each of these options. A flag that is not given leaves no attribute."""
+    for item in dataclasses.fields(Options):
+        if item.name not in only:
             continue
-        spec, name = item.metadata["spec"], item.metadata["group"]
-        group = groups.get(name) or parser.add_argument_group(name)
-        groups[name] = group
+        spec, flag = item.metadata["spec"], f"--{item.name.replace('_', '-')}"
         unit = f" [{spec.unit}]" if spec.unit else ""
         if spec.kind == "bool":
             group.add_argument(
-                f"--{item.name.replace('_', '-')}",
+                flag,
                 action=argparse.BooleanOptionalAction,
                 default=argparse.SUPPRESS,
                 help=spec.help,
             )
             continue
+        shown = f"{item.default:,.10g}" if spec.kind in ("int", "float") else item.default
+        default = f" (default: {shown})" if shown != "" else ""
         group.add_argument(
-            f"--{item.name.replace('_', '-')}",
+            flag,
             type={"int": int, "float": float}.get(spec.kind, str),
             choices=spec.choices or None,
             metavar=None if spec.choices else item.name.rsplit("_", 1)[-1].upper(),
             default=argparse.SUPPRESS,
-            help=f"{spec.help}{unit} (default: {item.default or 'see text'})",
+            help=f"{spec.help}{unit}{default}",
         )
 
 

@@ -31,6 +31,7 @@ HIDDEN = {"latents", "output_type", "image", "video"}
 ALIASES = {
     "num_outputs_per_prompt": "n",
     "num_steps": "num_inference_steps",
+    "prompt_upsampling": "upsample_prompt",
     "guidance": "guidance_scale",
     "shift": "flow_shift",
     "sound_gen": "generate_sound",
@@ -56,6 +57,12 @@ SERVER_FIELDS: dict[str, Spec] = {
     "deadline_seconds": Spec(
         kind="float", low=0, above=True, high=1e6, unit="seconds", help="until the request is given up"
     ),
+    "continue_from": Spec(
+        kind="text", high=200, help="id of a finished video, which this one goes on from"
+    ),
+    "upsample_prompt": Spec(
+        kind="bool", help="let the reasoner write the structured prompt first"
+    ),
     "truncate_prompt": Spec(kind="bool", help="false refuses prompts that would be cut"),
     "response_format": Spec(
         kind="choice", choices=("b64_json", "file", "url"), help="of images: base64 or the file"
@@ -67,6 +74,7 @@ SERVER_FIELDS: dict[str, Spec] = {
         kind="int", low=0, high=100, help="quality of JPEG and WebP images"
     ),
 }  # fmt: skip
+VIDEO_ONLY = {"continue_from"}
 IMAGE_ONLY = {"response_format", "output_format", "output_compression"}
 IGNORED = {
     "user", "quality", "style", "moderation", "background", "metadata", "safety_identifier",
@@ -199,6 +207,8 @@ def translate(body: Mapping[str, Any], wanted: str) -> Asked:
             spec = SERVER_FIELDS[name]
             if wanted == VIDEO and name in IMAGE_ONLY:
                 raise InvalidRequest(path, value, "left out: it is of images", "unknown_parameter")
+            if wanted == IMAGE and name in VIDEO_ONLY:
+                raise InvalidRequest(path, value, "left out: it is of videos", "unknown_parameter")
             _put(server, name, spec.checked(path, _typed(value, spec.kind)), path, paths)
         elif name in IGNORED:
             warnings.append(f"{path} has no effect on this model")

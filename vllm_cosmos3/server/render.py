@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 def video_json(job: Job, at: Service) -> dict[str, Any]:
     """The video object of OpenAI's API, with our block."""
-    seconds = float(job.effective["seconds"])
+    frames = job.frames_before + int(job.effective["num_frames"])
+    seconds = frames / float(job.effective["fps"])
     done = job.status == COMPLETED
     return {
         "id": job.id,
@@ -34,7 +35,7 @@ def video_json(job: Job, at: Service) -> dict[str, Any]:
         "media_type": "video/mp4",
         "file_name": f"{job.id}.mp4" if done else None,
         "fps": job.effective["fps"],
-        "num_frames": job.effective["num_frames"],
+        "num_frames": frames,
         "duration_s": seconds,
         "inference_time_s": job.timings.get("total"),
         "stage_durations": job.timings,
@@ -51,6 +52,8 @@ def details(job: Job, at: Service) -> dict[str, Any]:
         "mode": job.effective["mode"],
         "effective": job.effective,
         "warnings": job.warnings,
+        "upsampled_prompt": job.upsampled_prompt,
+        "continued_from": job.continued_from,
         "queue": {"position": job.position, "eta_s": job.eta} if job.status == QUEUED else None,
         "phase": job.phase,
         "step": job.step,

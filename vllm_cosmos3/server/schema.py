@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_cosmos3.hints import HINTS
 from vllm_cosmos3.request import OF_TRANSFER, SPECS, GenerateRequest
-from vllm_cosmos3.server.protocol import HIDDEN, IMAGE_ONLY, SERVER_FIELDS
+from vllm_cosmos3.server.protocol import HIDDEN, IMAGE_ONLY, SERVER_FIELDS, VIDEO_ONLY
 from vllm_cosmos3.spec import Spec
 
 _TYPES: dict[str, dict[str, Any]] = {
@@ -50,7 +50,7 @@ def video_request() -> dict[str, Any]:
 def image_request() -> dict[str, Any]:
     """The body of POST /v1/images/generations."""
     names = SPECS.keys() - HIDDEN - _IMAGE_FIELDS_NOT
-    return _body(_object(names, set(SERVER_FIELDS)), ("application/json",))
+    return _body(_object(names, SERVER_FIELDS.keys() - VIDEO_ONLY), ("application/json",))
 
 
 def _body(schema: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, Any]:

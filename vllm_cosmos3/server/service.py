@@ -18,25 +18,23 @@ import uuid
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vllm_cosmos3 import conditions, prompts
-from vllm_cosmos3.config import EngineConfig, ModelConfig, ParallelConfig, read_config
+from vllm_cosmos3 import conditions, droid, prompts
 from vllm_cosmos3.errors import Busy, Cosmos3Error, InvalidRequest
-from vllm_cosmos3.kinds import DISTILLED
 from vllm_cosmos3.models.components import loaded_values
 from vllm_cosmos3.output import Output
 from vllm_cosmos3.plan import Plan
-from vllm_cosmos3.progress import Progress
+from vllm_cosmos3.progress import Progress, Report
 from vllm_cosmos3.request import from_fields
 from vllm_cosmos3.runtime.client import Job as StageJob
 from vllm_cosmos3.runtime.client import StageClient
 from vllm_cosmos3.runtime.core import Status
-from vllm_cosmos3.runtime.mesh import check_degrees
 from vllm_cosmos3.runtime.scheduler import QueueConfig
 from vllm_cosmos3.runtime.worker import StageConfig
-from vllm_cosmos3.server import estimates
+from vllm_cosmos3.server import continuing, estimates
 from vllm_cosmos3.server.artifacts import RECORD, STAGE
 from vllm_cosmos3.server.controls import joined
 from vllm_cosmos3.server.errors import ApiError, slug
@@ -45,6 +43,9 @@ from vllm_cosmos3.server.jobs import COMPLETED, FAILED, RUNNING, Job, Journal
 from vllm_cosmos3.server.metrics import metrics
 from vllm_cosmos3.server.options import Options
 from vllm_cosmos3.server.protocol import Asked
+from vllm_cosmos3.server.sizing import Sizing
+from vllm_cosmos3.server.upsampling import EngineReasoner
+from vllm_cosmos3.upsample import question_about
 
 logger = logging.getLogger(__name__)
 
@@ -56,47 +57,25 @@ PLANNERS = 4  # requests that are planned at once, which may decode media
 SPANS = {"encode": (1, 5), "denoise": (5, 90), "decode": (90, 99)}
 
 
-def checked_model(folder: Path, options: Options) -> ModelConfig:
-    """The checkpoint's own numbers.
-
-    Raises:
-        CheckpointError, Unsupported: it cannot be run.
-        InvalidRequest: the options do not suit it.
-    """
-    model = read_config(folder, options.checkpoint_kind or None)
-    guided = model.kind not in DISTILLED
-    check_degrees(_parallel(options), model.transformer, guided=guided)
-    return model
-
-
-def _parallel(options: Options) -> ParallelConfig:
-    return ParallelConfig(
-        tensor_parallel_size=options.generator_tensor_parallel_size,
-        cfg_parallel_size=options.cfg_parallel_size,
-        ulysses_degree=options.ulysses_degree,
-        vae_parallel=options.vae_parallel,
-    )
-
-
 class Service:
     """Everything that lives as long as the server. ``start`` it in the event loop."""
 
     def __init__(
         self,
-        folder: Path,
+        sizing: Sizing,
         names: tuple[str, ...],
         options: Options,
-        device: str,
         guardrails: Guardrails,
+        reasoner: EngineReasoner | None = None,
     ) -> None:
-        self.options, self.names = options, names
-        self.model = checked_model(folder, options)
-        self.guardrails = guardrails
+        self.sizing, self.model = sizing, sizing.model
+        self.options, self.names, self.guardrails = options, names, guardrails
+        self.reasoner = reasoner
         self.journal = Journal(options.storage)
         self.metrics = metrics()
         self.metrics.limit.set(options.max_queue)
         self.draining = False
-        self._tokenizer = prompts.load_tokenizer(folder)
+        self._tokenizer = prompts.load_tokenizer(self.model.path)
         self._planners = asyncio.Semaphore(PLANNERS)
         self._own: dict[str, Job] = {}  # not ended
         self._stage_jobs: dict[str, StageJob] = {}
@@ -109,19 +88,15 @@ class Service:
         if options.generator_devices:
             # This process computes nothing, and the reasoner's processes have started before.
             os.environ["CUDA_VISIBLE_DEVICES"] = options.generator_devices
-        engine = EngineConfig(
-            model=folder,
-            dtype=options.generator_dtype,
-            device=device,
-            load_format=options.generator_load_format,
-            attention_backend=options.attention_backend,
-            checkpoint_kind=options.checkpoint_kind or None,
-            parallel=_parallel(options),
-        )
         self.stage = StageClient(
-            StageConfig(engine=engine, stage=STAGE, backend=options.generator_executor_backend),
+            StageConfig(
+                engine=sizing.engine, stage=STAGE, backend=options.generator_executor_backend
+            ),
             QueueConfig(
-                max_waiting=options.max_queue, max_waiting_seconds=options.max_queue_gpu_seconds
+                # Requests of robots are alike: in turns each of them would take as long as all.
+                policy="fifo" if self.model.kind == droid.KIND else "short-first",
+                max_waiting=options.max_queue,
+                max_waiting_seconds=options.max_queue_gpu_seconds,
             ),
             drain_seconds=options.drain_seconds,
         )
@@ -160,10 +135,11 @@ class Service:
             Cosmos3Error: it cannot be served, now or at all; nothing is left of it.
         """
         try:
-            known = self._known(_digest(kind, asked, media), key, retried=retried)
+            body = _digest(kind, asked, media)
+            known = self._known(body, key, retried=retried)
             if known is not None:
                 return known
-            return await self._create(kind, asked, media, deadline, key, remixed_from)
+            return await self._create(kind, asked, media, deadline, body, key, remixed_from)
         except InvalidRequest as error:
             self.metrics.rejected.labels("invalid").inc()
             raise asked.placed(error) from None
@@ -173,18 +149,20 @@ class Service:
 
     async def _create(
         self, kind: str, asked: Asked, media: Mapping[str, Any], deadline: float,
-        key: str | None, remixed_from: str | None,
+        body: str, key: str | None, remixed_from: str | None,
     ) -> Job:  # fmt: skip
         self._check_model(asked.server.get("model"))
         self._check_open()
-        body = _digest(kind, asked, media)
-        plan = await self._plan(asked, media)
-        report = await asyncio.to_thread(
-            self.guardrails.check,
-            str(asked.fields.get("prompt", "")),
-            requested=asked.server.get("guardrails"),
-        )
         deadline = min(deadline, asked.server.get("deadline_seconds", deadline))
+        before = continuing.source_of(asked, self)
+        if before is not None:
+            asked, media = continuing.goes_on(asked, media, before, self.journal)
+        plan = await self._plan(asked, media)
+        report = await self._guarded(asked)
+        upsampled = await self._upsampled(asked, media, plan, deadline)
+        if upsampled is not None:
+            plan = await self._plan(upsampled, media)
+            report = await self._guarded(upsampled)
         job = Job(
             id=f"video_{uuid.uuid4().hex}",
             kind=kind,
@@ -200,12 +178,40 @@ class Service:
             effective=dict(plan.effective),
             warnings=[*asked.warnings, *plan.warnings],
             guardrails=report,
+            upsampled_prompt=None if upsampled is None else upsampled.fields["prompt"],
         )
+        if before is not None:
+            await asyncio.to_thread(continuing.prepare, job, plan, before, self.journal)
         other = self.journal.add(job)
         if other is not None:
+            self.journal.purge(job.id)
             return self._same(other, body)
         await self._submit(job, plan, deadline)
         return job
+
+    async def _guarded(self, asked: Asked) -> dict[str, Any]:
+        """What the guardrails say of the prompt; an error if they refuse it."""
+        return await asyncio.to_thread(
+            self.guardrails.check,
+            str(asked.fields.get("prompt", "")),
+            requested=asked.server.get("guardrails"),
+        )
+
+    async def _upsampled(
+        self, asked: Asked, media: Mapping[str, Any], plan: Plan, deadline: float
+    ) -> Asked | None:
+        """The request with the prompt that the reasoner writes; None where it keeps its own."""
+        if not asked.server.get("upsample_prompt"):
+            return None
+        if self.reasoner is None:
+            possible = "false or left out: this server was started without the reasoner"
+            raise InvalidRequest("upsample_prompt", "true", possible, "unsupported")
+        request = from_fields(joined(asked.fields, media))
+        question = await asyncio.to_thread(question_about, request, plan.effective, {})
+        if question is None:
+            return None
+        prompt = await self.reasoner.caption(question, deadline)
+        return replace(asked, fields={**asked.fields, "prompt": prompt})
 
     async def _plan(self, asked: Asked, media: Mapping[str, Any]) -> Plan:
         def make() -> Plan:
@@ -225,29 +231,42 @@ class Service:
     async def infer(self, fields: Mapping[str, Any]) -> Output:
         """Run a request for what it comes to: there is no job, and nothing is stored.
 
-        Cancelling it stops the stage's work.
+        Cancelling it stops the stage's work. The output's timings have "queue" too.
 
         Raises:
             Cosmos3Error: it cannot be served, now or at all, or it failed.
         """
         self._inferring += 1
         try:
-            job = await self._accepted(fields)
-            return await self._inferred(job)
+            accepted, begun = time.perf_counter(), Future[float]()
+
+            def begin(progress: Progress) -> None:
+                if not begun.done():
+                    begun.set_result(time.perf_counter())
+
+            job, work = await self._accepted(fields, begin)
+            output = await self._inferred(job)
+            self._pace.learn(work, time.perf_counter() - begun.result())
+            queue = begun.result() - accepted
+            return replace(output, timings={"queue": queue, **output.timings})
         finally:
             self._inferring -= 1
 
-    async def _accepted(self, fields: Mapping[str, Any]) -> StageJob:
+    async def _accepted(self, fields: Mapping[str, Any], report: Report) -> tuple[StageJob, float]:
         asked = Asked(fields=dict(fields), server={}, references={}, warnings=())
         try:
             self._check_open()
             plan = await self._plan(asked, {})
             await asyncio.to_thread(self.guardrails.check, fields["prompt"], requested=None)
-            seconds = self._pace.seconds(estimates.work(plan))
-            deadline = self.options.sync_deadline
-            return await asyncio.to_thread(
-                self.stage.submit, plan, seconds=seconds, deadline=deadline
+            work = estimates.work(plan)
+            job = await asyncio.to_thread(
+                self.stage.submit,
+                plan,
+                seconds=self._pace.seconds(work),
+                deadline=self.options.sync_deadline,
+                report=report,
             )
+            return job, work
         except Cosmos3Error as error:
             reason = "invalid" if isinstance(error, InvalidRequest) else slug(error)
             self.metrics.rejected.labels(reason).inc()
@@ -409,11 +428,7 @@ class Service:
         folder = self.journal.folder(job.id)
         job.bytes = sum(file.stat().st_size for file in folder.iterdir())
         frames = int(job.effective["num_frames"]) * int(job.effective["n"])
-        ranks = (
-            self.options.generator_tensor_parallel_size
-            * self.options.cfg_parallel_size
-            * self.options.ulysses_degree
-        )
+        ranks = self.sizing.engine.parallel.world_size
         job.usage = {
             "frames": frames,
             "output_seconds": round(frames / float(job.effective["fps"]), 3),

