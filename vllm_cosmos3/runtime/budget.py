@@ -49,20 +49,23 @@ class Budget:
         """
         memory = estimate(self._model, self._engine, work)
         own = Promise(memory.held, memory.request)
-        room = self._room(memory.resident, kept)
-        if room is not None:
+        rooms = self._rooms(memory.resident, kept)
+        if rooms is not None:
             calls = [promise.request - promise.held for promise in (*self._promises, own)]
             needed = own.held + max(calls)  # one call is made at a time
-            if needed > room:
+            if needed > rooms[0]:
                 give_up()
-                room += kept
-            if needed > room:
-                raise self._refusal(work, needed, room, memory.resident)
+                if needed > rooms[1]:
+                    raise self._refusal(work, needed, rooms[1], memory.resident)
         self._promises.add(own)
         return own
 
-    def _room(self, weights: int, kept: int) -> int | None:
-        """Bytes that are free on the fullest rank; None where nobody counts."""
+    def _rooms(self, weights: int, kept: int) -> tuple[int, int] | None:
+        """Bytes that are free on the fullest rank: as it is, and without what is cached.
+
+        The ranks may cache different texts, so each of the two has a fullest rank. None where
+        nobody counts.
+        """
         limit = self._engine.memory_limit
         if self._device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self._device)
@@ -77,9 +80,10 @@ class Budget:
         else:
             return None
         if self._world.size == 1:
-            return room  # without waiting for the device
-        rooms = all_gather(torch.tensor([room], device=self._device), self._world)
-        return int(torch.cat(rooms).min())
+            return room, room + kept  # without waiting for the device
+        own = torch.tensor([room, room + kept], device=self._device)
+        now, then = torch.stack(all_gather(own, self._world)).amin(dim=0).tolist()
+        return now, then
 
     def _refusal(self, work: Work, needed: int, room: int, weights: int) -> OutOfMemory:
         others = len(self._promises)
