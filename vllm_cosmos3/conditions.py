@@ -83,6 +83,7 @@ def resolve(request: GenerateRequest, model: ModelConfig) -> Parameters:
         )
     )
     _check_known(request, known, num_frames)
+    warnings += _without_effect(request, model)
     return Parameters(
         mode=mode,
         width=width,
@@ -533,6 +534,16 @@ def _fixed_steps(
             possible = f"{value:g} or left out: this checkpoint is distilled to {len(fixed)} steps"
             raise InvalidRequest(name, given, possible, "unsupported_parameter")
     return len(fixed), 1.0
+
+
+def _without_effect(request: GenerateRequest, model: ModelConfig) -> list[str]:
+    """A distilled checkpoint has its own noise levels, and no guidance that the rest is about."""
+    if model.scheduler.t_list is None:
+        return []
+    names = ("negative_prompt", "negative_prompt_token_ids", "guidance_interval", "flow_shift")
+    unused = [name for name in names if getattr(request, name) is not None]
+    unused += ["schedule"] if request.schedule != "native" else []
+    return [f"{name} has no effect on a distilled checkpoint" for name in unused]
 
 
 def _check_known(request: GenerateRequest, known: tuple[int, ...], num_frames: int) -> None:

@@ -158,6 +158,8 @@ def test_print_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["guidance_scale"] == ["4", "6", "6", "6"]
     assert rows["num_frames"] == ["1", "189", "189", "189"]
     assert rows["negative_metadata_mode"] == ["same"] * 4
+    assert rows["seg"] == ["2", "3", "93", "5000"]
+    assert rows["wsm"] == ["3", "1", "101", "101"]
     assert rows["umi"] == ["10", "20", "16", "256", "wrist_view"]
 
 

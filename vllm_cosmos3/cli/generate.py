@@ -290,7 +290,22 @@ def defaults_table() -> str:
         if item.default is not None:
             lines.append(f"  {item.name:30}{item.default}")
     lines += ["", "with actions", *_embodiments()]
+    lines += ["", "with controls; size, length and rate are those of the clips", *_controls()]
     return "\n".join(lines)
+
+
+def _controls() -> list[str]:
+    """The defaults that depend on the control, a line for each that is the only one."""
+    from vllm_cosmos3.hints import CONTROL_GUIDANCE
+    from vllm_cosmos3.transfer import default_of
+
+    names = ("guidance_scale", "num_video_frames_per_chunk", "max_frames")
+    lines = [f"  {'control':22}" + "".join(f"{name:>28}" for name in ("control_guidance", *names))]
+    for hint, strength in {**CONTROL_GUIDANCE, "several": 1.0}.items():
+        default = default_of((hint,))
+        values = (strength, default.guidance, default.chunk, default.limit)
+        lines.append(f"  {hint:22}" + "".join(f"{value:>28g}" for value in values))
+    return lines
 
 
 def _embodiments() -> list[str]:
