@@ -1,10 +1,10 @@
-"""Load on a server: N requests for images, videos, chat or robots' actions, in turn or at a rate.
+"""Load on a server: N requests for images, videos, chat, robots' actions or the state of a video.
 
     python benchmarks/serving.py --url http://127.0.0.1:8000 --kind videos --requests 20 \\
         --concurrency 4 --fields '{"size": "320x192", "num_frames": 25}'
 
 Closed loop keeps ``--concurrency`` requests under way; ``--rate`` sends them at that many a second,
-whatever the server does. Prints a table; ``--json FILE`` writes the same as JSON.
+whatever the server does. ``--kind polls`` makes one long video and asks how far it is. Prints a table; ``--json FILE`` writes the same as JSON.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import asyncio
 import json
 import time
 from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from vllm_cosmos3 import droid
 from vllm_cosmos3.server import msgpack
 
 POLL_SECONDS = 0.05
+LONG = {"size": "256x256", "num_frames": 61, "num_inference_steps": 200}  # of --kind polls
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,14 +67,22 @@ async def _load(
 ) -> list[Served | str]:
     """Send all requests, each after the other's turn or after its time."""
     turn = asyncio.Semaphore(args.concurrency if args.rate is None else args.requests)
+    if args.kind == "polls":
+        async with _under_way(client, {"prompt": args.prompt, **LONG, **fields}) as path:
+            return await _send_all(args, turn, lambda: _poll(client, path))
     send = {"images": _image, "videos": _video, "chat": _chat, "actions": _actions}[args.kind]
+    return await _send_all(args, turn, lambda: send(client, {"prompt": args.prompt, **fields}))
 
+
+async def _send_all(
+    args: argparse.Namespace, turn: asyncio.Semaphore, send: Callable[[], Awaitable[Served]]
+) -> list[Served | str]:
     async def one(index: int) -> Served | str:
         if args.rate is not None:
             await asyncio.sleep(index / args.rate)
         async with turn:
             try:
-                return await send(client, {"prompt": args.prompt, **fields})
+                return await send()
             except Refused as error:
                 return str(error)
             except (httpx.HTTPError, WebSocketException) as error:
@@ -129,6 +140,28 @@ async def _actions(client: httpx.AsyncClient, body: dict[str, Any]) -> Served:
     return Served(latency=latency, queue=timing["queue_ms"] / 1000, gpu=gpu)
 
 
+@asynccontextmanager
+async def _under_way(client: httpx.AsyncClient, body: dict[str, Any]) -> AsyncIterator[str]:
+    """The path of a video that is being denoised; it is deleted at the end."""
+    job = _accepted(await client.post("/v1/videos", json=body))
+    path = f"/v1/videos/{job['id']}"
+    try:
+        while job["cosmos3"]["phase"] != "denoise":
+            await asyncio.sleep(POLL_SECONDS)
+            job = _accepted(await client.get(path))
+        yield path
+        if (status := _accepted(await client.get(path))["status"]) != "in_progress":
+            print(f"the video was {status} before the last look; make it longer with --fields")
+    finally:
+        await client.delete(path)
+
+
+async def _poll(client: httpx.AsyncClient, path: str) -> Served:
+    start = time.perf_counter()
+    _accepted(await client.get(path))
+    return Served(latency=time.perf_counter() - start)
+
+
 def _accepted(answer: httpx.Response) -> dict[str, Any]:
     body: dict[str, Any] = answer.json()
     if answer.status_code != 200:
@@ -175,7 +208,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--api-key", default="EMPTY")
-    parser.add_argument("--kind", choices=("images", "videos", "chat", "actions"), default="images")
+    kinds = ("images", "videos", "chat", "actions", "polls")
+    parser.add_argument("--kind", choices=kinds, default="images")
     parser.add_argument("--requests", type=int, default=20)
     parser.add_argument(
         "--concurrency", type=int, default=4, help="under way at once (closed loop)"

@@ -135,6 +135,13 @@ def test_an_unknown_flag(
     assert line.endswith(hint)
 
 
+def test_one_api_process(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = (str(tiny_checkpoint), "--port", "0", "--api-server-count", "2")
+    line = refused(capsys, *argv)
+    assert line.startswith("--api-server-count is '2', must be 1, as each API process would start")
+    assert line.endswith("with the same --storage-path")
+
+
 def test_a_reasoner_alone_has_no_queue(capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(capsys, "x/y", "--surface", "reasoner", "--port", "0", "--max-queue", "4")
     assert line.startswith("--max-queue is 'given', must be left out: --surface reasoner")

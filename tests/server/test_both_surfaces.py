@@ -36,7 +36,15 @@ def server(
     folder = tmp_path_factory.mktemp("both")
     command = [str(BIN / "vllm-cosmos3"), "serve", str(tiny_checkpoint_fp32), "--max-queue", "5"]
     command += ["--storage-path", str(folder / "storage"), "--served-model-name", "tiny"]
-    command += ["--api-key", "EMPTY", *SMALL_ENGINE, "--max-model-len", "16384"]
+    command += [
+        "--api-key",
+        "EMPTY",
+        "--allowed-local-media-path",
+        str(folder),
+        *SMALL_ENGINE,
+        "--max-model-len",
+        "16384",
+    ]
     # A random model would pad JSON with blanks for ever.
     command += ["--structured-outputs-config.disable_any_whitespace=true"]
     command += ["--structured-outputs-config.backend=xgrammar"]
@@ -146,6 +154,19 @@ def test_robots_name_their_key_in_either_way(server: Server) -> None:
         for path in ("/", PATH):
             with pytest.raises(InvalidStatus, match="401"), robot(server.url, path, authorization):
                 pass
+
+
+@pytest.mark.parametrize("kind", ["image_url", "video_url"])
+@pytest.mark.parametrize("place", ["http://127.0.0.1:1/x", "http://no.such.host.invalid/x", "file://{folder}/missing"])  # fmt: skip
+def test_media_that_cannot_be_read(kind: str, place: str, server: Server) -> None:
+    url = place.format(folder=server.log.parent)
+    content = [{"type": kind, kind: {"url": url}}, {"type": "text", "text": "What is shown?"}]
+    body = {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 3}
+    url = f"{server.url}/v1/chat/completions"
+    answer = httpx.post(url, json=body, headers=KEY, timeout=60)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["code"] == 400
+    assert "cannot be read" in answer.json()["error"]["message"]
 
 
 def test_start_up_prints_the_stock_command(server: Server) -> None:

@@ -119,3 +119,13 @@ def test_the_load_generator(
     assert report["latency_s"]["p50"] <= report["latency_s"]["p99"]
     assert report["gpu_seconds_per_output"] > 0
     assert "p99" in output
+
+
+def test_the_load_of_polls(generator_server: Server, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "serving.py"), "--kind", "polls"]
+    command += ["--url", generator_server.url, "--requests", "300", "--concurrency", "50"]
+    output = run(tmp_path, *command, "--json", "report.json")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["requests"], report["errors"]) == (300, 0)
+    assert 0 < report["latency_s"]["p50"] <= report["latency_s"]["p99"]
+    assert "before the last look" not in output

@@ -23,13 +23,14 @@ from vllm_cosmos3.models.limits import DEFAULT_FPS, DEFAULT_FRAMES, FPS, FRAMES
 from vllm_cosmos3.models.reasoner_weights import check_folder, expected_tensors
 from vllm_cosmos3.server.command import run as run_generator
 from vllm_cosmos3.server.command import share_beside, web_parser
-from vllm_cosmos3.server.options import add_groups, from_mapping, given
+from vllm_cosmos3.server.options import ONE_PROCESS, add_groups, from_mapping, given
 
 TAKES_REST = True
 
 ARCHITECTURE = "Cosmos3ReasonerForConditionalGeneration"
 PLUGIN = "cosmos3"  # name of our entry points, which VLLM_PLUGINS can switch off
 DEFAULT_PORT = 8000  # vLLM's
+MEDIA_ERRORS = "vllm_cosmos3.server.media_errors.MediaErrors"  # 400 for what cannot be fetched
 
 _EPILOG = """\
 Every other flag is passed on to vLLM, for example --tensor-parallel-size 4, --max-model-len 32768,
@@ -133,6 +134,9 @@ def beside_generator(values: Mapping[str, Any], folder: Path | None, rest: list[
         Cosmos3Error: an option has a wrong value, or the generator cannot run here.
     """
     rest = list(rest)
+    processes = _value_of("--api-server-count", rest)
+    if processes not in (None, "1"):
+        raise InvalidRequest("--api-server-count", processes, ONE_PROCESS)
     additional = _json_flag("--additional-config", rest) or {}
     given_before = additional.get("cosmos3", {})
     if not isinstance(given_before, dict):
@@ -173,7 +177,7 @@ def stock_command(args: argparse.Namespace, folder: Path | None) -> list[str]:
             command += ["--config-format", "cosmos3"]
         if not _given("--tokenizer", rest) and not (folder / "tokenizer_config.json").is_file():
             command += ["--tokenizer", str(folder / "text_tokenizer")]
-    return command + rest
+    return [*command, "--middleware", MEDIA_ERRORS, *rest]
 
 
 def check_reasoner(folder: Path) -> None:

@@ -20,13 +20,14 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
+from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.server import info, metrics, openpi
 from vllm_cosmos3.server.app import routers
 from vllm_cosmos3.server.command import announce
 from vllm_cosmos3.server.envelope import Envelope
 from vllm_cosmos3.server.guardrails import Guardrails
 from vllm_cosmos3.server.keys import AnyScheme, Keys
-from vllm_cosmos3.server.options import from_mapping
+from vllm_cosmos3.server.options import ONE_PROCESS, from_mapping
 from vllm_cosmos3.server.routing import Route, service
 from vllm_cosmos3.server.service import Service
 from vllm_cosmos3.server.sizing import sized
@@ -63,6 +64,8 @@ class GeneratorRoutes:
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Start the generator beside the engine."""
+        if (args.api_server_count or 1) > 1:
+            raise InvalidRequest("--api-server-count", args.api_server_count, ONE_PROCESS)
         config = engine_client.vllm_config
         options = from_mapping(
             {

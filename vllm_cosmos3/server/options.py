@@ -256,6 +256,10 @@ def from_mapping(values: Mapping[str, Any]) -> Options:
     return Options(**values)
 
 
+ONE_PROCESS = (  # of vLLM's --api-server-count
+    "1, as each API process would start a generator of its own: run several servers, each on its "
+    "devices, with the same --storage-path"
+)
 SHARED = ("allowed_local_media_path", "allowed_media_domains")  # flags of vLLM too
 
 
