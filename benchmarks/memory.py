@@ -28,6 +28,7 @@ from vllm_cosmos3.errors import OutOfMemory
 from vllm_cosmos3.memory import Memory, estimate, work_of
 from vllm_cosmos3.pipeline import Pipeline
 from vllm_cosmos3.request import GenerateRequest
+from vllm_cosmos3.runtime.budget import lift_limit
 from vllm_cosmos3.runtime.mesh import Mesh, init_mesh
 
 GIB = 2**30
@@ -60,18 +61,22 @@ class Row:
 
 def main() -> int:
     args = parse()
-    device = torch.device(args.device)
+    device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
     mesh = init_mesh(ParallelConfig())
     plain = EngineConfig(
-        model=args.checkpoint, device=args.device, dtype=args.dtype, load_format=args.load_format
+        model=args.checkpoint, device=str(device), dtype=args.dtype, load_format=args.load_format
     )
     rows: list[Row] = []
     for name in args.placements or PLACEMENTS:
-        with loaded(replace(plain, **PLACEMENTS[name]), mesh, device) as (pipeline, loading):
-            for label in args.requests:
-                rows.append(measure(pipeline, name, label, loading, args))
-                print(table(rows[-1:]).splitlines()[-1], flush=True)
-    limits = [] if args.device == "cpu" else list(limited(plain, mesh, device, args))
+        rows += placed(replace(plain, **PLACEMENTS[name]), name, mesh, args)
+        free(device)
+    limits: list[str] = []
+    if device.type == "cuda":
+        for cap, settings in CAPS:
+            config = replace(plain, memory_limit=cap, **settings)
+            limits += capped(config, mesh, args)
+            free(device)
+        limits += refused(replace(plain, und_residency="gpu"), mesh, args)
     facts = provenance(device)
     print("\n".join(["", heading(facts), "", table(rows), "", *limits]))
     if args.json:
@@ -80,19 +85,30 @@ def main() -> int:
     return 0 if all(row.equal is not False for row in rows) else 1
 
 
-@contextmanager
-def loaded(
-    config: EngineConfig, mesh: Mesh, device: torch.device
-) -> Iterator[tuple[Pipeline, int]]:
-    """A pipeline and the bytes at the peak of loading it; nothing of it is left afterwards."""
+def load(config: EngineConfig, mesh: Mesh) -> tuple[Pipeline, int]:
+    """A pipeline, and the bytes at the peak of loading it."""
+    device = torch.device(config.device)
     reset_peak(device)
     pipeline = Pipeline.load(config, mesh, device)
-    yield pipeline, peak(device)
-    del pipeline
+    return pipeline, peak(device)
+
+
+def free(device: torch.device) -> None:
+    """Nothing of a pipeline that nobody refers to is left afterwards."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        lift_limit(device)
+
+
+def placed(config: EngineConfig, name: str, mesh: Mesh, args: argparse.Namespace) -> list[Row]:
+    """All requests with the weights in one place."""
+    pipeline, loading = load(config, mesh)
+    rows = []
+    for label in args.requests:
+        rows.append(measure(pipeline, name, label, loading, args))
+        print(table(rows[-1:]).splitlines()[-1], flush=True)
+    return rows
 
 
 def measure(
@@ -144,27 +160,24 @@ def measure(
     )
 
 
-def limited(
-    plain: EngineConfig,
-    mesh: Mesh,
-    device: torch.device,
-    args: argparse.Namespace,
-) -> Iterator[str]:
-    """What happens at the limits, a line each."""
-    largest = args.requests[-1]
-    for cap, settings in CAPS:
-        config = replace(plain, memory_limit=cap, **settings)
-        with loaded(config, mesh, device) as (pipeline, loading):
-            row = measure(pipeline, f"cap of {cap:g} GiB", largest, loading, args)
-            yield (
-                f"* Under a cap of {cap:g} GiB, text tower on the {pipeline.config.und_residency},"
-                f" layers {'streamed' if pipeline.config.layerwise_offload else 'resident'}:"
-                f" {largest} peaks at {row.peak / GIB:.1f} GiB, bits equal: {row.equal}."
-            )
-    config = replace(plain, und_residency="gpu")
-    with loaded(config, mesh, device) as (pipeline, _):
-        yield f"* Refused before any step: {refusal(pipeline, largest, args)}"
-        yield f"* Inside a step: {failure(pipeline, args)}"
+def capped(config: EngineConfig, mesh: Mesh, args: argparse.Namespace) -> Iterator[str]:
+    """The largest request, held to a limit by the allocator."""
+    pipeline, loading = load(config, mesh)
+    label, cap = args.requests[-1], config.memory_limit
+    row = measure(pipeline, f"cap of {cap:g} GiB", label, loading, args)
+    yield (
+        f"* Under a cap of {cap:g} GiB, text tower on the {pipeline.config.und_residency},"
+        f" layers {'streamed' if pipeline.config.layerwise_offload else 'resident'}:"
+        f" {label} peaks at {row.peak / GIB:.1f} GiB, {row.step_s:.2f} s a step,"
+        f" bits equal: {row.equal}."
+    )
+
+
+def refused(config: EngineConfig, mesh: Mesh, args: argparse.Namespace) -> Iterator[str]:
+    """What happens where memory does not suffice."""
+    pipeline, _ = load(config, mesh)
+    yield f"* Refused before any step: {refusal(pipeline, args.requests[-1], args)}"
+    yield f"* Inside a step: {failure(pipeline, args)}"
 
 
 def refusal(pipeline: Pipeline, label: str, args: argparse.Namespace) -> str:

@@ -116,6 +116,19 @@ def test_actions(folder: Path) -> None:
     assert policy["image_size"] == 256
 
 
+def test_controls(folder: Path) -> None:
+    made = record(
+        folder, prompt="a", model_mode="video2video", resolution="480", control_guidance=1.5,
+        edge={"control_path": None, "weight": 0.5, "preset_edge_threshold": "low"}, blur=True,
+        depth={"control_path": "b.mp4"}, seg="https://x.org/c.mp4",
+    )  # fmt: skip
+    assert made.fields == {
+        "prompt": "a", "image_size": 480, "control_guidance": 1.5, "blur": True,
+        "edge": {"control_weight": 0.5, "preset_edge_threshold": "low"},
+        "depth": {"control_path": str(folder / "b.mp4")}, "seg": "https://x.org/c.mp4",
+    }  # fmt: skip
+
+
 def test_defaults_lie_under_the_record(folder: Path) -> None:
     defaults = {"num_steps": 9, "guidance": 3.0, "of_another_version": 1, "shift": None}
     (folder / "d.json").write_text(json.dumps(defaults))
@@ -200,6 +213,7 @@ def test_names_order_and_globs(folder: Path) -> None:
         ({"prompt": "a", "prompt_upsampler_top_p": 2}, "prompt_upsampler_top_p is 2, must be"),
         ({"prompt": "a", "name": "../up"}, "name is '../up', must be one folder name"),
         ({"prompt": "a", "continue_from": "later"}, "continue_from is 'later', must be the name of a record before"),
+        ({"prompt": "a", "depth": {"control_path": "none.mp4"}}, "depth.control_path is 'none.mp4', must be a file"),
         ({"prompt": "a", "defaults_file": "prompt.txt"}, "defaults_file is 'prompt.txt', must be a file with a JSON object"),
     ],
 )  # fmt: skip

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
 
 from vllm_cosmos3 import droid
 from vllm_cosmos3.conditions import make_plan
@@ -21,6 +22,11 @@ from vllm_cosmos3.request import from_fields
 
 def message(**changes: Any) -> dict[str, Any]:
     return {k: v for k, v in (droid.example() | changes).items() if v is not None}
+
+
+def end_effector(position: Any, quaternion: Any, gripper: Any = 0.25) -> dict[str, Any]:
+    measured = {droid.POSITION: position, droid.QUATERNION: quaternion, droid.GRIPPER: gripper}
+    return droid.example() | measured
 
 
 def test_the_views_are_laid_out_as_in_the_training() -> None:
@@ -70,7 +76,7 @@ BAD: dict[str, Any] = {
     "prompt": [None, 3, b"go"],
     droid.WRIST: [None, 1, np.zeros((4, 4, 3), np.uint8), np.zeros((90, 160, 4), np.uint8)],
     droid.FROM_ONE[1]: [None, np.zeros((90, 160, 3), np.float32)],
-    droid.IMAGE: [None, np.zeros((16, 9000, 3), np.uint8)],
+    droid.IMAGE: [None, np.zeros((16, 2561, 3), np.uint8)],
     droid.ARM: [None, True, "x", [1, "x"], [[1], [1, 2]], [{}] * 7, np.zeros((0, 7)), np.zeros((1, 1, 7)), np.full(7, np.inf)],
     droid.GRIPPER: [None, False, np.zeros(0), np.zeros((2, 2)), np.zeros(1, bool), "0.5"],
     "sampling_params": [3, [1]],
@@ -91,6 +97,31 @@ def test_what_is_wrong_is_named(key: str, value: Any) -> None:
     assert f"{key} is " in str(refused.value)
 
 
+VALUES: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.binary(),
+    lambda inner: st.lists(inner, max_size=8) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=10,
+) | arrays.arrays(
+    st.sampled_from(["u1", "i8", "f2", "f8", "b1"]), arrays.array_shapes(min_dims=0, max_side=8)
+)
+
+
+@given(st.dictionaries(st.sampled_from([*BAD, droid.POSITION, droid.QUATERNION]), VALUES))
+@settings(max_examples=300, deadline=None)
+def test_whatever_is_sent_is_read_or_refused_by_its_key(changes: dict[str, Any]) -> None:
+    views = dict.fromkeys((droid.WRIST, *droid.FROM_ONE), np.zeros((16, 16, 3), np.uint8))
+    for space in (droid.JOINT_POS, droid.MIDTRAIN):
+        usual = end_effector(np.zeros(3), np.ones(4)) | views
+        try:
+            seen = droid.read(usual | changes, space)
+        except InvalidRequest as error:
+            at_fault = error.field.split(".")[0]
+        else:
+            at_fault = next(iter(changes), "nothing")
+            assert np.isfinite(seen.state).all()
+        assert at_fault in {*changes, "nothing"}
+
+
 @given(st.lists(st.floats(-3, 3, width=32), min_size=8, max_size=8))
 def test_the_gripper_is_turned_around_on_both_ways(state: list[float]) -> None:
     seen = droid.Observation(
@@ -104,11 +135,6 @@ def test_the_gripper_is_turned_around_on_both_ways(state: list[float]) -> None:
     np.testing.assert_allclose(back, state, atol=1e-6)
     assert given_to_model[:7] == state[:7]
     assert given_to_model[7] == pytest.approx(1 - state[7], abs=1e-6)
-
-
-def end_effector(position: Any, quaternion: Any, gripper: Any = 0.25) -> dict[str, Any]:
-    measured = {droid.POSITION: position, droid.QUATERNION: quaternion, droid.GRIPPER: gripper}
-    return droid.example() | measured
 
 
 @given(st.integers(0, 2**32 - 1))

@@ -141,3 +141,14 @@ def test_distilled_checkpoints_have_their_own_steps_and_scale(
     with pytest.raises(InvalidRequest, match="distilled to 4 steps") as refusal:
         resolve(GenerateRequest(prompt="a", image=PICTURE, **{field: 7}), model)
     assert refusal.value.field == field
+
+
+def test_what_a_distilled_checkpoint_does_not_use_is_told(folders: dict[str, Path]) -> None:
+    model = read_config(folders["distilled-t2i"])
+    plain = {"prompt": "a", "num_frames": 1}
+    assert resolve(GenerateRequest(**plain), model).warnings == ()
+    unused = {"flow_shift": 5.0, "negative_prompt": "b", "schedule": "karras"}
+    warnings = resolve(GenerateRequest(**plain, **unused), model).warnings
+    assert {warning.split()[0] for warning in warnings} == unused.keys()
+    base = read_config(folders["base"])
+    assert resolve(GenerateRequest(**plain, **unused), base).warnings == ()

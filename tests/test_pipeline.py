@@ -16,6 +16,7 @@ from vllm_cosmos3 import pipeline as pipeline_module
 from vllm_cosmos3.checkpoint import write_checkpoint
 from vllm_cosmos3.config import EngineConfig, ParallelConfig
 from vllm_cosmos3.errors import CheckpointError
+from vllm_cosmos3.media import Clip, read_video
 from vllm_cosmos3.models.texts import RecentTexts
 from vllm_cosmos3.output import Output
 from vllm_cosmos3.pipeline import Pipeline
@@ -122,6 +123,34 @@ def test_branches_may_be_evaluated_together_or_one_by_one(
     assert len(calls) - steps == 2 * steps
     scale = np.abs(vision(one_by_one)).max()
     assert np.abs(vision(together) - vision(one_by_one)).max() <= 1e-5 * scale
+
+
+def test_a_clip_is_written_while_it_is_decoded(pipeline: Pipeline, tmp_path: Path) -> None:
+    plan = pipeline.plan(from_fields({**SMALL, "output_type": "pixels", "generate_sound": True}))
+    clip = Clip(path=tmp_path / "boat.mp4", crf=0)
+    state = pipeline.encode(plan)
+    while not state.done:
+        pipeline.step(state)
+    pipeline.decode(state, clip)
+    output = pipeline.finish(state)
+    assert output.video is not None
+    written = clip.path.read_bytes()
+    assert output.save(clip.path, crf=0) == [clip.path]
+    assert clip.path.read_bytes() == written  # nothing was left to do
+    again = tmp_path / "again.mp4"
+    output.save(again, crf=0)
+    frames, expected = (read_video(file, frames=len(output.video)) for file in (clip.path, again))
+    assert (frames == expected).all()
+    assert len(frames) == SMALL["num_frames"]
+
+
+def test_several_results_have_no_clip(pipeline: Pipeline, tmp_path: Path) -> None:
+    state = pipeline.encode(pipeline.plan(from_fields({**SMALL, "output_type": "pixels", "n": 2})))
+    while not state.done:
+        pipeline.step(state)
+    pipeline.decode(state, Clip(path=tmp_path / "boat.mp4"))
+    assert [sample.clip for sample in pipeline.finish(state).samples] == [None, None]
+    assert not list(tmp_path.iterdir())
 
 
 def test_several_results_are_those_of_their_seeds(pipeline: Pipeline) -> None:

@@ -128,6 +128,7 @@ CONFLICTS: list[tuple[str, dict[str, Any]]] = [
     ("num_frames", {"edge": "a.mp4", "num_frames": 1}),
     ("generate_sound", EDGE | {"generate_sound": True}),
     ("condition_frame_indexes_vision", EDGE | {"condition_frame_indexes_vision": [0]}),
+    ("condition_video_keep", EDGE | {"condition_video_keep": "last"}),
     ("edge.control", {"edge": True}),
     ("depth.control", {"depth": True, "video": "a.mp4"}),
     ("seg.control", {"seg": {"control_weight": 2}}),

@@ -68,7 +68,7 @@ class Toy:
         state.total += self._sum()
         state.index += 1
 
-    def decode(self, state: ToyState) -> None:
+    def decode(self, state: ToyState, clip: object) -> None:
         self._moment(state.plan, "decode")
         self._sum()
 

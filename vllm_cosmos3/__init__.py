@@ -10,8 +10,10 @@ _PUBLIC = {
     "Cosmos3": "vllm_cosmos3.engine",
     "GenerateRequest": "vllm_cosmos3.request",
     "Output": "vllm_cosmos3.output",
+    "Question": "vllm_cosmos3.questions",
+    "Reasoner": "vllm_cosmos3.reasoner",
 }
-__all__ = ["Cosmos3", "GenerateRequest", "Output", "__version__"]
+__all__ = ["Cosmos3", "GenerateRequest", "Output", "Question", "Reasoner", "__version__"]
 
 
 def __getattr__(name: str) -> object:

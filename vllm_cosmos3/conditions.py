@@ -1,6 +1,6 @@
 """From a request to a plan: the only place where a mode means anything.
 
-A mode is a row of `DEFAULTS` and a condition: which latent frames are known, and from what pixels.
+A mode is a row of `defaults.DEFAULTS` and a condition: which latent frames are known, and from what pixels.
 Everything is checked here before a weight is touched, given the checkpoint's own numbers.
 """
 
@@ -16,6 +16,14 @@ import numpy as np
 from vllm_cosmos3 import actions, media, prompts, transfer
 from vllm_cosmos3.actions import Action
 from vllm_cosmos3.config import ModelConfig
+from vllm_cosmos3.defaults import (
+    ACTION_GUIDANCE,
+    ACTION_SHIFT,
+    ACTION_STEPS,
+    DEFAULTS,
+    TRANSFER_TIER,
+    Defaults,
+)
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.hints import HINTS
 from vllm_cosmos3.kinds import check_mode
@@ -33,58 +41,6 @@ from vllm_cosmos3.sizes import (
     tier_of,
 )
 from vllm_cosmos3.transfer import Transfer
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Defaults:
-    """What a mode takes for the fields that a request leaves out."""
-
-    width: int
-    height: int
-    num_frames: int
-    fps: float
-    num_inference_steps: int
-    guidance_scale: float
-    flow_shift: float
-    condition_frame_indexes_vision: tuple[int, ...]
-    negative_prompts: tuple[str, ...]  # files under assets/ of the checkpoint; none: empty text
-    negative_metadata_mode: str = "same"
-
-
-_VIDEO = Defaults(
-    width=1280,
-    height=720,
-    num_frames=189,
-    fps=24.0,
-    num_inference_steps=35,
-    guidance_scale=6.0,
-    flow_shift=10.0,
-    condition_frame_indexes_vision=(),
-    negative_prompts=("negative_prompt.json",),
-)
-DEFAULTS = {
-    "text2image": Defaults(
-        width=960,
-        height=960,
-        num_frames=1,
-        fps=24.0,
-        num_inference_steps=50,
-        guidance_scale=4.0,
-        flow_shift=3.0,
-        condition_frame_indexes_vision=(),
-        negative_prompts=(),
-    ),
-    "text2video": _VIDEO,
-    "image2video": replace(
-        _VIDEO,
-        condition_frame_indexes_vision=(0,),
-        negative_prompts=("negative_prompt_i2v.json", "negative_prompt.json"),
-    ),
-    "video2video": replace(_VIDEO, condition_frame_indexes_vision=(0, 1)),
-}
-# With actions, where size, length and rate follow from the embodiment and the picture.
-ACTION_STEPS, ACTION_GUIDANCE, ACTION_SHIFT = 30, 1.0, 10.0
-TRANSFER_TIER = 720  # of sizes, where the request names none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +83,7 @@ def resolve(request: GenerateRequest, model: ModelConfig) -> Parameters:
         )
     )
     _check_known(request, known, num_frames)
+    warnings += _without_effect(request, model)
     return Parameters(
         mode=mode,
         width=width,
@@ -189,7 +146,7 @@ def resolve_transfer(
     request: GenerateRequest, model: ModelConfig, followed: Transfer
 ) -> Parameters:
     """The same for a transfer, whose clips have settled most."""
-    default = replace(_VIDEO, guidance_scale=followed.guidance_scale)
+    default = replace(DEFAULTS["text2video"], guidance_scale=followed.guidance_scale)
     width, height, chunks = followed.width, followed.height, followed.chunks
     steps, guidance = _fixed_steps(request, model, default)
     limit = round_frames(MAX_TRAINED_FRAMES[tier_of(width, height)])
@@ -577,6 +534,16 @@ def _fixed_steps(
             possible = f"{value:g} or left out: this checkpoint is distilled to {len(fixed)} steps"
             raise InvalidRequest(name, given, possible, "unsupported_parameter")
     return len(fixed), 1.0
+
+
+def _without_effect(request: GenerateRequest, model: ModelConfig) -> list[str]:
+    """A distilled checkpoint has its own noise levels, and no guidance that the rest is about."""
+    if model.scheduler.t_list is None:
+        return []
+    names = ("negative_prompt", "negative_prompt_token_ids", "guidance_interval", "flow_shift")
+    unused = [name for name in names if getattr(request, name) is not None]
+    unused += ["schedule"] if request.schedule != "native" else []
+    return [f"{name} has no effect on a distilled checkpoint" for name in unused]
 
 
 def _check_known(request: GenerateRequest, known: tuple[int, ...], num_frames: int) -> None:

@@ -31,7 +31,7 @@ WIDTH = 8  # of an answer: seven joints, or position and quaternion; and the gri
 HORIZON = 32  # actions of one answer
 FPS = 15.0  # actions per second
 CANVAS = (540, 640)  # height and width of the composed views
-MAX_SIDE = 8192  # pixels of a camera
+MAX_SIDE = 2560  # pixels of a camera; those of DROID have 2208
 VIEWS = (
     "The top row is from the wrist-mounted camera. The bottom row contains two horizontally "
     "concatenated third-person perspective views of the scene from opposite sides, with the robot "
@@ -235,9 +235,13 @@ def _numbers(message: Mapping[str, Any], key: str, possible: str) -> NDArray[np.
         numbers = np.asarray(value)
     except ValueError:  # rows of several lengths
         raise InvalidRequest(key, value, possible, "invalid_type") from None
-    if numbers.dtype.kind not in "iuf" or not np.isfinite(numbers).all():
-        raise InvalidRequest(key, f"an array {numbers.dtype}", f"finite: {possible}")
-    return numbers.astype(np.float32)
+    if numbers.dtype.kind not in "iuf":
+        raise InvalidRequest(key, f"an array {numbers.dtype}", possible, "invalid_type")
+    with np.errstate(over="ignore"):
+        singles: NDArray[np.float32] = numbers.astype(np.float32)
+    if not np.isfinite(singles).all():
+        raise InvalidRequest(key, "not finite", f"finite: {possible}")
+    return singles
 
 
 def _sampling(message: Mapping[str, Any]) -> Mapping[str, Any]:

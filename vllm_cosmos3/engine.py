@@ -22,6 +22,7 @@ from vllm_cosmos3.conditions import make_plan
 from vllm_cosmos3.config import EngineConfig, ParallelConfig, read_config
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
 from vllm_cosmos3.hub import resolve
+from vllm_cosmos3.media import Clip
 from vllm_cosmos3.output import Output, Progress, Report, Sample
 from vllm_cosmos3.plan import Plan
 from vllm_cosmos3.prompts import load_tokenizer
@@ -134,6 +135,7 @@ class Cosmos3:
         requests: Request | str | None = None,
         *,
         progress: Report | None = None,
+        clip: Clip | None = None,
         **fields: Any,
     ) -> Output: ...
 
@@ -142,18 +144,20 @@ class Cosmos3:
         requests: Request | str | Sequence[Request] | None = None,
         *,
         progress: Report | None = None,
+        clip: Clip | None = None,
         **fields: Any,
     ) -> Output | list[Output]:
         """Run one request, given by its fields, or a list of requests.
 
         ``requests`` is a `GenerateRequest`, a mapping of its fields, a prompt, or a list of the
         first two. All of a list are checked before the first one runs. ``progress`` is called
-        after every step; what it raises ends the request.
+        after every step; what it raises ends the request. The video of a single request is written
+        to ``clip`` while it is decoded; `Output.save` to the same path then has nothing to do.
 
         Raises:
             InvalidRequest: a field has a value that cannot be served.
         """
-        return self._generate(requests, fields, progress or _ignore, threading.Event())
+        return self._generate(requests, fields, progress or _ignore, threading.Event(), clip)
 
     async def agenerate(
         self,
@@ -207,23 +211,31 @@ class Cosmos3:
         fields: Mapping[str, Any],
         report: Report,
         cancelled: threading.Event,
+        clip: Clip | None = None,
     ) -> Output | list[Output]:
         several = isinstance(requests, Sequence) and not isinstance(requests, str)
         if several and fields:
             name = next(iter(fields))
             raise InvalidRequest(name, fields[name], "part of each request, as a list was given")
+        if several and clip is not None:
+            raise InvalidRequest("clip", str(clip.path), "for a single request")
         given = list(requests) if several else [_request(requests, fields)]  # type: ignore[arg-type]
         with self._lock:
             runner = self._open()
             plans = [self.plan(_request(item, {})) for item in given]
-            outputs = [self._run(runner, plan, report, cancelled) for plan in plans]
+            outputs = [self._run(runner, plan, report, cancelled, clip) for plan in plans]
         return outputs if several else outputs[0]
 
     def _run(
-        self, runner: Runner, plan: Plan, report: Report, cancelled: threading.Event
+        self,
+        runner: Runner,
+        plan: Plan,
+        report: Report,
+        cancelled: threading.Event,
+        clip: Clip | None,
     ) -> Output:
         start = time.perf_counter()
-        output = runner.run(plan, report, cancelled)
+        output = runner.run(plan, report, cancelled, clip)
         total = time.perf_counter() - start
         timings = {"model_load": self.load_seconds, **output.timings, "total": total}
         return replace(output, timings=timings)

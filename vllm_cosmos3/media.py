@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -190,6 +191,14 @@ def fit_inside(frames: Pixels, *, height: int, width: int) -> tuple[Pixels, tupl
             frame = x[0].round().clamp(0, 255).movedim(0, 2).numpy().astype(np.uint8)  # noqa: PLW2901
         target[:] = np.pad(frame, ((0, down), (0, right), (0, 0)), mode)
     return out, (rows, columns)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clip:
+    """An MP4 to be written while its frames are still being made. ``crf`` as for `VideoWriter`."""
+
+    path: Path
+    crf: int = 18
 
 
 class VideoWriter:

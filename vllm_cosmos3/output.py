@@ -34,7 +34,7 @@ class Sample:
     ``video`` is uint8 [T, H, W, 3], ``image`` uint8 [H, W, 3] where one frame was asked for,
     ``sound`` float32 [2, N] in [-1, 1], ``action`` float32 [T_a, raw_action_dim], ``latents``
     float32 by stream: vision [1, 48, T, h, w], sound [64, T_s], action [T_a, 64]. What was not
-    asked for is None.
+    asked for is None. ``clip`` is the file that holds the video already.
     """
 
     seed: int
@@ -43,6 +43,7 @@ class Sample:
     sound: np.ndarray | None = None
     action: np.ndarray | None = None
     latents: Mapping[str, np.ndarray] | None = None
+    clip: media.Clip | None = None
 
     @property
     def empty(self) -> bool:
@@ -126,6 +127,8 @@ class Output:
 
     def _write(self, path: Path, sample: Sample, crf: int, quality: int) -> None:
         suffix = path.suffix.lower()
+        if sample.clip == media.Clip(path=path, crf=crf):
+            return
         if sample.video is not None and suffix in VIDEO_SUFFIXES:
             media.write_video(
                 path,

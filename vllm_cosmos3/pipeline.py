@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor
 from vllm_cosmos3 import conditions, prompts
 from vllm_cosmos3.config import EngineConfig, ModelConfig, read_config
 from vllm_cosmos3.inventory import sound_tensors, transformer_tensors, vae_tensors
+from vllm_cosmos3.media import Clip, VideoWriter
 from vllm_cosmos3.memory import check_weights, decided, usual_work, work_of
 from vllm_cosmos3.memory.estimate import TEXT_BYTES
 from vllm_cosmos3.models.sound import SoundVAE
@@ -57,6 +60,7 @@ from vllm_cosmos3.sampling.schedule import Schedule, make_schedule
 from vllm_cosmos3.sampling.solvers import SOLVERS
 from vllm_cosmos3.sampling.solvers import State as SolverState
 
+AHEAD = 300.0  # milliseconds
 JOINED_TOKENS = 2048  # of all branches, up to which one forward is faster than one for each
 
 Forward = Callable[..., Sequence[tuple[Tensor, ...]]]  # of the timestep and each stream's x
@@ -217,18 +221,23 @@ class Pipeline:
             state.streams, state.solver = (), ()
 
     @torch.inference_mode()
-    def decode(self, state: State) -> None:
-        """Turn the latents of every sample into pixels and sound on the host."""
+    def decode(self, state: State, clip: Clip | None = None) -> None:
+        """Turn the latents of every sample into pixels and sound on the host.
+
+        The video of a request for a single one is written to ``clip`` meanwhile.
+        """
         for branch, context in state.contexts.items():
             self.texts.keep(tuple(state.plan.token_ids[branch]), *context.texts)
         state.contexts.clear()
         state.forwards.clear()
         count = len(state.plan.chunks)
-        for sample, seed in enumerate(state.plan.seeds):
-            chunks = state.denoised[sample * count : (sample + 1) * count]
+        for place, seed in enumerate(state.plan.seeds):
+            chunks = state.denoised[place * count : (place + 1) * count]
             if state.plan.decoded:
-                before = state.frames[sample * (count - 1) : (sample + 1) * (count - 1)]
-                state.samples.append(self._decoded(state, seed, chunks[-1], before))
+                before = state.frames[place * (count - 1) : (place + 1) * (count - 1)]
+                single = len(state.plan.seeds) == 1
+                sample = self._decoded(state, seed, chunks[-1], before, clip if single else None)
+                state.samples.append(sample)
             else:
                 state.samples.append(self._undecoded(state, seed, chunks))
         state.denoised.clear()
@@ -415,35 +424,51 @@ class Pipeline:
         return Sample(seed=seed, latents=arrays, action=_actions(state.plan, latents))
 
     def _decoded(
-        self, state: State, seed: int, latents: dict[str, Tensor], before: list[Tensor]
+        self,
+        state: State,
+        seed: int,
+        latents: dict[str, Tensor],
+        before: list[Tensor],
+        clip: Clip | None,
     ) -> Sample:
         """Pixels and sound of the last chunk, after the frames of those ``before``."""
-        first = self.mesh.world.rank == 0
-        with state.timers.phase("vae_decode"):
-            # Bytes at once: a chunk of floats lives only until the next one.
-            chunks = [to_frames(chunk) for chunk in self.vae.decode(latents["vision"]) if first]
-        if not first:
-            return Sample(seed=seed)
+        first, plan = self.mesh.world.rank == 0, state.plan
         waveform = None
         with state.timers.phase("sound"):
-            if self.sound is not None and "sound" in latents:
-                waveform = self.sound.decode(latents["sound"])
-        with state.timers.phase("to_cpu"):
-            pixels = torch.cat(chunks)[state.plan.overlap if before else 0 :].cpu()
-            pixels_THWC = torch.cat([*before, pixels])[: state.plan.num_frames].numpy()
-            pixels_THWC = np.concatenate([*state.plan.beside, pixels_THWC], axis=2)
-            sound = None if waveform is None else waveform.float().cpu().numpy()
-        if len(pixels_THWC) == 1:
-            return Sample(seed=seed, image=pixels_THWC[0])
-        action = _actions(state.plan, latents)
-        return Sample(seed=seed, video=pixels_THWC, sound=sound, action=action)
+            if first and self.sound is not None and "sound" in latents:
+                waveform = self.sound.decode(latents["sound"]).float().cpu().numpy()
+        with state.timers.phase("vae_decode"):
+            chunks = self.vae.decode(latents["vision"])
+            if not first:
+                deque(chunks, maxlen=0)  # the ranks exchange borders
+                return Sample(seed=seed)
+            shown = _shown(plan, before, on_host(to_frames(chunk) for chunk in chunks))
+            if latents["vision"].shape[2] == 1:
+                clip = None  # a picture
+            writing: AbstractContextManager[VideoWriter | None] = nullcontext()
+            if clip is not None:
+                rate = self.model.sound.sampling_rate if self.model.sound else 48_000
+                writing = VideoWriter(
+                    clip.path, fps=plan.fps, sound=waveform, sample_rate=rate, crf=clip.crf
+                )
+            with writing as writer:
+                parts = []
+                for frames in shown:
+                    parts.append(frames)
+                    if writer is not None:
+                        writer.write(frames)
+        video, action = np.concatenate(parts), _actions(plan, latents)
+        if len(video) == 1:
+            return Sample(seed=seed, image=video[0])
+        return Sample(seed=seed, video=video, sound=waveform, action=action, clip=clip)
 
 
 class Timers:
     """Seconds per phase of one request, measured on the device without stopping it.
 
-    An accelerator is asked for the times at the end. A ``paced`` phase lets the host run at most
-    one phase ahead, so that progress tells the truth and a cancelled request stops soon.
+    An accelerator is asked for the times at the end. A ``paced`` phase starts when the one before
+    has ended, so that progress tells the truth and a cancelled request stops soon; where phases are
+    shorter than AHEAD the host runs one of them ahead, so that the device never waits for it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -461,12 +486,20 @@ class Timers:
             self._seconds[name] += time.perf_counter() - start
             return
         if paced and self._spans:
-            self._spans[-1][2].synchronize()
+            self._pace()
         before, after = (torch.Event(self._device, enable_timing=True) for _ in range(2))
         before.record()
         yield
         after.record()
         self._spans.append((name, before, after))
+
+    def _pace(self) -> None:
+        if len(self._spans) > 1:
+            _, before, after = self._spans[-2]
+            after.synchronize()
+            if before.elapsed_time(after) < AHEAD:
+                return
+        self._spans[-1][2].synchronize()
 
     def totals(self) -> dict[str, float]:
         """Seconds of every phase so far. Waits for the device."""
@@ -488,6 +521,55 @@ def _guidance(plan: Plan, schedule: Schedule) -> tuple[Scales, ...]:
 def _actions(plan: Plan, latents: dict[str, Tensor]) -> np.ndarray | None:
     """The actions that a request has made."""
     return None if plan.actions is None else plan.actions.read(latents["action"].cpu().numpy())
+
+
+def on_host(chunks: Iterable[Tensor]) -> Iterator[np.ndarray]:
+    """Each chunk as an array, copied from an accelerator while the next one is being made.
+
+    The copy goes through pinned memory, which torch keeps and uses again.
+    """
+    waiting: deque[tuple[Tensor, torch.Event]] = deque()
+    for chunk in chunks:
+        if chunk.device.type == "cpu":
+            yield chunk.numpy()
+            continue
+        pinned = torch.empty(chunk.shape, dtype=chunk.dtype, pin_memory=True)
+        pinned.copy_(chunk, non_blocking=True)
+        copied = torch.Event(chunk.device)
+        copied.record()
+        waiting.append((pinned, copied))
+        if len(waiting) > 1:
+            yield _arrived(*waiting.popleft())
+    while waiting:
+        yield _arrived(*waiting.popleft())
+
+
+def _arrived(pinned: Tensor, copied: torch.Event) -> np.ndarray:
+    copied.synchronize()
+    return np.array(pinned)
+
+
+def _shown(
+    plan: Plan, before: Sequence[Tensor], last: Iterable[np.ndarray]
+) -> Iterator[np.ndarray]:
+    """The frames of a sample in order: of earlier chunks, then of the last without its overlap.
+
+    What is shown beside them is joined on; frames beyond those that were asked for are left out.
+    """
+    at, hidden = 0, plan.overlap if before else 0
+    for part in chain((chunk.numpy() for chunk in before), _without(last, hidden)):
+        frames = part if plan.num_frames is None else part[: plan.num_frames - at]
+        beside = [shown[at : at + len(frames)] for shown in plan.beside]
+        at += len(frames)
+        yield np.concatenate([*beside, frames], axis=2) if beside else frames
+
+
+def _without(chunks: Iterable[np.ndarray], hidden: int) -> Iterator[np.ndarray]:
+    """All chunks without the first ``hidden`` frames."""
+    for chunk in chunks:
+        if hidden < len(chunk):
+            yield chunk[hidden:]
+        hidden = max(0, hidden - len(chunk))
 
 
 def _groups(state: State, branches: Sequence[int]) -> Iterator[tuple[int, ...]]:

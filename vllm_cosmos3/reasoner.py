@@ -50,6 +50,7 @@ class Reasoner:
 
     Raises:
         CheckpointError: the checkpoint is missing or incomplete.
+        Cosmos3Error: vLLM does not start, of which its own messages tell more.
     """
 
     def __init__(
@@ -66,16 +67,20 @@ class Reasoner:
         from vllm import LLM
 
         folder = resolve(model, revision, weights=False)
-        self._llm: Any = LLM(
-            model=str(model),
-            revision=revision,
-            dtype=dtype,  # type: ignore[arg-type, unused-ignore]
-            tensor_parallel_size=tensor_parallel_size,
-            load_format=load_format,
-            enforce_eager=enforce_eager,
-            allowed_local_media_path="/",  # files that this user names to this process
-            **_settings(folder, max_model_len),
-        )
+        try:
+            self._llm: Any = LLM(
+                model=str(model),
+                revision=revision,
+                dtype=dtype,  # type: ignore[arg-type, unused-ignore]
+                tensor_parallel_size=tensor_parallel_size,
+                load_format=load_format,
+                enforce_eager=enforce_eager,
+                allowed_local_media_path="/",  # files that this user names to this process
+                **_settings(folder, max_model_len),
+            )
+        except (RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise Cosmos3Error(f"vLLM does not start the reasoner: {reason}") from error
 
     def ask(self, questions: Sequence[Question]) -> list[Answer]:
         """The answers, in the order of the questions. Many at once take less time than one by one.

@@ -15,6 +15,7 @@ from typing import Any
 
 from vllm_cosmos3 import prompts
 from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.hints import HINTS
 from vllm_cosmos3.questions import SAMPLING
 from vllm_cosmos3.request import SPECS
 from vllm_cosmos3.sizes import ASPECT_RATIOS, TRAINED_SIZES
@@ -46,7 +47,6 @@ MODES: dict[str, tuple[str | None, dict[str, Any]]] = {
     "reasoner": (None, {}),
 }
 ACTION = ("forward_dynamics", "inverse_dynamics", "policy", "wam")
-HINTS = ("edge", "blur", "depth", "seg", "wsm")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
 UNSUPPORTED = {
@@ -103,6 +103,10 @@ class Record:
     def placed(self, error: InvalidRequest) -> InvalidRequest:
         """The same error with file, record and the field as the record spells it."""
         return placed(self.where, error, self.names)
+
+
+# What an item of a record means in our fields: from the entry, its value and the whole record.
+Reader = Callable[[Entry, Any, Mapping[str, Any]], dict[str, Any]]
 
 
 def placed(
@@ -208,10 +212,10 @@ def _follow_mode(mode: str | None, fields: dict[str, Any], names: dict[str, str]
         return
     wanted, implied = MODES[mode]
     given = next((kind for kind in ("image", "video", "continue_from") if kind in fields), None)
-    if wanted is not None and given is None:
+    if wanted is not None and given is None and not any(hint in fields for hint in HINTS):
         raise InvalidRequest("vision_path", None, f"the {wanted} of {mode}", "missing_required")
     fits = {wanted, "continue_from"} if wanted == "image" else {wanted}
-    if given not in fits and implied.get("action_mode") != "policy":
+    if given is not None and given not in fits and implied.get("action_mode") != "policy":
         possible = f"left out for {mode}" if wanted is None else f"the {wanted} of {mode}"
         raise InvalidRequest(names[str(given)], fields[str(given)], possible, "conflict")
     for field, value in implied.items():
@@ -277,7 +281,7 @@ def _question(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in fields.items() if k in ("prompt", "image", "video", "seed", *SAMPLING)}
 
 
-# Items that mean more than another name. Each gets the entry, its value and the whole record.
+# Items that mean more than another name.
 
 
 def _file(entry: Entry, name: str, value: Any) -> str:
@@ -313,7 +317,7 @@ def _text_of(entry: Entry, name: str, value: Any) -> str:
     return json.dumps(parsed, separators=(",", ":"))
 
 
-def _text(field: str) -> Callable[[Entry, Any, Mapping[str, Any]], dict[str, Any]]:
+def _text(field: str) -> Reader:
     """A prompt, which may stand as an object: the model reads its compact JSON."""
 
     def read(_: Entry, value: Any, __: Mapping[str, Any]) -> dict[str, Any]:
@@ -323,7 +327,7 @@ def _text(field: str) -> Callable[[Entry, Any, Mapping[str, Any]], dict[str, Any
     return read
 
 
-def _text_file(field: str, name: str) -> Callable[[Entry, Any, Mapping[str, Any]], dict[str, Any]]:
+def _text_file(field: str, name: str) -> Reader:
     def read(entry: Entry, value: Any, values: Mapping[str, Any]) -> dict[str, Any]:
         if field in values:
             raise InvalidRequest(name, value, f"left out, as {field} is given", "conflict")
@@ -332,7 +336,7 @@ def _text_file(field: str, name: str) -> Callable[[Entry, Any, Mapping[str, Any]
     return read
 
 
-def _source(field: str) -> Callable[[Entry, Any, Mapping[str, Any]], dict[str, Any]]:
+def _source(field: str) -> Reader:
     def read(entry: Entry, value: Any, _: Mapping[str, Any]) -> dict[str, Any]:
         return {field: _file(entry, field, value)}
 
@@ -385,9 +389,7 @@ def _aspect_ratio(entry: Entry, _: Any, values: Mapping[str, Any]) -> dict[str, 
     return {} if mode_sizes else _resolution(entry, 720, values)
 
 
-def _template(
-    field: str, sentences: tuple[str, ...]
-) -> Callable[[Entry, Any, Mapping[str, Any]], dict[str, Any]]:
+def _template(field: str, sentences: tuple[str, ...]) -> Reader:
     """A sentence that ends the prompt: the trained one, or none if it is empty."""
 
     def read(_: Entry, value: Any, __: Mapping[str, Any]) -> dict[str, Any]:
@@ -401,7 +403,7 @@ def _template(
     return read
 
 
-def _inverse(name: str) -> Callable[[Entry, Any, Mapping[str, Any]], dict[str, Any]]:
+def _inverse(name: str) -> Reader:
     def read(_: Entry, value: Any, __: Mapping[str, Any]) -> dict[str, Any]:
         if value != "" and " ".join(str(value).split()) not in _SENTENCES[name]:
             possible = f"left out, or {_SENTENCES[name][0]!r}"
@@ -435,14 +437,12 @@ def _video_quality(_: Entry, value: Any, __: Mapping[str, Any]) -> dict[str, Any
     return {"crf": int(51 * (1 - quality / 10))}
 
 
-def _hint(name: str) -> Callable[[Entry, Any, Mapping[str, Any]], dict[str, Any]]:
-    """A control of transfer, with its file and its weight."""
+def _hint(name: str) -> Reader:
+    """A control of transfer: true, a clip, or an object with its clip and its weight."""
 
     def read(entry: Entry, value: Any, _: Mapping[str, Any]) -> dict[str, Any]:
-        if name not in SPECS:
-            raise InvalidRequest(
-                name, value, "left out: this version has no transfer", "unsupported"
-            )
+        if isinstance(value, str):
+            return {name: _file(entry, name, value)}
         if not isinstance(value, Mapping):
             return {name: value}
         control = {
@@ -450,8 +450,9 @@ def _hint(name: str) -> Callable[[Entry, Any, Mapping[str, Any]], dict[str, Any]
             for key, item in value.items()
             if item is not None
         }
-        if "control_path" in control:
-            control["control_path"] = _file(entry, f"{name}.control_path", control["control_path"])
+        for key in ("control", "control_path"):
+            if key in control:
+                control[key] = _file(entry, f"{name}.{key}", control[key])
         return {name: control}
 
     return read
@@ -463,7 +464,7 @@ _SENTENCES = {
     "inverse_duration_template": (prompts.DURATION_INVERSE,),
     "inverse_resolution_template": tuple(prompts.RESOLUTION_INVERSE.format(kind=kind, height="{height}", width="{width}") for kind in ("video", "image")),
 }  # fmt: skip
-READERS: dict[str, Callable[[Entry, Any, Mapping[str, Any]], dict[str, Any]]] = {
+READERS: dict[str, Reader] = {
     "prompt": _text("prompt"),
     "prompt_path": _text_file("prompt", "prompt_path"),
     "negative_prompt": _text("negative_prompt"),

@@ -38,7 +38,7 @@ class GenerateRequest:
     The mode follows from the inputs: ``action_mode`` names one of those with actions, a control
     such as ``edge`` is transfer, ``num_frames=1`` is text-to-image, an ``image`` is image-to-video,
     a ``video`` is video-to-video, anything else is text-to-video. A field that is
-    None takes the default of its mode (`conditions.DEFAULTS`); an omitted seed is drawn here, so
+    None takes the default of its mode (`defaults.DEFAULTS`); an omitted seed is drawn here, so
     that every rank and the record of the result see the same number.
 
     Raises:
@@ -524,6 +524,14 @@ def _check_transfer(request: GenerateRequest) -> None:
         if (value := getattr(request, name)) is not None:
             possible = f"left out, as {next(iter(hints))} makes this a transfer"
             raise InvalidRequest(name, value, possible, "unsupported_combination")
+    if request.condition_video_keep != "first":
+        possible = "first, or left out: a transfer follows its clips from their beginning"
+        raise InvalidRequest(
+            "condition_video_keep",
+            request.condition_video_keep,
+            possible,
+            "unsupported_combination",
+        )
     if request.num_frames == 1 or request.generate_sound:
         name = "generate_sound" if request.generate_sound else "num_frames"
         possible = "left out, as a transfer makes a video without sound"

@@ -19,6 +19,7 @@ import torch
 from vllm_cosmos3.config import EngineConfig, read_config
 from vllm_cosmos3.errors import Cancelled
 from vllm_cosmos3.kinds import DISTILLED
+from vllm_cosmos3.media import Clip
 from vllm_cosmos3.output import Output, Sample
 from vllm_cosmos3.pipeline import Pipeline
 from vllm_cosmos3.plan import Plan
@@ -33,7 +34,9 @@ from vllm_cosmos3.runtime.worker import StageConfig, is_out_of_memory, public_er
 class Runner(Protocol):
     """Runs one request at a time, with the weights loaded."""
 
-    def run(self, plan: Plan, report: Report, cancelled: Event) -> Output: ...
+    def run(
+        self, plan: Plan, report: Report, cancelled: Event, clip: Clip | None = None
+    ) -> Output: ...
 
     def close(self) -> None: ...
 
@@ -72,7 +75,7 @@ class InProcess:
         finally:
             close_mesh(mesh)
 
-    def run(self, plan: Plan, report: Report, cancelled: Event) -> Output:
+    def run(self, plan: Plan, report: Report, cancelled: Event, clip: Clip | None = None) -> Output:
         pipeline = self._pipeline
         assert pipeline is not None
         state = None
@@ -82,10 +85,10 @@ class InProcess:
             if method == "encode":
                 state = pipeline.encode(*args)
                 return None
-            return getattr(pipeline, method)(state)
+            return getattr(pipeline, method)(state, *args)
 
         try:
-            return _drive(call, plan, report, cancelled)
+            return _drive(call, plan, report, cancelled, clip)
         except Exception as raised:
             if not is_out_of_memory(raised):
                 raise
@@ -114,11 +117,11 @@ class OneOfMany:
         self._executor = StageExecutor(stage)
         self._executor.start()
 
-    def run(self, plan: Plan, report: Report, cancelled: Event) -> Output:
+    def run(self, plan: Plan, report: Report, cancelled: Event, clip: Clip | None = None) -> Output:
         def call(method: str, *args: Any) -> Any:
             return self._executor.call(method, "request", *args)[0]
 
-        output = _drive(call, plan, report, Event())
+        output = _drive(call, plan, report, Event(), clip)
         if torch.distributed.get_rank() == 0:
             return output
         return replace(output, samples=tuple(Sample(seed=s.seed) for s in output.samples))
@@ -138,8 +141,8 @@ class Remote:
             self._client.close()
             raise
 
-    def run(self, plan: Plan, report: Report, cancelled: Event) -> Output:
-        job = self._client.submit(plan, report=report)
+    def run(self, plan: Plan, report: Report, cancelled: Event, clip: Clip | None = None) -> Output:
+        job = self._client.submit(plan, report=report, clip=clip)
         try:
             while not cancelled.is_set():
                 try:
@@ -164,7 +167,9 @@ def _free_caches() -> None:
         torch.accelerator.empty_cache()
 
 
-def _drive(call: Callable[..., Any], plan: Plan, report: Report, cancelled: Event) -> Output:
+def _drive(
+    call: Callable[..., Any], plan: Plan, report: Report, cancelled: Event, clip: Clip | None
+) -> Output:
     """Make the pipeline's calls one after the other, and tell how far they are."""
     start = denoising = time.perf_counter()
 
@@ -185,6 +190,6 @@ def _drive(call: Callable[..., Any], plan: Plan, report: Report, cancelled: Even
         call("step")
         tell("denoise", step + 1)
     tell("decode", plan.steps)
-    call("decode")
+    call("decode", clip)
     output: Output = call("finish")
     return output

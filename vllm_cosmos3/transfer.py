@@ -9,7 +9,7 @@ Shape suffixes: T frames, H height, W width, C channels (RGB).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -57,6 +57,11 @@ class Default:
 
 
 ANY, WSM = Default(), Default(limit=101, chunk=101, fps=10.0, guidance=1.0)
+
+
+def default_of(hints: Iterable[str]) -> Default:
+    """What a request with these hints takes for the fields that it leaves out."""
+    return WSM if [*hints] == ["wsm"] else ANY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +142,7 @@ def settle(request: GenerateRequest, model: ModelConfig, fit: Fit) -> Transfer |
         return None
     check_mode(model.kind, request.mode)
     first = next(iter(request.hints))
-    default = WSM if list(request.hints) == ["wsm"] else ANY
+    default = default_of(request.hints)
     source, field = _source(request, None if request.video is not None else first)
     fps = request.fps or default.fps or media.rate_of(source, field=field) or FPS
     picture = next(media.frames_of(source, limit=1, field=field))

@@ -25,6 +25,10 @@ from vllm_cosmos3.media import read_image, read_video
 from vllm_cosmos3.upsample import schema_of
 
 FAST = {"size": "64x64", "num_steps": 2, "num_frames": 5, "prompt": "a boat", "seed": 3}
+MODES = {
+    "t2v": "text2video", "t2i": "text2image", "batch_2": "image2video", "batch_3": "video2video",
+    "batch_4": "transfer", "batch_5": "transfer",
+}  # fmt: skip
 ROOT = Path(__file__).parents[2]
 
 
@@ -62,21 +66,23 @@ def test_a_tree_of_results(
         {"name": "t2i", "num_frames": 1, "model_mode": "text2image", "image_save_quality": 50},
         {"vision_path": "first.png"},
         {"vision_path": "clip.mp4", "model_mode": "video2video", "num_frames": 13},
+        {"vision_path": "clip.mp4", "model_mode": "video2video", "edge": {"weight": 0.5}},
+        {"model_mode": "video2video", "depth": {"control_path": "clip.mp4"}, "num_chunks": None},
     )
     assert generate(tiny_checkpoint, file) == 0
     records = ("sample_args.json", "sample_outputs.json")
     assert tree(file) == sorted(
-        [f"{name}/{record}" for name in ("t2v", "t2i", "batch_2", "batch_3") for record in records]
-        + ["t2i/vision.jpg"] + [f"{name}/vision.mp4" for name in ("t2v", "batch_2", "batch_3")]
+        [f"{name}/{record}" for name in MODES for record in records]
+        + ["t2i/vision.jpg"] + [f"{name}/vision.mp4" for name in MODES if name != "t2i"]
     )  # fmt: skip
-    modes = {name: outputs(file, name)["args"]["mode"] for name in ("batch_2", "batch_3", "t2i")}
-    assert modes == {"batch_2": "image2video", "batch_3": "video2video", "t2i": "text2image"}
+    assert {name: outputs(file, name)["args"]["mode"] for name in MODES} == MODES
+    assert outputs(file, "batch_4")["args"]["edge"]["control_weight"] == 0.5
     assert outputs(file, "t2v")["args"]["crf"] == 25
     assert outputs(file, "t2v")["outputs"][0]["content"]["sample_rate"] == 48000
     assert outputs(file, "batch_2")["args"]["image"] == str(tmp_path / "first.png")
     printed = capsys.readouterr()
-    assert "4 of 4 records have their results" in printed.out
-    assert "[4/4] batch_3" in printed.err
+    assert "6 of 6 records have their results" in printed.out
+    assert "[4/6] batch_3" in printed.err
 
 
 def test_resume_serves_what_is_new_or_has_changed(
@@ -140,6 +146,8 @@ def test_dry_run_prints_every_parameter(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = batch(tmp_path, {"shift": 4}, {"fps": 12})
+    assert generate(tiny_checkpoint, file, "--timings-json", "t.json") == 2
+    assert "each sample_outputs.json has its timings" in capsys.readouterr().err
     assert generate(tiny_checkpoint, file, "--dry-run", "--steps", 7) == 0
     first, second = json.loads(capsys.readouterr().out)
     assert (first["flow_shift"], second["fps"], second["name"]) == (4.0, 12.0, "batch_1")
@@ -158,9 +166,9 @@ def test_a_record_continues_another(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = batch(
-        tmp_path, {"name": "a"}, {"name": "b", "continue_from": "a", "video_save_quality": 10}
+        tmp_path, {"name": "a"}, {"name": "b", "continue_from": "a", "video_save_quality": 1}
     )
-    assert generate(tiny_checkpoint, file, "--guidance-scale", 1) == 0
+    assert generate(tiny_checkpoint, file, "--guidance-scale", 1, "--crf", 0) == 0
     last = read_image(tmp_path / "out" / "a" / "last.png")
     alone = Cosmos3(tiny_checkpoint).generate(
         prompt="a boat", image=last, size="64x64", num_frames=5, num_inference_steps=2, seed=3,
@@ -171,7 +179,8 @@ def test_a_record_continues_another(
     assert np.array_equal(made, read_video(tmp_path / "alone.mp4", frames=9))
     assert not (tmp_path / "out" / "b" / "last.png").exists()
 
-    assert generate(tiny_checkpoint, file, "--guidance-scale", 1, "--resume") == 0
+    flags = ("--guidance-scale", 1, "--crf", 0, "--resume")
+    assert generate(tiny_checkpoint, file, *flags) == 0
     assert "2 of 2 records are finished" in capsys.readouterr().err
     picture = {"name": "a", "num_frames": 1}
     batch(tmp_path, picture, {"continue_from": "a"}, {"name": "c"}, {"continue_from": "c", "n": 2})
@@ -179,6 +188,18 @@ def test_a_record_continues_another(
     assert "continue_from is 'a', must be the name of a valid record that makes one video" in (
         capsys.readouterr().err
     )
+
+
+def test_what_torchrun_cannot_do(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = batch(tmp_path, {"name": "a"}, {"continue_from": "a"})
+    launched = ("--distributed-executor-backend", "external_launcher")
+    assert generate(tiny_checkpoint, file, *launched) == 2
+    assert "continue_from is 'a', must be left out under torchrun" in capsys.readouterr().err
+    batch(tmp_path, {"model_mode": "reasoner"})
+    assert generate(tiny_checkpoint, file, *launched) == 2
+    assert "each rank would start a reasoner of its own" in capsys.readouterr().err
 
 
 @pytest.fixture

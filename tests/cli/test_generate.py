@@ -135,6 +135,21 @@ def test_dry_run_needs_no_weights(
     assert (effective["num_frames"], effective["width"]) == (97, 1280)
 
 
+def test_flags_as_phyai_spells_them(
+    tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--checkpoint", tiny_checkpoint, "--prompt", "a", "--steps", 7, "--tp", 1, "--cfg", 1]
+    flags += ["--use-karras-sigmas", "false", "--sound", "--no-prompt-metadata", "--dry-run"]
+    assert generate(*flags) == 0
+    effective = json.loads(capsys.readouterr().out)
+    assert (effective["num_inference_steps"], effective["schedule"]) == (7, "diffusers")
+    assert effective["generate_sound"] is True
+    assert not effective["use_duration_template"]
+    assert not effective["use_resolution_template"]
+    assert generate(tiny_checkpoint, "--prompt", "a", "--use-karras-sigmas", "auto", "--dry-run") == 2  # fmt: skip
+    assert "schedule is 'auto', must be one of native" in capsys.readouterr().err
+
+
 def test_print_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     assert generate("--print-defaults") == 0
     lines = capsys.readouterr().out.splitlines()
@@ -143,6 +158,8 @@ def test_print_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["guidance_scale"] == ["4", "6", "6", "6"]
     assert rows["num_frames"] == ["1", "189", "189", "189"]
     assert rows["negative_metadata_mode"] == ["same"] * 4
+    assert rows["seg"] == ["2", "3", "93", "5000"]
+    assert rows["wsm"] == ["3", "1", "101", "101"]
     assert rows["umi"] == ["10", "20", "16", "256", "wrist_view"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from fractions import Fraction
 from functools import cache
 from io import BytesIO
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from media_files import encoded, turned
 
+import vllm_cosmos3.models.clip as clip_module
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.models.clip import Clip, ClipFrames, NotIndexable, RecentSamples
 
@@ -72,11 +74,21 @@ def test_frames_size_and_rate_are_those_of_opencv(name: str) -> None:
     assert np.array_equal(pixels(clip, range(len(clip))), frames)
 
 
-@settings(max_examples=25, deadline=None)
-@given(name=st.sampled_from(sorted(CLIPS)), seed=st.integers(0, 999), count=st.integers(1, 9))
-def test_any_frames_in_any_order_are_the_same(name: str, seed: int, count: int) -> None:
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(sorted(CLIPS)),
+    seed=st.integers(0, 999),
+    count=st.integers(1, 9),
+    threads=st.integers(1, 4),
+)
+def test_any_frames_in_any_order_are_the_same(
+    name: str, seed: int, count: int, threads: int
+) -> None:
     frames, _ = read_by_opencv(name)
-    clip, random = Clip(data(name)), np.random.default_rng(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clip_module._readers, "threads", lambda: threads)
+        clip = Clip(data(name))
+    random = np.random.default_rng(seed)
     for _ in range(2):  # the second time on what the first has decoded
         numbers = random.integers(0, len(clip), count).tolist()
         assert np.array_equal(pixels(clip, numbers), frames[numbers])
@@ -150,3 +162,15 @@ def test_recent_samples_are_the_last_few_and_their_union() -> None:
     for step in (2, 3, 2, 5):
         recent.note(step, lambda total, fps, step=step: range(0, total, step))
     assert recent.numbers(10, 5.0) == sorted({*range(0, 10, 2), *range(0, 10, 5)})
+
+
+def test_a_busy_process_gives_a_clip_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clip_module.os, "sched_getaffinity", lambda _: set(range(16)))
+    readers = clip_module._Readers()
+    threads = []
+    with ExitStack() as stack:
+        for _ in range(9):
+            threads.append(readers.threads())
+            stack.enter_context(readers)
+    assert threads == [4, 4, 2, 2, 1, 1, 1, 1, 1]
+    assert readers.threads() == 4

@@ -87,6 +87,20 @@ def test_the_first_new_frame_follows_the_last_old_one(
     assert np.abs(made - frames(generator_server, source)[1:]).mean() > 20
 
 
+def test_a_path_is_driven_further(generator_server: Server) -> None:
+    fields = {
+        "action_mode": "forward_dynamics", "domain_name": "av", "action": [[0.1] * 9] * 4,
+        "num_inference_steps": 2, "seed": 1, "size": "96x64",
+    }  # fmt: skip
+    image = data_url(png(picture(80, 48)), "image/png")
+    first = finished(generator_server, create(generator_server, **fields, input_reference=image))
+    assert (first["status"], first["size"]) == ("completed", "80x48"), first["error"]
+    further = create(generator_server, **fields, continue_from=first["id"])
+    further = finished(generator_server, further)
+    assert (further["status"], further["size"], further["num_frames"]) == ("completed", "80x48", 9)
+    assert frames(generator_server, further).shape == (9, 48, 80, 3)
+
+
 def test_rollouts(generator_server: Server) -> None:
     job = create(generator_server, **SMALL, num_chunks=3)
     assert (job["num_frames"], job["cosmos3"]["num_steps"]) == (13, 6)

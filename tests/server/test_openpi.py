@@ -170,6 +170,7 @@ BAD = {
 
 
 def test_errors_name_the_key_and_the_connection_stays(robot_server: Server) -> None:
+    """Row 104 of the catalogue of bad input."""
     with robot(robot_server.url) as arm:
         for name, (message, key, code) in BAD.items():
             error = refusal(arm, message)
@@ -192,6 +193,7 @@ def test_a_robot_without_a_key_stays_outside(robot_server: Server) -> None:
 
 
 def test_a_base_checkpoint_is_no_policy(generator_server: Server) -> None:
+    """Row 105 of the catalogue of bad input."""
     for path in ("/", PATH):
         with pytest.raises(ConnectionClosed) as closed, robot(generator_server.url, path):
             pass

@@ -25,6 +25,7 @@ import numpy as np
 from vllm_cosmos3 import media
 from vllm_cosmos3.batch import read_batch
 from vllm_cosmos3.cli.generate import (
+    LAUNCHED,
     generate,
     given,
     loaded,
@@ -32,6 +33,7 @@ from vllm_cosmos3.cli.generate import (
     planner,
     quiet_libraries,
     sample_folder,
+    settle_formats,
     write,
 )
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
@@ -77,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
     Returns 0 if every record has its results, 1 if one failed, 2 if one is invalid and nothing was
     started.
     """
-    batch = read_batch(args.input, given(args))
+    batch = read_batch(args.input, _overrides(args))
+    settle_formats(args)
     with TemporaryDirectory(prefix="cosmos3-input-") as cache:
         samples, found = _checked(batch.records, planner(args), Downloads(Path(cache)), args)
         problems = [*batch.problems, *found]
@@ -98,6 +101,19 @@ def run(args: argparse.Namespace) -> int:
     done, total = len(samples) - len(todo) + served, len(samples) + len(problems)
     print(f"{done} of {total} records have their results in {args.out}")
     return 0 if done == total else 1
+
+
+def _overrides(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say of every record."""
+    if args.timings_json is not None:
+        possible = f"left out with --input, as each {OUTPUTS} has its timings"
+        raise InvalidRequest("timings_json", str(args.timings_json), possible, "conflict")
+    flags = {
+        "crf": args.crf,
+        "quality": args.image_quality,
+        "upsample_prompt": args.upsample_prompt or None,
+    }
+    return given(args) | {name: value for name, value in flags.items() if value is not None}
 
 
 def _serve(samples: Sequence[Sample], args: argparse.Namespace) -> int:
@@ -127,6 +143,12 @@ class Downloads:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._known: dict[str, Path] = {}
+
+    def local(self, field: str, value: Any) -> Any:
+        """A value with files instead of its URLs."""
+        if isinstance(value, Mapping):
+            return {name: self.local(f"{field}.{name}", item) for name, item in value.items()}
+        return self.file(field, value) if is_url(value) else value
 
     def file(self, field: str, url: str) -> str:
         """The file of ``url``; InvalidRequest of ``field`` if it cannot be had."""
@@ -159,11 +181,8 @@ def _checked(
     for record in records:
         upsampling = None
         try:
-            fields = {
-                name: downloads.file(name, value) if is_url(value) else value
-                for name, value in record.fields.items()
-            }
-            before = _before(record, samples)
+            fields = {name: downloads.local(name, x) for name, x in record.fields.items()}
+            before = _before(record, samples, args)
             asked, effective, warnings = _settled(record, fields, before, plan)
             if record.upsample is not None and isinstance(asked, GenerateRequest):
                 upsampling = question_about(asked, effective, record.upsample)
@@ -183,10 +202,16 @@ def _checked(
     return list(samples.values()), problems
 
 
-def _before(record: Record, samples: Mapping[str, Sample]) -> Sample | None:
+def _before(
+    record: Record, samples: Mapping[str, Sample], args: argparse.Namespace
+) -> Sample | None:
     """The sample whose last frame a record starts from."""
     if record.continue_from is None:
         return None
+    if args.distributed_executor_backend == LAUNCHED:
+        possible = "left out under torchrun, where only the first rank has the frame"
+        code = "unsupported_combination"
+        raise InvalidRequest("continue_from", record.continue_from, possible, code)
     before = samples.get(record.continue_from)
     video = before is not None and before.effective.get("num_frames", 1) > 1
     if before is None or not video or before.effective["n"] != 1:

@@ -42,6 +42,7 @@ SPELLINGS = {
     "action_mode": ("--mode",),
     "action_path": ("--action-file",),
 }
+LAUNCHED = "external_launcher"  # every rank runs this command
 KARRAS = {"true": "karras", "false": "diffusers"}
 
 
@@ -63,9 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out = parser.add_argument_group("output")
     out.add_argument("-o", "--out", "--output-dir", dest="out", type=Path, metavar="DIR", help="where to write DIR/NAME/...")  # fmt: skip
     out.add_argument("--name", default="sample", help="folder of this sample (default: sample)")
-    out.add_argument("--crf", type=_integer, default=18, metavar="N", help="H.264 quality, 0 (lossless) to 51 (default: 18)")  # fmt: skip
+    out.add_argument("--crf", type=_integer, metavar="N", help="H.264 quality, 0 (lossless) to 51 (default: 18)")  # fmt: skip
     out.add_argument("--image-type", metavar="TYPE", help="png, jpg or webp (default: png; jpg with --input)")  # fmt: skip
-    out.add_argument("--image-quality", type=_integer, default=95, metavar="N", help="of jpg and webp, 0 to 100 (default: 95)")  # fmt: skip
+    out.add_argument("--image-quality", type=_integer, metavar="N", help="of jpg and webp, 0 to 100 (default: 95)")  # fmt: skip
     out.add_argument(
         "--timings-json", type=Path, metavar="FILE", help="also write the timings here"
     )
@@ -104,11 +105,11 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidRequest("model", None, "a checkpoint folder or repository", "missing_required")
     if args.out is None and not args.dry_run:
         raise InvalidRequest("out", None, "a folder for the results", "missing_required")
-    _check_formats(args)
     if args.input:
         from vllm_cosmos3.cli.batch import run as run_batch
 
         return run_batch(args)
+    settle_formats(args)
     request = from_fields(given(args))
     plan = planner(args)(request)
     if args.dry_run:
@@ -177,9 +178,10 @@ def open_reasoner(args: argparse.Namespace) -> Reasoner:
     """The reasoner of the same checkpoint. Close it before the generator is loaded."""
     from vllm_cosmos3.reasoner import Reasoner
 
-    if args.distributed_executor_backend == "external_launcher":
-        possible = "left out: under torchrun each rank would start a reasoner of its own"
-        raise InvalidRequest("upsample_prompt", "true", possible, "unsupported_combination")
+    if args.distributed_executor_backend == LAUNCHED:
+        possible = "another one: under torchrun each rank would start a reasoner of its own"
+        field = "distributed_executor_backend"
+        raise InvalidRequest(field, LAUNCHED, possible, "unsupported_combination")
     return Reasoner(
         args.model,
         revision=args.revision,
@@ -219,8 +221,11 @@ def generate(
     model: Cosmos3, request: GenerateRequest, args: argparse.Namespace, folder: Path
 ) -> tuple[Output, list[Path], dict[str, float]]:
     """Run the request and write its media. Returns the files and the timings of it all."""
+    from vllm_cosmos3.media import Clip
+
+    clip = Clip(path=folder / "vision.mp4", crf=args.crf)
     with progress_shown(terminal=sys.stderr.isatty()) as report:
-        output = model.generate(request, progress=report)
+        output = model.generate(request, progress=report, clip=clip)
     start = time.perf_counter()
     name = "latents" if output.latents is not None else "vision"
     if output.image is not None:
@@ -276,7 +281,7 @@ def write(
 
 def defaults_table() -> str:
     """The defaults that depend on the mode, side by side, all others, and the embodiments."""
-    from vllm_cosmos3.conditions import DEFAULTS
+    from vllm_cosmos3.defaults import DEFAULTS
 
     rows = {mode: asdict(default) for mode, default in DEFAULTS.items()}
     names = [name for name in next(iter(rows.values())) if name in SPECS]
@@ -288,7 +293,22 @@ def defaults_table() -> str:
         if item.default is not None:
             lines.append(f"  {item.name:30}{item.default}")
     lines += ["", "with actions", *_embodiments()]
+    lines += ["", "with controls; size, length and rate are those of the clips", *_controls()]
     return "\n".join(lines)
+
+
+def _controls() -> list[str]:
+    """The defaults that depend on the control, a line for each that is the only one."""
+    from vllm_cosmos3.hints import CONTROL_GUIDANCE
+    from vllm_cosmos3.transfer import default_of
+
+    names = ("guidance_scale", "num_video_frames_per_chunk", "max_frames")
+    lines = [f"  {'control':22}" + "".join(f"{name:>28}" for name in ("control_guidance", *names))]
+    for hint, strength in {**CONTROL_GUIDANCE, "several": 1.0}.items():
+        default = default_of((hint,))
+        values = (strength, default.guidance, default.chunk, default.limit)
+        lines.append(f"  {hint:22}" + "".join(f"{value:>28g}" for value in values))
+    return lines
 
 
 def _embodiments() -> list[str]:
@@ -361,11 +381,13 @@ def progress_shown(*, terminal: bool) -> Iterator[Callable[[Progress], None]]:
 # Flags.
 
 
-def _check_formats(args: argparse.Namespace) -> None:
+def settle_formats(args: argparse.Namespace) -> None:
+    """Check how files are to be written, and fill in what was not given."""
     from vllm_cosmos3.output import CRF, IMAGE_SUFFIXES, QUALITY
 
-    CRF.checked("crf", args.crf)
-    QUALITY.checked("image_quality", args.image_quality)
+    args.crf = CRF.checked("crf", 18 if args.crf is None else args.crf)
+    quality = 95 if args.image_quality is None else args.image_quality
+    args.image_quality = QUALITY.checked("image_quality", quality)
     args.image_type = args.image_type or ("jpg" if args.input else "png")
     if f".{args.image_type}" not in IMAGE_SUFFIXES:
         possible = f"one of {', '.join(suffix[1:] for suffix in IMAGE_SUFFIXES)}"

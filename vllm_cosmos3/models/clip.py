@@ -7,6 +7,7 @@ a wanted one to the wanted one; the rest stays compressed. FFmpeg works without 
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Container, Hashable, Iterator, Sequence
@@ -41,6 +42,8 @@ class Clip:
             self._container = av.open(BytesIO(data))
             stream = self._container.streams.video[0]
             self._codec = stream.codec_context
+            self._codec.thread_type = "FRAME"
+            self._codec.thread_count = _readers.threads()
             self.fps = float(stream.guessed_rate or 0)
             self.width, self.height = stream.width, stream.height
             packets = [packet for packet in self._container.demux(stream) if packet.size]
@@ -80,7 +83,8 @@ class Clip:
         with self._turn:
             missing = sorted(set(numbers) - self._decoded.keys())
             if missing:
-                self._decode(missing)
+                with _readers:
+                    self._decode(missing)
 
     def _decode(self, numbers: list[int]) -> None:
         """Decode these frames, ascending, into ``_decoded``."""
@@ -134,6 +138,31 @@ class Clip:
         )
 
 
+class _Readers:
+    """How many clips are being decoded in this process, which says how many threads the next may have.
+
+    Threads make one clip faster and cost more work in sum, so that a busy server gives it one.
+    """
+
+    MOST = 4
+
+    def __init__(self) -> None:
+        self._turn = threading.Lock()
+        self._count = 0
+
+    def __enter__(self) -> None:
+        with self._turn:
+            self._count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._turn:
+            self._count -= 1
+
+    def threads(self) -> int:
+        """Half of what is free."""
+        return max(1, min(self.MOST, len(os.sched_getaffinity(0)) // (2 * (self._count + 1))))
+
+
 class _OfThread(threading.local):
     """FFmpeg's converter: setting one up costs more than a frame, and threads cannot share one."""
 
@@ -142,6 +171,7 @@ class _OfThread(threading.local):
 
 
 _of_thread = _OfThread()
+_readers = _Readers()
 
 
 class ClipFrames(np.ndarray[Any, Any]):

@@ -49,25 +49,28 @@ class Budget:
         """
         memory = estimate(self._model, self._engine, work)
         own = Promise(memory.held, memory.request)
-        room = self._room(memory.resident, kept)
-        if room is not None:
+        rooms = self._rooms(memory.resident, kept)
+        if rooms is not None:
             calls = [promise.request - promise.held for promise in (*self._promises, own)]
             needed = own.held + max(calls)  # one call is made at a time
-            if needed > room:
+            if needed > rooms[0]:
                 give_up()
-                room += kept
-            if needed > room:
-                raise self._refusal(work, needed, room, memory.resident)
+                if needed > rooms[1]:
+                    raise self._refusal(work, needed, rooms[1], memory.resident)
         self._promises.add(own)
         return own
 
-    def _room(self, weights: int, kept: int) -> int | None:
-        """Bytes that are free on the fullest rank; None where nobody counts."""
+    def _rooms(self, weights: int, kept: int) -> tuple[int, int] | None:
+        """Bytes that are free on the fullest rank: as it is, and without what is cached.
+
+        The ranks may cache different texts, so each of the two has a fullest rank. None where
+        nobody counts.
+        """
         limit = self._engine.memory_limit
         if self._device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self._device)
-            allocated = torch.cuda.memory_allocated(self._device)
-            room = free + torch.cuda.memory_reserved(self._device) - allocated
+            allocated = int(torch.cuda.memory_allocated(self._device))
+            room = int(free + torch.cuda.memory_reserved(self._device) - allocated)
             if limit is not None:
                 room = min(room, round(limit * GIB) - allocated)
             room -= WORKSPACES
@@ -77,9 +80,10 @@ class Budget:
         else:
             return None
         if self._world.size == 1:
-            return room  # without waiting for the device
-        rooms = all_gather(torch.tensor([room], device=self._device), self._world)
-        return int(torch.cat(rooms).min())
+            return room, room + kept  # without waiting for the device
+        own = torch.tensor([room, room + kept], device=self._device)
+        now, then = torch.stack(all_gather(own, self._world)).amin(dim=0).tolist()
+        return now, then
 
     def _refusal(self, work: Work, needed: int, room: int, weights: int) -> OutOfMemory:
         others = len(self._promises)
@@ -101,15 +105,23 @@ class Budget:
 def lift_limit(device: torch.device) -> None:
     """Let torch use the whole device again."""
     if device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, _indexed(device))
 
 
 def memory_of(device: torch.device, limit: float | None) -> int | None:
     """Bytes that may be used of a device; None where that is no question. Holds torch to ``limit``."""
     if device.type != "cuda":
         return None if limit is None else round(limit * GIB)
-    free, total = torch.cuda.mem_get_info(device)
+    free, total = map(int, torch.cuda.mem_get_info(device))
     if limit is None:
-        return int(free)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, limit * GIB / total), device)
-    return min(int(free), round(limit * GIB))
+        return free
+    fraction = min(1.0, limit * GIB / total)
+    torch.cuda.set_per_process_memory_fraction(fraction, _indexed(device))
+    return min(free, round(limit * GIB) - int(torch.cuda.memory_allocated(device)))
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """ "cuda" alone means the current device nearly everywhere."""
+    if device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())

@@ -169,13 +169,14 @@ class StageClient:
         *,
         seconds: float = 0.0,
         save: Path | None = None,
+        clip: Any = None,
         deadline: float | None = None,
         report: Report | None = None,
     ) -> Job:
         """Queue a request, which is a plan of the stage.
 
-        ``seconds`` estimate its work. With ``save`` rank 0 writes the result there. ``deadline``
-        are the seconds it may take, waiting included. ``report`` is called in another thread.
+        ``seconds`` estimate its work. With ``save`` rank 0 writes the result there; ``clip`` is
+        handed to the stage's decode. ``deadline`` are the seconds it may take, waiting included. ``report`` is called in another thread.
 
         Raises:
             Busy: the queue is full, or the stage is stopping.
@@ -186,7 +187,14 @@ class StageClient:
             self._check_open()
             self._jobs[job.name] = job
             self._send(
-                Submit(job=job.name, plan=plan, seconds=seconds, save=save, deadline=deadline),
+                Submit(
+                    job=job.name,
+                    plan=plan,
+                    seconds=seconds,
+                    save=save,
+                    clip=clip,
+                    deadline=deadline,
+                ),
                 job.name,
             )
         job._accepted.result()

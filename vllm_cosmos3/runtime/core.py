@@ -53,6 +53,7 @@ class Submit:
     plan: Any
     seconds: float = 0.0  # estimated work
     save: Path | None = None
+    clip: Any = None  # for the stage's decode
     deadline: float | None = None
 
 
@@ -246,7 +247,7 @@ class StageCore:
                 self._report(job)
                 job.enter("decode")
         else:
-            self._call("decode", name)
+            self._call("decode", name, request.clip)
             self._finish(job)
             return
         self._report(job)

@@ -41,7 +41,8 @@ class Stage(Protocol):
     """What a rank runs. ``load`` makes it; the others are called for one request after another.
 
     ``encode`` makes the state of a request from its plan, which says in ``steps`` how often
-    ``step`` follows; then ``decode``, then ``finish``, whose value on rank 0 is the result.
+    ``step`` follows; then ``decode``, then ``finish``, whose value on rank 0 is the result. What
+    ``decode`` makes may go to ``clip`` meanwhile, if the request has one.
     """
 
     @classmethod
@@ -51,7 +52,7 @@ class Stage(Protocol):
 
     def step(self, state: Any) -> None: ...
 
-    def decode(self, state: Any) -> None: ...
+    def decode(self, state: Any, clip: Any) -> None: ...
 
     def finish(self, state: Any) -> Any: ...
 
@@ -177,8 +178,8 @@ class DiffusionWorker(WorkerBase):
     def step(self, job: str) -> None:
         self._stage.step(self._states[job])
 
-    def decode(self, job: str) -> None:
-        self._stage.decode(self._states[job])
+    def decode(self, job: str, clip: Any = None) -> None:
+        self._stage.decode(self._states[job], clip)
 
     def finish(self, job: str, save: Path | None = None, spool: Path | None = None) -> Any:
         """The result of this rank, unless rank 0 is to leave it in a file.

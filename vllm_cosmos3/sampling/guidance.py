@@ -71,8 +71,10 @@ def guide(
 
 
 def _share(scales: Scales, axis: Axis) -> tuple[int, ...]:
-    """This rank's branches."""
-    return branches_needed(scales)[axis.rank :: axis.size]
+    """This rank's branches: neighbours, as the one without controls costs less than the others."""
+    needed = branches_needed(scales)
+    rounds = -(-len(needed) // axis.size)
+    return needed[axis.rank * rounds : (axis.rank + 1) * rounds]
 
 
 def _exchange(
@@ -88,7 +90,7 @@ def _exchange(
         branch: tuple(
             part.view_as(like)
             for part, like in zip(
-                gathered[place % axis.size][place // axis.size].split(sizes), latents, strict=True
+                gathered[place // rounds][place % rounds].split(sizes), latents, strict=True
             )
         )
         for place, branch in enumerate(needed)

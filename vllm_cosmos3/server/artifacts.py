@@ -60,7 +60,8 @@ class Artifacts:
             else:
                 file = folder / CLIP
                 rate = self.output.sample_rate or 48_000
-                _write_clip(folder, frames, self.output.fps, sample.sound, rate)
+                written = sample.clip is not None
+                _write_clip(folder, frames, self.output.fps, sample.sound, rate, written=written)
             files.append(file)
         record = {
             "timings": dict(self.output.timings),
@@ -77,18 +78,33 @@ class Artifacts:
 class ServedPipeline(Pipeline):
     """The pipeline, whose results are files."""
 
+    def decode(self, state: State, clip: media.Clip | None = None) -> None:
+        """Encodes while it decodes, unless the frames are to be checked or joined to others."""
+        if clip is not None and (frame_check() or (clip.path.parent / BEFORE).is_file()):
+            clip = None
+        if clip is not None:
+            clip.path.parent.mkdir(parents=True, exist_ok=True)
+        super().decode(state, clip)
+
     def finish(self, state: State) -> Any:
         return Artifacts(super().finish(state))
 
 
 def _write_clip(
-    folder: Path, frames: media.Pixels, fps: float, sound: np.ndarray | None, rate: int
+    folder: Path,
+    frames: media.Pixels,
+    fps: float,
+    sound: np.ndarray | None,
+    rate: int,
+    *,
+    written: bool,
 ) -> None:
     """A video with its small pictures; after the one that it goes on from, if there is one."""
     Image.fromarray(frames[-1]).save(folder / LAST, compress_level=1)
     before = folder / BEFORE
     if not before.is_file():
-        media.write_video(folder / CLIP, frames, fps=fps, sound=sound, sample_rate=rate)
+        if not written:
+            media.write_video(folder / CLIP, frames, fps=fps, sound=sound, sample_rate=rate)
         chosen = frames[_spread(len(frames))]
     else:  # the first frame is its last one
         media.write_video(folder / REST, frames[1:], fps=fps)

@@ -9,7 +9,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from vllm_cosmos3 import conditions, droid
+from vllm_cosmos3 import droid
+from vllm_cosmos3.defaults import DEFAULTS
 from vllm_cosmos3.embodiments import EMBODIMENTS
 from vllm_cosmos3.hints import CONTROL_GUIDANCE
 from vllm_cosmos3.kinds import ACTION_MODES, MODES
@@ -50,11 +51,7 @@ def models(at: Service) -> dict[str, Any]:
 def capability(at: Service) -> dict[str, Any]:
     """What a user interface needs to know about the checkpoint."""
     actions = ACTION_MODES if at.model.transformer.action_gen else ()
-    modes = [
-        mode
-        for mode in MODES[at.model.kind]
-        if mode in (*conditions.DEFAULTS, "transfer", *actions)
-    ]
+    modes = [mode for mode in MODES[at.model.kind] if mode in (*DEFAULTS, "transfer", *actions)]
     bodies = EMBODIMENTS if set(ACTION_MODES) & set(modes) else ()
     return {
         "family": "cosmos3",
@@ -66,9 +63,7 @@ def capability(at: Service) -> dict[str, Any]:
             for tier, sizes in TRAINED_SIZES.items()
         },
         "max_frames": {str(k): v for k, v in MAX_TRAINED_FRAMES.items()},
-        "defaults": {
-            mode: asdict(conditions.DEFAULTS[mode]) for mode in modes if mode in conditions.DEFAULTS
-        },
+        "defaults": {mode: asdict(DEFAULTS[mode]) for mode in modes if mode in DEFAULTS},
         "action_domains": {row.name: asdict(row) for row in bodies},
         "control_guidance": CONTROL_GUIDANCE if "transfer" in modes else {},
         "robot": _robot(at) if at.model.kind == droid.KIND else None,

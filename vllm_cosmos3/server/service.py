@@ -24,6 +24,7 @@ from typing import Any
 
 from vllm_cosmos3 import conditions, droid, prompts
 from vllm_cosmos3.errors import Busy, Cosmos3Error, InvalidRequest
+from vllm_cosmos3.media import Clip
 from vllm_cosmos3.models.components import loaded_values
 from vllm_cosmos3.output import Output
 from vllm_cosmos3.plan import Plan
@@ -35,7 +36,7 @@ from vllm_cosmos3.runtime.core import Status
 from vllm_cosmos3.runtime.scheduler import QueueConfig
 from vllm_cosmos3.runtime.worker import StageConfig
 from vllm_cosmos3.server import continuing, estimates
-from vllm_cosmos3.server.artifacts import RECORD, STAGE
+from vllm_cosmos3.server.artifacts import CLIP, RECORD, STAGE
 from vllm_cosmos3.server.controls import joined
 from vllm_cosmos3.server.errors import ApiError, slug
 from vllm_cosmos3.server.guardrails import Guardrails
@@ -210,7 +211,11 @@ class Service:
         question = await asyncio.to_thread(question_about, request, plan.effective, {})
         if question is None:
             return None
-        prompt = await self.reasoner.caption(question, deadline)
+        self._inferring += 1
+        try:
+            prompt = await self.reasoner.caption(question, deadline)
+        finally:
+            self._inferring -= 1
         return replace(asked, fields={**asked.fields, "prompt": prompt})
 
     async def _plan(self, asked: Asked, media: Mapping[str, Any]) -> Plan:
@@ -300,6 +305,7 @@ class Service:
                 plan,
                 seconds=self._pace.seconds(job.work),
                 save=self.journal.folder(job.id),
+                clip=Clip(path=self.journal.folder(job.id) / CLIP),
                 deadline=deadline,
                 report=lambda progress: self._advance(job, progress),
             )
