@@ -245,6 +245,7 @@ def request(label: str, args: argparse.Namespace) -> GenerateRequest:
 
 def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
+        torch.cuda.init()  # the allocator of a device that was not used yet cannot be asked
         torch.cuda.reset_peak_memory_stats(device)
 
 

@@ -130,6 +130,8 @@ def main() -> int:
     at = words.index("--") if "--" in words else len(words)
     args = parser.parse_args(words[:at])
     command = [program(), "serve", args.checkpoint, "--surface", "reasoner", *words[at + 1 :]]
+    # Few blocks of KV cache, whose pages count as memory once they have been used.
+    command += ["--num-gpu-blocks-override", "128"]
     with (
         tempfile.TemporaryDirectory() as folder,
         local_server(command, log=Path(folder) / "server.log") as server,

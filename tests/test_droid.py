@@ -123,6 +123,7 @@ def test_whatever_is_sent_is_read_or_refused_by_its_key(changes: dict[str, Any])
 
 
 @given(st.lists(st.floats(-3, 3, width=32), min_size=8, max_size=8))
+@settings(deadline=None)
 def test_the_gripper_is_turned_around_on_both_ways(state: list[float]) -> None:
     seen = droid.Observation(
         prompt="go",
@@ -138,6 +139,7 @@ def test_the_gripper_is_turned_around_on_both_ways(state: list[float]) -> None:
 
 
 @given(st.integers(0, 2**32 - 1))
+@settings(deadline=None)
 def test_steps_of_the_end_effector_lead_to_its_poses(seed: int) -> None:
     random = np.random.default_rng(seed)
     quaternions = random.normal(size=(33, 4))

@@ -261,3 +261,35 @@ def test_incomplete_checkpoint_is_one_error(tiny_checkpoint_fp32: Path, tmp_path
     (folder / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"12345678")
     with pytest.raises(CheckpointError, match="vae"):
         load(folder)
+
+
+def test_controls_lie_beside_the_video_or_before_it(
+    pipeline: Pipeline, texts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Positions of each branch, and one reading of the prompt for the two that have it."""
+    clip = np.zeros((9, 64, 96, 3), np.uint8)
+    laid: list[torch.Tensor] = []
+    rope = pipeline.transformer.rope
+    monkeypatch.setattr(
+        pipeline.transformer,
+        "rope",
+        lambda at, controls=(): (laid.append(at), rope(at, controls))[1],
+    )
+    fields = {**SMALL, "seg": clip, "edge": clip, "control_guidance": 2.0, "fps": 24.0}
+    for shared in (True, False):
+        request = from_fields(fields | {"share_vision_temporal_positions": shared})
+        plan = pipeline.plan(request)
+        laid.clear()
+        pipeline.encode(plan)
+        full, bare, _ = laid
+        count = bare.shape[1]
+        times = [part[0] for part in full.split(count, dim=1)]
+        assert len(times) == 3
+        assert float(bare[0].min()) == len(plan.token_ids[0]) + 15000
+        for index, time in enumerate(times):
+            start = (
+                bare[0] if shared else bare[0] + index * (float(bare[0].max() - bare[0].min()) + 1)
+            )
+            assert torch.equal(time, start)
+        assert all(torch.equal(part[1:], bare[1:]) for part in full.split(count, dim=1))
+    assert texts == [len(plan.token_ids[0]), len(plan.token_ids[2])] * 2

@@ -546,7 +546,8 @@ def on_host(chunks: Iterable[Tensor]) -> Iterator[np.ndarray]:
 
 def _arrived(pinned: Tensor, copied: torch.Event) -> np.ndarray:
     copied.synchronize()
-    return np.array(pinned)
+    array: np.ndarray = pinned.numpy().copy()
+    return array
 
 
 def _shown(

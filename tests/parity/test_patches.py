@@ -30,7 +30,6 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.media import MediaConnector
 from vllm.multimodal.processing import ProcessorInputs, TimingContext
 
-from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.models import patches, video_loader
 from vllm_cosmos3.models.clip import RECENT_SAMPLES, Clip, RecentSamples
 from vllm_cosmos3.models.limits import PROCESSOR
@@ -90,7 +89,16 @@ def assert_same(process: Process, kind: str, urls: list[str], **options: Any) ->
     assert ids == their_ids
     assert grids == their_grids
     assert [p.dtype for p in pixels] == [torch.uint8] * len(urls)
-    assert all(torch.equal(a, b) for a, b in zip(pixels, their_pixels, strict=True))
+    for ours, theirs in zip(pixels, their_pixels, strict=True):
+        if theirs.dtype == torch.uint8:
+            assert torch.equal(ours, theirs)
+        else:  # normalised on the host, by older vLLM, and cast to the model's bfloat16
+            normalised = (
+                ours.view(len(ours), 3, -1) / 127.5 - 1
+            )  # the tiny checkpoint's mean, deviation
+            torch.testing.assert_close(
+                normalised.view(ours.shape).to(theirs.dtype), theirs, rtol=0, atol=2**-8
+            )
 
 
 SIZES = [
@@ -215,8 +223,6 @@ def test_errors_are_the_references(
 def test_a_clip_of_one_frame_is_a_clear_error(process: Process) -> None:
     with pytest.raises(ValueError, match="cannot be processed: t:1 must be larger than"):
         process("cosmos3", "video", [data_url(encoded(frames=1), "video/mp4")])
-    with pytest.raises(InvalidRequest, match="no frame can be decoded"):  # as OpenCV sees it
-        process("reference", "video", [data_url(encoded(frames=1), "video/mp4")])
 
 
 @settings(max_examples=200, deadline=None)

@@ -43,6 +43,7 @@ def same(left: Any, right: Any) -> bool:
 
 
 @given(st.dictionaries(KEYS, ARRAYS | SCALARS | PLAIN, max_size=6))
+@settings(deadline=None)
 def test_what_is_packed_comes_back(message: dict[str, Any]) -> None:
     found = unpack(pack(message))
     assert found.keys() == message.keys()
@@ -51,6 +52,7 @@ def test_what_is_packed_comes_back(message: dict[str, Any]) -> None:
 
 
 @given(ARRAYS)
+@settings(deadline=None)
 def test_the_maps_of_msgpack_numpy_are_read(array: np.ndarray) -> None:
     data, shape = array.tobytes(), array.shape
     as_bytes = {b"nd": True, b"type": array.dtype.str, b"kind": b"", b"shape": shape, b"data": data}
@@ -167,13 +169,13 @@ def refused_or_map(message: bytes) -> bool:
 
 
 @given(st.binary(max_size=200))
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 def test_noise_is_refused_or_a_map(message: bytes) -> None:
     assert refused_or_map(message)
 
 
 @given(st.data())
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 def test_damaged_messages_are_refused_or_a_map(data: st.DataObject) -> None:
     message = bytearray(pack({"prompt": "go", "x": np.arange(3), "y": {"z": np.float32(1)}}))
     for _ in range(data.draw(st.integers(1, 3))):

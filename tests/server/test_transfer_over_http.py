@@ -70,7 +70,9 @@ def test_the_capabilities_name_the_controls(generator_server: Server) -> None:
     assert block["control_guidance"] == {"edge": 1.5, "blur": 1.5, "depth": 1.5, "seg": 2.0, "wsm": 3.0}  # fmt: skip
     schema = httpx.get(f"{generator_server.url}/openapi.json").json()
     body = schema["paths"]["/v1/videos"]["post"]["requestBody"]["content"]["application/json"]
-    assert {"edge", "control_attention"} <= body["schema"]["properties"].keys()
+    assert {"edge", "control_attention", "control_reference", "control_type"} <= body["schema"][
+        "properties"
+    ].keys()
 
 
 def test_the_example(generator_server: Server, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ a wanted one to the wanted one; the rest stays compressed. FFmpeg works without 
 from __future__ import annotations
 
 import os
+import struct
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Container, Hashable, Iterator, Sequence
@@ -39,14 +40,12 @@ class Clip:
         self._turn = threading.Lock()
         self._decoded: dict[int, av.VideoFrame] = {}  # as the decoder gives them, mostly YUV
         try:
-            self._container = av.open(BytesIO(data))
-            stream = self._container.streams.video[0]
-            self._codec = stream.codec_context
-            self._codec.thread_type = "FRAME"
-            self._codec.thread_count = _readers.threads()
-            self.fps = float(stream.guessed_rate or 0)
-            self.width, self.height = stream.width, stream.height
-            packets = [packet for packet in self._container.demux(stream) if packet.size]
+            with BytesIO(data) as file, av.open(file) as container:
+                stream = container.streams.video[0]
+                self.fps = float(stream.guessed_rate or 0)
+                self.width, self.height = stream.width, stream.height
+                packets = [packet for packet in container.demux(stream) if packet.size]
+                self._codec = _decoder(stream.codec_context)
         except (av.error.FFmpegError, IndexError) as error:
             raise NotIndexable(str(error)) from None
         times = [packet.pts for packet in packets if not packet.is_discard]
@@ -55,7 +54,7 @@ class Clip:
         self._times: list[int] = sorted(times)
         self._groups = _groups_of_pictures(packets)
         first = next(self._play(self._groups[0], self._times[:1]), None)
-        if first is None or first.rotation or first.format.components[0].bits > 8:
+        if first is None or first.format.components[0].bits > 8 or _is_turned(data):
             raise NotIndexable("pictures that must be turned, or that have more than 8 bits")
 
     def __len__(self) -> int:
@@ -170,8 +169,25 @@ class _OfThread(threading.local):
         self.reformatter = VideoReformatter()
 
 
+_UPRIGHT = (0x10000, 0, 0, 0, 0x10000)  # the first numbers of the identity, in 16.16
+
 _of_thread = _OfThread()
 _readers = _Readers()
+
+
+def _decoder(described: Any) -> Any:
+    """A decoder for what a container describes, that does not hang on the container.
+
+    A container and its streams refer to each other. A decoder of theirs would keep its frames until
+    Python looks for such circles, which servers let it do rarely.
+    """
+    decoder = av.CodecContext.create(described.codec.name, "r")
+    decoder.extradata = described.extradata
+    decoder.width, decoder.height = described.width, described.height
+    decoder.pix_fmt = described.pix_fmt
+    decoder.codec_tag = described.codec_tag
+    decoder.thread_type, decoder.thread_count = "FRAME", _readers.threads()
+    return decoder
 
 
 class ClipFrames(np.ndarray[Any, Any]):
@@ -240,6 +256,21 @@ class RecentSamples:
 
 
 RECENT_SAMPLES = RecentSamples()
+
+
+def _is_turned(data: bytes) -> bool:
+    """Whether an MP4 or MOV asks players to turn or mirror a track: ISO 14496-12, 8.3.2.
+
+    The decoder would say so too, if it were the container's.
+    """
+    place = data.find(b"tkhd")
+    while place >= 0:
+        longer = 12 if data[place + 4 : place + 5] == b"\1" else 0  # times of 64 bits
+        matrix = data[place + longer + 44 : place + longer + 64]
+        if len(matrix) == 20 and struct.unpack(">5i", matrix) != _UPRIGHT:
+            return True
+        place = data.find(b"tkhd", place + 1)
+    return False
 
 
 def _groups_of_pictures(packets: list[Any]) -> list[list[Any]]:

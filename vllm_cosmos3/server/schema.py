@@ -43,6 +43,12 @@ def video_request() -> dict[str, Any]:
         "type": "string",
         "format": "binary",
     }
+    schema["properties"]["control_reference"] = {
+        "description": "control clip of a transfer, of the kind control_type",
+        "type": "string",
+        "format": "binary",
+    }
+    schema["properties"]["control_type"] = {"type": "string", "enum": list(HINTS)}
     kinds = ("multipart/form-data", "application/json", "application/x-www-form-urlencoded")
     return _body(schema, kinds)
 
