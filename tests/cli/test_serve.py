@@ -105,6 +105,14 @@ def test_plugin_switched_off(
     assert refused(capsys, "x/y").startswith("VLLM_PLUGINS is 'other', must be unset")
 
 
+def test_processor_has_one_of_two_names(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VLLM_COSMOS3_PROCESSOR", "fast")
+    line = refused(capsys, "x/y")
+    assert line == "VLLM_COSMOS3_PROCESSOR is 'fast', must be cosmos3 or reference"
+
+
 @pytest.mark.parametrize("flag", ["--max-video-fps", "--max-video-frames"])
 def test_limits_are_positive(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert refused(capsys, "x/y", flag, "0").startswith(f"{flag} is 0")

@@ -142,6 +142,19 @@ def test_what_needs_more_than_numbers_is_left_to_vllm(content: bytes) -> None:
         Clip(content)
 
 
+def test_large_frames_are_left_to_vllm_before_any_is_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Clip, "_play", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(NotIndexable, match="96x64"):
+        Clip(data("B-frames"), most_pixels=96 * 64 - 1)
+
+
+def test_an_unknown_codec_is_left_to_vllm() -> None:
+    with pytest.raises(NotIndexable):
+        Clip(data("MJPEG").replace(b"MJPG", b"QQQQ"))
+
+
 def test_clip_frames_look_like_an_array_and_hold_nothing() -> None:
     frames, _ = read_by_opencv("B-frames")
     lazy = ClipFrames.of(Clip(data("B-frames")), range(0, 40, 2))

@@ -44,20 +44,29 @@ Processed = tuple[list[int], list[torch.Tensor], list[list[int]]]
 Process = Callable[..., Processed]
 
 
-@pytest.fixture(scope="module")
-def processor(tiny_checkpoint: Path) -> Any:
+def make_processor(checkpoint: Path, **flags: Any) -> Any:
     register()
     config = ModelConfig(
-        model=str(tiny_checkpoint),
+        model=str(checkpoint),
         hf_overrides={"architectures": [ARCHITECTURE]},
         max_model_len=32768,
         media_io_kwargs={"video": {"num_frames": -1}},
+        **flags,
     )
     return MULTIMODAL_REGISTRY.create_processor(config)
 
 
+@pytest.fixture(scope="module")
+def processor(tiny_checkpoint: Path) -> Any:
+    return make_processor(tiny_checkpoint)
+
+
 @pytest.fixture
 def process(processor: Any, monkeypatch: pytest.MonkeyPatch) -> Process:
+    return run_with(processor, monkeypatch)
+
+
+def run_with(processor: Any, monkeypatch: pytest.MonkeyPatch) -> Process:
     """``process(name, kind, urls, **options)``: prompt ids, pixels and grids by this processor."""
 
     def run(name: str, kind: str, urls: list[str], **options: Any) -> Processed:
@@ -193,6 +202,56 @@ SAMPLING: list[dict[str, Any]] = [
 @pytest.mark.parametrize("name", CLIPS)
 def test_clips(process: Process, name: str, options: dict[str, Any]) -> None:
     assert_same(process, "video", [data_url(encoded(**CLIPS[name]), "video/mp4")], **options)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"video_pruning_rate": 0.5},
+        {"mm_processor_kwargs": {"fps": 3.0, "size": {"shortest_edge": 4096}}},
+    ],
+    ids=str,
+)
+def test_flags_of_the_operator(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, flags: dict[str, Any]
+) -> None:
+    process = run_with(make_processor(tiny_checkpoint, **flags), monkeypatch)
+    assert_same(process, "video", [data_url(encoded(frames=30), "video/mp4")])
+
+
+def test_keys_of_the_caches_tell_clips_and_options_apart(processor: Any) -> None:
+    def key(data: bytes, **options: Any) -> str:
+        clip = MediaConnector({"video": {"num_frames": -1}}).fetch_video(
+            data_url(data, "video/mp4")
+        )
+        inputs = ProcessorInputs(
+            processor.info.get_tokenizer().encode("<|vision_start|><|video_pad|><|vision_end|>"),
+            processor.info.parse_mm_data({"video": [clip]}),
+            None,
+            hf_processor_mm_kwargs=options,
+        )
+        found = processor.apply(inputs, TimingContext(enabled=False))["mm_hashes"]["video"]
+        return str(found[0])
+
+    one, other = encoded(frames=20), encoded(frames=21)
+    asked = [(one, {}), (one, {"fps": 4.0}), (one, {"fps": 5.0}), (other, {"fps": 4.0})]
+    keys = [key(data, **options) for data, options in asked]
+    assert len({*keys}) == 4
+    assert [key(data, **options) for data, options in asked] == keys
+
+
+def test_dummy_inputs_of_the_memory_profile(
+    processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {}
+    for name in ("cosmos3", "reference"):
+        monkeypatch.setenv(PROCESSOR, name)
+        inputs = processor.get_dummy_mm_inputs({"image": 1, "video": 1})
+        shapes = {
+            kind: inputs["mm_kwargs"][kind][0][pixels].data.shape for kind, pixels in PIXELS.items()
+        }
+        made[name] = (inputs["prompt_token_ids"], shapes)
+    assert made["cosmos3"] == made["reference"]
 
 
 def test_several_clips_and_their_own_rates(process: Process) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from vllm_cosmos3.cli.versions import check_vllm
 from vllm_cosmos3.config import read_json
 from vllm_cosmos3.errors import CheckpointError, InvalidRequest
-from vllm_cosmos3.models.limits import DEFAULT_FPS, DEFAULT_FRAMES, FPS, FRAMES
+from vllm_cosmos3.models.limits import DEFAULT_FPS, DEFAULT_FRAMES, FPS, FRAMES, uses_reference
 from vllm_cosmos3.models.reasoner_weights import check_folder, expected_tensors
 from vllm_cosmos3.server.command import run as run_generator
 from vllm_cosmos3.server.command import share_beside, web_parser
@@ -89,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         _check_port_is_free(args.host, args.port)
         _local_folder(args.checkpoint)
         return run_generator(args.checkpoint, args.host, args.port, values, args.rest)
+    uses_reference()  # a wrong name should stop the start here, in one line
     _check_plugin_is_on()
     for flag, value in (
         ("--max-video-fps", args.max_video_fps),

@@ -31,11 +31,14 @@ class NotIndexable(Exception):
 class Clip:
     """The first video stream of a file: ``len(clip)`` frames, ``width`` x ``height``, by number.
 
-    ``fps`` is the container's rate. ``frames`` may be called from several threads.
+    ``fps`` is the container's rate. Its methods may be called from several threads.
     """
 
-    def __init__(self, data: bytes) -> None:
-        """NotIndexable if frames cannot be told apart before they are decoded, and other oddities."""
+    def __init__(self, data: bytes, *, most_pixels: int = 0) -> None:
+        """NotIndexable if frames cannot be told apart before they are decoded, and other oddities.
+
+        So are frames of more than ``most_pixels``, where that is not 0; none of them is decoded.
+        """
         self.data = data
         self._turn = threading.Lock()
         self._decoded: dict[int, av.VideoFrame] = {}  # as the decoder gives them, mostly YUV
@@ -46,8 +49,11 @@ class Clip:
                 self.width, self.height = stream.width, stream.height
                 packets = [packet for packet in container.demux(stream) if packet.size]
                 self._codec = _decoder(stream.codec_context)
-        except (av.error.FFmpegError, IndexError) as error:
+        except (av.error.FFmpegError, IndexError, AttributeError) as error:
+            # no container, no video in it, or a codec that this FFmpeg lacks
             raise NotIndexable(str(error)) from None
+        if 0 < most_pixels < self.width * self.height:
+            raise NotIndexable(f"frames of {self.width}x{self.height}")
         times = [packet.pts for packet in packets if not packet.is_discard]
         if self.fps <= 0 or not times or None in times or len(set(times)) < len(times):
             raise NotIndexable("no rate, no frames, or frames without a time of their own")
@@ -95,7 +101,7 @@ class Clip:
         damaged = [number for number in numbers if number not in self._decoded]
         if damaged:
             self._decoded |= self._held(damaged)
-        if not self._decoded:
+        if not self._decoded.keys() >= set(damaged):
             raise InvalidRequest("video_url", "a video in which no frame can be decoded", "a video")
 
     def _held(self, numbers: list[int]) -> dict[int, av.VideoFrame]:

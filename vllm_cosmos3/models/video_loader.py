@@ -95,11 +95,9 @@ class Cosmos3VideoBackend(Qwen3VLVideoBackend):
 def _indexed(data: bytes) -> Clip | None:
     """The clip, or None where vLLM must read it or say what is wrong with it."""
     try:
-        clip = Clip(data)
+        return Clip(data, most_pixels=envs.VLLM_MAX_IMAGE_PIXELS)
     except NotIndexable:
         return None
-    limit = envs.VLLM_MAX_IMAGE_PIXELS
-    return None if 0 < limit < clip.width * clip.height else clip
 
 
 def _decode_ahead(frames: Any, metadata: dict[str, Any]) -> None:
