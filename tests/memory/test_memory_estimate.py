@@ -43,6 +43,22 @@ def test_the_plan_of_nano_is_what_a_gpu_measured(
     assert abs(planned - gib) <= 0.05 * gib
 
 
+PHASES = [  # docs/numbers.md, "Memory, Nano size, one GPU"
+    ("1280x720", 1, {"text": 30.10, "denoise": 30.25, "decode": 33.83}),
+    ("1280x720", 189, {"text": 30.13, "denoise": 35.12, "decode": 36.86}),
+]
+
+
+@pytest.mark.parametrize(("size", "frames", "peaks"), PHASES)
+def test_every_phase_is_near_what_a_gpu_measured(
+    size: str, frames: int, peaks: dict[str, float]
+) -> None:
+    memory = estimate(NANO, ENGINE, work(size, frames))
+    for phase, gib in peaks.items():
+        planned = (memory.resident + memory.phases[phase]) / GIB
+        assert abs(planned - gib) <= 0.03 * gib, phase
+
+
 SHAPES = st.builds(
     work,
     st.sampled_from(["320x192", "832x480", "720x1280"]),
