@@ -191,9 +191,10 @@ class _Request:
     def _text(self) -> int:
         ledger = Ledger()
         streamed = self.engine.und_residency == "host"
-        ledger.take(self.context, self.layer * (1 + LAYERS_AHEAD) * streamed)
-        if streamed:  # the embedding's turn is over before the layers'
-            ledger.moment(self._embedding())
+        ledger.take(self.context)
+        if streamed:  # the embedding with the first layer behind it, then layers
+            ledger.moment(self._embedding(), self.layer * LAYERS_AHEAD)
+            ledger.take(self.layer * (1 + LAYERS_AHEAD))
         self._layer(ledger, max(self.text), keys=0)  # which go into the cache
         return ledger.peak
 
