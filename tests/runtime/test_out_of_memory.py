@@ -51,7 +51,7 @@ def test_on_ranks(tiny_checkpoint_fp32: Path) -> None:
     engine = EngineConfig(
         model=tiny_checkpoint_fp32,
         dtype="float32",
-        parallel=ParallelConfig(tensor_parallel_size=2),
+        parallel=ParallelConfig(ulysses_degree=2),
         und_residency="host",
         layerwise_offload=True,
     )

@@ -378,9 +378,41 @@ def test_compressed_pictures(generator_server: Server) -> None:
 
 def test_the_openapi_page_knows_every_field(generator_server: Server) -> None:
     page = httpx.get(f"{generator_server.url}/openapi.json").json()
-    content = page["paths"][VIDEOS]["post"]["requestBody"]["content"]
+    create_video = page["paths"][VIDEOS]["post"]
+    content = create_video["requestBody"]["content"]
     fields = content["application/json"]["schema"]["properties"]
     assert fields["fps"]["minimum"] == 1
     assert "frames per second" in fields["fps"]["description"]
-    assert "seconds" in fields
+    assert {"seconds", "input_reference", "image_reference", "video_reference"} <= fields.keys()
+    assert all(field["description"] for field in fields.values())
     assert json.dumps(content["multipart/form-data"]) == json.dumps(content["application/json"])
+    assert {each["name"] for each in create_video["parameters"]} == {"Idempotency-Key", "Prefer"}
+    for path, methods in page["paths"].items():
+        for method in methods.values():
+            assert method.get("description"), path
+    (limit,) = (p for p in page["paths"][VIDEOS]["get"]["parameters"] if p["name"] == "limit")
+    assert "1 to 100" in limit["description"]
+
+
+def test_the_openapi_page_knows_every_answer(generator_server: Server) -> None:
+    page = httpx.get(f"{generator_server.url}/openapi.json").json()
+
+    def answer(path: str, method: str, status: str) -> dict[str, Any]:
+        content = page["paths"][path][method]["responses"][status]["content"]
+        schema: dict[str, Any] = content["application/json"]["schema"]["properties"]
+        return schema
+
+    job = finished(generator_server, create(generator_server, **SMALL))
+    known = answer(f"{VIDEOS}/{{video_id}}", "get", "200")
+    assert known.keys() == job.keys()
+    assert known["cosmos3"]["properties"].keys() == job["cosmos3"].keys()
+    assert known["usage"]["properties"].keys() == job["usage"].keys()
+    assert job["status"] in known["status"]["enum"]
+    listed = httpx.get(f"{generator_server.url}{VIDEOS}?limit=1").json()
+    assert answer(VIDEOS, "get", "200").keys() == listed.keys()
+    picture = httpx.post(f"{generator_server.url}{IMAGES}", **image()["send"], timeout=60).json()
+    assert answer(IMAGES, "post", "200").keys() == picture.keys()
+    error = httpx.get(f"{generator_server.url}{VIDEOS}/nope").json()["error"]
+    described = answer(f"{VIDEOS}/{{video_id}}", "get", "default")["error"]["properties"]
+    assert described.keys() == error.keys()
+    assert error["code"] in described["code"]["description"]

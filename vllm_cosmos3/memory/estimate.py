@@ -276,8 +276,7 @@ class _Request:
         phases = {"decode": latents + peak}
         sound = next((shape for name, shape in self.work.streams if name == "sound"), None)
         if sound is not None and self.model.sound is not None:
-            phases["sound"] = latents + pixels + _sound_peak(self.model.sound, sound[1])
-        phases["decode"] = max(phases["decode"], latents + 2 * pixels)  # joined
+            phases["sound"] = latents + _sound_peak(self.model.sound, sound[1])
         return phases
 
 

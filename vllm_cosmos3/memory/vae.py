@@ -41,8 +41,8 @@ def decode_peak(
 ) -> int:
     """Bytes at the peak of decoding latents of ``shape`` [1, C, T, h, w], on the fullest rank.
 
-    Beside the latents, and with the frames that the first rank collects. ``item`` are the bytes of a
-    value, ``fused`` says that norm and SiLU are one pass, as on a GPU.
+    Beside the latents. ``item`` are the bytes of a value. ``fused`` stands for a GPU: norm and SiLU are
+    one pass, and frames leave for the host at once, whose memory on a CPU is the same.
     """
     _, _, frames, height, width = shape
     scale, doubled = config.scale_factor_spatial, config.scale_factor_temporal
@@ -56,7 +56,7 @@ def decode_peak(
         previous = 0  # what the loops' variables still refer to
         for index in range(min(frames, CHUNKS)):
             made = pixels * (doubled if index else 1)
-            if index == CHUNKS - 1 and rank == 0:
+            if index == CHUNKS - 1 and rank == 0 and not fused:
                 ledger.take(pixels * (1 + doubled * (frames - 2)))  # bytes of the chunks before
             with ledger.scope():
                 ledger.take(previous, made * FLOAT32)
@@ -67,7 +67,7 @@ def decode_peak(
                     own = made * high * wide // (height * width)
                     ledger.moment(own * item, own * item, own * (FLOAT32 if item < FLOAT32 else 0))
                 ledger.give(previous)
-                previous = made * FLOAT32 + own * item if parts else 0
+                previous = made * (FLOAT32 + 1) + own * item if parts else 0
                 ledger.take(previous, 2 * made * FLOAT32)  # levels of brightness, rounded, clamped
         return ledger.peak
 

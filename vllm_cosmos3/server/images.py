@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, Response
 
 from vllm_cosmos3 import media
 from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.server.answers import PICTURES, answers
 from vllm_cosmos3.server.body import read_body
 from vllm_cosmos3.server.errors import ApiError
 from vllm_cosmos3.server.protocol import IMAGE, translate
@@ -27,7 +28,7 @@ Format = Literal["png", "jpeg", "webp"]
 FORMATS: dict[str, Format] = {"png": "png", "jpeg": "jpeg", "jpg": "jpeg", "webp": "webp"}
 
 
-@router.post("/v1/images/generations", openapi_extra=image_request())
+@router.post("/v1/images/generations", openapi_extra=image_request(), responses=answers(PICTURES))
 async def generate(request: Request) -> Response:
     """Make pictures from text and answer with them. A client that goes away cancels them."""
     at = service(request)

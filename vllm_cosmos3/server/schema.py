@@ -24,6 +24,10 @@ _TYPES: dict[str, dict[str, Any]] = {
     "rows": {"type": "array", "items": {"type": "array", "items": {"type": "number"}}},
 }
 _TYPES["hint"] = {"oneOf": [{"type": "boolean"}, {"type": "string"}, {"type": "object"}]}
+HEADERS = (
+    ("Idempotency-Key", "the same key and body again give the same job; another body is refused"),
+    ("Prefer", "wait=N: answer when the video is done, or after N seconds"),
+)
 _IMAGE_FIELDS_NOT = {
     *HINTS, *OF_TRANSFER,
     "num_frames", "seconds", "fps", "generate_sound", "sound_duration", "use_duration_template",
@@ -38,11 +42,12 @@ def video_request() -> dict[str, Any]:
     """The body of POST /v1/videos in its three content types."""
     names = SPECS.keys() - HIDDEN - {"n"}
     schema = _object(names, SERVER_FIELDS.keys() - IMAGE_ONLY)
-    schema["properties"]["input_reference"] = {
-        "description": "first frame or clip to continue: a file, or a URL of http, https or data",
-        "type": "string",
-        "format": "binary",
-    }
+    for name, kind in (("input", "picture or clip"), ("image", "picture"), ("video", "clip")):
+        schema["properties"][f"{name}_reference"] = {
+            "description": f"{kind} to start from: a file, or a URL of http, https, data or (where allowed) file",
+            "type": "string",
+            "format": "binary",
+        }
     schema["properties"]["control_reference"] = {
         "description": "control clip of a transfer, of the kind control_type",
         "type": "string",
@@ -50,13 +55,26 @@ def video_request() -> dict[str, Any]:
     }
     schema["properties"]["control_type"] = {"type": "string", "enum": list(HINTS)}
     kinds = ("multipart/form-data", "application/json", "application/x-www-form-urlencoded")
-    return _body(schema, kinds)
+    return {**_body(schema, kinds), "parameters": [_header(*each) for each in HEADERS]}
+
+
+def remix_request() -> dict[str, Any]:
+    """The body of POST /v1/videos/{id}/remix."""
+    body = video_request()
+    content = body["requestBody"]["content"].values()
+    for kind in content:
+        kind["schema"] = {**kind["schema"], "description": "a new prompt, and what else changes"}
+    return body
 
 
 def image_request() -> dict[str, Any]:
     """The body of POST /v1/images/generations."""
     names = SPECS.keys() - HIDDEN - _IMAGE_FIELDS_NOT
     return _body(_object(names, SERVER_FIELDS.keys() - VIDEO_ONLY), ("application/json",))
+
+
+def _header(name: str, description: str) -> dict[str, Any]:
+    return {"name": name, "in": "header", "schema": {"type": "string"}, "description": description}
 
 
 def _body(schema: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, Any]:

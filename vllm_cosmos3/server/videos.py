@@ -14,6 +14,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 from starlette.background import BackgroundTask
 
 from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.server.answers import JOB, PAGE, Cursor, Limit, Order, Variant, answers
 from vllm_cosmos3.server.artifacts import CLIP, SPRITES, THUMBNAIL
 from vllm_cosmos3.server.body import read_body
 from vllm_cosmos3.server.errors import ApiError
@@ -22,7 +23,7 @@ from vllm_cosmos3.server.jobs import COMPLETED, FAILED, Job
 from vllm_cosmos3.server.protocol import VIDEO, Asked, translate
 from vllm_cosmos3.server.render import video_json
 from vllm_cosmos3.server.routing import Route, service
-from vllm_cosmos3.server.schema import video_request
+from vllm_cosmos3.server.schema import remix_request, video_request
 from vllm_cosmos3.server.service import Service
 
 router = APIRouter(route_class=Route, tags=["Cosmos3 videos"])
@@ -32,7 +33,7 @@ POLL_SECONDS = 0.1  # between looks at a job whose events are streamed
 BEAT_SECONDS = 15.0  # of silence until an empty event keeps proxies from closing the stream
 
 
-@router.post("/v1/videos", openapi_extra=video_request())
+@router.post("/v1/videos", openapi_extra=video_request(), responses=answers(JOB))
 async def create(request: Request) -> Response:
     """Queue a video. ``Prefer: wait=N`` answers when it is done, or after N seconds."""
     at, asked = service(request), await _asked(request)
@@ -45,7 +46,7 @@ async def create(request: Request) -> Response:
     return JSONResponse(video_json(job, at), headers=headers)
 
 
-@router.post("/v1/videos/sync", openapi_extra=video_request())
+@router.post("/v1/videos/sync", openapi_extra=video_request(), responses=answers(kind="video/mp4"))
 async def sync(request: Request) -> Response:
     """Make a video and answer with it. A client that goes away cancels it."""
     at, asked = service(request), await _asked(request)
@@ -89,9 +90,9 @@ async def result(at: Service, request: Request, job: Job) -> Job:
     return job
 
 
-@router.get("/v1/videos")
+@router.get("/v1/videos", responses=answers(PAGE))
 async def page(
-    request: Request, after: str | None = None, limit: str = "20", order: str = "desc"
+    request: Request, after: Cursor = None, limit: Limit = "20", order: Order = "desc"
 ) -> Response:
     """The videos of this storage, the newest first."""
     at = service(request)
@@ -116,7 +117,7 @@ async def page(
     )
 
 
-@router.get("/v1/videos/{video_id}")
+@router.get("/v1/videos/{video_id}", responses=answers(JOB))
 async def retrieve(request: Request, video_id: str) -> Response:
     """A job as it is. A failed one is an ordinary answer, with its error in it."""
     at = service(request)
@@ -132,8 +133,8 @@ async def delete(request: Request, video_id: str) -> Response:
     return JSONResponse({"id": video_id, "deleted": True, "object": "video.deleted"})
 
 
-@router.get("/v1/videos/{video_id}/content")
-async def content(request: Request, video_id: str, variant: str = "video") -> Response:
+@router.get("/v1/videos/{video_id}/content", responses=answers(kind="video/mp4"))
+async def content(request: Request, video_id: str, variant: Variant = "video") -> Response:
     """The MP4, or a WebP of its first frame or of sixteen frames. Ranges are served."""
     at = service(request)
     job = at.get(video_id)
@@ -163,7 +164,7 @@ async def events(request: Request, video_id: str) -> Response:
     )
 
 
-@router.post("/v1/videos/{video_id}/remix")
+@router.post("/v1/videos/{video_id}/remix", openapi_extra=remix_request(), responses=answers(JOB))
 async def remix(request: Request, video_id: str) -> Response:
     """The same request with another prompt, and the same seed unless another is given."""
     at = service(request)
