@@ -72,9 +72,7 @@ class Cosmos3VideoBackend(Qwen3VLVideoBackend):
     @classmethod
     def _pick(cls, clip: Clip, num_frames: int, rate: float, **kwargs: Any) -> tuple[Any, Any]:
         """What ``load_bytes`` returns, of a clip whose frames can be decoded one by one."""
-        max_duration = kwargs.pop(
-            "max_duration", 300
-        )  # vLLM's default; its Qwen3-VL rule has no use for it
+        max_duration = kwargs.pop("max_duration", 300)  # not used by vLLM's rule for Qwen3-VL
         source = VideoSourceMetadata(len(clip), clip.fps, len(clip) / clip.fps)
         target = VideoTargetMetadata(num_frames, rate, max_duration)
         numbers = cls.compute_frames_index_to_sample(source, target, **kwargs)
