@@ -31,6 +31,7 @@ LAYERS = [
         "runtime.graphs",
         "runtime.halo",
         "runtime.offload",
+        "runtime.timers",
         "output",
         "questions",
     },

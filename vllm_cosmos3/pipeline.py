@@ -9,10 +9,9 @@ another is in the streams of its plan.
 from __future__ import annotations
 
 import resource
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -39,6 +38,7 @@ from vllm_cosmos3.runtime.attention import make_attend
 from vllm_cosmos3.runtime.budget import Budget, Promise, memory_of
 from vllm_cosmos3.runtime.graphs import Recording, launches_matter
 from vllm_cosmos3.runtime.mesh import Mesh
+from vllm_cosmos3.runtime.timers import Timers
 from vllm_cosmos3.sampling import positions
 from vllm_cosmos3.sampling.guidance import (
     Scales,
@@ -60,7 +60,6 @@ from vllm_cosmos3.sampling.schedule import Schedule, make_schedule
 from vllm_cosmos3.sampling.solvers import SOLVERS
 from vllm_cosmos3.sampling.solvers import State as SolverState
 
-AHEAD = 300.0  # milliseconds
 JOINED_TOKENS = 2048  # of all branches, up to which one forward is faster than one for each
 
 Forward = Callable[..., Sequence[tuple[Tensor, ...]]]  # of the timestep and each stream's x
@@ -461,53 +460,6 @@ class Pipeline:
         if len(video) == 1:
             return Sample(seed=seed, image=video[0])
         return Sample(seed=seed, video=video, sound=waveform, action=action, clip=clip)
-
-
-class Timers:
-    """Seconds per phase of one request, measured on the device without stopping it.
-
-    An accelerator is asked for the times at the end. A ``paced`` phase starts when the one before
-    has ended, so that progress tells the truth and a cancelled request stops soon; where phases are
-    shorter than AHEAD the host runs one of them ahead, so that the device never waits for it.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._spans: list[tuple[str, torch.Event, torch.Event]] = []
-        self._seconds: dict[str, float] = dict.fromkeys(
-            ("text", "vae_encode", "denoise", "vae_decode", "sound", "to_cpu"), 0.0
-        )
-
-    @contextmanager
-    def phase(self, name: str, *, paced: bool = False) -> Iterator[None]:
-        if self._device.type == "cpu":
-            start = time.perf_counter()
-            yield
-            self._seconds[name] += time.perf_counter() - start
-            return
-        if paced and self._spans:
-            self._pace()
-        before, after = (torch.Event(self._device, enable_timing=True) for _ in range(2))
-        before.record()
-        yield
-        after.record()
-        self._spans.append((name, before, after))
-
-    def _pace(self) -> None:
-        if len(self._spans) > 1:
-            _, before, after = self._spans[-2]
-            after.synchronize()
-            if before.elapsed_time(after) < AHEAD:
-                return
-        self._spans[-1][2].synchronize()
-
-    def totals(self) -> dict[str, float]:
-        """Seconds of every phase so far. Waits for the device."""
-        for name, before, after in self._spans:
-            after.synchronize()
-            self._seconds[name] += before.elapsed_time(after) / 1000
-        self._spans.clear()
-        return dict(self._seconds)
 
 
 def _guidance(plan: Plan, schedule: Schedule) -> tuple[Scales, ...]:
