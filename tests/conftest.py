@@ -16,10 +16,27 @@ from servers import ARCHITECTURE, BIN, SMALL, Server, running
 from vllm_cosmos3.checkpoint import write_checkpoint
 from vllm_cosmos3.compat import has_serve_flag
 
+SHARED = {
+    "generator_server": "generator",
+    "guarded_server": "generator",
+    "robot_server": "generator",
+    "reasoner_server": "reasoner",
+    "reasoner_server_tp2": "reasoner",
+    "ranks": "ranks",
+}
+
 
 def pytest_report_header() -> list[str]:
     """Say why the tests for GPUs are not there, where they are not."""
     return [] if torch.cuda.is_available() else ["tests/gpu: not collected, no CUDA device here"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one server, or of one set of ranks, run in one process; others by their file."""
+    for item in items:
+        used = SHARED.keys() & set(getattr(item, "fixturenames", ()))
+        group = SHARED[min(used)] if used else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

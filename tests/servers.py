@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -31,9 +31,12 @@ class Server:
     model: str
     log: Path
     pid: int  # of its process, which leads a group
+    clients: list[OpenAI] = field(default_factory=list)  # closed with it
 
     def client(self) -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key="EMPTY", max_retries=0, timeout=120)
+        new = OpenAI(base_url=f"{self.url}/v1", api_key="EMPTY", max_retries=0, timeout=120)
+        self.clients.append(new)
+        return new
 
     def async_client(self) -> AsyncOpenAI:
         return AsyncOpenAI(base_url=f"{self.url}/v1", api_key="EMPTY", max_retries=0, timeout=120)
@@ -78,11 +81,13 @@ def running(
             env=environment(cache),
             start_new_session=True,
         )
+    server = Server(url=f"http://127.0.0.1:{port}", model=command[2], log=log, pid=process.pid)
     try:
-        server = Server(url=f"http://127.0.0.1:{port}", model=command[2], log=log, pid=process.pid)
         _wait_until_ready(server, process, while_starting)
         yield server
     finally:
+        for client in server.clients:
+            client.close()
         _stop(process)
 
 

@@ -234,7 +234,7 @@ def test_mistakes_name_file_record_and_field(
         ("x.json", "[" * 99_999, "x.json is 'not JSON"),
         ("x.json", '[{"prompt": "a"}, 7]', "x.json record 2 is 7, must be an object"),
         ("x.yaml", "a: [", "x.yaml is 'not YAML: while parsing"),
-        ("x.toml", "", "x.toml', must be a file of type .json, .jsonl, .yaml, .yml"),
+        ("x.toml", "", ", must be a file of type .json, .jsonl, .yaml, .yml"),
     ],
 )
 def test_broken_files(name: str, text: str, message: str, folder: Path) -> None:

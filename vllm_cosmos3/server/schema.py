@@ -53,7 +53,11 @@ def video_request() -> dict[str, Any]:
         "type": "string",
         "format": "binary",
     }
-    schema["properties"]["control_type"] = {"type": "string", "enum": list(HINTS)}
+    schema["properties"]["control_type"] = {
+        "description": "what kind of control the clip in control_reference is",
+        "type": "string",
+        "enum": list(HINTS),
+    }
     kinds = ("multipart/form-data", "application/json", "application/x-www-form-urlencoded")
     return {**_body(schema, kinds), "parameters": [_header(*each) for each in HEADERS]}
 
