@@ -31,6 +31,7 @@ def pytest_report_header() -> list[str]:
     return [] if torch.cuda.is_available() else ["tests/gpu: not collected, no CUDA device here"]
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist's own, which reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of one server, or of one set of ranks, run in one process; others by their file."""
     for item in items:
