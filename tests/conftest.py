@@ -31,13 +31,11 @@ def pytest_report_header() -> list[str]:
     return [] if torch.cuda.is_available() else ["tests/gpu: not collected, no CUDA device here"]
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist's own, which reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """Tests of one server, or of one set of ranks, run in one process; others by their file."""
-    for item in items:
-        used = SHARED.keys() & set(getattr(item, "fixturenames", ()))
-        group = SHARED[min(used)] if used else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+    used = SHARED.keys() & set(getattr(item, "fixturenames", ()))
+    group = SHARED[min(used)] if used else str(item.path)
+    item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
