@@ -7,22 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from ranks import Ranks
 from servers import ARCHITECTURE, BIN, SMALL, Server, running
 
 from vllm_cosmos3.checkpoint import write_checkpoint
 from vllm_cosmos3.compat import has_serve_flag
 
+# A machine that runs three processes is late now and then.
+settings.register_profile("shared", deadline=None)
+settings.load_profile("shared")
+
 SHARED = {
-    "generator_server": "generator",
-    "guarded_server": "generator",
-    "robot_server": "generator",
-    "reasoner_server": "reasoner",
-    "reasoner_server_tp2": "reasoner",
-    "ranks": "ranks",
+    "generator server": ("tests/server",),
+    "reasoner server": ("tests/serve/", "tests/examples", "tests/parity/test_reasoner.py"),
+    "ranks": (
+        "tests/runtime",
+        "tests/models/test_vae.py",
+        "tests/models/test_towers.py",
+        "tests/sampling",
+    ),
 }
 
 
@@ -31,11 +39,17 @@ def pytest_report_header() -> list[str]:
     return [] if torch.cuda.is_available() else ["tests/gpu: not collected, no CUDA device here"]
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Tests of one server, or of one set of ranks, run in one process; others by their file."""
-    used = SHARED.keys() & set(getattr(item, "fixturenames", ()))
-    group = SHARED[min(used)] if used else str(item.path)
-    item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """Files that use the same server or the same ranks run in one process, one after the other."""
+    from xdist.scheduler import LoadScopeScheduling  # here, as one process does without xdist
+
+    class ByServer(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return next((name for name, files in SHARED.items() if file.startswith(files)), file)
+
+    return ByServer(config, log)
 
 
 @pytest.fixture(scope="session")
