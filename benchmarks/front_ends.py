@@ -227,7 +227,7 @@ def start(args: argparse.Namespace, name: str, kind: Kind, folder: Path) -> Star
     stages.mkdir()
     environment = [f"COSMOS3_STAGES={stages}", *kind.environment]
     program = [sys.executable, str(HERE / "timed_server.py"), kind.program]
-    command = ["env", *environment, *program, "serve", args.checkpoint, *kind.flags, *args.flags]
+    command = ["env", *environment, *program, "serve", args.checkpoint, *args.flags, *kind.flags]
     log = (args.logs or folder) / f"{name}.log"
     stack = ExitStack()
     try:

@@ -75,7 +75,17 @@ def running(
     log = folder / f"server-{port}.log"
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            # it ends with the tests, however they end
+            [
+                "setpriv",
+                "--pdeathsig",
+                "TERM",
+                *command,
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(port),
+            ],
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment(cache),

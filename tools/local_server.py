@@ -28,6 +28,9 @@ CPU_SHARE = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 
+# From util-linux: the server is told to end when the thread that started it is gone, killed included.
+ENDS_WITH_US = ("setpriv", "--pdeathsig", "TERM")
+
 ERROR = re.compile(r"\b(\w*(Error|Exception): |error: )\S")
 
 
@@ -81,7 +84,7 @@ def local_server(
     url = f"http://127.0.0.1:{port}"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            [*ENDS_WITH_US, *command, "--host", "127.0.0.1", "--port", str(port)],
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

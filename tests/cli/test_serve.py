@@ -11,16 +11,19 @@ from pathlib import Path
 import pytest
 
 from vllm_cosmos3.cli import main
-from vllm_cosmos3.cli.serve import add_arguments, stock_command
+from vllm_cosmos3.cli.serve import add_arguments, reasons, stock_command
 from vllm_cosmos3.compat import has_serve_flag
 
 
 def build(*argv: str, folder: Path | None = None) -> list[str]:
+    return stock_command(parse(*argv), folder)
+
+
+def parse(*argv: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    args, args_rest = parser.parse_known_args(argv)
-    args.rest = args_rest
-    return stock_command(args, folder)
+    args, args.rest = parser.parse_known_args(argv)
+    return args
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -64,6 +67,16 @@ def test_what_the_user_says_wins() -> None:
     assert json.loads(value(command, "--hf-overrides"))["foo"] == 1
     assert len([word for word in command if word.startswith("--hf-overrides")]) == 1
     assert value(command, "--max-model-len") == "4096"
+
+
+def test_every_flag_of_ours_has_its_reason() -> None:
+    args = parse("nvidia/Cosmos3-Nano", "--no-async-scheduling", "--max-video-fps", "4")
+    lines = reasons(stock_command(args, None), args)
+    assert lines[0].startswith("--mm-encoder-tp-mode: each tensor-parallel rank encodes whole")
+    assert not any(line.startswith("--async-scheduling") for line in lines)
+    if has_serve_flag("trust-request-mm-kwargs"):
+        assert lines[1].endswith("such as fps; videos stay within 4 fps and 1800 frames")
+    assert "--api-server-count" in lines[-1]
 
 
 def test_folder_without_root_files_gets_the_flags_for_it(tmp_path: Path) -> None:

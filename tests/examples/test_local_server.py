@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -40,6 +44,28 @@ def test_it_waits_and_stops_the_whole_group(tmp_path: Path) -> None:
     assert waited
     assert waited == sorted(waited)
     assert not group_members(server.pid)
+
+
+def test_a_server_ends_with_a_killed_starter(tmp_path: Path) -> None:
+    starter = (
+        "import sys, time; from pathlib import Path; from local_server import local_server\n"
+        "with local_server(sys.argv[2:], log=Path(sys.argv[1])) as server:\n"
+        "    print(server.pid, flush=True); time.sleep(600)"
+    )
+    words = [sys.executable, "-c", starter, str(tmp_path / "log"), sys.executable, "-c", SERVER]
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, env=os.environ | paths) as program:
+        assert program.stdout is not None
+        server = int(program.stdout.readline())
+        assert server in group_members(server)
+        program.kill()
+    try:
+        end = time.monotonic() + 20
+        while server in group_members(server):
+            assert time.monotonic() < end, "the server goes on"
+            time.sleep(0.05)
+    finally:
+        os.killpg(server, signal.SIGKILL)  # its child, if nothing else
 
 
 def test_a_server_that_ends_early_is_reported_with_its_error(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_cosmos3_serve_prints_the_stock_command(reasoner_server_tp2: Server) -> 
     log = reasoner_server_tp2.log.read_text()
     assert "vllm-cosmos3 serve: running COSMOS3_MAX_VIDEO_FPS=8 " in log
     assert f" vllm serve {reasoner_server_tp2.model} " in log
-    warned = "--trust-request-mm-kwargs lets requests choose" in log
+    warned = "--trust-request-mm-kwargs: lets requests choose" in log
     assert warned == has_serve_flag("trust-request-mm-kwargs")
 
 

@@ -6,8 +6,9 @@ import json
 import re
 import socket
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import httpx
@@ -128,10 +129,14 @@ def test_a_deadline_ends_a_request(generator_server: Server) -> None:
 
 def test_a_thousand_creates_at_once(generator_server: Server) -> None:
     idle(generator_server)
-    blocker = running(generator_server, create(generator_server, **LONG))
-    before = psutil.Process(generator_server.pid).memory_info().rss
     limits = httpx.Limits(max_connections=50)
-    with httpx.Client(base_url=generator_server.url, limits=limits, timeout=120) as client:
+    with (
+        under_way(generator_server) as blocker,
+        httpx.Client(base_url=generator_server.url, limits=limits, timeout=120) as client,
+    ):
+        before = psutil.Process(generator_server.pid).memory_info().rss
+        # One of those that run must end before there is room, and how long it takes is known.
+        left = eta(client, blocker)
 
         def post(seed: int) -> httpx.Response:
             return client.post("/v1/videos", json={"prompt": "a boat", **LONG, "seed": seed})
@@ -139,41 +144,60 @@ def test_a_thousand_creates_at_once(generator_server: Server) -> None:
         with ThreadPoolExecutor(50) as pool:
             answers = list(pool.map(post, range(1000)))
         accepted = [a.json()["id"] for a in answers if a.status_code == 200]
-        refused = [a for a in answers if a.status_code == 429]
-        assert len(accepted) + len(refused) == 1000
-        assert 8 <= len(accepted) <= 12
-        assert {a.json()["error"]["code"] for a in refused} == {"queue_full"}
-        assert {a.headers["x-queue-limit"] for a in refused} == {"8"}
-        assert {int(a.headers["x-queue-depth"]) for a in refused} <= set(range(1, 13))
-        # One of those that run must end before there is room, and how long it takes is known.
-        left = client.get(f"/v1/videos/{blocker['id']}").json()["cosmos3"]["eta_s"]
-        assert all(1 <= int(a.headers["retry-after"]) <= 5 * left + 10 for a in refused)
-        listed = client.get("/v1/videos", params={"limit": 100}).json()["data"]
-        assert set(accepted) <= {job["id"] for job in listed}
-        queues = [job["cosmos3"]["queue"] for job in listed if job["status"] == "queued"]
-        etas = [queue["eta_s"] for queue in sorted(queues, key=lambda queue: queue["position"])]
-        assert len(etas) >= 6
-        assert etas == sorted(etas)
-        assert etas[0] > 0
-        assert psutil.Process(generator_server.pid).memory_info().rss < before + 200 * 2**20
-        for name in (*accepted, blocker["id"]):
-            assert client.delete(f"/v1/videos/{name}").status_code == 200
+        try:
+            left = max(left, eta(client, blocker))  # the load has slowed it down
+            refused = [a for a in answers if a.status_code == 429]
+            assert len(accepted) + len(refused) == 1000
+            assert 8 <= len(accepted) <= 12
+            assert {a.json()["error"]["code"] for a in refused} == {"queue_full"}
+            assert {a.headers["x-queue-limit"] for a in refused} == {"8"}
+            assert {int(a.headers["x-queue-depth"]) for a in refused} <= set(range(1, 13))
+            waits = {int(a.headers["retry-after"]) for a in refused}
+            assert 1 <= min(waits) <= max(waits) <= 5 * left + 10
+            listed = client.get("/v1/videos", params={"limit": 100}).json()["data"]
+            assert set(accepted) <= {job["id"] for job in listed}
+            queues = [job["cosmos3"]["queue"] for job in listed if job["status"] == "queued"]
+            etas = [queue["eta_s"] for queue in sorted(queues, key=lambda queue: queue["position"])]
+            assert len(etas) >= 6
+            assert etas == sorted(etas)
+            assert etas[0] > 0
+            assert psutil.Process(generator_server.pid).memory_info().rss < before + 200 * 2**20
+        finally:
+            ends = [client.delete(f"/v1/videos/{name}").status_code for name in accepted]
+        assert set(ends) == {200}
     idle(generator_server)
 
 
+def eta(client: httpx.Client, job: str) -> float:
+    """Seconds that a running job still takes, as the server believes."""
+    return float(client.get(f"/v1/videos/{job}").json()["cosmos3"]["eta_s"])
+
+
+@contextmanager
+def under_way(server: Server) -> Iterator[str]:
+    """The id of a long video that is being denoised, and is deleted at the end."""
+    job = create(server, **LONG)
+    try:
+        running(server, job)
+        yield job["id"]
+    finally:
+        httpx.delete(f"{server.url}/v1/videos/{job['id']}", timeout=60)
+
+
 def test_two_hundred_polls_while_denoising(generator_server: Server) -> None:
-    job = running(generator_server, create(generator_server, **LONG))
-    with httpx.Client(base_url=generator_server.url, timeout=60) as client:
+    with (
+        under_way(generator_server) as job,
+        httpx.Client(base_url=generator_server.url, timeout=60) as client,
+    ):
 
         def poll(_: int) -> httpx.Response:
-            return client.get(f"/v1/videos/{job['id']}")
+            return client.get(f"/v1/videos/{job}")
 
         with ThreadPoolExecutor(200) as pool:
             answers = list(pool.map(poll, range(200)))
         assert {(a.status_code, a.json()["id"], a.json()["status"]) for a in answers} == {
-            (200, job["id"], "in_progress")
+            (200, job, "in_progress")
         }
-        client.delete(f"/v1/videos/{job['id']}")
 
 
 def test_a_huge_upload_is_refused_while_it_streams(generator_server: Server) -> None:

@@ -12,7 +12,7 @@ import os
 import shlex
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,20 @@ ARCHITECTURE = "Cosmos3ReasonerForConditionalGeneration"
 PLUGIN = "cosmos3"  # name of our entry points, which VLLM_PLUGINS can switch off
 DEFAULT_PORT = 8000  # vLLM's
 MEDIA_ERRORS = "vllm_cosmos3.server.media_errors.MediaErrors"  # 400 for what cannot be fetched
+
+# Why a flag of vLLM is on unless the user says otherwise, and what was measured and left as it is.
+_REASONS = {
+    "--mm-encoder-tp-mode": "each tensor-parallel rank encodes whole pictures and clips, which needs "
+    "no exchange in the vision tower",
+    "--async-scheduling": "the next step is scheduled while the device computes this one",
+    "--trust-request-mm-kwargs": "lets requests choose their own mm_processor_kwargs, such as fps; "
+    "videos stay within {fps:g} fps and {frames} frames",
+}
+_LEFT = (
+    "--api-server-count, --renderer-num-workers, --max-num-batched-tokens, caches, media threads and "
+    "CUDA graphs of the vision tower are vLLM's defaults: on an H100 none of them gave more requests "
+    "a second than one run differs from the next (docs/numbers.md)"
+)
 
 _EPILOG = """\
 Every other flag is passed on to vLLM, for example --tensor-parallel-size 4, --max-model-len 32768,
@@ -114,13 +128,8 @@ def run(args: argparse.Namespace) -> int:
     command = stock_command(args, folder)
     shown = [f"{name}={value}" for name, value in environment.items()]
     print("vllm-cosmos3 serve: running", " ".join([*shown, shlex.join(command)]), flush=True)
-    if "--trust-request-mm-kwargs" in command:
-        print(
-            "vllm-cosmos3 serve: --trust-request-mm-kwargs lets requests choose their own "
-            f"mm_processor_kwargs, such as fps; videos stay within {args.max_video_fps:g} fps and "
-            f"{args.max_video_frames} frames",
-            flush=True,
-        )
+    for line in reasons(command, args):
+        print("vllm-cosmos3 serve:", line, flush=True)
     os.environ.update(environment)
     return _become(command)
 
@@ -179,6 +188,14 @@ def stock_command(args: argparse.Namespace, folder: Path | None) -> list[str]:
         if not _given("--tokenizer", rest) and not (folder / "tokenizer_config.json").is_file():
             command += ["--tokenizer", str(folder / "text_tokenizer")]
     return [*command, "--middleware", MEDIA_ERRORS, *rest]
+
+
+def reasons(command: Sequence[str], args: argparse.Namespace) -> list[str]:
+    """Why the flags are there that are ours, and why others are not."""
+    ours = [flag for flag in _REASONS if flag in command and not _given(flag, args.rest)]
+    found = [f"{flag}: {_REASONS[flag]}" for flag in ours]
+    limits = {"fps": args.max_video_fps, "frames": args.max_video_frames}
+    return [line.format(**limits) for line in (*found, _LEFT)]
 
 
 def check_reasoner(folder: Path) -> None:

@@ -41,10 +41,12 @@ class Sizing:
     def __str__(self) -> str:
         """Of the memory, for the operator."""
         weights, request = self.memory.resident, self.memory.request
-        text = f"{_gib(weights)} of weights and up to {_gib(request)} for a default request"
+        where = "rank" if self.device is None else f"device of {_gib(self.device)}"
+        text = f"{_gib(weights)} of weights and up to {_gib(request)} for a default request on each {where}"
         if self.limit is None:
-            return f"{text} on each rank"
-        text += f" on each device, of which it may use {_gib(self.limit)}"
+            return text
+        if self.limit != self.device:
+            text += f", of which it may use {_gib(self.limit)}"
         if self.memory.needed > self.limit:
             text += "; requests that do not fit are refused"
         return text
