@@ -29,32 +29,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from clips import ClipShape, make_all
-from load import Body, closed_loop
+from load import WORDS, Body, closed_loop
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "tools"))
 from local_server import LocalServer, ServerFailed, group_members, local_server  # noqa: E402
 
-WORDS = [
-    "the",
-    "robot",
-    "arm",
-    "lifts",
-    "a",
-    "red",
-    "cube",
-    "from",
-    "table",
-    "and",
-    "puts",
-    "it",
-    "into",
-    "grey",
-    "tray",
-    "while",
-    "car",
-    "stops",
-]
 UPSTREAM = json.dumps({"architectures": ["Cosmos3ForConditionalGeneration"]})
 # What the table of stages says, and the timers that it adds up and takes away.
 STAGES = {

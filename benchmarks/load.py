@@ -16,6 +16,26 @@ import httpx
 import numpy as np
 
 Body = dict[str, object]
+WORDS = [
+    "the",
+    "robot",
+    "arm",
+    "lifts",
+    "a",
+    "red",
+    "cube",
+    "from",
+    "table",
+    "and",
+    "puts",
+    "it",
+    "into",
+    "grey",
+    "tray",
+    "while",
+    "car",
+    "stops",
+]  # of prompts
 
 
 @dataclass(frozen=True, slots=True)

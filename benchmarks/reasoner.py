@@ -32,32 +32,12 @@ import httpx
 
 from aiperf_client import profile
 from clips import ClipShape, make_all
-from load import Body, closed_loop
+from load import WORDS, Body, closed_loop
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tools"))
 from local_server import LocalServer, ServerFailed, local_server, program  # noqa: E402
 
-WORDS = [
-    "the",
-    "robot",
-    "arm",
-    "lifts",
-    "a",
-    "red",
-    "cube",
-    "from",
-    "table",
-    "and",
-    "puts",
-    "it",
-    "into",
-    "grey",
-    "tray",
-    "while",
-    "car",
-    "stops",
-]
 MIX = ("text", "image", "video")
 MIME = {"image": "image/png", "video": "video/mp4"}
 QUICK = {"concurrency": [1, 16], "output_tokens": [1, 32], "fps": [2.0], "requests": 32}

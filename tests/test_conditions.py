@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_cosmos3 import conditions, prompts, sizes
+from vllm_cosmos3 import conditions, parameters, prompts, sizes
 from vllm_cosmos3.checkpoint import write_checkpoint
 from vllm_cosmos3.config import ModelConfig, read_config
 from vllm_cosmos3.errors import InvalidRequest
@@ -57,7 +57,7 @@ def plan(model: ModelConfig, tokenizer: prompts.Tokenizer, **fields: Any) -> Pla
 
 def refusal(model: ModelConfig, **fields: Any) -> InvalidRequest:
     with pytest.raises(InvalidRequest) as caught:
-        conditions.resolve(from_fields({"prompt": "a boat", **fields}), model)
+        parameters.resolve(from_fields({"prompt": "a boat", **fields}), model)
     return caught.value
 
 
@@ -81,7 +81,7 @@ def test_defaults(
     shift: float,
     known: tuple[int, ...],
 ) -> None:
-    p = conditions.resolve(from_fields({"prompt": "a", **fields}), model)
+    p = parameters.resolve(from_fields({"prompt": "a", **fields}), model)
     assert (f"{p.width}x{p.height}", p.num_frames, p.fps) == (size, frames, 24.0)
     assert (p.num_inference_steps, p.guidance_scale, p.flow_shift) == (steps, guidance, shift)
     assert p.condition_frame_indexes_vision == known
@@ -212,7 +212,7 @@ def test_any_size_up_to_the_largest_area(
         error = refusal(model, **fields)
         assert (error.field, error.code) == ("size", "too_large")
         return
-    p = conditions.resolve(from_fields({"prompt": "a", **fields}), model)
+    p = parameters.resolve(from_fields({"prompt": "a", **fields}), model)
     assert (p.width, p.height) == (width, height)
     assert any("not a trained one" in warning for warning in p.warnings) != trained
 
@@ -233,7 +233,7 @@ def test_frame_limits(model: ModelConfig, frames: int, size: tuple[int, int]) ->
         if sizes.round_frames(frames) > sizes.round_frames(limit):
             assert refusal(model, **fields).field == "num_frames"
         fields["allow_untrained_size"] = True
-    p = conditions.resolve(from_fields({"prompt": "a", **fields}), model)
+    p = parameters.resolve(from_fields({"prompt": "a", **fields}), model)
     assert p.num_frames == sizes.round_frames(frames)
     assert any("rounded up" in warning for warning in p.warnings) == (frames % 4 != 1)
 
@@ -243,7 +243,7 @@ def test_seconds(model: ModelConfig, seconds: float, fps: float) -> None:
     request = from_fields(
         {"prompt": "a", "seconds": seconds, "fps": fps, "allow_untrained_size": True}
     )
-    p = conditions.resolve(request, model)
+    p = parameters.resolve(request, model)
     assert p.num_frames % 4 == 1
     assert p.num_frames >= max(5, seconds * fps - 1e-3)
     assert p.num_frames <= max(5, math.ceil(seconds * fps) + 3)
@@ -251,7 +251,7 @@ def test_seconds(model: ModelConfig, seconds: float, fps: float) -> None:
 
 def test_seconds_and_frames_must_agree(model: ModelConfig) -> None:
     agreed = from_fields({"prompt": "a", "seconds": 4, "num_frames": 97})
-    assert conditions.resolve(agreed, model).num_frames == 97
+    assert parameters.resolve(agreed, model).num_frames == 97
     error = refusal(model, seconds=4, num_frames=25)
     assert (error.field, error.code) == ("seconds", "conflict")
     assert refusal(model, seconds=60).field == "seconds"
@@ -260,7 +260,7 @@ def test_seconds_and_frames_must_agree(model: ModelConfig) -> None:
 @pytest.mark.parametrize(("fps", "warned"), [(9.9, True), (10, False), (30, False), (31, True)])
 def test_fps_outside_the_trained_range_warns(model: ModelConfig, fps: float, warned: bool) -> None:
     request = from_fields({"prompt": "a", "fps": fps, "num_frames": 29})
-    assert any("fps" in w for w in conditions.resolve(request, model).warnings) == warned
+    assert any("fps" in w for w in parameters.resolve(request, model).warnings) == warned
 
 
 def test_known_frames_must_fit(model: ModelConfig) -> None:

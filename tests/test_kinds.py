@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from vllm_cosmos3.checkpoint import write_checkpoint
-from vllm_cosmos3.conditions import make_plan, resolve
+from vllm_cosmos3.conditions import make_plan
 from vllm_cosmos3.config import EngineConfig, ParallelConfig, read_config, read_kind
 from vllm_cosmos3.errors import CheckpointError, InvalidRequest, Unsupported
 from vllm_cosmos3.kinds import DISTILLED, MODES
+from vllm_cosmos3.parameters import resolve
 from vllm_cosmos3.prompts import load_tokenizer
 from vllm_cosmos3.request import GenerateRequest
 from vllm_cosmos3.runners import make_runner

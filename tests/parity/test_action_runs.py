@@ -8,7 +8,6 @@ which the models' own framework does not, and which is turned off.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import Cosmos3OmniPipeline, UniPCMultistepScheduler
+from diffusers import Cosmos3OmniPipeline
 from diffusers.pipelines.cosmos import pipeline_cosmos3_omni as reference_module
+from oracles import guided
 from PIL import Image
 from torchvision.transforms.functional import InterpolationMode, resize
 
@@ -82,21 +82,9 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def oracle(tiny_checkpoint_fp32: Path) -> Cosmos3OmniPipeline:
-    pipeline = Cosmos3OmniPipeline.from_pretrained(
-        tiny_checkpoint_fp32, enable_safety_checker=False, use_native_flow_schedule=True
-    )
-    pipeline.scheduler = UniPCMultistepScheduler.from_config(
-        pipeline.scheduler.config, flow_shift=10.0, use_karras_sigmas=False
-    )
+    pipeline = guided(tiny_checkpoint_fp32)
     pipeline.video_processor.register_to_config(do_resize=False)
-    pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-@pytest.fixture(scope="module")
-def ours(tiny_checkpoint_fp32: Path) -> Iterator[Cosmos3]:
-    with Cosmos3(tiny_checkpoint_fp32, dtype="float32", device="cpu") as model:
-        yield model
 
 
 def clip(case: Case, seed: int = 1) -> list[Image.Image]:

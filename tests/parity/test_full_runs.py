@@ -5,7 +5,6 @@ The oracle runs the native flow schedule. Both sides end with latents that agree
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import Cosmos3OmniPipeline, UniPCMultistepScheduler
+from diffusers import Cosmos3OmniPipeline
+from oracles import guided
 from PIL import Image
 
 from vllm_cosmos3.conditions import make_plan
@@ -62,20 +62,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def oracle(tiny_checkpoint_fp32: Path) -> Cosmos3OmniPipeline:
-    pipeline = Cosmos3OmniPipeline.from_pretrained(
-        tiny_checkpoint_fp32, enable_safety_checker=False, use_native_flow_schedule=True
-    )
-    pipeline.scheduler = UniPCMultistepScheduler.from_config(
-        pipeline.scheduler.config, flow_shift=10.0, use_karras_sigmas=False
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-@pytest.fixture(scope="module")
-def ours(tiny_checkpoint_fp32: Path) -> Iterator[Cosmos3]:
-    with Cosmos3(tiny_checkpoint_fp32, dtype="float32", device="cpu") as model:
-        yield model
+    return guided(tiny_checkpoint_fp32)
 
 
 def source(case: Case, seed: int) -> dict[str, Any]:

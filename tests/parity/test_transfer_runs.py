@@ -7,7 +7,6 @@ output, since the oracle stretches them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +71,6 @@ def oracle(tiny_checkpoint_fp32: Path) -> Cosmos3OmniModularPipeline:
     pipeline.disable_safety_checker()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-@pytest.fixture(scope="module")
-def ours(tiny_checkpoint_fp32: Path) -> Iterator[Cosmos3]:
-    with Cosmos3(tiny_checkpoint_fp32, dtype="float32", device="cpu") as model:
-        yield model
 
 
 def theirs(oracle: Any, case: dict[str, Any], seed: int) -> Any:

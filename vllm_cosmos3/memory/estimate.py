@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
-from vllm_cosmos3.conditions import resolve
 from vllm_cosmos3.config import EngineConfig, ModelConfig, SoundConfig, TransformerConfig
 from vllm_cosmos3.kinds import MODES
 from vllm_cosmos3.memory.ledger import Ledger
 from vllm_cosmos3.memory.vae import decode_peak, encode_peak
 from vllm_cosmos3.memory.weights import FLOAT32, layer_bytes, loading, weights
+from vllm_cosmos3.parameters import resolve
 from vllm_cosmos3.plan import Plan
 from vllm_cosmos3.request import GenerateRequest
 
