@@ -111,7 +111,7 @@ def reasoner_server(
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # of few files, and large
 def reasoner_server_tp2(
     tiny_checkpoint_fp32: Path,
     media_folder: Path,

@@ -42,7 +42,7 @@ def distilled_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # of few files
 def guarded_server(
     distilled_checkpoint: Path, vllm_cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
@@ -63,7 +63,7 @@ def guarded_server(
             yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def robot_server(vllm_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A policy for DROID robots, behind an API key."""
     folder = tmp_path_factory.mktemp("robots")
