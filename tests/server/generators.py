@@ -39,7 +39,7 @@ def create(server: Server, **fields: Any) -> dict[str, Any]:
     return job
 
 
-def finished(server: Server, job: dict[str, Any], seconds: float = 60) -> dict[str, Any]:
+def finished(server: Server, job: dict[str, Any], seconds: float = 180) -> dict[str, Any]:
     """A job when it has ended."""
     with httpx.stream(
         "GET", f"{server.url}/v1/videos/{job['id']}/events", timeout=seconds
@@ -50,7 +50,7 @@ def finished(server: Server, job: dict[str, Any], seconds: float = 60) -> dict[s
     return ended
 
 
-def eventually(what: Callable[[], bool], seconds: float = 60) -> None:
+def eventually(what: Callable[[], bool], seconds: float = 180) -> None:
     """Wait until something is so."""
     end = time.monotonic() + seconds
     while not what():

@@ -27,7 +27,7 @@ def get(server: Server, path: str, **options: Any) -> httpx.Response:
 
 def idle(server: Server) -> None:
     """Wait until nothing waits or runs."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 180
     while time.monotonic() < end:
         queue = get(server, "/health").json()["queue"]
         if queue["waiting"] == queue["running"] == 0:
@@ -38,7 +38,7 @@ def idle(server: Server) -> None:
 
 def running(server: Server, job: dict[str, Any]) -> dict[str, Any]:
     """The job when it is denoising."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 180
     while time.monotonic() < end:
         job = get(server, f"/v1/videos/{job['id']}").json()
         if job["cosmos3"]["step"] > 0:

@@ -247,7 +247,7 @@ def test_a_robot_that_goes_away_is_cancelled(robot_server: Server) -> None:
         arm.send(observation(sampling_params={"num_inference_steps": 200}))
         while value("cosmos3:requests_running") == 0:
             time.sleep(0.05)
-    end = time.monotonic() + 60
+    end = time.monotonic() + 180
     while value("cosmos3:requests_cancelled_total") == before and time.monotonic() < end:
         time.sleep(0.05)
     assert value("cosmos3:requests_cancelled_total") == before + 1
