@@ -21,7 +21,10 @@ ARCHITECTURE = '{"architectures": ["Cosmos3ReasonerForConditionalGeneration"]}'
 # Of the tests, not of the recipes: eager because compiling takes longer than all tests, float32 because
 # vLLM would otherwise halve the precision of float32 checkpoints.
 SMALL = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "4096", "--max-num-seqs", "64"]
-SMALL += ["--num-gpu-blocks-override", "512"]  # vLLM takes no less than 1 GiB for its cache otherwise
+SMALL += [
+    "--num-gpu-blocks-override",
+    "512",
+]  # vLLM takes no less than 1 GiB for its cache otherwise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
