@@ -45,6 +45,7 @@ def encoded(  # a clip has that many properties
     frames: int = 24,
     fps: Fraction | int = 24,
     pixels: str = "yuv420p",
+    title: str = "",
     **options: str,
 ) -> bytes:
     """A clip of a drifting texture, as a file in memory."""
@@ -53,6 +54,8 @@ def encoded(  # a clip has that many properties
     with av.open(buffer, "w", format=container) as file:
         stream = file.add_stream(codec, rate=fps, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, pixels
+        if title:
+            file.metadata["title"] = title
         for index in range(frames):
             top, left = index % height, 2 * index % width
             window = np.ascontiguousarray(texture[top : top + height, left : left + width])
@@ -63,10 +66,10 @@ def encoded(  # a clip has that many properties
     return buffer.getvalue()
 
 
-def turned(data: bytes, degrees: int) -> bytes:
+def turned(data: bytes, degrees: int, container: str = "mp4") -> bytes:
     """The same clip with a note to players that they must turn it."""
     buffer = BytesIO()
-    with av.open(BytesIO(data)) as source, av.open(buffer, "w", format="mp4") as file:
+    with av.open(BytesIO(data)) as source, av.open(buffer, "w", format=container) as file:
         stream = file.add_stream_from_template(source.streams.video[0])
         stream.set_display_rotation(degrees)
         for packet in source.demux():

@@ -199,6 +199,22 @@ def test_wrong_arguments(tiny_checkpoint: Path, arguments: dict[str, Any], field
     assert caught.value.field == field
 
 
+def test_groups_of_others_are_left_alone(tiny_checkpoint: Path) -> None:
+    code = (
+        "import torch.distributed as dist; from vllm_cosmos3 import Cosmos3\n"
+        "from vllm_cosmos3.errors import Unsupported\n"
+        "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+        f"try: Cosmos3({str(tiny_checkpoint)!r}, device='cpu')\n"
+        "except Unsupported as error: print(error, dist.is_initialized())\n"
+        "dist.destroy_process_group()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True
+    )
+    assert done.stdout.startswith("torch.distributed is initialised in this process")
+    assert done.stdout.endswith("True\n")
+
+
 def test_a_script_needs_no_main_guard(tiny_checkpoint: Path, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(

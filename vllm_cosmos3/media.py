@@ -15,7 +15,7 @@ import math
 import struct
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,19 +86,18 @@ def read_video(
     *,
     frames: int,
     keep: Literal["first", "last"] = "first",
-    fps: float | None = None,
     field: str = "video",
 ) -> Pixels:
     """The first or last ``frames`` of a clip, or all of a shorter one: uint8 [T, H, W, 3].
 
-    ``source`` is a path, encoded bytes, a uint8 array or a sequence of pictures. With ``fps``, the frames on screen at that rate by their timestamps;
-    without, the stored frames, whatever their timing. Upright by the display matrix.
+    ``source`` is a path, encoded bytes, a uint8 array or a sequence of pictures.
+    The stored frames, whatever their timing, upright by the display matrix.
     InvalidRequest of ``field`` if it is damaged, empty, too large or too long.
     """
     if isinstance(source, np.ndarray):
         clip = list(_checked_array(source, 4, field))
     elif isinstance(source, str | Path | bytes):
-        clip = _decoded(source, frames, keep, fps, field)
+        clip = _decoded(source, frames, keep, field)
     else:
         clip = [read_image(image, field=field) for image in source]
     if not clip:
@@ -267,10 +266,12 @@ class VideoWriter:
         if kind is not None:
             self._pending.clear()
             self._thread.shutdown(cancel_futures=True)
+        whole = False
         try:
             self.close()
+            whole = kind is None
         finally:
-            if kind is not None:
+            if not whole:
                 self._path.unlink(missing_ok=True)
 
     def _encode(self, frames: Pixels) -> None:
@@ -408,13 +409,11 @@ def _rgb(image: Image.Image, field: str) -> Pixels:
     return np.array(image.convert("RGB"))
 
 
-def _decoded(
-    source: str | Path | bytes, count: int, keep: str, fps: float | None, field: str
-) -> list[Pixels]:
+def _decoded(source: str | Path | bytes, count: int, keep: str, field: str) -> list[Pixels]:
     """The first or last ``count`` frames of an encoded video, or all of a shorter one."""
     kept: deque[av.VideoFrame] = deque(maxlen=count)
     with _decoding(source, field, A_VIDEO), _stored_frames(source, field) as frames:
-        for frame in frames if fps is None else _on_screen(frames, frame_rate(fps)):
+        for frame in frames:
             kept.append(frame)
             if keep == "first" and len(kept) == count:
                 break
@@ -443,26 +442,6 @@ def _intact(container: av.container.InputContainer, field: str) -> Iterator[av.V
             if seen > MAX_FRAMES:
                 raise InvalidRequest(field, f"{seen} frames long", f"at most {MAX_FRAMES}")
             yield frame
-
-
-def _on_screen(frames: Iterable[av.VideoFrame], rate: Fraction) -> Iterator[av.VideoFrame]:
-    """The frame that is shown at each multiple of 1 / rate since the first one.
-
-    Containers round timestamps to their time base (Matroska: milliseconds), hence the tolerance.
-    """
-    shown, start, ticks = None, Fraction(0), 0
-    for frame in frames:
-        if frame.pts is None:
-            raise ValueError("a frame has no timestamp")
-        time = frame.pts * frame.time_base
-        if shown is None:
-            start = time
-        while shown is not None and ticks / rate < time - start - frame.time_base:
-            yield shown
-            ticks += 1
-        shown = frame
-    if shown is not None:
-        yield shown
 
 
 def _upright(frame: av.VideoFrame) -> Pixels:

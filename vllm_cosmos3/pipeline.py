@@ -444,18 +444,23 @@ class Pipeline:
             shown = _shown(plan, before, on_host(to_frames(chunk) for chunk in chunks))
             if latents["vision"].shape[2] == 1:
                 clip = None  # a picture
-            writing: AbstractContextManager[VideoWriter | None] = nullcontext()
-            if clip is not None:
-                rate = self.model.sound.sampling_rate if self.model.sound else 48_000
-                writing = VideoWriter(
-                    clip.path, fps=plan.fps, sound=waveform, sample_rate=rate, crf=clip.crf
-                )
-            with writing as writer:
-                parts = []
-                for frames in shown:
-                    parts.append(frames)
-                    if writer is not None:
-                        writer.write(frames)
+            try:
+                writing: AbstractContextManager[VideoWriter | None] = nullcontext()
+                if clip is not None:
+                    rate = self.model.sound.sampling_rate if self.model.sound else 48_000
+                    writing = VideoWriter(
+                        clip.path, fps=plan.fps, sound=waveform, sample_rate=rate, crf=clip.crf
+                    )
+                with writing as writer:
+                    parts = []
+                    for frames in shown:
+                        parts.append(frames)
+                        if writer is not None:
+                            writer.write(frames)
+            except Exception:  # such as a full disk: the other ranks wait at the next border
+                if self.mesh.world.size > 1:
+                    deque(chunks, maxlen=0)
+                raise
         video, action = np.concatenate(parts), _actions(plan, latents)
         if len(video) == 1:
             return Sample(seed=seed, image=video[0])

@@ -10,6 +10,7 @@ import gc
 import time
 from collections.abc import Callable
 from concurrent.futures import TimeoutError as StillRunning
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from threading import Event
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from vllm_cosmos3.config import EngineConfig, read_config
-from vllm_cosmos3.errors import Cancelled
+from vllm_cosmos3.errors import Cancelled, InvalidRequest, Unsupported
 from vllm_cosmos3.kinds import DISTILLED
 from vllm_cosmos3.media import Clip
 from vllm_cosmos3.output import Output, Sample
@@ -59,6 +60,9 @@ def make_runner(config: EngineConfig, backend: str | None = None) -> Runner:
     check_degrees(config.parallel, model.transformer, guided=guided, devices=devices)
     if backend == "uni" and config.parallel.world_size == 1:
         return InProcess(config)
+    if torch.device(config.device).index:
+        possible = "without a number, as each rank has a device of its own"
+        raise InvalidRequest("device", config.device, possible)
     stage = StageConfig(engine=config, backend=backend)
     return OneOfMany(stage) if backend == "external_launcher" else Remote(stage)
 
@@ -69,9 +73,19 @@ class InProcess:
     def __init__(self, config: EngineConfig) -> None:
         # One rank exchanges nothing: vLLM's layers look their group up while they are built, and
         # closing it at once lets several models live in one process.
+        if torch.distributed.is_initialized():  # whose groups would be used, and then closed
+            raise Unsupported(
+                "torch.distributed is initialised in this process, for others; start the generator "
+                'before, or with distributed_executor_backend="mp"'
+            )
         mesh = init_mesh(config.parallel)
         try:
-            self._pipeline: Pipeline | None = Pipeline.load(config, mesh, config.device)
+            with current(config.device):
+                self._pipeline: Pipeline | None = Pipeline.load(config, mesh, config.device)
+        except BaseException:
+            if config.memory_limit is not None:
+                lift_limit(torch.device(config.device))
+            raise
         finally:
             close_mesh(mesh)
 
@@ -88,7 +102,8 @@ class InProcess:
             return getattr(pipeline, method)(state, *args)
 
         try:
-            return _drive(call, plan, report, cancelled, clip)
+            with current(pipeline.device):
+                return _drive(call, plan, report, cancelled, clip)
         except Exception as raised:
             if not is_out_of_memory(raised):
                 raise
@@ -104,6 +119,12 @@ class InProcess:
             lift_limit(pipeline.device)
         del pipeline
         _free_caches()
+
+
+def current(device: str | torch.device) -> AbstractContextManager[object]:
+    """Kernels and CUDA graphs go to the current device, of which each thread has its own idea."""
+    index = torch.device(device).index
+    return nullcontext() if index is None else torch.accelerator.device_index(index)
 
 
 class OneOfMany:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
 from fractions import Fraction
 from functools import cache
 from io import BytesIO
 from typing import Any
 
+import av
 import cv2
 import numpy as np
 import pytest
@@ -53,6 +54,11 @@ def read_by_opencv(name: str) -> tuple[np.ndarray, float]:
     while (read := capture.read())[0]:
         frames.append(cv2.cvtColor(read[1], cv2.COLOR_BGR2RGB))
     return np.stack(frames), capture.get(cv2.CAP_PROP_FPS)
+
+
+def without_parameters(clip: bytes) -> bytes:
+    """A transport stream of H.264 that was joined too late to know what its pictures are like."""
+    return clip.replace(b"\0\0\0\x01\x67", b"\0\0\0\x01\x0c")
 
 
 def pixels(clip: Clip, numbers: Sequence[int]) -> np.ndarray:
@@ -119,6 +125,45 @@ def test_damage_holds_the_frame_before_and_hurts_no_other_group() -> None:
         assert np.array_equal(shown[sound], frames[[numbers[i] for i in sound]])
 
 
+def test_damage_costs_no_more_than_its_surroundings() -> None:
+    clip = Clip(data("a key frame every 7"))
+    broken = av.Packet(b"\0\0\0\x01\x65" + bytes(50))
+    broken.pts = clip._groups[1][0].pts
+    clip._groups[1] = [broken]
+    seen: list[int | None] = []
+    play = clip._play
+
+    def counted(packets: list[Any], wanted: Any) -> Iterator[av.VideoFrame]:
+        for frame in play(packets, wanted):
+            seen.append(frame.pts)
+            yield frame
+
+    clip._play = counted  # type: ignore[method-assign]
+    clip.decode([7])
+    assert len(seen) < 20  # of 50
+
+
+@pytest.mark.parametrize("name", ["B-frames", "GIF", "MJPEG", "VP8", "transport stream"])
+@settings(max_examples=40)
+@given(
+    flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=30)
+)
+def test_a_damaged_file_is_read_or_refused(name: str, flips: list[tuple[float, int]]) -> None:
+    broken = bytearray(data(name))
+    for place, value in flips:
+        broken[int(place * len(broken))] = value
+    with suppress(NotIndexable, InvalidRequest):
+        clip = Clip(bytes(broken), most_pixels=2**20)
+        assert pixels(clip, [0, len(clip) - 1]).shape == (2, clip.height, clip.width, 3)
+
+
+def test_a_title_may_be_in_any_encoding() -> None:
+    plain = encoded(codec="mpeg4", container="avi", title="XXXXX")
+    assert plain.count(b"XXXXX") == 1
+    clip = Clip(plain.replace(b"XXXXX", "Étés!".encode("latin-1")))
+    assert np.array_equal(pixels(clip, [3]), pixels(Clip(plain), [3]))
+
+
 def test_a_clip_without_a_sound_frame_is_refused() -> None:
     clip = Clip(data("MJPEG"))
     clip._groups = [[] for _ in clip._groups]
@@ -133,9 +178,11 @@ def test_a_clip_without_a_sound_frame_is_refused() -> None:
         b"no video",
         data("B-frames")[:2000],
         turned(data("B-frames"), 90),
+        turned(data("B-frames"), 90, container="matroska"),
         encoded(pixels="yuv420p10le"),
+        without_parameters(data("transport stream")),
     ],
-    ids=["empty", "text", "truncated", "turned", "10 bits"],
+    ids=["empty", "text", "truncated", "turned", "turned Matroska", "10 bits", "no parameters"],
 )
 def test_what_needs_more_than_numbers_is_left_to_vllm(content: bytes) -> None:
     with pytest.raises(NotIndexable):

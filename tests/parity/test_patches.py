@@ -6,6 +6,8 @@ differs. The reference sends bytes too where vLLM normalises on the device.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from fractions import Fraction
 from io import BytesIO
@@ -384,3 +386,22 @@ def test_normalising_in_front_of_the_encoder(tiny_checkpoint: Path, dtype: torch
     normalised = embed(patches.to(dtype))
     assert normalised.dtype == dtype
     torch.testing.assert_close(normalised, expected.view(6, -1).to(dtype), rtol=0, atol=1e-6)
+
+
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    """vLLM forks its engine where it may, after it has tried the processor out."""
+    code = """
+import os, signal, torch
+from vllm_cosmos3.models.patches import patchify
+torch.set_num_threads(1)
+planes = (torch.zeros(256, 256, dtype=torch.uint8),) * 3
+for _ in range(2):
+    patchify(8, lambda place: planes, patch=16, temporal=2, merge=2)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        patchify(8, lambda place: planes, patch=16, temporal=2, merge=2)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", code], timeout=300, check=True)

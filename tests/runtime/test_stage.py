@@ -62,6 +62,17 @@ def test_a_result_can_be_saved_by_the_worker(client: StageClient, tmp_path: Path
     assert (tmp_path / "total").read_text() == "2"
 
 
+def test_what_cannot_be_saved_fails_alone(client: StageClient, tmp_path: Path) -> None:
+    restarts = client.status().restarts
+    before = client.submit(ToyPlan(steps=1)).result(60)
+    other = client.submit(ToyPlan(steps=100, seconds=0.01), seconds=1.0)
+    for _ in range(2):
+        with pytest.raises(Cosmos3Error, match="No such file"):
+            client.submit(ToyPlan(steps=1), save=tmp_path / "none" / "total").result(60)
+    assert other.result(60).pids == before.pids
+    assert client.status().restarts == restarts
+
+
 def test_a_short_request_overtakes_a_long_one(client: StageClient) -> None:
     long = client.submit(ToyPlan(steps=200, seconds=0.02), seconds=LONG)
     order: list[str] = []
@@ -102,6 +113,26 @@ def test_what_a_report_raises_ends_the_request(client: StageClient) -> None:
 
     with pytest.raises(KeyError, match="encode"):
         client.submit(ToyPlan(steps=10_000, seconds=0.01), report=report).result(60)
+
+
+def test_what_the_last_report_raises_is_not_lost(client: StageClient) -> None:
+    def report(progress: Progress) -> None:
+        if progress.phase == "decode":
+            raise KeyError(progress.phase)
+
+    with pytest.raises(KeyError, match="decode"):
+        client.submit(ToyPlan(steps=1), report=report).result(60)
+
+
+def test_a_stage_that_is_killed_while_it_starts_can_be_closed() -> None:
+    client = StageClient(stage(1, 1, 1))
+    client._process.kill()
+    with pytest.raises(WorkerDied):
+        client.wait_ready(60)
+    closing = threading.Thread(target=client.close, daemon=True)
+    closing.start()
+    closing.join(60)
+    assert not closing.is_alive()
 
 
 def test_a_full_queue_is_busy(client: StageClient) -> None:

@@ -75,6 +75,21 @@ CASES = {
         options=options(frame_rate=4),
         says="a key of mm_processor_kwargs is 'frame_rate', must be one of fps, num_frames,",
     ),
+    "another patch size": Case(
+        part=image(),
+        options=options(patch_size=8),
+        says="a key of mm_processor_kwargs is 'patch_size', must be one of fps, num_frames,",
+    ),
+    "another merge size": Case(
+        part=image(),
+        options=options(images_kwargs={"merge_size": 1}),
+        says="a key of mm_processor_kwargs is 'merge_size', must be one of fps, num_frames,",
+    ),
+    "another temporal patch size": Case(
+        part=video,
+        options=options(videos_kwargs={"temporal_patch_size": 1}),
+        says="a key of mm_processor_kwargs is 'temporal_patch_size', must be one of fps,",
+    ),
     "scope without options": Case(
         part=video,
         options=options(videos_kwargs=4),
@@ -89,6 +104,16 @@ CASES = {
         part=image(),
         options=options(max_pixels=0),
         says="mm_processor_kwargs.max_pixels is 0, must be a whole number of at least 1",
+    ),
+    "too many pixels": Case(
+        part=image(),
+        options=options(min_pixels=2**24 + 1, max_pixels=2**30),
+        says="mm_processor_kwargs.min_pixels is 16777217, must be a whole number from 1 to 16777216",
+    ),
+    "too large a size": Case(
+        part=image(),
+        options=options(size={"shortest_edge": 2**30, "longest_edge": 2**30}),
+        says="mm_processor_kwargs.size is {'shortest_edge': 1073741824, 'longest_edge': 1073741824},",
     ),
     "frames that were not decoded": Case(
         part=video,

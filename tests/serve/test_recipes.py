@@ -83,6 +83,15 @@ def test_every_part_of_a_message_counts(reasoner_server: Server, two_seconds: Pa
     assert len(set(lengths)) == len(lengths)
 
 
+def test_an_image_may_be_named_once_it_was_seen(reasoner_server: Server) -> None:
+    """vLLM's cache of media: the second request has only the name."""
+    seen = image(7) | {"uuid": "seen before"}
+    named = {"type": "image_url", "image_url": None, "uuid": "seen before"}
+    first, second = (ask(reasoner_server, part, text(), max_tokens=8) for part in (seen, named))
+    assert first.usage.prompt_tokens == second.usage.prompt_tokens
+    assert first.choices[0].message.content == second.choices[0].message.content
+
+
 def test_streaming_says_the_same(reasoner_server: Server) -> None:
     whole = ask(reasoner_server, image(), text(), max_tokens=24).choices[0].message.content
     chunks = ask(reasoner_server, image(), text(), max_tokens=24, stream=True)

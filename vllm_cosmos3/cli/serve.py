@@ -48,8 +48,9 @@ _LEFT = (
 
 _EPILOG = """\
 Every other flag is passed on to vLLM, for example --tensor-parallel-size 4, --max-model-len 32768,
---allowed-local-media-path /data (for file:// URLs), --reasoning-parser cosmos3 (splits off what
-stands between <think> and </think>) or --load-format dummy. Put the checkpoint first.
+--enforce-eager (starts sooner, runs slower), --allowed-local-media-path /data (for file:// URLs),
+--reasoning-parser cosmos3 (splits off what stands between <think> and </think>) or
+--load-format dummy. Put the checkpoint first.
 
   vllm-cosmos3 serve nvidia/Cosmos3-Nano
   vllm-cosmos3 serve nvidia/Cosmos3-Super --tensor-parallel-size 4 --port 8001

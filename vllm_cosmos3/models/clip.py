@@ -13,6 +13,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Container, Hashable, Iterator, Sequence
 from io import BytesIO
+from itertools import islice
 from typing import Any
 
 import av
@@ -43,24 +44,28 @@ class Clip:
         self._turn = threading.Lock()
         self._decoded: dict[int, av.VideoFrame] = {}  # as the decoder gives them, mostly YUV
         try:
-            with BytesIO(data) as file, av.open(file) as container:
+            # Titles may be in any encoding, and nobody here reads them.
+            with BytesIO(data) as file, av.open(file, metadata_errors="replace") as container:
                 stream = container.streams.video[0]
                 self.fps = float(stream.guessed_rate or 0)
                 self.width, self.height = stream.width, stream.height
+                if 0 < most_pixels < self.width * self.height:
+                    raise NotIndexable(f"frames of {self.width}x{self.height}")
                 packets = [packet for packet in container.demux(stream) if packet.size]
+                if stream.codec_context.pix_fmt is None:
+                    raise NotIndexable("pictures of a format that FFmpeg does not find out")
                 self._codec = _decoder(stream.codec_context)
+                turned = _is_turned(data) or _matroska_turns(container, stream)
         except (av.error.FFmpegError, IndexError, AttributeError) as error:
             # no container, no video in it, or a codec that this FFmpeg lacks
             raise NotIndexable(str(error)) from None
-        if 0 < most_pixels < self.width * self.height:
-            raise NotIndexable(f"frames of {self.width}x{self.height}")
         times = [packet.pts for packet in packets if not packet.is_discard]
         if self.fps <= 0 or not times or None in times or len(set(times)) < len(times):
             raise NotIndexable("no rate, no frames, or frames without a time of their own")
         self._times: list[int] = sorted(times)
         self._groups = _groups_of_pictures(packets)
         first = next(self._play(self._groups[0], self._times[:1]), None)
-        if first is None or first.format.components[0].bits > 8 or _is_turned(data):
+        if first is None or first.format.components[0].bits > 8 or turned:
             raise NotIndexable("pictures that must be turned, or that have more than 8 bits")
 
     def __len__(self) -> int:
@@ -113,6 +118,8 @@ class Clip:
         for frame in self._play(packets, set(self._times)):
             while waiting and frame.pts is not None and self._times[waiting[0]] < frame.pts:
                 held[waiting.popleft()] = last or frame
+            if not waiting:
+                return held
             last = frame
         if last is not None:
             held |= dict.fromkeys(waiting, last)
@@ -128,7 +135,7 @@ class Clip:
                 self._codec.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
             try:
                 yield from self._codec.decode(packet)
-            except av.error.InvalidDataError:
+            except av.error.FFmpegError:
                 continue  # damaged: the frame before it stays on screen
 
     def _as_format(self, number: int, name: str) -> av.VideoFrame:
@@ -277,6 +284,15 @@ def _is_turned(data: bytes) -> bool:
             return True
         place = data.find(b"tkhd", place + 1)
     return False
+
+
+def _matroska_turns(container: Any, stream: Any) -> bool:
+    """Whether a Matroska file asks players to turn a track, which only its own decoder says."""
+    if "matroska" not in container.format.name:
+        return False
+    stream.codec_context.thread_count = 1
+    container.seek(0)
+    return any(frame.rotation for frame in islice(container.decode(stream), 1))
 
 
 def _groups_of_pictures(packets: list[Any]) -> list[list[Any]]:

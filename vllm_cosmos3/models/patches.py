@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -32,7 +32,6 @@ Frames: TypeAlias = torch.Tensor | ClipFrames  # [T, 3, H, W] in memory, or stil
 Planes = tuple[torch.Tensor, ...]  # red, green and blue of a frame, [H, W] each
 _LONG_NUMBERS = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}  # bytes
 _Processor = TypeVar("_Processor")
-_THREADS = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="patches")
 
 
 class PatchingProcessor(Qwen3VLProcessor):
@@ -179,8 +178,14 @@ def patchify(
             here = rows_apart.unflatten(1, (columns // merge, merge, patch)).unflatten(0, cut[:3])
             _copy_rows(there, here.permute(0, 3, 1, 4, 2, 5))
 
-    list(_THREADS.map(lay_out, range(times * temporal)))
+    list(_threads(os.getpid()).map(lay_out, range(times * temporal)))
     return out.view(times * rows * columns, -1), [times, rows, columns]
+
+
+@cache
+def _threads(_process: int) -> ThreadPoolExecutor:
+    """Threads of this process: a forked one has none of its parent's and would wait for ever."""
+    return ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="patches")
 
 
 def _copy_rows(there: torch.Tensor, here: torch.Tensor) -> None:

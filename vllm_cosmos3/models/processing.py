@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm.model_executor.models.qwen3_vl import Qwen3VLMultiModalProcessor, Qwen3VLProcessingInfo
+from vllm.multimodal.parse import ImageProcessorItems
 
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.models.limits import max_video_fps, max_video_frames, uses_reference
@@ -19,7 +20,10 @@ from vllm_cosmos3.models.patches import PatchingProcessor
 _FIELD = "mm_processor_kwargs"
 _SCOPES = ("images_kwargs", "videos_kwargs", "text_kwargs")
 _COMMON = "fps, num_frames, do_sample_frames, min_pixels, max_pixels or size"
+# These say what the vision encoder of the checkpoint is built for; another value ends the engine.
+_BUILT_IN = {"patch_size", "temporal_patch_size", "merge_size"}
 _MAX_ASPECT = 200  # of transformers' smart_resize
+_MOST_ENLARGED = 2**24  # pixels; the published processors reduce what is larger
 
 
 class ReasonerProcessingInfo(Qwen3VLProcessingInfo):
@@ -38,7 +42,7 @@ class ReasonerProcessingInfo(Qwen3VLProcessingInfo):
         processor = self.get_hf_processor()
         parts = (processor.image_processor, processor.video_processor)
         names = (part.valid_kwargs.__annotations__ for part in parts)
-        return set().union(*names, {"min_pixels", "max_pixels", "truncation", *_SCOPES})
+        return set().union(*names, {"min_pixels", "max_pixels", "truncation", *_SCOPES}) - _BUILT_IN
 
 
 class ReasonerProcessor(Qwen3VLMultiModalProcessor):
@@ -51,8 +55,11 @@ class ReasonerProcessor(Qwen3VLMultiModalProcessor):
             check_options(options, self.info.known_kwargs())
         items = inputs.mm_data_items
         for index in range(items.get_count("image", strict=False)):
-            size = items["image"].get_image_size(index)
-            check_aspect("image_url", size.width, size.height)
+            images = items["image"]
+            # They may also come as embeddings, or as the name under which vLLM still has them.
+            if isinstance(images, ImageProcessorItems) and images.get(index) is not None:
+                size = images.get_image_size(index)
+                check_aspect("image_url", size.width, size.height)
         for index in range(items.get_count("video", strict=False)):
             check_video(items["video"].get(index), options)
         try:
@@ -131,9 +138,16 @@ def _count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def _enlarged(value: Any) -> bool:
+    return _count(value) and value <= _MOST_ENLARGED
+
+
 def _size(value: Any) -> bool:
+    """In spite of their names, transformers' numbers of pixels of a whole picture."""
     edges = {"shortest_edge", "longest_edge", "height", "width"}
-    return isinstance(value, Mapping) and value.keys() <= edges and all(map(_count, value.values()))
+    if not isinstance(value, Mapping) or not value.keys() <= edges:
+        return False
+    return all(map(_count, value.values())) and _enlarged(value.get("shortest_edge", 1))
 
 
 _RULES: dict[str, tuple[Callable[[Any], bool], Callable[[], str]]] = {
@@ -146,7 +160,13 @@ _RULES: dict[str, tuple[Callable[[Any], bool], Callable[[], str]]] = {
         lambda: f"a whole number from 1 to {max_video_frames()}",
     ),
     "do_sample_frames": (lambda value: isinstance(value, bool), lambda: "true or false"),
-    "min_pixels": (_count, lambda: "a whole number of at least 1"),
+    "min_pixels": (_enlarged, lambda: f"a whole number from 1 to {_MOST_ENLARGED}"),
     "max_pixels": (_count, lambda: "a whole number of at least 1"),
-    "size": (_size, lambda: "an object with shortest_edge and longest_edge in pixels"),
+    "size": (
+        _size,
+        lambda: (
+            "an object with shortest_edge and longest_edge in pixels, the first at most "
+            f"{_MOST_ENLARGED}"
+        ),
+    ),
 }

@@ -93,7 +93,11 @@ class Job:
                 self.progress = progress
                 self._tell(progress)
             case Done(value=value):
-                self.future.set_result(_unspooled(value))
+                result = _unspooled(value)
+                if self._raised is None:
+                    self.future.set_result(result)
+                else:  # too late to cancel
+                    self.future.set_exception(self._raised)
             case Failed(error=error):
                 if not self._accepted.done():
                     self._accepted.set_exception(error)
@@ -209,13 +213,27 @@ class StageClient:
                 self._changed.wait_for(lambda: self._answered > answered, timeout)
             return self._status
 
-    def drain(self) -> None:
-        """Take nothing new, serve what was accepted, and close."""
-        self._stop(drain=True, seconds=self._drain_seconds + STOP_SECONDS)
-
     def close(self) -> None:
         """End the stage now. Can be repeated."""
-        self._stop(drain=False, seconds=STOP_SECONDS)
+        with self._changed:
+            if self._closing:
+                return
+            self._closing = True
+            self._send(Stop())
+        atexit.unregister(self.close)
+        deadline = time.monotonic() + STOP_SECONDS
+        while self._process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self._process.kill()
+        self._process.wait()
+        if self._thread.is_alive():
+            self._wake.send_multipart([b"", b""])
+            self._thread.join()
+        self._wake.close(linger=0)
+        for job in self._jobs.values():
+            job._hear(Failed(job.name, WorkerDied("the stage was closed")))
+        self._jobs.clear()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     # Messages.
 
@@ -226,7 +244,7 @@ class StageClient:
             ready = self._poll(stage)
             if self._outgoing in ready:
                 name, data = self._outgoing.recv_multipart()
-                if not data:  # from _stop
+                if not data:  # from close
                     break
                 if not name or name.decode() in self._jobs:
                     stage.send(data)
@@ -235,6 +253,9 @@ class StageClient:
             elif self._process.poll() is not None:
                 stage.close()  # with what was meant for the dead process
                 if not self._restarted():
+                    # Whoever still sends, as `close` does, would wait for a reader for ever.
+                    while self._outgoing.recv_multipart()[1]:
+                        pass
                     break
                 stage = self._connect()
         self._outgoing.close()
@@ -341,27 +362,6 @@ class StageClient:
         for job in jobs:
             job._hear(Failed(job.name, error))
         return alive
-
-    def _stop(self, *, drain: bool, seconds: float) -> None:
-        with self._changed:
-            if self._closing:
-                return
-            self._closing = True
-            self._send(Stop(drain))
-        atexit.unregister(self.close)
-        deadline = time.monotonic() + seconds
-        while self._process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        self._process.kill()
-        self._process.wait()
-        if self._thread.is_alive():
-            self._wake.send_multipart([b"", b""])
-            self._thread.join()
-        self._wake.close(linger=0)
-        for job in self._jobs.values():
-            job._hear(Failed(job.name, WorkerDied("the stage was closed")))
-        self._jobs.clear()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _unspooled(value: Any) -> Any:

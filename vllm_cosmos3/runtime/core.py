@@ -69,9 +69,7 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """End the process; ``drain`` after serving what was accepted."""
-
-    drain: bool
+    """End the process now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +264,7 @@ class StageCore:
         """Fail ``job``; bring the ranks back if they went with it, and start the others again."""
         if isinstance(error, OutOfMemory) and error.crowded and not self._is_alone(job):
             self._scheduler.readmit(job.request.job, alone=True)
+            job.attempts -= 1
             return  # nothing was made of it yet
         logger.error("request %s failed in %s: %s", job.request.job, job.phase, error)
         self._fail(job, error)
@@ -311,6 +310,8 @@ class StageCore:
         """End what was cancelled or has run out of time."""
         now = time.monotonic()
         for job in list(self._jobs.values()):
+            if job.request.job not in self._jobs:
+                continue  # it went with one before it
             if job.cancelled:
                 self._end(job, Cancelled("the request was cancelled"))
             elif job.expires is not None and now > job.expires:
@@ -361,10 +362,8 @@ class StageCore:
             case Cancel(job=name):
                 if name in self._jobs:
                     self._jobs[name].cancelled = True
-            case Stop(drain=drain):
-                self.drain()
-                if not drain:
-                    self._stop_at = 0.0
+            case Stop():
+                self._state, self._stop_at = "draining", 0.0
             case Ask():
                 self._tell(client, self._status())
 

@@ -108,13 +108,13 @@ class StageExecutor:
         rank, first = min(errors.items())
         if type(first.error) is Cosmos3Error:  # not foreseen: say where it was raised
             logger.error("rank %d: %s", rank, first.trace)
-        if len(errors) < self._config.engine.parallel.world_size or not self._in_step():
+        if len(replies) < self._config.engine.parallel.world_size or not self._in_step():
             self.healthy = False
         assert first.error is not None
         raise first.error
 
     def _in_step(self) -> bool:
-        """Whether ranks that have all failed still meet each other in exchanges."""
+        """Whether ranks that have all answered still meet each other in exchanges."""
         try:
             replies = self._send("ping", (self._number,), PING_SECONDS, None)
         except Cosmos3Error:
