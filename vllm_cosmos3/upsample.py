@@ -15,9 +15,8 @@ import numpy as np
 from vllm_cosmos3 import media
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
 from vllm_cosmos3.prompts import Facts
-from vllm_cosmos3.questions import SAMPLING as DRAWN
-from vllm_cosmos3.questions import Question
-from vllm_cosmos3.request import SPECS, GenerateRequest
+from vllm_cosmos3.questions import QUESTION, Question
+from vllm_cosmos3.request import GenerateRequest
 
 if TYPE_CHECKING:
     from vllm_cosmos3.media import ImageSource
@@ -32,10 +31,7 @@ SAMPLING = {
     "seed": 3407,
 }
 SAMPLING_SPECS = {
-    name: SPECS["seed"]
-    if name == "seed"
-    else DRAWN[{"max_tokens": "max_new_tokens"}.get(name, name)]
-    for name in SAMPLING
+    name: QUESTION[{"max_tokens": "max_new_tokens"}.get(name, name)] for name in SAMPLING
 }
 
 _INSTRUCTIONS = """\

@@ -9,7 +9,8 @@ url, prompt, *more = sys.argv[1:]
 fields = json.loads(more[0]) if more else {}
 with httpx.Client(base_url=url, timeout=None) as client:
     answer = client.post("/v1/videos", json={"prompt": prompt, **fields})
-    answer.raise_for_status()
+    if answer.is_error:
+        sys.exit(answer.json()["error"]["message"])
     name = answer.json()["id"]
     with client.stream("GET", f"/v1/videos/{name}/events") as events:
         for line in events.iter_lines():

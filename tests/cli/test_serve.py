@@ -79,6 +79,21 @@ def test_every_flag_of_ours_has_its_reason() -> None:
     assert "--api-server-count" in lines[-1]
 
 
+def test_a_repository_is_checked_as_a_folder_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_checkpoint: Path
+) -> None:
+    asked = []
+
+    def resolve(name: str, revision: str | None, *, weights: bool) -> Path:
+        asked.append((name, revision, weights))
+        return tiny_checkpoint
+
+    monkeypatch.setattr("vllm_cosmos3.cli.serve.resolve", resolve)
+    words = ["nvidia/Cosmos3-Nano", "--revision", "abc", "--memory-limit", "0.0001"]
+    assert "for its weights alone, and may use 0.1 MiB" in refused(capsys, *words, "--port", "0")
+    assert asked == [("nvidia/Cosmos3-Nano", "abc", True)]
+
+
 def test_folder_without_root_files_gets_the_flags_for_it(tmp_path: Path) -> None:
     command = build(str(tmp_path), folder=tmp_path)
     assert value(command, "--config-format") == "cosmos3"

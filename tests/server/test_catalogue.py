@@ -294,6 +294,50 @@ def check(answer: httpx.Response, code: str, param: str | None) -> None:
     assert "pydantic" not in error["message"]
 
 
+DIGITS = "9" * 5000
+DEEP = '{"a":' * 100_000
+ODD = {
+    "digits": (f'{{"prompt": "a", "seed": {DIGITS}}}', "invalid_json"),
+    "lists in lists": ('{"prompt": ' + "[" * 600 + "]" * 600 + "}", "invalid_value"),
+    "digits in text": ({"extra_params": f'{{"seed": {DIGITS}}}'}, "invalid_json"),
+    "depth in text": ({"extra_params": DEEP}, "invalid_json"),
+    "depth of a control": ({"edge": DEEP}, "invalid_json"),
+    "half an address": ({"input_reference": "http://[::1"}, "fetch_failed"),
+    "half an address of a control": ({"edge": "http://[::1"}, "fetch_failed"),
+    "half a path": ({"input_reference": "file://[x/a"}, "invalid_media"),
+    "half a character as a name": ('{"prompt": "a", "\\ud800": 1}', "unknown_parameter"),
+    "half a character inside": ('{"prompt": "a", "extra_params": {"\\ud800": 1}}', "unknown_parameter"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_bodies_are_refused(name: str, generator_server: Server) -> None:
+    body, code = ODD[name]
+    text = body if isinstance(body, str) else json.dumps({"prompt": "a", **body})
+    headers = {"content-type": "application/json"}
+    url = f"{generator_server.url}{VIDEOS}"
+    answer = httpx.post(url, content=text, headers=headers, timeout=60)
+    assert 400 <= answer.status_code < 500, answer.text[:300]
+    assert answer.json()["error"]["code"] in (code, "invalid_type"), answer.text[:300]
+    assert len(answer.json()["error"]["message"]) < 1000
+
+
+def test_odd_forms_queries_and_headers(generator_server: Server) -> None:
+    url = f"{generator_server.url}{VIDEOS}"
+    deep = {"prompt": "a", "extra_params" + "[a]" * 3000: "1"}
+    answer = httpx.post(url, data=deep, timeout=60)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_value")
+    answer = httpx.post(url, data={"prompt": "a", "action": "[" * 100_000}, timeout=60)
+    assert answer.status_code == 400
+    answer = httpx.get(url, params={"limit": DIGITS})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "limit")
+    headers = {"Prefer": b"wait=\xb2", "Idempotency-Key": ""}  # a superscript two
+    made = [httpx.post(url, **body(seed=s), headers=headers, timeout=60).json() for s in (1, 2)]
+    assert made[0]["id"] != made[1]["id"]
+    for job in made:
+        httpx.delete(f"{url}/{job['id']}")
+
+
 def test_row_17_defaults_of_a_video(generator_server: Server) -> None:
     job = create(generator_server, num_inference_steps=1, size="256x256")
     httpx.delete(f"{generator_server.url}{VIDEOS}/{job['id']}")

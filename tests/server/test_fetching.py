@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,7 +13,10 @@ import pytest
 from media_files import picture, png
 from servers import Server
 
-from vllm_cosmos3.server.inputs import is_public
+from vllm_cosmos3.server.errors import ApiError
+from vllm_cosmos3.server.inputs import _kind, is_public, media_files
+from vllm_cosmos3.server.options import Options
+from vllm_cosmos3.server.protocol import Asked
 
 SMALL = {"prompt": "it moves", "size": "64x64", "num_frames": 5, "seed": 1}
 
@@ -92,6 +96,34 @@ def test_a_file_of_the_server(generator_server: Server, media_folder: Path) -> N
     ):
         answer = post(generator_server, f"file://{media_folder}/{name}")
         assert answer.status_code == status, answer.text
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "\uff11\uff12\uff17.0.0.1", "127\u30020\u30020\u30021"]
+)
+def test_digits_of_other_scripts_are_digits(host: str) -> None:
+    asked = Asked(
+        fields={}, server={}, references={"input_reference": f"http://{host}:1/"}, warnings=()
+    )
+
+    async def fetch() -> None:
+        async with media_files(asked, Options()):
+            pass
+
+    with pytest.raises(ApiError) as refusal:
+        asyncio.run(fetch())
+    assert refusal.value.code == "url_not_allowed"
+
+
+def test_a_moving_picture_is_told_by_its_second_frame(tmp_path: Path) -> None:
+    frames = [picture(16, 16, seed) for seed in range(3)]
+    file = tmp_path / "moving"
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    assert _kind("input_reference", file) == "video"
+    file.write_bytes(file.read_bytes()[:-40])  # the last frame is cut
+    assert _kind("input_reference", file) == "video"
+    frames[0].save(file, "GIF")
+    assert _kind("input_reference", file) == "image"
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,8 @@ def test_jobs_outlive_servers(tiny_checkpoint: Path, vllm_cache: Path, tmp_path:
         assert httpx.delete(f"{second.url}/v1/videos/{shared['id']}").status_code == 200
         assert httpx.get(f"{first.url}/v1/videos/{shared['id']}").status_code == 404
         eventually(lambda: httpx.get(f"{first.url}/health").json()["queue"]["running"] == 0)
+        eventually(lambda: not (tmp_path / "storage" / "files" / shared["id"]).exists())
+        assert "cosmos3:requests_cancelled_total 1.0" in httpx.get(f"{first.url}/metrics").text
 
         last = create(first, **LONG | {"num_inference_steps": 30})
         os.kill(first.pid, signal.SIGTERM)

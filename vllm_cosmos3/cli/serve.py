@@ -19,6 +19,7 @@ from typing import Any
 from vllm_cosmos3.cli.versions import check_vllm
 from vllm_cosmos3.config import read_json
 from vllm_cosmos3.errors import CheckpointError, InvalidRequest
+from vllm_cosmos3.hub import resolve
 from vllm_cosmos3.models.limits import DEFAULT_FPS, DEFAULT_FRAMES, FPS, FRAMES, uses_reference
 from vllm_cosmos3.models.reasoner_weights import check_folder, expected_tensors
 from vllm_cosmos3.server.command import run as run_generator
@@ -117,6 +118,9 @@ def run(args: argparse.Namespace) -> int:
         check_reasoner(folder)
     _check_port_is_free(args.host, args.port)
     if args.surface == "both":
+        if folder is None:
+            weights = values.get("generator_load_format") != "dummy"
+            folder = resolve(args.checkpoint, _value_of("--revision", args.rest), weights=weights)
         args.rest = beside_generator(values, folder, args.rest)
     elif values:
         flag = f"--{next(iter(values)).replace('_', '-')}"
@@ -135,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
     return _become(command)
 
 
-def beside_generator(values: Mapping[str, Any], folder: Path | None, rest: list[str]) -> list[str]:
+def beside_generator(values: Mapping[str, Any], folder: Path, rest: list[str]) -> list[str]:
     """vLLM's flags for a server with a generator of these options.
 
     The reasoner gets what memory the generator leaves on the devices that they share, unless the
@@ -154,11 +158,10 @@ def beside_generator(values: Mapping[str, Any], folder: Path | None, rest: list[
         raise InvalidRequest("additional-config.cosmos3", given_before, "a JSON object")
     additional["cosmos3"] = {**given_before, **values}
     options = from_mapping(additional["cosmos3"])
-    if folder is not None:  # a repository may not be here yet
-        ranks = int(_value_of("--tensor-parallel-size", rest) or 1)
-        share = share_beside(folder, root_config(folder), options, ranks)
-        if share is not None and not _given("--gpu-memory-utilization", rest):
-            rest += ["--gpu-memory-utilization", f"{share:.2f}"]
+    ranks = int(_value_of("--tensor-parallel-size", rest) or 1)
+    share = share_beside(folder, root_config(folder), options, ranks)
+    if share is not None and not _given("--gpu-memory-utilization", rest):
+        rest += ["--gpu-memory-utilization", f"{share:.2f}"]
     return [*rest, "--additional-config", json.dumps(additional)]
 
 

@@ -34,7 +34,8 @@ async def read_body(
     if kind == "multipart/form-data":
         return await _multipart(request, stream, options)
     data = b"".join([chunk async for chunk in stream])
-    return parse_json(data) if kind == "application/json" else parse_urlencoded(data)
+    parse = parse_json if kind == "application/json" else parse_urlencoded
+    return await asyncio.to_thread(parse, data)
 
 
 async def limited(request: Request, options: Options) -> AsyncGenerator[bytes, None]:

@@ -136,7 +136,7 @@ def announce(service: Service, surface: str, url: str) -> None:
         "queue": f"{options.max_queue} requests",
         "storage": str(options.storage),
         "guardrails": f"{service.guardrails.state} {service.guardrails.reason}".strip(),
-        "url": url,
+        "url": f"{url} (the generator loads now; /health/ready is 200 when it can work)",
     }
     if service.model.kind == droid.KIND:
         socket = url.replace("http", "ws", 1).removesuffix("/v1")

@@ -29,7 +29,7 @@ def split(path: str, name: str, value: Any) -> tuple[Any, str, Any]:
     if text.lower() in TRUTH:
         return TRUTH[text.lower()], path, None
     if text.startswith("{"):
-        value = _object(path, text)
+        value = json_object(path, text)
     if not isinstance(value, Mapping):
         return (value, path, None) if isinstance(value, bool | int | float) else ({}, path, value)
     parts = {key: _typed(key, part) for key, part in value.items()}
@@ -70,12 +70,16 @@ def joined(fields: Mapping[str, Any], media: Mapping[str, Path]) -> dict[str, An
     return out
 
 
-def _object(path: str, text: str) -> Any:
+def json_object(path: str, text: str) -> Any:
+    """What the text of a form says in JSON. InvalidRequest where it is not that."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         where = f"JSON; it ends to be so at character {error.pos}: {error.msg}"
         raise InvalidRequest(path, text, where, "invalid_json") from None
+    except (ValueError, RecursionError):  # thousands of digits or brackets
+        possible = "JSON of ordinary numbers and depth"
+        raise InvalidRequest(path, text[:80], possible, "invalid_json") from None
 
 
 def _typed(key: str, part: Any) -> Any:

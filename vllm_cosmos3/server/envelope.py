@@ -15,6 +15,7 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_cosmos3.server.errors import ApiError, error_response
+from vllm_cosmos3.server.keys import path_of
 from vllm_cosmos3.server.routing import request_id
 
 KEPT = ("www-authenticate", "retry-after", "allow", "content-range")  # of a replaced answer
@@ -27,7 +28,7 @@ class Envelope:
         self._app, self._prefixes = app, prefixes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not _path(scope).startswith(self._prefixes):
+        if scope["type"] != "http" or not path_of(scope).startswith(self._prefixes):
             await self._app(scope, receive, send)
             return
         held: Message | None = None
@@ -70,7 +71,7 @@ def _is_ours(body: bytes) -> bool:
 
 
 def _error(status: int, scope: Scope, headers: dict[str, Any]) -> ApiError:
-    path = _path(scope)
+    path = path_of(scope)
     code, message = {
         401: ("authentication", "the Authorization header must be 'Bearer' and a key of this server"),
         404: ("not_found", f"there is no {path} here; /docs lists what there is"),
@@ -96,8 +97,3 @@ def _allowed(scope: Scope) -> str:
         if route.matches(scope)[0] is Match.PARTIAL:
             methods |= route.methods
     return ", ".join(sorted(methods))
-
-
-def _path(scope: Scope) -> str:
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))

@@ -21,7 +21,8 @@ from vllm_cosmos3.server.options import Options
 
 logger = logging.getLogger(__name__)
 
-CHECKER = "COSMOS3_GUARDRAIL_CHECKER"  # tells the workers which checker is active
+# Tells the workers which checker is active. vLLM hands what begins with VLLM_ on, to Ray's too.
+CHECKER = "VLLM_COSMOS3_GUARDRAIL_CHECKER"
 FrameCheck = Callable[[Pixels], tuple[Pixels, dict[str, Any]]]
 
 

@@ -24,6 +24,7 @@ from urllib.parse import unquote_to_bytes, urljoin, urlsplit
 import aiohttp
 from PIL import Image
 from starlette.datastructures import UploadFile
+from yarl import URL
 
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.hints import HINTS
@@ -59,7 +60,7 @@ async def media_files(
                 files[name] = file
                 continue
             await _store(name, source, file, options)
-            kind = _kind(name, file)
+            kind = await asyncio.to_thread(_kind, name, file)
             if kind in files:
                 raise InvalidRequest(name, "a second one", f"the only {kind}", "unsupported")
             files[kind], names[kind] = file, name
@@ -85,7 +86,7 @@ def _only(name: str, value: Any) -> Any:
 
 def _as_url(source: Any) -> Any:
     """A control may be named by its path alone."""
-    bare = isinstance(source, str) and not urlsplit(source).scheme
+    bare = isinstance(source, str) and "://" not in source and source[:5].lower() != "data:"
     return f"file://{source}" if bare else source
 
 
@@ -97,9 +98,9 @@ async def _store(name: str, source: Any, file: Path, options: Options) -> None:
         return
     if not isinstance(source, str):
         raise InvalidRequest(name, source, SCHEMES, "invalid_type")
-    scheme = urlsplit(source).scheme.lower() if source[:5].lower() != "data:" else "data"
+    scheme = source.partition(":")[0].lower()
     if scheme == "data":
-        file.write_bytes(_data(name, source))
+        await asyncio.to_thread(lambda: file.write_bytes(_data(name, source)))
     elif scheme == "file":
         await asyncio.to_thread(shutil.copyfile, allowed_path(name, source, options), file)
     elif scheme in ("http", "https"):
@@ -146,7 +147,10 @@ def allowed_path(name: str, url: str, options: Options) -> Path:
         )
         raise ApiError("unsupported", f"{name}: {message}", param=name)
     allowed = Path(options.allowed_local_media_path).resolve()
-    path = (allowed / unquote_to_bytes(urlsplit(url).path).decode(errors="replace")).resolve()
+    try:
+        path = (allowed / unquote_to_bytes(urlsplit(url).path).decode(errors="replace")).resolve()
+    except ValueError:  # a zero byte, or half a bracket
+        raise InvalidRequest(name, url, "a path", "invalid_media") from None
     if not path.is_relative_to(allowed):
         raise ApiError("path_not_allowed", f"{name} is outside the allowed folder", param=name)
     if not path.is_file():
@@ -228,9 +232,12 @@ def is_public(address: str) -> bool:
 
 
 def _check_host(name: str, url: str, options: Options) -> None:
-    """Refuse what the resolver does not see: other schemes, other domains, literal addresses."""
-    parts = urlsplit(url)
-    host = parts.hostname
+    """Refuse what the resolver does not see: other schemes, other domains, literal addresses.
+
+    The URL is taken apart as the client does it, for which digits of any script are digits.
+    """
+    parts = URL(url)
+    host = parts.host
     if parts.scheme not in ("http", "https") or not host:
         raise _refused(name, f"{parts.scheme}:// is not followed")
     domains = [domain.strip() for domain in options.allowed_media_domains.split(",") if domain]
@@ -254,8 +261,17 @@ def _kind(name: str, file: Path) -> str:
         raise InvalidRequest(name, "empty", "a picture or a video", "invalid_media")
     try:
         with Image.open(file, formats=IMAGE_FORMATS) as image:
-            return "video" if getattr(image, "n_frames", 1) > 1 else "image"
+            return "video" if _moves(image) else "image"
     except Image.DecompressionBombError:
         return "image"  # which the validator refuses with the limit
     except (OSError, ValueError, SyntaxError):
         return "video"
+
+
+def _moves(image: Image.Image) -> bool:
+    """Whether there is a second frame. Counting all takes as long as there are many."""
+    try:
+        image.seek(1)
+    except EOFError:
+        return False
+    return True

@@ -39,7 +39,7 @@ class ApiKeys:
         self._app, self._keys = app, Keys(keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        guarded = scope["type"] == "http" and scope["path"].startswith("/v1")
+        guarded = scope["type"] == "http" and path_of(scope).startswith("/v1")
         if guarded and scope["method"] != "OPTIONS" and not self._keys.admit(scope, BEARER):
             response = refused("the Authorization header must be 'Bearer' and an API key")
             await response(scope, receive, send)
@@ -60,6 +60,12 @@ class AnyScheme:
                 headers = [pair for pair in scope["headers"] if pair[0] != b"authorization"]
                 scope = {**scope, "headers": [*headers, (b"authorization", b"Bearer " + token)]}
         await self._app(scope, receive, send)
+
+
+def path_of(scope: Scope) -> str:
+    """The path by which routes are found: it may come with the prefix of a proxy."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
 
 
 def refused(message: str) -> JSONResponse:

@@ -33,7 +33,8 @@ class Options:
         "",
         "jobs",
         "text",
-        "folder of the job journal and of what was made; default: a temporary one",
+        "folder of the job journal and of what was made; default: cosmos3-storage in the folder for "
+        "temporary files, which all servers of a machine share",
     )
     file_ttl: float = _option(
         86_400.0,
@@ -289,7 +290,7 @@ def add_flags(group: argparse._ArgumentGroup, *, only: Container[str]) -> None:
                 help=spec.help,
             )
             continue
-        shown = f"{item.default:,.10g}" if spec.kind in ("int", "float") else item.default
+        shown = f"{item.default:,.15g}" if spec.kind in ("int", "float") else item.default
         default = f" (default: {shown})" if shown != "" else ""
         group.add_argument(
             flag,

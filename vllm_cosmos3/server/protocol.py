@@ -42,6 +42,7 @@ ALIASES = {
     "resolution": "image_size",
 }
 NESTED = ("extra_params", "extra_args")
+DEEPEST = 8  # objects in objects that the name of a form field makes
 REFERENCES = (
     "input_reference",
     "input_references",
@@ -140,6 +141,8 @@ def parse_json(data: bytes) -> dict[str, Any]:
         ) from None
     except RecursionError:
         raise ApiError("invalid_json", "the body is nested too deeply") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise ApiError("invalid_json", f"the body is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ApiError(
             "invalid_type", f"the body is a JSON {type(value).__name__}, must be an object"
@@ -163,6 +166,8 @@ def nested(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for name, value in pairs:
         head, _, rest = name.partition("[")
         keys = [head, *(key.removesuffix("]") for key in rest.split("["))] if rest else [head]
+        if len(keys) > DEEPEST:
+            raise ApiError("invalid_value", f"{name[:80]} is nested too deeply", param=head)
         target: Any = out
         for key, following in pairwise(keys):
             target = target.setdefault(key, [] if following == "" else {})
@@ -239,19 +244,16 @@ def _flat(body: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
         if name not in NESTED:
             out.append((name, name, value))
             continue
-        more = _object(name, value) if isinstance(value, str) else value
+        more = controls.json_object(name, value) if isinstance(value, str) else value
         if not isinstance(more, Mapping | None):
             raise InvalidRequest(name, value, "a JSON object", "invalid_type")
         out += [(f"{name}.{key}", str(key), item) for key, item in (more or {}).items()]
+    for path, _, value in out:
+        if not path.isprintable():
+            raise InvalidRequest(
+                ascii(path), value, "left out: there is no such field", "unknown_parameter"
+            )
     return [(path, name, value) for path, name, value in out if value is not None]
-
-
-def _object(name: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"JSON; it ends to be so at character {error.pos}: {error.msg}"
-        raise InvalidRequest(name, text, where, "invalid_json") from None
 
 
 def _put(out: dict[str, Any], name: str, value: Any, path: str, paths: dict[str, str]) -> None:
@@ -309,7 +311,7 @@ def _hint(name: str) -> str:
 def _text_or_json(value: Any) -> Any:
     """A reference is a file, a URL, or an object, which forms carry as JSON."""
     if isinstance(value, str) and value.lstrip().startswith("{"):
-        return _object("reference", value)
+        return controls.json_object("reference", value)
     return value
 
 
@@ -330,7 +332,7 @@ def _typed(value: Any, kind: str) -> Any:
                 return json.loads(text)
             number = int if kind == "ints" else float
             return [number(part) for part in text.split(",")]
-    except ValueError:
+    except (ValueError, RecursionError):
         return str(value)
     if kind == "bool":
         return {"true": True, "false": False}.get(text.lower(), str(value))

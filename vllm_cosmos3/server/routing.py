@@ -34,6 +34,9 @@ class Route(APIRoute):
                 response = error_response(_of_query(error))
             except ClientDisconnect:
                 response = error_response(ApiError("cancelled", "the client went away"))
+            except RecursionError:
+                message = "the body is nested too deeply"
+                response = error_response(ApiError("invalid_value", message))
             except Exception as error:
                 logger.error("%s %s", request.method, request.url.path, exc_info=error)
                 response = error_response(

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import sqlite3
 import threading
 import time
 import uuid
@@ -136,7 +137,7 @@ class Service:
             Cosmos3Error: it cannot be served, now or at all; nothing is left of it.
         """
         try:
-            body = _digest(kind, asked, media)
+            body = await asyncio.to_thread(_digest, kind, asked, media)
             known = self._known(body, key, retried=retried)
             if known is not None:
                 return known
@@ -388,6 +389,9 @@ class Service:
         error = future.exception()
         try:
             record = self._record(job) if error is None else {}
+            if error is None:
+                files = self.journal.folder(job.id).iterdir()
+                job.bytes = sum(file.stat().st_size for file in files)
         except (OSError, ValueError) as problem:
             error, record = Cosmos3Error(f"the result cannot be read: {problem}"), {}
         with self._lock:
@@ -400,13 +404,29 @@ class Service:
             else:
                 self._complete(job, record)
             job.expires = job.completed + self.options.file_ttl
-            self._own.pop(job.id, None)
             self._stage_jobs.pop(job.id, None)
-            self._changed.discard(job.id)
+            self._changed.add(job.id)
         if job.error is not None:
             self._count_failure(job.error["code"])
-        self.journal.save(job)
+        try:
+            self._keep(job)
+        except sqlite3.Error as problem:  # the clock tries again
+            logger.error("the end of %s cannot be written: %s", job.id, problem)
         logger.info("%s %s after %.1f s", job.id, job.status, job.completed - job.created)
+
+    def _keep(self, job: Job) -> None:
+        """Write a job of this process down; one that has ended is the journal's from then on."""
+        with self._lock:
+            self._changed.discard(job.id)
+        try:
+            self.journal.save(job)
+        except sqlite3.Error:
+            with self._lock:
+                self._changed.add(job.id)
+            raise
+        if job.ended:
+            with self._lock:
+                self._own.pop(job.id, None)
 
     def _record(self, job: Job) -> dict[str, Any]:
         record: dict[str, Any] = json.loads((self.journal.folder(job.id) / RECORD).read_text())
@@ -431,8 +451,6 @@ class Service:
         job.peak_memory = record["peak_memory"]
         job.guardrails |= record["guardrails"]
         job.warnings += [text for text in record["warnings"] if text not in job.warnings]
-        folder = self.journal.folder(job.id)
-        job.bytes = sum(file.stat().st_size for file in folder.iterdir())
         frames = int(job.effective["num_frames"]) * int(job.effective["n"])
         ranks = self.sizing.engine.parallel.world_size
         job.usage = {
@@ -498,17 +516,18 @@ class Service:
 
     def delete(self, name: str) -> None:
         """Forget a job; if it is not done, the stage stops it with its current step."""
-        self.get(name)
+        job = self.get(name)
         self.journal.delete(name)
-        self._settle_deleted(name)
+        if job.ended or name in self._own:  # else its own process stops it, and removes the rest
+            self._settle_deleted(name)
 
     def _settle_deleted(self, name: str) -> None:
         """Cancel a deleted job of this process, or remove what is left of it."""
         with self._lock:
-            running, stage_job = name in self._own, self._stage_jobs.get(name)
+            job, stage_job = self._own.get(name), self._stage_jobs.get(name)
         if stage_job is not None:
             stage_job.cancel()
-        if not running:
+        if job is None or job.ended:
             self.journal.purge(name)
 
     def estimated_wait(self) -> float:
@@ -546,14 +565,14 @@ class Service:
                 await asyncio.to_thread(self._write_changes)
                 if count % SWEEP == 0:
                     await asyncio.to_thread(self._sweep)
-            except OSError as error:  # a full or lost disk must not stop the clock
+            except (OSError, sqlite3.Error) as error:  # a full or lost disk must not stop the clock
                 logger.error("the storage cannot be kept: %s", error)
 
     def _write_changes(self) -> None:
         with self._lock:
-            names, self._changed = self._changed, set()
-            for name in names & self._own.keys():
-                self.journal.save(self._own[name])
+            changed = [self._own[name] for name in self._changed & self._own.keys()]
+        for job in changed:
+            self._keep(job)
         for name in self.journal.doomed():
             self._settle_deleted(name)
         self.status()

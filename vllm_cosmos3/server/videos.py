@@ -54,7 +54,8 @@ async def sync(request: Request) -> Response:
     if mode in ("policy", "inverse_dynamics"):
         possible = "forward_dynamics, as the answer is a video alone; POST /v1/videos keeps actions"
         raise asked.placed(InvalidRequest("action_mode", mode, possible, "unsupported"))
-    deadline = asked.server.get("deadline_seconds", at.options.sync_deadline)
+    limit = at.options.sync_deadline
+    deadline = min(limit, asked.server.get("deadline_seconds", limit))
     if at.estimated_wait() > deadline:
         message = f"about {at.estimated_wait():.0f} seconds of work wait, longer than {deadline:g}"
         raise ApiError("estimated_wait_exceeds_deadline", message, param="deadline_seconds")
@@ -96,7 +97,8 @@ async def page(
 ) -> Response:
     """The videos of this storage, the newest first."""
     at = service(request)
-    if not limit.isascii() or not limit.isdigit() or not 1 <= int(limit) <= 100:
+    digits = limit.isascii() and limit.isdigit() and len(limit) <= 3
+    if not digits or not 1 <= int(limit) <= 100:
         raise InvalidRequest("limit", limit, "an integer from 1 to 100")
     if order not in ("asc", "desc"):
         raise InvalidRequest("order", order, "asc or desc")
@@ -207,7 +209,7 @@ async def _create(
     at: Service, request: Request, asked: Asked, kind: str, deadline: float,
     remixed_from: str | None = None,
 ) -> Job:  # fmt: skip
-    key = request.headers.get("idempotency-key") if kind == "video" else None
+    key = (request.headers.get("idempotency-key") or None) if kind == "video" else None
     retried = kind == "video" and request.headers.get("x-stainless-retry-count", "0") != "0"
     asked = local_files(asked, at.options)
     async with media_files(asked, at.options) as (media, names):
@@ -226,8 +228,9 @@ def _preferred_wait(request: Request) -> float | None:
     """The seconds of ``Prefer: wait=N``. A preference that cannot be read is none (RFC 7240)."""
     for part in request.headers.get("prefer", "").replace(";", ",").split(","):
         name, _, value = part.strip().partition("=")
-        if name.lower() == "wait" and value.strip('"').isdigit():
-            return min(float(value.strip('"')), 3600.0)
+        digits = value.strip('"')
+        if name.lower() == "wait" and digits.isascii() and digits.isdigit():
+            return min(float(digits), 3600.0)
     return None
 
 
