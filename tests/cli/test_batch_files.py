@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,8 +20,11 @@ from PIL import Image
 from servers import BIN, environment
 
 from vllm_cosmos3.cli import main
+from vllm_cosmos3.cli.batch import _asked
 from vllm_cosmos3.engine import Cosmos3
 from vllm_cosmos3.media import read_image, read_video
+from vllm_cosmos3.questions import Question
+from vllm_cosmos3.reasoner import Answer, Reasoner
 from vllm_cosmos3.upsample import schema_of
 
 FAST = {"size": "64x64", "num_steps": 2, "num_frames": 5, "prompt": "a boat", "seed": 3}
@@ -229,6 +232,49 @@ def test_urls(
     )
 
 
+def test_pictures_of_questions_are_read_before_the_reasoner_starts(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("broken.png", "broken.mp4"):
+        (tmp_path / name).write_bytes(b"nothing to see")
+    ask = {"model_mode": "reasoner"}
+    file = batch(
+        tmp_path,
+        *({"vision_path": f"broken.{suffix}", **ask} for suffix in ("png", "mp4")),
+        {"name": "good", **ask},
+    )
+    assert generate(tiny_checkpoint, file, "--dry-run") == 2
+    picture, video = capsys.readouterr().err.splitlines()
+    assert "line 1: vision_path is" in picture
+    assert "must be a complete PNG" in picture
+    assert "line 2: vision_path is" in video
+
+
+class NoVowels(Reasoner):
+    """Answers with the question, if it has no vowel."""
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def ask(self, questions: Sequence[Question]) -> list[Answer]:
+        self.calls.append(len(questions))
+        for question in questions:
+            if set(question.prompt) & set("aeiou"):
+                raise RuntimeError(question.prompt)
+        return [Answer(text=q.prompt, tokens=1, complete=True) for q in questions]
+
+
+def test_a_question_that_fails_spoils_no_other() -> None:
+    reasoner = NoVowels()
+    asked = _asked(reasoner, [Question(prompt=text) for text in ("b", "no", "d")])
+    assert [x.text if isinstance(x, Answer) else repr(x) for x in asked] == [
+        "b", "RuntimeError('no')", "d",
+    ]  # fmt: skip
+    assert reasoner.calls == [3, 1, 1, 1]
+    assert len(_asked(reasoner, [Question(prompt=text) for text in "bcd"])) == 3
+    assert reasoner.calls[4:] == [3]
+
+
 @pytest.mark.serve
 def test_the_reasoner_answers_its_records_and_writes_prompts(
     tiny_checkpoint_fp32: Path, tmp_path: Path, vllm_cache: Path
@@ -244,6 +290,8 @@ def test_the_reasoner_answers_its_records_and_writes_prompts(
         {"name": "clip", **ask, "vision_path": "clip.mp4", "video_fps": 4},
         {"name": "written", "num_frames": 1, "prompt_upsampling": True},
         {"name": "cut", "prompt_upsampling": True, "prompt_upsampler_max_tokens": 9},
+        {"name": "long", **ask, "prompt": "boat " * 40_000},
+        {"name": "long_prompt", "prompt_upsampling": True, "prompt": "boat " * 40_000},
     )
     command = [BIN / "vllm-cosmos3", "generate", tiny_checkpoint_fp32, "--dtype", "float32"]
     command += ["--input", file, "--out", tmp_path / "out", "--enforce-eager", "--keep-going"]
@@ -252,7 +300,9 @@ def test_the_reasoner_answers_its_records_and_writes_prompts(
         env=environment(vllm_cache),
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "5 of 6 records have their results" in done.stdout
+    assert "5 of 8 records have their results" in done.stdout
+    for name in ("long", "long_prompt"):
+        assert "32768" in outputs(file, name)["message"]
     for name in ("text", "image", "clip"):
         content = outputs(file, name)["outputs"][0]["content"]
         text = (tmp_path / "out" / name / "reasoner_text.txt").read_text()

@@ -125,7 +125,8 @@ def _serve(samples: Sequence[Sample], args: argparse.Namespace) -> int:
         with quiet_libraries():
             if questions or any(sample.upsampling is not None for sample in requests):
                 with open_reasoner(args) as reasoner:
-                    served += _answered(reasoner, questions, args)
+                    for made in _answered(reasoner, questions, args):
+                        served += made
                     requests = _upsampled(reasoner, requests, args)
             for made in _generated(requests, args):
                 served += made
@@ -229,6 +230,10 @@ def _settled(
     """The request or question of a record, every parameter of it, and warnings."""
     if record.kind == REASONER:
         question = question_of(fields)
+        if question.image is not None:  # a broken one should not wait for the reasoner
+            media.read_image(question.image)
+        if question.video is not None:
+            media.read_video(question.video, frames=1)
         names = [name for name in question.__dataclass_fields__ if name != "schema"]
         return question, {"mode": REASONER} | {n: getattr(question, n) for n in names}, ()
     if before is not None:  # a picture of the right size stands for the frame to come
@@ -265,17 +270,29 @@ def _finished(args: argparse.Namespace, sample: Sample) -> bool:
 # The results.
 
 
-def _answered(reasoner: Reasoner, samples: Sequence[Sample], args: argparse.Namespace) -> int:
-    """Ask the reasoner everything, many questions at once. Returns how many have their answers."""
-    answered = 0
+def _asked(reasoner: Reasoner, questions: Sequence[Question]) -> list[Answer | Exception]:
+    """The answer to each question, or why there is none: a bad question spoils no other."""
+    try:
+        return list(reasoner.ask(questions))
+    except Exception as error:  # noqa: BLE001 - of one of them, it does not say which
+        if len(questions) == 1:
+            return [error]
+    return [answer for question in questions for answer in _asked(reasoner, [question])]
+
+
+def _answered(
+    reasoner: Reasoner, samples: Sequence[Sample], args: argparse.Namespace
+) -> Iterator[bool]:
+    """Ask the reasoner everything, many questions at once; whether each has its answer."""
     for start in range(0, len(samples), AT_ONCE):
         some = samples[start : start + AT_ONCE]
         questions = [sample.asked for sample in some if isinstance(sample.asked, Question)]
-        with _failures(some, args) as failed:
-            for sample, answer in zip(some, reasoner.ask(questions), strict=True):
+        for sample, answer in zip(some, _asked(reasoner, questions), strict=True):
+            with _failures(sample, args) as failed:
+                if isinstance(answer, Exception):
+                    raise answer
                 _write_answer(sample, answer, args)
-        answered += 0 if failed else len(some)
-    return answered
+            yield not failed
 
 
 def _upsampled(
@@ -283,16 +300,20 @@ def _upsampled(
 ) -> list[Sample]:
     """The samples with the prompts that the reasoner writes, without those that it cannot write."""
     wanted = {s.record.name: s.upsampling for s in samples if s.upsampling is not None}
+    if not wanted:
+        return list(samples)
     print(f"upsample {len(wanted)} prompts", file=sys.stderr)
-    answers = dict(zip(wanted, reasoner.ask(list(wanted.values())), strict=True))
+    answers = dict(zip(wanted, _asked(reasoner, list(wanted.values())), strict=True))
     written = []
     for sample in samples:
         if sample.upsampling is None:
             written.append(sample)
             continue
-        with _failures([sample], args):
+        with _failures(sample, args):
             assert isinstance(sample.asked, GenerateRequest)  # so says its kind
             answer = answers[sample.record.name]
+            if isinstance(answer, Exception):
+                raise answer
             prompt = caption_of(answer.text, complete=answer.complete)
             written.append(replace(sample, asked=replace(sample.asked, prompt=prompt)))
     return written
@@ -313,7 +334,7 @@ def _generated(samples: Sequence[Sample], args: argparse.Namespace) -> Iterator[
     with loaded(args) as model:
         for number, sample in enumerate(samples, 1):
             print(f"[{number}/{len(samples)}] {sample.record.name}", file=sys.stderr)
-            with _failures([sample], args) as failed:
+            with _failures(sample, args) as failed:
                 _generate(model, sample, args)
             yield not failed
 
@@ -342,8 +363,8 @@ def _generate(model: Cosmos3, sample: Sample, args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _failures(samples: Sequence[Sample], args: argparse.Namespace) -> Iterator[list[Exception]]:
-    """What goes wrong inside is recorded in the folders of these samples, and given as a list.
+def _failures(sample: Sample, args: argparse.Namespace) -> Iterator[list[Exception]]:
+    """What goes wrong inside is recorded in the folder of this sample, and given as a list.
 
     Raises:
         Stopped: something went wrong and the user did not ask to go on.
@@ -351,14 +372,13 @@ def _failures(samples: Sequence[Sample], args: argparse.Namespace) -> Iterator[l
     failed: list[Exception] = []
     try:
         yield failed
-    except Exception as error:  # whatever it is, it is the end of these alone
+    except Exception as error:  # whatever it is, it is the end of this one alone
         failed.append(error)
         message = str(error) or type(error).__name__
         stack = None if isinstance(error, Cosmos3Error) else traceback.format_exc()
-        for sample in samples:
-            folder = sample_folder(args.out, sample.record.name)
-            _record(sample, folder, status="error", message=message, stack_trace=stack)
-            print(f"vllm-cosmos3 generate: {sample.record.where}: {message}", file=sys.stderr)
+        folder = sample_folder(args.out, sample.record.name)
+        _record(sample, folder, status="error", message=message, stack_trace=stack)
+        print(f"vllm-cosmos3 generate: {sample.record.where}: {message}", file=sys.stderr)
         if not args.keep_going:
             raise Stopped from error
 
