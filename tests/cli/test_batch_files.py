@@ -225,6 +225,9 @@ def test_urls(
     assert generate(tiny_checkpoint, file) == 0
     assert outputs(file, "a")["args"]["mode"] == "image2video"
     capsys.readouterr()
+    batch(tmp_path, {"vision_path": f"{web}/a b.png"})
+    assert generate(tiny_checkpoint, file) == 2
+    assert "a URL that can be fetched (URL can't contain control" in capsys.readouterr().err
     batch(tmp_path, {"vision_path": f"{web}/none.png"})
     assert generate(tiny_checkpoint, file) == 2
     assert (

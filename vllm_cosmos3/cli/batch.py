@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -161,7 +162,7 @@ class Downloads:
                     path.open("wb") as file,
                 ):
                     shutil.copyfileobj(answer, file)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, HTTPException) as error:
                 reason = " ".join(str(getattr(error, "reason", error)).split())
                 possible = f"a URL that can be fetched ({reason})"
                 raise InvalidRequest(field, url, possible, "fetch_failed") from None

@@ -207,8 +207,9 @@ def _upsampled(request: GenerateRequest, plan: Plan, args: argparse.Namespace) -
 
 def sample_folder(out: Path, name: str) -> Path:
     """``out/name``, made now: an unwritable place should fail before minutes of work."""
-    if name in ("", ".", "..") or Path(name).name != name:
-        raise InvalidRequest("name", name, "one folder name without separators")
+    from vllm_cosmos3.records import check_name
+
+    check_name(name)
     folder = out / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
