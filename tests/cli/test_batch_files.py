@@ -158,6 +158,18 @@ def test_dry_run_prints_every_parameter(
     assert not (tmp_path / "out").exists()
 
 
+def test_every_warning_is_said_once(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = batch(tmp_path, {"num_frames": 6, "sigma_max": 200.0})
+    for flags in (["--dry-run"], []):
+        assert generate(tiny_checkpoint, file, *flags) == 0
+        said = capsys.readouterr().err
+        for words in ("6 is rounded up to 9 (4k+1)", "sigma_max has no effect"):
+            assert said.count(words) == 1
+            assert f"warning: {file} line 1: " in said
+
+
 def test_empty_files_are_a_mistake(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

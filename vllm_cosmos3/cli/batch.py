@@ -92,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
         if problems and not args.keep_going:
             return 2
         if args.dry_run:
+            _say(samples, samples)
             print(json.dumps([dict(sample.effective) for sample in samples], indent=2))
             return 1 if problems else 0
         for sample in samples:  # an unwritable place should fail before minutes of work
@@ -359,6 +360,7 @@ def _generate(model: Cosmos3, sample: Sample, args: argparse.Namespace) -> None:
         if sample.continued and output.video is not None:
             media.write_image(folder / LAST, output.video[-1])
         write(own, folder, output, files, timings)
+        _warn(sample, [text for text in output.warnings if text not in sample.warnings])
         done = json.loads((folder / OUTPUTS).read_text())
         (folder / OUTPUTS).write_text(json.dumps(done | {"digest": sample.digest}, indent=2) + "\n")
 
@@ -395,7 +397,11 @@ def _record(sample: Sample, folder: Path, **values: Any) -> None:
 
 def _say(samples: Sequence[Sample], todo: Sequence[Sample]) -> None:
     for sample in todo:
-        for warning in sample.record.warnings:
-            print(f"warning: {sample.record.where}: {warning}", file=sys.stderr)
+        _warn(sample, sample.warnings)
     if len(todo) < len(samples):
         print(f"{len(samples) - len(todo)} of {len(samples)} records are finished", file=sys.stderr)
+
+
+def _warn(sample: Sample, warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        print(f"warning: {sample.record.where}: {warning}", file=sys.stderr)
