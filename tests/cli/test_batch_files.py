@@ -104,6 +104,8 @@ def test_resume_serves_what_is_new_or_has_changed(
     }
     assert fresh == {"b", "c", "d"}
     assert "1 of 4 records are finished" in capsys.readouterr().err
+    assert generate(tiny_checkpoint, file, "--resume", "--load-format", "dummy") == 0
+    assert "records are finished" not in capsys.readouterr().err
 
 
 def test_nothing_starts_while_a_record_is_invalid(

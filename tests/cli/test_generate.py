@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
+from servers import BIN, environment
 
 from vllm_cosmos3.cli import main
 from vllm_cosmos3.cli.generate import progress_shown
@@ -161,6 +163,19 @@ def test_print_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["seg"] == ["2", "3", "93", "5000"]
     assert rows["wsm"] == ["3", "1", "101", "101"]
     assert rows["umi"] == ["10", "20", "16", "256", "wrist_view"]
+
+
+def test_a_reader_that_has_gone_is_no_traceback(vllm_cache: Path) -> None:
+    command = [str(BIN / "vllm-cosmos3"), "generate", "--print-defaults"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment(vllm_cache),
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(60) == 141
 
 
 def test_help_has_every_field(capsys: pytest.CaptureFixture[str]) -> None:

@@ -251,6 +251,7 @@ def _digest(record: Record, before: Sample | None, args: argparse.Namespace) -> 
     values = [
         str(args.model), args.revision, args.dtype, record.kind, dict(record.fields), record.upsample,
         record.crf, args.crf, record.quality, args.image_quality, args.image_type,
+        args.load_format, args.checkpoint_kind,
         None if before is None else before.digest,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
