@@ -137,6 +137,29 @@ def test_defaults_lie_under_the_record(folder: Path) -> None:
     assert made.warnings == ("of_another_version in d.json is no field",)
 
 
+@pytest.mark.parametrize(
+    ("below", "given", "fields"),
+    [
+        ({"num_steps": 9}, {"num_inference_steps": 4}, {"num_inference_steps": 4}),
+        ({"num_inference_steps": 9}, {"num_steps": 4}, {"num_inference_steps": 4}),
+        ({"resolution": "480", "aspect_ratio": "9,16"}, {"size": "64x64"}, {"size": "64x64"}),
+        ({"size": "64x64"}, {"width": 32, "height": 48}, {"width": 32, "height": 48}),
+        ({"width": 32, "height": 48}, {"width": 64}, {"width": 64, "height": 48}),
+        ({"aspect_ratio": "1,1"}, {"resolution": "480"}, {"size": "640x640"}),
+        ({"resolution": "480"}, {"aspect_ratio": "1,1"}, {"size": "640x640"}),
+        ({"prompt": "other"}, {"prompt_path": "prompt.txt"}, {"prompt": "a boat"}),
+        ({"prompt_path": "prompt.txt"}, {"prompt": "a"}, {"prompt": "a"}),
+        ({"num_frames": 9}, {"seconds": 2}, {"seconds": 2}),
+        ({"vision_path": "a.png"}, {"video": "https://b"}, {"video": "https://b"}),
+    ],
+)
+def test_a_record_wins_over_defaults_in_other_words(
+    below: dict[str, Any], given: dict[str, Any], fields: dict[str, Any], folder: Path
+) -> None:
+    (folder / "d.json").write_text(json.dumps(below))
+    assert record(folder, defaults_file="d.json", **given).fields == fields
+
+
 def test_flags_win_over_records(folder: Path) -> None:
     line = {"prompt": "a", "resolution": "256", "num_steps": 4, "vision_path": "a.png", "seed": 1}
     (folder / "x.jsonl").write_text(json.dumps(line))
@@ -212,7 +235,13 @@ def test_names_order_and_globs(folder: Path) -> None:
         ({"prompt": "a", "prompt_upsampling": "yes"}, "prompt_upsampling is 'yes', must be true or false"),
         ({"prompt": "a", "prompt_upsampler_top_p": 2}, "prompt_upsampler_top_p is 2, must be"),
         ({"prompt": "a", "name": "../up"}, "name is '../up', must be one folder name"),
+        ({"prompt": "a", "name": "é" * 101}, "must be one folder name without separators, printable, of at most 200 bytes"),
+        ({"prompt": "a", "name": "a\nb"}, "name is 'a\\nb', must be one folder name"),
+        ({"prompt": "a", "name": "\ud800"}, "name is '\\ud800', must be one folder name"),
         ({"prompt": "a", "continue_from": "later"}, "continue_from is 'later', must be the name of a record before"),
+        ({"prompt": "a", "continue_from": "b", "vision_path": "a.png"}, "continue_from is 'b', must be left out, as vision_path is given"),
+        ({"prompt": "a", "continue_from": "b", "video": "b.mp4"}, "continue_from is 'b', must be left out, as video is given"),
+        ({"prompt": "a", "continue_from": "b", "edge": True}, "continue_from is 'b', must be left out, as edge is given"),
         ({"prompt": "a", "depth": {"control_path": "none.mp4"}}, "depth.control_path is 'none.mp4', must be a file"),
         ({"prompt": "a", "defaults_file": "prompt.txt"}, "defaults_file is 'prompt.txt', must be a file with a JSON object"),
     ],
@@ -231,6 +260,10 @@ def test_mistakes_name_file_record_and_field(
     [
         ("x.jsonl", '{"prompt": ', "line 1 is 'not JSON: Expecting value at line 1 column 12'"),
         ("x.json", "3", "x.json is 3, must be an object"),
+        ("x.jsonl", f'{{"seed": {"1" * 5000}}}', "line 1 is 'not JSON: Exceeds the limit"),
+        ("x.yaml", f"seed: {'1' * 5000}", "x.yaml is 'not YAML: Exceeds the limit"),
+        ("x.yaml", "seed: 2020-13-45", "x.yaml is 'not YAML: month must be in 1..12"),
+        ("x.yaml", "[" * 99_999, "x.yaml is 'not YAML: nested too deeply"),
         ("x.json", "[" * 99_999, "x.json is 'not JSON"),
         ("x.json", '[{"prompt": "a"}, 7]', "x.json record 2 is 7, must be an object"),
         ("x.yaml", "a: [", "x.yaml is 'not YAML: while parsing"),

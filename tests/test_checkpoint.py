@@ -223,3 +223,6 @@ def test_a_file_is_not_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (tmp_path / "file").write_text("")
     assert main(["make-checkpoint", str(tmp_path / "file"), "--force"]) == 2
     assert "is a file" in capsys.readouterr().err
+    assert main(["make-checkpoint", str(tmp_path / "file" / "inside")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("inside cannot be made: Not a directory")

@@ -15,7 +15,7 @@ from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.request import MAX_SEED, OF_TRANSFER, SPECS, GenerateRequest, from_fields
 
 NOT_INTEGERS = [True, 1.5, "12", [12], b"1"]
-NOT_NUMBERS = [True, "1", [1.0], float("nan"), float("inf"), 1j]
+NOT_NUMBERS = [True, "1", [1.0], float("nan"), float("inf"), 1j, 10**400, -(10**400)]
 NOT_TEXT = [5, b"text", ["text"], True]
 ROWS = [5, "[[1]]", [], [[]], [1.0], [[math.nan]], [[1, "a"]], [[1, 2], [1]], [[[1.0]]], {}]
 WRONG: dict[str, list[Any]] = {
@@ -94,7 +94,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "prompt_token_ids": {"prompt": None},
 } | dict.fromkeys(OF_TRANSFER, EDGE)
 WRONG_CASES = [(name, value) for name, values in WRONG.items() for value in values]
-NOT_WEIGHTS = [-1, math.nan, math.inf, "1", True, [1]]
+NOT_WEIGHTS = [-1, math.nan, math.inf, 10**400, "1", True, [1]]
 OPTIONS = [
     1.5,
     (0, 900),
@@ -137,6 +137,7 @@ CONFLICTS: list[tuple[str, dict[str, Any]]] = [
     ("depth.preset_edge_threshold", {"depth": {"control": "a", "preset_edge_threshold": "low"}}),
     ("edge.preset_edge_threshold", {"edge": {"control": "a", "preset_edge_threshold": "odd"}}),
     ("blur.preset_blur_strength", {"blur": {"control": "a", "preset_blur_strength": 3}}),
+    *(("edge.control", {"edge": {"control": x}}) for x in (5, 0.5, True, {"control": "a.mp4"})),
     *(("seg.control_weight", {"seg": {"control": "a", "control_weight": w}}) for w in NOT_WEIGHTS),
     ("depth.control_weight", {n: {"control": "a", "control_weight": 0} for n in ("seg", "depth")}),
     ("num_first_chunk_conditional_frames", {"seg": "a", "num_first_chunk_conditional_frames": 1}),

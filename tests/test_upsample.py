@@ -153,6 +153,8 @@ def test_structured_prompts_stay(
         (["--prompt", "a", "--image", "/none.png"], "image is '/none.png'"),
         (["--prompt", " "], "prompt is ' '"),
         (["--prompt", "a", "--out", "/none/here"], "out is '/none/here'"),
+        (["--prompt", "a", "--out", "/tmp"], "out is '/tmp', must be a file that can be written"),
+        (["--prompt", "a", "--out", "/proc/here"], "out is '/proc/here', must be a file that"),
     ],
 )
 def test_mistakes_on_the_command_line(

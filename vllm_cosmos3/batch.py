@@ -127,6 +127,10 @@ def _yaml(file: Path, text: str) -> Iterator[tuple[str, str, Any]]:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         value = f"not YAML: {' '.join(str(error).split())}"
+    except ValueError as error:  # of a date that is none, or a number with thousands of digits
+        value = f"not YAML: {error}"
+    except RecursionError:
+        value = "not YAML: nested too deeply"
     return _one_or_list(file, value)
 
 

@@ -63,6 +63,9 @@ def hint_of(name: str, value: Any) -> Hint | None:
         possible = f"left out, as {name}.control is given"
         raise InvalidRequest(f"{name}.control_path", path, possible, "conflict")
     control = path if control is None else control
+    if isinstance(control, (bool, Real, Mapping)):
+        possible = "a file, bytes, a list of PIL images or a uint8 array [T,H,W,3]"
+        raise InvalidRequest(f"{name}.control", control, possible, "invalid_type")
     if control is None and name not in COMPUTED:
         possible = "a clip that shows it: only edge and blur are computed from the video"
         raise InvalidRequest(f"{name}.control", None, possible, "missing_required")
@@ -79,7 +82,10 @@ def _weight(name: str, value: Any) -> float:
     possible = "a finite number of at least 0"
     if isinstance(value, bool) or not isinstance(value, Real):
         raise InvalidRequest(f"{name}.control_weight", value, possible, "invalid_type")
-    weight = float(value)
+    try:
+        weight = float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        weight = math.inf
     if not (math.isfinite(weight) and weight >= 0):
         raise InvalidRequest(f"{name}.control_weight", value, possible)
     return weight

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from vllm_cosmos3.sizes import ASPECT_RATIOS, TRAINED_SIZES
 from vllm_cosmos3.spec import Spec
 from vllm_cosmos3.upsample import SAMPLING_SPECS
 
+NAME_BYTES = 200  # of a folder; file systems take 255
 GENERATOR, REASONER = "generator", "reasoner"  # who serves a record
 
 # Names of the framework for our fields.
@@ -153,8 +154,22 @@ def parse_json(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         return f"not JSON: {error.msg} at line {error.lineno} column {error.colno}"
+    except ValueError as error:  # of a number with thousands of digits
+        return f"not JSON: {error}"
     except RecursionError:
         return "not JSON: nested too deeply"
+
+
+def check_name(name: str) -> None:
+    """Refuse the name of a record that cannot be the name of its folder.
+
+    Raises:
+        InvalidRequest: it has separators or what cannot be printed, or is too long.
+    """
+    one = name not in ("", ".", "..") and Path(name).name == name
+    if not (one and name.isprintable() and len(name.encode()) <= NAME_BYTES):
+        possible = f"one folder name without separators, printable, of at most {NAME_BYTES} bytes"
+        raise InvalidRequest("name", name, possible)
 
 
 # From the framework's names to ours.
@@ -175,8 +190,22 @@ def _with_defaults(entry: Entry) -> tuple[dict[str, Any], list[str]]:
     if not isinstance(defaults, dict):
         raise InvalidRequest("defaults_file", given["defaults_file"], "a file with a JSON object")
     kept = {name: x for name, x in defaults.items() if name in KNOWN and x is not None}
+    for name in _others(given) & kept.keys():
+        del kept[name]
     lost = [f"{name} in {given['defaults_file']} is no field" for name in defaults.keys() - KNOWN]
     return _merged(kept, given), sorted(lost)
+
+
+def _others(names: Iterable[str]) -> set[str]:
+    """The other ways to say what these names say."""
+    said = set(names)
+    return {
+        name
+        for ways in _WAYS
+        for way in ways
+        if said & set().union(*ways) - way
+        for name in way - said
+    }
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,6 +253,19 @@ def _follow_mode(mode: str | None, fields: dict[str, Any], names: dict[str, str]
         names.setdefault(field, "model_mode")
 
 
+# Names that say the same in different ways: a record that uses one drops the others' defaults.
+_WAYS: tuple[tuple[set[str], ...], ...] = (
+    ({"size"}, {"width", "height"}, {"resolution", "aspect_ratio"}, {"image_size"}),
+    ({"num_frames"}, {"seconds"}),
+    ({"image"}, {"video"}, {"vision_path"}, {"continue_from"}),
+    ({"prompt"}, {"prompt_path"}, {"prompt_token_ids"}),
+    ({"negative_prompt"}, {"negative_prompt_file"}, {"negative_prompt_token_ids"}),
+    ({"action"}, {"action_path"}),
+    ({"duration_template"}, {"use_duration_template"}),
+    ({"resolution_template"}, {"use_resolution_template"}),
+    ({"video_save_quality"}, {"crf"}),
+    *(({alias}, {field}) for alias, field in ALIASES.items()),
+)
 # One of these from outside replaces all of them in a record.
 _GROUPS = (
     {"size", "width", "height", "image_size"},
@@ -251,9 +293,13 @@ def _sorted(
     for field, spec in (OURS | UPSAMPLING).items():
         if field in fields:
             ours[field] = spec.checked(names.get(field, field), fields.pop(field))
+    before = ours.get("continue_from")
+    for source in ("image", "video", *HINTS):
+        if before is not None and fields.get(source) not in (None, False):
+            possible = f"left out, as {names.get(source, source)} is given"
+            raise InvalidRequest("continue_from", before, possible, "conflict")
     name = ours.get("name", entry.name)
-    if name in ("", ".", "..") or Path(name).name != name:
-        raise InvalidRequest("name", name, "one folder name without separators")
+    check_name(name)
     if mode == "reasoner":
         fields = _question(fields)
     elif drawn := next((field for field in SAMPLING if field in fields), None):

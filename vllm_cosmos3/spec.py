@@ -82,7 +82,12 @@ def _integer(value: Any) -> int | None:
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # beyond every range
+        return -math.inf if value < 0 else math.inf
 
 
 def _boolean(value: Any) -> bool | None:

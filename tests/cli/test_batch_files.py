@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,8 +20,11 @@ from PIL import Image
 from servers import BIN, environment
 
 from vllm_cosmos3.cli import main
+from vllm_cosmos3.cli.batch import _asked
 from vllm_cosmos3.engine import Cosmos3
 from vllm_cosmos3.media import read_image, read_video
+from vllm_cosmos3.questions import Question
+from vllm_cosmos3.reasoner import Answer, Reasoner
 from vllm_cosmos3.upsample import schema_of
 
 FAST = {"size": "64x64", "num_steps": 2, "num_frames": 5, "prompt": "a boat", "seed": 3}
@@ -101,6 +104,8 @@ def test_resume_serves_what_is_new_or_has_changed(
     }
     assert fresh == {"b", "c", "d"}
     assert "1 of 4 records are finished" in capsys.readouterr().err
+    assert generate(tiny_checkpoint, file, "--resume", "--load-format", "dummy") == 0
+    assert "records are finished" not in capsys.readouterr().err
 
 
 def test_nothing_starts_while_a_record_is_invalid(
@@ -153,6 +158,18 @@ def test_dry_run_prints_every_parameter(
     assert (first["flow_shift"], second["fps"], second["name"]) == (4.0, 12.0, "batch_1")
     assert first["num_inference_steps"] == second["num_inference_steps"] == 7
     assert not (tmp_path / "out").exists()
+
+
+def test_every_warning_is_said_once(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = batch(tmp_path, {"num_frames": 6, "sigma_max": 200.0})
+    for flags in (["--dry-run"], []):
+        assert generate(tiny_checkpoint, file, *flags) == 0
+        said = capsys.readouterr().err
+        for words in ("6 is rounded up to 9 (4k+1)", "sigma_max has no effect"):
+            assert said.count(words) == 1
+            assert f"warning: {file} line 1: " in said
 
 
 def test_empty_files_are_a_mistake(
@@ -222,11 +239,57 @@ def test_urls(
     assert generate(tiny_checkpoint, file) == 0
     assert outputs(file, "a")["args"]["mode"] == "image2video"
     capsys.readouterr()
+    batch(tmp_path, {"vision_path": f"{web}/a b.png"})
+    assert generate(tiny_checkpoint, file) == 2
+    assert "a URL that can be fetched (URL can't contain control" in capsys.readouterr().err
     batch(tmp_path, {"vision_path": f"{web}/none.png"})
     assert generate(tiny_checkpoint, file) == 2
     assert (
         "none.png', must be a URL that can be fetched (File not found)" in capsys.readouterr().err
     )
+
+
+def test_pictures_of_questions_are_read_before_the_reasoner_starts(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("broken.png", "broken.mp4"):
+        (tmp_path / name).write_bytes(b"nothing to see")
+    ask = {"model_mode": "reasoner"}
+    file = batch(
+        tmp_path,
+        *({"vision_path": f"broken.{suffix}", **ask} for suffix in ("png", "mp4")),
+        {"name": "good", **ask},
+    )
+    assert generate(tiny_checkpoint, file, "--dry-run") == 2
+    picture, video = capsys.readouterr().err.splitlines()
+    assert "line 1: vision_path is" in picture
+    assert "must be a complete PNG" in picture
+    assert "line 2: vision_path is" in video
+
+
+class NoVowels(Reasoner):
+    """Answers with the question, if it has no vowel."""
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def ask(self, questions: Sequence[Question]) -> list[Answer]:
+        self.calls.append(len(questions))
+        for question in questions:
+            if set(question.prompt) & set("aeiou"):
+                raise RuntimeError(question.prompt)
+        return [Answer(text=q.prompt, tokens=1, complete=True) for q in questions]
+
+
+def test_a_question_that_fails_spoils_no_other() -> None:
+    reasoner = NoVowels()
+    asked = _asked(reasoner, [Question(prompt=text) for text in ("b", "no", "d")])
+    assert [x.text if isinstance(x, Answer) else repr(x) for x in asked] == [
+        "b", "RuntimeError('no')", "d",
+    ]  # fmt: skip
+    assert reasoner.calls == [3, 1, 1, 1]
+    assert len(_asked(reasoner, [Question(prompt=text) for text in "bcd"])) == 3
+    assert reasoner.calls[4:] == [3]
 
 
 @pytest.mark.serve
@@ -244,6 +307,8 @@ def test_the_reasoner_answers_its_records_and_writes_prompts(
         {"name": "clip", **ask, "vision_path": "clip.mp4", "video_fps": 4},
         {"name": "written", "num_frames": 1, "prompt_upsampling": True},
         {"name": "cut", "prompt_upsampling": True, "prompt_upsampler_max_tokens": 9},
+        {"name": "long", **ask, "prompt": "boat " * 40_000},
+        {"name": "long_prompt", "prompt_upsampling": True, "prompt": "boat " * 40_000},
     )
     command = [BIN / "vllm-cosmos3", "generate", tiny_checkpoint_fp32, "--dtype", "float32"]
     command += ["--input", file, "--out", tmp_path / "out", "--enforce-eager", "--keep-going"]
@@ -252,7 +317,9 @@ def test_the_reasoner_answers_its_records_and_writes_prompts(
         env=environment(vllm_cache),
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "5 of 6 records have their results" in done.stdout
+    assert "5 of 8 records have their results" in done.stdout
+    for name in ("long", "long_prompt"):
+        assert "32768" in outputs(file, name)["message"]
     for name in ("text", "image", "clip"):
         content = outputs(file, name)["outputs"][0]["content"]
         text = (tmp_path / "out" / name / "reasoner_text.txt").read_text()

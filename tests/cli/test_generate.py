@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
+from servers import BIN, environment
 
 from vllm_cosmos3.cli import main
 from vllm_cosmos3.cli.generate import progress_shown
@@ -163,6 +165,19 @@ def test_print_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["umi"] == ["10", "20", "16", "256", "wrist_view"]
 
 
+def test_a_reader_that_has_gone_is_no_traceback(vllm_cache: Path) -> None:
+    command = [str(BIN / "vllm-cosmos3"), "generate", "--print-defaults"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment(vllm_cache),
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(60) == 141
+
+
 def test_help_has_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         generate("--help")
@@ -187,6 +202,9 @@ def test_help_has_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         (["CKPT", "--out", "OUT", "--prompt", "a", "--latents", "/no"], "latents is '/no'"),
         (["CKPT", "--out", "OUT", "--prompt", "a", "--name", "a/b"], "name is 'a/b'"),
         (["CKPT", "--out", "/proc/none", "--prompt", "a"], "out is '/proc/none'"),
+        (["CKPT", "--out", "/proc", "--name", "self", "--prompt", "a"], "out is '/proc'"),
+        (["CKPT", "--out", "OUT", "--prompt", "a", "--timings-json", "/none/t"], "timings_json is"),
+        (["CKPT", "--out", "OUT", "--prompt", "a", "--timings-json", "/tmp"], "timings_json is"),
         (["CKPT", "--out", "OUT", "--prompt", "a", "--dtype", "int8"], "dtype is 'int8'"),
         (["CKPT", "--out", "OUT", "--prompt", "a", "--crf", "60"], "crf is 60"),
         (["/nowhere", "--out", "OUT", "--prompt", "a"], "/nowhere"),

@@ -83,7 +83,10 @@ def _clear(folder: Path, *, force: bool) -> None:
                 f"{folder} holds files but no checkpoint; name another folder or pass --force"
             )
         shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be made: {error.strerror}") from None
 
 
 def _write_weights(folder: Path, seed: int, dtype: torch.dtype, spoken: list[int]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 
 from vllm_cosmos3.errors import Cosmos3Error
@@ -51,12 +52,17 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         args.rest = rest
     try:
-        return int(module.run(args))  # type: ignore[attr-defined]
+        status = int(module.run(args))  # type: ignore[attr-defined]
+        sys.stdout.flush()
+        return status
     except Cosmos3Error as error:
         print(f"vllm-cosmos3 {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read our output has gone, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 141
 
 
 if __name__ == "__main__":

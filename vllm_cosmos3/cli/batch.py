@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -91,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
         if problems and not args.keep_going:
             return 2
         if args.dry_run:
+            _say(samples, samples)
             print(json.dumps([dict(sample.effective) for sample in samples], indent=2))
             return 1 if problems else 0
         for sample in samples:  # an unwritable place should fail before minutes of work
@@ -125,7 +127,8 @@ def _serve(samples: Sequence[Sample], args: argparse.Namespace) -> int:
         with quiet_libraries():
             if questions or any(sample.upsampling is not None for sample in requests):
                 with open_reasoner(args) as reasoner:
-                    served += _answered(reasoner, questions, args)
+                    for made in _answered(reasoner, questions, args):
+                        served += made
                     requests = _upsampled(reasoner, requests, args)
             for made in _generated(requests, args):
                 served += made
@@ -160,7 +163,7 @@ class Downloads:
                     path.open("wb") as file,
                 ):
                     shutil.copyfileobj(answer, file)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, HTTPException) as error:
                 reason = " ".join(str(getattr(error, "reason", error)).split())
                 possible = f"a URL that can be fetched ({reason})"
                 raise InvalidRequest(field, url, possible, "fetch_failed") from None
@@ -229,6 +232,10 @@ def _settled(
     """The request or question of a record, every parameter of it, and warnings."""
     if record.kind == REASONER:
         question = question_of(fields)
+        if question.image is not None:  # a broken one should not wait for the reasoner
+            media.read_image(question.image)
+        if question.video is not None:
+            media.read_video(question.video, frames=1)
         names = [name for name in question.__dataclass_fields__ if name != "schema"]
         return question, {"mode": REASONER} | {n: getattr(question, n) for n in names}, ()
     if before is not None:  # a picture of the right size stands for the frame to come
@@ -244,6 +251,7 @@ def _digest(record: Record, before: Sample | None, args: argparse.Namespace) -> 
     values = [
         str(args.model), args.revision, args.dtype, record.kind, dict(record.fields), record.upsample,
         record.crf, args.crf, record.quality, args.image_quality, args.image_type,
+        args.load_format, args.checkpoint_kind,
         None if before is None else before.digest,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
@@ -265,17 +273,29 @@ def _finished(args: argparse.Namespace, sample: Sample) -> bool:
 # The results.
 
 
-def _answered(reasoner: Reasoner, samples: Sequence[Sample], args: argparse.Namespace) -> int:
-    """Ask the reasoner everything, many questions at once. Returns how many have their answers."""
-    answered = 0
+def _asked(reasoner: Reasoner, questions: Sequence[Question]) -> list[Answer | Exception]:
+    """The answer to each question, or why there is none: a bad question spoils no other."""
+    try:
+        return list(reasoner.ask(questions))
+    except Exception as error:  # noqa: BLE001 - of one of them, it does not say which
+        if len(questions) == 1:
+            return [error]
+    return [answer for question in questions for answer in _asked(reasoner, [question])]
+
+
+def _answered(
+    reasoner: Reasoner, samples: Sequence[Sample], args: argparse.Namespace
+) -> Iterator[bool]:
+    """Ask the reasoner everything, many questions at once; whether each has its answer."""
     for start in range(0, len(samples), AT_ONCE):
         some = samples[start : start + AT_ONCE]
         questions = [sample.asked for sample in some if isinstance(sample.asked, Question)]
-        with _failures(some, args) as failed:
-            for sample, answer in zip(some, reasoner.ask(questions), strict=True):
+        for sample, answer in zip(some, _asked(reasoner, questions), strict=True):
+            with _failures(sample, args) as failed:
+                if isinstance(answer, Exception):
+                    raise answer
                 _write_answer(sample, answer, args)
-        answered += 0 if failed else len(some)
-    return answered
+            yield not failed
 
 
 def _upsampled(
@@ -283,16 +303,20 @@ def _upsampled(
 ) -> list[Sample]:
     """The samples with the prompts that the reasoner writes, without those that it cannot write."""
     wanted = {s.record.name: s.upsampling for s in samples if s.upsampling is not None}
+    if not wanted:
+        return list(samples)
     print(f"upsample {len(wanted)} prompts", file=sys.stderr)
-    answers = dict(zip(wanted, reasoner.ask(list(wanted.values())), strict=True))
+    answers = dict(zip(wanted, _asked(reasoner, list(wanted.values())), strict=True))
     written = []
     for sample in samples:
         if sample.upsampling is None:
             written.append(sample)
             continue
-        with _failures([sample], args):
+        with _failures(sample, args):
             assert isinstance(sample.asked, GenerateRequest)  # so says its kind
             answer = answers[sample.record.name]
+            if isinstance(answer, Exception):
+                raise answer
             prompt = caption_of(answer.text, complete=answer.complete)
             written.append(replace(sample, asked=replace(sample.asked, prompt=prompt)))
     return written
@@ -313,7 +337,7 @@ def _generated(samples: Sequence[Sample], args: argparse.Namespace) -> Iterator[
     with loaded(args) as model:
         for number, sample in enumerate(samples, 1):
             print(f"[{number}/{len(samples)}] {sample.record.name}", file=sys.stderr)
-            with _failures([sample], args) as failed:
+            with _failures(sample, args) as failed:
                 _generate(model, sample, args)
             yield not failed
 
@@ -337,13 +361,14 @@ def _generate(model: Cosmos3, sample: Sample, args: argparse.Namespace) -> None:
         if sample.continued and output.video is not None:
             media.write_image(folder / LAST, output.video[-1])
         write(own, folder, output, files, timings)
+        _warn(sample, [text for text in output.warnings if text not in sample.warnings])
         done = json.loads((folder / OUTPUTS).read_text())
         (folder / OUTPUTS).write_text(json.dumps(done | {"digest": sample.digest}, indent=2) + "\n")
 
 
 @contextmanager
-def _failures(samples: Sequence[Sample], args: argparse.Namespace) -> Iterator[list[Exception]]:
-    """What goes wrong inside is recorded in the folders of these samples, and given as a list.
+def _failures(sample: Sample, args: argparse.Namespace) -> Iterator[list[Exception]]:
+    """What goes wrong inside is recorded in the folder of this sample, and given as a list.
 
     Raises:
         Stopped: something went wrong and the user did not ask to go on.
@@ -351,14 +376,13 @@ def _failures(samples: Sequence[Sample], args: argparse.Namespace) -> Iterator[l
     failed: list[Exception] = []
     try:
         yield failed
-    except Exception as error:  # whatever it is, it is the end of these alone
+    except Exception as error:  # whatever it is, it is the end of this one alone
         failed.append(error)
         message = str(error) or type(error).__name__
         stack = None if isinstance(error, Cosmos3Error) else traceback.format_exc()
-        for sample in samples:
-            folder = sample_folder(args.out, sample.record.name)
-            _record(sample, folder, status="error", message=message, stack_trace=stack)
-            print(f"vllm-cosmos3 generate: {sample.record.where}: {message}", file=sys.stderr)
+        folder = sample_folder(args.out, sample.record.name)
+        _record(sample, folder, status="error", message=message, stack_trace=stack)
+        print(f"vllm-cosmos3 generate: {sample.record.where}: {message}", file=sys.stderr)
         if not args.keep_going:
             raise Stopped from error
 
@@ -374,7 +398,11 @@ def _record(sample: Sample, folder: Path, **values: Any) -> None:
 
 def _say(samples: Sequence[Sample], todo: Sequence[Sample]) -> None:
     for sample in todo:
-        for warning in sample.record.warnings:
-            print(f"warning: {sample.record.where}: {warning}", file=sys.stderr)
+        _warn(sample, sample.warnings)
     if len(todo) < len(samples):
         print(f"{len(samples) - len(todo)} of {len(samples)} records are finished", file=sys.stderr)
+
+
+def _warn(sample: Sample, warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        print(f"warning: {sample.record.where}: {warning}", file=sys.stderr)

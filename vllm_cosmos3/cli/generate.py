@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from vllm_cosmos3.errors import InvalidRequest
@@ -117,6 +118,8 @@ def run(args: argparse.Namespace) -> int:
         _warn(plan.warnings)
         return 0
     folder = sample_folder(args.out, args.name)
+    if args.timings_json is not None:
+        check_file("timings_json", args.timings_json)
     with quiet_libraries():
         written = _upsampled(request, plan, args)
     args.original_prompt = None if written is request else request.prompt
@@ -125,6 +128,7 @@ def run(args: argparse.Namespace) -> int:
         output, files, timings = generate(model, written, args, folder)
         if files:  # with several processes under torchrun the first one has the results
             write(args, folder, output, files, timings)
+            _warn(output.warnings)
     return 0
 
 
@@ -207,14 +211,32 @@ def _upsampled(request: GenerateRequest, plan: Plan, args: argparse.Namespace) -
 
 def sample_folder(out: Path, name: str) -> Path:
     """``out/name``, made now: an unwritable place should fail before minutes of work."""
-    if name in ("", ".", "..") or Path(name).name != name:
-        raise InvalidRequest("name", name, "one folder name without separators")
+    from vllm_cosmos3.records import check_name
+
+    check_name(name)
     folder = out / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InvalidRequest("out", str(out), f"a folder to write to ({error.strerror})") from None
     return folder
+
+
+def check_file(field: str, path: Path) -> None:
+    """Refuse now what could not be written after minutes of work.
+
+    Raises:
+        InvalidRequest: ``path`` is a folder, or its folder is missing or not to be written to.
+    """
+    try:
+        new = not path.exists()
+        path.open("ab").close()
+        if new:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        possible = f"a file that can be written ({error.strerror})"
+        raise InvalidRequest(field, str(path), possible) from None
 
 
 def generate(
@@ -270,7 +292,6 @@ def write(
     (folder / "sample_outputs.json").write_text(json.dumps(record, indent=2) + "\n")
     if args.timings_json:
         args.timings_json.write_text(json.dumps(dict(timings), indent=2) + "\n")
-    _warn(output.warnings)
     for file, sample in zip(files, output.samples, strict=False):
         print(f"{file}  {_described(output, sample)}")
     for file in files[len(output.samples) :]:

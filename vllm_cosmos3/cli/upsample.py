@@ -10,8 +10,13 @@ import argparse
 import json
 from pathlib import Path
 
-from vllm_cosmos3.cli.generate import add_flag, open_reasoner, planner, quiet_libraries
-from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.cli.generate import (
+    add_flag,
+    check_file,
+    open_reasoner,
+    planner,
+    quiet_libraries,
+)
 from vllm_cosmos3.request import SPECS, from_fields
 from vllm_cosmos3.upsample import SAMPLING, SAMPLING_SPECS, caption_of, question_about
 
@@ -57,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
             captions[index] = json.dumps(json.loads(prompt), separators=(",", ":"))
         else:
             questions[index] = question
-    if args.out is not None and not args.out.absolute().parent.is_dir():
-        raise InvalidRequest("out", str(args.out), "a file in a folder that exists")
+    if args.out is not None:
+        check_file("out", args.out)
     if questions:
         with quiet_libraries(), open_reasoner(args) as reasoner:
             answers = reasoner.ask(list(questions.values()))
