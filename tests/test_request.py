@@ -219,6 +219,14 @@ def test_omitted_seed_is_drawn_once() -> None:
     assert pickle.loads(pickle.dumps(first)) == first
 
 
+@pytest.mark.parametrize("size", ["65552x16", "16x65552", "99999984x16"])
+def test_a_size_has_the_limits_of_width_and_height(size: str) -> None:
+    with pytest.raises(InvalidRequest, match="of sides up to 65536x65536") as caught:
+        GenerateRequest(prompt="a", size=size)
+    assert (caught.value.field, caught.value.code) == ("size", "too_large")
+    assert GenerateRequest(prompt="a", size="65536x16").size == "65536x16"
+
+
 @given(st.integers(1, 60_000), st.integers(1, 60_000))
 def test_sizes_are_multiples_of_16(width: int, height: int) -> None:
     if width % 16 == 0 and height % 16 == 0:

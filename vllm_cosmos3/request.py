@@ -441,6 +441,10 @@ def _check_size(request: GenerateRequest) -> None:
                 "conflict",
             )  # fmt: skip
         width, height = size
+        most = int(SPECS["width"].high), int(SPECS["height"].high)
+        if width > most[0] or height > most[1]:
+            possible = f"of sides up to {'x'.join(map(str, most))}"
+            raise InvalidRequest("size", request.size, possible, "too_large")
     if width is None or height is None:
         return
     near_width, near_height = (max(16, round(side / 16) * 16) for side in (width, height))
