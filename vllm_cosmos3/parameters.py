@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from vllm_cosmos3.actions import Action
+from vllm_cosmos3.actions import Action, too_long
 from vllm_cosmos3.config import ModelConfig
 from vllm_cosmos3.defaults import (
     ACTION_GUIDANCE,
@@ -129,7 +129,11 @@ def resolve_action(
         negative_prompts=default.negative_prompts,
         negative_metadata_mode=request.negative_metadata_mode or default.negative_metadata_mode,
         sound_duration=None,
-        warnings=(*action.warnings, *_check_area(request, width, height)),
+        warnings=(
+            *action.warnings,
+            *_check_area(request, width, height),
+            *_check_chunk(request, action, width, height),
+        ),
     )
 
 
@@ -246,6 +250,18 @@ def _check_frames(
     if 1 < frames < MIN_TRAINED_FRAMES:
         return [f"num_frames {frames} is below the trained {MIN_TRAINED_FRAMES}"]
     return []
+
+
+def _check_chunk(request: GenerateRequest, action: Action, width: int, height: int) -> list[str]:
+    """The upper limit of frames alone: the models were trained with short chunks of actions."""
+    limit = MAX_TRAINED_FRAMES[tier_of(width, height)]
+    most = round_frames(limit) - 1
+    if action.chunk_size <= most:
+        return []
+    if not request.allow_untrained_size:
+        where = f" at {width}x{height}, or allow_untrained_size set"
+        raise too_long(request, action.chunk_size, most, where)
+    return [f"num_frames {action.num_frames} is above the trained {limit} at {width}x{height}"]
 
 
 def _fixed_steps(
