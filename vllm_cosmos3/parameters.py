@@ -33,6 +33,13 @@ from vllm_cosmos3.sizes import (
 )
 from vllm_cosmos3.transfer import Transfer
 
+OF_GUIDANCE = (  # and of nothing else
+    "negative_prompt",
+    "negative_prompt_token_ids",
+    "negative_metadata_mode",
+    "guidance_interval",
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameters:
@@ -74,7 +81,7 @@ def resolve(request: GenerateRequest, model: ModelConfig) -> Parameters:
         )
     )
     _check_known(request, known, num_frames)
-    warnings += _without_effect(request, model)
+    warnings += _without_effect(request, model, guidance)
     return Parameters(
         mode=mode,
         width=width,
@@ -133,6 +140,7 @@ def resolve_action(
             *action.warnings,
             *_check_area(request, width, height),
             *_check_chunk(request, action, width, height),
+            *_without_effect(request, model, guidance),
         ),
     )
 
@@ -166,6 +174,7 @@ def resolve_transfer(
             *followed.warnings,
             *_check_area(request, width, height),
             *_check_fps(request, followed.fps),
+            *_without_effect(request, model, guidance),
         ),
     )
 
@@ -283,12 +292,14 @@ def _fixed_steps(
     return len(fixed), 1.0
 
 
-def _without_effect(request: GenerateRequest, model: ModelConfig) -> list[str]:
-    """A distilled checkpoint has its own noise levels, and no guidance that the rest is about."""
+def _without_effect(request: GenerateRequest, model: ModelConfig, guidance: float) -> list[str]:
+    """What is given in vain: without guidance all that is about it, and noise levels where a
+    distilled checkpoint, which is never guided, has its own.
+    """
+    unused = [name for name in OF_GUIDANCE if getattr(request, name) is not None]
     if model.scheduler.t_list is None:
-        return []
-    names = ("negative_prompt", "negative_prompt_token_ids", "guidance_interval", "flow_shift")
-    unused = [name for name in names if getattr(request, name) is not None]
+        return [f"{name} has no effect with guidance_scale 1" for name in unused if guidance == 1]
+    unused += ["flow_shift"] if request.flow_shift is not None else []
     unused += ["schedule"] if request.schedule != "native" else []
     return [f"{name} has no effect on a distilled checkpoint" for name in unused]
 
