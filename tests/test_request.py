@@ -142,6 +142,8 @@ CONFLICTS: list[tuple[str, dict[str, Any]]] = [
     ("num_first_chunk_conditional_frames", {"seg": "a", "num_first_chunk_conditional_frames": 1}),
     ("show_input", {"seg": "a", "show_input": True}),
     *((name, {name: value}) for name, value in zip(OF_TRANSFER, OPTIONS, strict=True)),
+    ("action_normalization", {"action_normalization": "meanstd"}),
+    ("action_normalization", {"action_mode": "policy", "action_normalization": "quantile"}),
     ("seed", {"seed": MAX_SEED, "n": 2}),
     ("n", {"n": 2, "latents": {"vision": np.zeros(1)}}),
 ]
