@@ -109,6 +109,54 @@ def test_refused(model: ModelConfig, fields: dict[str, Any], field: str, code: s
     assert (error.field, error.code) == (field, code)
 
 
+LENGTHS: list[tuple[dict[str, Any], str, str]] = [
+    (POLICY | {"action_chunk_size": 500}, "action_chunk_size", "at most 400"),
+    (POLICY | {"num_frames": 501}, "num_frames", "at most 401"),
+    (FORWARD | {"action": np.ones((500, 10))}, "action", "at most 400 rows a chunk"),
+    (
+        FORWARD | {"action": np.ones((1000, 10)), "num_chunks": 2},
+        "action",
+        "'500 rows a chunk', must be at most 400 rows a chunk",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "field", "sentence"), LENGTHS)
+def test_more_actions_than_frames_that_were_trained(
+    plan: Any, fields: dict[str, Any], field: str, sentence: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        plan(**fields)
+    assert (caught.value.field, caught.value.code) == (field, "too_large")
+    assert f"{sentence} at 96x64, or allow_untrained_size set" in str(caught.value)
+    made = plan(**fields, allow_untrained_size=True)
+    assert made.streams[1].shape[0] == 500
+    assert any("is above the trained 400 at 96x64" in warning for warning in made.warnings)
+
+
+@pytest.mark.parametrize(("most", "size"), [(400, "96x64"), (300, "832x480"), (200, "1280x720")])
+def test_as_many_actions_as_were_trained(plan: Any, most: int, size: str) -> None:
+    made = plan(**POLICY | {"size": size}, action_chunk_size=most)
+    assert not any("above the trained" in warning for warning in made.warnings)
+    with pytest.raises(InvalidRequest, match=f"at most {most} at {size}"):
+        plan(**POLICY | {"size": size}, action_chunk_size=most + 1)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_no_chunk_is_longer_than_the_field_allows(
+    model: ModelConfig, tmp_path: Path, large: bool
+) -> None:
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([[0.0] * 10] * 1001))
+    anyhow = {"allow_untrained_size": large}
+    error = refusal(model, **POLICY, **anyhow, num_frames=5001)
+    assert (error.field, error.possible) == ("num_frames", "at most 1001")
+    error = refusal(model, **FORWARD | {"action": np.ones((1001, 10))}, **anyhow)
+    assert (error.field, error.possible) == ("action", "at most 1000 rows a chunk")
+    rows = {k: v for k, v in FORWARD.items() if k != "action"} | {"action_path": str(file)}
+    assert refusal(model, **rows, **anyhow).field == "action_path"
+
+
 def test_a_checkpoint_without_actions(model: ModelConfig) -> None:
     from dataclasses import replace
 

@@ -314,6 +314,35 @@ def test_long_prompt_is_cut_with_a_warning(
     assert "max_sequence_length=128" in p.warnings[0]
 
 
+OF_GUIDANCE: list[tuple[str, Any]] = [
+    ("negative_prompt", "fog"),
+    ("negative_prompt", ""),
+    ("negative_prompt_token_ids", [7]),
+    ("negative_metadata_mode", "inverse"),
+    ("guidance_interval", (400, 1000)),
+]
+UNGUIDED = {"prompt": {"num_frames": 25}, "policy": {"action_mode": "policy", "domain_name": "umi", "image": PICTURE}, "transfer": {"wsm": CLIP}}  # fmt: skip
+
+
+@pytest.mark.parametrize("inputs", UNGUIDED)
+@pytest.mark.parametrize(("name", "value"), OF_GUIDANCE)
+def test_what_needs_guidance_is_told_without_it(
+    model: ModelConfig, tokenizer: prompts.Tokenizer, inputs: str, name: str, value: Any
+) -> None:
+    fields = {"size": "320x192", **UNGUIDED[inputs]}
+    # The defaults of policies and of wsm are no guidance.
+    scale = {"guidance_scale": 1} if inputs == "prompt" else {}
+    assert not any("no effect" in w for w in plan(model, tokenizer, **fields, **scale).warnings)
+    fields[name] = value
+    warnings = plan(model, tokenizer, **fields, **scale).warnings
+    assert [w for w in warnings if "no effect" in w] == [
+        f"{name} has no effect with guidance_scale 1"
+    ]
+    for other in (0.0, 3.0):
+        guided = plan(model, tokenizer, **fields, guidance_scale=other)
+        assert not any("no effect" in w for w in guided.warnings)
+
+
 def test_no_guidance_needs_no_negative(model: ModelConfig, tokenizer: prompts.Tokenizer) -> None:
     assert len(plan(model, tokenizer, guidance_scale=1).token_ids) == 1
 

@@ -148,7 +148,7 @@ def test_what_a_distilled_checkpoint_does_not_use_is_told(folders: dict[str, Pat
     model = read_config(folders["distilled-t2i"])
     plain = {"prompt": "a", "num_frames": 1}
     assert resolve(GenerateRequest(**plain), model).warnings == ()
-    unused = {"flow_shift": 5.0, "negative_prompt": "b", "schedule": "karras"}
+    unused = {"flow_shift": 5.0, "negative_prompt": "b", "schedule": "karras", "negative_metadata_mode": "none"}  # fmt: skip
     warnings = resolve(GenerateRequest(**plain, **unused), model).warnings
     assert {warning.split()[0] for warning in warnings} == unused.keys()
     base = read_config(folders["base"])

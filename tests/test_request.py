@@ -143,6 +143,8 @@ CONFLICTS: list[tuple[str, dict[str, Any]]] = [
     ("num_first_chunk_conditional_frames", {"seg": "a", "num_first_chunk_conditional_frames": 1}),
     ("show_input", {"seg": "a", "show_input": True}),
     *((name, {name: value}) for name, value in zip(OF_TRANSFER, OPTIONS, strict=True)),
+    ("action_normalization", {"action_normalization": "meanstd"}),
+    ("action_normalization", {"action_mode": "policy", "action_normalization": "quantile"}),
     ("seed", {"seed": MAX_SEED, "n": 2}),
     ("n", {"n": 2, "latents": {"vision": np.zeros(1)}}),
 ]
@@ -218,6 +220,14 @@ def test_omitted_seed_is_drawn_once() -> None:
     assert first.seed is not None
     assert first.seed != second.seed
     assert pickle.loads(pickle.dumps(first)) == first
+
+
+@pytest.mark.parametrize("size", ["65552x16", "16x65552", "99999984x16"])
+def test_a_size_has_the_limits_of_width_and_height(size: str) -> None:
+    with pytest.raises(InvalidRequest, match="of sides up to 65536x65536") as caught:
+        GenerateRequest(prompt="a", size=size)
+    assert (caught.value.field, caught.value.code) == ("size", "too_large")
+    assert GenerateRequest(prompt="a", size="65536x16").size == "65536x16"
 
 
 @given(st.integers(1, 60_000), st.integers(1, 60_000))

@@ -207,6 +207,19 @@ def action_stream(action: Action, model: ModelConfig, chunk: int = 0) -> StreamP
     )
 
 
+def too_long(request: GenerateRequest, size: int, most: int, where: str = "") -> InvalidRequest:
+    """The refusal of a chunk of more than ``most`` actions, by the field that settled its ``size``."""
+    value: object
+    if request.action_chunk_size is not None:
+        name, value, possible = "action_chunk_size", size, f"at most {most}"
+    elif request.num_frames is not None:
+        name, value, possible = "num_frames", size + 1, f"at most {most + 1}"
+    else:
+        name = "action" if request.action_path is None else "action_path"
+        value, possible = f"{size} rows a chunk", f"at most {most} rows a chunk"
+    return InvalidRequest(name, value, possible + where, "too_large")
+
+
 # The rules that join several fields.
 
 
@@ -300,6 +313,9 @@ def _chunk_size(
     if frames is not None and frames != size + 1:
         possible = f"{size + 1} or left out, as action_chunk_size is {size}"
         raise InvalidRequest("num_frames", frames, possible, "conflict")
+    most = int(SPECS["action_chunk_size"].high)
+    if size > most:
+        raise too_long(request, size, most)
     return size
 
 

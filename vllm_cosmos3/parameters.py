@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from vllm_cosmos3.actions import Action
+from vllm_cosmos3.actions import Action, too_long
 from vllm_cosmos3.config import ModelConfig
 from vllm_cosmos3.defaults import (
     ACTION_GUIDANCE,
@@ -32,6 +32,13 @@ from vllm_cosmos3.sizes import (
     tier_of,
 )
 from vllm_cosmos3.transfer import Transfer
+
+OF_GUIDANCE = (  # and of nothing else
+    "negative_prompt",
+    "negative_prompt_token_ids",
+    "negative_metadata_mode",
+    "guidance_interval",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +81,7 @@ def resolve(request: GenerateRequest, model: ModelConfig) -> Parameters:
         )
     )
     _check_known(request, known, num_frames)
-    warnings += _without_effect(request, model)
+    warnings += _without_effect(request, model, guidance)
     return Parameters(
         mode=mode,
         width=width,
@@ -129,7 +136,12 @@ def resolve_action(
         negative_prompts=default.negative_prompts,
         negative_metadata_mode=request.negative_metadata_mode or default.negative_metadata_mode,
         sound_duration=None,
-        warnings=(*action.warnings, *_check_area(request, width, height)),
+        warnings=(
+            *action.warnings,
+            *_check_area(request, width, height),
+            *_check_chunk(request, action, width, height),
+            *_without_effect(request, model, guidance),
+        ),
     )
 
 
@@ -162,6 +174,7 @@ def resolve_transfer(
             *followed.warnings,
             *_check_area(request, width, height),
             *_check_fps(request, followed.fps),
+            *_without_effect(request, model, guidance),
         ),
     )
 
@@ -248,6 +261,18 @@ def _check_frames(
     return []
 
 
+def _check_chunk(request: GenerateRequest, action: Action, width: int, height: int) -> list[str]:
+    """The upper limit of frames alone: the models were trained with short chunks of actions."""
+    limit = MAX_TRAINED_FRAMES[tier_of(width, height)]
+    most = round_frames(limit) - 1
+    if action.chunk_size <= most:
+        return []
+    if not request.allow_untrained_size:
+        where = f" at {width}x{height}, or allow_untrained_size set"
+        raise too_long(request, action.chunk_size, most, where)
+    return [f"num_frames {action.num_frames} is above the trained {limit} at {width}x{height}"]
+
+
 def _fixed_steps(
     request: GenerateRequest, model: ModelConfig, default: Defaults
 ) -> tuple[int, float]:
@@ -267,12 +292,14 @@ def _fixed_steps(
     return len(fixed), 1.0
 
 
-def _without_effect(request: GenerateRequest, model: ModelConfig) -> list[str]:
-    """A distilled checkpoint has its own noise levels, and no guidance that the rest is about."""
+def _without_effect(request: GenerateRequest, model: ModelConfig, guidance: float) -> list[str]:
+    """What is given in vain: without guidance all that is about it, and noise levels where a
+    distilled checkpoint, which is never guided, has its own.
+    """
+    unused = [name for name in OF_GUIDANCE if getattr(request, name) is not None]
     if model.scheduler.t_list is None:
-        return []
-    names = ("negative_prompt", "negative_prompt_token_ids", "guidance_interval", "flow_shift")
-    unused = [name for name in names if getattr(request, name) is not None]
+        return [f"{name} has no effect with guidance_scale 1" for name in unused if guidance == 1]
+    unused += ["flow_shift"] if request.flow_shift is not None else []
     unused += ["schedule"] if request.schedule != "native" else []
     return [f"{name} has no effect on a distilled checkpoint" for name in unused]
 

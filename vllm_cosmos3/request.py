@@ -356,6 +356,7 @@ class GenerateRequest:
         _check_size(self)
         _check_conditions(self)
         _check_chunks(self)
+        _check_units(self)
         _check_transfer(self)
         if self.seed is None:
             object.__setattr__(self, "seed", secrets.randbelow(MAX_SEED - self.n))
@@ -441,6 +442,10 @@ def _check_size(request: GenerateRequest) -> None:
                 "conflict",
             )  # fmt: skip
         width, height = size
+        most = int(SPECS["width"].high), int(SPECS["height"].high)
+        if width > most[0] or height > most[1]:
+            possible = f"of sides up to {'x'.join(map(str, most))}"
+            raise InvalidRequest("size", request.size, possible, "too_large")
     if width is None or height is None:
         return
     near_width, near_height = (max(16, round(side / 16) * 16) for side in (width, height))
@@ -501,6 +506,14 @@ def _check_chunks(request: GenerateRequest) -> None:
             possible = f"1 with this {name}: {reason}"
             code = "unsupported_combination"
             raise InvalidRequest("num_chunks", request.num_chunks, possible, code)
+
+
+def _check_units(request: GenerateRequest) -> None:
+    """No embodiment has statistics of its own: those of the file alone can be chosen from."""
+    chosen = request.action_normalization
+    if chosen != "minmax" and request.action_stats_path is None:
+        possible = "minmax or left out, or given with action_stats_path"
+        raise InvalidRequest("action_normalization", chosen, possible, "conflict")
 
 
 OF_TRANSFER = (

@@ -48,3 +48,29 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "tensor_parallel_size is 3, must be 1, 2, 4 or 8" in capsys.readouterr().err
     assert main(["plan", "nano", "--size", "1280x721"]) == 2
     assert "size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "possible"),
+    [
+        *(("--gpu-memory", v, "above 0 up to 100000 GiB") for v in ("nan", "inf", "-1", "0")),
+        *(("--text-tokens", v, "from 1 to 32768 tokens") for v in ("-5", "0", "32769")),
+        ("--size", "99999984x16", "of sides up to 65536x65536"),
+    ],
+)
+def test_numbers_have_limits(
+    capsys: pytest.CaptureFixture[str], flag: str, value: str, possible: str
+) -> None:
+    assert main(["plan", "nano", flag, value]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{flag[2:].replace('-', '_')} is " in line
+    assert line.endswith(possible)
+
+
+def test_what_becomes_of_the_flags_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "nano", "--num-frames", "190", "--size", "320x192", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == "warning: num_frames 190 is rounded up to 193 (4k+1)\n"
+    assert json.loads(printed.out)["work"]["streams"][0][1][2] == 49
+    assert main(["plan", "nano", "--num-frames", "193", "--size", "320x192"]) == 0
+    assert capsys.readouterr().err == ""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from collections import defaultdict
 from dataclasses import asdict, replace
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING
 from vllm_cosmos3.checkpoint.files import SIZES, published_files
 from vllm_cosmos3.config import EngineConfig, ModelConfig, ParallelConfig, read_config
 from vllm_cosmos3.hub import resolve
+from vllm_cosmos3.request import SPECS
+from vllm_cosmos3.spec import Spec
 
 if TYPE_CHECKING:  # torch, which --help should not wait for
     from vllm_cosmos3.memory import Memory, Work
@@ -23,6 +26,12 @@ if TYPE_CHECKING:  # torch, which --help should not wait for
 GIB = 2**30
 WITHOUT_CHECKPOINT = ("nano", "super")
 TEXT_TOKENS = 2048  # the published negative prompt has 1,904
+GPU_MEMORY = Spec(
+    kind="float", low=0, above=True, high=100_000, unit="GiB", help="memory of one GPU"
+)
+LENGTH = Spec(
+    kind="int", low=1, high=SPECS["max_sequence_length"].high, unit="tokens", help="of each prompt"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
     model = known_model(args.model, args.revision)
     engine = engine_of(args, model)
     check_degrees(engine.parallel, model.transformer)
-    work, limit = work_of(args, model), round(args.gpu_memory * GIB)
+    work = work_of(args, model)
+    limit = round(GPU_MEMORY.checked("gpu_memory", args.gpu_memory) * GIB)
     engine = decided(model, engine, work, limit)
     memory = estimate(model, engine, work)
     fits = memory.needed <= limit
@@ -103,8 +113,8 @@ def engine_of(args: argparse.Namespace, model: ModelConfig) -> EngineConfig:
 
 
 def work_of(args: argparse.Namespace, model: ModelConfig) -> Work:
-    """The sizes of a request with these flags, checked as a request is."""
-    from vllm_cosmos3.memory import usual_work
+    """The sizes of a request with these flags, checked as a request is; warnings go to stderr."""
+    from vllm_cosmos3.memory import settled, work_with
     from vllm_cosmos3.request import GenerateRequest
 
     request = GenerateRequest(
@@ -115,8 +125,12 @@ def work_of(args: argparse.Namespace, model: ModelConfig) -> Work:
         generate_sound=args.generate_sound,
         allow_untrained_size=True,
     )
-    work = usual_work(model, request)
-    return replace(work, text=(args.text_tokens,) * len(work.text))
+    length = LENGTH.checked("text_tokens", args.text_tokens)
+    numbers = settled(model, request)
+    for warning in numbers.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    work = work_with(numbers, model)
+    return replace(work, text=(length,) * len(work.text))
 
 
 def table(name: str, memory: Memory, engine: EngineConfig, work: Work) -> list[str]:

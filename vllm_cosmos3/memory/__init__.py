@@ -13,8 +13,10 @@ from vllm_cosmos3.memory.estimate import (
     Memory,
     Work,
     estimate,
+    settled,
     usual_work,
     work_of,
+    work_with,
 )
 from vllm_cosmos3.memory.fit import check_weights, decided, suggestions
 
@@ -26,7 +28,9 @@ __all__ = [
     "check_weights",
     "decided",
     "estimate",
+    "settled",
     "suggestions",
     "usual_work",
     "work_of",
+    "work_with",
 ]

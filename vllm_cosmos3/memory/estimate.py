@@ -12,7 +12,7 @@ from vllm_cosmos3.kinds import MODES
 from vllm_cosmos3.memory.ledger import Ledger
 from vllm_cosmos3.memory.vae import decode_peak, encode_peak
 from vllm_cosmos3.memory.weights import FLOAT32, layer_bytes, loading, weights
-from vllm_cosmos3.parameters import resolve
+from vllm_cosmos3.parameters import Parameters, resolve
 from vllm_cosmos3.plan import Plan
 from vllm_cosmos3.request import GenerateRequest
 
@@ -89,16 +89,28 @@ def usual_work(model: ModelConfig, request: GenerateRequest | None = None) -> Wo
     if request is None:
         images = MODES[model.kind] == ("text2image",)
         request = GenerateRequest(prompt="any", num_frames=1 if images else None)
-    # All kinds take the same memory for the same sizes; a video of text stands for the others.
-    settled, vae = resolve(request, replace(model, kind="base")), model.vae
-    rows, columns = (n // vae.scale_factor_spatial for n in (settled.height, settled.width))
-    frames = 1 + (settled.num_frames - 1) // vae.scale_factor_temporal
+    return work_with(settled(model, request), model)
+
+
+def settled(model: ModelConfig, request: GenerateRequest) -> Parameters:
+    """The numbers of a request for an image or a video from text.
+
+    All kinds take the same memory for the same sizes; a video of text stands for the others.
+    """
+    return resolve(request, replace(model, kind="base"))
+
+
+def work_with(numbers: Parameters, model: ModelConfig) -> Work:
+    """The sizes that these numbers lead to, with long texts."""
+    vae = model.vae
+    rows, columns = (n // vae.scale_factor_spatial for n in (numbers.height, numbers.width))
+    frames = 1 + (numbers.num_frames - 1) // vae.scale_factor_temporal
     streams: list[tuple[str, tuple[int, ...]]] = [("vision", (1, vae.z_dim, frames, rows, columns))]
-    if settled.sound_duration is not None:
+    if numbers.sound_duration is not None:
         config = model.transformer
-        length = math.ceil(settled.sound_duration * config.sound_latent_fps)
+        length = math.ceil(numbers.sound_duration * config.sound_latent_fps)
         streams.append(("sound", (config.sound_dim, length)))
-    branches = 1 if settled.guidance_scale == 1 else 2
+    branches = 1 if numbers.guidance_scale == 1 else 2
     return Work(streams=tuple(streams), text=(TEXT_TOKENS,) * branches)
 
 
