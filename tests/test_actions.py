@@ -87,6 +87,7 @@ def test_a_name_in_any_case_and_a_number_alone() -> None:
         (POLICY | {"action_path": "a.json"}, "action_path", "conflict"),
         (POLICY | {"action_state": [0.0] * 9}, "action_state", "conflict"),
         (POLICY | {"action_history": [[0.0] * 9]}, "action_history", "conflict"),
+        (POLICY | {"action_history": np.ones((1001, 10))}, "action_history", "too_large"),
         (POLICY | {"num_frames": 9, "action_chunk_size": 4}, "num_frames", "conflict"),
         (POLICY | {"seconds": 1}, "seconds", "conflict"),
         (POLICY | {"image_size": 480}, "image_size", "conflict"),

@@ -129,6 +129,7 @@ def settle(request: GenerateRequest, model: ModelConfig) -> Action | None:
     _check_others(request)
     _check_inputs(request, mode)
     embodiment = find_embodiment(request.domain_name, request.domain_id)
+    _check_history(request)
     given = _rows_given(request)
     channels = _channels(request, embodiment, given, model)
     chunk_size = _chunk_size(request, embodiment, given)
@@ -267,6 +268,14 @@ def _check_inputs(request: GenerateRequest, mode: Mode) -> None:
     for name in () if mode.chunk else ("action", "action_path"):
         if (value := getattr(request, name)) is not None:
             raise InvalidRequest(name, value, f"left out {for_mode}, which predicts it", "conflict")
+
+
+def _check_history(request: GenerateRequest) -> None:
+    """The past is no longer than the longest chunk: each of its rows is a token of every step."""
+    rows, most = len(request.action_history or ()), int(SPECS["action_chunk_size"].high)
+    if rows > most:
+        possible = f"at most {most} rows, the last ones"
+        raise InvalidRequest("action_history", f"{rows} rows", possible, "too_large")
 
 
 def _channels(

@@ -83,6 +83,10 @@ def test_a_tree_of_results(
     assert outputs(file, "t2v")["args"]["crf"] == 25
     assert outputs(file, "t2v")["outputs"][0]["content"]["sample_rate"] == 48000
     assert outputs(file, "batch_2")["args"]["image"] == str(tmp_path / "first.png")
+    timings = outputs(file, "t2v")["timings"]  # its own: the model is loaded once for all
+    assert "model_load" not in timings
+    own = sum(seconds for name, seconds in timings.items() if name not in ("per_step", "total"))
+    assert own * 0.99 <= timings["total"] < own + 1
     printed = capsys.readouterr()
     assert "6 of 6 records have their results" in printed.out
     assert "[4/6] batch_3" in printed.err

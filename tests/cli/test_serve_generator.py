@@ -89,6 +89,44 @@ def test_flags_that_do_not_suit(
 
 
 @pytest.mark.parametrize("surface", SURFACES)
+@pytest.mark.parametrize("what", ["a file", "below a file", "another database"])
+def test_jobs_cannot_be_kept(
+    surface: str,
+    what: str,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder, reason = tmp_path / "storage", "Not a directory"
+    if what == "another database":
+        folder.mkdir()
+        (folder / "jobs.sqlite").write_text("not one of SQLite, but long enough")
+        reason = "file is not a database"
+    else:
+        folder.write_text("")
+        folder = folder if what == "a file" else folder / "below"
+    argv = (str(tiny_checkpoint), "--surface", surface, "--port", "0")
+    line = refused(capsys, *argv, "--storage-path", str(folder))
+    assert line.startswith("storage_path is '/")
+    assert line.endswith(f", must be a folder that can keep jobs and files ({reason})")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--ssl-keyfile", "key"], "--ssl-certfile is missing, must be given with --ssl-keyfile"),
+        (["--ssl-certfile", "none"], "(No such file or directory)"),
+        (["--ssl-certfile", __file__], "must be a certificate whose key is in --ssl-keyfile ("),
+    ],
+)
+def test_a_certificate_that_cannot_be_used(
+    flags: list[str], words: str, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = (str(tiny_checkpoint), "--surface", "generator", "--port", "0", *flags)
+    assert words in refused(capsys, *argv)
+
+
+@pytest.mark.parametrize("surface", SURFACES)
 @pytest.mark.parametrize(
     ("file", "words"),
     [

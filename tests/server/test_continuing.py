@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import shutil
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import numpy as np
@@ -16,6 +17,11 @@ from PIL import Image
 from servers import Server
 
 from vllm_cosmos3.media import Pixels, read_video
+from vllm_cosmos3.plan import Plan, StreamPlan
+from vllm_cosmos3.server.artifacts import BEFORE, CLIP, LAST
+from vllm_cosmos3.server.continuing import prepare
+from vllm_cosmos3.server.errors import ApiError
+from vllm_cosmos3.server.jobs import Job, Journal
 
 pytestmark = pytest.mark.serve
 LONG = {"size": "256x256", "num_frames": 61, "num_inference_steps": 200}
@@ -142,6 +148,27 @@ def test_a_lost_file_has_expired(generator_server: Server) -> None:
     storage = Path(generator_server.log).parent / "storage"
     shutil.rmtree(storage / "files" / job["id"])
     assert refused(generator_server, continue_from=job["id"]) == (410, "expired", "continue_from")
+
+
+@pytest.mark.parametrize(("room", "error"), [(True, ApiError), (False, IsADirectoryError)])
+def test_nothing_is_left_of_a_video_that_cannot_be_copied(
+    room: bool, error: type[Exception], tmp_path: Path
+) -> None:
+    """As it was deleted while the new one was planned, or as there is no room for it."""
+    journal = Journal(tmp_path)
+    known = {"fps": 12.0, "num_frames": 5}
+    before, job = (Job(id=name, kind="video", model="m", prompt="", created=0.0, effective=known) for name in "ab")  # fmt: skip
+    journal.folder("a").mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(journal.folder("a") / LAST)
+    if not room:
+        (journal.folder("a") / CLIP).write_bytes(b"a clip")
+        (journal.folder("b") / BEFORE).mkdir(parents=True)
+    stream = StreamPlan(name="vision", shape=(1, 48, 2, 4, 4), rate=12.0, known=(0,))
+    plan = SimpleNamespace(streams=(stream,), fps=12.0)
+    with pytest.raises(error):
+        prepare(job, cast("Plan", plan), before, journal)
+    assert not journal.folder("b").exists()
+    journal.close()
 
 
 def test_without_a_reasoner_prompts_stay(generator_server: Server) -> None:

@@ -8,7 +8,7 @@ import re
 import shutil
 import signal
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,20 @@ import pytest
 from generators import SMALL, create, eventually, finished, generator, refuses
 from servers import BIN, Server, free_port, run_to_end
 
+from vllm_cosmos3.server.jobs import Job, Journal
+
 pytestmark = pytest.mark.serve
 LONG = {"size": "256x256", "num_frames": 61, "num_inference_steps": 200, "guidance_scale": 1}
 
 
 def job_of(server: Server, job: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = httpx.get(f"{server.url}/v1/videos/{job['id']}").json()
+    return found
+
+
+def stored(journal: Journal, job: dict[str, Any]) -> Job:
+    found = journal.get(job["id"])
+    assert found is not None
     return found
 
 
@@ -40,8 +48,8 @@ def continuing(server: Server, job: dict[str, Any]) -> tuple[int, str]:
 def test_jobs_outlive_servers(tiny_checkpoint: Path, vllm_cache: Path, tmp_path: Path) -> None:
     """A server is killed; two others share its storage; one of them is asked to stop."""
 
-    def start(stack: ExitStack) -> Server:
-        return stack.enter_context(generator(tiny_checkpoint, tmp_path, vllm_cache))
+    def start(stack: ExitStack, *flags: str) -> Server:
+        return stack.enter_context(generator(tiny_checkpoint, tmp_path, vllm_cache, *flags))
 
     with ExitStack() as stack:
         killed = start(stack)
@@ -62,7 +70,7 @@ def test_jobs_outlive_servers(tiny_checkpoint: Path, vllm_cache: Path, tmp_path:
         assert continuing(first, cut) == (409, "job_failed")
         assert httpx.delete(f"{first.url}/v1/videos/{goes_on['id']}").status_code == 200
 
-        second = start(stack)
+        second = start(stack, "--drain-seconds", "1")
         shared = create(first, **LONG)
         eventually(lambda: job_of(second, shared)["cosmos3"]["step"] > 0)
         listed = httpx.get(f"{second.url}/v1/videos").json()["data"]
@@ -83,6 +91,13 @@ def test_jobs_outlive_servers(tiny_checkpoint: Path, vllm_cache: Path, tmp_path:
         assert finished(second, last, 120)["status"] == "completed"
         assert content(second, last).status_code == 200
         eventually(lambda: refuses(first))
+
+        late = create(second, **LONG)
+        eventually(lambda: job_of(second, late)["status"] == "in_progress")
+        os.kill(second.pid, signal.SIGTERM)
+        journal = stack.enter_context(closing(Journal(tmp_path / "storage")))
+        eventually(lambda: stored(journal, late).status == "failed")
+        assert (stored(journal, late).error or {})["code"] == "interrupted"  # by itself, in time
 
 
 def test_it_ends_with_a_generator_that_cannot_start(

@@ -7,6 +7,7 @@ is one more tensor alive. Workspaces of cuDNN are not counted.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -52,7 +53,9 @@ def decode_peak(
         parts = divide(height, width, Axis("world", world, rank, None), parallel)
         ledger = Ledger()
         ledger.take(2 * prod(shape) * item)  # scaled back, in float32 for a moment
-        walks = [(part, Walk(ledger, item, fused, part.strips)) for part in parts]
+        # Equal parts need the same, so one of them is followed; the last when all others have begun.
+        alike = sorted(Counter(map(_extent, parts)).items())
+        walks = [Walk(Ledger(), item, fused, parts[0].strips) for _ in alike]
         previous = 0  # what the loops' variables still refer to
         for index in range(min(frames, CHUNKS)):
             made = pixels * (doubled if index else 1)
@@ -60,10 +63,12 @@ def decode_peak(
                 ledger.take(pixels * (1 + doubled * (frames - 2)))  # bytes of the chunks before
             with ledger.scope():
                 ledger.take(previous, made * FLOAT32)
-                for part, walk in walks:
-                    high, wide = _extent(part)
-                    with ledger.scope():
-                        walk.decoder(config, Shape(config.z_dim, 1, high, wide))
+                for ((high, wide), count), walk in zip(alike, walks, strict=True):
+                    walk.ledger = Ledger()
+                    walk.decoder(config, Shape(config.z_dim, 1, high, wide))
+                    ledger.keep((count - 1) * walk.ledger.kept)
+                    ledger.moment(walk.ledger.peak)
+                    ledger.keep(walk.ledger.kept)
                     own = made * high * wide // (height * width)
                     ledger.moment(own * item, own * item, own * (FLOAT32 if item < FLOAT32 else 0))
                 ledger.give(previous)
@@ -95,13 +100,14 @@ def encode_peak(
         ledger.take(pixels, pixels * FLOAT32)
         ledger.moment(pixels * FLOAT32)
         ledger.take(config.z_dim * latent * rows * columns * FLOAT32)
-        for part in divide(rows, columns, Axis("world", world, rank, None), parallel):
-            high, wide = (n * scale for n in _extent(part))
+        parts = divide(rows, columns, Axis("world", world, rank, None), parallel)
+        for extent in sorted(set(map(_extent, parts))):
+            high, wide = (n * scale for n in extent)
             own = 3 * frames * high * wide * item
             with ledger.scope():
                 ledger.moment(own, own)  # the cast, and the patches copied from it
                 ledger.take(own)
-                walk = Walk(ledger, item, fused, part.strips)
+                walk = Walk(ledger, item, fused, parts[0].strips)
                 p = config.patch_size
                 for index in range(min(latent, CHUNKS)):
                     made = grouped if index else 1

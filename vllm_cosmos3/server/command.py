@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import os
+import ssl
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from vllm_cosmos3.hub import resolve
 from vllm_cosmos3.server.options import SHARED, Options, add_flags, given
 
 if TYPE_CHECKING:  # vLLM and the models, which --help should not wait for
+    from vllm_cosmos3.server.app import Listen
     from vllm_cosmos3.server.service import Service
 
 
@@ -68,6 +70,7 @@ def share_beside(
 
     from vllm_cosmos3.server.sizing import share_of_reasoner, sized
 
+    _check_storage(options)
     sizing = sized(folder, options, current_platform.device_type)
     return None if options.generator_devices else share_of_reasoner(sizing, root, ranks)
 
@@ -104,6 +107,8 @@ def run(checkpoint: str, host: str | None, port: int, values: Mapping[str, Any],
         ssl_certfile=args.ssl_certfile,
         root_path=args.root_path,
     )
+    _check_certificate(listen)
+    _check_storage(options)
     names = tuple(args.served_model_name) or (checkpoint,)
     sizing, guardrails = sized(folder, options, device), Guardrails(options)
     scheme = "https" if listen.ssl_certfile else "http"
@@ -115,6 +120,28 @@ def run(checkpoint: str, host: str | None, port: int, values: Mapping[str, Any],
         return made
 
     return serve(make_app(make_service, listen), listen)
+
+
+def _check_storage(options: Options) -> None:
+    """Stop the start where jobs cannot be kept, rather than when the models are loaded."""
+    from vllm_cosmos3.server.jobs import Journal
+
+    Journal(options.storage).close()
+
+
+def _check_certificate(listen: Listen) -> None:
+    """Stop the start where uvicorn could not read the certificate."""
+    if listen.ssl_certfile is None:
+        if listen.ssl_keyfile is not None:
+            raise InvalidRequest("--ssl-certfile", None, "given with --ssl-keyfile", "conflict")
+        return
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
+            listen.ssl_certfile, listen.ssl_keyfile
+        )
+    except OSError as error:
+        possible = f"a certificate whose key is in --ssl-keyfile ({error.strerror or error})"
+        raise InvalidRequest("--ssl-certfile", listen.ssl_certfile, possible) from None
 
 
 def announce(service: Service, surface: str, url: str) -> None:

@@ -52,8 +52,7 @@ def source_of(asked: Asked, at: Service) -> Job | None:
     folder = at.journal.folder(job.id)
     files = all((folder / file).is_file() for file in (CLIP, LAST))
     if job.removed or (job.expires or 0) < time.time() or not files:
-        message = f"{FIELD} names a video that was deleted, by its age or to make room"
-        raise ApiError("expired", message, param=FIELD)
+        raise _expired()
     return job
 
 
@@ -85,6 +84,8 @@ def prepare(job: Job, plan: Plan, before: Job, journal: Journal) -> None:
 
     Raises:
         InvalidRequest: the new frames have another size or rate than those before them.
+        ApiError: the finished video was deleted while the new one was planned.
+        OSError: there is no room for it; nothing of it is left.
     """
     source, folder = journal.folder(before.id), journal.folder(job.id)
     shape = [stream.shape for stream in plan.streams if stream.name == "vision"][-1]
@@ -95,12 +96,30 @@ def prepare(job: Job, plan: Plan, before: Job, journal: Journal) -> None:
     if plan.fps != before.effective["fps"]:
         possible = f"{before.effective['fps']:g} or left out: so is the video that it goes on from"
         raise InvalidRequest("fps", plan.fps, possible, "conflict")
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source / CLIP, folder / BEFORE)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / CLIP, folder / BEFORE)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, FileNotFoundError):
+            raise _expired() from None
+        raise
     job.continued_from = before.id
     job.frames_before = before.frames_before + int(before.effective["num_frames"]) - 1
 
 
+def _expired() -> ApiError:
+    message = f"{FIELD} names a video that was deleted, by its age or to make room"
+    return ApiError("expired", message, param=FIELD)
+
+
 def _size(picture: Path) -> str:
+    """The size of the last frame.
+
+    Raises:
+        ApiError: its video was deleted.
+    """
+    if not picture.is_file():
+        raise _expired()
     with Image.open(picture) as image:
         return f"{image.width}x{image.height}"

@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from vllm_cosmos3.errors import InvalidRequest
+
 QUEUED, RUNNING, COMPLETED, FAILED = "queued", "in_progress", "completed", "failed"
 ENDED = (COMPLETED, FAILED)
 
@@ -91,18 +93,23 @@ class Journal:
     """The jobs of one storage folder. Safe in several threads and processes."""
 
     def __init__(self, storage: Path) -> None:
+        """Make the folder, or go on with what is in it.
+
+        Raises:
+            InvalidRequest: it cannot be made, or not be written to, or holds another journal.
+        """
         self.storage = storage
         self.owner = uuid.uuid4().hex
-        (storage / "owners").mkdir(parents=True, exist_ok=True)
-        self._held = self._lock_of(self.owner)
-        assert self._held is not None  # the name is new
         self._lock = threading.Lock()
-        self._db = sqlite3.connect(
-            storage / "jobs.sqlite", timeout=30, isolation_level=None, check_same_thread=False
-        )
-        self._db.execute("pragma journal_mode=wal")
-        self._db.execute("pragma synchronous=normal")
-        self._db.executescript(_SCHEMA)
+        try:
+            (storage / "owners").mkdir(parents=True, exist_ok=True)
+            self._db = _opened(storage / "jobs.sqlite")
+            self._held = self._lock_of(self.owner)
+        except (OSError, sqlite3.Error) as error:
+            reason = getattr(error, "strerror", None) or error
+            possible = f"a folder that can keep jobs and files ({reason})"
+            raise InvalidRequest("storage_path", str(storage), possible) from None
+        assert self._held is not None  # the name is new
 
     def close(self) -> None:
         with self._lock:
@@ -256,6 +263,18 @@ class Journal:
             file.close()
             return None
         return file
+
+
+def _opened(file: Path) -> sqlite3.Connection:
+    database = sqlite3.connect(file, timeout=30, isolation_level=None, check_same_thread=False)
+    try:
+        database.execute("pragma journal_mode=wal")
+        database.execute("pragma synchronous=normal")
+        database.executescript(_SCHEMA)
+    except sqlite3.Error:
+        database.close()
+        raise
+    return database
 
 
 def _text(job: Job) -> str:

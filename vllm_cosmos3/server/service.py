@@ -55,6 +55,10 @@ TICK = 0.5  # seconds between writes of progress, and looks at what other proces
 SWEEP = 4  # ticks between looks at old files and dead processes
 REPLAY_SECONDS = 600.0  # in which a client's retry is the same request
 PLANNERS = 4  # requests that are planned at once, which may decode media
+INTERRUPTED = {
+    "code": "interrupted",
+    "message": "the server stopped while it made this; please send it again",
+}
 # Share of the whole that is done when a phase begins and when it ends, in percent.
 SPANS = {"encode": (1, 5), "denoise": (5, 90), "decode": (90, 99)}
 
@@ -77,6 +81,7 @@ class Service:
         self.metrics = metrics()
         self.metrics.limit.set(options.max_queue)
         self.draining = False
+        self._closing = False
         self._tokenizer = prompts.load_tokenizer(self.model.path)
         self._planners = asyncio.Semaphore(PLANNERS)
         self._own: dict[str, Job] = {}  # not ended
@@ -117,7 +122,7 @@ class Service:
 
     async def close(self) -> None:
         """End the stage; what it was still serving is recorded as interrupted."""
-        self.draining = True
+        self.draining = self._closing = True
         if self._ticker is not None:
             self._ticker.cancel()
             with suppress(asyncio.CancelledError):
@@ -433,10 +438,12 @@ class Service:
         return record
 
     def _fail(self, job: Job, error: BaseException) -> None:
-        code = slug(error) if isinstance(error, Cosmos3Error) else "internal_error"
-        if code == "cancelled" and self.draining:
-            code = "interrupted"
-        job.status, job.error = FAILED, {"code": code, "message": str(error)}
+        job.status = FAILED
+        if self._closing:  # however the stage ended it
+            job.error = dict(INTERRUPTED)
+        else:
+            code = slug(error) if isinstance(error, Cosmos3Error) else "internal_error"
+            job.error = {"code": code, "message": str(error)}
 
     def _complete(self, job: Job, record: Mapping[str, Any]) -> None:
         assert job.completed is not None
@@ -581,8 +588,7 @@ class Service:
         for job in self.journal.orphans():
             job.status, job.completed = FAILED, time.time()
             job.expires = job.completed + self.options.file_ttl
-            message = "the server stopped while it made this; please send it again"
-            job.error = {"code": "interrupted", "message": message}
+            job.error = dict(INTERRUPTED)
             self.journal.save(job)
         expired = self.journal.expire(
             quota=self.options.storage_quota, record_ttl=self.options.record_ttl
