@@ -489,15 +489,20 @@ class Service:
         Raises:
             ApiError: there is none, or no more.
         """
+        job = self.find(name)
+        if job is None:
+            raise ApiError("not_found", f"there is no video {name!r}", param="id")
+        return job
+
+    def find(self, name: str) -> Job | None:
+        """A job of any process; None if there is none, or no more."""
         job = self._own.get(name)
         if job is not None:
             stage_job = self._stage_jobs.get(name)
             if stage_job is not None and job.started is None:
                 self._look_ahead(job)
         stored = self.journal.get(name)
-        if stored is None:
-            raise ApiError("not_found", f"there is no video {name!r}", param="id")
-        return job or stored
+        return stored and (job or stored)
 
     def _look_ahead(self, job: Job) -> None:
         """Say of a waiting job where it stands and when it will be done."""

@@ -6,18 +6,19 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
-from starlette.background import BackgroundTask
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.server.answers import JOB, PAGE, Cursor, Limit, Order, Variant, answers
 from vllm_cosmos3.server.artifacts import CLIP, SPRITES, THUMBNAIL
 from vllm_cosmos3.server.body import read_body
 from vllm_cosmos3.server.errors import ApiError
+from vllm_cosmos3.server.files import StoredFile
 from vllm_cosmos3.server.inputs import local_files, media_files
 from vllm_cosmos3.server.jobs import COMPLETED, FAILED, Job
 from vllm_cosmos3.server.protocol import VIDEO, Asked, translate
@@ -61,7 +62,6 @@ async def sync(request: Request) -> Response:
         raise ApiError("estimated_wait_exceeds_deadline", message, param="deadline_seconds")
     job = await _create(at, request, asked, "sync", deadline)
     job = await result(at, request, job)
-    folder = at.journal.folder(job.id)
     headers = {
         "X-Model": job.model,
         "X-Inference-Time-S": f"{job.timings['total']:.3f}",
@@ -69,8 +69,12 @@ async def sync(request: Request) -> Response:
         "X-Peak-Memory-MB": f"{job.peak_memory / 2**20:.1f}",
         "X-Seed": str(job.effective["seed"]),
     }
-    gone = BackgroundTask(at.delete, job.id)
-    return FileResponse(folder / CLIP, media_type="video/mp4", headers=headers, background=gone)
+    try:
+        return StoredFile(at.journal.folder(job.id) / CLIP, media_type="video/mp4", headers=headers)
+    except FileNotFoundError:
+        raise ApiError("expired", "the video was deleted to make room") from None
+    finally:
+        at.delete(job.id)
 
 
 async def result(at: Service, request: Request, job: Job) -> Job:
@@ -107,7 +111,9 @@ async def page(
         raise ApiError(
             "cursor_not_found", f"there is no video {after!r} to go on from", param="after"
         )
-    shown = [video_json(at.get(job.id) if not job.ended else job, at) for job in jobs[: int(limit)]]
+    # One that was deleted since the page was read is left out.
+    found = [job if job.ended else at.find(job.id) for job in jobs[: int(limit)]]
+    shown = [video_json(job, at) for job in found if job is not None]
     return JSONResponse(
         {
             "object": "list",
@@ -150,9 +156,11 @@ async def content(request: Request, video_id: str, variant: Variant = "video") -
         raise ApiError("not_ready", f"the video is {job.status}", headers={"Retry-After": "1"})
     name, kind = VARIANTS[variant]
     file = at.journal.folder(job.id) / name
-    if job.removed or (job.expires or 0) < time.time() or not file.is_file():
-        raise ApiError("expired", "the video was deleted, by its age or to make room")
-    return FileResponse(file, media_type=kind, filename=f"{job.id}{file.suffix}")
+    if not job.removed and (job.expires or 0) >= time.time():
+        with suppress(FileNotFoundError):
+            return StoredFile(file, media_type=kind, filename=f"{job.id}{file.suffix}")
+    at.get(job.id)  # by its owner, which is another answer
+    raise ApiError("expired", "the video was deleted, by its age or to make room")
 
 
 @router.get("/v1/videos/{video_id}/events")
