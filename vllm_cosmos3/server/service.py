@@ -135,8 +135,11 @@ class Service:
     async def create(
         self, kind: str, asked: Asked, media: Mapping[str, Any], *, deadline: float,
         key: str | None = None, retried: bool = False, remixed_from: str | None = None,
+        given: Mapping[str, str] | None = None,
     ) -> Job:  # fmt: skip
         """Accept a request, or find the job of the same request that was accepted before.
+
+        ``given`` says of the files' paths what the user calls them, who shall not see the paths.
 
         Raises:
             Cosmos3Error: it cannot be served, now or at all; nothing is left of it.
@@ -146,17 +149,19 @@ class Service:
             known = self._known(body, key, retried=retried)
             if known is not None:
                 return known
-            return await self._create(kind, asked, media, deadline, body, key, remixed_from)
+            return await self._create(
+                kind, asked, media, deadline, body, key, remixed_from, given or {}
+            )
         except InvalidRequest as error:
             self.metrics.rejected.labels("invalid").inc()
-            raise asked.placed(error) from None
+            raise asked.placed(_named(error, asked, given or {})) from None
         except Cosmos3Error as error:
             self.metrics.rejected.labels(slug(error)).inc()
             raise
 
     async def _create(
         self, kind: str, asked: Asked, media: Mapping[str, Any], deadline: float,
-        body: str, key: str | None, remixed_from: str | None,
+        body: str, key: str | None, remixed_from: str | None, given: Mapping[str, str],
     ) -> Job:  # fmt: skip
         self._check_model(asked.server.get("model"))
         self._check_open()
@@ -182,7 +187,10 @@ class Service:
             work=estimates.work(plan),
             remixed_from=remixed_from,
             request=dict(asked.fields),
-            effective=dict(plan.effective),
+            effective={
+                name: given.get(value, value) if isinstance(value, str) else value
+                for name, value in plan.effective.items()
+            },
             warnings=[*asked.warnings, *plan.warnings],
             guardrails=report,
             upsampled_prompt=None if upsampled is None else upsampled.fields["prompt"],
@@ -600,6 +608,17 @@ class Service:
         )
         self.metrics.expired.inc(len(expired))
         self.metrics.stored.set(self.journal.stored())
+
+
+def _named(error: InvalidRequest, asked: Asked, given: Mapping[str, str]) -> InvalidRequest:
+    """The same error with the user's words for files instead of their paths here."""
+    value, possible = error.value, error.possible
+    if isinstance(value, bytes):  # no field of HTTP is one
+        value = continuing.shown(asked.server[continuing.FIELD])
+    for path, name in given.items():
+        value = name if str(value) == path else value
+        possible = possible.replace(path, name)
+    return InvalidRequest(error.field, value, possible, error.code)
 
 
 def _digest(kind: str, asked: Asked, media: Mapping[str, Any]) -> str:

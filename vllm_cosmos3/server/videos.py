@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -19,9 +19,9 @@ from vllm_cosmos3.server.artifacts import CLIP, SPRITES, THUMBNAIL
 from vllm_cosmos3.server.body import read_body
 from vllm_cosmos3.server.errors import ApiError
 from vllm_cosmos3.server.files import StoredFile
-from vllm_cosmos3.server.inputs import local_files, media_files
+from vllm_cosmos3.server.inputs import FILE_FIELDS, local_files, media_files
 from vllm_cosmos3.server.jobs import COMPLETED, FAILED, Job
-from vllm_cosmos3.server.protocol import VIDEO, Asked, translate
+from vllm_cosmos3.server.protocol import VIDEO, Asked, is_upload, translate
 from vllm_cosmos3.server.render import video_json
 from vllm_cosmos3.server.routing import Route, service
 from vllm_cosmos3.server.schema import remix_request, video_request
@@ -30,6 +30,8 @@ from vllm_cosmos3.server.service import Service
 router = APIRouter(route_class=Route, tags=["Cosmos3 videos"])
 VARIANTS = {"video": (CLIP, "video/mp4"), "thumbnail": (THUMBNAIL, "image/webp"), "spritesheet": (SPRITES, "image/webp")}  # fmt: skip
 INPUTS = {"image": "input_reference", "video": "input_reference"}  # where the two are missing
+URLS = ("image_url", "video_url", "url")  # of a reference that is an object
+SHOWN = 100  # letters of a name or a URL in messages and records
 POLL_SECONDS = 0.1  # between looks at a job whose events are streamed
 BEAT_SECONDS = 15.0  # of silence until an empty event keeps proxies from closing the stream
 
@@ -219,17 +221,34 @@ async def _create(
 ) -> Job:  # fmt: skip
     key = (request.headers.get("idempotency-key") or None) if kind == "video" else None
     retried = kind == "video" and request.headers.get("x-stainless-retry-count", "0") != "0"
-    asked = local_files(asked, at.options)
+    local = local_files(asked, at.options)
+    given = {
+        str(local.fields[name]): str(asked.fields[name])
+        for name in FILE_FIELDS & asked.fields.keys()
+    }
     async with media_files(asked, at.options) as (media, names):
+        for name, file in media.items():
+            given[str(file)] = _called(asked.references[names.get(name, name)])
         return await at.create(
             kind,
-            replace(asked, paths={**INPUTS, **asked.paths, **names}),
+            replace(local, paths={**INPUTS, **asked.paths, **names}),
             media,
             deadline=deadline,
             key=key,
             retried=retried,
             remixed_from=remixed_from,
+            given=given,
         )
+
+
+def _called(reference: Any) -> str:
+    """What the user calls a file: the name of an upload, or the beginning of a URL."""
+    if isinstance(reference, list):
+        return _called(reference[0])
+    if isinstance(reference, Mapping):
+        return _called(next(reference[name] for name in URLS if name in reference))
+    name = reference.filename or "the upload" if is_upload(reference) else str(reference)
+    return name if len(name) <= SHOWN else f"{name[: SHOWN - 3]}..."
 
 
 def _preferred_wait(request: Request) -> float | None:
