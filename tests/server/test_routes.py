@@ -20,6 +20,7 @@ from vllm_cosmos3.server.artifacts import CLIP
 from vllm_cosmos3.server.jobs import COMPLETED, Job, Journal
 from vllm_cosmos3.server.options import Options
 from vllm_cosmos3.server.service import Service
+from vllm_cosmos3.server.videos import remixed
 
 pytestmark = pytest.mark.anyio
 EFFECTIVE = {"mode": "text2video", "num_frames": 5, "fps": 24.0, "output_size": "64x64", "seed": 1}
@@ -246,3 +247,53 @@ async def test_a_refused_preflight_says_why(at: Stored) -> None:
         answer = await http.options("/v1/videos", headers=headers)
     assert answer.status_code == 400
     assert "Disallowed CORS origin" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "seconds"),
+    [
+        ({}, None, 10),
+        ({"deadline_seconds": 20}, "deadline_seconds", 590),
+        ({"extra_params": {"deadline_seconds": 20.5}}, "extra_params.deadline_seconds", 590),
+    ],
+)
+async def test_a_wait_that_is_too_long(
+    fields: dict[str, Any], param: str | None, seconds: int, tmp_path: Path
+) -> None:
+    """The header says when it will not be: the default deadline is 600 seconds."""
+
+    class Busy(Stored):
+        def estimated_wait(self) -> float:
+            return 610.0
+
+    busy = Busy(tmp_path)
+    async with client(busy) as http:
+        answer = await http.post("/v1/videos/sync", json={"prompt": "a boat", **fields})
+    busy.journal.close()
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (503, "estimated_wait_exceeds_deadline")
+    assert (error["param"], int(answer.headers["retry-after"])) == (param, seconds)
+
+
+REQUEST = {"prompt": "a boat", "width": 64, "height": 96, "num_frames": 5, "fps": 12.0}
+
+
+@pytest.mark.parametrize(
+    ("source", "fields", "expected"),
+    [
+        (REQUEST, {"seconds": 2}, REQUEST | {"num_frames": None, "seconds": 2}),
+        (REQUEST, {"size": "64x64"}, REQUEST | {"width": None, "height": None, "size": "64x64"}),
+        (REQUEST, {"width": 96}, REQUEST | {"width": 96}),
+        ({"size": "64x64", "seconds": 2}, {"width": 96, "height": 64, "num_frames": 9}, {"width": 96, "height": 64, "num_frames": 9}),
+        ({"prompt_token_ids": [1], "negative_prompt": "b"}, {"prompt": "a", "negative_prompt_token_ids": [2]}, {"prompt": "a", "negative_prompt_token_ids": [2]}),
+        ({"generate_sound": True, "sound_duration": 1.0}, {"generate_sound": False}, {"generate_sound": False}),
+        ({"generate_sound": True, "sound_duration": 1.0}, {"sound_duration": 2.0}, {"generate_sound": True, "sound_duration": 2.0}),
+    ],
+)  # fmt: skip
+def test_a_remix_replaces_what_it_says_in_other_words(
+    source: dict[str, Any], fields: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    job = Job(id="a", kind="video", model="tiny", prompt="", created=0.0)
+    job.request, job.effective = source, EFFECTIVE
+    wanted = {name: value for name, value in expected.items() if value is not None}
+    assert remixed(job, fields) == wanted | {"seed": 1}

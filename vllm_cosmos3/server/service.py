@@ -10,7 +10,6 @@ import asyncio
 import hashlib
 import json
 import logging
-import math
 import os
 import sqlite3
 import threading
@@ -39,7 +38,7 @@ from vllm_cosmos3.runtime.worker import StageConfig
 from vllm_cosmos3.server import continuing, estimates
 from vllm_cosmos3.server.artifacts import CLIP, RECORD, STAGE
 from vllm_cosmos3.server.controls import joined
-from vllm_cosmos3.server.errors import ApiError, slug
+from vllm_cosmos3.server.errors import ApiError, retry_after, slug
 from vllm_cosmos3.server.guardrails import Guardrails
 from vllm_cosmos3.server.jobs import COMPLETED, FAILED, RUNNING, Job, Journal
 from vllm_cosmos3.server.metrics import metrics
@@ -145,7 +144,7 @@ class Service:
             Cosmos3Error: it cannot be served, now or at all; nothing is left of it.
         """
         try:
-            body = await asyncio.to_thread(_digest, kind, asked, media)
+            body = await asyncio.to_thread(_digest, kind, asked, media, remixed_from)
             known = self._known(body, key, retried=retried)
             if known is not None:
                 return known
@@ -153,11 +152,7 @@ class Service:
                 kind, asked, media, deadline, body, key, remixed_from, given or {}
             )
         except InvalidRequest as error:
-            self.metrics.rejected.labels("invalid").inc()
             raise asked.placed(_named(error, asked, given or {})) from None
-        except Cosmos3Error as error:
-            self.metrics.rejected.labels(slug(error)).inc()
-            raise
 
     async def _create(
         self, kind: str, asked: Asked, media: Mapping[str, Any], deadline: float,
@@ -287,8 +282,7 @@ class Service:
             )
             return job, work
         except Cosmos3Error as error:
-            reason = "invalid" if isinstance(error, InvalidRequest) else slug(error)
-            self.metrics.rejected.labels(reason).inc()
+            self.metrics.refused(error)
             if isinstance(error, Busy):
                 raise self.full(str(error)) from None
             raise
@@ -372,7 +366,7 @@ class Service:
         # When the first of those on the ranks is done, a waiting one leaves the queue.
         seconds = min((estimates.left(job, self._pace) for job in running), default=0.0)
         headers = {
-            "Retry-After": str(min(max(1, math.ceil(seconds)), 3600)),
+            "Retry-After": retry_after(seconds),
             "x-queue-depth": str(waiting),
             "x-queue-limit": str(self.options.max_queue),
         }
@@ -621,11 +615,10 @@ def _named(error: InvalidRequest, asked: Asked, given: Mapping[str, str]) -> Inv
     return InvalidRequest(error.field, value, possible, error.code)
 
 
-def _digest(kind: str, asked: Asked, media: Mapping[str, Any]) -> str:
+def _digest(kind: str, asked: Asked, media: Mapping[str, Any], remixed_from: str | None) -> str:
     """What makes two requests the same."""
-    digest = hashlib.sha256(
-        json.dumps([kind, asked.fields, asked.server], sort_keys=True, default=str).encode()
-    )
+    parts = [kind, asked.fields, asked.server] + ([remixed_from] if remixed_from else [])
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
     for name, source in sorted(media.items()):
         digest.update(name.encode())
         with Path(source).open("rb") as file:

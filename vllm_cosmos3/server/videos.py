@@ -17,7 +17,7 @@ from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.server.answers import JOB, PAGE, Cursor, Limit, Order, Variant, answers
 from vllm_cosmos3.server.artifacts import CLIP, SPRITES, THUMBNAIL
 from vllm_cosmos3.server.body import read_body
-from vllm_cosmos3.server.errors import ApiError
+from vllm_cosmos3.server.errors import ApiError, Failed, retry_after
 from vllm_cosmos3.server.files import StoredFile
 from vllm_cosmos3.server.inputs import FILE_FIELDS, local_files, media_files
 from vllm_cosmos3.server.jobs import COMPLETED, FAILED, Job
@@ -30,6 +30,14 @@ from vllm_cosmos3.server.service import Service
 router = APIRouter(route_class=Route, tags=["Cosmos3 videos"])
 VARIANTS = {"video": (CLIP, "video/mp4"), "thumbnail": (THUMBNAIL, "image/webp"), "spritesheet": (SPRITES, "image/webp")}  # fmt: skip
 INPUTS = {"image": "input_reference", "video": "input_reference"}  # where the two are missing
+# Fields that say the same in different words.
+SPELLINGS = (
+    ({"size"}, {"width", "height"}),
+    ({"num_frames"}, {"seconds"}),
+    ({"prompt"}, {"prompt_token_ids"}),
+    ({"negative_prompt"}, {"negative_prompt_token_ids"}),
+)
+DEADLINE = "deadline_seconds"
 URLS = ("image_url", "video_url", "url")  # of a reference that is an object
 SHOWN = 100  # letters of a name or a URL in messages and records
 POLL_SECONDS = 0.1  # between looks at a job whose events are streamed
@@ -41,27 +49,32 @@ async def create(request: Request) -> Response:
     """Queue a video. ``Prefer: wait=N`` answers when it is done, or after N seconds."""
     at, asked = service(request), await _asked(request)
     job = await _create(at, request, asked, "video", at.options.request_deadline)
-    headers = {}
-    seconds = _preferred_wait(request)
-    if seconds is not None:
-        job = await at.wait(job, seconds)
-        headers["Preference-Applied"] = f"wait={seconds:g}"
-    return JSONResponse(video_json(job, at), headers=headers)
+    return await _accepted(at, request, job)
 
 
 @router.post("/v1/videos/sync", openapi_extra=video_request(), responses=answers(kind="video/mp4"))
 async def sync(request: Request) -> Response:
-    """Make a video and answer with it. A client that goes away cancels it."""
+    """Make a video and answer with it. A client that goes away cancels it.
+
+    With an Idempotency-Key it is made to the end and kept, so that the same request gets the same
+    file later.
+    """
     at, asked = service(request), await _asked(request)
     mode = asked.fields.get("action_mode")
     if mode in ("policy", "inverse_dynamics"):
         possible = "forward_dynamics, as the answer is a video alone; POST /v1/videos keeps actions"
         raise asked.placed(InvalidRequest("action_mode", mode, possible, "unsupported"))
     limit = at.options.sync_deadline
-    deadline = min(limit, asked.server.get("deadline_seconds", limit))
-    if at.estimated_wait() > deadline:
-        message = f"about {at.estimated_wait():.0f} seconds of work wait, longer than {deadline:g}"
-        raise ApiError("estimated_wait_exceeds_deadline", message, param="deadline_seconds")
+    deadline = min(limit, asked.server.get(DEADLINE, limit))
+    wait = at.estimated_wait()
+    if wait > deadline:
+        message = f"about {wait:.0f} seconds of work wait, longer than {deadline:g}"
+        raise ApiError(
+            "estimated_wait_exceeds_deadline",
+            message,
+            param=asked.paths.get(DEADLINE, DEADLINE) if DEADLINE in asked.server else None,
+            headers={"Retry-After": retry_after(wait - deadline)},
+        )
     job = await _create(at, request, asked, "sync", deadline)
     job = await result(at, request, job)
     headers = {
@@ -74,13 +87,14 @@ async def sync(request: Request) -> Response:
     try:
         return StoredFile(at.journal.folder(job.id) / CLIP, media_type="video/mp4", headers=headers)
     except FileNotFoundError:
-        raise ApiError("expired", "the video was deleted to make room") from None
+        raise Failed("expired", "the video was deleted to make room") from None
     finally:
-        at.delete(job.id)
+        if job.key is None:
+            at.delete(job.id)
 
 
 async def result(at: Service, request: Request, job: Job) -> Job:
-    """The job when it is done; cancelled if the client goes away.
+    """The job when it is done; cancelled if the client goes away and has no key to come back with.
 
     Raises:
         ApiError: why there is no result.
@@ -88,12 +102,13 @@ async def result(at: Service, request: Request, job: Job) -> Job:
     while not job.ended:
         job = await at.wait(job, 0.2)
         if await request.is_disconnected():
-            at.delete(job.id)
-            raise ApiError("cancelled", "the client went away")
+            if job.key is None:
+                at.delete(job.id)
+            raise Failed("cancelled", "the client went away")
     if job.status == FAILED:
         assert job.error is not None
         at.delete(job.id)
-        raise ApiError(job.error["code"], job.error["message"])
+        raise Failed(job.error["code"], job.error["message"])
     return job
 
 
@@ -186,20 +201,13 @@ async def remix(request: Request, video_id: str) -> Response:
         possible = "of a video made from text alone; send its input again to POST /v1/videos"
         raise InvalidRequest("id", video_id, possible, "unsupported")
     asked = translate(body, VIDEO)
-    if "prompt" not in asked.fields:
+    if not asked.fields.keys() & {"prompt", "prompt_token_ids"}:
         raise InvalidRequest("prompt", None, "the new text", "missing_required")
-    seed = {"seed": source.effective["seed"]}
-    merged = Asked(
-        fields={**source.request, **seed, **asked.fields},
-        server=asked.server,
-        references=asked.references,
-        warnings=asked.warnings,
-        paths=asked.paths,
-    )
+    asked = replace(asked, fields=remixed(source, asked.fields))
     job = await _create(
-        at, request, merged, "video", at.options.request_deadline, remixed_from=source.id
+        at, request, asked, "video", at.options.request_deadline, remixed_from=source.id
     )
-    return JSONResponse(video_json(job, at))
+    return await _accepted(at, request, job)
 
 
 for _path in ("edits", "extensions", "characters"):
@@ -219,7 +227,7 @@ async def _create(
     at: Service, request: Request, asked: Asked, kind: str, deadline: float,
     remixed_from: str | None = None,
 ) -> Job:  # fmt: skip
-    key = (request.headers.get("idempotency-key") or None) if kind == "video" else None
+    key = request.headers.get("idempotency-key") or None
     retried = kind == "video" and request.headers.get("x-stainless-retry-count", "0") != "0"
     local = local_files(asked, at.options)
     given = {
@@ -249,6 +257,28 @@ def _called(reference: Any) -> str:
         return _called(next(reference[name] for name in URLS if name in reference))
     name = reference.filename or "the upload" if is_upload(reference) else str(reference)
     return name if len(name) <= SHOWN else f"{name[: SHOWN - 3]}..."
+
+
+async def _accepted(at: Service, request: Request, job: Job) -> Response:
+    """The answer with a job: at once, or when the client prefers it."""
+    headers = {}
+    seconds = _preferred_wait(request)
+    if seconds is not None:
+        job = await at.wait(job, seconds)
+        headers["Preference-Applied"] = f"wait={seconds:g}"
+    return JSONResponse(video_json(job, at), headers=headers)
+
+
+def remixed(source: Job, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a video's request with others, which replace the same in other words."""
+    kept = {**source.request, "seed": source.effective["seed"]}
+    for one, other in SPELLINGS:
+        for given, replaced in ((one, other), (other, one)):
+            if fields.keys() & given:
+                kept = {name: value for name, value in kept.items() if name not in replaced}
+    if fields.get("generate_sound") is False:
+        kept.pop("sound_duration", None)
+    return {**kept, **fields}
 
 
 def _preferred_wait(request: Request) -> float | None:
