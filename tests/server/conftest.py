@@ -49,6 +49,7 @@ def guarded_server(
     """A distilled checkpoint behind an API key and a guardrail."""
     path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     flags = ["--api-key", "secret", "other", "--guardrail-checker", "checkers:Words"]
+    flags += ["--disable-uvicorn-access-log", "--allowed-origins", "http://a.example"]
     flags += [
         "--allow-private-media",
         "--allowed-media-domains",

@@ -69,6 +69,7 @@ def test_chat_about_a_generated_video(server: Server) -> None:
     assert answer.usage is not None
     assert answer.usage.completion_tokens > 0
     assert answer.usage.prompt_tokens > 20  # the video is in it
+    assert f"{video.id} completed after" in server.log.read_text()
 
 
 def test_pictures(server: Server) -> None:

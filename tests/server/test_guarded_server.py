@@ -44,8 +44,11 @@ def test_no_route_without_a_key(
     method: str, path: str, token: str | None, guarded_server: Server
 ) -> None:
     headers = {} if token is None else {"Authorization": token}
+    headers["Origin"] = "http://a.example"
     answer = httpx.request(method, f"{guarded_server.url}{path}", headers=headers)
     assert answer.status_code == 401
+    assert answer.headers["x-request-id"]
+    assert answer.headers["access-control-allow-origin"] == "http://a.example"
     error = answer.json()["error"]
     assert (error["type"], error["code"]) == ("authentication_error", "authentication")
 
@@ -124,6 +127,15 @@ def test_row_75_a_mode_that_the_checkpoint_was_not_made_for(client: httpx.Client
     block = client.get("/v1/cosmos3/models").json()["data"][0]["cosmos3"]
     assert (block["checkpoint_kind"], block["modes"]) == ("distilled-i2v", ["image2video"])
     assert list(block["defaults"]) == ["image2video"]
+
+
+def test_the_log_of_requests_can_be_switched_off(
+    client: httpx.Client, guarded_server: Server
+) -> None:
+    job = post(client).json()
+    log = guarded_server.log.read_text()
+    assert f"{job['id']} completed after" in log
+    assert "HTTP/1.1" not in log
 
 
 def test_the_kind_is_told_at_start(guarded_server: Server) -> None:

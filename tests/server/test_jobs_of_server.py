@@ -164,6 +164,15 @@ def test_every_refusal_is_counted_once(
     assert sum(after.values()) == sum(before.values()) + 1
 
 
+def test_requests_and_ends_of_jobs_are_logged(generator_server: Server) -> None:
+    """As vLLM logs them: uvicorn's line for each request, and ours among vLLM's."""
+    job = finished(generator_server, create(generator_server, **SMALL))
+    get(generator_server, f"/v1/videos/{job['id']}?for=the-log")
+    log = generator_server.log.read_text()
+    assert re.search(rf'INFO: .* "GET /v1/videos/{job["id"]}\?for=the-log HTTP/1.1" 200 OK', log)
+    assert re.search(rf"INFO .*{job['id']} completed after [0-9.]+ s", log)
+
+
 def test_a_deleted_job_stops_within_a_step(generator_server: Server) -> None:
     idle(generator_server)
     job = running(generator_server, create(generator_server, **LONG))

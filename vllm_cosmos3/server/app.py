@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -27,6 +28,7 @@ from vllm_cosmos3.version import __version__
 
 logger = logging.getLogger(__name__)
 core = APIRouter(route_class=Route)
+LOG_LINE, LOG_TIME = "%(levelname)s %(asctime)s [%(filename)s:%(lineno)d] %(message)s", "%m-%d %H:%M:%S"  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +42,19 @@ class Listen:
     ssl_keyfile: str | None = None
     ssl_certfile: str | None = None
     root_path: str = ""
+    log_level: str = "info"  # of uvicorn
+    access_log: bool = True  # a line for each request
+
+
+def show_log() -> None:
+    """Put our lines among vLLM's, or where it has set up none yet (from 0.32 on) in its form."""
+    ours, theirs = logging.getLogger("vllm_cosmos3"), logging.getLogger("vllm")
+    if ours.hasHandlers() or os.environ.get("VLLM_CONFIGURE_LOGGING") == "0":
+        return
+    own = logging.StreamHandler()
+    own.setFormatter(logging.Formatter(LOG_LINE, LOG_TIME))
+    ours.handlers, ours.propagate = theirs.handlers[:] or [own], False
+    ours.setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "INFO").upper())
 
 
 def routers() -> tuple[APIRouter, ...]:
@@ -81,13 +96,15 @@ def serve(app: FastAPI, listen: Listen) -> int:
     Raises:
         Cosmos3Error: the generator ended for good.
     """
+    show_log()
     config = uvicorn.Config(
         app,
         host=listen.host,
         port=listen.port,
         ssl_keyfile=listen.ssl_keyfile,
         ssl_certfile=listen.ssl_certfile,
-        log_level="warning",
+        log_level=listen.log_level,
+        access_log=listen.access_log,
         timeout_graceful_shutdown=5,
         ws_max_size=2 * openpi.MAX_MESSAGE,  # a message that is too large gets an answer
     )

@@ -25,6 +25,9 @@ if TYPE_CHECKING:  # vLLM and the models, which --help should not wait for
     from vllm_cosmos3.server.service import Service
 
 
+LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")  # of uvicorn
+
+
 def web_parser() -> argparse.ArgumentParser:
     """The flags that vLLM has too, for a server without a reasoner."""
     out = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, add_help=False)
@@ -35,6 +38,8 @@ def web_parser() -> argparse.ArgumentParser:
     web.add_argument("--ssl-keyfile", metavar="FILE", help="private key of the certificate")
     web.add_argument("--ssl-certfile", metavar="FILE", help="certificate, for https")
     web.add_argument("--root-path", default="", metavar="PATH", help="path that a proxy strips")
+    web.add_argument("--uvicorn-log-level", default="info", choices=LOG_LEVELS, help="of the web server (default: info)")  # fmt: skip
+    web.add_argument("--disable-uvicorn-access-log", action="store_true", help="no line for each request")  # fmt: skip
     web.add_argument("--revision", help="branch, tag or commit of the repository")
     web.add_argument("--device", help="cuda or cpu (default: what vLLM is built for)")
     add_flags(web, only=SHARED)
@@ -106,6 +111,8 @@ def run(checkpoint: str, host: str | None, port: int, values: Mapping[str, Any],
         ssl_keyfile=args.ssl_keyfile,
         ssl_certfile=args.ssl_certfile,
         root_path=args.root_path,
+        log_level=args.uvicorn_log_level,
+        access_log=not args.disable_uvicorn_access_log,
     )
     _check_certificate(listen)
     _check_storage(options)

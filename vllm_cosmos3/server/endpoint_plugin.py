@@ -22,7 +22,7 @@ from fastapi.responses import JSONResponse, Response
 
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.server import info, metrics, openpi
-from vllm_cosmos3.server.app import routers
+from vllm_cosmos3.server.app import routers, show_log
 from vllm_cosmos3.server.command import announce
 from vllm_cosmos3.server.envelope import Envelope, wrap
 from vllm_cosmos3.server.guardrails import Guardrails
@@ -67,6 +67,7 @@ class GeneratorRoutes:
         """Start the generator beside the engine."""
         if (args.api_server_count or 1) > 1:
             raise InvalidRequest("--api-server-count", args.api_server_count, ONE_PROCESS)
+        show_log()
         config = engine_client.vllm_config
         options = from_mapping(
             {
