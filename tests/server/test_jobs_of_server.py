@@ -118,6 +118,7 @@ def test_a_remix_waits_and_is_made_once(generator_server: Server) -> None:
 
 def test_a_clip_with_a_key_is_made_once(generator_server: Server) -> None:
     """And goes on being made for a client that comes back."""
+    finished(generator_server, create(generator_server, **SMALL))
     idle(generator_server)
     url = f"{generator_server.url}/v1/videos/sync"
     before = sample(generator_server, "cosmos3:requests_completed_total")
@@ -177,10 +178,14 @@ def test_a_deleted_job_stops_within_a_step(generator_server: Server) -> None:
     idle(generator_server)
     job = running(generator_server, create(generator_server, **LONG))
     before = sample(generator_server, "cosmos3:requests_cancelled_total")
+    wasted = sample(generator_server, "cosmos3:cancelled_gpu_seconds_total")
+    start = time.monotonic()
     httpx.delete(f"{generator_server.url}/v1/videos/{job['id']}")
     idle(generator_server)
     assert sample(generator_server, "cosmos3:requests_cancelled_total") == before + 1
     assert job["cosmos3"]["step"] < 200
+    wasted = sample(generator_server, "cosmos3:cancelled_gpu_seconds_total") - wasted
+    assert 0 < wasted < time.monotonic() - start
 
 
 def test_a_client_that_goes_away_stops_its_sync_request(generator_server: Server) -> None:
@@ -314,7 +319,9 @@ def _trickle(server: Server, length: int, *, chunk: int, pause: float) -> tuple[
 
 
 def test_every_metric_family_is_there(generator_server: Server) -> None:
-    finished(generator_server, create(generator_server, **SMALL))
+    timings = finished(generator_server, create(generator_server, **SMALL))["cosmos3"]["timings_s"]
+    phases = {name: seconds for name, seconds in timings.items() if name not in ("per_step", "total")}  # fmt: skip
+    assert 0 < timings["encode"] < sum(phases.values()) <= timings["total"]
     idle(generator_server)
     assert sample(generator_server, "cosmos3:queue_limit") == 8
     assert sample(generator_server, "cosmos3:queue_depth") == 0
@@ -327,7 +334,7 @@ def test_every_metric_family_is_there(generator_server: Server) -> None:
     assert sample(generator_server, "cosmos3:step_seconds_count") > 0
     assert sample(generator_server, "cosmos3:jobs_expired_total") == 0
     page = get(generator_server, "/metrics").text
-    for phase in ("queue", "text", "denoise", "vae_decode", "total"):
+    for phase in ("queue", "text", "denoise", "vae_decode", "encode", "total"):
         assert f'cosmos3:phase_seconds_bucket{{le="3600.0",phase="{phase}"}}' in page
     stored = sample(generator_server, "cosmos3:stored_bytes")
     finished(generator_server, create(generator_server, **SMALL))

@@ -42,7 +42,7 @@ DETAILS = _object(
     step=_field("integer", "denoising steps done", minimum=0),
     num_steps=_field("integer", "denoising steps of the whole"),
     eta_s=_field("number", "until the phase is done [seconds]"),
-    timings_s=_field("object", "of the phases [seconds]: queue, text, vae_encode, denoise, per_step, vae_decode, sound, to_cpu, total"),
+    timings_s=_field("object", "of the phases [seconds]: queue, text, vae_encode, denoise, per_step, vae_decode, sound, to_cpu, encode (what of the files was not written while decoding), total"),
     peak_memory_mb=_field("number", "most memory on a device [MiB]"),
     seed=_field("integer", "of the initial noise"),
     guardrails=_field("object", "what was asked for, the state, and what was checked"),

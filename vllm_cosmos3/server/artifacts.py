@@ -6,6 +6,7 @@ Runs in the workers: frames are encoded where they are made, and only names cros
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,13 @@ class Artifacts:
     output: Output
 
     def save(self, folder: Path) -> list[Path]:
-        """The files of a video or of pictures, and their record."""
+        """The files of a video or of pictures, and their record.
+
+        Its timings have "encode", the seconds that the files took. Of a video that was encoded
+        while it was decoded they are those of its small pictures alone.
+        """
         folder.mkdir(parents=True, exist_ok=True)
+        encode = 0.0
         check = frame_check()
         report: dict[str, Any] = {}
         files: list[Path] = []
@@ -54,6 +60,7 @@ class Artifacts:
                     refusal = {"code": error.code, "message": str(error)}
                     (folder / RECORD).write_text(json.dumps({"error": refusal}))
                     return []
+            start = time.perf_counter()
             if frames.ndim == 3:
                 file = folder / f"{index}.png"
                 media.write_image(file, frames)
@@ -62,9 +69,10 @@ class Artifacts:
                 rate = self.output.sample_rate or 48_000
                 written = sample.clip is not None
                 _write_clip(folder, frames, self.output.fps, sample.sound, rate, written=written)
+            encode += time.perf_counter() - start
             files.append(file)
         record = {
-            "timings": dict(self.output.timings),
+            "timings": {**self.output.timings, "encode": encode},
             "peak_memory": self.output.peak_memory,
             "guardrails": report,
             "warnings": list(self.output.warnings),

@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -74,12 +75,12 @@ def goes_on(
     if sound := asked.fields.get("generate_sound"):
         possible = f"false: the sound would not go on from that of {FIELD}"
         raise InvalidRequest("generate_sound", sound, possible, "unsupported_combination")
-    picture = _last_frame(before, journal)
+    picture = journal.folder(before.id) / LAST
     fields = dict(asked.fields)
     if not fields.keys() & {"size", "width", "height", "action_mode"}:
         fields["size"] = _size(picture)
     fields.setdefault("fps", before.effective["fps"])
-    return replace(asked, fields=fields), {**media, "image": picture}
+    return replace(asked, fields=fields), {**media, "image": _read(picture)}
 
 
 def prepare(job: Job, plan: Plan, before: Job, journal: Journal) -> None:
@@ -92,8 +93,7 @@ def prepare(job: Job, plan: Plan, before: Job, journal: Journal) -> None:
     """
     source, folder = journal.folder(before.id), journal.folder(job.id)
     shape = [stream.shape for stream in plan.streams if stream.name == "vision"][-1]
-    made = f"{SCALE * shape[-1]}x{SCALE * shape[-2]}"
-    wanted = _size(_last_frame(before, journal))
+    made, wanted = f"{SCALE * shape[-1]}x{SCALE * shape[-2]}", _size(source / LAST)
     if made != wanted:
         possible = f"{wanted} or left out: that is the size of the video that it goes on from"
         raise InvalidRequest("size", made, possible, "conflict")
@@ -123,18 +123,14 @@ def _expired() -> ApiError:
     return ApiError("expired", message, param=FIELD)
 
 
-def _last_frame(job: Job, journal: Journal) -> bytes:
-    """The PNG of a video's last frame.
+def _size(picture: Path) -> str:
+    """The size of a last frame; an error if its video was deleted."""
+    with Image.open(io.BytesIO(_read(picture))) as image:
+        return f"{image.width}x{image.height}"
 
-    Raises:
-        ApiError: the video was deleted.
-    """
+
+def _read(picture: Path) -> bytes:
     try:
-        return (journal.folder(job.id) / LAST).read_bytes()
+        return picture.read_bytes()
     except FileNotFoundError:
         raise _expired() from None
-
-
-def _size(picture: bytes) -> str:
-    with Image.open(io.BytesIO(picture)) as image:
-        return f"{image.width}x{image.height}"

@@ -32,6 +32,9 @@ class Metrics:
             "cosmos3:requests_completed", "requests that were served", ["kind"]
         )
         self.cancelled = Counter("cosmos3:requests_cancelled", "requests that were cancelled")
+        self.wasted = Counter(
+            "cosmos3:cancelled_gpu_seconds", "what the ranks went on with after a cancel"
+        )
         self.failed = Counter("cosmos3:requests_failed", "accepted requests that failed", ["code"])
         self.expired = Counter("cosmos3:jobs_expired", "results deleted by age or quota")
         self.frames = Counter("cosmos3:output_frames", "frames made")

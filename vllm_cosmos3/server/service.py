@@ -295,7 +295,7 @@ class Service:
             await end.wait()
             output: Output = job.future.result().output
         except asyncio.CancelledError:
-            job.cancel()
+            self._stop(job)
             self.metrics.cancelled.inc()
             raise
         except Cosmos3Error as error:
@@ -538,11 +538,22 @@ class Service:
     def _settle_deleted(self, name: str) -> None:
         """Cancel a deleted job of this process, or remove what is left of it."""
         with self._lock:
-            job, stage_job = self._own.get(name), self._stage_jobs.get(name)
+            job, stage_job = self._own.get(name), self._stage_jobs.pop(name, None)
         if stage_job is not None:
-            stage_job.cancel()
+            self._stop(stage_job)
         if job is None or job.ended:
             self.journal.purge(name)
+
+    def _stop(self, job: StageJob) -> None:
+        """Cancel what the stage makes, and count what its ranks still do of it: a step or less."""
+        since, ranks = time.monotonic(), self.sizing.engine.parallel.world_size
+
+        def count(_: object) -> None:
+            self.metrics.wasted.inc(ranks * (time.monotonic() - since))
+
+        if job.progress is not None:  # else it waits
+            job.future.add_done_callback(count)
+        job.cancel()
 
     def estimated_wait(self) -> float:
         """Seconds of work before a new request; 0 if nothing is known."""
