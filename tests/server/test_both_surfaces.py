@@ -85,6 +85,7 @@ def test_the_reasoner_writes_the_prompt(server: Server) -> None:
     Draft202012Validator(schema_of("image")).validate(json.loads(written))
     assert answer.json()["data"][0]["revised_prompt"] == written
     assert answer.json()["cosmos3"]["effective"]["prompt"] == written
+    assert answer.json()["cosmos3"]["sources"]["prompt"] == "reasoner"
 
 
 def test_a_prompt_that_takes_too_long_is_given_up(server: Server) -> None:

@@ -342,6 +342,15 @@ def test_row_17_defaults_of_a_video(generator_server: Server) -> None:
     job = create(generator_server, num_inference_steps=1, size="256x256")
     httpx.delete(f"{generator_server.url}{VIDEOS}/{job['id']}")
     assert (job["num_frames"], job["fps"], job["seconds"]) == (189, 24, "7.875")
+    sources = job["cosmos3"]["sources"]
+    assert {name for name, source in sources.items() if source == "request"} == {
+        "prompt", "num_inference_steps", "size", "width", "height"
+    }  # fmt: skip
+    assert {sources[name] for name in ("num_frames", "fps", "guidance_scale", "seed")} == {
+        "default"
+    }
+    assert sources["negative_prompt"] == "checkpoint"
+    assert "sound_duration" not in sources  # nor any other that has no value
 
 
 @pytest.mark.parametrize("cut", [0.3, 0.9])

@@ -61,6 +61,8 @@ def test_health_needs_no_key(guarded_server: Server) -> None:
 def test_allowed_prompts_are_recorded_as_checked(client: httpx.Client) -> None:
     job = post(client, guardrails=True).json()
     assert job["status"] == "completed"
+    assert job["cosmos3"]["sources"]["num_inference_steps"] == "checkpoint"
+    assert job["cosmos3"]["sources"]["image"] == "request"
     assert job["cosmos3"]["guardrails"] == {
         "requested": True, "effective": "active", "text": "pass", "video": "pass", "faces_blurred": 0
     }  # fmt: skip

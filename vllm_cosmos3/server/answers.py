@@ -30,6 +30,7 @@ DETAILS = _object(
     "what OpenAI's object has no place for",
     mode=_field("string", "what the request came to, such as image2video"),
     effective=_field("object", "every field as it was used, defaults included"),
+    sources=_field("object", "of each effective field: request, checkpoint, reasoner, or default (of the mode or the field, or what follows from others)"),
     warnings=_field("array", "what was rounded, cut or has no effect", items={"type": "string"}),
     upsampled_prompt=_field("string", "the prompt that the reasoner wrote"),
     continued_from=_field("string", "the video that this one goes on from"),

@@ -75,6 +75,7 @@ class Job:
     upsampled_prompt: str | None = None
     request: dict[str, Any] = field(default_factory=dict)  # as asked, for a remix
     effective: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)  # of what is effective
     warnings: list[str] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     peak_memory: int = 0

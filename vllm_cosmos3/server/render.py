@@ -51,6 +51,7 @@ def details(job: Job, at: Service) -> dict[str, Any]:
     return {
         "mode": job.effective["mode"],
         "effective": job.effective,
+        "sources": job.sources,
         "warnings": job.warnings,
         "upsampled_prompt": job.upsampled_prompt,
         "continued_from": job.continued_from,

@@ -45,6 +45,7 @@ from vllm_cosmos3.server.metrics import metrics
 from vllm_cosmos3.server.options import Options
 from vllm_cosmos3.server.protocol import Asked
 from vllm_cosmos3.server.sizing import Sizing
+from vllm_cosmos3.server.sources import sources
 from vllm_cosmos3.server.upsampling import EngineReasoner
 from vllm_cosmos3.upsample import question_about
 
@@ -161,6 +162,7 @@ class Service:
         self._check_model(asked.server.get("model"))
         self._check_open()
         deadline = min(deadline, asked.server.get("deadline_seconds", deadline))
+        named = {*asked.fields, *media}
         before = continuing.source_of(asked, self)
         if before is not None:
             asked, media = continuing.goes_on(asked, media, before, self.journal)
@@ -186,6 +188,7 @@ class Service:
                 name: given.get(value, value) if isinstance(value, str) else value
                 for name, value in plan.effective.items()
             },
+            sources=sources(named, plan.effective, self.model, upsampled=upsampled is not None),
             warnings=[*asked.warnings, *plan.warnings],
             guardrails=report,
             upsampled_prompt=None if upsampled is None else upsampled.fields["prompt"],

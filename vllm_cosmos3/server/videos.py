@@ -26,17 +26,11 @@ from vllm_cosmos3.server.render import video_json
 from vllm_cosmos3.server.routing import Route, service
 from vllm_cosmos3.server.schema import remix_request, video_request
 from vllm_cosmos3.server.service import Service
+from vllm_cosmos3.server.sources import SPELLINGS
 
 router = APIRouter(route_class=Route, tags=["Cosmos3 videos"])
 VARIANTS = {"video": (CLIP, "video/mp4"), "thumbnail": (THUMBNAIL, "image/webp"), "spritesheet": (SPRITES, "image/webp")}  # fmt: skip
 INPUTS = {"image": "input_reference", "video": "input_reference"}  # where the two are missing
-# Fields that say the same in different words.
-SPELLINGS = (
-    ({"size"}, {"width", "height"}),
-    ({"num_frames"}, {"seconds"}),
-    ({"prompt"}, {"prompt_token_ids"}),
-    ({"negative_prompt"}, {"negative_prompt_token_ids"}),
-)
 DEADLINE = "deadline_seconds"
 URLS = ("image_url", "video_url", "url")  # of a reference that is an object
 SHOWN = 100  # letters of a name or a URL in messages and records
