@@ -197,12 +197,17 @@ class Service:
         return job
 
     async def _guarded(self, asked: Asked) -> dict[str, Any]:
-        """What the guardrails say of the prompt; an error if they refuse it."""
-        return await asyncio.to_thread(
-            self.guardrails.check,
-            str(asked.fields.get("prompt", "")),
-            requested=asked.server.get("guardrails"),
-        )
+        """What the guardrails say of the texts; an error, of the field as it was sent, if they refuse."""
+        try:
+            return await asyncio.to_thread(
+                self.guardrails.check,
+                asked.fields,
+                self._tokenizer,
+                requested=asked.server.get("guardrails"),
+            )
+        except ApiError as error:
+            error.param = asked.paths.get(error.param or "", error.param)
+            raise
 
     async def _upsampled(
         self, asked: Asked, media: Mapping[str, Any], plan: Plan, deadline: float
@@ -268,7 +273,7 @@ class Service:
         try:
             self._check_open()
             plan = await self._plan(asked, {})
-            await asyncio.to_thread(self.guardrails.check, fields["prompt"], requested=None)
+            await self._guarded(asked)
             work = estimates.work(plan)
             job = await asyncio.to_thread(
                 self.stage.submit,
