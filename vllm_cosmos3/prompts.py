@@ -73,7 +73,7 @@ def positive_text(
     gets the keys duration, fps, resolution and aspect_ratio, in this order behind its own keys,
     or in place where it has them.
     """
-    caption = json_caption(prompt) if style != "plain" else None
+    caption = json_object(prompt) if style != "plain" else None
     if caption is not None:
         return json.dumps(_with_facts(caption, facts))
     if style == "json":
@@ -92,7 +92,7 @@ def action_text(
     happens all the time; ``style`` "plain" makes it a text, whose sentences on length and size
     ``duration`` and ``resolution`` choose. A prompt that is a JSON caption gets its facts alone.
     """
-    caption = json_caption(prompt) if style != "plain" else None
+    caption = json_object(prompt) if style != "plain" else None
     if caption is not None:
         return json.dumps(_with_facts(caption, facts))
     if style == "plain":
@@ -103,15 +103,6 @@ def action_text(
     minutes, seconds = divmod(round(facts.num_frames / facts.fps), 60)
     whole = {"time": f"0:00-{minutes}:{seconds:02d}", "description": text}
     return json.dumps(_with_facts({"cinematography": {"framing": view}, "actions": [whole]}, facts))
-
-
-def json_caption(prompt: str) -> dict[str, Any] | None:
-    """The JSON caption that a prompt is; None where it is another text."""
-    try:
-        value = json.loads(prompt)
-    except (ValueError, RecursionError):  # the latter for absurdly deep nesting
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def following(text: str, hints: Sequence[str]) -> str:
@@ -185,6 +176,15 @@ def default_negative(folder: Path, names: Sequence[str]) -> str:
                 raise CheckpointError(f"{file} cannot be read: {error}") from None
     own = resources.files("vllm_cosmos3").joinpath("data/negative_prompt.json")
     return json.dumps(json.loads(own.read_text()))
+
+
+def json_object(prompt: str) -> dict[str, Any] | None:
+    """The caption that a prompt is; None if it is a text."""
+    try:
+        value = json.loads(prompt)
+    except (ValueError, RecursionError):  # the latter for absurdly deep nesting
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _with_facts(caption: dict[str, Any], facts: Facts) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
 from vllm_cosmos3.media import Pixels
-from vllm_cosmos3.prompts import Tokenizer, json_caption
+from vllm_cosmos3.prompts import Tokenizer, json_object
 from vllm_cosmos3.request import SPECS
 from vllm_cosmos3.server.errors import ApiError
 from vllm_cosmos3.server.options import Options
@@ -162,7 +162,7 @@ def texts(fields: Mapping[str, Any], tokenizer: Tokenizer) -> list[tuple[str, st
     found = []
     for name in names:
         text = fields.get(name) or ""
-        caption = json_caption(text)
+        caption = json_object(text)
         found += [(name, text)] if text else []
         if caption is not None:
             found.append((name, json.dumps(caption, ensure_ascii=False)))

@@ -32,9 +32,10 @@ FORMATS: dict[str, Format] = {"png": "png", "jpeg": "jpeg", "jpg": "jpeg", "webp
 async def generate(request: Request) -> Response:
     """Make pictures from text and answer with them. A client that goes away cancels them."""
     at = service(request)
-    asked = translate(await read_body(request, at.options, ("application/json",)), IMAGE)
+    body = await read_body(request, at.options, ("application/json",))
+    asked = await asyncio.to_thread(translate, body, IMAGE)
     if asked.references:
-        name = next(iter(asked.references))
+        name = next(asked.paths.get(name, name) for name in asked.references)
         possible = "left out: pictures are made from text; POST /v1/videos takes a first frame"
         raise InvalidRequest(name, "given", possible, "unsupported")
     shape = asked.server.get("response_format", "b64_json")

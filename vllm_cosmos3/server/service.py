@@ -152,7 +152,7 @@ class Service:
             raise asked.placed(error) from None
         except Cosmos3Error as error:
             self.metrics.rejected.labels(slug(error)).inc()
-            raise
+            raise asked.placed(error) from None
 
     async def _create(
         self, kind: str, asked: Asked, media: Mapping[str, Any], deadline: float,
@@ -197,17 +197,13 @@ class Service:
         return job
 
     async def _guarded(self, asked: Asked) -> dict[str, Any]:
-        """What the guardrails say of the texts; an error, of the field as it was sent, if they refuse."""
-        try:
-            return await asyncio.to_thread(
-                self.guardrails.check,
-                asked.fields,
-                self._tokenizer,
-                requested=asked.server.get("guardrails"),
-            )
-        except ApiError as error:
-            error.param = asked.paths.get(error.param or "", error.param)
-            raise
+        """What the guardrails say of the texts; an error if they refuse one."""
+        return await asyncio.to_thread(
+            self.guardrails.check,
+            asked.fields,
+            self._tokenizer,
+            requested=asked.server.get("guardrails"),
+        )
 
     async def _upsampled(
         self, asked: Asked, media: Mapping[str, Any], plan: Plan, deadline: float
@@ -336,8 +332,7 @@ class Service:
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name not in self.names:
-            served = " or ".join(self.names)
-            raise ApiError("model_not_found", f"model is {name!r}, must be {served}", param="model")
+            raise InvalidRequest("model", name, " or ".join(self.names), "model_not_found")
 
     def _check_open(self) -> None:
         if self.draining:

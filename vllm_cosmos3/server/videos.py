@@ -175,7 +175,7 @@ async def remix(request: Request, video_id: str) -> Response:
     if "input" in str(source.effective.get("mode")) or source.effective.get("mode") != "text2video":
         possible = "of a video made from text alone; send its input again to POST /v1/videos"
         raise InvalidRequest("id", video_id, possible, "unsupported")
-    asked = translate(body, VIDEO)
+    asked = await asyncio.to_thread(translate, body, VIDEO)
     if "prompt" not in asked.fields:
         raise InvalidRequest("prompt", None, "the new text", "missing_required")
     seed = {"seed": source.effective["seed"]}
@@ -202,7 +202,8 @@ for _path in ("edits", "extensions", "characters"):
 
 
 async def _asked(request: Request) -> Asked:
-    return translate(await read_body(request, service(request).options), VIDEO)
+    body = await read_body(request, service(request).options)
+    return await asyncio.to_thread(translate, body, VIDEO)
 
 
 async def _create(
