@@ -28,7 +28,7 @@ from typing import IO, Literal
 import av
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vllm_cosmos3.errors import InvalidRequest, Unsupported
 
@@ -467,8 +467,16 @@ def _decoding(source: object, field: str, possible: str) -> Iterator[None]:
         ) from None
     except DAMAGED as error:
         raise InvalidRequest(
-            field, _described(source), f"{possible} ({error})", "invalid_media"
+            field, _described(source), f"{possible} ({_reason(error, source)})", "invalid_media"
         ) from error
+
+
+def _reason(error: BaseException, source: object) -> str:
+    """What a decoder says, without the name of the file: a server's is not for its users."""
+    if isinstance(error, UnidentifiedImageError):
+        return "it is of no such format"
+    text = getattr(error, "strerror", None) or str(error)
+    return text.replace(repr(str(source)), "it")
 
 
 def _opened(source: object) -> IO[bytes]:

@@ -117,7 +117,10 @@ def test_jobs_cannot_be_kept(
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--allowed-local-media-path", "/nope"], "allowed_local_media_path is '/nope', must be a folder"),
+        (
+            ["--allowed-local-media-path", "/nope"],
+            "allowed_local_media_path is '/nope', must be a folder",
+        ),
         (["--ssl-keyfile", "key"], "--ssl-certfile is missing, must be given with --ssl-keyfile"),
         (["--ssl-certfile", "none"], "(No such file or directory)"),
         (["--ssl-certfile", __file__], "must be a certificate whose key is in --ssl-keyfile ("),

@@ -385,6 +385,43 @@ def test_row_62_a_short_clip(generator_server: Server, tmp_path: Path) -> None:
     assert "at least 5 frames" in answer.json()["error"]["message"]
 
 
+def test_messages_and_records_name_the_users_files(
+    generator_server: Server, media_folder: Path
+) -> None:
+    """And not where the server keeps them."""
+    url = f"{generator_server.url}{VIDEOS}"
+    bad = data_url(b"no picture" * 50, "image/png")
+    uploads = dict.fromkeys(("input_reference", "depth", "control_reference"), ("my.mp4", b"no clip" * 50))  # fmt: skip
+    (media_folder / "broken.json").write_text("[")
+    path = {
+        "action_mode": "forward_dynamics", "domain_name": "av", "action_path": "broken.json",
+        "input_reference": data_url(png(picture(64, 64)), "image/png"),
+    }  # fmt: skip
+    clips = {"input_reference": ("my.mp4", clip(media_folder / "my.mp4", frames=9).read_bytes())}
+    clips["image_reference"] = ("my.png", png(picture(64, 64)))
+    requests: list[tuple[str, dict[str, Any]]] = [
+        (bad[:20], body(num_frames=13, input_reference=bad)),
+        (bad[:20], body(num_frames=13, video_reference={"video_url": {"url": bad}})),
+        (bad[:20], body(seg={"control": bad})),
+        ("'broken.json'", body(num_frames=None, **path)),
+        ("'my.mp4'", form(num_frames=13) | {"files": clips}),
+    ]
+    for name, upload in uploads.items():
+        fields = {"control_type": "depth"} if name == "control_reference" else {}
+        requests.append(("'my.mp4'", form(num_frames=13, **fields) | {"files": {name: upload}}))
+    for name, request in requests:
+        answer = httpx.post(url, **request, timeout=60)
+        message = answer.json()["error"]["message"]
+        assert answer.status_code == 400, message
+        assert name in message
+        assert "cosmos3-input" not in message
+        assert str(media_folder) not in message
+    send = form(num_inference_steps=1) | {"files": {"input_reference": ("my.png", png(picture(64, 64)))}}  # fmt: skip
+    job = httpx.post(url, **send, timeout=60).json()
+    assert job["cosmos3"]["effective"]["image"] == "my.png"
+    assert "cosmos3-input" not in json.dumps(job)
+
+
 def test_row_65_a_picture_and_a_clip(generator_server: Server, tmp_path: Path) -> None:
     files = [
         ("image_reference", ("a.png", png(picture(64, 64)))),

@@ -16,12 +16,13 @@ from media_files import data_url, picture, png
 from PIL import Image
 from servers import Server
 
-from vllm_cosmos3.media import Pixels, read_video
+from vllm_cosmos3.media import Pixels, read_image, read_video
 from vllm_cosmos3.plan import Plan, StreamPlan
 from vllm_cosmos3.server.artifacts import BEFORE, CLIP, LAST
-from vllm_cosmos3.server.continuing import prepare
+from vllm_cosmos3.server.continuing import goes_on, prepare
 from vllm_cosmos3.server.errors import ApiError
 from vllm_cosmos3.server.jobs import Job, Journal
+from vllm_cosmos3.server.protocol import Asked
 
 pytestmark = pytest.mark.serve
 LONG = {"size": "256x256", "num_frames": 61, "num_inference_steps": 200}
@@ -58,6 +59,7 @@ def test_the_whole_is_the_old_frames_and_the_new_ones(
     fields = {"num_frames": 9, "num_inference_steps": 2, "seed": 2}
     job = create(generator_server, **fields, continue_from=source["id"])
     assert (job["num_frames"], job["cosmos3"]["continued_from"]) == (13, source["id"])
+    assert job["cosmos3"]["effective"]["image"] == f"the last frame of {source['id']}"
     job = finished(generator_server, job)
     assert job["status"] == "completed", job["error"]
     assert (job["num_frames"], job["fps"], job["size"]) == (13, 12, "64x64")
@@ -156,8 +158,7 @@ def test_nothing_is_left_of_a_video_that_cannot_be_copied(
 ) -> None:
     """As it was deleted while the new one was planned, or as there is no room for it."""
     journal = Journal(tmp_path)
-    known = {"fps": 12.0, "num_frames": 5}
-    before, job = (Job(id=name, kind="video", model="m", prompt="", created=0.0, effective=known) for name in "ab")  # fmt: skip
+    before, job = (Job(id=name, kind="video", model="m", prompt="", created=0.0, effective={"fps": 12.0, "num_frames": 5}) for name in "ab")  # fmt: skip
     journal.folder("a").mkdir(parents=True)
     Image.new("RGB", (64, 64)).save(journal.folder("a") / LAST)
     if not room:
@@ -168,6 +169,24 @@ def test_nothing_is_left_of_a_video_that_cannot_be_copied(
     with pytest.raises(error):
         prepare(job, cast("Plan", plan), before, journal)
     assert not journal.folder("b").exists()
+    journal.close()
+
+
+def test_the_last_frame_outlives_its_video(tmp_path: Path) -> None:
+    """From when the request is checked; of a video that is gone by then it says so."""
+    journal = Journal(tmp_path)
+    effective = {"fps": 12.0, "num_frames": 5}
+    before = Job(id="a", kind="video", model="m", prompt="", created=0.0, effective=effective)
+    asked = Asked(fields={"prompt": "a"}, server={}, references={}, warnings=())
+    journal.folder("a").mkdir(parents=True)
+    Image.new("RGB", (96, 64), "red").save(journal.folder("a") / LAST)
+    going_on, media = goes_on(asked, {}, before, journal)
+    journal.purge("a")
+    assert read_image(media["image"])[0, 0].tolist() == [255, 0, 0]
+    assert (going_on.fields["size"], going_on.fields["fps"]) == ("96x64", 12.0)
+    with pytest.raises(ApiError, match="was deleted") as caught:
+        goes_on(asked, {}, before, journal)
+    assert (caught.value.code, caught.value.param) == ("expired", "continue_from")
     journal.close()
 
 

@@ -99,6 +99,71 @@ def test_prefer_wait_answers_at_the_end_or_in_time(generator_server: Server) -> 
     httpx.delete(f"{url}/{answer.json()['id']}")
 
 
+def test_a_remix_waits_and_is_made_once(generator_server: Server) -> None:
+    first = finished(generator_server, create(generator_server, **SMALL))
+    url = f"{generator_server.url}/v1/videos/{first['id']}/remix"
+    headers = {"Prefer": "wait=60", "Idempotency-Key": "a remix"}
+
+    def remix(**fields: Any) -> httpx.Response:
+        return httpx.post(url, json={"prompt": "a train", **fields}, headers=headers, timeout=90)
+
+    answer = remix(seconds=0.25, width=96, height=64)
+    assert answer.headers["preference-applied"] == "wait=60"
+    job = answer.json()
+    assert (job["status"], job["num_frames"], job["size"]) == ("completed", 9, "96x64")
+    assert remix(seconds=0.25, width=96, height=64).json()["id"] == job["id"]
+    other = remix()
+    assert (other.status_code, other.json()["error"]["code"]) == (409, "idempotency_conflict")
+
+
+def test_a_clip_with_a_key_is_made_once(generator_server: Server) -> None:
+    """And goes on being made for a client that comes back."""
+    idle(generator_server)
+    url = f"{generator_server.url}/v1/videos/sync"
+    before = sample(generator_server, "cosmos3:requests_completed_total")
+    body = {"prompt": "a boat", **SMALL, "num_inference_steps": 60, "size": "128x128"}
+    headers = {"Idempotency-Key": "a clip"}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(url, json=body, headers=headers, timeout=0.3)
+    answers = [httpx.post(url, json=body, headers=headers, timeout=90) for _ in range(2)]
+    assert {answer.status_code for answer in answers} == {200}
+    assert answers[0].content == answers[1].content
+    assert sample(generator_server, "cosmos3:requests_completed_total") == before + 1
+    other = httpx.post(url, json=body | {"seed": 7}, headers=headers, timeout=90)
+    assert (other.status_code, other.json()["error"]["code"]) == (409, "idempotency_conflict")
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "code"),
+    [
+        ("videos", {"colour": "red"}, "unknown_parameter"),
+        ("videos", {"fps": 1000}, "invalid_value"),
+        ("videos/sync", {"input_reference": "http://127.0.0.1/a.png"}, "url_not_allowed"),
+        ("videos", {"input_reference": "file:///etc/passwd"}, "path_not_allowed"),
+        ("videos", {"model": "sora-2"}, "model_not_found"),
+        ("images/generations", {"response_format": "url"}, "unsupported"),
+        ("images/generations", {"image": "http://127.0.0.1/a.png"}, "unsupported"),
+    ],
+)
+def test_every_refusal_is_counted_once(
+    path: str, fields: dict[str, Any], code: str, generator_server: Server
+) -> None:
+    def counted() -> dict[str, float]:
+        found = r'^cosmos3:requests_rejected_total{reason="(.*)"} (\S+)$'
+        page = get(generator_server, "/metrics").text
+        return {reason: float(n) for reason, n in re.findall(found, page, re.MULTILINE)}
+
+    before = counted()
+    url = f"{generator_server.url}/v1/{path}"
+    answer = httpx.post(url, json={"prompt": "a boat", **fields}, timeout=60)
+    assert answer.json()["error"]["code"] == code
+    assert httpx.get(f"{generator_server.url}/v1/videos/nope").status_code == 404  # no request
+    after = counted()
+    assert after.keys() - before.keys() <= {code}
+    assert after[code] == before.get(code, 0) + 1
+    assert sum(after.values()) == sum(before.values()) + 1
+
+
 def test_a_deleted_job_stops_within_a_step(generator_server: Server) -> None:
     idle(generator_server)
     job = running(generator_server, create(generator_server, **LONG))

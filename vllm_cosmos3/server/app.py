@@ -18,7 +18,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from vllm_cosmos3.errors import Cosmos3Error
 from vllm_cosmos3.server import images, info, openpi, videos
-from vllm_cosmos3.server.envelope import Envelope
+from vllm_cosmos3.server.envelope import Envelope, wrap
 from vllm_cosmos3.server.errors import ApiError
 from vllm_cosmos3.server.keys import ApiKeys, Keys
 from vllm_cosmos3.server.routing import Route, service
@@ -65,13 +65,13 @@ def make_app(make_service: Callable[[], Service], listen: Listen) -> FastAPI:
     app.state.cosmos3_sessions = openpi.Sessions()
     for router in (*routers(), core):
         app.include_router(router)
-    if listen.origins:
+    if listen.api_keys:
+        app.add_middleware(ApiKeys, keys=listen.api_keys)
+    if listen.origins:  # around the keys: a browser may read why it is refused
         app.add_middleware(
             CORSMiddleware, allow_origins=listen.origins, allow_methods=["*"], allow_headers=["*"]
         )
-    if listen.api_keys:
-        app.add_middleware(ApiKeys, keys=listen.api_keys)
-    app.add_middleware(Envelope, prefixes=("/",))
+    wrap(app, lambda stack: Envelope(stack, ("/",)))
     return app
 
 

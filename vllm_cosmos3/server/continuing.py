@@ -6,11 +6,11 @@ without the frame that both share.
 
 from __future__ import annotations
 
+import io
 import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -61,8 +61,11 @@ def goes_on(
 ) -> tuple[Asked, dict[str, Any]]:
     """The request with the last frame as its first, in the size and at the rate of the video.
 
+    The frame is read at once, as the video may be deleted while the new one is planned.
+
     Raises:
         InvalidRequest: it has another input, or makes sound.
+        ApiError: the video has been deleted.
     """
     for name in ("image", "video"):
         if name in media:
@@ -71,7 +74,7 @@ def goes_on(
     if sound := asked.fields.get("generate_sound"):
         possible = f"false: the sound would not go on from that of {FIELD}"
         raise InvalidRequest("generate_sound", sound, possible, "unsupported_combination")
-    picture = journal.folder(before.id) / LAST
+    picture = _last_frame(before, journal)
     fields = dict(asked.fields)
     if not fields.keys() & {"size", "width", "height", "action_mode"}:
         fields["size"] = _size(picture)
@@ -89,7 +92,8 @@ def prepare(job: Job, plan: Plan, before: Job, journal: Journal) -> None:
     """
     source, folder = journal.folder(before.id), journal.folder(job.id)
     shape = [stream.shape for stream in plan.streams if stream.name == "vision"][-1]
-    made, wanted = f"{SCALE * shape[-1]}x{SCALE * shape[-2]}", _size(source / LAST)
+    made = f"{SCALE * shape[-1]}x{SCALE * shape[-2]}"
+    wanted = _size(_last_frame(before, journal))
     if made != wanted:
         possible = f"{wanted} or left out: that is the size of the video that it goes on from"
         raise InvalidRequest("size", made, possible, "conflict")
@@ -105,7 +109,13 @@ def prepare(job: Job, plan: Plan, before: Job, journal: Journal) -> None:
             raise _expired() from None
         raise
     job.continued_from = before.id
+    job.effective["image"] = shown(before.id)
     job.frames_before = before.frames_before + int(before.effective["num_frames"]) - 1
+
+
+def shown(name: str) -> str:
+    """How messages and records call the first frame of a video that goes on from another."""
+    return f"the last frame of {name}"
 
 
 def _expired() -> ApiError:
@@ -113,13 +123,18 @@ def _expired() -> ApiError:
     return ApiError("expired", message, param=FIELD)
 
 
-def _size(picture: Path) -> str:
-    """The size of the last frame.
+def _last_frame(job: Job, journal: Journal) -> bytes:
+    """The PNG of a video's last frame.
 
     Raises:
-        ApiError: its video was deleted.
+        ApiError: the video was deleted.
     """
-    if not picture.is_file():
-        raise _expired()
-    with Image.open(picture) as image:
+    try:
+        return (journal.folder(job.id) / LAST).read_bytes()
+    except FileNotFoundError:
+        raise _expired() from None
+
+
+def _size(picture: bytes) -> str:
+    with Image.open(io.BytesIO(picture)) as image:
         return f"{image.width}x{image.height}"

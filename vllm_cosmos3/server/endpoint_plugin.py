@@ -24,7 +24,7 @@ from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.server import info, metrics, openpi
 from vllm_cosmos3.server.app import routers
 from vllm_cosmos3.server.command import announce
-from vllm_cosmos3.server.envelope import Envelope
+from vllm_cosmos3.server.envelope import Envelope, wrap
 from vllm_cosmos3.server.guardrails import Guardrails
 from vllm_cosmos3.server.keys import AnyScheme, Keys
 from vllm_cosmos3.server.options import ONE_PROCESS, from_mapping
@@ -59,7 +59,8 @@ class GeneratorRoutes:
         core = {"/health": _health, "/v1/models": _models}
         for path, handler in core.items():
             app.router.add_api_route(path, handler, methods=["GET"], route_class_override=Route)
-        _wrap(app)
+        # Robots' keys are put into vLLM's form in front of it, which knows ``Bearer`` alone.
+        wrap(app, lambda stack: Envelope(AnyScheme(stack), OURS))
         _settle_at_the_end(app)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
@@ -114,15 +115,6 @@ async def _models(request: Request) -> Response:
     for entry in body["data"]:
         entry["cosmos3"] = block
     return JSONResponse(body)
-
-
-def _wrap(app: FastAPI) -> None:
-    """Put our envelope around all middleware, that which vLLM adds after this included.
-
-    Robots' keys are put into vLLM's form in front of it, which knows ``Bearer`` alone.
-    """
-    build = app.build_middleware_stack
-    app.build_middleware_stack = lambda: Envelope(AnyScheme(build()), OURS)  # type: ignore[method-assign]
 
 
 def _settle_at_the_end(app: FastAPI) -> None:

@@ -7,8 +7,10 @@ middleware holds back answers with an error status and gives those that are not 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
+from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.routing import Match
@@ -18,7 +20,19 @@ from vllm_cosmos3.server.errors import ApiError, error_response
 from vllm_cosmos3.server.keys import path_of
 from vllm_cosmos3.server.routing import request_id
 
-KEPT = ("www-authenticate", "retry-after", "allow", "content-range")  # of a replaced answer
+# Headers of a replaced answer that stay, besides those for browsers.
+KEPT = ("www-authenticate", "retry-after", "allow", "content-range", "vary", "x-request-id")
+CROSS_ORIGIN = "access-control-"
+LONGEST = 300  # letters of a reason that another layer gave
+
+
+def wrap(app: FastAPI, layer: Callable[[ASGIApp], ASGIApp]) -> None:
+    """Put a layer around all middleware, that which is added after this included.
+
+    The outermost one of Starlette's is inside too: it answers what fails anywhere.
+    """
+    build = app.build_middleware_stack
+    app.build_middleware_stack = lambda: layer(build())  # type: ignore[method-assign]
 
 
 class Envelope:
@@ -54,12 +68,14 @@ def _answer(scope: Scope, start: Message, body: bytes) -> Response:
     if _is_ours(body):
         response = Response(body, status)
         response.raw_headers = list(start["headers"])
-        return response
-    kept = {name: headers[name] for name in KEPT if name in headers}
-    response = error_response(_error(status, scope, kept), status)
-    response.headers["x-request-id"] = headers.get("x-request-id") or request_id(
-        Headers(scope=scope)
-    )
+    else:
+        kept = {
+            name: value
+            for name, value in headers.items()
+            if name in KEPT or name.startswith(CROSS_ORIGIN)
+        }
+        response = error_response(_error(status, scope, kept, _reason(headers, body)), status)
+    response.headers.setdefault("x-request-id", request_id(Headers(scope=scope)))
     return response
 
 
@@ -70,14 +86,21 @@ def _is_ours(body: bytes) -> bool:
         return False
 
 
-def _error(status: int, scope: Scope, headers: dict[str, Any]) -> ApiError:
+def _reason(headers: Headers, body: bytes) -> str:
+    """What a layer that answers in plain text says, in one line; nothing for other answers."""
+    if not headers.get("content-type", "").startswith("text/plain"):
+        return ""
+    return " ".join(body.decode(errors="replace").split())[:LONGEST]
+
+
+def _error(status: int, scope: Scope, headers: dict[str, Any], reason: str) -> ApiError:
     path = path_of(scope)
     code, message = {
         401: ("authentication", "the Authorization header must be 'Bearer' and a key of this server"),
         404: ("not_found", f"there is no {path} here; /docs lists what there is"),
         413: ("payload_too_large", "the request is larger than this server reads"),
         416: ("range_not_satisfiable", "the range is outside of the file"),
-    }.get(status, ("invalid_value", f"{path} cannot be served like this"))  # fmt: skip
+    }.get(status, ("invalid_value", f"{path} cannot be served like this{reason and ': '}{reason}"))  # fmt: skip
     if status == 401:
         headers = {"WWW-Authenticate": "Bearer", **headers}
     elif status == 405:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -61,6 +62,10 @@ class ApiError(Cosmos3Error):
         self.code, self.param, self.headers = code, param, dict(headers or {})
 
 
+class Failed(ApiError):
+    """A request that was accepted came to nothing: it was not refused."""
+
+
 def slug(error: Cosmos3Error) -> str:
     """The public code of an error."""
     return PUBLIC.get(error.code, error.code)
@@ -96,6 +101,11 @@ def error_response(error: Cosmos3Error, status: int | None = None) -> JSONRespon
     if status == HTTPStatus.TOO_MANY_REQUESTS or status == HTTPStatus.SERVICE_UNAVAILABLE:
         headers = {"Retry-After": "5", **headers}
     return JSONResponse(envelope(error), status, headers)
+
+
+def retry_after(seconds: float) -> str:
+    """The header of that name: whole seconds until it is worth to ask again, an hour at most."""
+    return str(min(max(1, math.ceil(seconds)), 3600))
 
 
 def _kind(status: int) -> str:

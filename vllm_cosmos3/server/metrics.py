@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from vllm_cosmos3.errors import Cosmos3Error
+from vllm_cosmos3.server.errors import slug
+
 BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 1800, 3600)
 STEP_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -23,7 +26,7 @@ class Metrics:
             "cosmos3:peak_memory_bytes", "most memory a request took", multiprocess_mode="max"
         )
         self.rejected = Counter(
-            "cosmos3:requests_rejected", "requests that were refused", ["reason"]
+            "cosmos3:requests_rejected", "requests that were refused, by code", ["reason"]
         )
         self.completed = Counter(
             "cosmos3:requests_completed", "requests that were served", ["kind"]
@@ -36,10 +39,14 @@ class Metrics:
         self.phase = Histogram(
             "cosmos3:phase_seconds", "phases of a request", ["phase"], buckets=BUCKETS
         )
-        for reason in ("queue_full", "invalid", "draining", "loading"):
+        for reason in ("queue_full", "invalid_value", "draining", "loading"):
             self.rejected.labels(reason)
         for code in ("out_of_memory", "worker_lost", "deadline_exceeded", "internal_error"):
             self.failed.labels(code)
+
+    def refused(self, error: Cosmos3Error) -> None:
+        """Count a request that is refused, by the code of its answer."""
+        self.rejected.labels(slug(error)).inc()
 
 
 _made: list[Metrics] = []

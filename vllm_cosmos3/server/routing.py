@@ -13,14 +13,18 @@ from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 
 from vllm_cosmos3.errors import Cosmos3Error
-from vllm_cosmos3.server.errors import ApiError, error_response
+from vllm_cosmos3.server.errors import ApiError, Failed, error_response
+from vllm_cosmos3.server.metrics import metrics
 from vllm_cosmos3.server.service import Service
 
 logger = logging.getLogger(__name__)
 
 
 class Route(APIRoute):
-    """A route whose errors have our envelope in any app, and whose answers have a request id."""
+    """A route whose errors have our envelope in any app, and whose answers have a request id.
+
+    Every request for something to be made that is refused is counted here.
+    """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -29,14 +33,17 @@ class Route(APIRoute):
             try:
                 response: Response = await handle(request)
             except Cosmos3Error as error:
+                if request.method == "POST" and not isinstance(error, Failed):
+                    metrics().refused(error)
                 response = error_response(error)
             except RequestValidationError as error:
                 response = error_response(_of_query(error))
             except ClientDisconnect:
                 response = error_response(ApiError("cancelled", "the client went away"))
             except RecursionError:
-                message = "the body is nested too deeply"
-                response = error_response(ApiError("invalid_value", message))
+                deep = ApiError("invalid_value", "the body is nested too deeply")
+                metrics().refused(deep)
+                response = error_response(deep)
             except Exception as error:
                 logger.error("%s %s", request.method, request.url.path, exc_info=error)
                 response = error_response(

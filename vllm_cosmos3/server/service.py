@@ -10,7 +10,6 @@ import asyncio
 import hashlib
 import json
 import logging
-import math
 import os
 import sqlite3
 import threading
@@ -39,7 +38,7 @@ from vllm_cosmos3.runtime.worker import StageConfig
 from vllm_cosmos3.server import continuing, estimates
 from vllm_cosmos3.server.artifacts import CLIP, RECORD, STAGE
 from vllm_cosmos3.server.controls import joined
-from vllm_cosmos3.server.errors import ApiError, slug
+from vllm_cosmos3.server.errors import ApiError, retry_after, slug
 from vllm_cosmos3.server.guardrails import Guardrails
 from vllm_cosmos3.server.jobs import COMPLETED, FAILED, RUNNING, Job, Journal
 from vllm_cosmos3.server.metrics import metrics
@@ -135,28 +134,31 @@ class Service:
     async def create(
         self, kind: str, asked: Asked, media: Mapping[str, Any], *, deadline: float,
         key: str | None = None, retried: bool = False, remixed_from: str | None = None,
+        given: Mapping[str, str] | None = None,
     ) -> Job:  # fmt: skip
         """Accept a request, or find the job of the same request that was accepted before.
+
+        ``given`` says of the files' paths what the user calls them, who shall not see the paths.
 
         Raises:
             Cosmos3Error: it cannot be served, now or at all; nothing is left of it.
         """
         try:
-            body = await asyncio.to_thread(_digest, kind, asked, media)
+            body = await asyncio.to_thread(_digest, kind, asked, media, remixed_from)
             known = self._known(body, key, retried=retried)
             if known is not None:
                 return known
-            return await self._create(kind, asked, media, deadline, body, key, remixed_from)
+            return await self._create(
+                kind, asked, media, deadline, body, key, remixed_from, given or {}
+            )
         except InvalidRequest as error:
-            self.metrics.rejected.labels("invalid").inc()
-            raise asked.placed(error) from None
-        except Cosmos3Error as error:
-            self.metrics.rejected.labels(slug(error)).inc()
+            raise asked.placed(_named(error, asked, given or {})) from None
+        except ApiError as error:
             raise asked.placed(error) from None
 
     async def _create(
         self, kind: str, asked: Asked, media: Mapping[str, Any], deadline: float,
-        body: str, key: str | None, remixed_from: str | None,
+        body: str, key: str | None, remixed_from: str | None, given: Mapping[str, str],
     ) -> Job:  # fmt: skip
         self._check_model(asked.server.get("model"))
         self._check_open()
@@ -182,7 +184,10 @@ class Service:
             work=estimates.work(plan),
             remixed_from=remixed_from,
             request=dict(asked.fields),
-            effective=dict(plan.effective),
+            effective={
+                name: given.get(value, value) if isinstance(value, str) else value
+                for name, value in plan.effective.items()
+            },
             warnings=[*asked.warnings, *plan.warnings],
             guardrails=report,
             upsampled_prompt=None if upsampled is None else upsampled.fields["prompt"],
@@ -280,8 +285,7 @@ class Service:
             )
             return job, work
         except Cosmos3Error as error:
-            reason = "invalid" if isinstance(error, InvalidRequest) else slug(error)
-            self.metrics.rejected.labels(reason).inc()
+            self.metrics.refused(error)
             if isinstance(error, Busy):
                 raise self.full(str(error)) from None
             raise
@@ -364,7 +368,7 @@ class Service:
         # When the first of those on the ranks is done, a waiting one leaves the queue.
         seconds = min((estimates.left(job, self._pace) for job in running), default=0.0)
         headers = {
-            "Retry-After": str(min(max(1, math.ceil(seconds)), 3600)),
+            "Retry-After": retry_after(seconds),
             "x-queue-depth": str(waiting),
             "x-queue-limit": str(self.options.max_queue),
         }
@@ -489,15 +493,20 @@ class Service:
         Raises:
             ApiError: there is none, or no more.
         """
+        job = self.find(name)
+        if job is None:
+            raise ApiError("not_found", f"there is no video {name!r}", param="id")
+        return job
+
+    def find(self, name: str) -> Job | None:
+        """A job of any process; None if there is none, or no more."""
         job = self._own.get(name)
         if job is not None:
             stage_job = self._stage_jobs.get(name)
             if stage_job is not None and job.started is None:
                 self._look_ahead(job)
         stored = self.journal.get(name)
-        if stored is None:
-            raise ApiError("not_found", f"there is no video {name!r}", param="id")
-        return job or stored
+        return stored and (job or stored)
 
     def _look_ahead(self, job: Job) -> None:
         """Say of a waiting job where it stands and when it will be done."""
@@ -597,11 +606,21 @@ class Service:
         self.metrics.stored.set(self.journal.stored())
 
 
-def _digest(kind: str, asked: Asked, media: Mapping[str, Any]) -> str:
+def _named(error: InvalidRequest, asked: Asked, given: Mapping[str, str]) -> InvalidRequest:
+    """The same error with the user's words for files instead of their paths here."""
+    value, possible = error.value, error.possible
+    if isinstance(value, bytes):  # no field of HTTP is one
+        value = continuing.shown(asked.server[continuing.FIELD])
+    for path, name in given.items():
+        value = name if str(value) == path else value
+        possible = possible.replace(path, name)
+    return InvalidRequest(error.field, value, possible, error.code)
+
+
+def _digest(kind: str, asked: Asked, media: Mapping[str, Any], remixed_from: str | None) -> str:
     """What makes two requests the same."""
-    digest = hashlib.sha256(
-        json.dumps([kind, asked.fields, asked.server], sort_keys=True, default=str).encode()
-    )
+    parts = [kind, asked.fields, asked.server] + ([remixed_from] if remixed_from else [])
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
     for name, source in sorted(media.items()):
         digest.update(name.encode())
         with Path(source).open("rb") as file:

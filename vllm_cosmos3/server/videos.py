@@ -5,22 +5,23 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
-from starlette.background import BackgroundTask
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.server.answers import JOB, PAGE, Cursor, Limit, Order, Variant, answers
 from vllm_cosmos3.server.artifacts import CLIP, SPRITES, THUMBNAIL
 from vllm_cosmos3.server.body import read_body
-from vllm_cosmos3.server.errors import ApiError
-from vllm_cosmos3.server.inputs import local_files, media_files
+from vllm_cosmos3.server.errors import ApiError, Failed, retry_after
+from vllm_cosmos3.server.files import StoredFile
+from vllm_cosmos3.server.inputs import FILE_FIELDS, local_files, media_files
 from vllm_cosmos3.server.jobs import COMPLETED, FAILED, Job
-from vllm_cosmos3.server.protocol import VIDEO, Asked, translate
+from vllm_cosmos3.server.protocol import VIDEO, Asked, is_upload, translate
 from vllm_cosmos3.server.render import video_json
 from vllm_cosmos3.server.routing import Route, service
 from vllm_cosmos3.server.schema import remix_request, video_request
@@ -29,6 +30,16 @@ from vllm_cosmos3.server.service import Service
 router = APIRouter(route_class=Route, tags=["Cosmos3 videos"])
 VARIANTS = {"video": (CLIP, "video/mp4"), "thumbnail": (THUMBNAIL, "image/webp"), "spritesheet": (SPRITES, "image/webp")}  # fmt: skip
 INPUTS = {"image": "input_reference", "video": "input_reference"}  # where the two are missing
+# Fields that say the same in different words.
+SPELLINGS = (
+    ({"size"}, {"width", "height"}),
+    ({"num_frames"}, {"seconds"}),
+    ({"prompt"}, {"prompt_token_ids"}),
+    ({"negative_prompt"}, {"negative_prompt_token_ids"}),
+)
+DEADLINE = "deadline_seconds"
+URLS = ("image_url", "video_url", "url")  # of a reference that is an object
+SHOWN = 100  # letters of a name or a URL in messages and records
 POLL_SECONDS = 0.1  # between looks at a job whose events are streamed
 BEAT_SECONDS = 15.0  # of silence until an empty event keeps proxies from closing the stream
 
@@ -38,30 +49,34 @@ async def create(request: Request) -> Response:
     """Queue a video. ``Prefer: wait=N`` answers when it is done, or after N seconds."""
     at, asked = service(request), await _asked(request)
     job = await _create(at, request, asked, "video", at.options.request_deadline)
-    headers = {}
-    seconds = _preferred_wait(request)
-    if seconds is not None:
-        job = await at.wait(job, seconds)
-        headers["Preference-Applied"] = f"wait={seconds:g}"
-    return JSONResponse(video_json(job, at), headers=headers)
+    return await _accepted(at, request, job)
 
 
 @router.post("/v1/videos/sync", openapi_extra=video_request(), responses=answers(kind="video/mp4"))
 async def sync(request: Request) -> Response:
-    """Make a video and answer with it. A client that goes away cancels it."""
+    """Make a video and answer with it. A client that goes away cancels it.
+
+    With an Idempotency-Key it is made to the end and kept, so that the same request gets the same
+    file later.
+    """
     at, asked = service(request), await _asked(request)
     mode = asked.fields.get("action_mode")
     if mode in ("policy", "inverse_dynamics"):
         possible = "forward_dynamics, as the answer is a video alone; POST /v1/videos keeps actions"
         raise asked.placed(InvalidRequest("action_mode", mode, possible, "unsupported"))
     limit = at.options.sync_deadline
-    deadline = min(limit, asked.server.get("deadline_seconds", limit))
-    if at.estimated_wait() > deadline:
-        message = f"about {at.estimated_wait():.0f} seconds of work wait, longer than {deadline:g}"
-        raise ApiError("estimated_wait_exceeds_deadline", message, param="deadline_seconds")
+    deadline = min(limit, asked.server.get(DEADLINE, limit))
+    wait = at.estimated_wait()
+    if wait > deadline:
+        message = f"about {wait:.0f} seconds of work wait, longer than {deadline:g}"
+        raise ApiError(
+            "estimated_wait_exceeds_deadline",
+            message,
+            param=asked.paths.get(DEADLINE, DEADLINE) if DEADLINE in asked.server else None,
+            headers={"Retry-After": retry_after(wait - deadline)},
+        )
     job = await _create(at, request, asked, "sync", deadline)
     job = await result(at, request, job)
-    folder = at.journal.folder(job.id)
     headers = {
         "X-Model": job.model,
         "X-Inference-Time-S": f"{job.timings['total']:.3f}",
@@ -69,12 +84,17 @@ async def sync(request: Request) -> Response:
         "X-Peak-Memory-MB": f"{job.peak_memory / 2**20:.1f}",
         "X-Seed": str(job.effective["seed"]),
     }
-    gone = BackgroundTask(at.delete, job.id)
-    return FileResponse(folder / CLIP, media_type="video/mp4", headers=headers, background=gone)
+    try:
+        return StoredFile(at.journal.folder(job.id) / CLIP, media_type="video/mp4", headers=headers)
+    except FileNotFoundError:
+        raise Failed("expired", "the video was deleted to make room") from None
+    finally:
+        if job.key is None:
+            at.delete(job.id)
 
 
 async def result(at: Service, request: Request, job: Job) -> Job:
-    """The job when it is done; cancelled if the client goes away.
+    """The job when it is done; cancelled if the client goes away and has no key to come back with.
 
     Raises:
         ApiError: why there is no result.
@@ -82,12 +102,13 @@ async def result(at: Service, request: Request, job: Job) -> Job:
     while not job.ended:
         job = await at.wait(job, 0.2)
         if await request.is_disconnected():
-            at.delete(job.id)
-            raise ApiError("cancelled", "the client went away")
+            if job.key is None:
+                at.delete(job.id)
+            raise Failed("cancelled", "the client went away")
     if job.status == FAILED:
         assert job.error is not None
         at.delete(job.id)
-        raise ApiError(job.error["code"], job.error["message"])
+        raise Failed(job.error["code"], job.error["message"])
     return job
 
 
@@ -107,7 +128,9 @@ async def page(
         raise ApiError(
             "cursor_not_found", f"there is no video {after!r} to go on from", param="after"
         )
-    shown = [video_json(at.get(job.id) if not job.ended else job, at) for job in jobs[: int(limit)]]
+    # One that was deleted since the page was read is left out.
+    found = [job if job.ended else at.find(job.id) for job in jobs[: int(limit)]]
+    shown = [video_json(job, at) for job in found if job is not None]
     return JSONResponse(
         {
             "object": "list",
@@ -150,9 +173,11 @@ async def content(request: Request, video_id: str, variant: Variant = "video") -
         raise ApiError("not_ready", f"the video is {job.status}", headers={"Retry-After": "1"})
     name, kind = VARIANTS[variant]
     file = at.journal.folder(job.id) / name
-    if job.removed or (job.expires or 0) < time.time() or not file.is_file():
-        raise ApiError("expired", "the video was deleted, by its age or to make room")
-    return FileResponse(file, media_type=kind, filename=f"{job.id}{file.suffix}")
+    if not job.removed and (job.expires or 0) >= time.time():
+        with suppress(FileNotFoundError):
+            return StoredFile(file, media_type=kind, filename=f"{job.id}{file.suffix}")
+    at.get(job.id)  # by its owner, which is another answer
+    raise ApiError("expired", "the video was deleted, by its age or to make room")
 
 
 @router.get("/v1/videos/{video_id}/events")
@@ -176,20 +201,13 @@ async def remix(request: Request, video_id: str) -> Response:
         possible = "of a video made from text alone; send its input again to POST /v1/videos"
         raise InvalidRequest("id", video_id, possible, "unsupported")
     asked = await asyncio.to_thread(translate, body, VIDEO)
-    if "prompt" not in asked.fields:
+    if not asked.fields.keys() & {"prompt", "prompt_token_ids"}:
         raise InvalidRequest("prompt", None, "the new text", "missing_required")
-    seed = {"seed": source.effective["seed"]}
-    merged = Asked(
-        fields={**source.request, **seed, **asked.fields},
-        server=asked.server,
-        references=asked.references,
-        warnings=asked.warnings,
-        paths=asked.paths,
-    )
+    asked = replace(asked, fields=remixed(source, asked.fields))
     job = await _create(
-        at, request, merged, "video", at.options.request_deadline, remixed_from=source.id
+        at, request, asked, "video", at.options.request_deadline, remixed_from=source.id
     )
-    return JSONResponse(video_json(job, at))
+    return await _accepted(at, request, job)
 
 
 for _path in ("edits", "extensions", "characters"):
@@ -210,19 +228,58 @@ async def _create(
     at: Service, request: Request, asked: Asked, kind: str, deadline: float,
     remixed_from: str | None = None,
 ) -> Job:  # fmt: skip
-    key = (request.headers.get("idempotency-key") or None) if kind == "video" else None
+    key = request.headers.get("idempotency-key") or None
     retried = kind == "video" and request.headers.get("x-stainless-retry-count", "0") != "0"
-    asked = local_files(asked, at.options)
+    local = local_files(asked, at.options)
+    given = {
+        str(local.fields[name]): str(asked.fields[name])
+        for name in FILE_FIELDS & asked.fields.keys()
+    }
     async with media_files(asked, at.options) as (media, names):
+        for name, file in media.items():
+            given[str(file)] = _called(asked.references[names.get(name, name)])
         return await at.create(
             kind,
-            replace(asked, paths={**INPUTS, **asked.paths, **names}),
+            replace(local, paths={**INPUTS, **asked.paths, **names}),
             media,
             deadline=deadline,
             key=key,
             retried=retried,
             remixed_from=remixed_from,
+            given=given,
         )
+
+
+def _called(reference: Any) -> str:
+    """What the user calls a file: the name of an upload, or the beginning of a URL."""
+    if isinstance(reference, list):
+        return _called(reference[0])
+    if isinstance(reference, Mapping):
+        return _called(next(reference[name] for name in URLS if name in reference))
+    name = reference.filename or "the upload" if is_upload(reference) else str(reference)
+    return name if len(name) <= SHOWN else f"{name[: SHOWN - 3]}..."
+
+
+async def _accepted(at: Service, request: Request, job: Job) -> Response:
+    """The answer with a job: at once, or when the client prefers it."""
+    headers = {}
+    seconds = _preferred_wait(request)
+    if seconds is not None:
+        job = await at.wait(job, seconds)
+        headers["Preference-Applied"] = f"wait={seconds:g}"
+    return JSONResponse(video_json(job, at), headers=headers)
+
+
+def remixed(source: Job, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a video's request with others, which replace the same in other words."""
+    kept = {**source.request, "seed": source.effective["seed"]}
+    for one, other in SPELLINGS:
+        for given, replaced in ((one, other), (other, one)):
+            if fields.keys() & given:
+                kept = {name: value for name, value in kept.items() if name not in replaced}
+    if fields.get("generate_sound") is False:
+        kept.pop("sound_duration", None)
+    return {**kept, **fields}
 
 
 def _preferred_wait(request: Request) -> float | None:

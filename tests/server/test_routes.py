@@ -1,0 +1,299 @@
+"""What the routes answer where a real server is not brought to it every time: races, broken files."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+
+from vllm_cosmos3.runtime.core import Status
+from vllm_cosmos3.server.app import Listen, make_app
+from vllm_cosmos3.server.artifacts import CLIP
+from vllm_cosmos3.server.jobs import COMPLETED, Job, Journal
+from vllm_cosmos3.server.options import Options
+from vllm_cosmos3.server.service import Service
+from vllm_cosmos3.server.videos import remixed
+
+pytestmark = pytest.mark.anyio
+EFFECTIVE = {"mode": "text2video", "num_frames": 5, "fps": 24.0, "output_size": "64x64", "seed": 1}
+CONTENT = bytes(range(256)) * 4000  # several chunks
+
+
+class Stored(Service):
+    """A service that makes nothing: it has the jobs of a journal."""
+
+    def __init__(self, storage: Path) -> None:
+        self.journal = Journal(storage)
+        self.options = Options(storage_path=str(storage))
+        self.names = ("tiny",)
+        self.draining = False
+        self._own: dict[str, Job] = {}
+        self._stage_jobs = {}
+        self._lock = threading.Lock()
+
+    async def start(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        self.journal.close()
+
+    def status(self, timeout: float = 1.0) -> Status:
+        return Status(state="ready")
+
+    def finished(self, name: str) -> Job:
+        """A completed video."""
+        job = Job(id=name, kind="video", model="tiny", prompt="", created=0.0, status=COMPLETED)
+        job.effective, job.expires = EFFECTIVE, time.time() + 60
+        self.journal.folder(name).mkdir(parents=True)
+        (self.journal.folder(name) / CLIP).write_bytes(CONTENT)
+        self.journal.add(job)
+        self.journal.save(job)
+        return job
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def at(tmp_path: Path) -> Iterator[Stored]:
+    made = Stored(tmp_path)
+    yield made
+    made.journal.close()
+
+
+@asynccontextmanager
+async def client(at: Service, **listen: Any) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the app around a service."""
+    app = make_app(lambda: at, Listen(**listen))
+    app.state.cosmos3 = at
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as made:
+        yield made
+
+
+async def test_a_job_deleted_while_the_page_is_read_is_left_out(at: Stored) -> None:
+    class Deleting(Journal):
+        def page(self, **question: Any) -> list[Job] | None:
+            jobs = super().page(**question)
+            self.delete("b")
+            return jobs
+
+    at.finished("a")
+    job = Job(id="b", kind="video", model="tiny", prompt="", created=0.0, effective=EFFECTIVE)
+    at.journal.add(job)
+    at.journal.close()
+    at.journal = Deleting(at.journal.storage)
+    async with client(at) as http:
+        answer = await http.get("/v1/videos")
+    assert answer.status_code == 200
+    assert [job["id"] for job in answer.json()["data"]] == ["a"]
+    assert answer.json()["last_id"] == "a"
+
+
+@pytest.mark.parametrize(("known", "status", "code"), [(True, 410, "expired"), (False, 404, "not_found")])  # fmt: skip
+async def test_a_file_that_goes_before_it_is_opened(
+    known: bool, status: int, code: str, at: Stored
+) -> None:
+    """By its age, or with its job."""
+
+    class Losing(Journal):
+        def folder(self, name: str) -> Path:
+            shutil.rmtree(super().folder(name), ignore_errors=True)
+            if not known:
+                self.delete(name)
+            return super().folder(name)
+
+    at.finished("a")
+    at.journal.close()
+    at.journal = Losing(at.journal.storage)
+    async with client(at) as http:
+        answer = await http.get("/v1/videos/a/content")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+    assert answer.headers["x-request-id"]
+
+
+async def test_a_download_goes_on_when_its_video_is_deleted(at: Stored) -> None:
+    at.finished("a")
+    async with client(at) as http, anyio.create_task_group():
+        sent: list[bytes] = []
+        app: Any = http._transport.app  # type: ignore[attr-defined]
+        scope = http.build_request("GET", "/v1/videos/a/content")
+        head: dict[str, Any] = {}
+
+        async def receive() -> dict[str, Any]:
+            await anyio.sleep_forever()
+            raise AssertionError
+
+        async def send(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                head.update(message)
+                at.delete("a")
+                assert not at.journal.folder("a").exists()
+            else:
+                sent.append(message.get("body", b""))
+
+        await app(
+            {
+                "type": "http", "method": "GET", "path": scope.url.path, "query_string": b"",
+                "headers": [], "root_path": "", "scheme": "http", "server": ("server", 80),
+                "client": ("client", 1), "http_version": "1.1", "asgi": {"spec_version": "2.4"},
+            },
+            receive,
+            send,
+        )  # fmt: skip
+    assert head["status"] == 200
+    assert b"".join(sent) == CONTENT
+
+
+SIZE = len(CONTENT)
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "content_range"),
+    [
+        ("bytes=abc", 200, None),
+        ("bytes=5-2", 200, None),
+        ("bytes=-", 200, None),
+        ("bytes=1-2,x", 200, None),
+        ("items=0-1", 200, None),
+        ("bytes", 200, None),
+        ("bytes=10-19", 206, f"bytes 10-19/{SIZE}"),
+        ("Bytes = 10-19", 206, f"bytes 10-19/{SIZE}"),
+        ("bytes=-500", 206, f"bytes {SIZE - 500}-{SIZE - 1}/{SIZE}"),
+        (f"bytes=-{SIZE + 5}", 206, f"bytes 0-{SIZE - 1}/{SIZE}"),
+        (f"bytes={SIZE - 1}-", 206, f"bytes {SIZE - 1}-{SIZE - 1}/{SIZE}"),
+        (f"bytes=0-1,{SIZE}-", 206, f"bytes 0-1/{SIZE}"),
+        (f"bytes={SIZE}-", 416, f"bytes */{SIZE}"),
+        ("bytes=-0", 416, f"bytes */{SIZE}"),
+        (f"bytes={10**30}-", 416, f"bytes */{SIZE}"),
+    ],
+)
+async def test_ranges(asked: str, status: int, content_range: str | None, at: Stored) -> None:
+    """As RFC 9110, 14.2, has it."""
+    at.finished("a")
+    async with client(at) as http:
+        answer = await http.get("/v1/videos/a/content", headers={"Range": asked})
+    assert (answer.status_code, answer.headers.get("content-range")) == (status, content_range)
+    if status == 200:
+        assert answer.content == CONTENT
+    elif status == 206:
+        first, last = (content_range or "").removeprefix("bytes ").split("/")[0].split("-")
+        assert answer.content == CONTENT[int(first) : int(last) + 1]
+    else:
+        assert answer.json()["error"]["code"] == "range_not_satisfiable"
+        assert answer.headers["x-request-id"]
+
+
+async def test_several_ranges_and_conditions(at: Stored) -> None:
+    at.finished("a")
+    async with client(at) as http:
+        whole = await http.get("/v1/videos/a/content")
+        two = await http.get("/v1/videos/a/content", headers={"Range": "bytes=0-1,-2"})
+        assert two.status_code == 206
+        assert two.headers["content-type"].startswith("multipart/byteranges")
+        for value, status in ((whole.headers["etag"], 206), ('"other"', 200)):
+            headers = {"Range": "bytes=0-1", "If-Range": value}
+            part = await http.get("/v1/videos/a/content", headers=headers)
+            assert part.status_code == status
+
+
+async def test_every_failure_has_our_shape(at: Stored) -> None:
+    """Also of what is outside of our routes, such as a middleware."""
+    at.finished("a")
+    app = make_app(lambda: at, Listen())
+    app.state.cosmos3 = at
+
+    @app.middleware("http")
+    async def broken(request: Any, call_next: Any) -> Any:
+        raise ValueError("of the middleware")
+
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
+        answer = await http.get("/v1/videos", headers={"x-request-id": "mine"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+    assert answer.headers["x-request-id"] == "mine"
+
+
+async def test_a_request_without_a_key_has_an_id(at: Stored) -> None:
+    async with client(at, api_keys=("secret",), origins=("http://a.example",)) as http:
+        answer = await http.get("/v1/videos", headers={"Origin": "http://a.example"})
+    assert answer.status_code == 401
+    assert answer.headers["x-request-id"]
+    assert answer.headers["access-control-allow-origin"] == "http://a.example"
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/nothing", 404), ("PUT", "/v1/videos", 405)])  # fmt: skip
+async def test_a_browser_may_read_errors(method: str, path: str, status: int, at: Stored) -> None:
+    async with client(at, origins=("http://a.example",)) as http:
+        answer = await http.request(method, path, headers={"Origin": "http://a.example"})
+        assert (answer.status_code, answer.json()["error"]["type"]) == (status, "invalid_request_error")  # fmt: skip
+        assert answer.headers["access-control-allow-origin"] == "http://a.example"
+        assert answer.headers["vary"] == "Origin"
+
+
+async def test_a_refused_preflight_says_why(at: Stored) -> None:
+    async with client(at, origins=("http://a.example",)) as http:
+        headers = {"Origin": "http://b.example", "Access-Control-Request-Method": "POST"}
+        answer = await http.options("/v1/videos", headers=headers)
+    assert answer.status_code == 400
+    assert "Disallowed CORS origin" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "seconds"),
+    [
+        ({}, None, 10),
+        ({"deadline_seconds": 20}, "deadline_seconds", 590),
+        ({"extra_params": {"deadline_seconds": 20.5}}, "extra_params.deadline_seconds", 590),
+    ],
+)
+async def test_a_wait_that_is_too_long(
+    fields: dict[str, Any], param: str | None, seconds: int, tmp_path: Path
+) -> None:
+    """The header says when it will not be: the default deadline is 600 seconds."""
+
+    class Busy(Stored):
+        def estimated_wait(self) -> float:
+            return 610.0
+
+    busy = Busy(tmp_path)
+    async with client(busy) as http:
+        answer = await http.post("/v1/videos/sync", json={"prompt": "a boat", **fields})
+    busy.journal.close()
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (503, "estimated_wait_exceeds_deadline")
+    assert (error["param"], int(answer.headers["retry-after"])) == (param, seconds)
+
+
+REQUEST = {"prompt": "a boat", "width": 64, "height": 96, "num_frames": 5, "fps": 12.0}
+
+
+@pytest.mark.parametrize(
+    ("source", "fields", "expected"),
+    [
+        (REQUEST, {"seconds": 2}, REQUEST | {"num_frames": None, "seconds": 2}),
+        (REQUEST, {"size": "64x64"}, REQUEST | {"width": None, "height": None, "size": "64x64"}),
+        (REQUEST, {"width": 96}, REQUEST | {"width": 96}),
+        ({"size": "64x64", "seconds": 2}, {"width": 96, "height": 64, "num_frames": 9}, {"width": 96, "height": 64, "num_frames": 9}),
+        ({"prompt_token_ids": [1], "negative_prompt": "b"}, {"prompt": "a", "negative_prompt_token_ids": [2]}, {"prompt": "a", "negative_prompt_token_ids": [2]}),
+        ({"generate_sound": True, "sound_duration": 1.0}, {"generate_sound": False}, {"generate_sound": False}),
+        ({"generate_sound": True, "sound_duration": 1.0}, {"sound_duration": 2.0}, {"generate_sound": True, "sound_duration": 2.0}),
+    ],
+)  # fmt: skip
+def test_a_remix_replaces_what_it_says_in_other_words(
+    source: dict[str, Any], fields: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    job = Job(id="a", kind="video", model="tiny", prompt="", created=0.0)
+    job.request, job.effective = source, EFFECTIVE
+    wanted = {name: value for name, value in expected.items() if value is not None}
+    assert remixed(job, fields) == wanted | {"seed": 1}
