@@ -55,12 +55,15 @@ def part(name: bytes, value: bytes, more: bytes = b"") -> bytes:
 
 @pytest.mark.parametrize("chunk", [1, 7, 2**16])
 def test_a_form(chunk: int) -> None:
-    data = part(b"prompt", "ein Böot".encode()) + part(b"video", b"\xff\x00", b'; filename="\xff"')
+    data = part(b"prompt", "ein Böot".encode()) + part(
+        b"video", b"\xff\x00", b'; filename="B\xc3\xb6\xff"'
+    )
     fields = read(data + b"--cut--", FORM, chunk)
     assert fields.keys() == {"prompt", "video"}
     assert fields["prompt"] == "ein Böot"
     assert isinstance(fields["video"], UploadFile)
     assert closed(fields["video"]) == 2
+    assert fields["video"].filename == "Bö\ufffd"
     assert read(part(b"a", b"b") + b"--cut--", f"{FORM}; charset=UTF-8") == {"a": "b"}
 
 

@@ -119,11 +119,11 @@ def test_a_moving_picture_is_told_by_its_second_frame(tmp_path: Path) -> None:
     frames = [picture(16, 16, seed) for seed in range(3)]
     file = tmp_path / "moving"
     frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
-    assert _kind("input_reference", file) == "video"
+    assert _kind("input_reference", "a.gif", file) == "video"
     file.write_bytes(file.read_bytes()[:-40])  # the last frame is cut
-    assert _kind("input_reference", file) == "video"
+    assert _kind("input_reference", "a.gif", file) == "video"
     frames[0].save(file, "GIF")
-    assert _kind("input_reference", file) == "image"
+    assert _kind("input_reference", "a.gif", file) == "image"
 
 
 @pytest.mark.parametrize(

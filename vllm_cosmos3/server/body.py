@@ -178,12 +178,13 @@ def _fields(items: list[tuple[str, UploadFile | str]]) -> dict[str, Any]:
     pairs: list[tuple[str, Any]] = []
     for name, value in items:
         text.add(name.encode("latin-1"))
+        shown = _utf8(name, "the name of a field")
         if isinstance(value, UploadFile):
-            pairs.append((_utf8(name, "the name of a field"), value))
+            value.filename = (value.filename or "").encode("latin-1").decode(errors="replace")
+            pairs.append((shown, value))
             continue
         for piece in _pieces(b'"%s"' % value.encode("latin-1")):
             text.add(piece)
-        shown = _utf8(name, "the name of a field")
         pairs.append((shown, FormText(_utf8(value, cut(shown)))))
     return nested(pairs)
 

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, Response
 
 from vllm_cosmos3 import media
 from vllm_cosmos3.errors import InvalidRequest
-from vllm_cosmos3.server.answers import PICTURES, answers
+from vllm_cosmos3.server.answers import PICTURES, answers, refusals
 from vllm_cosmos3.server.body import read_body
 from vllm_cosmos3.server.errors import ApiError
 from vllm_cosmos3.server.protocol import IMAGE, translate
@@ -73,14 +73,24 @@ async def generate(request: Request) -> Response:
     return JSONResponse(answer)
 
 
-@router.post("/v1/images/edits")
+@router.post(
+    "/v1/images/edits",
+    status_code=501,
+    response_class=Response,
+    responses=refusals(501, "Not offered"),
+)
 async def edit(request: Request) -> Response:
     """Not offered: no Cosmos 3 checkpoint edits pictures."""
     message = "pictures cannot be edited; POST /v1/videos with input_reference animates one"
     raise ApiError("not_implemented", message)
 
 
-@router.post("/v1/images/variations")
+@router.post(
+    "/v1/images/variations",
+    status_code=501,
+    response_class=Response,
+    responses=refusals(501, "Not offered"),
+)
 async def vary(request: Request) -> Response:
     """Not offered."""
     message = "there are no variations; POST /v1/images/generations with n and seed makes several"

@@ -35,6 +35,8 @@ from vllm_cosmos3.server.options import Options
 from vllm_cosmos3.server.protocol import Asked
 
 REDIRECTS = 4
+URLS = ("image_url", "video_url", "url")  # of a reference that is an object
+SHOWN = 100  # letters of a name or a URL in messages and records
 FILE_FIELDS = {"action_path", "action_stats_path"}  # of the validator, which opens them by name
 # Mapped, compatible and translated (NAT64) addresses.
 ENDING_IN_IPV4 = [ipaddress.IPv6Network(n) for n in ("::ffff:0:0/96", "::/96", "64:ff9b::/96")]
@@ -63,10 +65,10 @@ async def media_files(
                 continue
             path = asked.paths.get(name, name)
             await _store(path, _only(path, value), file, options)
-            kind = await asyncio.to_thread(_kind, path, file)
+            kind = await asyncio.to_thread(_kind, path, called(value), file)
             if kind in files:
                 raise InvalidRequest(path, "a second one", f"the only {kind}", "unsupported")
-            files[kind], names[kind] = file, path
+            files[kind], names[kind] = file, name
         yield files, names
 
 
@@ -78,13 +80,25 @@ def _only(name: str, value: Any) -> Any:
         return _only(name, value[0])
     if not isinstance(value, Mapping):
         return value
-    for key in ("image_url", "video_url", "url"):
+    for key in URLS:
         if key in value:
             return _only(f"{name}.{key}", value[key])
     if "file_id" in value:
         possible = "left out: upload the file, or give its URL"
         raise InvalidRequest(f"{name}.file_id", value["file_id"], possible, "unsupported")
     raise InvalidRequest(name, list(value), "an object with image_url or video_url", "invalid_type")
+
+
+def called(reference: Any) -> str:
+    """What the user calls a file: the name of an upload, or the beginning of a URL."""
+    if isinstance(reference, list):
+        return called(reference[0])
+    if isinstance(reference, Mapping):
+        return called(next(reference[name] for name in URLS if name in reference))
+    name = (
+        reference.filename or "the upload" if isinstance(reference, UploadFile) else str(reference)
+    )
+    return name if len(name) <= SHOWN else f"{name[: SHOWN - 3]}..."
 
 
 def _as_url(source: Any) -> Any:
@@ -267,7 +281,7 @@ def _refused(name: str, reason: str) -> ApiError:
     return ApiError("url_not_allowed", f"{name} may not be fetched: {reason}", param=name)
 
 
-def _kind(name: str, file: Path) -> str:
+def _kind(name: str, shown: str, file: Path) -> str:
     """Whether a file is a picture or a clip, by what is in it."""
     if file.stat().st_size == 0:
         raise InvalidRequest(name, "empty", "a picture or a video", "invalid_media")
@@ -281,7 +295,7 @@ def _kind(name: str, file: Path) -> str:
     try:
         next(media.frames_of(file, limit=1, field=name))
     except InvalidRequest as error:
-        raise InvalidRequest(name, "unreadable", error.possible, error.code) from None
+        raise InvalidRequest(name, shown, error.possible, error.code) from None
     return "video"
 
 

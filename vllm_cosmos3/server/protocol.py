@@ -15,8 +15,6 @@ from itertools import pairwise
 from typing import Any
 from urllib.parse import parse_qsl
 
-from starlette.datastructures import UploadFile
-
 from vllm_cosmos3.errors import LONGEST, Cosmos3Error, InvalidRequest, brief
 from vllm_cosmos3.hints import HINTS
 from vllm_cosmos3.request import SPECS
@@ -358,8 +356,3 @@ def _typed(value: Any, kind: str) -> Any:
     if kind == "bool":
         return {"true": True, "false": False}.get(text.lower(), str(value))
     return str(value)
-
-
-def is_upload(value: Any) -> bool:
-    """Whether a value of a body is a file."""
-    return isinstance(value, UploadFile)
