@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
+LONGEST = 80  # characters that a message repeats of what was given
+
 
 class Cosmos3Error(Exception):
     """Base of all errors of this package. ``code`` is a stable slug for programs."""
@@ -22,13 +26,33 @@ class InvalidRequest(Cosmos3Error, ValueError):
         self, field: str, value: object, possible: str, code: str = "invalid_value"
     ) -> None:
         self.field, self.value, self.possible, self.code = field, value, possible, code
-        shown = "missing" if value is None else repr(value)
-        if len(shown) > 80:
-            shown = f"{shown[:77]}..."
-        super().__init__(f"{field} is {shown}, must be {possible}")
+        shown = "missing" if value is None else brief(value)
+        super().__init__(f"{cut(field)} is {shown}, must be {possible}")
 
     def __reduce__(self) -> tuple[type[InvalidRequest], tuple[str, object, str, str]]:
         return type(self), (self.field, self.value, self.possible, self.code)
+
+
+def brief(value: object) -> str:
+    """How a message repeats a value."""
+    return cut(repr(_beginning(value)))
+
+
+def cut(text: str) -> str:
+    """How a message repeats a text."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+
+
+def _beginning(value: object) -> object:
+    """As much of a value as is shown: to write a long list out takes seconds."""
+    if isinstance(value, str | bytes):
+        return value[: LONGEST + 1]
+    if type(value) is list or type(value) is tuple:
+        return type(value)(_beginning(item) for item in value[:LONGEST])
+    if type(value) is dict:
+        first = islice(value.items(), LONGEST)
+        return {_beginning(name): _beginning(item) for name, item in first}
+    return value
 
 
 class Unsupported(Cosmos3Error):

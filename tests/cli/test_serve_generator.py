@@ -71,6 +71,9 @@ def test_the_port_is_taken(
         (["--ulysses-degree", "3"], "ulysses_degree is 3, must be 1, 2 or 4"),
         (["--generator-tensor-parallel-size", "8"], "4 key-value heads"),
         (["--cfg-parallel-size", "3"], "cfg_parallel_size is 3, must be an integer from 1 to 2"),
+        (["--guardrail-checker", "nope"], "guardrail_checker is 'nope', must be module:Class"),
+        (["--host", "192.0.2.1"], "--host is '192.0.2.1', must be an address of this machine ("),
+        (["--host", "no.such.invalid"], "--host is 'no.such.invalid', must be an address of"),
         (["--max-queue", "0"], "max_queue is 0, must be an integer from 1 to"),
         (["--checkpoint-kind", "distilled-t2i"], "checkpoint_kind is 'distilled-t2i'"),
         (["--attention-backend", "none"], "attention_backend is 'none', must be auto"),
@@ -114,12 +117,16 @@ def test_jobs_cannot_be_kept(
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (
+            ["--allowed-local-media-path", "/nope"],
+            "allowed_local_media_path is '/nope', must be a folder",
+        ),
         (["--ssl-keyfile", "key"], "--ssl-certfile is missing, must be given with --ssl-keyfile"),
         (["--ssl-certfile", "none"], "(No such file or directory)"),
         (["--ssl-certfile", __file__], "must be a certificate whose key is in --ssl-keyfile ("),
     ],
 )
-def test_a_certificate_that_cannot_be_used(
+def test_flags_that_do_not_suit_the_generator_alone(
     flags: list[str], words: str, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = (str(tiny_checkpoint), "--surface", "generator", "--port", "0", *flags)

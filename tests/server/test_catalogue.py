@@ -158,6 +158,12 @@ ROWS = [
     Row(number=27, status=400, code="invalid_value", param="seed", send=body(seed=-1)),
     Row(number=28, status=400, code="invalid_value", param="seed", send=form(seed=2**70)),
     Row(number=29, status=400, code="invalid_json", param="extra_params", send=form(extra_params="{bad"), says="character 1"),
+    *(Row(number=30, status=400, code="invalid_value", param=head, send=form(**{f"{head}{rest}": 1}), says="sent as JSON text") for head, rest in (("extra_params", "[action][][]"), ("extra_params", "[a][][b]"), ("extra_params", "[][seed]"), ("extra_params", "[[seed]]"))),
+    *(Row(number=30, status=400, code="invalid_type", param="seed", send=form(seed=x)) for x in ("1_000", "\u0661")),
+    Row(number=30, status=400, code="invalid_type", param="fps", send=form(fps="1_6")),
+    Row(number=30, status=400, code="conflict", param="seed", send=raw('{"prompt": "a", "seed": 1, "seed": 2}'), says="given twice"),
+    Row(number=30, status=400, code="conflict", param="extra_params.seed", send=raw('{"extra_params": {"seed": 1, "seed": 1}}')),
+    Row(number=30, status=400, code="conflict", param="extra_params.seed", send=form(extra_params='{"seed": 1, "seed": 2}')),
     Row(number=30, status=400, code="invalid_type", param="extra_params", send=form(extra_params="[1]")),
     Row(number=31, status=400, code="unknown_parameter", param="extra_params.gaurdrails", send=body(extra_params={"gaurdrails": False}), says="guardrails"),
     Row(number=32, status=200, send=form(**{"extra_params[guardrails]": "false"})),
@@ -205,17 +211,21 @@ ROWS = [
     Row(number=56, status=400, code="invalid_type", param="generate_sound", send=form(generate_sound="maybe")),
     Row(number=57, status=400, code="invalid_media", param="input_reference", send=file(b"garbage" * 99, num_frames=13)),
     Row(number=57, status=400, code="invalid_media", param="input_reference", send=file(b"")),
+    Row(number=57, status=400, code="invalid_media", param="input_reference", send=file(b"garbage" * 99)),
+    Row(number=57, status=400, code="invalid_media", param="extra_params.input_reference", send=body(extra_params={"input_reference": "data:image/png;base64,AAAA"})),
     Row(number=58, status=200, send=form(input_reference=PICTURE_URL)),
     Row(number=58, status=200, send=form(**{"input_reference[image_url]": PICTURE_URL})),
     Row(number=58, status=200, send=body(image_reference={"image_url": PICTURE_URL})),
     Row(number=58, status=400, code="invalid_value", param="input_reference", send=form(input_reference="hello")),
+    Row(number=58, status=400, code="invalid_value", param="extra_params.input_reference", send=body(extra_params={"input_reference": "hello"})),
+    Row(number=58, status=400, code="invalid_json", param="image_reference", send=form(image_reference="{bad"), says="image_reference is"),
     Row(number=59, status=413, code="payload_too_large", param="input_reference", send=file(bomb())),
     Row(number=63, status=400, code="invalid_value", param="condition_frame_indexes_vision", send=form(condition_frame_indexes_vision="[-1]")),
     *(Row(number=63, status=400, code="invalid_type", param="condition_frame_indexes_vision", send=body(condition_frame_indexes_vision=x)) for x in ({"a": 1}, "x")),
     Row(number=64, status=400, code="invalid_value", param="condition_video_keep", send=body(condition_video_keep="middle")),
     Row(number=66, status=400, code="unsupported", param="image_reference.file_id", send=body(image_reference={"file_id": "x"})),
     Row(number=66, status=403, code="path_not_allowed", param="image_reference", send=body(image_reference={"image_url": "file:///etc/hostname"})),
-    *(Row(number=67, status=400, code="url_not_allowed", param="input_reference", send=body(input_reference=f"http://{host}/x.png"), says="public") for host in ("127.0.0.1:80", "localhost", "169.254.169.254", "10.0.0.1", "[::1]", "0.0.0.0", "[::ffff:127.0.0.1]")),
+    *(Row(number=67, status=400, code="url_not_allowed", param="input_reference", send=body(input_reference=f"http://{host}/x.png"), says="public") for host in ("127.0.0.1:80", "localhost", "169.254.169.254", "10.0.0.1", "[::1]", "0.0.0.0", "[::ffff:127.0.0.1]", "[64:ff9b::7f00:1]", "[::127.0.0.1]")),
     Row(number=69, status=400, code="missing_required", param="control_type", send=file(CONTROL, "control_reference")),
     Row(number=69, status=400, code="invalid_value", param="control_type", send=file(CONTROL, "control_reference", control_type="lines"), says="edge, blur, depth, seg, wsm"),
     Row(number=69, status=400, code="missing_required", param="control_reference", send=form(control_type="edge")),
@@ -238,6 +248,8 @@ ROWS = [
     Row(number=75, status=400, code="unsupported_combination", param="action_mode", send=body(seg=CONTROL_URL, action_mode="policy")),
     Row(number=75, status=400, code="unsupported_combination", param="input_reference", send=body(seg=CONTROL_URL, input_reference=PICTURE_URL)),
     Row(number=75, status=400, code="unsupported", param="seg", **image(seg=CONTROL_URL)),
+    Row(number=75, status=400, code="unsupported", param="edge", **image(edge=True), says="from text"),
+    Row(number=75, status=400, code="invalid_value", param="num_frames", **image(num_frames=True)),
     Row(number=76, status=400, code="unsupported", param="num_outputs_per_prompt", send=form(num_outputs_per_prompt=2)),
     Row(number=77, status=400, code="invalid_value", param="n", **image(n=11)),
     Row(number=77, status=400, code="invalid_value", param="n", **image(n=0)),
@@ -249,6 +261,8 @@ ROWS = [
     Row(number=83, status=400, code="invalid_json", send=raw('{"prompt": \xff')),
     Row(number=83, status=400, code="invalid_type", send=raw("[1]")),
     Row(number=84, status=404, code="model_not_found", param="model", send=body(model="sora-2"), says="tiny"),
+    Row(number=84, status=404, code="model_not_found", param="extra_params.model", send=body(extra_params={"model": "sora-2"})),
+    Row(number=84, status=404, code="not_found", param="extra_params.continue_from", send=body(extra_params={"continue_from": "nope"})),
     *(Row(number=85, status=400, code="invalid_value", param="limit", method="GET", path=f"{VIDEOS}?limit={x}") for x in (-1, 0, 101, "x")),
     Row(number=86, status=400, code="invalid_value", param="order", method="GET", path=f"{VIDEOS}?order=x"),
     Row(number=87, status=404, code="cursor_not_found", param="after", method="GET", path=f"{VIDEOS}?after=nope"),
@@ -260,6 +274,7 @@ ROWS = [
     Row(number=96, status=501, code="unsupported", path=f"{VIDEOS}/edits", send=form()),
     Row(number=96, status=501, code="unsupported", path="/v1/images/edits", send=form()),
     Row(number=101, status=409, code="guardrails_unavailable", param="guardrails", send=body(guardrails=True)),
+    Row(number=101, status=409, code="guardrails_unavailable", param="extra_params.guardrails", send=body(extra_params={"guardrails": True})),
     Row(number=107, status=405, code="method_not_allowed", method="PUT", path=VIDEOS),
     Row(number=107, status=404, code="not_found", method="GET", path="/v1/nothing"),
 ]  # fmt: skip
@@ -305,8 +320,16 @@ ODD = {
     "half an address": ({"input_reference": "http://[::1"}, "fetch_failed"),
     "half an address of a control": ({"edge": "http://[::1"}, "fetch_failed"),
     "half a path": ({"input_reference": "file://[x/a"}, "invalid_media"),
-    "half a character as a name": ('{"prompt": "a", "\\ud800": 1}', "unknown_parameter"),
-    "half a character inside": ('{"prompt": "a", "extra_params": {"\\ud800": 1}}', "unknown_parameter"),
+    "half a character as a name": ('{"prompt": "a", "\\ud800": 1}', "invalid_value"),
+    "half a character inside": ('{"prompt": "a", "extra_params": {"\\ud800": 1}}', "invalid_value"),
+    "half a character of a control": ('{"prompt": "a", "edge": {"\\ud800": 1}}', "invalid_value"),
+    "half a character of an id": ('{"prompt": "a", "continue_from": "\\ud800"}', "invalid_value"),
+    "half a character in text": ({"extra_params": '{"prompt": "\\ud800"}'}, "invalid_value"),
+    "a long name": ({"x" * 10**6: 1}, "unknown_parameter"),
+    "a long name inside": ({"extra_params": {"x" * 10**6: 1}}, "unknown_parameter"),
+    "a long model": ({"model": "x" * 10**6}, "model_not_found"),
+    "a long list": ({"seed": [1] * 10**6}, "invalid_type"),
+    "long lists": ({"seed": [[[1] * 1000] * 1000]}, "invalid_type"),
 }  # fmt: skip
 
 
@@ -320,6 +343,7 @@ def test_odd_bodies_are_refused(name: str, generator_server: Server) -> None:
     assert 400 <= answer.status_code < 500, answer.text[:300]
     assert answer.json()["error"]["code"] in (code, "invalid_type"), answer.text[:300]
     assert len(answer.json()["error"]["message"]) < 1000
+    assert len(answer.json()["error"]["param"] or "") <= 80
 
 
 def test_odd_forms_queries_and_headers(generator_server: Server) -> None:

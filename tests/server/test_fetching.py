@@ -119,11 +119,11 @@ def test_a_moving_picture_is_told_by_its_second_frame(tmp_path: Path) -> None:
     frames = [picture(16, 16, seed) for seed in range(3)]
     file = tmp_path / "moving"
     frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
-    assert _kind("input_reference", file) == "video"
+    assert _kind("input_reference", "a.gif", file) == "video"
     file.write_bytes(file.read_bytes()[:-40])  # the last frame is cut
-    assert _kind("input_reference", file) == "video"
+    assert _kind("input_reference", "a.gif", file) == "video"
     frames[0].save(file, "GIF")
-    assert _kind("input_reference", file) == "image"
+    assert _kind("input_reference", "a.gif", file) == "image"
 
 
 @pytest.mark.parametrize(
@@ -132,6 +132,8 @@ def test_a_moving_picture_is_told_by_its_second_frame(tmp_path: Path) -> None:
         ("8.8.8.8", True), ("2606:4700::1111", True), ("127.0.0.1", False), ("10.1.2.3", False),
         ("169.254.169.254", False), ("100.64.0.1", False), ("::1", False), ("fe80::1%eth0", False),
         ("::ffff:10.0.0.1", False), ("2002:7f00:1::", False), ("224.0.0.1", False), ("0.0.0.0", False),
+        ("64:ff9b::7f00:1", False), ("64:ff9b::808:808", True), ("::127.0.0.1", False), ("::8.8.8.8", True),
+        ("2001:0:7f00:1::", False),
     ],
 )  # fmt: skip
 def test_which_addresses_are_public(address: str, public: bool) -> None:

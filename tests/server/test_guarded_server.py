@@ -13,6 +13,7 @@ import pytest
 from servers import BIN, Server, run_to_end
 
 from vllm_cosmos3.media import encode_image
+from vllm_cosmos3.prompts import encode, load_tokenizer
 
 pytestmark = pytest.mark.serve
 PICTURE = f"data:image/png;base64,{b64encode(encode_image(np.zeros((64, 64, 3), np.uint8), 'png')).decode()}"
@@ -80,6 +81,20 @@ def test_a_blocked_prompt_is_refused_without_the_word(client: httpx.Client) -> N
     )
     assert "violence" in error["message"]
     assert "forbidden" not in error["message"]
+
+
+def test_token_ids_are_judged_by_their_text(
+    client: httpx.Client, distilled_checkpoint: Path
+) -> None:
+    tokenizer = load_tokenizer(distilled_checkpoint)
+    for prompt, code in (("a forbidden boat", "guardrail_blocked"), ("a boat", None)):
+        ids, _ = encode(prompt, tokenizer, system=None, limit=4096)
+        answer = post(client, prompt=None, extra_params={"prompt_token_ids": ids})
+        if code is None:
+            assert answer.json()["cosmos3"]["guardrails"]["text"] == "pass"
+        else:
+            error = answer.json()["error"]
+            assert (error["code"], error["param"]) == (code, "extra_params.prompt_token_ids")
 
 
 def test_a_checker_that_breaks_lets_nothing_through(client: httpx.Client) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vllm_cosmos3.errors import Cosmos3Error
+from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
+from vllm_cosmos3.prompts import Tokenizer, load_tokenizer
 from vllm_cosmos3.server.errors import ApiError
 from vllm_cosmos3.server.guardrails import CHECKER, Blocked, Guardrails, frame_check
 from vllm_cosmos3.server.options import Options
@@ -58,6 +59,7 @@ class CosmosSafetyChecker:
         )
 '''
 Install = Callable[..., None]
+Judged = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
@@ -74,11 +76,25 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
     return put
 
 
-def judged(guardrails: Guardrails, prompt: str) -> dict[str, Any]:
-    return guardrails.check(prompt, requested=None)
+@pytest.fixture(scope="module")
+def tokenizer(tiny_checkpoint: Path) -> Tokenizer:
+    return load_tokenizer(tiny_checkpoint)
 
 
-def test_prompts_are_judged_by_every_model(install: Install) -> None:
+@pytest.fixture(scope="module")
+def judged(tokenizer: Tokenizer) -> Judged:
+    """What guardrails say of a request's fields, or of a prompt."""
+
+    def judge(
+        guardrails: Guardrails, asked: str | dict[str, Any], *, requested: bool | None = None
+    ) -> dict[str, Any]:
+        fields = {"prompt": asked} if isinstance(asked, str) else asked
+        return guardrails.check(fields, tokenizer, requested=requested)
+
+    return judge
+
+
+def test_prompts_are_judged_by_every_model(install: Install, judged: Judged) -> None:
     install(PACKAGE.replace("MODELS", "[]"))
     guardrails = Guardrails(Options())
     assert guardrails.state == "active"
@@ -91,11 +107,52 @@ def test_prompts_are_judged_by_every_model(install: Install) -> None:
         assert caught.value.code == "guardrail_blocked"
 
 
-def test_a_model_that_fails_lets_nothing_through(install: Install) -> None:
+def test_a_model_that_fails_lets_nothing_through(install: Install, judged: Judged) -> None:
     install(PACKAGE.replace("MODELS", "[]"))
     with pytest.raises(ApiError) as caught:
         judged(Guardrails(Options()), "an odd boat")
     assert caught.value.code == "guardrail_error"
+
+
+def ids(tokenizer: Tokenizer, *parts: str) -> list[int]:
+    """Texts in their chat frame with a token of the frame between them."""
+    frame = tokenizer.apply_chat_template(
+        [{"role": "user", "content": tokenizer.decode([tokenizer.eos_token_id], skip_special_tokens=False).join(parts)}],
+        tokenize=True, add_generation_prompt=True, return_dict=True,
+    )  # fmt: skip
+    return list(frame["input_ids"])
+
+
+def test_every_text_that_the_model_follows_is_judged(
+    install: Install, judged: Judged, tokenizer: Tokenizer
+) -> None:
+    install(PACKAGE.replace("MODELS", "[]"))
+    guardrails = Guardrails(Options())
+    gun = r"\u0067un"  # as JSON may write it
+    for name, value in {
+        "prompt": f'{{"subjects": ["a {gun}"]}}',
+        "view_description": "there is a gun",
+        "prompt_token_ids": ids(tokenizer, "a gun"),
+        "negative_prompt": "a gun",
+        "negative_prompt_token_ids": ids(tokenizer, "a gun"),
+    }.items():
+        fields = {"prompt": "a boat", "guidance_scale": 0.5, name: value}
+        with pytest.raises(ApiError, match=f"the {name} was blocked") as caught:
+            judged(guardrails, fields)
+        assert (caught.value.code, caught.value.param) == ("guardrail_blocked", name)
+    with pytest.raises(ApiError, match="prompt_token_ids was blocked"):
+        judged(guardrails, {"prompt_token_ids": ids(tokenizer, "a g", "un")})
+    avoided = {"prompt_token_ids": ids(tokenizer, "a boat"), "negative_prompt": "a gun"}
+    assert judged(guardrails, avoided)["text"] == "pass"
+
+
+def test_tokens_without_a_text_are_refused(
+    install: Install, judged: Judged, tokenizer: Tokenizer
+) -> None:
+    install(PACKAGE.replace("MODELS", "[]"))
+    with pytest.raises(InvalidRequest, match="prompt_token_ids is 901, must be ids") as caught:
+        judged(Guardrails(Options()), {"prompt_token_ids": [5, len(tokenizer)]})
+    assert caught.value.code == "unsupported"
 
 
 @pytest.mark.parametrize("shape", [(16, 16, 3), (5, 16, 16, 3)])
@@ -131,7 +188,7 @@ def test_frames_that_are_judged_can_be_refused(install: Install) -> None:
     ],
 )  # fmt: skip
 def test_without_models_it_is_unavailable_and_says_why(
-    text: str, cause: str, install: Install
+    text: str, cause: str, install: Install, judged: Judged
 ) -> None:
     install(text)
     guardrails = Guardrails(Options())
@@ -139,14 +196,14 @@ def test_without_models_it_is_unavailable_and_says_why(
     assert cause in guardrails.reason
     assert judged(guardrails, "a gun") == {"requested": None, "effective": "unavailable"}
     with pytest.raises(ApiError, match=r"guardrails are unavailable on this server: .*:Cosmos"):
-        guardrails.check("a boat", requested=True)
+        judged(guardrails, "a boat", requested=True)
     with pytest.raises(Cosmos3Error, match="--guardrails required, but") as caught:
         Guardrails(Options(guardrails="required"))
     assert "\n" not in str(caught.value)
     assert frame_check() is None
 
 
-def test_off_is_off_even_where_they_are_installed(install: Install) -> None:
+def test_off_is_off_even_where_they_are_installed(install: Install, judged: Judged) -> None:
     install(PACKAGE.replace("MODELS", "[]"))
     guardrails = Guardrails(Options(guardrails="off"))
     assert (guardrails.state, guardrails.reason) == (
@@ -154,7 +211,7 @@ def test_off_is_off_even_where_they_are_installed(install: Install) -> None:
         "the operator chose --guardrails off",
     )
     assert judged(guardrails, "a gun") == {"requested": None, "effective": "disabled"}
-    assert guardrails.check("a gun", requested=False)["effective"] == "disabled"
+    assert judged(guardrails, "a gun", requested=False)["effective"] == "disabled"
     with pytest.raises(ApiError, match="guardrails are disabled on this server: the operator"):
-        guardrails.check("a boat", requested=True)
+        judged(guardrails, "a boat", requested=True)
     assert frame_check() is None

@@ -288,6 +288,13 @@ def test_a_silent_upload_is_given_up(generator_server: Server) -> None:
     assert b"request_timeout" in answer
 
 
+def test_a_trickling_upload_is_given_up(generator_server: Server) -> None:
+    sent, answer = _trickle(generator_server, 2**20, chunk=10, pause=0.2)
+    assert b" 408 " in answer
+    assert b"request_timeout" in answer
+    assert sent < 1000
+
+
 def _trickle(server: Server, length: int, *, chunk: int, pause: float) -> tuple[int, bytes]:
     """Send a chunked multipart body until the server answers; bytes sent, and its answer."""
     url = httpx.URL(server.url)

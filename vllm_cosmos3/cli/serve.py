@@ -7,6 +7,7 @@ Flags that it does not know go to vLLM unchanged.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import shlex
@@ -248,6 +249,10 @@ def _check_port_is_free(host: str | None, port: int) -> None:
             probe.bind((host or "", port))
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or str(error)
+            absent = isinstance(error, OSError) and error.errno == errno.EADDRNOTAVAIL
+            if absent or isinstance(error, socket.gaierror):
+                possible = f"an address of this machine ({reason.lower()})"
+                raise InvalidRequest("--host", host, possible) from None
             raise InvalidRequest("--port", port, f"a free port ({reason.lower()})") from None
 
 

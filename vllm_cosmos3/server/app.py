@@ -19,6 +19,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from vllm_cosmos3.errors import Cosmos3Error
 from vllm_cosmos3.server import images, info, openpi, videos
+from vllm_cosmos3.server.answers import MODEL, MODELS, TEXT, ModelName, answers
 from vllm_cosmos3.server.envelope import Envelope, wrap
 from vllm_cosmos3.server.errors import ApiError
 from vllm_cosmos3.server.keys import ApiKeys, Keys
@@ -141,14 +142,14 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
-@core.get("/v1/models")
+@core.get("/v1/models", responses=answers(MODELS))
 async def models(request: Request) -> Response:
     """The served models with what they can do."""
     return JSONResponse(info.models(service(request)))
 
 
-@core.get("/v1/models/{name:path}")
-async def model(request: Request, name: str) -> Response:
+@core.get("/v1/models/{name:path}", responses=answers(MODEL))
+async def model(request: Request, name: ModelName) -> Response:
     """One of the served models."""
     for entry in info.models(service(request))["data"]:
         if entry["id"] == name:
@@ -174,7 +175,9 @@ async def version() -> Response:
     return JSONResponse({"version": __version__})
 
 
-@core.get("/metrics")
+@core.get(
+    "/metrics", response_class=Response, responses=answers(TEXT, CONTENT_TYPE_LATEST.split(";")[0])
+)
 async def metrics() -> Response:
     """Prometheus families."""
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)

@@ -13,6 +13,8 @@ from typing import Any
 
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.hints import HINTS, PRESET_OF
+from vllm_cosmos3.server import jsontext
+from vllm_cosmos3.server.errors import ApiError
 
 PAIR = ("control_reference", "control_type")  # one upload and which hint it shows
 SOURCES = ("control", "control_path")
@@ -71,15 +73,17 @@ def joined(fields: Mapping[str, Any], media: Mapping[str, Path]) -> dict[str, An
 
 
 def json_object(path: str, text: str) -> Any:
-    """What the text of a form says in JSON. InvalidRequest where it is not that."""
+    """What the text of a form says in JSON. An error of this path where it is not that."""
     try:
-        return json.loads(text)
+        return jsontext.read(text, path)
+    except jsontext.Misread as error:
+        raise ApiError(error.code, str(error), param=error.path) from None
     except json.JSONDecodeError as error:
         where = f"JSON; it ends to be so at character {error.pos}: {error.msg}"
         raise InvalidRequest(path, text, where, "invalid_json") from None
     except (ValueError, RecursionError):  # thousands of digits or brackets
         possible = "JSON of ordinary numbers and depth"
-        raise InvalidRequest(path, text[:80], possible, "invalid_json") from None
+        raise InvalidRequest(path, text, possible, "invalid_json") from None
 
 
 def _typed(key: str, part: Any) -> Any:
@@ -90,7 +94,14 @@ def _typed(key: str, part: Any) -> Any:
         return str(part)
     if key == "control_weight":
         try:
-            return float(part)
+            return number(part, float)
         except ValueError:
             return str(part)
     return part
+
+
+def number(text: str, kind: type[int] | type[float]) -> int | float:
+    """The number that a text is. Python reads more than other programs write, such as 1_000."""
+    if not text.isascii() or "_" in text:
+        raise ValueError(text)
+    return kind(text)

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
-from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
+from vllm_cosmos3.errors import LONGEST, Cosmos3Error, InvalidRequest
 
 STATUS = {  # every slug that is not a 400
     "authentication": 401,
@@ -79,7 +79,9 @@ def error_body(code: str, message: str, param: str | None = None) -> dict[str, A
     """The envelope that every error has, in the shape that OpenAI's clients read."""
     shown = "unsupported" if code == "not_implemented" else code
     kind = _kind(status_of(code))
-    return {"error": {"message": message, "type": kind, "param": param, "code": shown}}
+    named = None if param is None else param[:LONGEST]
+    texts = [text and text.encode(errors="backslashreplace").decode() for text in (message, named)]
+    return {"error": {"message": texts[0], "type": kind, "param": texts[1], "code": shown}}
 
 
 def envelope(error: Cosmos3Error) -> dict[str, Any]:

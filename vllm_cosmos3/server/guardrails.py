@@ -1,21 +1,25 @@
 """Guardrails in three honest states: active, disabled by the operator, or unavailable.
 
 A checker is a class that this server did not write; the adapter for the ``cosmos-guardrail``
-package is one. What a checker cannot decide counts as refused. Not checked: the negative prompt,
-reference media, sound.
+package is one. What a checker cannot decide counts as refused. Checked is every text that the model
+follows, `texts` has them. Not checked: a negative prompt that the model moves away from, reference
+media, sound.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
 from vllm_cosmos3.media import Pixels
+from vllm_cosmos3.prompts import Tokenizer, json_object
+from vllm_cosmos3.request import SPECS
 from vllm_cosmos3.server.errors import ApiError
 from vllm_cosmos3.server.options import Options
 
@@ -105,10 +109,13 @@ class Guardrails:
         self.state, self.reason = "active", ""
         os.environ[CHECKER] = options.guardrail_checker
 
-    def check(self, prompt: str, *, requested: bool | None) -> dict[str, Any]:
-        """Judge a prompt; what the job records.
+    def check(
+        self, fields: Mapping[str, Any], tokenizer: Tokenizer, *, requested: bool | None
+    ) -> dict[str, Any]:
+        """Judge the texts of a request's fields; what the job records.
 
         Raises:
+            InvalidRequest: one of them is of tokens without a text.
             ApiError: blocked, unavailable though requested, locked by the operator, or broken.
         """
         record = {"requested": requested, "effective": self.state}
@@ -120,17 +127,59 @@ class Guardrails:
         if requested is False:
             message = "guardrails cannot be switched off on this server"
             raise ApiError("permission_denied", message, param="guardrails")
+        for name, text in texts(fields, tokenizer):
+            category = self._category(self._checker, text)
+            if category is not None:
+                message = f"the {name} was blocked by the guardrails ({category})"
+                raise ApiError("guardrail_blocked", message, param=name)
+        return {**record, "text": "pass"}
+
+    def _category(self, checker: Checker, text: str) -> str | None:
         try:
-            category = self._checker.check_text(prompt)
+            return checker.check_text(text)
         except Exception as error:  # noqa: BLE001 - another package's; without a verdict nothing runs
             logger.error("the text guardrail failed: %s", error)
             raise ApiError(
                 "guardrail_error", "the text guardrail failed, so nothing was made"
             ) from None
-        if category is not None:
-            message = f"the prompt was blocked by the guardrails ({category})"
-            raise ApiError("guardrail_blocked", message, param="prompt")
-        return {**record, "text": "pass"}
+
+
+def texts(fields: Mapping[str, Any], tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    """Every text of a request that the model follows, with the field that it came in.
+
+    A JSON caption is read as the model reads it too, without the escapes it was written with; token
+    ids are decoded. With ``guidance_scale`` below 1 the model moves towards the negative prompt.
+
+    Raises:
+        InvalidRequest: a token has no text.
+    """
+    names = ["prompt", "view_description"]
+    ids = ["prompt_token_ids"]
+    scale = fields.get("guidance_scale")
+    if scale is not None and scale < 1:
+        names.append("negative_prompt")
+        ids.append("negative_prompt_token_ids")
+    found = []
+    for name in names:
+        text = fields.get(name) or ""
+        caption = json_object(text)
+        found += [(name, text)] if text else []
+        if caption is not None:
+            found.append((name, json.dumps(caption, ensure_ascii=False)))
+    return found + [
+        (name, _decoded(name, fields[name], tokenizer))
+        for name in ids
+        if fields.get(name) is not None
+    ]
+
+
+def _decoded(name: str, value: Any, tokenizer: Tokenizer) -> str:
+    """The text of token ids. Tokens of the chat frame have none, and hide nothing between others."""
+    ids = SPECS[name].checked(name, value)
+    if max(ids) >= len(tokenizer):
+        possible = f"ids below {len(tokenizer)}, as the guardrails can read no others"
+        raise InvalidRequest(name, max(ids), possible, "unsupported")
+    return tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
 class Blocked(Cosmos3Error):
@@ -148,8 +197,6 @@ class CheckFailed(Cosmos3Error):
 def load(name: str) -> Checker:
     """The checker "module:Class", made."""
     module, _, attribute = name.partition(":")
-    if not attribute:
-        raise InvalidRequest("guardrail_checker", name, "module:Class")
     checker: Checker = getattr(importlib.import_module(module), attribute)()
     return checker
 

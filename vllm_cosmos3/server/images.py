@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, Response
 
 from vllm_cosmos3 import media
 from vllm_cosmos3.errors import InvalidRequest
-from vllm_cosmos3.server.answers import PICTURES, answers
+from vllm_cosmos3.server.answers import PICTURES, answers, refusals
 from vllm_cosmos3.server.body import read_body
 from vllm_cosmos3.server.errors import ApiError
 from vllm_cosmos3.server.protocol import IMAGE, translate
@@ -32,9 +32,10 @@ FORMATS: dict[str, Format] = {"png": "png", "jpeg": "jpeg", "jpg": "jpeg", "webp
 async def generate(request: Request) -> Response:
     """Make pictures from text and answer with them. A client that goes away cancels them."""
     at = service(request)
-    asked = translate(await read_body(request, at.options, ("application/json",)), IMAGE)
+    body = await read_body(request, at.options, ("application/json",))
+    asked = await asyncio.to_thread(translate, body, IMAGE)
     if asked.references:
-        name = next(iter(asked.references))
+        name = next(asked.paths.get(name, name) for name in asked.references)
         possible = "left out: pictures are made from text; POST /v1/videos takes a first frame"
         raise InvalidRequest(name, "given", possible, "unsupported")
     shape = asked.server.get("response_format", "b64_json")
@@ -72,14 +73,24 @@ async def generate(request: Request) -> Response:
     return JSONResponse(answer)
 
 
-@router.post("/v1/images/edits")
+@router.post(
+    "/v1/images/edits",
+    status_code=501,
+    response_class=Response,
+    responses=refusals(501, "Not offered"),
+)
 async def edit(request: Request) -> Response:
     """Not offered: no Cosmos 3 checkpoint edits pictures."""
     message = "pictures cannot be edited; POST /v1/videos with input_reference animates one"
     raise ApiError("not_implemented", message)
 
 
-@router.post("/v1/images/variations")
+@router.post(
+    "/v1/images/variations",
+    status_code=501,
+    response_class=Response,
+    responses=refusals(501, "Not offered"),
+)
 async def vary(request: Request) -> Response:
     """Not offered."""
     message = "there are no variations; POST /v1/images/generations with n and seed makes several"

@@ -14,6 +14,7 @@ from vllm_cosmos3.defaults import DEFAULTS
 from vllm_cosmos3.embodiments import EMBODIMENTS
 from vllm_cosmos3.hints import CONTROL_GUIDANCE
 from vllm_cosmos3.kinds import ACTION_MODES, MODES
+from vllm_cosmos3.server.answers import MODELS, answers
 from vllm_cosmos3.server.errors import error_body
 from vllm_cosmos3.server.routing import Route, service
 from vllm_cosmos3.server.service import Service
@@ -23,7 +24,7 @@ router = APIRouter(route_class=Route, tags=["Cosmos3 server"])
 STARTED = 0  # models have no date of their own
 
 
-@router.get("/v1/cosmos3/models")
+@router.get("/v1/cosmos3/models", responses=answers(MODELS))
 async def capabilities(request: Request) -> Response:
     """The served models with what they can do."""
     return JSONResponse(models(service(request)))

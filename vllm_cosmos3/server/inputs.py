@@ -26,6 +26,7 @@ from PIL import Image
 from starlette.datastructures import UploadFile
 from yarl import URL
 
+from vllm_cosmos3 import media
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.hints import HINTS
 from vllm_cosmos3.media import IMAGE_FORMATS
@@ -34,7 +35,11 @@ from vllm_cosmos3.server.options import Options
 from vllm_cosmos3.server.protocol import Asked
 
 REDIRECTS = 4
+URLS = ("image_url", "video_url", "url")  # of a reference that is an object
+SHOWN = 100  # letters of a name or a URL in messages and records
 FILE_FIELDS = {"action_path", "action_stats_path"}  # of the validator, which opens them by name
+# Mapped, compatible and translated (NAT64) addresses.
+ENDING_IN_IPV4 = [ipaddress.IPv6Network(n) for n in ("::ffff:0:0/96", "::/96", "64:ff9b::/96")]
 SCHEMES = "an uploaded file, or a URL of http, https, data or (where allowed) file"
 
 
@@ -53,16 +58,16 @@ async def media_files(
         names: dict[str, str] = {}
         for index, (name, value) in enumerate(asked.references.items()):
             file = Path(folder) / str(index)
-            source = _only(name, value)
             if name in HINTS:  # a clip, whatever is in it
                 path = asked.paths.get(f"{name}.control", f"{name}.control")
-                await _store(path, _as_url(source), file, options)
+                await _store(path, _as_url(_only(path, value)), file, options)
                 files[name] = file
                 continue
-            await _store(name, source, file, options)
-            kind = await asyncio.to_thread(_kind, name, file)
+            path = asked.paths.get(name, name)
+            await _store(path, _only(path, value), file, options)
+            kind = await asyncio.to_thread(_kind, path, called(value), file)
             if kind in files:
-                raise InvalidRequest(name, "a second one", f"the only {kind}", "unsupported")
+                raise InvalidRequest(path, "a second one", f"the only {kind}", "unsupported")
             files[kind], names[kind] = file, name
         yield files, names
 
@@ -75,13 +80,25 @@ def _only(name: str, value: Any) -> Any:
         return _only(name, value[0])
     if not isinstance(value, Mapping):
         return value
-    for key in ("image_url", "video_url", "url"):
+    for key in URLS:
         if key in value:
             return _only(f"{name}.{key}", value[key])
     if "file_id" in value:
         possible = "left out: upload the file, or give its URL"
         raise InvalidRequest(f"{name}.file_id", value["file_id"], possible, "unsupported")
     raise InvalidRequest(name, list(value), "an object with image_url or video_url", "invalid_type")
+
+
+def called(reference: Any) -> str:
+    """What the user calls a file: the name of an upload, or the beginning of a URL."""
+    if isinstance(reference, list):
+        return called(reference[0])
+    if isinstance(reference, Mapping):
+        return called(next(reference[name] for name in URLS if name in reference))
+    name = (
+        reference.filename or "the upload" if isinstance(reference, UploadFile) else str(reference)
+    )
+    return name if len(name) <= SHOWN else f"{name[: SHOWN - 3]}..."
 
 
 def _as_url(source: Any) -> Any:
@@ -227,8 +244,17 @@ class _Resolver(aiohttp.ThreadedResolver):
 def is_public(address: str) -> bool:
     """Whether an IP address is one of the internet, also when written inside an IPv6 address."""
     ip = ipaddress.ip_address(address.split("%")[0])
-    inner = getattr(ip, "ipv4_mapped", None) or getattr(ip, "sixtofour", None)
-    return ip.is_global and not ip.is_multicast and (inner is None or inner.is_global)
+    addresses = [ip, *(_inside(ip) if ip.version == 6 else ())]
+    return all(each.is_global and not each.is_multicast for each in addresses)
+
+
+def _inside(ip: ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
+    """The IPv4 addresses that packets to ``ip`` may reach instead."""
+    of_tunnels = [ip.sixtofour, *(ip.teredo or ())]
+    found = [each for each in of_tunnels if each is not None]
+    if any(ip in network for network in ENDING_IN_IPV4):
+        found.append(ipaddress.IPv4Address(int(ip) & 0xFFFF_FFFF))
+    return found
 
 
 def _check_host(name: str, url: str, options: Options) -> None:
@@ -255,7 +281,7 @@ def _refused(name: str, reason: str) -> ApiError:
     return ApiError("url_not_allowed", f"{name} may not be fetched: {reason}", param=name)
 
 
-def _kind(name: str, file: Path) -> str:
+def _kind(name: str, shown: str, file: Path) -> str:
     """Whether a file is a picture or a clip, by what is in it."""
     if file.stat().st_size == 0:
         raise InvalidRequest(name, "empty", "a picture or a video", "invalid_media")
@@ -265,7 +291,12 @@ def _kind(name: str, file: Path) -> str:
     except Image.DecompressionBombError:
         return "image"  # which the validator refuses with the limit
     except (OSError, ValueError, SyntaxError):
-        return "video"
+        pass
+    try:
+        next(media.frames_of(file, limit=1, field=name))
+    except InvalidRequest as error:
+        raise InvalidRequest(name, shown, error.possible, error.code) from None
+    return "video"
 
 
 def _moves(image: Image.Image) -> bool:

@@ -24,6 +24,7 @@ from fastapi.responses import Response
 from vllm_cosmos3 import droid
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
 from vllm_cosmos3.server import msgpack
+from vllm_cosmos3.server.answers import refusals
 from vllm_cosmos3.server.errors import ApiError, envelope
 from vllm_cosmos3.server.info import health_of
 from vllm_cosmos3.server.keys import API_KEY, BEARER, refused
@@ -55,7 +56,12 @@ async def openpi(socket: WebSocket) -> None:
     await _serve(socket, ARRAY)
 
 
-@router.get(PATH, status_code=426, response_description="Upgrade Required")
+@router.get(
+    PATH,
+    status_code=426,
+    response_class=Response,
+    responses=refusals(426, "Upgrade Required"),
+)
 async def upgrade(request: Request) -> Response:
     """The policy of a robot, over a WebSocket: connect to ws:// with this path, or to /.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import re
 import tempfile
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
@@ -236,6 +237,11 @@ class Options:
             object.__setattr__(self, item.name, value)
         if not self.storage_path:
             object.__setattr__(self, "storage_path", f"{tempfile.gettempdir()}/cosmos3-storage")
+        path, checker = self.allowed_local_media_path, self.guardrail_checker
+        if path and not Path(path).is_dir():
+            raise InvalidRequest("allowed_local_media_path", path, "a folder")
+        if not re.fullmatch(r"\w+(\.\w+)*:\w+", checker):
+            raise InvalidRequest("guardrail_checker", checker, "module:Class")
 
     @property
     def storage(self) -> Path:

@@ -15,12 +15,10 @@ from itertools import pairwise
 from typing import Any
 from urllib.parse import parse_qsl
 
-from starlette.datastructures import UploadFile
-
-from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.errors import LONGEST, Cosmos3Error, InvalidRequest, brief
 from vllm_cosmos3.hints import HINTS
 from vllm_cosmos3.request import SPECS
-from vllm_cosmos3.server import controls
+from vllm_cosmos3.server import controls, jsontext
 from vllm_cosmos3.server.errors import ApiError
 from vllm_cosmos3.spec import Spec
 
@@ -118,8 +116,12 @@ class Asked:
     warnings: tuple[str, ...]
     paths: Mapping[str, str] = field(default_factory=dict)
 
-    def placed(self, error: InvalidRequest) -> InvalidRequest:
+    def placed(self, error: Cosmos3Error) -> Cosmos3Error:
         """The same error, of the field as the user wrote it."""
+        if isinstance(error, ApiError) and error.param is not None:
+            error.param = self.paths.get(error.param, error.param)
+        if not isinstance(error, InvalidRequest):
+            return error
         head, dot, part = error.field.partition(".")
         path = self.paths.get(error.field, self.paths.get(head, head) + dot + part)
         return InvalidRequest(path, error.value, error.possible, error.code)
@@ -129,16 +131,19 @@ def parse_json(data: bytes) -> dict[str, Any]:
     """The object of a JSON body.
 
     Raises:
-        ApiError: it is not JSON, with the offset, or not an object.
+        ApiError: it is not JSON, with the offset, or not an object, or says something twice.
     """
     try:
-        value = json.loads(data)
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ApiError("invalid_json", f"the body is not UTF-8 at byte {error.start}") from None
+    try:
+        value = jsontext.read(text)
+    except jsontext.Misread as error:
+        raise ApiError(error.code, str(error), param=error.path or None) from None
     except json.JSONDecodeError as error:
-        raise ApiError(
-            "invalid_json", f"the body is not JSON at byte {error.pos}: {error.msg}"
-        ) from None
+        at = len(text[: error.pos].encode())
+        raise ApiError("invalid_json", f"the body is not JSON at byte {at}: {error.msg}") from None
     except RecursionError:
         raise ApiError("invalid_json", "the body is nested too deeply") from None
     except ValueError as error:  # an integer of thousands of digits
@@ -161,13 +166,22 @@ def parse_urlencoded(data: bytes) -> dict[str, Any]:
 
 
 def nested(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Form fields with bracket names as nested objects and lists: ``a[b]=1``, ``a[]=1``."""
+    """Form fields with bracket names as nested objects and lists: ``a[b]=1``, ``a[]=1``.
+
+    Raises:
+        ApiError: a list in a list or an object in a list, which such names cannot keep apart; a
+            field that is given twice or contradicts another one.
+    """
     out: dict[str, Any] = {}
-    for name, value in pairs:
-        head, _, rest = name.partition("[")
+    for full, value in pairs:
+        head, _, rest = full.partition("[")
+        name = jsontext.shown(full)
         keys = [head, *(key.removesuffix("]") for key in rest.split("["))] if rest else [head]
         if len(keys) > DEEPEST:
-            raise ApiError("invalid_value", f"{name[:80]} is nested too deeply", param=head)
+            raise ApiError("invalid_value", f"{name} is nested too deeply", param=head)
+        if "" in keys[1:-1]:
+            problem = f"{name} is a list with more inside than values, must be sent as JSON text"
+            raise ApiError("invalid_value", f"{problem} in {jsontext.shown(head)}", param=head)
         target: Any = out
         for key, following in pairwise(keys):
             target = target.setdefault(key, [] if following == "" else {})
@@ -196,10 +210,13 @@ def translate(body: Mapping[str, Any], wanted: str) -> Asked:
     pair: dict[str, tuple[str, Any]] = {}
     for path, given, value in _flat(body):
         name = ALIASES.get(given, given)
-        if name in REFERENCES and (value := _text_or_json(value)) is not None:
+        if name in REFERENCES and (value := _text_or_json(path, value)) is not None:
             _put(references, name, value, path, paths)
         elif name in HINTS:
             parts, place, clip = controls.split(path, name, value)
+            if wanted == IMAGE and parts is not False:
+                possible = "left out: pictures are made from text; POST /v1/videos follows controls"
+                raise InvalidRequest(path, "given", possible, "unsupported")
             _put(fields, name, parts, path, paths)
             if clip is not None:
                 references[name], paths[f"{name}.control"] = clip, place
@@ -258,7 +275,7 @@ def _flat(body: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
 
 def _put(out: dict[str, Any], name: str, value: Any, path: str, paths: dict[str, str]) -> None:
     if name in out and out[name] != value:
-        possible = f"left out, or the same as {paths[name]}={out[name]!r}"
+        possible = f"left out, or the same as {paths[name]}={brief(out[name])}"
         raise InvalidRequest(path, value, possible, "conflict")
     out[name] = value
     paths.setdefault(name, path)
@@ -287,7 +304,7 @@ def _settle_count(fields: dict[str, Any], wanted: str, paths: Mapping[str, str])
     """One frame makes an image, several a video; one video per request."""
     frames = fields.get("num_frames")
     if wanted == IMAGE:
-        if frames not in (None, 1):
+        if frames is not None and (frames != 1 or not isinstance(frames, int) or frames is True):
             possible = "1 or left out; POST /v1/videos makes videos"
             raise InvalidRequest(paths["num_frames"], frames, possible)
         fields["num_frames"] = 1
@@ -302,16 +319,18 @@ def _settle_count(fields: dict[str, Any], wanted: str, paths: Mapping[str, str])
 
 
 def _hint(name: str) -> str:
+    if len(name) > LONGEST:
+        return "left out: there is no such field"
     known = [*(SPECS.keys() - HIDDEN), *SERVER_FIELDS, *ALIASES, *REFERENCES, *NESTED]
     known += controls.PAIR
     near = difflib.get_close_matches(name, known, n=1)
     return f"left out; did you mean {near[0]}?" if near else "left out: there is no such field"
 
 
-def _text_or_json(value: Any) -> Any:
+def _text_or_json(path: str, value: Any) -> Any:
     """A reference is a file, a URL, or an object, which forms carry as JSON."""
     if isinstance(value, str) and value.lstrip().startswith("{"):
-        return controls.json_object("reference", value)
+        return controls.json_object(path, value)
     return value
 
 
@@ -324,21 +343,16 @@ def _typed(value: Any, kind: str) -> Any:
     text = value.strip()
     try:
         if kind == "int":
-            return int(text)
+            return controls.number(text, int)
         if kind == "float":
-            return float(text)
+            return controls.number(text, float)
         if kind in ("ints", "pair", "numbers", "rows"):
             if text.startswith("["):
                 return json.loads(text)
-            number = int if kind == "ints" else float
-            return [number(part) for part in text.split(",")]
+            one = int if kind == "ints" else float
+            return [controls.number(part, one) for part in text.split(",")]
     except (ValueError, RecursionError):
         return str(value)
     if kind == "bool":
         return {"true": True, "false": False}.get(text.lower(), str(value))
     return str(value)
-
-
-def is_upload(value: Any) -> bool:
-    """Whether a value of a body is a file."""
-    return isinstance(value, UploadFile)

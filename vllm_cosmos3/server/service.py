@@ -154,6 +154,8 @@ class Service:
             )
         except InvalidRequest as error:
             raise asked.placed(_named(error, asked, given or {})) from None
+        except ApiError as error:
+            raise asked.placed(error) from None
 
     async def _create(
         self, kind: str, asked: Asked, media: Mapping[str, Any], deadline: float,
@@ -203,10 +205,11 @@ class Service:
         return job
 
     async def _guarded(self, asked: Asked) -> dict[str, Any]:
-        """What the guardrails say of the prompt; an error if they refuse it."""
+        """What the guardrails say of the texts; an error if they refuse one."""
         return await asyncio.to_thread(
             self.guardrails.check,
-            str(asked.fields.get("prompt", "")),
+            asked.fields,
+            self._tokenizer,
             requested=asked.server.get("guardrails"),
         )
 
@@ -274,7 +277,7 @@ class Service:
         try:
             self._check_open()
             plan = await self._plan(asked, {})
-            await asyncio.to_thread(self.guardrails.check, fields["prompt"], requested=None)
+            await self._guarded(asked)
             work = estimates.work(plan)
             job = await asyncio.to_thread(
                 self.stage.submit,
@@ -336,8 +339,7 @@ class Service:
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name not in self.names:
-            served = " or ".join(self.names)
-            raise ApiError("model_not_found", f"model is {name!r}, must be {served}", param="model")
+            raise InvalidRequest("model", name, " or ".join(self.names), "model_not_found")
 
     def _check_open(self) -> None:
         if self.draining:

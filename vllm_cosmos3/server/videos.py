@@ -14,17 +14,31 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from vllm_cosmos3.errors import InvalidRequest
-from vllm_cosmos3.server.answers import JOB, PAGE, Cursor, Limit, Order, Variant, answers
+from vllm_cosmos3.server.answers import (
+    BYTES,
+    DELETED,
+    JOB,
+    LIMIT,
+    PAGE,
+    TEXT,
+    Cursor,
+    Limit,
+    Order,
+    Variant,
+    VideoId,
+    answers,
+    refusals,
+)
 from vllm_cosmos3.server.artifacts import CLIP, SPRITES, THUMBNAIL
 from vllm_cosmos3.server.body import read_body
 from vllm_cosmos3.server.errors import ApiError, Failed, retry_after
 from vllm_cosmos3.server.files import StoredFile
-from vllm_cosmos3.server.inputs import FILE_FIELDS, local_files, media_files
+from vllm_cosmos3.server.inputs import FILE_FIELDS, called, local_files, media_files
 from vllm_cosmos3.server.jobs import COMPLETED, FAILED, Job
-from vllm_cosmos3.server.protocol import VIDEO, Asked, is_upload, translate
+from vllm_cosmos3.server.protocol import VIDEO, Asked, translate
 from vllm_cosmos3.server.render import video_json
 from vllm_cosmos3.server.routing import Route, service
-from vllm_cosmos3.server.schema import remix_request, video_request
+from vllm_cosmos3.server.schema import KEY, PREFER, remix_request, video_request
 from vllm_cosmos3.server.service import Service
 from vllm_cosmos3.server.sources import SPELLINGS
 
@@ -32,13 +46,11 @@ router = APIRouter(route_class=Route, tags=["Cosmos3 videos"])
 VARIANTS = {"video": (CLIP, "video/mp4"), "thumbnail": (THUMBNAIL, "image/webp"), "spritesheet": (SPRITES, "image/webp")}  # fmt: skip
 INPUTS = {"image": "input_reference", "video": "input_reference"}  # where the two are missing
 DEADLINE = "deadline_seconds"
-URLS = ("image_url", "video_url", "url")  # of a reference that is an object
-SHOWN = 100  # letters of a name or a URL in messages and records
 POLL_SECONDS = 0.1  # between looks at a job whose events are streamed
 BEAT_SECONDS = 15.0  # of silence until an empty event keeps proxies from closing the stream
 
 
-@router.post("/v1/videos", openapi_extra=video_request(), responses=answers(JOB))
+@router.post("/v1/videos", openapi_extra=video_request(KEY, PREFER), responses=answers(JOB))
 async def create(request: Request) -> Response:
     """Queue a video. ``Prefer: wait=N`` answers when it is done, or after N seconds."""
     at, asked = service(request), await _asked(request)
@@ -46,7 +58,12 @@ async def create(request: Request) -> Response:
     return await _accepted(at, request, job)
 
 
-@router.post("/v1/videos/sync", openapi_extra=video_request(), responses=answers(kind="video/mp4"))
+@router.post(
+    "/v1/videos/sync",
+    openapi_extra=video_request(KEY),
+    response_class=Response,
+    responses=answers(BYTES, "video/mp4"),
+)
 async def sync(request: Request) -> Response:
     """Make a video and answer with it. A client that goes away cancels it.
 
@@ -106,7 +123,7 @@ async def result(at: Service, request: Request, job: Job) -> Job:
     return job
 
 
-@router.get("/v1/videos", responses=answers(PAGE))
+@router.get("/v1/videos", openapi_extra={"parameters": [LIMIT]}, responses=answers(PAGE))
 async def page(
     request: Request, after: Cursor = None, limit: Limit = "20", order: Order = "desc"
 ) -> Response:
@@ -137,7 +154,7 @@ async def page(
 
 
 @router.get("/v1/videos/{video_id}", responses=answers(JOB))
-async def retrieve(request: Request, video_id: str) -> Response:
+async def retrieve(request: Request, video_id: VideoId) -> Response:
     """A job as it is. A failed one is an ordinary answer, with its error in it."""
     at = service(request)
     job = at.get(video_id)
@@ -145,15 +162,19 @@ async def retrieve(request: Request, video_id: str) -> Response:
     return JSONResponse(video_json(job, at), headers=headers)
 
 
-@router.delete("/v1/videos/{video_id}")
-async def delete(request: Request, video_id: str) -> Response:
+@router.delete("/v1/videos/{video_id}", responses=answers(DELETED))
+async def delete(request: Request, video_id: VideoId) -> Response:
     """Delete a video; if it is not done, stop making it."""
     service(request).delete(video_id)
     return JSONResponse({"id": video_id, "deleted": True, "object": "video.deleted"})
 
 
-@router.get("/v1/videos/{video_id}/content", responses=answers(kind="video/mp4"))
-async def content(request: Request, video_id: str, variant: Variant = "video") -> Response:
+@router.get(
+    "/v1/videos/{video_id}/content",
+    response_class=Response,
+    responses=answers(BYTES, "video/mp4", "image/webp"),
+)
+async def content(request: Request, video_id: VideoId, variant: Variant = "video") -> Response:
     """The MP4, or a WebP of its first frame or of sixteen frames. Ranges are served."""
     at = service(request)
     job = at.get(video_id)
@@ -174,8 +195,12 @@ async def content(request: Request, video_id: str, variant: Variant = "video") -
     raise ApiError("expired", "the video was deleted, by its age or to make room")
 
 
-@router.get("/v1/videos/{video_id}/events")
-async def events(request: Request, video_id: str) -> Response:
+@router.get(
+    "/v1/videos/{video_id}/events",
+    response_class=Response,
+    responses=answers(TEXT, "text/event-stream"),
+)
+async def events(request: Request, video_id: VideoId) -> Response:
     """Server-sent events: ``progress`` with the job whenever it has advanced, then its end."""
     at = service(request)
     job = at.get(video_id)
@@ -185,8 +210,10 @@ async def events(request: Request, video_id: str) -> Response:
     )
 
 
-@router.post("/v1/videos/{video_id}/remix", openapi_extra=remix_request(), responses=answers(JOB))
-async def remix(request: Request, video_id: str) -> Response:
+@router.post(
+    "/v1/videos/{video_id}/remix", openapi_extra=remix_request(KEY, PREFER), responses=answers(JOB)
+)
+async def remix(request: Request, video_id: VideoId) -> Response:
     """The same request with another prompt, and the same seed unless another is given."""
     at = service(request)
     source = at.get(video_id)
@@ -194,7 +221,7 @@ async def remix(request: Request, video_id: str) -> Response:
     if "input" in str(source.effective.get("mode")) or source.effective.get("mode") != "text2video":
         possible = "of a video made from text alone; send its input again to POST /v1/videos"
         raise InvalidRequest("id", video_id, possible, "unsupported")
-    asked = translate(body, VIDEO)
+    asked = await asyncio.to_thread(translate, body, VIDEO)
     if not asked.fields.keys() & {"prompt", "prompt_token_ids"}:
         raise InvalidRequest("prompt", None, "the new text", "missing_required")
     asked = replace(asked, fields=remixed(source, asked.fields))
@@ -206,15 +233,21 @@ async def remix(request: Request, video_id: str) -> Response:
 
 for _path in ("edits", "extensions", "characters"):
 
-    @router.post(f"/v1/videos/{_path}")
-    async def _absent(request: Request) -> Response:
+    @router.post(
+        f"/v1/videos/{_path}",
+        status_code=501,
+        response_class=Response,
+        responses=refusals(501, "Not offered"),
+    )
+    async def absent(request: Request) -> Response:
         """Not offered."""
         message = "this is not offered; POST /v1/videos with input_reference continues a clip"
         raise ApiError("not_implemented", message)
 
 
 async def _asked(request: Request) -> Asked:
-    return translate(await read_body(request, service(request).options), VIDEO)
+    body = await read_body(request, service(request).options)
+    return await asyncio.to_thread(translate, body, VIDEO)
 
 
 async def _create(
@@ -230,10 +263,11 @@ async def _create(
     }
     async with media_files(asked, at.options) as (media, names):
         for name, file in media.items():
-            given[str(file)] = _called(asked.references[names.get(name, name)])
+            given[str(file)] = called(asked.references[names.get(name, name)])
+        places = {role: asked.paths.get(name, name) for role, name in names.items()}
         return await at.create(
             kind,
-            replace(local, paths={**INPUTS, **asked.paths, **names}),
+            replace(local, paths={**INPUTS, **asked.paths, **places}),
             media,
             deadline=deadline,
             key=key,
@@ -241,16 +275,6 @@ async def _create(
             remixed_from=remixed_from,
             given=given,
         )
-
-
-def _called(reference: Any) -> str:
-    """What the user calls a file: the name of an upload, or the beginning of a URL."""
-    if isinstance(reference, list):
-        return _called(reference[0])
-    if isinstance(reference, Mapping):
-        return _called(next(reference[name] for name in URLS if name in reference))
-    name = reference.filename or "the upload" if is_upload(reference) else str(reference)
-    return name if len(name) <= SHOWN else f"{name[: SHOWN - 3]}..."
 
 
 async def _accepted(at: Service, request: Request, job: Job) -> Response:
