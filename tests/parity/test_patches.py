@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
@@ -191,6 +191,22 @@ CLIPS: dict[str, dict[str, Any]] = {
     "MPEG-4 in AVI": {"codec": "mpeg4", "container": "avi", "frames": 40, "fps": 10},
     "MJPEG": {"codec": "mjpeg", "container": "avi", "pixels": "yuvj420p", "frames": 20, "fps": 10},
 }
+CONTAINERS: dict[str, dict[str, Any]] = {
+    "MP4": {},
+    "MOV": {"container": "mov"},
+    "fragments": {"movflags": "frag_keyframe+empty_moov", "g": "12"},
+    "HEVC": {"codec": "libx265", "x265-params": "log-level=none"},
+    "Matroska": {"container": "matroska"},
+    "WebM": {"codec": "libvpx-vp9", "container": "webm"},
+    "AVI": {"codec": "mpeg4", "container": "avi"},
+    "GIF": {"codec": "gif", "container": "gif", "pixels": "rgb8"},
+    "Flash": {"container": "flv"},
+}
+LOST: dict[str, Container[int]] = {
+    "one frame": (31,),
+    "every seventh": range(3, 75, 7),
+    "a pause": range(30, 62),
+}
 SAMPLING: list[dict[str, Any]] = [
     {},
     {"fps": 1.0, "do_sample_frames": True},
@@ -204,6 +220,21 @@ SAMPLING: list[dict[str, Any]] = [
 @pytest.mark.parametrize("name", CLIPS)
 def test_clips(process: Process, name: str, options: dict[str, Any]) -> None:
     assert_same(process, "video", [data_url(encoded(**CLIPS[name]), "video/mp4")], **options)
+
+
+@pytest.mark.parametrize("lost", LOST)
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_clips_with_gaps(process: Process, name: str, lost: str) -> None:
+    data = encoded(**CONTAINERS[name], frames=75, fps=25, without=LOST[lost])
+    url = data_url(data, "video/mp4")
+    for options in ({}, {"fps": 4.0, "do_sample_frames": True}):
+        assert_same(process, "video", [url], **options)
+
+
+def test_frames_in_the_order_they_are_shown(process: Process) -> None:
+    data = encoded(container="avi", frames=40, bf="2")  # H.264; nothing in it says the order
+    for options in ({}, {"fps": 4.0, "do_sample_frames": True}):
+        assert_same(process, "video", [data_url(data, "video/x-msvideo")], **options)
 
 
 @pytest.mark.parametrize(
