@@ -164,3 +164,11 @@ def test_mistakes_on_the_command_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("vllm-cosmos3 upsample: ")
     assert message in line
+
+
+def test_limits_in_the_help_are_whole_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["upsample", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 to 1000000 (default" in said
+    assert "e+0" not in said

@@ -14,7 +14,8 @@ from media_files import clip, encoded, picture, png
 from vllm.multimodal.video import Qwen3VLVideoBackend
 
 from vllm_cosmos3.errors import InvalidRequest
-from vllm_cosmos3.models.limits import FRAMES
+from vllm_cosmos3.models.limits import FPS as FPS_CAP
+from vllm_cosmos3.models.limits import FRAMES, max_video_fps, max_video_frames
 from vllm_cosmos3.models.video_loader import Cosmos3VideoBackend
 
 TOTAL, FPS = 48, 24
@@ -55,6 +56,14 @@ def test_requests_cannot_raise_the_cap_of_the_operator(
     monkeypatch.setenv(FRAMES, "5")
     frames, _ = Cosmos3VideoBackend.load_bytes(data, num_frames=-1, max_frames=40)
     assert len(frames) == 5
+
+
+@pytest.mark.parametrize("text", ["inf", "nan", "0", "many"])
+def test_wrong_caps_are_named(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, cap in ((FRAMES, max_video_frames), (FPS_CAP, max_video_fps)):
+        monkeypatch.setenv(name, text)
+        with pytest.raises(InvalidRequest, match=f"{name} is '{text}', must be a number of at"):
+            cap()
 
 
 def test_pictures_are_refused_by_name() -> None:
