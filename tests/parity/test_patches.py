@@ -363,6 +363,9 @@ def test_a_clip_of_one_frame_is_a_clear_error(process: Process) -> None:
     url = data_url(encoded(frames=1), "video/mp4")
     with pytest.raises(InvalidRequest, match="a clip of 1 frame', must be a clip of at least 2"):
         process("cosmos3", "video", [url])
+    options = {"do_resize": False, "size": {"shortest_edge": 4096, "longest_edge": 65536}}
+    _, _, grids = process("cosmos3", "video", [url], **options)
+    assert grids == [[1, 4, 6]]
 
 
 @settings(max_examples=200, deadline=None)

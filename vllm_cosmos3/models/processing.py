@@ -84,12 +84,7 @@ class ReasonerProcessor(Qwen3VLMultiModalProcessor):
                 size = images.get_image_size(index)
                 options = _of(merged, "image")
                 check_size("image_url", size.width, size.height, options, processor.image_processor)
-                tokens += self.info.get_num_image_tokens(
-                    image_width=size.width,
-                    image_height=size.height,
-                    image_processor=processor.image_processor,
-                    mm_kwargs=asked,
-                )
+                tokens += self._tokens_if_enlarged(asked, options, size.width, size.height)
         clips = items.get_count("video", strict=False)
         for index in range(clips):
             video = items["video"].get(index)
@@ -103,14 +98,31 @@ class ReasonerProcessor(Qwen3VLMultiModalProcessor):
             height, width = frames.shape[1:3]
             check_size("video_url", width, height, options, processor.video_processor)
             count = check_frames(len(frames), metadata, options, processor.video_processor)
-            tokens += self.info.get_num_video_tokens(
-                image_width=width,
-                image_height=height,
-                num_frames=count,
-                image_processor=processor.video_processor,
-                mm_kwargs=asked,
-            )
+            tokens += self._tokens_if_enlarged(asked, options, width, height, count)
         self._check_length(tokens, asked)
+
+    def _tokens_if_enlarged(
+        self,
+        asked: Mapping[str, Any],
+        options: Mapping[str, Any],
+        width: int,
+        height: int,
+        count: int | None = None,
+    ) -> int:
+        """Tokens of a picture, or a clip of ``count`` frames, 0 if the request enlarges nothing."""
+        if _enlarging_field(asked) is None or not options.get("do_resize", True):
+            return 0
+        size = {"image_width": width, "image_height": height, "mm_kwargs": asked}
+        processor = self.info.get_hf_processor()
+        if count is None:
+            return int(
+                self.info.get_num_image_tokens(image_processor=processor.image_processor, **size)
+            )
+        return int(
+            self.info.get_num_video_tokens(
+                image_processor=processor.video_processor, num_frames=count, **size
+            )
+        )
 
     def _check_length(self, tokens: int, asked: Mapping[str, Any]) -> None:
         """InvalidRequest where enlarging makes more tokens than the context holds.
@@ -119,20 +131,13 @@ class ReasonerProcessor(Qwen3VLMultiModalProcessor):
         """
         most = self.info.ctx.model_config.max_model_len
         kept = 1 - (self.info.ctx.get_mm_config().video_pruning_rate or 0)
-        if tokens * kept <= most:
-            return
-        for field, options in (
-            (_FIELD, asked),
-            *((f"{_FIELD}.{scope}", asked.get(scope, {})) for scope in _SCOPES.values()),
-        ):
-            for name in _ENLARGING:
-                if options.get(name) is not None:
-                    raise InvalidRequest(
-                        f"{field}.{name}",
-                        options[name],
-                        f"smaller: the pictures and clips of this request become {tokens} tokens, "
-                        f"of which the context holds {most}",
-                    )
+        enlarging = _enlarging_field(asked)
+        if enlarging is not None and tokens * kept > most:
+            raise InvalidRequest(
+                *enlarging,
+                f"smaller: the pictures and clips of this request become {tokens} tokens, "
+                f"of which the context holds {most}",
+            )
 
 
 def check_options(options: Mapping[str, Any], known: set[str], field: str = _FIELD) -> None:
@@ -225,6 +230,17 @@ def _check_count(count: int, total: int, processor: Any) -> None:
     else:
         possible = f"at most {most}, which the checkpoint takes"
     raise InvalidRequest(f"{_FIELD}.num_frames", count, possible)
+
+
+def _enlarging_field(asked: Mapping[str, Any]) -> tuple[str, Any] | None:
+    """The option that may make pictures larger, and its value."""
+    for scope in (None, *_SCOPES.values()):
+        field = _FIELD if scope is None else f"{_FIELD}.{scope}"
+        options = asked if scope is None else asked.get(scope, {})
+        for name in _ENLARGING:
+            if options.get(name) is not None:
+                return f"{field}.{name}", options[name]
+    return None
 
 
 def _of(merged: Mapping[str, Any], kind: str) -> dict[str, Any]:

@@ -79,8 +79,10 @@ class Cosmos3VideoBackend(Qwen3VLVideoBackend):
             raise InvalidRequest(f"{_FIELD}.backend", kwargs.get("backend"), possible) from None
         except ValueError as error:
             reason = " ".join(str(error).split())[:200]
-            if "backend" in reason:  # that is, its name or its options
-                raise InvalidRequest(_FIELD, kwargs, f"other options ({reason})") from None
+            if "backend" in reason:
+                backend = kwargs.get("backend", "opencv")
+                possible = f"one that there is and that takes the other options ({reason})"
+                raise InvalidRequest(f"{_FIELD}.backend", backend, possible) from None
             if "empty sequence" in reason:
                 reason = "no frame can be decoded"
             raise InvalidRequest(
