@@ -27,6 +27,7 @@ _COMMON = "fps, num_frames, do_sample_frames, min_pixels, max_pixels or size"
 # pixels be made; another value ends the engine, or the request in a way that names nothing.
 _BUILT_IN = {"patch_size", "temporal_patch_size", "merge_size", "device"}
 _OF_EACH_CLIP = {"fps": float, "num_frames": int}  # may be lists of these: one for each clip
+_BOUNDS = ("min_pixels", "max_pixels", "size")
 _ENLARGING = ("min_pixels", "size")
 _MAX_ASPECT = 200  # of transformers' smart_resize
 _MOST_ENLARGED = 2**24  # pixels; the published processors reduce what is larger
@@ -112,7 +113,9 @@ class ReasonerProcessor(Qwen3VLMultiModalProcessor):
         """Tokens of a picture, or a clip of ``count`` frames, 0 if the request enlarges nothing."""
         if _enlarging_field(asked) is None or not options.get("do_resize", True):
             return 0
-        size = {"image_width": width, "image_height": height, "mm_kwargs": asked}
+        # Without their scopes, which older vLLM passes over here.
+        bounds = {name: options[name] for name in _BOUNDS if options.get(name) is not None}
+        size = {"image_width": width, "image_height": height, "mm_kwargs": bounds}
         processor = self.info.get_hf_processor()
         if count is None:
             return int(
