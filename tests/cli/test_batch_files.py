@@ -20,8 +20,10 @@ from media_files import clip
 from PIL import Image
 from servers import BIN, environment
 
-from vllm_cosmos3.cli import main
-from vllm_cosmos3.cli.batch import _asked
+from vllm_cosmos3.batch import read_batch
+from vllm_cosmos3.cli import _parser, main
+from vllm_cosmos3.cli.batch import Downloads, _asked, _checked
+from vllm_cosmos3.cli.generate import planner
 from vllm_cosmos3.engine import Cosmos3
 from vllm_cosmos3.media import read_image, read_video
 from vllm_cosmos3.questions import Question
@@ -333,6 +335,24 @@ def test_pictures_of_questions_are_read_before_the_reasoner_starts(
     assert "line 1: vision_path is" in picture
     assert "must be a complete PNG" in picture
     assert "line 2: vision_path is" in video
+
+
+def test_no_frame_is_shown_that_is_not_made_yet(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), "teal").save(tmp_path / "first.png")
+    file = batch(
+        tmp_path,
+        {"name": "a", "vision_path": "first.png", "upsample_prompt": True},
+        {"name": "b", "continue_from": "a", "upsample_prompt": True},
+    )
+    args, _ = _parser("generate")[0].parse_known_args(["generate", str(tiny_checkpoint)])
+    samples, problems = _checked(
+        read_batch([str(file)], {}).records, planner(args), Downloads(tmp_path), args
+    )
+    assert not problems
+    first, second = (sample.upsampling for sample in samples)
+    assert first is not None
+    assert second is not None
+    assert (first.image, second.image) == (str(tmp_path / "first.png"), None)
 
 
 class NoVowels(Reasoner):

@@ -191,7 +191,9 @@ def _checked(
             before = _before(record, samples, args)
             asked, effective, warnings = _settled(record, fields, before, plan)
             if record.upsample is not None and isinstance(asked, GenerateRequest):
-                upsampling = question_about(asked, effective, record.upsample)
+                # The frame of another record is not made yet: there is nothing to show.
+                shown = asked if before is None else replace(asked, image=None)
+                upsampling = question_about(shown, effective, record.upsample)
         except InvalidRequest as error:
             problems.append(record.placed(error))
             continue
