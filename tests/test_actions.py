@@ -296,6 +296,57 @@ def test_flat_statistics_and_wrong_ones(plan: Any, tmp_path: Path) -> None:
         plan(**POLICY, action_stats_path=str(file))
 
 
+@pytest.mark.parametrize(
+    ("method", "statistics", "words"),
+    [
+        ("minmax", {"min": [1.0] * 10, "max": [1.0] * 9 + [0.5]}, "max is nowhere below min"),
+        ("quantile", {"q01": [1.0] * 10, "q99": [-1.0] * 10}, "q99 is nowhere below q01"),
+        ("meanstd", {"mean": [1.0] * 10, "std": [-1.0] * 10}, "std is nowhere below 0"),
+        ("minmax", {"min": [0.0] * 10, "max": [1e39] * 10}, "10 finite numbers under max"),
+    ],
+)
+def test_statistics_that_are_none(
+    plan: Any, tmp_path: Path, method: str, statistics: dict[str, list[float]], words: str
+) -> None:
+    file = tmp_path / "stats.json"
+    file.write_text(json.dumps(statistics))
+    with pytest.raises(InvalidRequest, match=words) as caught:
+        plan(**POLICY, action_stats_path=str(file), action_normalization=method)
+    assert caught.value.field == "action_stats_path"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("action", np.full((4, 10), 1e39)),
+        ("action_path", [[-1e39] * 10] * 4),
+        ("action_history", [[0.0] * 10, [0.0] * 9 + [1e39]]),
+        ("action_state", [1e39] * 10),
+    ],
+)
+def test_numbers_beyond_float32_are_refused(
+    plan: Any, tmp_path: Path, name: str, value: Any
+) -> None:
+    if name == "action_path":
+        (tmp_path / "rows.json").write_text(json.dumps(value))
+        value = str(tmp_path / "rows.json")
+    fields = POLICY if name in ("action_history", "action_state") else FORWARD | {"action": None}
+    with pytest.raises(InvalidRequest, match=r"is -?1e\+39, must be within the range") as caught:
+        plan(**{k: v for k, v in (fields | {name: value}).items() if v is not None})
+    assert caught.value.field == name
+
+
+def test_numbers_that_statistics_bring_beyond_float32(plan: Any, tmp_path: Path) -> None:
+    file = tmp_path / "stats.json"
+    file.write_text(json.dumps({"min": [2.0] * 10, "max": [2.0] * 10}))
+    with pytest.raises(InvalidRequest, match=r"action_state is 1e\+35, must be within the range"):
+        plan(**POLICY, action_stats_path=str(file), action_normalization="minmax", action_state=[1e35] * 10)  # fmt: skip
+    limits = {"min": [-3e38] * 10, "max": [3e38] * 10}  # their difference is beyond it
+    file.write_text(json.dumps(limits))
+    made = plan(**POLICY, action_stats_path=str(file), action_normalization="minmax", action_state=[3e38] * 10)  # fmt: skip
+    assert made.streams[1].source[0, :10] == pytest.approx(1)
+
+
 # Pictures and captions.
 
 

@@ -144,8 +144,15 @@ def settle(request: GenerateRequest, model: ModelConfig) -> Action | None:
     state = None if request.action_state is None else (request.action_state,)
 
     def inside(name: str, rows: Rows | None) -> np.ndarray:
-        matrix: np.ndarray = (_matrix(name, rows, channels) - offset) / scale
+        with np.errstate(over="ignore", invalid="ignore"):
+            matrix: np.ndarray = (_matrix(name, rows, channels) - offset) / scale
+        if rows is not None and not np.isfinite(matrix).all():
+            row, column = np.argwhere(~np.isfinite(matrix))[0]
+            possible = "within the range of float32, in the units of the model as well"
+            raise InvalidRequest(name, rows[row][column], possible)
         return matrix
+
+    chunk_name = "action" if request.action_path is None else "action_path"
 
     return Action(
         mode=mode,
@@ -158,7 +165,7 @@ def settle(request: GenerateRequest, model: ModelConfig) -> Action | None:
         fps=request.fps or embodiment.fps,
         history=inside("action_history", request.action_history),
         state=inside("action_state", state),
-        chunk=None if chunk is None else inside("action", chunk),
+        chunk=None if chunk is None else inside(chunk_name, chunk),
         scale=scale,
         offset=offset,
         warnings=tuple(warnings),
@@ -371,16 +378,22 @@ def _units(request: GenerateRequest, channels: int) -> tuple[np.ndarray, np.ndar
     values = value.get(key, value) if isinstance(value, Mapping) else value
     names = {"meanstd": ("mean", "std"), "minmax": ("min", "max")}.get(method, ("q01", "q99"))
     first, second = (_statistic(path, values, name, channels) for name in names)
+    least = np.zeros(channels) if method == "meanstd" else first
+    if (second < least).any():
+        below = "0" if method == "meanstd" else names[0]
+        possible = f"a JSON file whose {names[1]} is nowhere below {below}"
+        raise InvalidRequest("action_stats_path", path, possible)
     if method == "meanstd":
         return np.maximum(second, SMALLEST_SCALE), first
-    return np.maximum(second - first, SMALLEST_SCALE) / 2, (first + second) / 2
+    return np.maximum(second / 2 - first / 2, SMALLEST_SCALE / 2), first / 2 + second / 2
 
 
 def _statistic(path: str, values: object, name: str, channels: int) -> np.ndarray:
     """One list of the statistics file, as long as an action."""
     numbers = values.get(name) if isinstance(values, Mapping) else None
     try:
-        column = np.array(numbers, np.float32)
+        with np.errstate(over="ignore"):
+            column = np.array(numbers, np.float32)
     except (TypeError, ValueError):
         column = np.zeros(0, np.float32)
     if column.shape != (channels,) or not np.isfinite(column).all():

@@ -69,7 +69,7 @@ def positive_text(
     gets the keys duration, fps, resolution and aspect_ratio, in this order behind its own keys,
     or in place where it has them.
     """
-    caption = _json_object(prompt) if style != "plain" else None
+    caption = json_object(prompt) if style != "plain" else None
     if caption is not None:
         return json.dumps(_with_facts(caption, facts))
     if style == "json":
@@ -88,7 +88,7 @@ def action_text(
     happens all the time; ``style`` "plain" makes it a text, whose sentences on length and size
     ``duration`` and ``resolution`` choose. A prompt that is a JSON caption gets its facts alone.
     """
-    caption = _json_object(prompt) if style != "plain" else None
+    caption = json_object(prompt) if style != "plain" else None
     if caption is not None:
         return json.dumps(_with_facts(caption, facts))
     if style == "plain":
@@ -174,7 +174,8 @@ def default_negative(folder: Path, names: Sequence[str]) -> str:
     return json.dumps(json.loads(own.read_text()))
 
 
-def _json_object(prompt: str) -> dict[str, Any] | None:
+def json_object(prompt: str) -> dict[str, Any] | None:
+    """The caption that a prompt is; None if it is a text."""
     try:
         value = json.loads(prompt)
     except (ValueError, RecursionError):  # the latter for absurdly deep nesting

@@ -463,7 +463,7 @@ def _integers(text: str) -> list[int | str]:
 def _rows(text: str) -> object:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter for absurdly deep nesting
         return text
 
 

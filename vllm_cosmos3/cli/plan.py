@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from vllm_cosmos3.checkpoint.files import SIZES, published_files
 from vllm_cosmos3.config import EngineConfig, ModelConfig, ParallelConfig, read_config
 from vllm_cosmos3.hub import resolve
+from vllm_cosmos3.kinds import DISTILLED
 from vllm_cosmos3.request import SPECS
 from vllm_cosmos3.spec import Spec
 
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
     model = known_model(args.model, args.revision)
     engine = engine_of(args, model)
-    check_degrees(engine.parallel, model.transformer)
+    check_degrees(engine.parallel, model.transformer, guided=model.kind not in DISTILLED)
     work = work_of(args, model)
     limit = round(GPU_MEMORY.checked("gpu_memory", args.gpu_memory) * GIB)
     engine = decided(model, engine, work, limit)

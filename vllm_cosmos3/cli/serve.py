@@ -230,7 +230,7 @@ def root_config(folder: Path) -> dict[str, Any]:
 
 def _local_folder(checkpoint: str) -> Path | None:
     """The checkpoint as a folder, None for a repository id."""
-    folder = Path(checkpoint).expanduser()
+    folder = Path(os.path.expanduser(checkpoint))  # leaves a user that nobody knows as it is
     if folder.is_dir():
         if not any((folder / part).is_dir() for part in ("transformer", "vision_encoder")):
             raise CheckpointError(
