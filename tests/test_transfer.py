@@ -20,6 +20,7 @@ from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.hints import PRESETS
 from vllm_cosmos3.plan import Plan
 from vllm_cosmos3.request import from_fields
+from vllm_cosmos3.sampling.noise import initial_noise
 from vllm_cosmos3.transfer import Chunks, blurred, edges, padded
 
 SMALL = {"size": "96x64", "num_inference_steps": 2, "guidance_scale": 1.0, "seed": 1}
@@ -211,8 +212,13 @@ def test_shares_and_positions(model: ModelConfig, tokenizer: prompts.Tokenizer) 
         ({"size": "2048x2048"}, "size", "allow_untrained_size"),
         ({"num_video_frames_per_chunk": 401}, "num_video_frames_per_chunk", "at most 401"),
         ({"view_point": "ego_view"}, "view_point", "action_mode"),
+        (
+            {"edge": clip(5), "video": clip(12), "num_first_chunk_conditional_frames": 400,
+             "num_video_frames_per_chunk": 5},
+            "num_first_chunk_conditional_frames", "below 5",
+        ),
     ],
-)
+)  # fmt: skip
 def test_what_does_not_fit_is_named(
     model: ModelConfig,
     tokenizer: prompts.Tokenizer,
@@ -302,6 +308,22 @@ def test_several_results_of_several_chunks(engine: Cosmos3) -> None:
     for sample in both.samples:
         alone = engine.generate(prompt="a boat", **request | {"seed": sample.seed})
         assert (alone.video == sample.video).all()
+
+
+def test_a_chunk_that_is_given_whole_is_continued(engine: Cosmos3) -> None:
+    """The later chunks are made, not left as the noise they begin with."""
+    source, calls = clip(14), []
+    request = {"edge": source, "video": source, "num_video_frames_per_chunk": 5, **SMALL}
+    output = engine.generate(
+        prompt="a boat", num_first_chunk_conditional_frames=5, output_type="latent", **request,
+        progress=calls.append,
+    )  # fmt: skip
+    made = output.latents["vision"]
+    assert made.shape[2] == 4 * 2
+    for chunk in range(1, 4):
+        noise = initial_noise({"vision": (1, 48, 2, 4, 6)}, seed=1 + chunk, rule="numpy")["vision"]
+        assert np.abs(made[:, :, 2 * chunk + 1] - noise[:, :, 1].numpy()).max() > 1e-2
+    assert calls[-1].steps == SMALL["num_inference_steps"] * 4
 
 
 def test_controls_and_input_beside_the_video(engine: Cosmos3) -> None:

@@ -212,7 +212,7 @@ class Pipeline:
         with state.timers.phase("denoise", paced=True):
             if index == 0:
                 self._start(state, plan.seeds[sample], chunk)
-            self._advance(state, plan.seeds[sample], index)
+            self._advance(state, plan.seeds[sample], chunk, index)
         state.index += 1
         if index + 1 == plan.num_inference_steps:
             streams = zip(plan.streams, state.streams, strict=True)
@@ -347,7 +347,8 @@ class Pipeline:
 
     def _start(self, state: State, seed: int, chunk: int) -> None:
         plan = state.plan
-        shapes = {stream.name: stream.shape for stream in plan.streams}
+        planned = plan.chunks[chunk]
+        shapes = {stream.name: stream.shape for stream in planned}
         noise = initial_noise(shapes, seed=seed, rule=plan.noise, chunk=chunk)
         noise |= {name: torch.from_numpy(x) for name, x in plan.initial.items()}
         state.streams = tuple(
@@ -357,23 +358,26 @@ class Pipeline:
                 clean=known.clean,
                 free=known.free,
             )
-            for stream, known in zip(plan.streams, state.known, strict=True)
+            for stream, known in zip(planned, state.known, strict=True)
         )
         if plan.later:  # what is free of the streams is part of a forward, and changes
             state.forwards.clear()
-        state.solver = tuple(SolverState() for stream in plan.streams if stream.generated)
+        state.solver = tuple(SolverState() for stream in planned if stream.generated)
 
-    def _advance(self, state: State, seed: int, index: int) -> None:
+    def _advance(self, state: State, seed: int, chunk: int, index: int) -> None:
         """Predict, guide, step, and put back what is known. The solver works in float32."""
         plan, schedule = state.plan, state.schedule
-        predict = partial(self._predict, state, state.timesteps[index])
-        moving = [place for place, stream in enumerate(plan.streams) if stream.generated]
+        planned = plan.chunks[chunk]
+        moving = [place for place, stream in enumerate(planned) if stream.generated]
+        if not moving:  # the whole chunk is given, for a later one to go on from
+            return
+        predict = partial(self._predict, state, moving, state.timesteps[index])
         latents = tuple(state.streams[place].x for place in moving)
         velocities = guide(predict, state.guidance[index], self.mesh.cfg, latents)
         solver = SOLVERS[plan.solver]
         fresh: dict[str, Tensor] = {}
         if solver.draws_noise:
-            shapes = {stream.name: stream.shape for stream in plan.streams}
+            shapes = {stream.name: stream.shape for stream in planned}
             fresh = step_noise(shapes, seed=seed, rule=plan.noise, index=index)
         streams, remembered = list(state.streams), []
         for place, v, before in zip(moving, velocities, state.solver, strict=True):
@@ -385,18 +389,17 @@ class Pipeline:
         state.streams, state.solver = tuple(streams), tuple(remembered)
 
     def _predict(
-        self, state: State, timestep: Tensor, branches: Sequence[int]
+        self, state: State, moving: Sequence[int], timestep: Tensor, branches: Sequence[int]
     ) -> list[tuple[Tensor, ...]]:
-        """The velocities of some branches: evaluated together where the tokens are few."""
-        plan = state.plan
+        """The velocities of what is ``moving``, by branch: together where the tokens are few."""
         found: dict[int, tuple[Tensor, ...]] = {}
         for group in _groups(state, branches):
-            seen = plan.seen(group[0])
+            seen = state.plan.seen(group[0])
             xs = (state.streams[place].x for place in seen)
             made = self._forward(state, group)(timestep, *xs)
             for branch, velocities in zip(group, made, strict=True):
                 named = zip(seen, velocities, strict=True)
-                found[branch] = tuple(v for place, v in named if plan.streams[place].generated)
+                found[branch] = tuple(v for place, v in named if place in moving)
         return [found[branch] for branch in branches]
 
     def _forward(self, state: State, branches: tuple[int, ...]) -> Forward:

@@ -150,7 +150,7 @@ def settle(request: GenerateRequest, model: ModelConfig, fit: Fit) -> Transfer |
     read = _Reader(request, width, height, _limit(request, fps) or default.limit)
     clips = tuple(read.control(name) for name in request.hints)
     chunks = _chunks(request, len(clips[0]), default.chunk)
-    taken = min(request.num_first_chunk_conditional_frames or 0, chunks.frames)
+    start = _start(request, read, chunks)
     shown = [read.clip(None)] if request.show_input else []
     shown += clips if request.show_control_condition else []
     only = CONTROL_GUIDANCE[first] if len(clips) == 1 else 1.0
@@ -158,7 +158,7 @@ def settle(request: GenerateRequest, model: ModelConfig, fit: Fit) -> Transfer |
     return Transfer(
         hints=request.hints,
         clips=clips,
-        start=read.clip(None)[:taken] if taken else None,
+        start=start,
         beside=tuple(clip[padded(len(clip), chunks.total)[: chunks.total]] for clip in shown),
         width=width,
         height=height,
@@ -318,6 +318,18 @@ def _chunks(request: GenerateRequest, total: int, most: int) -> Chunks:
         possible = f"below num_video_frames_per_chunk={frames}"
         raise InvalidRequest("num_conditional_frames", overlap, possible)
     return Chunks(total=total, frames=frames, overlap=overlap)
+
+
+def _start(request: GenerateRequest, read: _Reader, chunks: Chunks) -> Pixels | None:
+    """The frames of the user's video that begin the first chunk: all of it, if others follow."""
+    asked = request.num_first_chunk_conditional_frames or 0
+    if not asked:
+        return None
+    start = read.clip(None)[: min(asked, chunks.frames)]
+    if len(start) == chunks.frames and chunks.count == 1:
+        possible = f"below {chunks.frames}, the frames of the only chunk: else nothing is made"
+        raise InvalidRequest("num_first_chunk_conditional_frames", asked, possible)
+    return start
 
 
 def _window(clip: Pixels, window: slice, chunks: Chunks) -> Pixels:

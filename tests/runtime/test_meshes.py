@@ -40,6 +40,13 @@ REQUESTS = {
         "num_video_frames_per_chunk": 5,
         "control_guidance": 2.0,
     },
+    "transfer that goes on from a chunk of the video": {
+        "edge": True,
+        "video": CLIP,
+        "size": "64x64",
+        "num_video_frames_per_chunk": 5,
+        "num_first_chunk_conditional_frames": 5,
+    },
     "without guidance": {"num_frames": 5, "height": 64, "width": 64, "guidance_scale": 1.0},
     "policy with a state": {
         "action_mode": "policy",
