@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -200,6 +201,19 @@ def test_image_is_decoded_as_one_frame(pipeline: Pipeline) -> None:
     assert output.video is None
     assert output.image is not None
     assert (output.image.shape, output.image.dtype) == ((64, 96, 3), np.uint8)
+
+
+def test_actions_beside_a_picture_are_kept(pipeline: Pipeline, tmp_path: Path) -> None:
+    """Fewer than four actions make no second frame."""
+    fields = {"action_mode": "policy", "domain_name": "umi", "action_chunk_size": 3}
+    output = run(pipeline, image=PICTURE, output_type="pixels", num_frames=None, **fields)
+    assert output.image is not None
+    assert output.action is not None
+    assert output.action.shape == (3, 10)
+    assert output.action.std() > 0
+    picture, rows = output.save(tmp_path / "go")
+    assert (picture.name, rows.name) == ("go.png", "go_action.json")
+    assert np.array_equal(np.array(json.loads(rows.read_text()), np.float32), output.action)
 
 
 def test_latents_are_not_decoded(pipeline: Pipeline) -> None:

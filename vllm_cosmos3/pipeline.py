@@ -466,7 +466,7 @@ class Pipeline:
                 raise
         video, action = np.concatenate(parts), _actions(plan, latents)
         if len(video) == 1:
-            return Sample(seed=seed, image=video[0])
+            return Sample(seed=seed, image=video[0], sound=waveform, action=action)
         return Sample(seed=seed, video=video, sound=waveform, action=action, clip=clip)
 
 
