@@ -253,7 +253,7 @@ def test_noise_rules_and_schedules_differ(pipeline: Pipeline) -> None:
             assert np.abs(one - other).max() > 1e-3
 
 
-def test_distilled_checkpoint(tmp_path: Path) -> None:
+def test_distilled_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four steps without guidance, with fresh noise at each but the last."""
     folder = tmp_path / "distilled"
     write_checkpoint(folder, kind="distilled-i2v", dtype="float32")
@@ -267,6 +267,21 @@ def test_distilled_checkpoint(tmp_path: Path) -> None:
     first = vision(distilled.finish(state))
     again = run(distilled, num_inference_steps=4, image=PICTURE)
     assert (vision(again) == first).all()
+    drawn: list[dict[str, torch.Tensor]] = []
+    for name in ("initial_noise", "step_noise"):
+        draw = getattr(pipeline_module, name)
+        monkeypatch.setattr(
+            pipeline_module,
+            name,
+            lambda *args, draw=draw, **more: (drawn.append(draw(*args, **more)), drawn[-1])[1],
+        )
+    for rule in ("numpy", "torch"):
+        drawn.clear()
+        chunks = vision(
+            run(distilled, num_inference_steps=4, image=PICTURE, num_chunks=2, noise=rule)
+        )
+        assert (rule != "numpy") or (chunks[:, :, :3] == first).all()
+        assert len({tuple(noise["vision"].flatten().tolist()) for noise in drawn}) == 2 * (1 + 4)
 
 
 def test_incomplete_checkpoint_is_one_error(tiny_checkpoint_fp32: Path, tmp_path: Path) -> None:

@@ -349,7 +349,7 @@ class Pipeline:
         plan = state.plan
         planned = plan.chunks[chunk]
         shapes = {stream.name: stream.shape for stream in planned}
-        noise = initial_noise(shapes, seed=seed, rule=plan.noise, chunk=chunk)
+        noise = initial_noise(shapes, seed=seed, rule=plan.noise, chunk=chunk, fresh=_fresh(plan))
         noise |= {name: torch.from_numpy(x) for name, x in plan.initial.items()}
         state.streams = tuple(
             start_stream(
@@ -378,7 +378,9 @@ class Pipeline:
         fresh: dict[str, Tensor] = {}
         if solver.draws_noise:
             shapes = {stream.name: stream.shape for stream in planned}
-            fresh = step_noise(shapes, seed=seed, rule=plan.noise, index=index)
+            fresh = step_noise(
+                shapes, seed=seed, rule=plan.noise, index=index, chunk=chunk, fresh=_fresh(plan)
+            )
         streams, remembered = list(state.streams), []
         for place, v, before in zip(moving, velocities, state.solver, strict=True):
             stream = state.streams[place]
@@ -476,6 +478,11 @@ def _guidance(plan: Plan, schedule: Schedule) -> tuple[Scales, ...]:
     if plan.control_guidance is not None:
         asked.insert(0, (plan.control_guidance, plan.control_guidance_interval))
     return tuple(zip(*(guidance_per_step(schedule.timesteps, *one) for one in asked), strict=True))
+
+
+def _fresh(plan: Plan) -> int:
+    """Noises that a chunk draws after its initial one."""
+    return plan.num_inference_steps if SOLVERS[plan.solver].draws_noise else 0
 
 
 def _actions(plan: Plan, latents: dict[str, Tensor]) -> np.ndarray | None:
