@@ -255,6 +255,47 @@ def test_length_by_seconds_and_overlap_of_one_chunk(
     assert (p.num_frames, len(p.chunks)) == (5, 1)
 
 
+@pytest.mark.parametrize(
+    ("rate", "every", "fps"), [(120, 2, 60), (90, 2, 45), (240, 4, 60), (60, 1, 60)]
+)
+def test_a_clip_that_is_too_fast_lasts_as_long(
+    model: ModelConfig,
+    tokenizer: prompts.Tokenizer,
+    tmp_path: Path,
+    rate: int,
+    every: int,
+    fps: int,
+) -> None:
+    frames = clip(24, height=16, width=16)
+    media.write_video(tmp_path / "in.mp4", frames, fps=rate, crf=0)
+    stored = media.read_video(tmp_path / "in.mp4", frames=24)
+    fields = {"depth": tmp_path / "in.mp4", "seg": stored, "size": "16x16"}
+    p = plan(model, tokenizer, **fields)
+    assert (p.fps, p.num_frames) == (fps, -(-24 // every))
+    assert p.effective["seconds"] == pytest.approx(24 / rate)
+    for control in p.streams[:2]:
+        assert (control.source[: p.num_frames] == stored[::every]).all()
+    said = [f"one frame of {every} is used" in warning for warning in p.warnings]
+    assert any(said) == (every > 1)
+    half = plan(model, tokenizer, **fields, seconds=12 / rate)
+    assert half.num_frames == 12 // every
+    slow = plan(model, tokenizer, **fields, fps=30)
+    assert (slow.num_frames, slow.fps) == (24, 30)
+
+
+def test_a_clip_that_is_too_slow_needs_a_rate(
+    model: ModelConfig, tokenizer: prompts.Tokenizer, tmp_path: Path
+) -> None:
+    media.write_video(tmp_path / "in.mp4", clip(4, height=16, width=16), fps=0.5)
+    fields = {"seg": tmp_path / "in.mp4", "size": "16x16"}
+    with pytest.raises(
+        InvalidRequest, match=r"'0\.5 frames a second', must be at least 1"
+    ) as refusal:
+        plan(model, tokenizer, **fields)
+    assert refusal.value.field == "seg.control"
+    assert plan(model, tokenizer, **fields, fps=2).num_frames == 4
+
+
 def test_warnings(model: ModelConfig, tokenizer: prompts.Tokenizer) -> None:
     p = plan(model, tokenizer, edge=clip(9), seg=clip(5), video=clip(9), size="96x64")
     assert any("seg has 5 frames and edge 9" in warning for warning in p.warnings)
