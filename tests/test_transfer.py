@@ -191,6 +191,10 @@ def test_shares_and_positions(model: ModelConfig, tokenizer: prompts.Tokenizer) 
     p = plan(model, tokenizer, **given)
     assert [stream.share for stream in p.streams] == [0.25, 0.75, None]
     assert p.effective["wsm"] == {"control_weight": 3.0}
+    for weight in (1e308, 5e-324):
+        hint = {"control": clip(5), "control_weight": weight}
+        p = plan(model, tokenizer, seg=hint, edge=hint, size="96x64")
+        assert [stream.share for stream in p.streams] == [0.5, 0.5, None]
     p = plan(
         model, tokenizer, **given, control_attention="full", share_vision_temporal_positions=False
     )

@@ -194,7 +194,8 @@ def chunk_streams(transfer: Transfer, model: ModelConfig) -> tuple[tuple[StreamP
     target = StreamPlan(name="vision", shape=shape, rate=transfer.fps)
     everything = tuple(range(length))
     weights = np.array([hint.weight for hint in transfer.hints.values()])
-    shares = weights / weights.sum()
+    shares = weights / weights.max()  # before the sum, which could be more than a number holds
+    shares = shares / shares.sum()
     out = []
     for index in range(chunks.count):
         window = chunks.window(index)
