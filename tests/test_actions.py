@@ -356,6 +356,19 @@ def test_the_caption_of_an_instruction() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("size", "ratio"), [("512x384", "4,3"), ("96x96", "1,1"), ("112x48", "7,3")]
+)
+def test_the_caption_names_the_shape_of_any_canvas(
+    plan: Any, tokenizer: prompts.Tokenizer, size: str, ratio: str
+) -> None:
+    words = tokenizer.decode(plan(**POLICY | {"size": size}).token_ids[0])
+    assert f'"aspect_ratio": "{ratio}"}}' in words
+    own = tokenizer.decode(plan(**POLICY | {"size": size}, prompt='{"subjects": 1}').token_ids[0])
+    assert "resolution" in own
+    assert "aspect_ratio" not in own
+
+
 def test_a_plain_instruction_and_a_caption_of_ones_own() -> None:
     more = {"view": "From above.", "duration": True, "resolution": True}
     text = prompts.action_text("Open it.", FACTS, style="plain", **more)
