@@ -126,6 +126,21 @@ def test_branches_may_be_evaluated_together_or_one_by_one(
     assert np.abs(vision(together) - vision(one_by_one)).max() <= 1e-5 * scale
 
 
+@pytest.mark.parametrize(
+    ("fields", "steps"), [({"n": 2}, [6]), ({"num_chunks": 2}, [3, 3]), ({}, [3])]
+)
+def test_forwards_are_recorded_by_how_often_they_are_used(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], steps: list[int]
+) -> None:
+    """Samples share them, chunks do not."""
+    asked: list[int] = []
+    monkeypatch.setattr(
+        pipeline_module, "launches_matter", lambda _, steps, *__: bool(asked.append(steps))
+    )
+    run(pipeline, **fields)
+    assert asked == steps
+
+
 def test_a_clip_is_written_while_it_is_decoded(pipeline: Pipeline, tmp_path: Path) -> None:
     plan = pipeline.plan(from_fields({**SMALL, "output_type": "pixels", "generate_sound": True}))
     clip = Clip(path=tmp_path / "boat.mp4", crf=0)

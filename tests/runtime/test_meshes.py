@@ -205,6 +205,42 @@ def placed(mesh: Mesh, folder: Path, parallel: ParallelConfig) -> list[np.ndarra
     return found
 
 
+def test_a_failure_of_the_first_rank_leaves_none_waiting(
+    ranks: Ranks, tiny_checkpoint_fp32: Path
+) -> None:
+    """The next request of the same ranks is made as if nothing had been."""
+    parallel = MESHES["1x2x1"]
+    (said, again), (other, _) = ranks(parallel, failing, tiny_checkpoint_fp32, parallel)
+    assert (said, other) == ("no sound", None)
+    assert np.array_equal(*again)
+
+
+def failing(
+    mesh: Mesh, folder: Path, parallel: ParallelConfig
+) -> tuple[str | None, list[np.ndarray | None]]:
+    """What the decoding of two results says when their sound fails; a video before and after it."""
+    config = EngineConfig(model=folder, dtype="float32", device="cpu", parallel=parallel)
+    pipeline = Pipeline.load(config, mesh, "cpu")
+    request = GenerateRequest(
+        **COMMON, num_frames=5, height=64, width=64, generate_sound=True, n=2
+    )  # fmt: skip
+    videos, said = [run(pipeline, request).video], None
+    state = pipeline.encode(pipeline.plan(request))
+    while not state.done:
+        pipeline.step(state)
+    pipeline.sound.decode = broken
+    try:
+        pipeline.decode(state)
+    except OSError as error:
+        said = str(error)
+    del pipeline.sound.decode
+    return said, [*videos, run(pipeline, request).video]
+
+
+def broken(_: object) -> None:
+    raise OSError("no sound")
+
+
 def relative(x: np.ndarray, reference: np.ndarray) -> float:
     assert x.shape == reference.shape
     return float(np.abs(x - reference).max() / np.abs(reference).max())
