@@ -96,6 +96,11 @@ def test_a_name_in_any_case_and_a_number_alone() -> None:
         (FORWARD | {"action": None}, "action", "missing_required"),
         (FORWARD | {"action": np.ones((4, 9))}, "action", "conflict"),
         (FORWARD | {"action_path": "a.json"}, "action_path", "conflict"),
+        (FORWARD | {"action_chunk_size": 6, "num_chunks": 2}, "action_chunk_size", "invalid_value"),
+        (FORWARD | {"num_frames": 8, "num_chunks": 2}, "num_frames", "invalid_value"),
+        (FORWARD | {"num_chunks": 3}, "action_chunk_size", "invalid_value"),  # six rows each
+        (FORWARD | {"action_chunk_size": 3}, "action_chunk_size", "invalid_value"),
+        (FORWARD | {"action": np.ones((3, 10))}, "action_chunk_size", "invalid_value"),
         (INVERSE | {"video": None}, "video", "missing_required"),
         (INVERSE | {"video": None, "image": PICTURE}, "image", "conflict"),
         (
@@ -247,7 +252,8 @@ def test_inverse_dynamics_knows_every_frame(plan: Any) -> None:
 def test_rows_from_a_file(plan: Any, tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     file.write_text("[[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]]")
-    made = plan(**FORWARD | {"action": None, "action_path": str(file)})
+    from_file = FORWARD | {"action": None, "action_path": str(file), "action_chunk_size": 4}
+    made = plan(**from_file)
     assert made.streams[1].source[0, :10].tolist() == list(range(1, 11))
     file.write_text('{"rows": 1}')
     with pytest.raises(InvalidRequest, match="action_path"):
@@ -399,6 +405,19 @@ def test_the_caption_of_an_instruction() -> None:
         ' the left of the purple item."}], "duration": "3s", "fps": 5.0, "resolution": {"H": 544,'
         ' "W": 736}, "aspect_ratio": "4,3"}'
     )
+
+
+@pytest.mark.parametrize(
+    ("size", "ratio"), [("512x384", "4,3"), ("96x96", "1,1"), ("112x48", "7,3")]
+)
+def test_the_caption_names_the_shape_of_any_canvas(
+    plan: Any, tokenizer: prompts.Tokenizer, size: str, ratio: str
+) -> None:
+    words = tokenizer.decode(plan(**POLICY | {"size": size}).token_ids[0])
+    assert f'"aspect_ratio": "{ratio}"}}' in words
+    own = tokenizer.decode(plan(**POLICY | {"size": size}, prompt='{"subjects": 1}').token_ids[0])
+    assert "resolution" in own
+    assert "aspect_ratio" not in own
 
 
 def test_a_plain_instruction_and_a_caption_of_ones_own() -> None:

@@ -133,6 +133,7 @@ def settle(request: GenerateRequest, model: ModelConfig) -> Action | None:
     given = _rows_given(request)
     channels = _channels(request, embodiment, given, model)
     chunk_size = _chunk_size(request, embodiment, given)
+    _check_frames(request, mode, chunk_size)
     scale, offset = _units(request, channels)
     chunk, warnings = _chunk(given, chunk_size * request.num_chunks)
     if chunk_size % 4:
@@ -333,6 +334,23 @@ def _chunk_size(
     if size > most:
         raise too_long(request, size, most)
     return size
+
+
+def _check_frames(request: GenerateRequest, mode: Mode, size: int) -> None:
+    """Given actions make new frames, and a chunk that another follows ends on its last action.
+
+    The model makes frames by fours: another chunk would go on from a frame before that action.
+    """
+    if request.num_chunks > 1 and size % 4:
+        possible, frames, why = "a multiple of 4", "4k + 1", "as num_chunks is above 1"
+    elif mode.chunk and size < 4:
+        possible, frames, why = "at least 4", "at least 5", "as fewer actions make no new frame"
+    else:
+        return
+    if request.action_chunk_size is None and request.num_frames is not None:
+        raise InvalidRequest("num_frames", size + 1, f"{frames}, {why}")
+    value = request.action_chunk_size or f"{size} (by the rows of action)"
+    raise InvalidRequest("action_chunk_size", value, f"{possible}, {why}")
 
 
 def _chunk(given: Rows | None, size: int) -> tuple[Rows | None, list[str]]:
