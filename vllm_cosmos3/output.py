@@ -127,7 +127,7 @@ class Output:
 
     def _write(self, path: Path, sample: Sample, crf: int, quality: int) -> None:
         suffix = path.suffix.lower()
-        if sample.clip == media.Clip(path=path, crf=crf):
+        if sample.clip is not None and _holds(sample.clip, path, crf):
             return
         if sample.video is not None and suffix in VIDEO_SUFFIXES:
             media.write_video(
@@ -151,6 +151,11 @@ class Output:
             actions = () if sample.action is None else ACTION_SUFFIXES
             possible = ", ".join((*kinds.get(self.suffix, LATENT_SUFFIXES), *actions))
             raise InvalidRequest("path", str(path), f"a file of type {possible}")
+
+
+def _holds(clip: media.Clip, path: Path, crf: int) -> bool:
+    """Whether ``path`` is the file of ``clip``, in this quality, and still there."""
+    return clip.crf == crf and path.exists() and clip.path.resolve() == path.resolve()
 
 
 def _write_rows(path: Path, rows: np.ndarray) -> None:

@@ -53,7 +53,7 @@ def make_runner(config: EngineConfig, backend: str | None = None) -> Runner:
         CheckpointError: the checkpoint is missing, incomplete or of another kind.
     """
     backend = backend or ("uni" if config.parallel.world_size == 1 else "mp")
-    here = backend in ("uni", "mp") and config.device != "cpu"
+    here = backend in ("uni", "mp") and torch.device(config.device).type != "cpu"
     devices = torch.accelerator.device_count() if here else None
     model = read_config(config.model, config.checkpoint_kind)
     guided = model.kind not in DISTILLED
@@ -123,7 +123,8 @@ class InProcess:
 
 def current(device: str | torch.device) -> AbstractContextManager[object]:
     """Kernels and CUDA graphs go to the current device, of which each thread has its own idea."""
-    index = torch.device(device).index
+    device = torch.device(device)
+    index = None if device.type == "cpu" else device.index
     return nullcontext() if index is None else torch.accelerator.device_index(index)
 
 

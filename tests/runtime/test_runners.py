@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file
 
 from vllm_cosmos3 import Cosmos3
 from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.media import Clip
 from vllm_cosmos3.output import Output, Progress
 
 REQUEST = {"prompt": "A paper boat", "num_frames": 5, "height": 64, "width": 64, "seed": 3}
@@ -26,9 +28,16 @@ def alone(tiny_checkpoint_fp32: Path) -> tuple[Output, Output]:
         return model.generate(**REQUEST), model.generate(**REQUEST, output_type="latent")
 
 
-def test_a_stage_gives_what_one_rank_gives(
-    tiny_checkpoint_fp32: Path, alone: tuple[Output, Output]
-) -> None:
+@pytest.fixture(scope="module")
+def staged(tiny_checkpoint_fp32: Path) -> Iterator[Cosmos3]:
+    """Four ranks in processes of their own."""
+    with Cosmos3(
+        tiny_checkpoint_fp32, dtype="float32", device="cpu:0", ulysses_degree=2, cfg_parallel_size=2
+    ) as model:
+        yield model
+
+
+def test_a_stage_gives_what_one_rank_gives(staged: Cosmos3, alone: tuple[Output, Output]) -> None:
     heard: list[Progress] = []
 
     async def cancelled(model: Cosmos3) -> None:
@@ -38,14 +47,11 @@ def test_a_stage_gives_what_one_rank_gives(
         with pytest.raises(asyncio.CancelledError):
             await task
 
-    with Cosmos3(
-        tiny_checkpoint_fp32, dtype="float32", device="cpu", ulysses_degree=2, cfg_parallel_size=2
-    ) as model:
-        output = model.generate(**REQUEST, progress=heard.append)
-        asyncio.run(cancelled(model))
-        again = model.generate(**REQUEST)
-        with pytest.raises(InvalidRequest):
-            model.generate(**(REQUEST | {"num_inference_steps": 0}))
+    output = staged.generate(**REQUEST, progress=heard.append)
+    asyncio.run(cancelled(staged))
+    again = staged.generate(**REQUEST)
+    with pytest.raises(InvalidRequest):
+        staged.generate(**(REQUEST | {"num_inference_steps": 0}))
     assert np.abs(output.video.astype(int) - alone[0].video.astype(int)).max() <= 1
     assert np.array_equal(output.video, again.video)
     assert [(p.phase, p.step) for p in heard if p.phase == "denoise"] == [
@@ -54,11 +60,27 @@ def test_a_stage_gives_what_one_rank_gives(
     assert output.timings.keys() == alone[0].timings.keys()
 
 
+def test_a_clip_is_written_where_its_owner_is(
+    staged: Cosmos3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the ranks stay in the folder where they were started
+    clip = Path("boat.mp4")
+    output = staged.generate(**REQUEST, clip=Clip(path=clip))
+    written = clip.stat().st_mtime_ns
+    assert output.save(clip) == [clip]
+    assert clip.stat().st_mtime_ns == written  # nothing was left to do
+    clip.unlink()
+    assert output.save(clip) == [clip]
+    assert clip.stat().st_size > 1000
+
+
 def test_a_mesh_that_cannot_be_is_refused_before_anything_starts(tiny_checkpoint: Path) -> None:
     with pytest.raises(InvalidRequest, match="tensor_parallel_size is 3, must be 1, 2 or 4"):
         Cosmos3(tiny_checkpoint, device="cpu", tensor_parallel_size=3)
     with pytest.raises(InvalidRequest, match="Ray executor needs GPUs"):
-        Cosmos3(tiny_checkpoint, device="cpu", ulysses_degree=2, distributed_executor_backend="ray")
+        Cosmos3(
+            tiny_checkpoint, device="cpu:0", ulysses_degree=2, distributed_executor_backend="ray"
+        )
 
 
 def test_torchrun(tiny_checkpoint_fp32: Path, alone: tuple[Output, Output], tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vllm_cosmos3.errors import Cosmos3Error, DeadlineExceeded, InvalidRequest, WorkerDied
 from vllm_cosmos3.runtime.worker import NoModel, Reply, StageConfig
 
@@ -186,7 +188,7 @@ class StageExecutor:
 def check_backend(config: StageConfig) -> None:
     """Refuse an executor that cannot run here, before anything starts."""
     world = config.engine.parallel.world_size
-    if config.backend == "ray" and config.engine.device == "cpu":
+    if config.backend == "ray" and torch.device(config.engine.device).type == "cpu":
         raise InvalidRequest(
             "distributed_executor_backend", "ray", "mp on the CPU: vLLM's Ray executor needs GPUs"
         )
@@ -222,7 +224,7 @@ def _make_executor(config: StageConfig) -> Any:
                 distributed_executor_backend=config.backend,
                 worker_cls="vllm_cosmos3.runtime.worker.DiffusionWorker",
             ),
-            device_config=DeviceConfig(device=config.engine.device),
+            device_config=DeviceConfig(device=torch.device(config.engine.device).type),
         )
         os.environ[METHOD] = method  # which making the configuration has changed
         object.__setattr__(vllm_config, "model_config", NoModel())

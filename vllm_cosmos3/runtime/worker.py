@@ -126,8 +126,8 @@ class DiffusionWorker(WorkerBase):
         # The executor counts its workers as tensor parallel; from here on the layers count.
         self.parallel_config.tensor_parallel_size = parallel.tensor_parallel_size
         self.device = torch.device("cpu")
-        if self._config.engine.device != "cpu":
-            kind = torch.device(self._config.engine.device).type
+        kind = torch.device(self._config.engine.device).type
+        if kind != "cpu":
             self.device = torch.device(kind, self.local_rank)
             torch.accelerator.set_device_index(self.device)
         elif self._config.backend == "mp" and "OMP_NUM_THREADS" not in os.environ:
