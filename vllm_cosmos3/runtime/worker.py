@@ -195,8 +195,12 @@ class DiffusionWorker(WorkerBase):
         if save is not None:
             return result.save(save)
         assert spool is not None
-        with spool.open("wb") as file:
-            pickle.dump(result, file, protocol=pickle.HIGHEST_PROTOCOL)
+        try:
+            with spool.open("wb") as file:
+                pickle.dump(result, file, protocol=pickle.HIGHEST_PROTOCOL)
+        except BaseException:  # what a full disk holds of it is in the way of the next request
+            spool.unlink(missing_ok=True)
+            raise
         return None
 
     def drop(self, job: str) -> None:
