@@ -225,7 +225,8 @@ class Cosmos3:
         given = list(requests) if several else [_request(requests, fields)]  # type: ignore[arg-type]
         with self._lock:
             runner = self._open()
-            plans = [self.plan(_request(item, {})) for item in given]
+            with runner.together("the request"):
+                plans = [self.plan(_request(item, {})) for item in given]
             outputs = [self._run(runner, plan, report, cancelled, clip) for plan in plans]
         return outputs if several else outputs[0]
 

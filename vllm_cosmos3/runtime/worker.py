@@ -28,7 +28,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 from vllm_cosmos3.config import EngineConfig
 from vllm_cosmos3.errors import Cosmos3Error, OutOfMemory
 from vllm_cosmos3.loading import counted
-from vllm_cosmos3.runtime.mesh import Mesh, all_gather, close_mesh, from_first, init_mesh
+from vllm_cosmos3.runtime.mesh import Mesh, close_mesh, from_first, in_step, init_mesh
 
 
 class Result(Protocol):
@@ -164,11 +164,11 @@ class DiffusionWorker(WorkerBase):
         with nullcontext() if folder is None else counted(folder, self.rank):
             self._stage = stage.load(self._config.engine, self._mesh, self.device)
 
-    def ping(self, number: int) -> bool:
-        """Whether this rank and its neighbours on every axis are at the same exchange."""
-        own = torch.tensor([number], device=self.device)
-        axes = (self._mesh.world, self._mesh.cfg, self._mesh.ulysses, self._mesh.tp)
-        return all(int(other) == number for axis in axes for other in all_gather(own, axis))
+    def ping(self, number: int, seconds: float) -> None:
+        """Raise Cosmos3Error unless all ranks of every axis are at the same exchange in time."""
+        for axis in (self._mesh.world, self._mesh.cfg, self._mesh.ulysses, self._mesh.tp):
+            if not in_step(number, axis, self.device, seconds):
+                raise Cosmos3Error(f"the ranks of {axis.name} are out of step")
 
     def encode(self, job: str, plan: Any) -> None:
         if self._config.backend == "external_launcher":
