@@ -56,7 +56,11 @@ class Output:
     """The results of one request: ``samples`` has ``n`` of them, the properties show the first.
 
     ``timings`` are seconds per phase, ``effective`` every resolved parameter, ``warnings`` what the
-    request should know about, ``peak_memory`` bytes on the device (of the process on a CPU).
+    request should know about.
+
+    ``peak_memory`` are the most bytes that were in use on the device of rank 0, weights included:
+    by this request if it ran alone, and else since the first of those in flight with it began. On
+    a CPU it is the peak of the process so far.
     """
 
     samples: tuple[Sample, ...]
