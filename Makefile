@@ -31,7 +31,8 @@ demo: setup ## ask a tiny checkpoint about an image and a video, without a GPU
 	@$(BIN)/python tools/demo.py
 
 serve: setup $(if $(filter $(TINY),$(CHECKPOINT)),$(TINY)/model_index.json) ## serve a tiny checkpoint (CHECKPOINT=, PORT=)
-	@$(BIN)/vllm-cosmos3 serve $(CHECKPOINT) --surface reasoner --host 127.0.0.1 --port $(PORT)
+	@$(BIN)/vllm-cosmos3 serve $(CHECKPOINT) --surface reasoner --host 127.0.0.1 --port $(PORT) \
+	  $(if $(filter $(TINY),$(CHECKPOINT)),--enforce-eager --max-model-len 4096 --max-num-seqs 16)
 
 test: setup ## run the tests (PYTEST= adds arguments)
 	@$(BIN)/python -m pytest --numprocesses auto $(PYTEST)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Container
 from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
@@ -46,9 +47,10 @@ def encoded(  # a clip has that many properties
     fps: Fraction | int = 24,
     pixels: str = "yuv420p",
     title: str = "",
+    without: Container[int] = (),
     **options: str,
 ) -> bytes:
-    """A clip of a drifting texture, as a file in memory."""
+    """A clip of a drifting texture, as a file in memory; frames ``without`` were lost."""
     texture = np.asarray(picture(2 * width, 2 * height, seed=frames))
     buffer = BytesIO()
     with av.open(buffer, "w", format=container) as file:
@@ -56,7 +58,7 @@ def encoded(  # a clip has that many properties
         stream.width, stream.height, stream.pix_fmt = width, height, pixels
         if title:
             file.metadata["title"] = title
-        for index in range(frames):
+        for index in (index for index in range(frames) if index not in without):
             top, left = index % height, 2 * index % width
             window = np.ascontiguousarray(texture[top : top + height, left : left + width])
             frame = av.VideoFrame.from_ndarray(window, format="rgb24")

@@ -96,6 +96,11 @@ def test_a_name_in_any_case_and_a_number_alone() -> None:
         (FORWARD | {"action": None}, "action", "missing_required"),
         (FORWARD | {"action": np.ones((4, 9))}, "action", "conflict"),
         (FORWARD | {"action_path": "a.json"}, "action_path", "conflict"),
+        (FORWARD | {"action_chunk_size": 6, "num_chunks": 2}, "action_chunk_size", "invalid_value"),
+        (FORWARD | {"num_frames": 8, "num_chunks": 2}, "num_frames", "invalid_value"),
+        (FORWARD | {"num_chunks": 3}, "action_chunk_size", "invalid_value"),  # six rows each
+        (FORWARD | {"action_chunk_size": 3}, "action_chunk_size", "invalid_value"),
+        (FORWARD | {"action": np.ones((3, 10))}, "action_chunk_size", "invalid_value"),
         (INVERSE | {"video": None}, "video", "missing_required"),
         (INVERSE | {"video": None, "image": PICTURE}, "image", "conflict"),
         (
@@ -247,7 +252,8 @@ def test_inverse_dynamics_knows_every_frame(plan: Any) -> None:
 def test_rows_from_a_file(plan: Any, tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     file.write_text("[[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]]")
-    made = plan(**FORWARD | {"action": None, "action_path": str(file)})
+    from_file = FORWARD | {"action": None, "action_path": str(file), "action_chunk_size": 4}
+    made = plan(**from_file)
     assert made.streams[1].source[0, :10].tolist() == list(range(1, 11))
     file.write_text('{"rows": 1}')
     with pytest.raises(InvalidRequest, match="action_path"):
@@ -294,6 +300,57 @@ def test_flat_statistics_and_wrong_ones(plan: Any, tmp_path: Path) -> None:
     file.write_text(json.dumps({"min": [0.0] * 10, "max": [1.0] * 9}))
     with pytest.raises(InvalidRequest, match="10 finite numbers under max"):
         plan(**POLICY, action_stats_path=str(file))
+
+
+@pytest.mark.parametrize(
+    ("method", "statistics", "words"),
+    [
+        ("minmax", {"min": [1.0] * 10, "max": [1.0] * 9 + [0.5]}, "max is nowhere below min"),
+        ("quantile", {"q01": [1.0] * 10, "q99": [-1.0] * 10}, "q99 is nowhere below q01"),
+        ("meanstd", {"mean": [1.0] * 10, "std": [-1.0] * 10}, "std is nowhere below 0"),
+        ("minmax", {"min": [0.0] * 10, "max": [1e39] * 10}, "10 finite numbers under max"),
+    ],
+)
+def test_statistics_that_are_none(
+    plan: Any, tmp_path: Path, method: str, statistics: dict[str, list[float]], words: str
+) -> None:
+    file = tmp_path / "stats.json"
+    file.write_text(json.dumps(statistics))
+    with pytest.raises(InvalidRequest, match=words) as caught:
+        plan(**POLICY, action_stats_path=str(file), action_normalization=method)
+    assert caught.value.field == "action_stats_path"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("action", np.full((4, 10), 1e39)),
+        ("action_path", [[-1e39] * 10] * 4),
+        ("action_history", [[0.0] * 10, [0.0] * 9 + [1e39]]),
+        ("action_state", [1e39] * 10),
+    ],
+)
+def test_numbers_beyond_float32_are_refused(
+    plan: Any, tmp_path: Path, name: str, value: Any
+) -> None:
+    if name == "action_path":
+        (tmp_path / "rows.json").write_text(json.dumps(value))
+        value = str(tmp_path / "rows.json")
+    fields = POLICY if name in ("action_history", "action_state") else FORWARD | {"action": None}
+    with pytest.raises(InvalidRequest, match=r"is -?1e\+39, must be within the range") as caught:
+        plan(**{k: v for k, v in (fields | {name: value}).items() if v is not None})
+    assert caught.value.field == name
+
+
+def test_numbers_that_statistics_bring_beyond_float32(plan: Any, tmp_path: Path) -> None:
+    file = tmp_path / "stats.json"
+    file.write_text(json.dumps({"min": [2.0] * 10, "max": [2.0] * 10}))
+    with pytest.raises(InvalidRequest, match=r"action_state is 1e\+35, must be within the range"):
+        plan(**POLICY, action_stats_path=str(file), action_normalization="minmax", action_state=[1e35] * 10)  # fmt: skip
+    limits = {"min": [-3e38] * 10, "max": [3e38] * 10}  # their difference is beyond it
+    file.write_text(json.dumps(limits))
+    made = plan(**POLICY, action_stats_path=str(file), action_normalization="minmax", action_state=[3e38] * 10)  # fmt: skip
+    assert made.streams[1].source[0, :10] == pytest.approx(1)
 
 
 # Pictures and captions.
@@ -348,6 +405,19 @@ def test_the_caption_of_an_instruction() -> None:
         ' the left of the purple item."}], "duration": "3s", "fps": 5.0, "resolution": {"H": 544,'
         ' "W": 736}, "aspect_ratio": "4,3"}'
     )
+
+
+@pytest.mark.parametrize(
+    ("size", "ratio"), [("512x384", "4,3"), ("96x96", "1,1"), ("112x48", "7,3")]
+)
+def test_the_caption_names_the_shape_of_any_canvas(
+    plan: Any, tokenizer: prompts.Tokenizer, size: str, ratio: str
+) -> None:
+    words = tokenizer.decode(plan(**POLICY | {"size": size}).token_ids[0])
+    assert f'"aspect_ratio": "{ratio}"}}' in words
+    own = tokenizer.decode(plan(**POLICY | {"size": size}, prompt='{"subjects": 1}').token_ids[0])
+    assert "resolution" in own
+    assert "aspect_ratio" not in own
 
 
 def test_a_plain_instruction_and_a_caption_of_ones_own() -> None:

@@ -129,6 +129,14 @@ def test_controls(folder: Path) -> None:
     }  # fmt: skip
 
 
+def test_a_control_that_is_false_is_none(folder: Path) -> None:
+    made = record(folder, prompt="a", edge=False, resolution="480", aspect_ratio="16,9")
+    assert made.fields == {"prompt": "a", "edge": False, "size": "832x480"}
+    assert from_fields(made.fields).mode == "text2video"
+    assert record(folder, prompt="a", edge=False, aspect_ratio="9,16").fields["size"] == "720x1280"
+    assert record(folder, prompt="a", edge={}, resolution="480").fields["image_size"] == 480
+
+
 def test_defaults_lie_under_the_record(folder: Path) -> None:
     defaults = {"num_steps": 9, "guidance": 3.0, "of_another_version": 1, "shift": None}
     (folder / "d.json").write_text(json.dumps(defaults))
@@ -213,10 +221,12 @@ def test_names_order_and_globs(folder: Path) -> None:
         ({"prompt": "a", "model_mode": "text2music"}, "model_mode is 'text2music', must be one of text2image"),
         ({"prompt": "a", "model_mode": "image2image"}, "model_mode is 'image2image', must be one of"),
         ({"prompt": "a", "model_mode": "image2video"}, "vision_path is missing, must be the image of image2video"),
+        ({"prompt": "a", "model_mode": "video2video", "edge": False}, "vision_path is missing, must be the video of video2video"),
         ({"prompt": "a", "model_mode": "text2video", "vision_path": "a.png"}, "must be left out for text2video"),
         ({"prompt": "a", "model_mode": "video2video", "vision_path": "a.png"}, "must be the video of video2video"),
         ({"prompt": "a", "model_mode": "text2image", "num_frames": 9}, "num_frames is 9, must be 1 for text2image"),
         ({"prompt": "a", "vision_path": "none.png"}, "vision_path is 'none.png', must be a file that exists"),
+        ({"prompt": "a", "vision_path": "~nosuchuser/a.png"}, "vision_path is '~nosuchuser/a.png', must be a file that exists"),
         ({"prompt": "a", "vision_path": 3}, "vision_path is 3, must be a file or a URL"),
         ({"prompt": "a", "vision_path": "prompt.txt"}, "must be a name that ends in"),
         ({"prompt": "a", "prompt_path": "prompt.txt"}, "prompt_path is 'prompt.txt', must be left out, as prompt"),
@@ -279,9 +289,10 @@ def test_every_mistake_is_found(folder: Path) -> None:
     (folder / "y.json").write_bytes(b'"\xff"')
     (folder / "x.jsonl").write_text('{"name": "n"}\n{"name": "n"}\n{"fsp": 2}\n')
     patterns = [str(folder / name) for name in ("x.jsonl", "y.json", "none.json", "*.none")]
+    patterns.append("~nosuchuser/x.json")
     batch = read_batch(patterns, {})
     assert [made.name for made in batch.records] == ["n"]
-    words = ["another one, as", "did you mean fps?", "UTF-8", "no such file", "a pattern that matches"]  # fmt: skip
+    words = ["another one, as", "did you mean fps?", "UTF-8", "no such file", "a pattern that matches", "no such file"]  # fmt: skip
     for word, problem in zip(words, batch.problems, strict=True):
         assert word in str(problem)
 

@@ -88,6 +88,20 @@ def test_defaults(
     assert p.warnings == ()
 
 
+def test_karras_needs_the_numbers_of_the_checkpoint(
+    model: ModelConfig, tokenizer: prompts.Tokenizer
+) -> None:
+    without = replace(model, scheduler=replace(model.scheduler, sigma_min=None, sigma_max=None))
+    clip = np.zeros((5, 64, 96, 3), np.uint8)
+    robot = {"action_mode": "policy", "domain_name": "umi", "image": PICTURE}
+    for fields in ({}, {"num_frames": 1}, {"edge": clip}, robot):
+        given = {"size": "96x64", "schedule": "karras", **fields}
+        assert plan(model, tokenizer, **given).schedule == "karras"
+        with pytest.raises(InvalidRequest, match="must be native or diffusers") as refusal:
+            plan(without, tokenizer, **given)
+        assert (refusal.value.field, refusal.value.code) == ("schedule", "unsupported_by_model")
+
+
 def test_plan_of_a_default_video(model: ModelConfig, tokenizer: prompts.Tokenizer) -> None:
     p = plan(model, tokenizer, generate_sound=True, seed=7, n=3)
     vision, sound = p.streams

@@ -97,6 +97,15 @@ def test_what_is_wrong_is_named(key: str, value: Any) -> None:
     assert f"{key} is " in str(refused.value)
 
 
+def test_null_in_the_sampling_is_nothing() -> None:
+    asked = {"num_inference_steps": None, "guidance_scale": None, "flow_shift": 7.0}
+    seen = droid.read(message(sampling_params=asked))
+    request = from_fields(droid.request_fields(seen, seed=0))
+    assert (request.num_inference_steps, request.guidance_scale, request.flow_shift) == (4, 3, 7)
+    with pytest.raises(InvalidRequest, match=r"sampling_params.steps is missing"):
+        droid.read(message(sampling_params={"steps": None}))
+
+
 VALUES: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.binary(),
     lambda inner: st.lists(inner, max_size=8) | st.dictionaries(st.text(max_size=3), inner),

@@ -181,6 +181,12 @@ def test_close_frees_the_model(tiny_checkpoint: Path) -> None:
         model.generate("a boat", **SMALL)
 
 
+def test_a_cpu_may_have_a_number(model: Cosmos3, tiny_checkpoint: Path) -> None:
+    with Cosmos3(tiny_checkpoint, device="cpu:0") as numbered:
+        output = numbered.generate("a boat", **SMALL)
+    assert (output.video == model.generate("a boat", **SMALL).video).all()
+
+
 @pytest.mark.parametrize(
     ("arguments", "field"),
     [

@@ -230,6 +230,7 @@ def test_a_token_opens_private_repositories(hub: Hub) -> None:
             "team/broken is not a folder, not complete in the Hugging Face cache",
         ),
         ("./no/such/folder", None, "model is './no/such/folder', must be an existing folder"),
+        ("~nosuchuser/folder", None, "model is '~nosuchuser/folder', must be an existing folder"),
     ],
 )
 def test_each_fault_is_one_sentence_with_the_fix(

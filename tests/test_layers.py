@@ -27,6 +27,7 @@ LAYERS = [
         "models.root_config",
         "models.clip",
         "models.normalisation",
+        "runtime.agreement",
         "runtime.attention",
         "runtime.graphs",
         "runtime.halo",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -125,6 +126,21 @@ def test_branches_may_be_evaluated_together_or_one_by_one(
     assert np.abs(vision(together) - vision(one_by_one)).max() <= 1e-5 * scale
 
 
+@pytest.mark.parametrize(
+    ("fields", "steps"), [({"n": 2}, [6]), ({"num_chunks": 2}, [3, 3]), ({}, [3])]
+)
+def test_forwards_are_recorded_by_how_often_they_are_used(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], steps: list[int]
+) -> None:
+    """Samples share them, chunks do not."""
+    asked: list[int] = []
+    monkeypatch.setattr(
+        pipeline_module, "launches_matter", lambda _, steps, *__: bool(asked.append(steps))
+    )
+    run(pipeline, **fields)
+    assert asked == steps
+
+
 def test_a_clip_is_written_while_it_is_decoded(pipeline: Pipeline, tmp_path: Path) -> None:
     plan = pipeline.plan(from_fields({**SMALL, "output_type": "pixels", "generate_sound": True}))
     clip = Clip(path=tmp_path / "boat.mp4", crf=0)
@@ -202,6 +218,19 @@ def test_image_is_decoded_as_one_frame(pipeline: Pipeline) -> None:
     assert (output.image.shape, output.image.dtype) == ((64, 96, 3), np.uint8)
 
 
+def test_actions_beside_a_picture_are_kept(pipeline: Pipeline, tmp_path: Path) -> None:
+    """Fewer than four actions make no second frame."""
+    fields = {"action_mode": "policy", "domain_name": "umi", "action_chunk_size": 3}
+    output = run(pipeline, image=PICTURE, output_type="pixels", num_frames=None, **fields)
+    assert output.image is not None
+    assert output.action is not None
+    assert output.action.shape == (3, 10)
+    assert output.action.std() > 0
+    picture, rows = output.save(tmp_path / "go")
+    assert (picture.name, rows.name) == ("go.png", "go_action.json")
+    assert np.array_equal(np.array(json.loads(rows.read_text()), np.float32), output.action)
+
+
 def test_latents_are_not_decoded(pipeline: Pipeline) -> None:
     decoded: list[object] = []
     hooks = [
@@ -239,7 +268,7 @@ def test_noise_rules_and_schedules_differ(pipeline: Pipeline) -> None:
             assert np.abs(one - other).max() > 1e-3
 
 
-def test_distilled_checkpoint(tmp_path: Path) -> None:
+def test_distilled_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four steps without guidance, with fresh noise at each but the last."""
     folder = tmp_path / "distilled"
     write_checkpoint(folder, kind="distilled-i2v", dtype="float32")
@@ -253,6 +282,21 @@ def test_distilled_checkpoint(tmp_path: Path) -> None:
     first = vision(distilled.finish(state))
     again = run(distilled, num_inference_steps=4, image=PICTURE)
     assert (vision(again) == first).all()
+    drawn: list[dict[str, torch.Tensor]] = []
+    for name in ("initial_noise", "step_noise"):
+        draw = getattr(pipeline_module, name)
+        monkeypatch.setattr(
+            pipeline_module,
+            name,
+            lambda *args, draw=draw, **more: (drawn.append(draw(*args, **more)), drawn[-1])[1],
+        )
+    for rule in ("numpy", "torch"):
+        drawn.clear()
+        chunks = vision(
+            run(distilled, num_inference_steps=4, image=PICTURE, num_chunks=2, noise=rule)
+        )
+        assert (rule != "numpy") or (chunks[:, :, :3] == first).all()
+        assert len({tuple(noise["vision"].flatten().tolist()) for noise in drawn}) == 2 * (1 + 4)
 
 
 def test_incomplete_checkpoint_is_one_error(tiny_checkpoint_fp32: Path, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ WRONG: dict[str, list[Any]] = {
     "num_inference_steps": [*NOT_INTEGERS, 0, 201],
     "guidance_scale": [*NOT_NUMBERS, -1, 21],
     "guidance_interval": [5, "0,1", [1], [1, 2, 3], [600, 400], [-1, 5], [0, 1001], ["a", "b"]],
-    "flow_shift": [*NOT_NUMBERS, -5, 0, 101],
+    "flow_shift": [*NOT_NUMBERS, -5, 0, 1e-50, 101],
     "schedule": ["linear", 1],
     "seed": [*NOT_INTEGERS, -1, 2**32, 2**70],
     "noise": ["cuda", 0],

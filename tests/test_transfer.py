@@ -20,6 +20,7 @@ from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.hints import PRESETS
 from vllm_cosmos3.plan import Plan
 from vllm_cosmos3.request import from_fields
+from vllm_cosmos3.sampling.noise import initial_noise
 from vllm_cosmos3.transfer import Chunks, blurred, edges, padded
 
 SMALL = {"size": "96x64", "num_inference_steps": 2, "guidance_scale": 1.0, "seed": 1}
@@ -190,6 +191,10 @@ def test_shares_and_positions(model: ModelConfig, tokenizer: prompts.Tokenizer) 
     p = plan(model, tokenizer, **given)
     assert [stream.share for stream in p.streams] == [0.25, 0.75, None]
     assert p.effective["wsm"] == {"control_weight": 3.0}
+    for weight in (1e308, 5e-324):
+        hint = {"control": clip(5), "control_weight": weight}
+        p = plan(model, tokenizer, seg=hint, edge=hint, size="96x64")
+        assert [stream.share for stream in p.streams] == [0.5, 0.5, None]
     p = plan(
         model, tokenizer, **given, control_attention="full", share_vision_temporal_positions=False
     )
@@ -211,8 +216,13 @@ def test_shares_and_positions(model: ModelConfig, tokenizer: prompts.Tokenizer) 
         ({"size": "2048x2048"}, "size", "allow_untrained_size"),
         ({"num_video_frames_per_chunk": 401}, "num_video_frames_per_chunk", "at most 401"),
         ({"view_point": "ego_view"}, "view_point", "action_mode"),
+        (
+            {"edge": clip(5), "video": clip(12), "num_first_chunk_conditional_frames": 400,
+             "num_video_frames_per_chunk": 5},
+            "num_first_chunk_conditional_frames", "below 5",
+        ),
     ],
-)
+)  # fmt: skip
 def test_what_does_not_fit_is_named(
     model: ModelConfig,
     tokenizer: prompts.Tokenizer,
@@ -247,6 +257,47 @@ def test_length_by_seconds_and_overlap_of_one_chunk(
     assert (p.num_frames, len(p.chunks)) == (12, 1)
     p = plan(model, tokenizer, edge=clip(5), size="96x64", num_conditional_frames=5)
     assert (p.num_frames, len(p.chunks)) == (5, 1)
+
+
+@pytest.mark.parametrize(
+    ("rate", "every", "fps"), [(120, 2, 60), (90, 2, 45), (240, 4, 60), (60, 1, 60)]
+)
+def test_a_clip_that_is_too_fast_lasts_as_long(
+    model: ModelConfig,
+    tokenizer: prompts.Tokenizer,
+    tmp_path: Path,
+    rate: int,
+    every: int,
+    fps: int,
+) -> None:
+    frames = clip(24, height=16, width=16)
+    media.write_video(tmp_path / "in.mp4", frames, fps=rate, crf=0)
+    stored = media.read_video(tmp_path / "in.mp4", frames=24)
+    fields = {"depth": tmp_path / "in.mp4", "seg": stored, "size": "16x16"}
+    p = plan(model, tokenizer, **fields)
+    assert (p.fps, p.num_frames) == (fps, -(-24 // every))
+    assert p.effective["seconds"] == pytest.approx(24 / rate)
+    for control in p.streams[:2]:
+        assert (control.source[: p.num_frames] == stored[::every]).all()
+    said = [f"one frame of {every} is used" in warning for warning in p.warnings]
+    assert any(said) == (every > 1)
+    half = plan(model, tokenizer, **fields, seconds=12 / rate)
+    assert half.num_frames == 12 // every
+    slow = plan(model, tokenizer, **fields, fps=30)
+    assert (slow.num_frames, slow.fps) == (24, 30)
+
+
+def test_a_clip_that_is_too_slow_needs_a_rate(
+    model: ModelConfig, tokenizer: prompts.Tokenizer, tmp_path: Path
+) -> None:
+    media.write_video(tmp_path / "in.mp4", clip(4, height=16, width=16), fps=0.5)
+    fields = {"seg": tmp_path / "in.mp4", "size": "16x16"}
+    with pytest.raises(
+        InvalidRequest, match=r"'0\.5 frames a second', must be at least 1"
+    ) as refusal:
+        plan(model, tokenizer, **fields)
+    assert refusal.value.field == "seg.control"
+    assert plan(model, tokenizer, **fields, fps=2).num_frames == 4
 
 
 def test_warnings(model: ModelConfig, tokenizer: prompts.Tokenizer) -> None:
@@ -302,6 +353,22 @@ def test_several_results_of_several_chunks(engine: Cosmos3) -> None:
     for sample in both.samples:
         alone = engine.generate(prompt="a boat", **request | {"seed": sample.seed})
         assert (alone.video == sample.video).all()
+
+
+def test_a_chunk_that_is_given_whole_is_continued(engine: Cosmos3) -> None:
+    """The later chunks are made, not left as the noise they begin with."""
+    source, calls = clip(14), []
+    request = {"edge": source, "video": source, "num_video_frames_per_chunk": 5, **SMALL}
+    output = engine.generate(
+        prompt="a boat", num_first_chunk_conditional_frames=5, output_type="latent", **request,
+        progress=calls.append,
+    )  # fmt: skip
+    made = output.latents["vision"]
+    assert made.shape[2] == 4 * 2
+    for chunk in range(1, 4):
+        noise = initial_noise({"vision": (1, 48, 2, 4, 6)}, seed=1 + chunk, rule="numpy")["vision"]
+        assert np.abs(made[:, :, 2 * chunk + 1] - noise[:, :, 1].numpy()).max() > 1e-2
+    assert calls[-1].steps == SMALL["num_inference_steps"] * 4
 
 
 def test_controls_and_input_beside_the_video(engine: Cosmos3) -> None:

@@ -11,11 +11,13 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from vllm_cosmos3.cli import main
+from vllm_cosmos3.conditions import make_plan
+from vllm_cosmos3.config import read_config
 from vllm_cosmos3.errors import InvalidRequest
-from vllm_cosmos3.prompts import Facts, positive_text
+from vllm_cosmos3.prompts import Facts, load_tokenizer, positive_text
 from vllm_cosmos3.questions import Question, question_of
 from vllm_cosmos3.reasoner import sampling_params
-from vllm_cosmos3.request import GenerateRequest
+from vllm_cosmos3.request import GenerateRequest, from_fields
 from vllm_cosmos3.upsample import (
     UpsamplingFailed,
     caption_of,
@@ -26,7 +28,13 @@ from vllm_cosmos3.upsample import (
 
 VIDEO = Facts(num_frames=189, fps=24, height=720, width=1280, aspect_ratio="16,9")
 IMAGE = Facts(num_frames=1, fps=24, height=960, width=960, aspect_ratio="1,1")
-EFFECTIVE = {"num_frames": 189, "fps": 24.0, "height": 720, "width": 1280}
+EFFECTIVE = {
+    "num_frames": 189,
+    "num_video_frames_per_chunk": None,
+    "fps": 24.0,
+    "height": 720,
+    "width": 1280,
+}
 
 
 def example(schema: dict[str, Any]) -> Any:
@@ -113,6 +121,52 @@ def test_what_a_request_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
+    ("fields", "seconds"),
+    [
+        ({"size": "832x480", "num_chunks": 4}, "7.9"),
+        ({"size": "64x48", "depth": np.zeros((200, 48, 64, 3), np.uint8)}, "3.9"),
+        ({"size": "64x48", "num_frames": 25}, "1.0"),
+    ],
+)
+def test_the_reasoner_is_told_the_length_that_the_model_is_told(
+    fields: dict[str, Any], seconds: str, tiny_checkpoint: Path
+) -> None:
+    tokenizer = load_tokenizer(tiny_checkpoint)
+    request = from_fields({"prompt": "a boat", **fields})
+    plan = make_plan(request, read_config(tiny_checkpoint), tokenizer)
+    question = question_about(request, plan.effective, {})
+    assert question is not None
+    assert f"{seconds} seconds long at 24 frames a second" in question.prompt
+    assert f"The video is {seconds} seconds long and is of 24 FPS." in tokenizer.decode(
+        plan.token_ids[0]
+    )
+
+
+@pytest.mark.parametrize("taken", [None, 5])
+def test_of_a_transfer_the_frames_that_it_takes_over_are_shown(
+    taken: int | None, tiny_checkpoint: Path
+) -> None:
+    ramp = np.arange(1, 10, dtype=np.uint8)[:, None, None, None]
+    request = from_fields({
+        "prompt": "a boat", "video": ramp * np.ones((1, 48, 64, 3), np.uint8), "edge": True,
+        "size": "64x48", "num_first_chunk_conditional_frames": taken,
+    })  # fmt: skip
+    plan = make_plan(request, read_config(tiny_checkpoint), load_tokenizer(tiny_checkpoint))
+    question = question_about(request, plan.effective, {})
+    assert question is not None
+    if taken is None:  # nothing of the result is known
+        assert question.image is None
+    else:
+        assert (np.asarray(question.image) == 1).all()
+
+
+def test_a_prompt_of_brackets_is_a_text() -> None:
+    question = question_about(GenerateRequest(prompt="[" * 100_000), EFFECTIVE, {})
+    assert question is not None
+    assert "[" * 100_000 in question.prompt
+
+
+@pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"prompt": " "}, "prompt is ' '"),
@@ -164,3 +218,11 @@ def test_mistakes_on_the_command_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("vllm-cosmos3 upsample: ")
     assert message in line
+
+
+def test_limits_in_the_help_are_whole_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["upsample", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 to 1000000 (default" in said
+    assert "e+0" not in said

@@ -21,11 +21,14 @@ class ToyPlan:
 
     A fault is "all" or "one" rank raising before an exchange, "invalid", "memory" (on all ranks),
     "memory one", "hang" or "kill" on the last rank, or "crowded" until it is tried a second time.
+    ``result`` is "broken" if it cannot be pickled after its first MiB, "deadly" if its rank dies
+    there, and "unreadable" if it cannot be read again.
     """
 
     steps: int = 3
     seconds: float = 0.0
     faults: dict[str, str] = field(default_factory=dict)
+    result: str = "sound"
 
 
 @dataclass
@@ -33,6 +36,33 @@ class ToyState:
     plan: ToyPlan
     index: int = 0
     total: int = 0
+
+
+@dataclass(frozen=True)
+class Faulty:
+    """A result that goes wrong as ``ToyPlan.result`` says."""
+
+    fault: str
+    filling: bytes = bytes(2**20)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        if self.fault == "unreadable":
+            return _refuse, (self.filling,)
+        return Faulty, (self.filling, Trap(self.fault))
+
+
+@dataclass(frozen=True)
+class Trap:
+    fault: str
+
+    def __reduce__(self) -> tuple[object, ...]:
+        if self.fault == "deadly":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise OSError("No space left on device")
+
+
+def _refuse(_: bytes) -> None:
+    raise ValueError("these are no frames")
 
 
 @dataclass(frozen=True)
@@ -72,9 +102,11 @@ class Toy:
         self._moment(state.plan, "decode")
         self._sum()
 
-    def finish(self, state: ToyState) -> ToyResult:
+    def finish(self, state: ToyState) -> ToyResult | Faulty:
         self._moment(state.plan, "finish")
         pids = all_gather(torch.tensor(os.getpid()), self.mesh.world)
+        if state.plan.result != "sound":
+            return Faulty(state.plan.result)
         return ToyResult(state.total, tuple(int(pid) for pid in pids))
 
     def _sum(self) -> int:

@@ -133,6 +133,7 @@ def settle(request: GenerateRequest, model: ModelConfig) -> Action | None:
     given = _rows_given(request)
     channels = _channels(request, embodiment, given, model)
     chunk_size = _chunk_size(request, embodiment, given)
+    _check_frames(request, mode, chunk_size)
     scale, offset = _units(request, channels)
     chunk, warnings = _chunk(given, chunk_size * request.num_chunks)
     if chunk_size % 4:
@@ -144,8 +145,15 @@ def settle(request: GenerateRequest, model: ModelConfig) -> Action | None:
     state = None if request.action_state is None else (request.action_state,)
 
     def inside(name: str, rows: Rows | None) -> np.ndarray:
-        matrix: np.ndarray = (_matrix(name, rows, channels) - offset) / scale
+        with np.errstate(over="ignore", invalid="ignore"):
+            matrix: np.ndarray = (_matrix(name, rows, channels) - offset) / scale
+        if rows is not None and not np.isfinite(matrix).all():
+            row, column = np.argwhere(~np.isfinite(matrix))[0]
+            possible = "within the range of float32, in the units of the model as well"
+            raise InvalidRequest(name, rows[row][column], possible)
         return matrix
+
+    chunk_name = "action" if request.action_path is None else "action_path"
 
     return Action(
         mode=mode,
@@ -158,7 +166,7 @@ def settle(request: GenerateRequest, model: ModelConfig) -> Action | None:
         fps=request.fps or embodiment.fps,
         history=inside("action_history", request.action_history),
         state=inside("action_state", state),
-        chunk=None if chunk is None else inside("action", chunk),
+        chunk=None if chunk is None else inside(chunk_name, chunk),
         scale=scale,
         offset=offset,
         warnings=tuple(warnings),
@@ -328,6 +336,23 @@ def _chunk_size(
     return size
 
 
+def _check_frames(request: GenerateRequest, mode: Mode, size: int) -> None:
+    """Given actions make new frames, and a chunk that another follows ends on its last action.
+
+    The model makes frames by fours: another chunk would go on from a frame before that action.
+    """
+    if request.num_chunks > 1 and size % 4:
+        possible, frames, why = "a multiple of 4", "4k + 1", "as num_chunks is above 1"
+    elif mode.chunk and size < 4:
+        possible, frames, why = "at least 4", "at least 5", "as fewer actions make no new frame"
+    else:
+        return
+    if request.action_chunk_size is None and request.num_frames is not None:
+        raise InvalidRequest("num_frames", size + 1, f"{frames}, {why}")
+    value = request.action_chunk_size or f"{size} (by the rows of action)"
+    raise InvalidRequest("action_chunk_size", value, f"{possible}, {why}")
+
+
 def _chunk(given: Rows | None, size: int) -> tuple[Rows | None, list[str]]:
     """The given rows, brought to ``size`` of them, with a warning where that was needed."""
     if given is None or len(given) == size:
@@ -371,16 +396,22 @@ def _units(request: GenerateRequest, channels: int) -> tuple[np.ndarray, np.ndar
     values = value.get(key, value) if isinstance(value, Mapping) else value
     names = {"meanstd": ("mean", "std"), "minmax": ("min", "max")}.get(method, ("q01", "q99"))
     first, second = (_statistic(path, values, name, channels) for name in names)
+    least = np.zeros(channels) if method == "meanstd" else first
+    if (second < least).any():
+        below = "0" if method == "meanstd" else names[0]
+        possible = f"a JSON file whose {names[1]} is nowhere below {below}"
+        raise InvalidRequest("action_stats_path", path, possible)
     if method == "meanstd":
         return np.maximum(second, SMALLEST_SCALE), first
-    return np.maximum(second - first, SMALLEST_SCALE) / 2, (first + second) / 2
+    return np.maximum(second / 2 - first / 2, SMALLEST_SCALE / 2), first / 2 + second / 2
 
 
 def _statistic(path: str, values: object, name: str, channels: int) -> np.ndarray:
     """One list of the statistics file, as long as an action."""
     numbers = values.get(name) if isinstance(values, Mapping) else None
     try:
-        column = np.array(numbers, np.float32)
+        with np.errstate(over="ignore"):
+            column = np.array(numbers, np.float32)
     except (TypeError, ValueError):
         column = np.zeros(0, np.float32)
     if column.shape != (channels,) or not np.isfinite(column).all():

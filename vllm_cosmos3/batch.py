@@ -6,6 +6,7 @@ Needs no checkpoint, opens no media and no network.
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,9 +87,9 @@ def _entries(patterns: Sequence[str]) -> Iterator[Entry | InvalidRequest]:
 def _files(patterns: Sequence[str]) -> list[Path | InvalidRequest]:
     """Every file once, those of a glob in the order of their names."""
     found: dict[Path | InvalidRequest, None] = {}
-    for pattern in patterns:
+    for pattern in map(os.path.expanduser, patterns):  # leaves users that nobody knows
         if not glob.has_magic(pattern) or Path(pattern).exists():
-            found[Path(pattern).expanduser()] = None
+            found[Path(pattern)] = None
             continue
         matches = sorted(glob.glob(pattern, recursive=True))
         found |= dict.fromkeys(Path(match) for match in matches)

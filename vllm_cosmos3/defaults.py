@@ -55,3 +55,4 @@ DEFAULTS = {
 # With actions, where size, length and rate follow from the embodiment and the picture.
 ACTION_STEPS, ACTION_GUIDANCE, ACTION_SHIFT = 30, 1.0, 10.0
 TRANSFER_TIER = 720  # of sizes, where the request names none
+TEXT_TOKENS = 2048  # of a text whose length is not known; the published negative prompt has 1,904

@@ -245,6 +245,7 @@ def _numbers(message: Mapping[str, Any], key: str, possible: str) -> NDArray[np.
 
 
 def _sampling(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the client says of the sampling; null says nothing."""
     given = message.get("sampling_params", {})
     if not isinstance(given, Mapping):
         raise InvalidRequest("sampling_params", given, "a map", "invalid_type")
@@ -252,7 +253,7 @@ def _sampling(message: Mapping[str, Any]) -> Mapping[str, Any]:
         if name not in ADJUSTABLE:
             possible = f"left out, or one of {', '.join(ADJUSTABLE)}"
             raise InvalidRequest(f"sampling_params.{name}", given[name], possible)
-    return given
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _absent(value: object) -> str:

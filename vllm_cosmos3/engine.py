@@ -152,7 +152,8 @@ class Cosmos3:
         ``requests`` is a `GenerateRequest`, a mapping of its fields, a prompt, or a list of the
         first two. All of a list are checked before the first one runs. ``progress`` is called
         after every step; what it raises ends the request. The video of a single request is written
-        to ``clip`` while it is decoded; `Output.save` to the same path then has nothing to do.
+        to ``clip`` while it is decoded; `Output.save` to the same path then has nothing to do, as
+        long as the file is there.
 
         Raises:
             InvalidRequest: a field has a value that cannot be served.
@@ -219,10 +220,13 @@ class Cosmos3:
             raise InvalidRequest(name, fields[name], "part of each request, as a list was given")
         if several and clip is not None:
             raise InvalidRequest("clip", str(clip.path), "for a single request")
+        if clip is not None:  # another process writes it, in a working directory of its own
+            clip = replace(clip, path=Path(clip.path).resolve())
         given = list(requests) if several else [_request(requests, fields)]  # type: ignore[arg-type]
         with self._lock:
             runner = self._open()
-            plans = [self.plan(_request(item, {})) for item in given]
+            with runner.together("the request"):
+                plans = [self.plan(_request(item, {})) for item in given]
             outputs = [self._run(runner, plan, report, cancelled, clip) for plan in plans]
         return outputs if several else outputs[0]
 

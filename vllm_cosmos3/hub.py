@@ -6,6 +6,7 @@ be run costs kilobytes, not tens of gigabytes.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from vllm_cosmos3.config import ModelConfig, read_config
@@ -23,7 +24,7 @@ def resolve(model: str | Path, revision: str | None = None, *, weights: bool = T
     Raises CheckpointError with the fix where there is no such model or it cannot be reached, and
     whatever read_config raises.
     """
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))  # leaves a user that nobody knows as it is
     if folder.is_dir():
         if revision is not None:
             raise CheckpointError(f"{folder} is a folder, revision {revision!r} needs a repository")

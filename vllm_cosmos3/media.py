@@ -110,8 +110,7 @@ def read_video(
 def frames_of(source: VideoSource, *, limit: int, field: str = "video") -> Iterator[Pixels]:
     """The first ``limit`` frames of a clip one after the other, so that a long one fits in memory.
 
-    As `read_video` without ``fps``, but that frames may differ in size; errors come with the frame
-    that has them.
+    As `read_video`, but that frames may differ in size; errors come with the frame that has them.
     """
     empty = True
     for frame in islice(_each(source, field), limit):

@@ -56,7 +56,11 @@ class Output:
     """The results of one request: ``samples`` has ``n`` of them, the properties show the first.
 
     ``timings`` are seconds per phase, ``effective`` every resolved parameter, ``warnings`` what the
-    request should know about, ``peak_memory`` bytes on the device (of the process on a CPU).
+    request should know about.
+
+    ``peak_memory`` are the most bytes that were in use on the device of rank 0, weights included:
+    by this request if it ran alone, and else since the first of those in flight with it began. On
+    a CPU it is the peak of the process so far.
     """
 
     samples: tuple[Sample, ...]
@@ -127,7 +131,7 @@ class Output:
 
     def _write(self, path: Path, sample: Sample, crf: int, quality: int) -> None:
         suffix = path.suffix.lower()
-        if sample.clip == media.Clip(path=path, crf=crf):
+        if sample.clip is not None and _holds(sample.clip, path, crf):
             return
         if sample.video is not None and suffix in VIDEO_SUFFIXES:
             media.write_video(
@@ -151,6 +155,11 @@ class Output:
             actions = () if sample.action is None else ACTION_SUFFIXES
             possible = ", ".join((*kinds.get(self.suffix, LATENT_SUFFIXES), *actions))
             raise InvalidRequest("path", str(path), f"a file of type {possible}")
+
+
+def _holds(clip: media.Clip, path: Path, crf: int) -> bool:
+    """Whether ``path`` is the file of ``clip``, in this quality, and still there."""
+    return clip.crf == crf and path.exists() and clip.path.resolve() == path.resolve()
 
 
 def _write_rows(path: Path, rows: np.ndarray) -> None:

@@ -279,6 +279,8 @@ def _fixed_steps(
     """Steps and guidance scale; a distilled checkpoint has its own and takes no others."""
     fixed = model.scheduler.t_list
     if fixed is None:
+        if request.schedule == "karras":
+            _check_karras(model)
         scale = request.guidance_scale
         return (
             request.num_inference_steps or default.num_inference_steps,
@@ -290,6 +292,13 @@ def _fixed_steps(
             possible = f"{value:g} or left out: this checkpoint is distilled to {len(fixed)} steps"
             raise InvalidRequest(name, given, possible, "unsupported_parameter")
     return len(fixed), 1.0
+
+
+def _check_karras(model: ModelConfig) -> None:
+    """This schedule has no numbers of its own: they come from the checkpoint."""
+    if model.scheduler.sigma_min is None or model.scheduler.sigma_max is None:
+        possible = "native or diffusers: this checkpoint's scheduler_config.json has no sigma_min or sigma_max"
+        raise InvalidRequest("schedule", "karras", possible, "unsupported_by_model")
 
 
 def _without_effect(request: GenerateRequest, model: ModelConfig, guidance: float) -> list[str]:

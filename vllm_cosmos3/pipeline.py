@@ -212,7 +212,7 @@ class Pipeline:
         with state.timers.phase("denoise", paced=True):
             if index == 0:
                 self._start(state, plan.seeds[sample], chunk)
-            self._advance(state, plan.seeds[sample], index)
+            self._advance(state, plan.seeds[sample], chunk, index)
         state.index += 1
         if index + 1 == plan.num_inference_steps:
             streams = zip(plan.streams, state.streams, strict=True)
@@ -229,15 +229,14 @@ class Pipeline:
             self.texts.keep(tuple(state.plan.token_ids[branch]), *context.texts)
         state.contexts.clear()
         state.forwards.clear()
-        count = len(state.plan.chunks)
-        for place, seed in enumerate(state.plan.seeds):
-            chunks = state.denoised[place * count : (place + 1) * count]
-            if state.plan.decoded:
-                before = state.frames[place * (count - 1) : (place + 1) * (count - 1)]
-                single = len(state.plan.seeds) == 1
-                sample = self._decoded(state, seed, chunks[-1], before, clip if single else None)
-                state.samples.append(sample)
-            else:
+        plan, count = state.plan, len(state.plan.chunks)
+        samples = [
+            state.denoised[place : place + count] for place in range(0, len(state.denoised), count)
+        ]
+        if plan.decoded:
+            self._decode_all(state, [chunks[-1] for chunks in samples], clip)
+        else:
+            for seed, chunks in zip(plan.seeds, samples, strict=True):
                 state.samples.append(self._undecoded(state, seed, chunks))
         state.denoised.clear()
         state.frames.clear()
@@ -347,8 +346,9 @@ class Pipeline:
 
     def _start(self, state: State, seed: int, chunk: int) -> None:
         plan = state.plan
-        shapes = {stream.name: stream.shape for stream in plan.streams}
-        noise = initial_noise(shapes, seed=seed, rule=plan.noise, chunk=chunk)
+        planned = plan.chunks[chunk]
+        shapes = {stream.name: stream.shape for stream in planned}
+        noise = initial_noise(shapes, seed=seed, rule=plan.noise, chunk=chunk, fresh=_fresh(plan))
         noise |= {name: torch.from_numpy(x) for name, x in plan.initial.items()}
         state.streams = tuple(
             start_stream(
@@ -357,24 +357,29 @@ class Pipeline:
                 clean=known.clean,
                 free=known.free,
             )
-            for stream, known in zip(plan.streams, state.known, strict=True)
+            for stream, known in zip(planned, state.known, strict=True)
         )
         if plan.later:  # what is free of the streams is part of a forward, and changes
             state.forwards.clear()
-        state.solver = tuple(SolverState() for stream in plan.streams if stream.generated)
+        state.solver = tuple(SolverState() for stream in planned if stream.generated)
 
-    def _advance(self, state: State, seed: int, index: int) -> None:
+    def _advance(self, state: State, seed: int, chunk: int, index: int) -> None:
         """Predict, guide, step, and put back what is known. The solver works in float32."""
         plan, schedule = state.plan, state.schedule
-        predict = partial(self._predict, state, state.timesteps[index])
-        moving = [place for place, stream in enumerate(plan.streams) if stream.generated]
+        planned = plan.chunks[chunk]
+        moving = [place for place, stream in enumerate(planned) if stream.generated]
+        if not moving:  # the whole chunk is given, for a later one to go on from
+            return
+        predict = partial(self._predict, state, moving, state.timesteps[index])
         latents = tuple(state.streams[place].x for place in moving)
         velocities = guide(predict, state.guidance[index], self.mesh.cfg, latents)
         solver = SOLVERS[plan.solver]
         fresh: dict[str, Tensor] = {}
         if solver.draws_noise:
-            shapes = {stream.name: stream.shape for stream in plan.streams}
-            fresh = step_noise(shapes, seed=seed, rule=plan.noise, index=index)
+            shapes = {stream.name: stream.shape for stream in planned}
+            fresh = step_noise(
+                shapes, seed=seed, rule=plan.noise, index=index, chunk=chunk, fresh=_fresh(plan)
+            )
         streams, remembered = list(state.streams), []
         for place, v, before in zip(moving, velocities, state.solver, strict=True):
             stream = state.streams[place]
@@ -385,18 +390,17 @@ class Pipeline:
         state.streams, state.solver = tuple(streams), tuple(remembered)
 
     def _predict(
-        self, state: State, timestep: Tensor, branches: Sequence[int]
+        self, state: State, moving: Sequence[int], timestep: Tensor, branches: Sequence[int]
     ) -> list[tuple[Tensor, ...]]:
-        """The velocities of some branches: evaluated together where the tokens are few."""
-        plan = state.plan
+        """The velocities of what is ``moving``, by branch: together where the tokens are few."""
         found: dict[int, tuple[Tensor, ...]] = {}
         for group in _groups(state, branches):
-            seen = plan.seen(group[0])
+            seen = state.plan.seen(group[0])
             xs = (state.streams[place].x for place in seen)
             made = self._forward(state, group)(timestep, *xs)
             for branch, velocities in zip(group, made, strict=True):
                 named = zip(seen, velocities, strict=True)
-                found[branch] = tuple(v for place, v in named if plan.streams[place].generated)
+                found[branch] = tuple(v for place, v in named if place in moving)
         return [found[branch] for branch in branches]
 
     def _forward(self, state: State, branches: tuple[int, ...]) -> Forward:
@@ -406,8 +410,10 @@ class Pipeline:
             streams = [state.streams[place] for place in state.plan.seen(branches[0])]
             forward = partial(_evaluate, self.transformer, streams, context, state.plan)
             tokens = context.rope.table.shape[0]
+            # Of several chunks each has forwards of its own.
+            steps = state.plan.num_inference_steps if state.plan.later else state.plan.steps
             recorded = not self.config.layerwise_offload and launches_matter(
-                tokens, state.plan.steps, self.mesh.world, self.device
+                tokens, steps, self.mesh.world, self.device
             )
             state.forwards[branches] = Recording(forward) if recorded else forward
         return state.forwards[branches]
@@ -422,49 +428,76 @@ class Pipeline:
             arrays = {name: x.cpu().numpy() for name, x in latents.items()}
         return Sample(seed=seed, latents=arrays, action=_actions(state.plan, latents))
 
+    def _decode_all(
+        self, state: State, samples: list[dict[str, Tensor]], clip: Clip | None
+    ) -> None:
+        """The samples, of whose last chunks these are the latents, on the first rank."""
+        plan = state.plan
+        decoding = [self.vae.decode(latents["vision"]) for latents in samples]  # begins when read
+        if self.mesh.world.rank:
+            with state.timers.phase("vae_decode"):
+                deque(chain(*decoding), maxlen=0)  # the ranks exchange borders
+            state.samples += [Sample(seed=seed) for seed in plan.seeds]
+            return
+        single, earlier = len(samples) == 1, len(plan.later)
+        try:
+            for place, (seed, latents) in enumerate(zip(plan.seeds, samples, strict=True)):
+                before = state.frames[place * earlier : (place + 1) * earlier]
+                shown = _shown(plan, before, on_host(map(to_frames, decoding[place])))
+                sample = self._decoded(state, seed, latents, shown, clip if single else None)
+                state.samples.append(sample)
+        except Exception:  # such as a full disk: the other ranks wait at the next border
+            if self.mesh.world.size > 1:
+                deque(chain(*decoding), maxlen=0)
+            raise
+
     def _decoded(
         self,
         state: State,
         seed: int,
         latents: dict[str, Tensor],
-        before: list[Tensor],
+        shown: Iterable[np.ndarray],
         clip: Clip | None,
     ) -> Sample:
-        """Pixels and sound of the last chunk, after the frames of those ``before``."""
-        first, plan = self.mesh.world.rank == 0, state.plan
-        waveform = None
-        with state.timers.phase("sound"):
-            if first and self.sound is not None and "sound" in latents:
-                waveform = self.sound.decode(latents["sound"]).float().cpu().numpy()
+        """A sample of the frames ``shown``, with its sound and actions."""
+        waveform, action = self._waveform(state, latents), _actions(state.plan, latents)
+        if latents["vision"].shape[2] == 1:
+            clip = None  # a picture
         with state.timers.phase("vae_decode"):
-            chunks = self.vae.decode(latents["vision"])
-            if not first:
-                deque(chunks, maxlen=0)  # the ranks exchange borders
-                return Sample(seed=seed)
-            shown = _shown(plan, before, on_host(to_frames(chunk) for chunk in chunks))
-            if latents["vision"].shape[2] == 1:
-                clip = None  # a picture
-            try:
-                writing: AbstractContextManager[VideoWriter | None] = nullcontext()
-                if clip is not None:
-                    rate = self.model.sound.sampling_rate if self.model.sound else 48_000
-                    writing = VideoWriter(
-                        clip.path, fps=plan.fps, sound=waveform, sample_rate=rate, crf=clip.crf
-                    )
-                with writing as writer:
-                    parts = []
-                    for frames in shown:
-                        parts.append(frames)
-                        if writer is not None:
-                            writer.write(frames)
-            except Exception:  # such as a full disk: the other ranks wait at the next border
-                if self.mesh.world.size > 1:
-                    deque(chunks, maxlen=0)
-                raise
-        video, action = np.concatenate(parts), _actions(plan, latents)
+            video = self._written(state.plan, shown, waveform, clip)
         if len(video) == 1:
-            return Sample(seed=seed, image=video[0])
+            return Sample(seed=seed, image=video[0], sound=waveform, action=action)
         return Sample(seed=seed, video=video, sound=waveform, action=action, clip=clip)
+
+    def _waveform(self, state: State, latents: dict[str, Tensor]) -> np.ndarray | None:
+        """The sound on the host, float32 [2, N], if there is any."""
+        with state.timers.phase("sound"):
+            if self.sound is None or "sound" not in latents:
+                return None
+            waveform: np.ndarray = self.sound.decode(latents["sound"]).float().cpu().numpy()
+        return waveform
+
+    def _written(
+        self,
+        plan: Plan,
+        shown: Iterable[np.ndarray],
+        waveform: np.ndarray | None,
+        clip: Clip | None,
+    ) -> np.ndarray:
+        """All frames, written to ``clip`` as they come."""
+        writing: AbstractContextManager[VideoWriter | None] = nullcontext()
+        if clip is not None:
+            rate = self.model.sound.sampling_rate if self.model.sound else 48_000
+            writing = VideoWriter(
+                clip.path, fps=plan.fps, sound=waveform, sample_rate=rate, crf=clip.crf
+            )
+        parts = []
+        with writing as writer:
+            for frames in shown:
+                parts.append(frames)
+                if writer is not None:
+                    writer.write(frames)
+        return np.concatenate(parts)
 
 
 def _guidance(plan: Plan, schedule: Schedule) -> tuple[Scales, ...]:
@@ -473,6 +506,11 @@ def _guidance(plan: Plan, schedule: Schedule) -> tuple[Scales, ...]:
     if plan.control_guidance is not None:
         asked.insert(0, (plan.control_guidance, plan.control_guidance_interval))
     return tuple(zip(*(guidance_per_step(schedule.timesteps, *one) for one in asked), strict=True))
+
+
+def _fresh(plan: Plan) -> int:
+    """Noises that a chunk draws after its initial one."""
+    return plan.num_inference_steps if SOLVERS[plan.solver].draws_noise else 0
 
 
 def _actions(plan: Plan, latents: dict[str, Tensor]) -> np.ndarray | None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
 from vllm_cosmos3.errors import CheckpointError, InvalidRequest
+from vllm_cosmos3.sizes import reduced_ratio
 
 # Trained text, word for word: "give" is a slip of the training data.
 SYSTEM_IMAGE = "You are a helpful assistant who will generate images from a give prompt."
@@ -91,6 +92,7 @@ def action_text(
     ``view`` is the sentence on the camera. The caption is JSON, with the instruction as what
     happens all the time; ``style`` "plain" makes it a text, whose sentences on length and size
     ``duration`` and ``resolution`` choose. A prompt that is a JSON caption gets its facts alone.
+    The caption names the shape of every size, one of the user only that of a trained one.
     """
     caption = json_object(prompt) if style != "plain" else None
     if caption is not None:
@@ -102,7 +104,9 @@ def action_text(
     text = text if text.endswith((".", "!", "?")) else f"{text}."
     minutes, seconds = divmod(round(facts.num_frames / facts.fps), 60)
     whole = {"time": f"0:00-{minutes}:{seconds:02d}", "description": text}
-    return json.dumps(_with_facts({"cinematography": {"framing": view}, "actions": [whole]}, facts))
+    shape = facts.aspect_ratio or reduced_ratio(facts.width, facts.height)
+    caption = {"cinematography": {"framing": view}, "actions": [whole]}
+    return json.dumps(_with_facts(caption, replace(facts, aspect_ratio=shape)))
 
 
 def following(text: str, hints: Sequence[str]) -> str:

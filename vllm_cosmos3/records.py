@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -241,7 +242,7 @@ def _follow_mode(mode: str | None, fields: dict[str, Any], names: dict[str, str]
         return
     wanted, implied = MODES[mode]
     given = next((kind for kind in ("image", "video", "continue_from") if kind in fields), None)
-    if wanted is not None and given is None and not any(hint in fields for hint in HINTS):
+    if wanted is not None and given is None and not _follows(fields):
         raise InvalidRequest("vision_path", None, f"the {wanted} of {mode}", "missing_required")
     fits = {wanted, "continue_from"} if wanted == "image" else {wanted}
     if given is not None and given not in fits and implied.get("action_mode") != "policy":
@@ -251,6 +252,11 @@ def _follow_mode(mode: str | None, fields: dict[str, Any], names: dict[str, str]
         if fields.setdefault(field, value) != value:
             raise InvalidRequest(names[field], fields[field], f"{value!r} for {mode}", "conflict")
         names.setdefault(field, "model_mode")
+
+
+def _follows(values: Mapping[str, Any]) -> bool:
+    """Whether a record has a control; false is none."""
+    return any(values.get(hint, False) is not False for hint in HINTS)
 
 
 # Names that say the same in different ways: a record that uses one drops the others' defaults.
@@ -336,7 +342,7 @@ def _file(entry: Entry, name: str, value: Any) -> str:
         raise InvalidRequest(name, value, "a file or a URL", "invalid_type")
     if is_url(value):
         return value
-    path = entry.folder / Path(value).expanduser()
+    path = entry.folder / os.path.expanduser(value)  # leaves a user that nobody knows as it is
     if not path.is_file():
         possible = f"a file that exists, seen from {entry.folder}, or a URL of http or https"
         raise InvalidRequest(name, value, possible)
@@ -417,7 +423,7 @@ def _resolution(_: Entry, value: Any, values: Mapping[str, Any]) -> dict[str, An
     mode = values.get("model_mode")
     if mode == "reasoner":
         return {}
-    if mode in ACTION or any(hint in values for hint in HINTS):
+    if mode in ACTION or _follows(values):
         return {} if "image_size" in values else {"image_size": tier}
     image = mode == "text2image" or values.get("num_frames") == 1
     shape = str(values.get("aspect_ratio", "1,1" if image else "16,9")).replace(":", ",")
@@ -431,7 +437,7 @@ def _resolution(_: Entry, value: Any, values: Mapping[str, Any]) -> dict[str, An
 def _aspect_ratio(entry: Entry, _: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     if values.keys() & {"resolution", "size", "width", "height"}:
         return {}  # read with the resolution, or fixed
-    mode_sizes = values.get("model_mode") in ACTION or any(hint in values for hint in HINTS)
+    mode_sizes = values.get("model_mode") in ACTION or _follows(values)
     return {} if mode_sizes else _resolution(entry, 720, values)
 
 

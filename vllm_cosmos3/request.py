@@ -252,8 +252,7 @@ class GenerateRequest:
     )
     flow_shift: float | None = _field(
         kind="float",
-        low=0,
-        above=True,
+        low=0.01,
         high=100,
         help="shift of the noise schedule; larger spends more steps on structure",
     )
@@ -261,7 +260,7 @@ class GenerateRequest:
         default="native",
         kind="choice",
         choices=("native", "diffusers", "karras"),
-        help="noise levels: the reference's own, or the flow or Karras schedule of diffusers",
+        help="noise levels: the reference's own, or the flow or Karras schedule of diffusers; karras needs sigma_min and sigma_max in the checkpoint",
     )
     seed: int | None = _field(
         kind="int", low=0, high=MAX_SEED, help="of the initial noise; omitted: random"

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import TimeoutError as StillRunning
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from threading import Event
 from typing import Any, Protocol
@@ -31,6 +31,8 @@ from vllm_cosmos3.runtime.executor import StageExecutor
 from vllm_cosmos3.runtime.mesh import check_degrees, close_mesh, init_mesh
 from vllm_cosmos3.runtime.worker import StageConfig, is_out_of_memory, public_error
 
+PATIENCE = 30.0  # seconds until ranks that nobody can replace are given up
+
 
 class Runner(Protocol):
     """Runs one request at a time, with the weights loaded."""
@@ -38,6 +40,9 @@ class Runner(Protocol):
     def run(
         self, plan: Plan, report: Report, cancelled: Event, clip: Clip | None = None
     ) -> Output: ...
+
+    def together(self, what: str) -> AbstractContextManager[object]:
+        """What is raised inside on one rank is raised on all, which the caller is a rank of."""
 
     def close(self) -> None: ...
 
@@ -53,7 +58,7 @@ def make_runner(config: EngineConfig, backend: str | None = None) -> Runner:
         CheckpointError: the checkpoint is missing, incomplete or of another kind.
     """
     backend = backend or ("uni" if config.parallel.world_size == 1 else "mp")
-    here = backend in ("uni", "mp") and config.device != "cpu"
+    here = backend in ("uni", "mp") and torch.device(config.device).type != "cpu"
     devices = torch.accelerator.device_count() if here else None
     model = read_config(config.model, config.checkpoint_kind)
     guided = model.kind not in DISTILLED
@@ -63,8 +68,9 @@ def make_runner(config: EngineConfig, backend: str | None = None) -> Runner:
     if torch.device(config.device).index:
         possible = "without a number, as each rank has a device of its own"
         raise InvalidRequest("device", config.device, possible)
-    stage = StageConfig(engine=config, backend=backend)
-    return OneOfMany(stage) if backend == "external_launcher" else Remote(stage)
+    if backend == "external_launcher":
+        return OneOfMany(StageConfig(engine=config, backend=backend, grace=PATIENCE))
+    return Remote(StageConfig(engine=config, backend=backend))
 
 
 class InProcess:
@@ -113,6 +119,9 @@ class InProcess:
         _free_caches()
         raise error
 
+    def together(self, what: str) -> AbstractContextManager[object]:
+        return nullcontext()
+
     def close(self) -> None:
         pipeline, self._pipeline = self._pipeline, None
         if pipeline is not None and pipeline.config.memory_limit is not None:
@@ -123,15 +132,16 @@ class InProcess:
 
 def current(device: str | torch.device) -> AbstractContextManager[object]:
     """Kernels and CUDA graphs go to the current device, of which each thread has its own idea."""
-    index = torch.device(device).index
+    device = torch.device(device)
+    index = None if device.type == "cpu" else device.index
     return nullcontext() if index is None else torch.accelerator.device_index(index)
 
 
 class OneOfMany:
     """This process is a rank; a launcher has started all, and all make the same calls.
 
-    Rank 0 gets the results, the others outputs whose samples are empty. A request cannot be
-    cancelled: the ranks would have to agree on when.
+    Rank 0 gets the results, the others outputs whose samples are empty. What ends a request on one
+    rank ends it on all. It cannot be cancelled: the ranks would have to agree on when.
     """
 
     def __init__(self, stage: StageConfig) -> None:
@@ -139,13 +149,35 @@ class OneOfMany:
         self._executor.start()
 
     def run(self, plan: Plan, report: Report, cancelled: Event, clip: Clip | None = None) -> Output:
-        def call(method: str, *args: Any) -> Any:
-            return self._executor.call(method, "request", *args)[0]
+        rank = torch.distributed.get_rank()
 
-        output = _drive(call, plan, report, Event(), clip)
-        if torch.distributed.get_rank() == 0:
+        def call(method: str, *args: Any) -> Any:
+            return self._executor.call(method, "request", *args)[rank]
+
+        def tell(progress: Progress) -> None:
+            with self.together("progress"):
+                report(progress)
+
+        try:
+            output = _drive(call, plan, tell, Event(), clip)
+        except Exception:
+            if self._executor.healthy:
+                call("drop")
+            raise
+        if rank == 0:
             return output
         return replace(output, samples=tuple(Sample(seed=s.seed) for s in output.samples))
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._executor.agree(public_error(error, what))
+            raise
+        error_of_another = self._executor.agree(None)
+        if error_of_another is not None:
+            raise error_of_another
 
     def close(self) -> None:
         self._executor.close()
@@ -177,6 +209,9 @@ class Remote:
         except BaseException:
             job.cancel()
             raise
+
+    def together(self, what: str) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def close(self) -> None:
         self._client.close()

@@ -42,3 +42,9 @@ def aspect_ratio(width: int, height: int) -> str | None:
         if (width, height) in sizes:
             return ASPECT_RATIOS[sizes.index((width, height))]
     return None
+
+
+def reduced_ratio(width: int, height: int) -> str:
+    """The shape of any size in the same words, in lowest terms: "4,3" for 512x384."""
+    common = math.gcd(width, height)
+    return f"{width // common},{height // common}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 
@@ -21,9 +22,11 @@ from vllm_cosmos3.hints import CONTROL_GUIDANCE, PRESET_OF, Hint
 from vllm_cosmos3.kinds import check_mode
 from vllm_cosmos3.media import Pixels, VideoSource
 from vllm_cosmos3.plan import StreamPlan
-from vllm_cosmos3.request import GenerateRequest
+from vllm_cosmos3.request import SPECS, GenerateRequest
 
 FPS = 24.0
+SLOWEST, FASTEST = SPECS["fps"].low, SPECS["fps"].high
+TOLERANCE = 0.01  # of the fastest rate, which clips state inexactly
 WITHOUT_CONTROLS = 1  # the branch of guidance that sees none; 0 has all, 2 the negative prompt
 MAX_BYTES = 4 * 2**30  # of all controls of a request: they travel to the ranks as pixels
 EDGES = {  # thresholds of Canny's hysteresis
@@ -131,12 +134,13 @@ Fit = Callable[[int, int], tuple[int, int]]  # the size of the output for that o
 def settle(request: GenerateRequest, model: ModelConfig, fit: Fit) -> Transfer | None:
     """Settle what a transfer leaves open, and read its clips; None for other requests.
 
-    Length, size and frame rate are those of the video, or of the first control. ``fit`` gives width
-    and height of the output.
+    Length, size and frame rate are those of the video, or of the first control. Where that is faster
+    than a request may be, frames of all clips are left out and the duration stays. ``fit`` gives
+    width and height of the output.
 
     Raises:
-        InvalidRequest: the checkpoint follows no controls, a clip cannot be read or is too long, or
-            the chunks do not fit the overlap.
+        InvalidRequest: the checkpoint follows no controls, a clip cannot be read, is too long or too
+            slow, or the chunks do not fit the overlap.
     """
     if not request.hints:
         return None
@@ -144,13 +148,18 @@ def settle(request: GenerateRequest, model: ModelConfig, fit: Fit) -> Transfer |
     first = next(iter(request.hints))
     default = default_of(request.hints)
     source, field = _source(request, None if request.video is not None else first)
-    fps = request.fps or default.fps or media.rate_of(source, field=field) or FPS
+    rate = request.fps or default.fps or media.rate_of(source, field=field) or FPS
+    if rate < SLOWEST:
+        possible = f"at least {SLOWEST:g}, or given with fps, at which all its frames are shown"
+        raise InvalidRequest(field, f"{rate:.3g} frames a second", possible)
+    every = max(1, math.ceil(rate / FASTEST - TOLERANCE))
+    fps = min(rate / every, FASTEST)
     picture = next(media.frames_of(source, limit=1, field=field))
     width, height = fit(picture.shape[1], picture.shape[0])
-    read = _Reader(request, width, height, _limit(request, fps) or default.limit)
+    read = _Reader(request, width, height, _limit(request, fps) or default.limit, every)
     clips = tuple(read.control(name) for name in request.hints)
     chunks = _chunks(request, len(clips[0]), default.chunk)
-    taken = min(request.num_first_chunk_conditional_frames or 0, chunks.frames)
+    start = _start(request, read, chunks)
     shown = [read.clip(None)] if request.show_input else []
     shown += clips if request.show_control_condition else []
     only = CONTROL_GUIDANCE[first] if len(clips) == 1 else 1.0
@@ -158,18 +167,18 @@ def settle(request: GenerateRequest, model: ModelConfig, fit: Fit) -> Transfer |
     return Transfer(
         hints=request.hints,
         clips=clips,
-        start=read.clip(None)[:taken] if taken else None,
+        start=start,
         beside=tuple(clip[padded(len(clip), chunks.total)[: chunks.total]] for clip in shown),
         width=width,
         height=height,
-        fps=min(max(fps, 1.0), 60.0),
+        fps=fps,
         chunks=chunks,
         guidance_scale=default.guidance if scale is None else scale,
         control_guidance=only if control is None else control,
         averaged=len(clips) > 1 and request.control_attention != "full",
         shared_times=request.share_vision_temporal_positions is not False,
         emphasized=request.emphasize_control_in_prompt is not False,
-        warnings=tuple(_warnings(request, clips)),
+        warnings=(*_thinned(field, rate, every), *_warnings(request, clips)),
     )
 
 
@@ -185,7 +194,8 @@ def chunk_streams(transfer: Transfer, model: ModelConfig) -> tuple[tuple[StreamP
     target = StreamPlan(name="vision", shape=shape, rate=transfer.fps)
     everything = tuple(range(length))
     weights = np.array([hint.weight for hint in transfer.hints.values()])
-    shares = weights / weights.sum()
+    shares = weights / weights.max()  # before the sum, which could be more than a number holds
+    shares = shares / shares.sum()
     out = []
     for index in range(chunks.count):
         window = chunks.window(index)
@@ -263,10 +273,13 @@ def _source(request: GenerateRequest, name: str | None) -> tuple[VideoSource, st
 
 
 class _Reader:
-    """Reads clips at the size of the output, each once."""
+    """Reads clips at the size of the output, each once: of its frames one of ``every`` so many."""
 
-    def __init__(self, request: GenerateRequest, width: int, height: int, limit: int) -> None:
-        self._request, self._size, self._limit = request, (width, height), limit
+    def __init__(
+        self, request: GenerateRequest, width: int, height: int, limit: int, every: int
+    ) -> None:
+        self._request, self._size = request, (width, height)
+        self._limit, self._every = limit, every
         self._most = MAX_BYTES // (width * height * 3 * len(request.hints))
         self._clips: dict[str | None, Pixels] = {}
 
@@ -286,7 +299,8 @@ class _Reader:
 
     def _frames(self, source: VideoSource, field: str) -> Iterator[Pixels]:
         width, height = self._size
-        for index, frame in enumerate(media.frames_of(source, limit=self._limit, field=field)):
+        stored = media.frames_of(source, limit=self._limit * self._every, field=field)
+        for index, frame in enumerate(islice(stored, 0, None, self._every)):
             if index == self._most:
                 possible = (
                     f"at most {self._most} frames long at {width}x{height}, or cut by max_frames"
@@ -320,10 +334,30 @@ def _chunks(request: GenerateRequest, total: int, most: int) -> Chunks:
     return Chunks(total=total, frames=frames, overlap=overlap)
 
 
+def _start(request: GenerateRequest, read: _Reader, chunks: Chunks) -> Pixels | None:
+    """The frames of the user's video that begin the first chunk: all of it, if others follow."""
+    asked = request.num_first_chunk_conditional_frames or 0
+    if not asked:
+        return None
+    start = read.clip(None)[: min(asked, chunks.frames)]
+    if len(start) == chunks.frames and chunks.count == 1:
+        possible = f"below {chunks.frames}, the frames of the only chunk: else nothing is made"
+        raise InvalidRequest("num_first_chunk_conditional_frames", asked, possible)
+    return start
+
+
 def _window(clip: Pixels, window: slice, chunks: Chunks) -> Pixels:
     """What one chunk sees of a control: mirrored at its end where that comes too soon."""
     order = padded(len(clip), chunks.total)[window]
     return clip[[order[place] for place in padded(len(order), chunks.frames)]]
+
+
+def _thinned(field: str, rate: float, every: int) -> list[str]:
+    if every == 1:
+        return []
+    return [
+        f"{field} has {rate:g} frames a second, more than {FASTEST:g}: one frame of {every} is used"
+    ]
 
 
 def _warnings(request: GenerateRequest, clips: tuple[Pixels, ...]) -> Iterator[str]:

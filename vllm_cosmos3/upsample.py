@@ -14,7 +14,7 @@ import numpy as np
 
 from vllm_cosmos3 import media
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
-from vllm_cosmos3.prompts import Facts
+from vllm_cosmos3.prompts import Facts, json_object
 from vllm_cosmos3.questions import QUESTION, Question
 from vllm_cosmos3.request import GenerateRequest
 
@@ -77,13 +77,10 @@ def question_about(
     if request.action_mode is not None:
         possible = "left out: prompts of actions have a form of their own"
         raise InvalidRequest("upsample_prompt", "true", possible, "unsupported_combination")
-    try:
-        if isinstance(json.loads(request.prompt), dict):
-            return None
-    except ValueError:
-        pass
-    facts = Facts(
-        num_frames=effective["num_frames"],
+    if json_object(request.prompt) is not None:
+        return None
+    facts = Facts(  # the prompt is that of a chunk
+        num_frames=effective["num_video_frames_per_chunk"] or effective["num_frames"],
         fps=effective["fps"],
         height=effective["height"],
         width=effective["width"],
@@ -95,8 +92,12 @@ def question_about(
 
 
 def _first_frame(request: GenerateRequest, effective: Mapping[str, Any]) -> ImageSource | None:
+    """The first frame where it is given: a control says where things are, not what they look like."""
     if request.video is None:
         return request.image
+    if request.hints:
+        taken = effective["num_first_chunk_conditional_frames"]
+        return next(media.frames_of(request.video, limit=1)) if taken else None
     frames = 4 * max(effective["condition_frame_indexes_vision"]) + 1
     clip = media.read_video(request.video, frames=frames, keep=request.condition_video_keep)
     return np.asarray(clip[0])
@@ -149,11 +150,8 @@ def caption_of(text: str, *, complete: bool) -> str:
     """
     # The grammar of strings lets pass what JSON does not: control characters, halves of letters.
     legible = "".join(character for character in text if " " <= character != "\ufffd")
-    try:
-        caption = json.loads(legible)
-    except ValueError:
-        caption = None
-    if not isinstance(caption, dict):
+    caption = json_object(legible)
+    if caption is None:
         why = "is not JSON" if complete else "was cut at its longest length"
         raise UpsamplingFailed(
             f"the reasoner's structured prompt {why}; send the prompt without upsampling, or with a "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import threading
 from collections.abc import Iterator, Sequence
@@ -19,8 +20,10 @@ from media_files import clip
 from PIL import Image
 from servers import BIN, environment
 
-from vllm_cosmos3.cli import main
-from vllm_cosmos3.cli.batch import _asked
+from vllm_cosmos3.batch import read_batch
+from vllm_cosmos3.cli import _parser, main
+from vllm_cosmos3.cli.batch import Downloads, _asked, _checked
+from vllm_cosmos3.cli.generate import planner
 from vllm_cosmos3.engine import Cosmos3
 from vllm_cosmos3.media import read_image, read_video
 from vllm_cosmos3.questions import Question
@@ -110,6 +113,50 @@ def test_resume_serves_what_is_new_or_has_changed(
     assert "1 of 4 records are finished" in capsys.readouterr().err
     assert generate(tiny_checkpoint, file, "--resume", "--load-format", "dummy") == 0
     assert "records are finished" not in capsys.readouterr().err
+
+
+SHORT = {"num_steps": 1, "guidance": 1}
+
+
+def test_resume_serves_what_continues_something_new(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn = SHORT | {"seed": None}
+    file = batch(tmp_path, {"name": "a", **drawn}, {"name": "b", "continue_from": "a", **drawn})
+    assert generate(tiny_checkpoint, file) == 0
+    shutil.copytree(tmp_path / "out" / "b", tmp_path / "old")
+    shutil.rmtree(tmp_path / "out" / "a")
+    assert generate(tiny_checkpoint, file, "--resume") == 0
+    assert "records are finished" not in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "out" / "b")
+    (tmp_path / "old").rename(tmp_path / "out" / "b")  # as if the second run had ended after a
+    assert generate(tiny_checkpoint, file, "--resume") == 0
+    assert "1 of 2 records are finished" in capsys.readouterr().err
+    assert generate(tiny_checkpoint, file, "--resume") == 0
+    assert "2 of 2 records are finished" in capsys.readouterr().err
+
+
+def test_resume_looks_into_files(
+    tiny_checkpoint: Path, tmp_path: Path, web: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, fetched = tmp_path / "first.png", tmp_path / "web" / "first.png"
+    Image.new("RGB", (64, 64), "teal").save(first)
+    control = clip(tmp_path / "control.mp4", frames=5)
+    file = batch(
+        tmp_path,
+        {"vision_path": "first.png", **SHORT},
+        {"vision_path": f"{web}/first.png", **SHORT},
+        {"depth": {"control_path": "control.mp4"}, **SHORT},
+    )
+    assert generate(tiny_checkpoint, file) == 0
+    assert generate(tiny_checkpoint, file, "--resume") == 0
+    assert "3 of 3 records are finished" in capsys.readouterr().err
+    for changed in (first, fetched, control):
+        before, times = changed.read_bytes(), changed.stat()
+        changed.write_bytes(before + b"\0")  # what it shows stays
+        os.utime(changed, ns=(times.st_atime_ns, times.st_mtime_ns))
+        assert generate(tiny_checkpoint, file, "--resume") == 0
+        assert "2 of 3 records are finished" in capsys.readouterr().err
 
 
 def test_nothing_starts_while_a_record_is_invalid(
@@ -211,6 +258,25 @@ def test_a_record_continues_another(
     )
 
 
+def test_what_is_shown_beside_a_video_is_not_continued(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    clip(tmp_path / "control.mp4", frames=5)
+    shown = {"show_control_condition": True, "depth": {"control_path": "control.mp4"}}
+    file = batch(
+        tmp_path, {"name": "a", **shown, **SHORT}, {"name": "b", "continue_from": "a", **SHORT}
+    )
+    assert generate(tiny_checkpoint, file, "--crf", 0) == 0
+    video = read_video(tmp_path / "out" / "a" / "vision.mp4", frames=9)
+    last = read_image(tmp_path / "out" / "a" / "last.png")
+    assert (video.shape, last.shape) == ((5, 64, 128, 3), (64, 64, 3))
+    left, right = video[-1][:, :64].astype(int), video[-1][:, 64:].astype(int)
+    assert (
+        np.abs(right - last).mean() < np.abs(left - last).mean() / 2
+    )  # colours of H.264 are coarse
+    assert not [text for text in outputs(file, "b")["warnings"] if "loses" in text]
+
+
 def test_what_torchrun_cannot_do(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -269,6 +335,24 @@ def test_pictures_of_questions_are_read_before_the_reasoner_starts(
     assert "line 1: vision_path is" in picture
     assert "must be a complete PNG" in picture
     assert "line 2: vision_path is" in video
+
+
+def test_no_frame_is_shown_that_is_not_made_yet(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), "teal").save(tmp_path / "first.png")
+    file = batch(
+        tmp_path,
+        {"name": "a", "vision_path": "first.png", "upsample_prompt": True},
+        {"name": "b", "continue_from": "a", "upsample_prompt": True},
+    )
+    args, _ = _parser("generate")[0].parse_known_args(["generate", str(tiny_checkpoint)])
+    samples, problems = _checked(
+        read_batch([str(file)], {}).records, planner(args), Downloads(tmp_path), args
+    )
+    assert not problems
+    first, second = (sample.upsampling for sample in samples)
+    assert first is not None
+    assert second is not None
+    assert (first.image, second.image) == (str(tmp_path / "first.png"), None)
 
 
 class NoVowels(Reasoner):

@@ -207,6 +207,7 @@ def test_help_has_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         (["CKPT", "--out", "OUT", "--prompt", "a", "--timings-json", "/tmp"], "timings_json is"),
         (["CKPT", "--out", "OUT", "--prompt", "a", "--dtype", "int8"], "dtype is 'int8'"),
         (["CKPT", "--out", "OUT", "--prompt", "a", "--crf", "60"], "crf is 60"),
+        (["CKPT", "--out", "OUT", "--prompt", "a", "--action", "[" * 100_000], "action is '[["),
         (["/nowhere", "--out", "OUT", "--prompt", "a"], "/nowhere"),
     ],
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from vllm_cosmos3.checkpoint import write_checkpoint
 from vllm_cosmos3.cli import main
 
 
@@ -48,6 +49,17 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "tensor_parallel_size is 3, must be 1, 2, 4 or 8" in capsys.readouterr().err
     assert main(["plan", "nano", "--size", "1280x721"]) == 2
     assert "size" in capsys.readouterr().err
+
+
+def test_what_loading_refuses_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(tmp_path / "tiny", kind="distilled-t2i", weights=False)
+    assert main(["plan", str(tmp_path / "tiny"), "--cfg-parallel-size", "2"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(
+        "cfg_parallel_size is 2, must be 1 (a distilled checkpoint has no guidance)"
+    )
 
 
 @pytest.mark.parametrize(

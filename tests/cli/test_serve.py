@@ -94,13 +94,25 @@ def test_a_repository_is_checked_as_a_folder_is(
     assert asked == [("nvidia/Cosmos3-Nano", "abc", True)]
 
 
+def test_a_repository_that_is_not_there_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read at import
+    monkeypatch.setattr("vllm_cosmos3.cli.serve._become", lambda _: pytest.fail("started vLLM"))
+    line = refused(capsys, "nope/x", "--surface", "reasoner", "--port", "0")
+    assert "nope/x" in line
+    assert "reached" in line
+
+
 def test_folder_without_root_files_gets_the_flags_for_it(tmp_path: Path) -> None:
     command = build(str(tmp_path), folder=tmp_path)
     assert value(command, "--config-format") == "cosmos3"
     assert value(command, "--tokenizer") == str(tmp_path / "text_tokenizer")
 
 
-@pytest.mark.parametrize("checkpoint", ["/no/such/folder", "Cosmos3-Nano", "./a/b"])
+@pytest.mark.parametrize(
+    "checkpoint", ["/no/such/folder", "Cosmos3-Nano", "./a/b", "~nosuchuser/a"]
+)
 def test_no_such_checkpoint(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert refused(capsys, checkpoint).startswith(f"{checkpoint} is neither a folder nor")
 
@@ -144,6 +156,11 @@ def test_processor_has_one_of_two_names(
 @pytest.mark.parametrize("flag", ["--max-video-fps", "--max-video-frames"])
 def test_limits_are_positive(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert refused(capsys, "x/y", flag, "0").startswith(f"{flag} is 0")
+
+
+def test_a_limit_is_finite(capsys: pytest.CaptureFixture[str]) -> None:
+    says = "--max-video-fps is inf, must be a number of at least 1"
+    assert refused(capsys, "x/y", "--max-video-fps", "inf") == says
 
 
 def test_json_flags_are_json(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

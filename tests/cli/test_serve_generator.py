@@ -43,7 +43,7 @@ def test_the_help_has_all_flags_in_groups(capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize("surface", SURFACES)
-@pytest.mark.parametrize("checkpoint", ["/no/such/folder", "Cosmos3-Nano"])
+@pytest.mark.parametrize("checkpoint", ["/no/such/folder", "Cosmos3-Nano", "~nosuchuser/a"])
 def test_no_such_checkpoint(
     surface: str, checkpoint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -77,6 +77,10 @@ def test_the_port_is_taken(
         (["--max-queue", "0"], "max_queue is 0, must be an integer from 1 to"),
         (["--checkpoint-kind", "distilled-t2i"], "checkpoint_kind is 'distilled-t2i'"),
         (["--attention-backend", "none"], "attention_backend is 'none', must be auto"),
+        (
+            ["--storage-path", "~nosuchuser/a"],
+            "storage_path is '~nosuchuser/a', must be in the home",
+        ),
         (["--memory-limit", "0.0001"], "for its weights alone, and may use 0.1 MiB; "),
     ],
 )

@@ -100,6 +100,15 @@ def test_any_frames_in_any_order_are_the_same(
         assert np.array_equal(pixels(clip, numbers), frames[numbers])
 
 
+@pytest.mark.parametrize("container", ["mpegts", "asf"])
+@pytest.mark.parametrize("lost", [(31,), range(30, 62)], ids=["one frame", "a pause"])
+def test_what_is_lost_leaves_the_duration(container: str, lost: Sequence[int]) -> None:
+    """OpenCV takes the clock of such a file for its rate, or misses the pause."""
+    clip = Clip(encoded(codec="mpeg4", container=container, frames=75, fps=25, without=lost))
+    assert len(clip) == 75 - len(lost)
+    assert len(clip) / clip.fps == pytest.approx(3, abs=0.1)
+
+
 def test_a_group_that_nobody_wants_is_not_decoded() -> None:
     clip = Clip(data("a key frame every 7"))
     played: list[int] = []
@@ -180,9 +189,21 @@ def test_a_clip_without_a_sound_frame_is_refused() -> None:
         turned(data("B-frames"), 90),
         turned(data("B-frames"), 90, container="matroska"),
         encoded(pixels="yuv420p10le"),
+        encoded(container="avi", bf="2"),
+        encoded(container="matroska", without=(9,)),
         without_parameters(data("transport stream")),
     ],
-    ids=["empty", "text", "truncated", "turned", "turned Matroska", "10 bits", "no parameters"],
+    ids=[
+        "empty",
+        "text",
+        "truncated",
+        "turned",
+        "turned Matroska",
+        "10 bits",
+        "shown in an unknown order",
+        "a frame lost",
+        "no parameters",
+    ],
 )
 def test_what_needs_more_than_numbers_is_left_to_vllm(content: bytes) -> None:
     with pytest.raises(NotIndexable):

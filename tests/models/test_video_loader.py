@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from media_files import clip, picture, png
+from media_files import clip, encoded, picture, png
 from vllm.multimodal.video import Qwen3VLVideoBackend
 
 from vllm_cosmos3.errors import InvalidRequest
-from vllm_cosmos3.models.limits import FRAMES
+from vllm_cosmos3.models.limits import FPS as FPS_CAP
+from vllm_cosmos3.models.limits import FRAMES, max_video_fps, max_video_frames
 from vllm_cosmos3.models.video_loader import Cosmos3VideoBackend
 
 TOTAL, FPS = 48, 24
@@ -55,9 +58,49 @@ def test_requests_cannot_raise_the_cap_of_the_operator(
     assert len(frames) == 5
 
 
+@pytest.mark.parametrize("text", ["inf", "nan", "0", "many"])
+def test_wrong_caps_are_named(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, cap in ((FRAMES, max_video_frames), (FPS_CAP, max_video_fps)):
+        monkeypatch.setenv(name, text)
+        with pytest.raises(InvalidRequest, match=f"{name} is '{text}', must be a number of at"):
+            cap()
+
+
 def test_pictures_are_refused_by_name() -> None:
     with pytest.raises(InvalidRequest, match="PNG image"):
         Cosmos3VideoBackend.load_bytes(png(picture()), num_frames=-1)
+
+
+def animated_webp() -> bytes:
+    buffer = BytesIO()
+    pictures = [picture(seed=seed) for seed in range(3)]
+    pictures[0].save(buffer, "WEBP", save_all=True, append_images=pictures[1:])
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "Could not open video stream"),
+        (b"# Read me", "Could not open video stream"),
+        (animated_webp(), "no frame can be decoded"),
+        (encoded(container="h264"), "no frame can be decoded"),
+    ],
+    ids=["empty", "text", "animated WebP", "no container"],
+)
+def test_what_vllm_cannot_read_is_named(content: bytes, reason: str) -> None:
+    says = rf"video_url is 'a file of {len(content)} bytes', must be a video \({reason}\)"
+    with pytest.raises(InvalidRequest, match=says):
+        Cosmos3VideoBackend.load_bytes(content, num_frames=-1)
+
+
+def test_decoders_that_are_not_there_are_named(
+    data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchcodec", None)
+    for name in ("torchcodec", "nope", None):
+        with pytest.raises(InvalidRequest, match=r"^media_io_kwargs\.video.* is .*, must be"):
+            Cosmos3VideoBackend.load_bytes(data, num_frames=-1, backend=name)
 
 
 @pytest.mark.parametrize("name", ["num_frames", "max_frames", "fps"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
@@ -32,11 +32,13 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.media import MediaConnector
 from vllm.multimodal.processing import ProcessorInputs, TimingContext
 
+from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.models import patches, video_loader
 from vllm_cosmos3.models.clip import RECENT_SAMPLES, Clip, RecentSamples
 from vllm_cosmos3.models.limits import PROCESSOR
 from vllm_cosmos3.models.normalisation import normalise_pixels
 from vllm_cosmos3.models.patches import PatchingVideoProcessor, patchify, size_after
+from vllm_cosmos3.models.processing import check_frames
 from vllm_cosmos3.plugin import ARCHITECTURE, register
 
 pytestmark = pytest.mark.parity
@@ -191,6 +193,22 @@ CLIPS: dict[str, dict[str, Any]] = {
     "MPEG-4 in AVI": {"codec": "mpeg4", "container": "avi", "frames": 40, "fps": 10},
     "MJPEG": {"codec": "mjpeg", "container": "avi", "pixels": "yuvj420p", "frames": 20, "fps": 10},
 }
+CONTAINERS: dict[str, dict[str, Any]] = {
+    "MP4": {},
+    "MOV": {"container": "mov"},
+    "fragments": {"movflags": "frag_keyframe+empty_moov", "g": "12"},
+    "HEVC": {"codec": "libx265", "x265-params": "log-level=none"},
+    "Matroska": {"container": "matroska"},
+    "WebM": {"codec": "libvpx-vp9", "container": "webm"},
+    "AVI": {"codec": "mpeg4", "container": "avi"},
+    "GIF": {"codec": "gif", "container": "gif", "pixels": "rgb8"},
+    "Flash": {"container": "flv"},
+}
+LOST: dict[str, Container[int]] = {
+    "one frame": (31,),
+    "every seventh": range(3, 75, 7),
+    "a pause": range(30, 62),
+}
 SAMPLING: list[dict[str, Any]] = [
     {},
     {"fps": 1.0, "do_sample_frames": True},
@@ -204,6 +222,21 @@ SAMPLING: list[dict[str, Any]] = [
 @pytest.mark.parametrize("name", CLIPS)
 def test_clips(process: Process, name: str, options: dict[str, Any]) -> None:
     assert_same(process, "video", [data_url(encoded(**CLIPS[name]), "video/mp4")], **options)
+
+
+@pytest.mark.parametrize("lost", LOST)
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_clips_with_gaps(process: Process, name: str, lost: str) -> None:
+    data = encoded(**CONTAINERS[name], frames=75, fps=25, without=LOST[lost])
+    url = data_url(data, "video/mp4")
+    for options in ({}, {"fps": 4.0, "do_sample_frames": True}):
+        assert_same(process, "video", [url], **options)
+
+
+def test_frames_in_the_order_they_are_shown(process: Process) -> None:
+    data = encoded(container="avi", frames=40, bf="2")  # H.264; nothing in it says the order
+    for options in ({}, {"fps": 4.0, "do_sample_frames": True}):
+        assert_same(process, "video", [data_url(data, "video/x-msvideo")], **options)
 
 
 @pytest.mark.parametrize(
@@ -256,34 +289,83 @@ def test_dummy_inputs_of_the_memory_profile(
     assert made["cosmos3"] == made["reference"]
 
 
-def test_several_clips_and_their_own_rates(process: Process) -> None:
+@pytest.mark.parametrize("rates", [[2.0, 4.0], [1, 4]], ids=str)
+def test_several_clips_and_their_own_rates(process: Process, rates: list[float]) -> None:
     urls = [data_url(encoded(frames=n), "video/mp4") for n in (24, 49)]
-    assert_same(process, "video", urls, fps=[2.0, 4.0], do_sample_frames=True)
+    assert_same(process, "video", urls, fps=rates, do_sample_frames=True)
+    ids, *_ = process("cosmos3", "video", urls, fps=[*map(float, rates)], do_sample_frames=True)
+    assert ids == process("cosmos3", "video", urls, fps=rates, do_sample_frames=True)[0]
+    with pytest.raises(InvalidRequest, match="must be a list of 2, one for each clip"):
+        process("cosmos3", "video", urls, fps=rates[:1])
 
 
-@pytest.mark.parametrize(
-    ("clip", "options"),
-    [
-        ({"frames": 3, "fps": 10}, {"do_sample_frames": True, "num_frames": 1}),
-        ({}, {"size": {"height": 64, "width": 64}}),
-        ({}, {"videos_kwargs": {"image_mean": "grey"}}),
-    ],
-    ids=str,
-)
-def test_errors_are_the_references(
-    process: Process, clip: dict[str, Any], options: dict[str, Any]
+@settings(max_examples=200, deadline=None)
+@given(total=st.integers(1, 1000), count=st.integers(2, 1000))
+def test_numbers_of_frames_are_refused_where_vllm_has_no_times_for_them(
+    processor: Any, total: int, count: int
 ) -> None:
+    video = processor.info.get_video_processor()
+    metadata = {"total_num_frames": total, "fps": 24.0, "frames_indices": [*range(total)]}
+    times = processor.info._get_video_second_idx(metadata, True, None, count)  # noqa: FBT003
+    works = len(times) == -(-count // video.temporal_patch_size)
+    try:
+        found = check_frames(
+            total, {**metadata, "do_sample_frames": True}, {"num_frames": count}, video
+        )
+    except InvalidRequest:
+        assert not works
+    else:
+        assert works
+        assert found == count
+
+
+@pytest.mark.filterwarnings("ignore:Passing `min_pixels` and `max_pixels`")  # vLLM does
+@pytest.mark.parametrize("kind", ["image", "video"])
+@pytest.mark.parametrize("scoped", [False, True])
+def test_too_much_enlarging_is_refused_before_it_is_done(
+    process: Process, processor: Any, monkeypatch: pytest.MonkeyPatch, kind: str, *, scoped: bool
+) -> None:
+    data = png(picture(28, 28)) if kind == "image" else encoded(width=32, height=32, frames=8)
+    urls = [data_url(data, f"{kind}/x")] * 3
+    options: dict[str, Any] = {"size": {"shortest_edge": 2**18, "longest_edge": 2**24}}
+    if scoped:
+        options = {f"{kind}s_kwargs": options}
+    ids, pixels, _ = process("cosmos3", kind, urls, **options)
+    tokens = sum(len(patches) for patches in pixels) // 4
+    model = processor.info.ctx.model_config
+    monkeypatch.setattr(model, "max_model_len", tokens)
+    assert process("cosmos3", kind, urls, **options)[0] == ids
+    monkeypatch.setattr(model, "max_model_len", tokens - 1)
+    monkeypatch.setattr(patches, "patchify", lambda *_, **__: pytest.fail("made pixels"))
+    with pytest.raises(
+        InvalidRequest, match=f"size is .* become {tokens} tokens, .* {tokens - 1}$"
+    ):
+        process("cosmos3", kind, urls, **options)
+
+
+def test_errors_are_the_references(process: Process) -> None:
     said = []
+    url = data_url(encoded(), "video/mp4")
     for name in ("cosmos3", "reference"):
         with pytest.raises(Exception, match=r"\w") as error:  # whatever theirs is
-            process(name, "video", [data_url(encoded(**clip), "video/mp4")], **options)
+            process(name, "video", [url], videos_kwargs={"image_mean": "grey"})
         said.append((error.type, str(error.value)))
     assert said[0] == said[1]
 
 
+@pytest.mark.parametrize("name", ["patch_size", "device"])
+def test_what_the_operator_decides_is_no_option(process: Process, name: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"a key of mm_processor_kwargs is '{name}', must be"):
+        process("cosmos3", "image", [data_url(png(picture()), "image/png")], **{name: "meta"})
+
+
 def test_a_clip_of_one_frame_is_a_clear_error(process: Process) -> None:
-    with pytest.raises(ValueError, match="cannot be processed: t:1 must be larger than"):
-        process("cosmos3", "video", [data_url(encoded(frames=1), "video/mp4")])
+    url = data_url(encoded(frames=1), "video/mp4")
+    with pytest.raises(InvalidRequest, match="a clip of 1 frame', must be a clip of at least 2"):
+        process("cosmos3", "video", [url])
+    options = {"do_resize": False, "size": {"shortest_edge": 4096, "longest_edge": 65536}}
+    _, _, grids = process("cosmos3", "video", [url], **options)
+    assert grids == [[1, 4, 6]]
 
 
 @settings(max_examples=200, deadline=None)

@@ -44,6 +44,9 @@ CASES: dict[str, dict[str, Any]] = {
     "five frames of overlap, started by the video": {
         "hints": {"blur": 14}, "chunk": 9, "overlap": 5, "start": 5, "control_guidance": 1.2,
     },
+    "all of the first chunk is that of the video": {
+        "hints": {"edge": 14}, "chunk": 5, "start": 5, "control_guidance": 1.5,
+    },
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import pytest
 import torch
@@ -80,6 +81,17 @@ def tensor_parallel_layers(mesh: m.Mesh) -> torch.Tensor:
         return down(up(torch.linspace(-1, 1, 16).view(2, 8))[0])[0]
 
 
+def steps(mesh: m.Mesh) -> list[bool]:
+    """At one place, at two places, and where the last rank comes too late."""
+    last, cpu = mesh.world.rank == mesh.world.size - 1, torch.device("cpu")
+    together = m.in_step(1, mesh.world, cpu, 60)
+    apart = m.in_step(2 + last, mesh.world, cpu, 60)
+    if last:
+        time.sleep(1)
+    late = m.in_step(4, mesh.world, cpu, 60 if last else 0.2)
+    return [together, apart, late]
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 2), (1, 2, 1), (2, 1, 1), (1, 2, 2), (2, 2, 1)])
 def test_rank_is_cfg_then_ulysses_then_tp(shape: tuple[int, int, int], ranks: Ranks) -> None:
     grid = torch.arange(parallel(*shape).world_size).view(shape)
@@ -120,6 +132,12 @@ def test_exchanges_are_the_identity_at_size_one() -> None:
     assert m.gather_heads(x, alone) is x
     assert m.own_heads(x, alone) is x
     assert m.all_gather(x, alone)[0] is x
+
+
+def test_ranks_know_whether_they_are_in_step(ranks: Ranks) -> None:
+    first, last = ranks(parallel(1, 2, 1), steps)
+    assert first == [True, False, False]
+    assert last == [True, False, True]
 
 
 def test_vllm_layers_on_a_mesh_equal_one_rank(ranks: Ranks) -> None:

@@ -40,6 +40,13 @@ REQUESTS = {
         "num_video_frames_per_chunk": 5,
         "control_guidance": 2.0,
     },
+    "transfer that goes on from a chunk of the video": {
+        "edge": True,
+        "video": CLIP,
+        "size": "64x64",
+        "num_video_frames_per_chunk": 5,
+        "num_first_chunk_conditional_frames": 5,
+    },
     "without guidance": {"num_frames": 5, "height": 64, "width": 64, "guidance_scale": 1.0},
     "policy with a state": {
         "action_mode": "policy",
@@ -196,6 +203,42 @@ def placed(mesh: Mesh, folder: Path, parallel: ParallelConfig) -> list[np.ndarra
         size = {"num_frames": 5, "height": 64, "width": 96, "output_type": "latent"}
         found.append(run(pipeline, GenerateRequest(**COMMON, **size)).latents["vision"])
     return found
+
+
+def test_a_failure_of_the_first_rank_leaves_none_waiting(
+    ranks: Ranks, tiny_checkpoint_fp32: Path
+) -> None:
+    """The next request of the same ranks is made as if nothing had been."""
+    parallel = MESHES["1x2x1"]
+    (said, again), (other, _) = ranks(parallel, failing, tiny_checkpoint_fp32, parallel)
+    assert (said, other) == ("no sound", None)
+    assert np.array_equal(*again)
+
+
+def failing(
+    mesh: Mesh, folder: Path, parallel: ParallelConfig
+) -> tuple[str | None, list[np.ndarray | None]]:
+    """What the decoding of two results says when their sound fails; a video before and after it."""
+    config = EngineConfig(model=folder, dtype="float32", device="cpu", parallel=parallel)
+    pipeline = Pipeline.load(config, mesh, "cpu")
+    request = GenerateRequest(
+        **COMMON, num_frames=5, height=64, width=64, generate_sound=True, n=2
+    )  # fmt: skip
+    videos, said = [run(pipeline, request).video], None
+    state = pipeline.encode(pipeline.plan(request))
+    while not state.done:
+        pipeline.step(state)
+    pipeline.sound.decode = broken
+    try:
+        pipeline.decode(state)
+    except OSError as error:
+        said = str(error)
+    del pipeline.sound.decode
+    return said, [*videos, run(pipeline, request).video]
+
+
+def broken(_: object) -> None:
+    raise OSError("no sound")
 
 
 def relative(x: np.ndarray, reference: np.ndarray) -> float:

@@ -45,6 +45,7 @@ def client() -> Iterator[StageClient]:
 def test_a_result_comes_back_with_progress(client: StageClient) -> None:
     heard: list[Progress] = []
     job = client.submit(ToyPlan(steps=3), report=heard.append)
+    assert not job.future.cancel()  # whoever waits may not end it
     assert job.result(60).total == 6
     assert [(p.phase, p.step, p.steps) for p in heard] == [
         ("encode", 0, 3),
@@ -71,6 +72,24 @@ def test_what_cannot_be_saved_fails_alone(client: StageClient, tmp_path: Path) -
             client.submit(ToyPlan(steps=1), save=tmp_path / "none" / "total").result(60)
     assert other.result(60).pids == before.pids
     assert client.status().restarts == restarts
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("broken", "finish failed: OSError: No space left on device"),
+        ("deadly", "a worker process ended in finish"),
+        ("unreadable", "the result cannot be read: these are no frames"),
+    ],
+)
+def test_a_result_that_is_lost_on_its_way_leaves_nothing(
+    client: StageClient, fault: str, words: str
+) -> None:
+    job = client.submit(ToyPlan(steps=1, result=fault))
+    with pytest.raises(Cosmos3Error, match=words):
+        job.result(60)
+    assert not (client._folder / job.name).exists()
+    assert client.submit(ToyPlan(steps=1)).result(60).total == 2
 
 
 def test_a_short_request_overtakes_a_long_one(client: StageClient) -> None:
@@ -120,8 +139,10 @@ def test_what_the_last_report_raises_is_not_lost(client: StageClient) -> None:
         if progress.phase == "decode":
             raise KeyError(progress.phase)
 
+    job = client.submit(ToyPlan(steps=1), report=report)
     with pytest.raises(KeyError, match="decode"):
-        client.submit(ToyPlan(steps=1), report=report).result(60)
+        job.result(60)
+    assert not (client._folder / job.name).exists()
 
 
 def test_a_stage_that_is_killed_while_it_starts_can_be_closed() -> None:

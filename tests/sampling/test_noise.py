@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -40,6 +42,22 @@ def test_noise_is_reproducible_and_new_at_each_step(rule: str) -> None:
     assert not torch.equal(first, initial_noise(SHAPES, seed=8, rule=rule)["vision"])
     assert first.dtype == torch.float32
     assert abs(float(first.std()) - 1) < 0.1
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_chunk_draws_its_own_noise(rule: str) -> None:
+    """Initial and fresh, and numpy's by seeds that differ too."""
+    steps, seed, small = 4, 2**32 - 1, {"vision": (1, 2, 2, 3, 4)}
+    drawn = []
+    for chunk in range(5):
+        common: dict[str, Any] = {"seed": seed, "rule": rule, "chunk": chunk, "fresh": steps}
+        drawn.append(initial_noise(small, **common)["vision"])
+        for index in range(steps):
+            drawn.append(step_noise(small, index=index, **common)["vision"])
+    assert len({tuple(noise.flatten().tolist()) for noise in drawn}) == 5 * (1 + steps)
+    if rule == "torch":
+        generator = torch.Generator().manual_seed(seed)
+        assert all(torch.equal(x, torch.randn(x.shape, generator=generator)) for x in drawn)
 
 
 def test_numpy_steps_follow_the_seed() -> None:

@@ -65,7 +65,9 @@ def test_equal_timesteps_have_different_sigmas() -> None:
     assert len(set(s.native(106, 10.0).timesteps)) == 106
 
 
-@given(name=st.sampled_from(sorted(s.SCHEDULES)), steps=st.integers(1, 200), shift=st.floats(1, 20))
+@given(
+    name=st.sampled_from(sorted(s.SCHEDULES)), steps=st.integers(1, 200), shift=st.floats(0.01, 100)
+)
 def test_every_schedule_descends_to_zero(name: str, steps: int, shift: float) -> None:
     schedule = s.make_schedule(name, steps=steps, shift=shift, scheduler=CHECKPOINT)
     assert schedule.steps == steps == len(schedule.sigmas) - 1
@@ -74,7 +76,7 @@ def test_every_schedule_descends_to_zero(name: str, steps: int, shift: float) ->
     assert 0 < schedule.sigmas[0] < 1
     for sigma, t in zip(schedule.sigmas, schedule.timesteps, strict=False):
         assert t == int(t)
-        assert t <= 1000 * sigma * (1 + 1e-6) < t + 1.001
+        assert t <= 1000 * sigma * (1 + 1e-6) < t + 1.002
 
 
 def test_karras_needs_its_bounds() -> None:

@@ -8,27 +8,35 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from vllm_cosmos3.request import SPECS
 from vllm_cosmos3.sampling.schedule import native
 from vllm_cosmos3.sampling.solvers import SOLVERS, State
 
 DETERMINISTIC = [name for name, solver in SOLVERS.items() if not solver.draws_noise]
 
 
-def solve(name: str, steps: int, x: Tensor, velocity: Tensor) -> Tensor:
-    state, schedule = State(), native(steps, 5.0)
+def solve(name: str, steps: int, x: Tensor, velocity: Tensor, shift: float = 5.0) -> Tensor:
+    state, schedule = State(), native(steps, shift)
     for index in range(steps):
         x, state = SOLVERS[name].step(x, velocity, state, schedule.sigmas, index, None)
     return x
 
 
 @settings(max_examples=30, deadline=None)
-@given(name=st.sampled_from(DETERMINISTIC), steps=st.integers(1, 50), seed=st.integers(0, 99))
-def test_a_straight_path_is_solved_exactly(name: str, steps: int, seed: int) -> None:
+@given(
+    name=st.sampled_from(DETERMINISTIC),
+    steps=st.integers(1, 50),
+    shift=st.sampled_from([SPECS["flow_shift"].low, 5.0, SPECS["flow_shift"].high]),
+    seed=st.integers(0, 99),
+)
+def test_a_straight_path_is_solved_exactly(name: str, steps: int, shift: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     clean, noise = (torch.randn(20, generator=generator, dtype=torch.float64) for _ in range(2))
-    top = native(steps, 5.0).sigmas[0]
+    top = native(steps, shift).sigmas[0]
     x = (1 - top) * clean + top * noise
-    torch.testing.assert_close(solve(name, steps, x, noise - clean), clean, atol=1e-9, rtol=0)
+    torch.testing.assert_close(
+        solve(name, steps, x, noise - clean, shift), clean, atol=1e-9, rtol=0
+    )
 
 
 @pytest.mark.parametrize("name", DETERMINISTIC)

@@ -53,12 +53,19 @@ CASES = {
     "fps true": Case(part=video, options=options(fps=True), says=FPS.format("True")),
     "fps too high": Case(part=video, options=options(fps=31), says=FPS.format("31")),
     "fps in its scope": Case(
-        part=video, options=options(videos_kwargs={"fps": 0}), says=FPS.format("0")
+        part=video,
+        options=options(videos_kwargs={"fps": 0}),
+        says="mm_processor_kwargs.videos_kwargs.fps is 0, must be a number above 0",
+    ),
+    "more frames than there are": Case(
+        part=video,
+        options=options(num_frames=64),
+        says="mm_processor_kwargs.num_frames is 64, must be at most 48, the frames of this clip",
     ),
     "no frames": Case(
         part=video,
         options=options(num_frames=0),
-        says="mm_processor_kwargs.num_frames is 0, must be a whole number from 1 to 1800",
+        says="mm_processor_kwargs.num_frames is 0, must be a whole number from 2 to 1800",
     ),
     "fps and frames": Case(
         part=video,
@@ -83,12 +90,12 @@ CASES = {
     "another merge size": Case(
         part=image(),
         options=options(images_kwargs={"merge_size": 1}),
-        says="a key of mm_processor_kwargs is 'merge_size', must be one of fps, num_frames,",
+        says="a key of mm_processor_kwargs.images_kwargs is 'merge_size', must be one of fps,",
     ),
     "another temporal patch size": Case(
         part=video,
         options=options(videos_kwargs={"temporal_patch_size": 1}),
-        says="a key of mm_processor_kwargs is 'temporal_patch_size', must be one of fps,",
+        says="a key of mm_processor_kwargs.videos_kwargs is 'temporal_patch_size', must be one of",
     ),
     "scope without options": Case(
         part=video,

@@ -13,6 +13,8 @@ from generators import create, finished
 from media_files import clip, data_url, picture, png
 from servers import Server
 
+from vllm_cosmos3.media import read_video
+
 pytestmark = pytest.mark.serve
 SHORT = {"size": "64x64", "num_inference_steps": 2, "seed": 3, "action_chunk_size": 4}
 
@@ -38,6 +40,20 @@ def test_a_policy_job_holds_its_actions(generator_server: Server) -> None:
     assert rows.std() > 0
     content = httpx.get(f"{generator_server.url}/v1/videos/{job['id']}/content")
     assert content.headers["content-type"] == "video/mp4"
+
+
+def test_so_few_actions_that_the_video_is_one_frame(generator_server: Server) -> None:
+    fields = {"action_mode": "policy", "domain_name": "umi", "action_chunk_size": 2}
+    answer = upload(generator_server, png(picture(64, 48)), **fields)
+    job = finished(generator_server, answer.json())
+    assert (job["status"], job["action"]["shape"]) == ("completed", [2, 10])
+    content = httpx.get(f"{generator_server.url}/v1/videos/{job['id']}/content")
+    assert (content.status_code, content.headers["content-type"]) == (200, "video/mp4")
+    assert len(read_video(content.content, frames=9)) == 1
+    again = SHORT | fields | {"prompt": "go", "fps": 20, "continue_from": job["id"]}
+    answer = httpx.post(f"{generator_server.url}/v1/videos", json=again, timeout=60)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "action_chunk_size"
 
 
 def test_inverse_dynamics_of_an_uploaded_clip(generator_server: Server, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 import test_catalogue as catalogue
 from generators import PICTURE, SMALL, eventually, refuses
 from jsonschema import Draft202012Validator
-from media_files import data_url, picture, png
+from media_files import clip, data_url, picture, png
 from robots import PATH, robot
 from servers import BIN, Server, running
 from servers import SMALL as SMALL_ENGINE
@@ -88,10 +88,13 @@ def test_the_reasoner_writes_the_prompt(server: Server) -> None:
     assert answer.json()["cosmos3"]["sources"]["prompt"] == "reasoner"
 
 
-def test_a_prompt_that_takes_too_long_is_given_up(server: Server) -> None:
+def test_a_prompt_that_takes_too_long_is_given_up(server: Server, tmp_path: Path) -> None:
     frame = data_url(png(picture(64, 64)), "image/png")
+    video = data_url(clip(tmp_path / "clip.mp4", frames=9).read_bytes(), "video/mp4")
     body = {"prompt": "a boat", "upsample_prompt": True, "deadline_seconds": 1, **SMALL}
-    for more in ({}, {"input_reference": frame}):  # the reasoner sees the picture
+    transfer = {"input_reference": video, "edge": True}
+    taken = transfer | {"num_first_chunk_conditional_frames": 1}
+    for more in ({}, {"input_reference": frame}, transfer, taken):  # it sees what is known
         answer = httpx.post(f"{server.url}/v1/videos", json=body | more, headers=KEY, timeout=60)
         assert answer.json()["error"]["code"] == "deadline_exceeded"
 

@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 import pytest
 from generators import PICTURE, SMALL, create, finished
-from media_files import data_url, picture, png
+from media_files import clip, data_url, picture, png
 from PIL import Image
 from servers import Server
 
@@ -107,6 +107,24 @@ def test_a_path_is_driven_further(generator_server: Server) -> None:
     further = finished(generator_server, further)
     assert (further["status"], further["size"], further["num_frames"]) == ("completed", "80x48", 9)
     assert frames(generator_server, further).shape == (9, 48, 80, 3)
+
+
+def test_controls_beside_a_video_do_not_go_on(generator_server: Server, tmp_path: Path) -> None:
+    control = data_url(clip(tmp_path / "clip.mp4", frames=5, fps=12).read_bytes(), "video/mp4")
+    shown = {"depth": control, "show_control_condition": True, "size": "64x64", "seed": 1}
+    source = create(generator_server, **shown, num_inference_steps=2)
+    before = frames(generator_server, finished(generator_server, source))
+    assert before.shape == (5, 64, 128, 3)
+    job = create(generator_server, num_frames=5, num_inference_steps=2, continue_from=source["id"])
+    job = finished(generator_server, job)
+    assert (job["status"], job["size"], job["num_frames"]) == ("completed", "64x64", 9), job[
+        "error"
+    ]
+    whole = frames(generator_server, job)
+    assert whole.shape == (9, 64, 64, 3)
+    left, right = (before[:, :, part].astype(int) for part in (slice(64), slice(64, None)))
+    far, near = (np.abs(whole[:5] - half).mean() for half in (left, right))
+    assert near < far / 2  # encoded once more
 
 
 def test_rollouts(generator_server: Server) -> None:

@@ -38,6 +38,7 @@ from vllm_cosmos3.cli.generate import (
     write,
 )
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
+from vllm_cosmos3.hints import HINTS
 from vllm_cosmos3.questions import Question, question_of
 from vllm_cosmos3.records import REASONER, Record, is_url
 from vllm_cosmos3.request import GenerateRequest, from_fields
@@ -52,6 +53,8 @@ FETCH_SECONDS = 60.0  # without a byte until a URL is given up
 AT_ONCE = 64  # questions, whose pictures are in memory together
 ARGUMENTS, OUTPUTS, TEXT = "sample_args.json", "sample_outputs.json", "reasoner_text.txt"
 LAST = "last.png"  # the last frame of a video that another record continues
+START = "continued_frame"  # in the outputs: the hash of the frame that the video starts from
+FILES = ("image", "video", "action_path", "action_stats_path", *HINTS)  # fields that name files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -97,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
             return 1 if problems else 0
         for sample in samples:  # an unwritable place should fail before minutes of work
             sample_folder(args.out, sample.record.name)
-        todo = [sample for sample in samples if not (args.resume and _finished(args, sample))]
+        todo = _unfinished(samples, args) if args.resume else samples
         _say(samples, todo)
         served = _serve(todo, args)
     done, total = len(samples) - len(todo) + served, len(samples) + len(problems)
@@ -188,7 +191,9 @@ def _checked(
             before = _before(record, samples, args)
             asked, effective, warnings = _settled(record, fields, before, plan)
             if record.upsample is not None and isinstance(asked, GenerateRequest):
-                upsampling = question_about(asked, effective, record.upsample)
+                # The frame of another record is not made yet: there is nothing to show.
+                shown = asked if before is None else replace(asked, image=None)
+                upsampling = question_about(shown, effective, record.upsample)
         except InvalidRequest as error:
             problems.append(record.placed(error))
             continue
@@ -198,7 +203,7 @@ def _checked(
             asked=asked,
             effective={"name": record.name, **effective, **urls},
             warnings=(*record.warnings, *warnings),
-            digest=_digest(record, before, args),
+            digest=_digest(record, fields, before, args),
             continued=record.name in wanted,
             upsampling=upsampling,
         )
@@ -246,15 +251,52 @@ def _settled(
     return request, dict(planned.effective), planned.warnings
 
 
-def _digest(record: Record, before: Sample | None, args: argparse.Namespace) -> str:
-    """What makes the results of two runs the same, seeds that are drawn apart."""
+def _digest(
+    record: Record, fields: Mapping[str, Any], before: Sample | None, args: argparse.Namespace
+) -> str:
+    """What makes the results of two runs the same, seeds that are drawn apart.
+
+    ``fields`` are those of the record with local files, whose contents count as their names do.
+    """
     values = [
         str(args.model), args.revision, args.dtype, record.kind, dict(record.fields), record.upsample,
         record.crf, args.crf, record.quality, args.image_quality, args.image_type,
         args.load_format, args.checkpoint_kind,
         None if before is None else before.digest,
+        {name: _contents(fields[name]) for name in FILES if name in fields},
     ]  # fmt: skip
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=_plain).encode()).hexdigest()
+
+
+def _contents(value: Any) -> Any:
+    """A value with the hashes of its files instead of their names."""
+    if isinstance(value, Mapping):
+        return {name: _contents(item) for name, item in value.items()}
+    return _hash_of(Path(value)) if isinstance(value, str) and Path(value).is_file() else None
+
+
+def _hash_of(file: Path) -> str:
+    found = hashlib.sha256()
+    with file.open("rb") as opened:
+        while piece := opened.read(2**20):
+            found.update(piece)
+    return found.hexdigest()
+
+
+def _plain(value: object) -> str:
+    """What JSON does not know as a text: all numbers of an array."""
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
+    return str(value)
+
+
+def _unfinished(samples: Sequence[Sample], args: argparse.Namespace) -> list[Sample]:
+    """The samples that an earlier run has not left the results of, and those that continue them."""
+    todo: dict[str, Sample] = {}
+    for sample in samples:
+        if sample.record.continue_from in todo or not _finished(args, sample):
+            todo[sample.record.name] = sample
+    return list(todo.values())
 
 
 def _finished(args: argparse.Namespace, sample: Sample) -> bool:
@@ -267,7 +309,18 @@ def _finished(args: argparse.Namespace, sample: Sample) -> bool:
         return False  # none, or of another program
     files += [folder / LAST] if sample.continued else []
     same = done.get("status") == "success" and done.get("digest") == sample.digest
-    return same and all(file.is_file() for file in files)
+    if not same or not all(file.is_file() for file in files):
+        return False
+    start = _start(args, sample)
+    return start is None or done.get(START) == _hash_of(start)
+
+
+def _start(args: argparse.Namespace, sample: Sample) -> Path | None:
+    """The frame that a sample starts from, as another one has left it."""
+    before = sample.record.continue_from
+    if before is None or sample.record.kind == REASONER:
+        return None
+    return Path(args.out) / before / LAST
 
 
 # The results.
@@ -352,18 +405,19 @@ def _generate(model: Cosmos3, sample: Sample, args: argparse.Namespace) -> None:
     folder = sample_folder(args.out, record.name)
     for name in (OUTPUTS, LAST):  # of an earlier run
         (folder / name).unlink(missing_ok=True)
-    request = sample.asked
-    if record.continue_from is not None:
-        frame = args.out / record.continue_from / LAST
-        request = replace(request, image=media.read_image(frame, field="continue_from"))
+    request, mark = sample.asked, {"digest": sample.digest}
+    if (start := _start(args, sample)) is not None:
+        request = replace(request, image=media.read_image(start, field="continue_from"))
+        mark[START] = _hash_of(start)
     output, files, timings = generate(model, request, own, folder)
     if files:  # with several processes under torchrun the first one has the results
         if sample.continued and output.video is not None:
-            media.write_image(folder / LAST, output.video[-1])
+            made = output.video[-1][:, -sample.effective["width"] :]  # controls may be beside it
+            media.write_image(folder / LAST, made)
         write(own, folder, output, files, timings)
         _warn(sample, [text for text in output.warnings if text not in sample.warnings])
         done = json.loads((folder / OUTPUTS).read_text())
-        (folder / OUTPUTS).write_text(json.dumps(done | {"digest": sample.digest}, indent=2) + "\n")
+        (folder / OUTPUTS).write_text(json.dumps(done | mark, indent=2) + "\n")
 
 
 @contextmanager

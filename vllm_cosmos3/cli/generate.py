@@ -437,8 +437,8 @@ def add_flag(group: Any, name: str, spec: Spec, default: object) -> None:
 def _range(spec: Spec) -> str:
     if spec.kind not in ("int", "float") or spec.high > 2**31 - 1:
         return ""
-    low = f"above {spec.low:g}" if spec.above else f"{spec.low:g}"
-    return f", {low} to {spec.high:g}"
+    low = f"above {spec.low:.10g}" if spec.above else f"{spec.low:.10g}"
+    return f", {low} to {spec.high:.10g}"
 
 
 def _integer(text: str) -> int | str:
@@ -463,7 +463,7 @@ def _integers(text: str) -> list[int | str]:
 def _rows(text: str) -> object:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter for absurdly deep nesting
         return text
 
 

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 
 from vllm_cosmos3.checkpoint.files import SIZES, published_files
 from vllm_cosmos3.config import EngineConfig, ModelConfig, ParallelConfig, read_config
+from vllm_cosmos3.defaults import TEXT_TOKENS
 from vllm_cosmos3.hub import resolve
+from vllm_cosmos3.kinds import DISTILLED
 from vllm_cosmos3.request import SPECS
 from vllm_cosmos3.spec import Spec
 
@@ -25,7 +27,6 @@ if TYPE_CHECKING:  # torch, which --help should not wait for
 
 GIB = 2**30
 WITHOUT_CHECKPOINT = ("nano", "super")
-TEXT_TOKENS = 2048  # the published negative prompt has 1,904
 GPU_MEMORY = Spec(
     kind="float", low=0, above=True, high=100_000, unit="GiB", help="memory of one GPU"
 )
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
     model = known_model(args.model, args.revision)
     engine = engine_of(args, model)
-    check_degrees(engine.parallel, model.transformer)
+    check_degrees(engine.parallel, model.transformer, guided=model.kind not in DISTILLED)
     work = work_of(args, model)
     limit = round(GPU_MEMORY.checked("gpu_memory", args.gpu_memory) * GIB)
     engine = decided(model, engine, work, limit)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import math
 import os
 import shlex
 import socket
@@ -112,8 +113,8 @@ def run(args: argparse.Namespace) -> int:
         ("--max-video-fps", args.max_video_fps),
         ("--max-video-frames", args.max_video_frames),
     ):
-        if value < 1:
-            raise InvalidRequest(flag, value, "at least 1")
+        if not 1 <= value < math.inf:
+            raise InvalidRequest(flag, value, "a number of at least 1")
     folder = _local_folder(args.checkpoint)
     if folder is not None and _value_of("--load-format", args.rest) != "dummy":
         check_reasoner(folder)
@@ -126,6 +127,9 @@ def run(args: argparse.Namespace) -> int:
     elif values:
         flag = f"--{next(iter(values)).replace('_', '-')}"
         raise InvalidRequest(flag, "given", "left out: --surface reasoner has no generator")
+    elif folder is None and not _given("--download-dir", args.rest):
+        # vLLM would say that there is no such repository in a traceback.
+        resolve(args.checkpoint, _value_of("--revision", args.rest), weights=False)
 
     environment = (
         {"VLLM_PLUGINS": os.environ.get("VLLM_PLUGINS", PLUGIN)} if args.surface == "both" else {}
@@ -227,7 +231,7 @@ def root_config(folder: Path) -> dict[str, Any]:
 
 def _local_folder(checkpoint: str) -> Path | None:
     """The checkpoint as a folder, None for a repository id."""
-    folder = Path(checkpoint).expanduser()
+    folder = Path(os.path.expanduser(checkpoint))  # leaves a user that nobody knows as it is
     if folder.is_dir():
         if not any((folder / part).is_dir() for part in ("transformer", "vision_encoder")):
             raise CheckpointError(

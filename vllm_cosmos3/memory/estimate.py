@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from vllm_cosmos3.config import EngineConfig, ModelConfig, SoundConfig, TransformerConfig
+from vllm_cosmos3.defaults import TEXT_TOKENS
 from vllm_cosmos3.kinds import MODES
 from vllm_cosmos3.memory.ledger import Ledger
 from vllm_cosmos3.memory.vae import decode_peak, encode_peak
@@ -19,7 +20,6 @@ from vllm_cosmos3.request import GenerateRequest
 WORKSPACES = 2**30  # bytes: see the package
 RESERVE = WORKSPACES + 2**29  # with the CUDA context
 LAYERS_AHEAD = 1  # layers that are fetched from the host while one computes
-TEXT_TOKENS = 2048  # of a long text; the published negative prompt has 1,904
 TEXT_BYTES = 1 << 29  # of keys and values kept of recent texts: about 3,600 tokens of Nano
 INT64 = 8
 OTHER_ATTENTION_BYTES = FLOAT32  # of a query head: the logarithm of its sum
@@ -84,7 +84,7 @@ def usual_work(model: ModelConfig, request: GenerateRequest | None = None) -> Wo
     """The sizes of a request with long texts: of the largest default, if no other is given.
 
     Raises:
-        InvalidRequest: as `conditions.resolve`.
+        InvalidRequest: as `parameters.resolve`.
     """
     if request is None:
         images = MODES[model.kind] == ("text2image",)

@@ -32,7 +32,7 @@ class NotIndexable(Exception):
 class Clip:
     """The first video stream of a file: ``len(clip)`` frames, ``width`` x ``height``, by number.
 
-    ``fps`` is the container's rate. Its methods may be called from several threads.
+    ``fps`` is their average rate, pauses included. Its methods may be called from several threads.
     """
 
     def __init__(self, data: bytes, *, most_pixels: int = 0) -> None:
@@ -47,11 +47,12 @@ class Clip:
             # Titles may be in any encoding, and nobody here reads them.
             with BytesIO(data) as file, av.open(file, metadata_errors="replace") as container:
                 stream = container.streams.video[0]
-                self.fps = float(stream.guessed_rate or 0)
                 self.width, self.height = stream.width, stream.height
                 if 0 < most_pixels < self.width * self.height:
                     raise NotIndexable(f"frames of {self.width}x{self.height}")
                 packets = [packet for packet in container.demux(stream) if packet.size]
+                times = [packet.pts for packet in packets if not packet.is_discard]
+                self.fps = _rate(container, stream, len(times))
                 if stream.codec_context.pix_fmt is None:
                     raise NotIndexable("pictures of a format that FFmpeg does not find out")
                 self._codec = _decoder(stream.codec_context)
@@ -59,7 +60,6 @@ class Clip:
         except (av.error.FFmpegError, IndexError, AttributeError) as error:
             # no container, no video in it, or a codec that this FFmpeg lacks
             raise NotIndexable(str(error)) from None
-        times = [packet.pts for packet in packets if not packet.is_discard]
         if self.fps <= 0 or not times or None in times or len(set(times)) < len(times):
             raise NotIndexable("no rate, no frames, or frames without a time of their own")
         self._times: list[int] = sorted(times)
@@ -182,6 +182,13 @@ class _OfThread(threading.local):
         self.reformatter = VideoReformatter()
 
 
+_SLOTS = (
+    "matroska,webm",
+    "avi",
+    "flv",
+    "nut",
+)  # a rate and a duration, of which the number of frames follows
+_CLOCKS = ("mpegts", "asf")  # their rate may be that of the clock
 _UPRIGHT = (0x10000, 0, 0, 0, 0x10000)  # the first numbers of the identity, in 16.16
 
 _of_thread = _OfThread()
@@ -269,6 +276,30 @@ class RecentSamples:
 
 
 RECENT_SAMPLES = RecentSamples()
+
+
+def _rate(container: Any, stream: Any, count: int) -> float:
+    """Frames a second of a stream of ``count`` frames, 0 if unknown.
+
+    NotIndexable where vLLM's loader goes by how many frames the clip would have without its pauses,
+    which depends on how far OpenCV gets, and where nothing says in which order frames are shown.
+    """
+    kind, codec = container.format.name, stream.codec_context
+    if kind == "avi" and codec.name in ("h264", "hevc") and codec.has_b_frames:
+        raise NotIndexable(
+            "frames that are stored in another order than shown, without their times"
+        )
+    rate = float(stream.average_rate or stream.guessed_rate or 0)
+    if kind in _SLOTS:
+        seconds = (container.duration or 0) / av.time_base
+        slots = stream.frames or int(seconds * rate + 0.5)  # OpenCV's count
+        if slots not in (0, count):
+            raise NotIndexable(f"{count} frames where {slots} have their time")
+    elif kind in _CLOCKS and stream.duration:
+        seconds = float(stream.duration * stream.time_base)
+        if int(seconds * rate + 0.5) != count:
+            return count / seconds
+    return rate
 
 
 def _is_turned(data: bytes) -> bool:

@@ -6,6 +6,7 @@ no request can reach them.
 
 from __future__ import annotations
 
+import math
 import os
 
 from vllm_cosmos3.errors import InvalidRequest
@@ -40,6 +41,6 @@ def _positive(name: str, default: float) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not value >= 1:
+    if not 1 <= value < math.inf:
         raise InvalidRequest(name, text, "a number of at least 1")
     return value

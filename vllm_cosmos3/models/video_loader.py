@@ -59,7 +59,7 @@ class Cosmos3VideoBackend(Qwen3VLVideoBackend):
         theirs = uses_reference() or kwargs.keys() & {"backend", "frame_recovery"}
         clip = None if theirs else _indexed(data)
         if clip is None:
-            frames, metadata = super().load_bytes(data, num_frames=num_frames, fps=rate, **kwargs)
+            frames, metadata = cls._read(data, num_frames, rate, **kwargs)
         else:
             frames, metadata = cls._pick(clip, num_frames, rate, **kwargs)
         if len(frames) == 0:
@@ -67,6 +67,28 @@ class Cosmos3VideoBackend(Qwen3VLVideoBackend):
         if take_all:
             metadata = _as_whole_clip(metadata, len(frames))
             _decode_ahead(frames, metadata)
+        return frames, metadata
+
+    @classmethod
+    def _read(cls, data: bytes, num_frames: int, rate: float, **kwargs: Any) -> tuple[Any, Any]:
+        """What ``load_bytes`` returns, read by vLLM."""
+        try:
+            read = super().load_bytes(data, num_frames=num_frames, fps=rate, **kwargs)
+        except ImportError as error:
+            possible = f"the name of a decoder that is installed here ({error})"
+            raise InvalidRequest(f"{_FIELD}.backend", kwargs.get("backend"), possible) from None
+        except ValueError as error:
+            reason = " ".join(str(error).split())[:200]
+            if "backend" in reason:
+                backend = kwargs.get("backend", "opencv")
+                possible = f"one that there is and that takes the other options ({reason})"
+                raise InvalidRequest(f"{_FIELD}.backend", backend, possible) from None
+            if "empty sequence" in reason:
+                reason = "no frame can be decoded"
+            raise InvalidRequest(
+                "video_url", f"a file of {len(data)} bytes", f"a video ({reason})"
+            ) from None
+        frames, metadata = read
         return frames, metadata
 
     @classmethod

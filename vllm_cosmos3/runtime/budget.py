@@ -44,6 +44,8 @@ class Budget:
     def promise(self, work: Work, kept: int, give_up: Callable[[], None]) -> Promise:
         """Memory for ``work``. ``kept`` bytes are cached, which ``give_up`` frees if need be.
 
+        The first of the requests in flight starts the device's peak anew.
+
         Raises:
             OutOfMemory: there is not enough, with the numbers and what would help.
         """
@@ -57,6 +59,8 @@ class Budget:
                 give_up()
                 if needed > rooms[1]:
                     raise self._refusal(work, needed, rooms[1], memory.resident)
+        if not self._promises and self._device.type != "cpu":
+            torch.accelerator.reset_peak_memory_stats(self._device)
         self._promises.add(own)
         return own
 

@@ -63,6 +63,7 @@ class Job:
     def __init__(self, name: str, cancel: Callable[[str], None], report: Report | None) -> None:
         self.name = name
         self.future: Future[Any] = Future()
+        self.future.set_running_or_notify_cancel()  # it is ended by the stage alone
         self.position: int | None = None  # in the queue, as last heard
         self.progress: Progress | None = None  # as last heard
         self._cancel = cancel
@@ -93,15 +94,21 @@ class Job:
                 self.progress = progress
                 self._tell(progress)
             case Done(value=value):
-                result = _unspooled(value)
-                if self._raised is None:
-                    self.future.set_result(result)
-                else:  # too late to cancel
-                    self.future.set_exception(self._raised)
+                self._take(value)
             case Failed(error=error):
                 if not self._accepted.done():
                     self._accepted.set_exception(error)
                 self.future.set_exception(self._raised or error)
+
+    def _take(self, value: Any) -> None:
+        try:
+            result = _unspooled(value)
+        except Exception as error:  # noqa: BLE001 - the other jobs go on
+            self._raised = self._raised or Cosmos3Error(f"the result cannot be read: {error}")
+        if self._raised is None:
+            self.future.set_result(result)
+        else:  # of a report: too late to cancel
+            self.future.set_exception(self._raised)
 
     def _tell(self, progress: Progress) -> None:
         if self._report is None:
@@ -368,7 +375,8 @@ def _unspooled(value: Any) -> Any:
     """The result itself where it was left in a file."""
     if not isinstance(value, Path):
         return value
-    with value.open("rb") as file:
-        result = pickle.load(file)
-    value.unlink()
-    return result
+    try:
+        with value.open("rb") as file:
+            return pickle.load(file)
+    finally:
+        value.unlink(missing_ok=True)

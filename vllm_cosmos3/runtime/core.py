@@ -252,7 +252,7 @@ class StageCore:
 
     def _finish(self, job: Job) -> None:
         name, request = job.request.job, job.request
-        spool = None if request.save is not None else self._setup.folder / name
+        spool = None if request.save is not None else self._spool(job)
         (value, *_) = self._call("finish", name, request.save, spool)
         self._tell(job.client, Done(name, spool if spool is not None else value))
         self._forget(job)
@@ -329,7 +329,12 @@ class StageCore:
         for job in list(self._jobs.values()):
             self._fail(job, error)
 
+    def _spool(self, job: Job) -> Path:
+        """Where rank 0 leaves the result of a request."""
+        return self._setup.folder / job.request.job
+
     def _fail(self, job: Job, error: Cosmos3Error) -> None:
+        self._spool(job).unlink(missing_ok=True)  # of a rank that died while it wrote
         self._tell(job.client, Failed(job.request.job, error))
         self._forget(job)
 

@@ -7,21 +7,28 @@ their number, and a group of ranks that may be out of step is replaced.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from vllm_cosmos3.errors import Cosmos3Error, DeadlineExceeded, InvalidRequest, WorkerDied
+from vllm_cosmos3.runtime.agreement import Agreement, end_with_failure
 from vllm_cosmos3.runtime.worker import NoModel, Reply, StageConfig
 
 logger = logging.getLogger(__name__)
 
 SLICE = 0.02  # seconds to wait for one rank before looking at the others
 PING_SECONDS = 10.0
+START_AGAIN = "start all of them again"
 METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 
 
@@ -30,6 +37,10 @@ class StageExecutor:
 
     ``call`` raises what the ranks raised. If the ranks may be out of step afterwards, ``healthy``
     is false and only ``restart`` helps: the weights are read again and all request states are gone.
+
+    Where a launcher has started the ranks, each has an executor and makes the same calls. They
+    agree after every call on whether it has failed; ranks that are out of step stay so, and the
+    processes then end with status 1.
     """
 
     def __init__(self, config: StageConfig) -> None:
@@ -37,6 +48,7 @@ class StageExecutor:
         self._config = config
         self._executor: Any = None
         self._number = 0
+        self._agreement: Agreement | None = None
         self.healthy = False
 
     def start(self) -> None:
@@ -48,6 +60,8 @@ class StageExecutor:
         """
         try:
             self._executor = _make_executor(self._config)
+            if self._config.backend == "external_launcher":
+                self._agreement = Agreement()
         except Exception as error:
             raise WorkerDied(
                 f"the workers did not start ({error}); the log has the cause"
@@ -67,7 +81,7 @@ class StageExecutor:
     def close(self) -> None:
         """End all workers and remove what they shared. Can be repeated."""
         executor, self._executor = self._executor, None
-        if executor is None:
+        if executor is None or (self._agreement is not None and not self.healthy):
             return
         segments = _shared_segments(executor)
         if not self.healthy:
@@ -90,36 +104,65 @@ class StageExecutor:
     ) -> list[Any]:
         """Call a method of `DiffusionWorker` on every rank; the values in rank order.
 
+        Ranks that a launcher has started know the values of others as None.
         ``timeout`` seconds replace the configured ones. ``while_waiting`` is called every few
         milliseconds if the workers are other processes.
 
         Raises:
             Cosmos3Error: a rank raised it, or anything else whose text it carries.
             DeadlineExceeded: a rank did not answer in time.
-            WorkerDied: a worker process ended.
+            WorkerDied: a worker process ended, or cannot go on.
         """
-        if not self.healthy:
-            raise WorkerDied("the workers are gone; restart the stage")
+        self._check()
         seconds = self._config.timeout if timeout is None else timeout
         replies = self._send(method, args, seconds, while_waiting)
         errors = {rank: reply for rank, reply in replies.items() if reply.error is not None}
         if not errors:
             return [replies[rank].value for rank in sorted(replies)]
         rank, first = min(errors.items())
-        if type(first.error) is Cosmos3Error:  # not foreseen: say where it was raised
+        if type(first.error) is Cosmos3Error and first.trace:  # not foreseen: where it was raised
             logger.error("rank %d: %s", rank, first.trace)
         if len(replies) < self._config.engine.parallel.world_size or not self._in_step():
-            self.healthy = False
+            self._lose()
         assert first.error is not None
         raise first.error
+
+    def agree(self, error: Cosmos3Error | None) -> Cosmos3Error | None:
+        """What the first of the ranks has to report that has failed outside of a call.
+
+        All ranks that a launcher has started come here between the same two calls.
+
+        Raises:
+            WorkerDied: not all of them did.
+        """
+        self._check()
+        assert self._agreement is not None, "one process makes the calls for all ranks"
+        try:
+            errors = self._agreement.errors(error, self._config.timeout)
+        except TimeoutError:
+            self._lose()
+            raise WorkerDied(f"the other ranks do not answer; {START_AGAIN}") from None
+        return errors[min(errors)] if errors else None
+
+    def _check(self) -> None:
+        if self.healthy:
+            return
+        if self._agreement is not None:
+            raise WorkerDied(f"the ranks are out of step after a failure; {START_AGAIN}")
+        raise WorkerDied("the workers are gone; restart the stage")
+
+    def _lose(self) -> None:
+        self.healthy = False
+        if self._agreement is not None:
+            atexit.register(end_with_failure)
 
     def _in_step(self) -> bool:
         """Whether ranks that have all answered still meet each other in exchanges."""
         try:
-            replies = self._send("ping", (self._number,), PING_SECONDS, None)
+            replies = self._send("ping", (self._number, PING_SECONDS), PING_SECONDS, None)
         except Cosmos3Error:
             return False
-        return all(reply.value for reply in replies.values())
+        return all(reply.error is None for reply in replies.values())
 
     def _send(
         self,
@@ -133,13 +176,33 @@ class StageExecutor:
             "call", args=(self._number, method, args), non_block=True
         )
         if future.done():  # the worker is in this process
-            return dict(enumerate(future.result()))
+            (own,) = future.result()
+            return {0: own} if self._agreement is None else self._agreed(method, own, seconds)
         self._executor.futures_queue.clear()  # the answers are read here, not by vLLM's future
         try:
             return self._collect(method, time.monotonic() + seconds, while_waiting)
         except Cosmos3Error:
             self.healthy = False
             raise
+
+    def _agreed(self, method: str, own: Reply, seconds: float) -> dict[int, Reply]:
+        """The replies of all ranks, as far as this one knows them."""
+        assert self._agreement is not None
+        try:
+            errors = self._agreement.errors(
+                own.error, seconds if own.error is None else self._config.grace
+            )
+        except TimeoutError:
+            self._lose()
+            reason = f"{method} got no answer in time" if own.error is None else str(own.error)
+            raise WorkerDied(f"{reason}; the other ranks cannot go on, {START_AGAIN}") from None
+        replies = {
+            rank: Reply(own.number, error=errors.get(rank))
+            for rank in range(self._config.engine.parallel.world_size)
+        }
+        rank = dist.get_rank()
+        replies[rank] = replace(own, error=errors.get(rank))
+        return replies
 
     def _collect(
         self, method: str, deadline: float, while_waiting: Callable[[], None] | None
@@ -186,7 +249,7 @@ class StageExecutor:
 def check_backend(config: StageConfig) -> None:
     """Refuse an executor that cannot run here, before anything starts."""
     world = config.engine.parallel.world_size
-    if config.backend == "ray" and config.engine.device == "cpu":
+    if config.backend == "ray" and torch.device(config.engine.device).type == "cpu":
         raise InvalidRequest(
             "distributed_executor_backend", "ray", "mp on the CPU: vLLM's Ray executor needs GPUs"
         )
@@ -222,7 +285,7 @@ def _make_executor(config: StageConfig) -> Any:
                 distributed_executor_backend=config.backend,
                 worker_cls="vllm_cosmos3.runtime.worker.DiffusionWorker",
             ),
-            device_config=DeviceConfig(device=config.engine.device),
+            device_config=DeviceConfig(device=torch.device(config.engine.device).type),
         )
         os.environ[METHOD] = method  # which making the configuration has changed
         object.__setattr__(vllm_config, "model_config", NoModel())

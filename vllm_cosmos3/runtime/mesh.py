@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -206,6 +207,25 @@ def all_gather(x: Tensor, axis: Axis) -> list[Tensor]:
     parts = list(x.new_empty(axis.size, *x.shape).unbind(0))
     dist.all_gather(parts, x.contiguous(), group=axis.group)
     return parts
+
+
+def in_step(number: int, axis: Axis, device: torch.device, seconds: float) -> bool:
+    """Whether all ranks of the axis come here within ``seconds``, with the same number.
+
+    If not, an exchange is left behind that may never end.
+    """
+    if axis.size == 1:
+        return True
+    own = torch.tensor([number], device=device)
+    parts = list(own.new_empty(axis.size, 1).unbind(0))
+    work = dist.all_gather(parts, own, group=axis.group, async_op=True)
+    deadline = time.monotonic() + seconds
+    while not work.is_completed():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.001)
+    work.wait()
+    return all(int(part) == number for part in parts)
 
 
 def from_first(value: Value) -> Value:

@@ -28,7 +28,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 from vllm_cosmos3.config import EngineConfig
 from vllm_cosmos3.errors import Cosmos3Error, OutOfMemory
 from vllm_cosmos3.loading import counted
-from vllm_cosmos3.runtime.mesh import Mesh, all_gather, close_mesh, from_first, init_mesh
+from vllm_cosmos3.runtime.mesh import Mesh, close_mesh, from_first, in_step, init_mesh
 
 
 class Result(Protocol):
@@ -126,8 +126,8 @@ class DiffusionWorker(WorkerBase):
         # The executor counts its workers as tensor parallel; from here on the layers count.
         self.parallel_config.tensor_parallel_size = parallel.tensor_parallel_size
         self.device = torch.device("cpu")
-        if self._config.engine.device != "cpu":
-            kind = torch.device(self._config.engine.device).type
+        kind = torch.device(self._config.engine.device).type
+        if kind != "cpu":
             self.device = torch.device(kind, self.local_rank)
             torch.accelerator.set_device_index(self.device)
         elif self._config.backend == "mp" and "OMP_NUM_THREADS" not in os.environ:
@@ -164,11 +164,11 @@ class DiffusionWorker(WorkerBase):
         with nullcontext() if folder is None else counted(folder, self.rank):
             self._stage = stage.load(self._config.engine, self._mesh, self.device)
 
-    def ping(self, number: int) -> bool:
-        """Whether this rank and its neighbours on every axis are at the same exchange."""
-        own = torch.tensor([number], device=self.device)
-        axes = (self._mesh.world, self._mesh.cfg, self._mesh.ulysses, self._mesh.tp)
-        return all(int(other) == number for axis in axes for other in all_gather(own, axis))
+    def ping(self, number: int, seconds: float) -> None:
+        """Raise Cosmos3Error unless all ranks of every axis are at the same exchange in time."""
+        for axis in (self._mesh.world, self._mesh.cfg, self._mesh.ulysses, self._mesh.tp):
+            if not in_step(number, axis, self.device, seconds):
+                raise Cosmos3Error(f"the ranks of {axis.name} are out of step")
 
     def encode(self, job: str, plan: Any) -> None:
         if self._config.backend == "external_launcher":
@@ -195,8 +195,12 @@ class DiffusionWorker(WorkerBase):
         if save is not None:
             return result.save(save)
         assert spool is not None
-        with spool.open("wb") as file:
-            pickle.dump(result, file, protocol=pickle.HIGHEST_PROTOCOL)
+        try:
+            with spool.open("wb") as file:
+                pickle.dump(result, file, protocol=pickle.HIGHEST_PROTOCOL)
+        except BaseException:  # what a full disk holds of it is in the way of the next request
+            spool.unlink(missing_ok=True)
+            raise
         return None
 
     def drop(self, job: str) -> None:

@@ -14,36 +14,44 @@ import torch
 from torch import Tensor
 
 RULES = ("numpy", "torch")
+BETWEEN_CHUNKS = 1 << 16  # seeds: more than a request has steps or chunks
 _ORDER = ("vision", "sound", "action")
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def initial_noise(shapes: Shapes, *, seed: int, rule: str, chunk: int = 0) -> dict[str, Tensor]:
+def initial_noise(
+    shapes: Shapes, *, seed: int, rule: str, chunk: int = 0, fresh: int = 0
+) -> dict[str, Tensor]:
     """Standard normal noise for each stream name in ``shapes``. ``seed`` in [0, 2**32).
 
     A later ``chunk`` of a long video has the next seed with ``numpy``; with ``torch`` the generator
-    goes on.
+    goes on, after the ``fresh`` draws of `step_noise` in each chunk before.
     """
     if rule == "numpy":
         return {name: _numpy(shape, (seed + chunk) % 2**32) for name, shape in shapes.items()}
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(chunk):
-        _drawn(shapes, generator)
-    return _drawn(shapes, generator)
+    return _after(shapes, seed, chunk * (1 + fresh))
 
 
-def step_noise(shapes: Shapes, *, seed: int, rule: str, index: int) -> dict[str, Tensor]:
-    """The noise that a stochastic solver adds at step ``index``.
+def step_noise(
+    shapes: Shapes, *, seed: int, rule: str, index: int, chunk: int = 0, fresh: int = 0
+) -> dict[str, Tensor]:
+    """The noise that a stochastic solver adds at step ``index``, one of ``fresh``, of a ``chunk``.
 
-    ``numpy`` seeds a torch generator with ``seed + index``. ``torch`` goes on where the initial
-    noise ended; it is drawn again from the start, which needs no state and is cheap for the few
-    steps of a distilled checkpoint.
+    ``numpy`` seeds a torch generator with ``seed + index``, and BETWEEN_CHUNKS more for each chunk
+    before. ``torch`` goes on where the initial noise of the chunk ended; it is drawn again from the
+    start, which needs no state and is cheap for the few steps of a distilled checkpoint.
     """
     if rule == "numpy":
-        return _drawn(shapes, torch.Generator().manual_seed(seed + index))
+        own = (seed + index + BETWEEN_CHUNKS * chunk) % 2**32
+        return _drawn(shapes, torch.Generator().manual_seed(own))
+    return _after(shapes, seed, chunk * (1 + fresh) + 1 + index)
+
+
+def _after(shapes: Shapes, seed: int, draws: int) -> dict[str, Tensor]:
+    """What torch's generator draws after so many others of the same shapes."""
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(index + 1):
+    for _ in range(draws):
         _drawn(shapes, generator)
     return _drawn(shapes, generator)
 

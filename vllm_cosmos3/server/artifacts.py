@@ -6,6 +6,7 @@ Runs in the workers: frames are encoded where they are made, and only names cros
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +22,9 @@ from vllm_cosmos3.pipeline import Pipeline, State
 from vllm_cosmos3.server.guardrails import frame_check
 
 RECORD, CLIP, THUMBNAIL, SPRITES = "record.json", "video.mp4", "thumbnail.webp", "spritesheet.webp"
-LAST = "last.png"  # frame, for a video that goes on from this one
+LAST = "last.png"  # frame without the controls beside it, for a video that goes on from this one
 # What the video goes on from: its file, put there before; and the rest, until both are joined.
-BEFORE, REST = "before.mp4", "rest.mp4"
+BEFORE, REST, CUT = "before.mp4", "rest.mp4", "cut.mp4"
 STAGE = f"{__name__}:ServedPipeline"
 COLUMNS, ROWS, TILE = (
     4,
@@ -53,6 +54,8 @@ class Artifacts:
             frames = sample.video if sample.video is not None else sample.image
             if frames is None:
                 return []  # not the rank that has the pixels
+            if frames.ndim == 3 and self.output.effective["num_frames"] != 1:
+                frames = frames[None]  # a video was asked for: so few actions make no second frame
             if check is not None:
                 try:
                     frames, report = check(frames)
@@ -69,6 +72,10 @@ class Artifacts:
                 rate = self.output.sample_rate or 48_000
                 written = sample.clip is not None
                 _write_clip(folder, frames, self.output.fps, sample.sound, rate, written=written)
+                width = self.output.effective["width"]
+                assert isinstance(width, int)  # so is it settled
+                last = np.ascontiguousarray(frames[-1][:, -width:])
+                Image.fromarray(last).save(folder / LAST, compress_level=1)
             encode += time.perf_counter() - start
             files.append(file)
         record = {
@@ -108,13 +115,13 @@ def _write_clip(
     written: bool,
 ) -> None:
     """A video with its small pictures; after the one that it goes on from, if there is one."""
-    Image.fromarray(frames[-1]).save(folder / LAST, compress_level=1)
     before = folder / BEFORE
     if not before.is_file():
         if not written:
             media.write_video(folder / CLIP, frames, fps=fps, sound=sound, sample_rate=rate)
         chosen = frames[_spread(len(frames))]
     else:  # the first frame is its last one
+        _cut(before, frames.shape[2], fps)
         media.write_video(folder / REST, frames[1:], fps=fps)
         count = media.join_videos(before, folder / REST, folder / CLIP, fps=fps)
         for part in (before, folder / REST):
@@ -125,6 +132,17 @@ def _write_clip(
         chosen = np.stack([shown[index] for index in places])
     (folder / THUMBNAIL).write_bytes(media.thumbnail(chosen[0]))
     (folder / SPRITES).write_bytes(media.encode_image(sprites(chosen), "webp"))
+
+
+def _cut(clip: Path, width: int, fps: float) -> None:
+    """Leave of a video what was made: nothing is shown beside what goes on from it."""
+    if next(media.frames_of(clip, limit=1)).shape[1] <= width:
+        return
+    part = clip.with_name(CUT)
+    with media.VideoWriter(part, fps=fps) as video:
+        for frame in media.frames_of(clip, limit=sys.maxsize):
+            video.write(np.ascontiguousarray(frame[None, :, -width:]))
+    part.replace(clip)
 
 
 def _spread(frames: int) -> np.ndarray:

@@ -22,7 +22,8 @@ JSON, URLENCODED, MULTIPART = KINDS = (
     "application/x-www-form-urlencoded",
     "multipart/form-data",
 )
-MAX_TEXT = 8 * 2**20  # bytes that are no media: to read them holds all other requests up
+MAX_TEXT = 4 * 2**20  # bytes that are no media: to read them holds all other requests up
+MAX_COMMAS = 2**19  # in them, as long lists take longer than texts
 LEAST_RATE = 1000  # bytes per second, on average after the first --upload-idle seconds
 PIECE = 2**20  # bytes that are looked at in one go
 
@@ -96,7 +97,7 @@ class Text:
 
     def __init__(self, *, media: bool = True) -> None:
         self._media = media
-        self.size = 0
+        self.size = self.commas = 0
         self._inside = False
         self._end = b""  # of the last chunk, where an opening may have begun
 
@@ -106,27 +107,35 @@ class Text:
         Raises:
             ApiError: they are too many.
         """
-        self.size += self._counted(chunk) if self._media else len(chunk)
-        if self.size > MAX_TEXT:
+        if self._media:
+            self._count(chunk)
+        else:
+            self.size, self.commas = self.size + len(chunk), self.commas + chunk.count(b",")
+        if self.size > MAX_TEXT or self.commas > MAX_COMMAS:
             message = (
-                f"the body has more than {MAX_TEXT} bytes of text; send media as files of a "
-                "multipart form, or as data URLs in JSON"
+                f"the body has more than {MAX_TEXT} bytes of text or {MAX_COMMAS} commas; send media "
+                "as files of a multipart form, or as data URLs in JSON"
             )
             raise ApiError("payload_too_large", message, headers={"Connection": "close"})
 
-    def _counted(self, chunk: bytes) -> int:
+    def _count(self, chunk: bytes) -> None:
         data = self._end + chunk
-        count, at, since = -len(self._end), 0, 0
+        self.size -= len(self._end)  # counted before
+        self.commas -= self._end.count(b",")
+        at = since = 0
         while at < len(data):
             mark = b'"' if self._inside else self.OPENING
             found = data.find(mark, at)
             stop = len(data) if found < 0 else found + len(mark)
-            count += data.count(b"\\", at, stop) if self._inside else stop - at
+            if self._inside:
+                self.size += data.count(b"\\", at, stop)
+            else:
+                self.size += stop - at
+                self.commas += data.count(b",", at, stop)
             if found >= 0:
                 self._inside, since = not self._inside, stop
             at = stop
         self._end = b"" if self._inside else data[max(at - len(self.OPENING) + 1, since) :]
-        return count
 
 
 class _Parser(MultiPartParser):

@@ -87,12 +87,16 @@ def prepare(job: Job, plan: Plan, before: Job, journal: Journal) -> None:
     """Put the finished video where the new one is written, so that it may be deleted meanwhile.
 
     Raises:
-        InvalidRequest: the new frames have another size or rate than those before them.
+        InvalidRequest: the new frames have another size or rate than those before them, or there
+            are none.
         ApiError: the finished video was deleted while the new one was planned.
         OSError: there is no room for it; nothing of it is left.
     """
     source, folder = journal.folder(before.id), journal.folder(job.id)
     shape = [stream.shape for stream in plan.streams if stream.name == "vision"][-1]
+    if shape[2] == 1:
+        possible = f"at least 4 with {FIELD}: fewer add no frame to the video"
+        raise InvalidRequest("action_chunk_size", plan.effective["action_chunk_size"], possible)
     made, wanted = f"{SCALE * shape[-1]}x{SCALE * shape[-2]}", _size(source / LAST)
     if made != wanted:
         possible = f"{wanted} or left out: that is the size of the video that it goes on from"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import os
 import re
 import tempfile
 from collections.abc import Container, Mapping
@@ -235,6 +236,8 @@ class Options:
         for item in dataclasses.fields(self):
             value = item.metadata["spec"].checked(item.name, getattr(self, item.name))
             object.__setattr__(self, item.name, value)
+        if os.path.expanduser(self.storage_path).startswith("~"):
+            raise InvalidRequest("storage_path", self.storage_path, "in the home of a known user")
         if not self.storage_path:
             object.__setattr__(self, "storage_path", f"{tempfile.gettempdir()}/cosmos3-storage")
         path, checker = self.allowed_local_media_path, self.guardrail_checker

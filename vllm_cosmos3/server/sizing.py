@@ -111,7 +111,7 @@ def engine_of(folder: Path, options: Options, device: str) -> EngineConfig:
 
 def devices(options: Options, device: str) -> tuple[int | None, int | None]:
     """How many devices the generator has, and the bytes of each; None where nobody counts."""
-    if device == "cpu":
+    if device.split(":")[0] == "cpu":
         return None, None
     from vllm.platforms import current_platform
 
