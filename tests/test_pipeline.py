@@ -1,4 +1,4 @@
-"""The five calls: what they compute once, what they keep apart, and what they leave untouched."""
+"""The four calls: what they compute once, what they keep apart, and what they leave untouched."""
 
 from __future__ import annotations
 

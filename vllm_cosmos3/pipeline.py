@@ -1,4 +1,4 @@
-"""One request from plan to output in five calls: plan, encode, step, decode, finish.
+"""One request from plan to output in four calls: encode, step, decode, finish.
 
 The calls work on one explicit `State` and nothing loops over steps below them: whoever calls may
 stop, report or serve another request between two steps. On several ranks each rank makes the same
@@ -100,7 +100,7 @@ class State:
 
 
 class Pipeline:
-    """The models of one checkpoint on one rank, and the five calls. Build it with ``load``."""
+    """The models of one checkpoint on one rank, and the four calls. Build it with ``load``."""
 
     def __init__(
         self,
@@ -169,7 +169,7 @@ class Pipeline:
         return cls(model, tokenizer, transformer, vae, sound, mesh, device, config)
 
     def plan(self, request: GenerateRequest) -> Plan:
-        """Check a request against this checkpoint. The same on every rank; touches no weight."""
+        """Check a request against this checkpoint, where no engine has done so; touches no weight."""
         return conditions.make_plan(request, self.model, self.tokenizer)
 
     @torch.inference_mode()

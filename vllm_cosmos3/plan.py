@@ -75,7 +75,7 @@ class ActionRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Plan:
-    """Everything that the five calls of the pipeline need to know about one request.
+    """Everything that the four calls of the pipeline need to know about one request.
 
     ``token_ids`` has one list per guidance branch: the prompt, then the negative prompt unless
     ``guidance_scale`` is 1; with a ``control_guidance`` the prompt again between the two, for the
