@@ -27,7 +27,7 @@ class InvalidRequest(Cosmos3Error, ValueError):
     ) -> None:
         self.field, self.value, self.possible, self.code = field, value, possible, code
         shown = "missing" if value is None else brief(value)
-        super().__init__(f"{cut(field)} is {shown}, must be {possible}")
+        super().__init__(f"{field} is {shown}, must be {possible}")
 
     def __reduce__(self) -> tuple[type[InvalidRequest], tuple[str, object, str, str]]:
         return type(self), (self.field, self.value, self.possible, self.code)

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 import threading
+from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from vllm_cosmos3.config import EngineConfig
 from vllm_cosmos3.runtime.core import Status
+from vllm_cosmos3.server.estimates import Pace
 from vllm_cosmos3.server.jobs import COMPLETED, Job, Journal
+from vllm_cosmos3.server.metrics import metrics
+from vllm_cosmos3.server.options import Options
+from vllm_cosmos3.server.protocol import Asked
 from vllm_cosmos3.server.service import Service
 
 
@@ -58,3 +68,61 @@ def test_an_end_that_cannot_be_written_is_written_later(tmp_path: Path) -> None:
     assert stored.status == COMPLETED
     assert (at._own, at._changed) == ({}, set())
     journal.close()
+
+
+class SlowStage:
+    """Takes a request when it is told to."""
+
+    def __init__(self) -> None:
+        self.reached, self.go_on, self.cancelled = threading.Event(), threading.Event(), False
+
+    def submit(self, *_: object, **__: object) -> Any:
+        self.reached.set()
+        assert self.go_on.wait(60)
+        return SimpleNamespace(progress=None, future=Future[object](), cancel=self._cancel)
+
+    def _cancel(self) -> None:
+        self.cancelled = True
+
+
+class Accepting(Service):
+    """The part of a service that hands requests of robots to the stage."""
+
+    def __init__(self, stage: SlowStage) -> None:
+        self.stage = cast("Any", stage)
+        self.metrics = metrics()
+        self._inferring = 0
+        self.options = Options()
+        self.sizing = cast("Any", SimpleNamespace(engine=EngineConfig(model=Path("tiny"))))
+        self._pace = Pace()
+
+    def _check_open(self) -> None:
+        pass
+
+    async def _plan(self, asked: Asked, media: Mapping[str, Any]) -> Any:
+        return None
+
+    async def _guarded(self, asked: Asked) -> dict[str, Any]:
+        return {}
+
+
+def test_a_client_that_goes_while_it_is_accepted_is_cancelled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("vllm_cosmos3.server.estimates.work", lambda _: 1.0)
+    stage = SlowStage()
+    at = Accepting(stage)
+
+    async def go() -> None:
+        asking = asyncio.ensure_future(at.infer({"prompt": "go"}))
+        await asyncio.to_thread(stage.reached.wait, 60)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        assert not stage.cancelled
+        stage.go_on.set()
+        while not stage.cancelled:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(go(), 60))
+    assert at._inferring == 0

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
-from vllm_cosmos3.errors import LONGEST, Cosmos3Error, InvalidRequest
+from vllm_cosmos3.errors import LONGEST, Cosmos3Error, InvalidRequest, cut
 
 STATUS = {  # every slug that is not a 400
     "authentication": 401,
@@ -88,6 +88,8 @@ def envelope(error: Cosmos3Error) -> dict[str, Any]:
     """The envelope of one error."""
     param = None
     if isinstance(error, InvalidRequest):
+        # The name may be the client's, who may send megabytes.
+        error = InvalidRequest(cut(error.field), error.value, error.possible, error.code)
         param = error.field
     elif isinstance(error, ApiError):
         param = error.param

@@ -279,19 +279,31 @@ class Service:
             plan = await self._plan(asked, {})
             await self._guarded(asked)
             work = estimates.work(plan)
-            job = await asyncio.to_thread(
-                self.stage.submit,
-                plan,
-                seconds=self._pace.seconds(work),
-                deadline=self.options.sync_deadline,
-                report=report,
+            submitted = asyncio.ensure_future(
+                asyncio.to_thread(
+                    self.stage.submit,
+                    plan,
+                    seconds=self._pace.seconds(work),
+                    deadline=self.options.sync_deadline,
+                    report=report,
+                )
             )
-            return job, work
+            try:
+                return await asyncio.shield(submitted), work
+            except asyncio.CancelledError:
+                submitted.add_done_callback(self._abandon)
+                raise
         except Cosmos3Error as error:
             self.metrics.refused(error)
             if isinstance(error, Busy):
                 raise self.full(str(error)) from None
             raise
+
+    def _abandon(self, submitted: asyncio.Future[StageJob]) -> None:
+        """Stop what the stage has accepted for a client that went away meanwhile."""
+        if not submitted.cancelled() and submitted.exception() is None:
+            self._stop(submitted.result())
+            self.metrics.cancelled.inc()
 
     async def _inferred(self, job: StageJob) -> Output:
         """What a job of the stage made; it is cancelled with the task that waits for it."""
