@@ -88,9 +88,9 @@ def envelope(error: Cosmos3Error) -> dict[str, Any]:
     """The envelope of one error."""
     param = None
     if isinstance(error, InvalidRequest):
-        # The name may be the client's, who may send megabytes.
-        error = InvalidRequest(cut(error.field), error.value, error.possible, error.code)
         param = error.field
+        # The name may be the client's, who may send megabytes.
+        error = InvalidRequest(cut(param), error.value, error.possible, error.code)
     elif isinstance(error, ApiError):
         param = error.param
     return error_body(slug(error), str(error), param)
