@@ -253,5 +253,5 @@ def test_a_busy_process_gives_a_clip_one_thread(monkeypatch: pytest.MonkeyPatch)
         for _ in range(9):
             threads.append(readers.threads())
             stack.enter_context(readers)
-    assert threads == [4, 4, 2, 2, 1, 1, 1, 1, 1]
-    assert readers.threads() == 4
+    assert threads == [6, 3, 2, 1, 1, 1, 1, 1, 1]
+    assert readers.threads() == 6

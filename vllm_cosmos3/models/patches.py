@@ -31,6 +31,7 @@ from vllm_cosmos3.models.clip import RECENT_SAMPLES, ClipFrames
 Frames: TypeAlias = torch.Tensor | ClipFrames  # [T, 3, H, W] in memory, or still in a file
 Planes = tuple[torch.Tensor, ...]  # red, green and blue of a frame, [H, W] each
 _LONG_NUMBERS = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}  # bytes
+_WORKERS = 2  # more of them wait for Python's lock, on 4 cores as on 16
 _Processor = TypeVar("_Processor")
 
 
@@ -56,6 +57,22 @@ class PatchingProcessor(Qwen3VLProcessor):
         features = self.video_processor(videos, **merged["videos_kwargs"])
         features.pop("video_metadata", None)
         return features
+
+
+class OfOneClip(torch.Tensor):
+    """A tensor that ``torch.cat`` of it alone does not copy; what is made of it is an ordinary one.
+
+    vLLM joins the clips of every request in that way, and most requests have one.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if function is torch.cat and args and len(args[0]) == 1:
+                return args[0][0].as_subclass(torch.Tensor)
+            return function(*args, **(kwargs or {}))
 
 
 class PatchingImageProcessor(Qwen2VLImageProcessor):
@@ -128,7 +145,9 @@ class PatchingVideoProcessor(Qwen3VLVideoProcessor):
     def _preprocess(self, videos: list[Frames], **options: Any) -> BatchFeature:
         """``videos``: [T, 3, H, W] each, or frames of a file."""
         made = [self._patches(frames, options) for frames in videos]
-        return _features("pixel_values_videos", "video_grid_thw", made)
+        features = _features("pixel_values_videos", "video_grid_thw", made)
+        features["pixel_values_videos"] = features["pixel_values_videos"].as_subclass(OfOneClip)
+        return features
 
     def _patches(self, frames: Frames, options: dict[str, Any]) -> tuple[torch.Tensor, list[int]]:
         count, height, width = _shape(frames)
@@ -178,14 +197,24 @@ def patchify(
             here = rows_apart.unflatten(1, (columns // merge, merge, patch)).unflatten(0, cut[:3])
             _copy_rows(there, here.permute(0, 3, 1, 4, 2, 5))
 
-    list(_threads(os.getpid()).map(lay_out, range(times * temporal)))
+    def lay_out_each(places: range) -> None:
+        for place in places:
+            lay_out(place)
+
+    list(_threads(os.getpid()).map(lay_out_each, _shares(times * temporal)))
     return out.view(times * rows * columns, -1), [times, rows, columns]
 
 
 @cache
 def _threads(_process: int) -> ThreadPoolExecutor:
     """Threads of this process: a forked one has none of its parent's and would wait for ever."""
-    return ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="patches")
+    return ThreadPoolExecutor(_WORKERS, thread_name_prefix="patches")
+
+
+def _shares(count: int) -> list[range]:
+    """0 to ``count`` in one part for each thread: a turn for each frame costs more than it gains."""
+    size = -(-count // _WORKERS)
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _copy_rows(there: torch.Tensor, here: torch.Tensor) -> None:
