@@ -350,9 +350,12 @@ def test_first_or_last_frames(video: bytes, count: int, keep: str, expected: lis
     assert blues(media.read_video(np.stack(pictures), frames=count, keep=keep)) == expected
 
 
-def write_at(path: Path, times: list[int], container_format: str = "mp4") -> Path:
+def write_at(
+    path: Path, times: list[int], container_format: str = "mp4", title: str = "none"
+) -> Path:
     """A video whose frames begin at ``times`` in hundredths of a second."""
     with av.open(str(path), "w", format=container_format) as container:
+        container.metadata["title"] = title
         stream = container.add_stream("libx264", rate=100)
         stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
         for time, pixels in zip(times, clip(len(times), 32, 32), strict=True):
@@ -422,6 +425,14 @@ def test_rate_of_a_clip(tmp_path: Path) -> None:
     assert media.rate_of(clip(4, 32, 32)) is None
     with pytest.raises(InvalidRequest):
         media.rate_of(b"garbage")
+
+
+def test_a_title_may_be_in_any_encoding(tmp_path: Path) -> None:
+    stored = write_at(tmp_path / "a.avi", [0, 1, 2], "avi", title="XXXXX").read_bytes()
+    assert stored.count(b"XXXXX") == 1
+    titled = stored.replace(b"XXXXX", "Étés!".encode("latin-1"))
+    assert np.array_equal(media.read_video(titled, frames=3), media.read_video(stored, frames=3))
+    assert media.rate_of(titled) == media.rate_of(stored)
 
 
 def test_file_without_pictures_is_refused(tmp_path: Path) -> None:

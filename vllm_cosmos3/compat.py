@@ -1,4 +1,4 @@
-"""The one place that knows that versions of vLLM and transformers differ.
+"""The one place that knows that versions of vLLM, transformers and PyAV differ.
 
 Everything is probed by feature. What is imported from here is the same in every supported version.
 """
@@ -41,6 +41,13 @@ def knows_model_type(name: str) -> bool:
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
     return name in CONFIG_MAPPING or name in _CONFIG_REGISTRY
+
+
+def any_titles() -> dict[str, str]:
+    """What ``av.open`` is told so that titles may be in any encoding; from PyAV 19 they always may."""
+    import av
+
+    return {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
 def name_text_architecture(config: Any) -> None:

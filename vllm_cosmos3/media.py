@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from vllm_cosmos3.compat import any_titles
 from vllm_cosmos3.errors import InvalidRequest, Unsupported
 
 Pixels = NDArray[np.uint8]  # [H, W, 3] or [T, H, W, 3]
@@ -140,7 +141,7 @@ def rate_of(source: VideoSource, *, field: str = "video") -> float | None:
     with (
         _decoding(source, field, A_VIDEO),
         _opened(source) as file,
-        av.open(file, options=options) as container,
+        av.open(file, options=options, **any_titles()) as container,
     ):
         rates = [stream.average_rate for stream in container.streams.video]
     return float(rates[0]) if rates and rates[0] else None
@@ -423,7 +424,7 @@ def _decoded(source: str | Path | bytes, count: int, keep: str, field: str) -> l
 def _stored_frames(source: str | Path | bytes, field: str) -> Iterator[Iterator[av.VideoFrame]]:
     """The frames of an encoded video, decoded as they are asked for."""
     options = {"format_whitelist": VIDEO_FORMATS}
-    with _opened(source) as file, av.open(file, options=options) as container:
+    with _opened(source) as file, av.open(file, options=options, **any_titles()) as container:
         if not container.streams.video:
             possible = "a file with a video track"
             raise InvalidRequest(field, _described(source), possible, "invalid_media")

@@ -83,7 +83,7 @@ class Cosmos3VideoBackend(Qwen3VLVideoBackend):
                 backend = kwargs.get("backend", "opencv")
                 possible = f"one that there is and that takes the other options ({reason})"
                 raise InvalidRequest(f"{_FIELD}.backend", backend, possible) from None
-            if "empty sequence" in reason:
+            if reason.startswith("max() "):  # of no frames
                 reason = "no frame can be decoded"
             raise InvalidRequest(
                 "video_url", f"a file of {len(data)} bytes", f"a video ({reason})"
