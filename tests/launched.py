@@ -1,4 +1,4 @@
-"""A rank under torchrun: ``launched.py engine CHECKPOINT OUT`` or ``launched.py stuck / OUT``.
+"""Two ranks under torchrun. As a script, one of them: ``launched.py engine|gpus|stuck CHECKPOINT OUT``.
 
 Each rank writes to OUT/RANK.json what it met, one line for each request: "served", or the error.
 """
@@ -7,29 +7,72 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from test_executor import run, stage
-from toy_stage import ToyPlan
+import PIL.Image
 
 from vllm_cosmos3 import Cosmos3
 from vllm_cosmos3.media import Clip
 from vllm_cosmos3.output import Progress
 from vllm_cosmos3.runtime.executor import StageExecutor
 
-RANK = int(os.environ["RANK"])
-LAST = int(os.environ["WORLD_SIZE"]) - 1
+RANK = int(os.environ.get("RANK", "0"))
+LAST = 1
+
+
+def launch(name: str, checkpoint: Path, out: Path) -> tuple[int, dict[int, list[str]]]:
+    """The status of this script on two ranks, and what each rank met."""
+    PIL.Image.new("RGB", (64, 48)).save(out / "there.png")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", __file__, name, str(checkpoint), str(out)]
+    path = os.pathsep.join([str(Path(__file__).parent / "runtime"), *sys.path])
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    met = {int(file.stem): json.loads(file.read_text()) for file in out.glob("[01].json")}
+    assert met, done.stderr[-3000:]
+    return done.returncode, met
+
+
+def assert_failed_together(met: dict[int, list[str]]) -> None:
+    """What ranks met that made the requests of `failures`."""
+    assert met[0][1::2] == met[1][1::2] == ["served"] * 4
+    size, clip, progress, plan = met[0][::2]
+    assert size.startswith("OutOfMemory: the request needs")
+    assert clip.startswith("Cosmos3Error: decode failed: IsADirectoryError")
+    assert progress == "Cosmos3Error: progress failed: KeyError: 'enough'"
+    assert plan.startswith("InvalidRequest: image is")
+    assert met[1][::2] == [size, clip, "KeyError: 'enough'", plan]
 
 
 def engine(checkpoint: Path, out: Path) -> list[str]:
+    """On the CPU, with the tiny checkpoint."""
+    large = {"size": "640x480", "num_frames": 61}
+    return failures(checkpoint, out, large, dtype="float32", memory_limit=0.05)
+
+
+def gpus(checkpoint: Path, out: Path) -> list[str]:
+    """On GPUs, with two layers of Nano."""
+    large = {"size": "1280x720", "num_frames": 189}
+    return failures(checkpoint, out, large, load_format="dummy", memory_limit=7.5)
+
+
+def failures(checkpoint: Path, out: Path, large: dict[str, Any], **settings: Any) -> list[str]:
     """Requests that fail on all ranks, on the first one, on the last one; each before a good one."""
 
     def generate(**fields: Any) -> Callable[[], object]:
         small = {
-            "prompt": "a",
+            "prompt_token_ids": [10, 11, 12],
+            "negative_prompt_token_ids": [13],
             "size": "64x48",
             "num_frames": 5,
             "num_inference_steps": 2,
@@ -45,13 +88,12 @@ def engine(checkpoint: Path, out: Path) -> list[str]:
     missing = Path("/nowhere.png") if RANK == LAST else out / "there.png"
     with Cosmos3(
         checkpoint,
-        dtype="float32",
         ulysses_degree=2,
-        memory_limit=0.05,
         distributed_executor_backend="external_launcher",
+        **settings,
     ) as model:
         return heard(
-            generate(size="640x480", num_frames=61),
+            generate(**large),
             generate(),
             generate(clip=Clip(path=out / "folder.mp4")),
             generate(),
@@ -64,6 +106,9 @@ def engine(checkpoint: Path, out: Path) -> list[str]:
 
 def stuck(_: Path, out: Path) -> list[str]:
     """The last rank fails before an exchange, in which the first one then waits for ever."""
+    from test_executor import run, stage
+    from toy_stage import ToyPlan
+
     executor = StageExecutor(stage(1, 2, 1, backend="external_launcher"))
     executor.start()
     return heard(
@@ -88,5 +133,5 @@ def heard(*requests: Callable[[], object]) -> list[str]:
 
 if __name__ == "__main__":
     name, checkpoint, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    lines = {"engine": engine, "stuck": stuck}[name](checkpoint, out)
+    lines = {"engine": engine, "gpus": gpus, "stuck": stuck}[name](checkpoint, out)
     (out / f"{RANK}.json").write_text(json.dumps(lines))

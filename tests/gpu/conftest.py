@@ -1,4 +1,4 @@
-"""Tests that need an NVIDIA GPU. Without one they are not collected, and the header says so."""
+"""Tests that need NVIDIA GPUs, some two. Without them they are not collected, and the header says so."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from vllm_cosmos3.runtime.mesh import close_mesh, init_mesh
 
 if not torch.cuda.is_available():
     collect_ignore_glob = ["test_*.py"]
+elif torch.cuda.device_count() < 2:
+    collect_ignore_glob = ["test_two_gpus.py"]
 
 LAYERS = 2
 VOCABULARY = 1024

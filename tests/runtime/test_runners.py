@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import pytest
+from launched import assert_failed_together, launch
 from safetensors.numpy import load_file
 
 from vllm_cosmos3 import Cosmos3
@@ -106,38 +104,12 @@ def test_torchrun(tiny_checkpoint_fp32: Path, alone: tuple[Output, Output], tmp_
     assert np.abs(latents - reference).max() < 1e-5 * np.abs(reference).max()
 
 
-def launch(name: str, checkpoint: Path, out: Path) -> tuple[int, dict[int, list[str]]]:
-    """The status of tests/launched.py on two ranks, and what each rank met."""
-    script = Path(__file__).parents[1] / "launched.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "2", str(script), name, str(checkpoint), str(out)]
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-        env=os.environ | {"PYTHONPATH": path},
-    )
-    met = {int(file.stem): json.loads(file.read_text()) for file in out.glob("[01].json")}
-    assert met, done.stderr[-3000:]
-    return done.returncode, met
-
-
 def test_launched_ranks_fail_a_request_together_and_go_on(
     tiny_checkpoint_fp32: Path, tmp_path: Path
 ) -> None:
-    PIL.Image.new("RGB", (64, 48)).save(tmp_path / "there.png")
     status, met = launch("engine", tiny_checkpoint_fp32, tmp_path)
     assert status == 0
-    assert met[0][1::2] == met[1][1::2] == ["served"] * 4
-    size, clip, progress, plan = met[0][::2]
-    assert size.startswith("OutOfMemory: the request needs")
-    assert clip.startswith("Cosmos3Error: decode failed: IsADirectoryError")
-    assert progress == "Cosmos3Error: progress failed: KeyError: 'enough'"
-    assert plan.startswith("InvalidRequest: image is")
-    assert met[1][::2] == [size, clip, "KeyError: 'enough'", plan]
+    assert_failed_together(met)
 
 
 def test_launched_ranks_that_wait_for_each_other_end(tmp_path: Path) -> None:

@@ -1,0 +1,63 @@
+"""What one GPU cannot show: the second one by name, and ranks of a launcher over NCCL."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from launched import assert_failed_together, launch
+
+from vllm_cosmos3 import Cosmos3
+
+pytestmark = pytest.mark.gpu
+
+REQUEST = {
+    "prompt_token_ids": list(range(10, 138)),
+    "negative_prompt_token_ids": list(range(20, 84)),
+    "size": "320x192",
+    "num_frames": 29,
+    "num_inference_steps": 3,
+    "guidance_scale": 6.0,
+    "seed": 3,
+}
+
+
+def test_the_second_gpu_by_name(wide_checkpoint: Path) -> None:
+    """The same video, and nothing of it on the first GPU."""
+    with Cosmos3(wide_checkpoint, device="cuda:0", load_format="dummy") as model:
+        expected = model.generate(**REQUEST).video
+    torch.cuda.empty_cache()
+    taken = torch.cuda.memory_allocated(0)
+    torch.cuda.reset_peak_memory_stats(0)
+    with Cosmos3(wide_checkpoint, device="cuda:1", load_format="dummy") as model:
+        video = model.generate(**REQUEST).video
+        assert torch.cuda.memory_allocated(1) > 2**30
+    assert torch.cuda.max_memory_allocated(0) == taken
+    assert np.array_equal(video, expected)
+
+
+@pytest.mark.parametrize(
+    ("axis", "levels"),
+    [
+        ("ulysses_degree", 1),
+        ("cfg_parallel_size", 1),
+        ("tensor_parallel_size", 4),  # sums rounded in two parts, which guidance multiplies
+    ],
+)
+def test_a_stage_on_two_gpus_is_near_one(wide_checkpoint: Path, axis: str, levels: float) -> None:
+    """Levels of 255, on the average."""
+    with Cosmos3(wide_checkpoint, device="cuda:0", load_format="dummy") as model:
+        expected = model.generate(**REQUEST).video.astype(float)
+    with Cosmos3(wide_checkpoint, device="cuda", load_format="dummy", **{axis: 2}) as model:
+        video = model.generate(**REQUEST).video.astype(float)
+    assert np.abs(video - expected).mean() < levels
+
+
+def test_launched_ranks_fail_a_request_together_and_go_on(
+    wide_checkpoint: Path, tmp_path: Path
+) -> None:
+    status, met = launch("gpus", wide_checkpoint, tmp_path)
+    assert status == 0
+    assert_failed_together(met)
