@@ -49,7 +49,7 @@ LAYERS = [
         "models.reasoning_parser",
         "models.startup",
     },
-    {"models.reasoner", "pipeline", "runtime.worker", "runtime.scheduler"},
+    {"models.reasoner", "models.connector", "pipeline", "runtime.worker", "runtime.scheduler"},
     {"runtime.executor"},
     {"runtime.core"},
     {"runtime.client"},

@@ -28,7 +28,7 @@ def register() -> None:
     ReasoningParserManager.register_lazy_module(
         NAME, "vllm_cosmos3.models.reasoning_parser", "Cosmos3ReasoningParser"
     )
-    _register_video_loader()
+    _register_media()
 
 
 def _register_config() -> None:
@@ -49,5 +49,6 @@ def _register_config() -> None:
         )
 
 
-def _register_video_loader() -> None:
-    from vllm_cosmos3.models import video_loader  # noqa: F401  # registers itself, vLLM's idiom
+def _register_media() -> None:
+    # They register themselves, vLLM's idiom.
+    from vllm_cosmos3.models import connector, video_loader  # noqa: F401

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import socket
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from vllm_cosmos3.cli import main
 from vllm_cosmos3.cli.serve import add_arguments, reasons, stock_command
 from vllm_cosmos3.compat import has_serve_flag
+from vllm_cosmos3.models.limits import FPS, FRAMES
 
 
 def build(*argv: str, folder: Path | None = None) -> list[str]:
@@ -161,6 +163,35 @@ def test_limits_are_positive(flag: str, capsys: pytest.CaptureFixture[str]) -> N
 def test_a_limit_is_finite(capsys: pytest.CaptureFixture[str]) -> None:
     says = "--max-video-fps is inf, must be a number of at least 1"
     assert refused(capsys, "x/y", "--max-video-fps", "inf") == says
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "ours"),
+    [
+        ((), {}, True),
+        (("--media-io-kwargs", '{"video": {"video_backend": "opencv"}}'), {}, False),
+        ((), {"VLLM_MEDIA_CONNECTOR": "http"}, False),
+    ],
+    ids=["nobody says", "a loader", "a connector"],
+)
+def test_only_the_operator_chooses_how_videos_are_read(
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: tuple[str, ...],
+    environment: dict[str, str],
+    ours: bool,
+) -> None:
+    for name in ("VLLM_MEDIA_CONNECTOR", FPS, FRAMES):
+        monkeypatch.setenv(name, "put back at the end")
+        monkeypatch.delenv(name)
+    for name, text in environment.items():
+        monkeypatch.setenv(name, text)
+    monkeypatch.setattr("vllm_cosmos3.cli.serve._become", lambda _: 0)
+    arguments = [str(tiny_checkpoint), "--surface", "reasoner", "--port", "0", *flags]
+    assert main(["serve", *arguments]) == 0
+    assert ("VLLM_MEDIA_CONNECTOR=cosmos3" in capsys.readouterr().out) == ours
+    assert (os.environ.get("VLLM_MEDIA_CONNECTOR") == "cosmos3") == ours
 
 
 def test_json_flags_are_json(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,14 @@ from vllm_cosmos3.cli.versions import check_vllm
 from vllm_cosmos3.config import read_json
 from vllm_cosmos3.errors import CheckpointError, InvalidRequest
 from vllm_cosmos3.hub import resolve
-from vllm_cosmos3.models.limits import DEFAULT_FPS, DEFAULT_FRAMES, FPS, FRAMES, uses_reference
+from vllm_cosmos3.models.limits import (
+    CONNECTOR,
+    DEFAULT_FPS,
+    DEFAULT_FRAMES,
+    FPS,
+    FRAMES,
+    uses_reference,
+)
 from vllm_cosmos3.models.reasoner_weights import check_folder, expected_tensors
 from vllm_cosmos3.server.command import run as run_generator
 from vllm_cosmos3.server.command import share_beside, web_parser
@@ -136,6 +143,8 @@ def run(args: argparse.Namespace) -> int:
     )
     environment |= {FPS: f"{args.max_video_fps:g}", FRAMES: str(args.max_video_frames)}
     command = stock_command(args, folder)
+    if not _chooses_how_to_read(command):
+        environment["VLLM_MEDIA_CONNECTOR"] = CONNECTOR
     shown = [f"{name}={value}" for name, value in environment.items()]
     print("vllm-cosmos3 serve: running", " ".join([*shown, shlex.join(command)]), flush=True)
     for line in reasons(command, args):
@@ -197,6 +206,13 @@ def stock_command(args: argparse.Namespace, folder: Path | None) -> list[str]:
         if not _given("--tokenizer", rest) and not (folder / "tokenizer_config.json").is_file():
             command += ["--tokenizer", str(folder / "text_tokenizer")]
     return [*command, "--middleware", MEDIA_ERRORS, *rest]
+
+
+def _chooses_how_to_read(command: Sequence[str]) -> bool:
+    """Whether the operator has named a connector or video loader other than ours."""
+    video = json.loads(command[command.index("--media-io-kwargs") + 1])["video"]
+    named = isinstance(video, dict) and "video_backend" in video
+    return named or "VLLM_MEDIA_CONNECTOR" in os.environ
 
 
 def reasons(command: Sequence[str], args: argparse.Namespace) -> list[str]:
