@@ -7,7 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 def provenance(device: torch.device, *packages: str) -> dict[str, str]:
     """Facts by name, for the head of a report; ``packages`` beside PACKAGES."""
     facts = {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": shlex.join(["python", *sys.argv]),
         "commit": commit(),
         "vllm-cosmos3": __version__,

@@ -70,7 +70,7 @@ async def limited(request: Request, options: Options) -> AsyncGenerator[bytes, N
             chunk = await asyncio.wait_for(anext(chunks), options.upload_idle)
         except StopAsyncIteration:
             return
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise _too_slow(
                 f"no byte of the body came for {options.upload_idle:g} seconds"
             ) from None

@@ -193,7 +193,7 @@ async def _fetch(name: str, url: str, file: Path, options: Options) -> None:
                     await _write(name, response, file, options)
                     return
         raise InvalidRequest(name, url, f"reachable in {REDIRECTS} redirects", "fetch_failed")
-    except asyncio.TimeoutError:
+    except TimeoutError:
         possible = f"reachable in {options.fetch_seconds:g} seconds"
         raise InvalidRequest(name, url, possible, "fetch_failed") from None
     except NotPublic as error:

@@ -33,7 +33,7 @@ class EngineReasoner:
         prompt = await asyncio.to_thread(self._prompt, question)
         try:
             output = await asyncio.wait_for(self._answer(prompt, question), seconds)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             message = f"the reasoner took more than {seconds:g} seconds to write the prompt"
             raise DeadlineExceeded(message) from None
         answer = answer_of(output)
