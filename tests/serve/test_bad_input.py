@@ -133,11 +133,6 @@ CASES = {
         media=options(video={"num_frames": 0}),
         says="media_io_kwargs.video.num_frames is 0, must be a whole number of at least 1",
     ),
-    "another video loader": Case(
-        part=video,
-        media=options(video={"video_backend": "opencv", "num_frames": -1}),
-        says="media_io_kwargs.video.video_backend is 'opencv', must be left out: this server reads",
-    ),
     "image as video": Case(
         part=raw("video_url", png(picture()), "video/mp4"),
         says="video_url is 'a PNG image', must be a video; send images as content of type image_url",

@@ -183,6 +183,17 @@ def test_cosmos3_serve_bounds_the_rate(reasoner_server_tp2: Server, two_seconds:
         ask(reasoner_server_tp2, video(two_seconds), text(), extra_body=rate(9))
 
 
+@pytest.mark.parametrize("name", ["opencv", None])
+def test_cosmos3_serve_reads_videos_in_one_way(
+    reasoner_server_tp2: Server, two_seconds: Path, name: str | None
+) -> None:
+    media = {"media_io_kwargs": {"video": {"video_backend": name, "num_frames": -1}}}
+    says = f"media_io_kwargs.video.video_backend is '{name or 'null'}', must be left out"
+    with pytest.raises(openai.BadRequestError, match=says):
+        ask(reasoner_server_tp2, video(two_seconds), text(), extra_body=media)
+    assert ask(reasoner_server_tp2, video(two_seconds), text()).choices
+
+
 def test_tags_stay_in_the_text_without_the_parser(reasoner_server_tp2: Server) -> None:
     said = {"structured_outputs": {"regex": "<think>ab</think>cd"}}
     reply = ask(reasoner_server_tp2, text(), max_tokens=40, extra_body=said)

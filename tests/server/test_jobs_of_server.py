@@ -84,6 +84,13 @@ def test_ranges_and_heads_of_the_file(generator_server: Server) -> None:
     assert part.headers["content-range"] == f"bytes 10-19/{len(whole.content)}"
     beyond = get(generator_server, path, headers={"Range": "bytes=99999999-"})
     assert beyond.status_code == 416
+    for headers in ({}, {"Range": "bytes=99999999-"}):
+        head = httpx.head(f"{generator_server.url}{path}", headers=headers)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-length"] == str(len(whole.content))
+        assert head.headers["content-type"] == "video/mp4"
+    gone = httpx.head(f"{generator_server.url}/v1/videos/video_none/content")
+    assert (gone.status_code, gone.content) == (404, b"")
 
 
 def test_prefer_wait_answers_at_the_end_or_in_time(generator_server: Server) -> None:

@@ -34,7 +34,8 @@ class StoredFile(FileResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._file:
             size = os.fstat(self._file.fileno()).st_size
-            ranges = self._ranges(Headers(scope=scope), size)
+            asked = scope["method"] == "GET"  # RFC 9110, 14.2: of no other method
+            ranges = self._ranges(Headers(scope=scope), size) if asked else None
             if ranges == []:
                 error = ApiError(
                     "range_not_satisfiable",

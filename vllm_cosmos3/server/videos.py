@@ -169,6 +169,7 @@ async def delete(request: Request, video_id: VideoId) -> Response:
     return JSONResponse({"id": video_id, "deleted": True, "object": "video.deleted"})
 
 
+@router.head("/v1/videos/{video_id}/content", include_in_schema=False)
 @router.get(
     "/v1/videos/{video_id}/content",
     response_class=Response,
