@@ -1,4 +1,4 @@
-"""Two ranks under torchrun. As a script, one of them: ``launched.py engine|gpus|stuck CHECKPOINT OUT``.
+"""Two ranks under torchrun. As a script, one of them: ``launched.py NAME CHECKPOINT OUT``.
 
 Each rank writes to OUT/RANK.json what it met, one line for each request: "served", or the error.
 """
@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,14 @@ from vllm_cosmos3.media import Clip
 from vllm_cosmos3.output import Progress
 from vllm_cosmos3.runtime.executor import StageExecutor
 
+SMALL: dict[str, Any] = {
+    "prompt_token_ids": [10, 11, 12],
+    "negative_prompt_token_ids": [13],
+    "size": "64x48",
+    "num_frames": 5,
+    "num_inference_steps": 2,
+    "seed": 1,
+}
 RANK = int(os.environ.get("RANK", "0"))
 LAST = 1
 
@@ -70,15 +79,7 @@ def failures(checkpoint: Path, out: Path, large: dict[str, Any], **settings: Any
     """Requests that fail on all ranks, on the first one, on the last one; each before a good one."""
 
     def generate(**fields: Any) -> Callable[[], object]:
-        small = {
-            "prompt_token_ids": [10, 11, 12],
-            "negative_prompt_token_ids": [13],
-            "size": "64x48",
-            "num_frames": 5,
-            "num_inference_steps": 2,
-            "seed": 1,
-        }
-        return lambda: model.generate(**small | fields)
+        return lambda: model.generate(**SMALL | fields)
 
     def stop(progress: Progress) -> None:
         if RANK == LAST and progress.step == 1:
@@ -102,6 +103,18 @@ def failures(checkpoint: Path, out: Path, large: dict[str, Any], **settings: Any
             generate(image=missing),
             generate(),
         )
+
+
+def several(checkpoint: Path, out: Path) -> list[str]:
+    """One generator after the other, each on a mesh of its own."""
+
+    def generate(axis: str) -> None:
+        backend = "external_launcher"
+        with Cosmos3(checkpoint, distributed_executor_backend=backend, **{axis: 2}) as model:
+            model.generate(**SMALL)
+
+    axes = ("ulysses_degree", "tensor_parallel_size", "cfg_parallel_size", "ulysses_degree")
+    return heard(*(partial(generate, axis) for axis in axes))
 
 
 def stuck(_: Path, out: Path) -> list[str]:
@@ -133,5 +146,7 @@ def heard(*requests: Callable[[], object]) -> list[str]:
 
 if __name__ == "__main__":
     name, checkpoint, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    lines = {"engine": engine, "gpus": gpus, "stuck": stuck}[name](checkpoint, out)
+    lines = {"engine": engine, "gpus": gpus, "several": several, "stuck": stuck}[name](
+        checkpoint, out
+    )
     (out / f"{RANK}.json").write_text(json.dumps(lines))

@@ -112,6 +112,14 @@ def test_launched_ranks_fail_a_request_together_and_go_on(
     assert_failed_together(met)
 
 
+def test_launched_ranks_make_one_generator_after_the_other(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    status, met = launch("several", tiny_checkpoint, tmp_path)
+    assert status == 0
+    assert met == {0: ["served"] * 4, 1: ["served"] * 4}
+
+
 def test_launched_ranks_that_wait_for_each_other_end(tmp_path: Path) -> None:
     status, met = launch("stuck", Path("/"), tmp_path)
     assert status != 0

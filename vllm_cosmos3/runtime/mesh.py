@@ -10,6 +10,7 @@ h heads of this rank, D values of one token or head.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import time
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 
 Value = TypeVar("Value")
+_launched = itertools.count()  # alike on all ranks, which make the same meshes
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,8 @@ def init_mesh(
         if parallel.world_size > 1:
             raise ValueError("several ranks need an init_method to meet at")
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if not dist.is_initialized() and init_method == "env://":
+        _join_launched(backend, timeout)
     meeting = PurePath(init_method or f"pid{os.getpid()}").name
     if init_method == "env://":
         meeting = f"torchrun{os.environ['MASTER_PORT']}"
@@ -140,6 +144,17 @@ def init_mesh(
         tp=_axis("tp", tp.world_size, tp.rank_in_group, tp.device_group),
         world=_axis("world", world.world_size, world.rank_in_group, world.device_group),
     )
+
+
+def _join_launched(backend: str, timeout: timedelta | None) -> None:
+    """Meet the other ranks in the launcher's store, under a name that no earlier mesh has used.
+
+    The addresses of a world stay in that store, and torch.distributed would look for those of the
+    next one in the same place.
+    """
+    store, rank, size = next(dist.rendezvous("env://"))
+    own = dist.PrefixStore(f"cosmos3/mesh/{next(_launched)}", store)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=timeout)
 
 
 def close_mesh(mesh: Mesh) -> None:
