@@ -25,6 +25,9 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
 from local_server import LocalServer, local_server, program
 
 BAD_SHARE = 0.05
+# Few blocks of KV cache, whose pages count as memory once they have been used.
+SMALL = ["--enforce-eager", "--max-model-len", "4096", "--max-num-seqs", "32"]
+SMALL += ["--num-gpu-blocks-override", "128"]
 GROWTH = 1.1  # of memory, from a quarter of the way to the end; vLLM alone takes 1.07
 
 
@@ -129,9 +132,8 @@ def main() -> int:
     words = sys.argv[1:]
     at = words.index("--") if "--" in words else len(words)
     args = parser.parse_args(words[:at])
-    command = [program(), "serve", args.checkpoint, "--surface", "reasoner", *words[at + 1 :]]
-    # Few blocks of KV cache, whose pages count as memory once they have been used.
-    command += ["--num-gpu-blocks-override", "128"]
+    command = [program(), "serve", args.checkpoint, "--surface", "reasoner", *SMALL]
+    command += words[at + 1 :]
     with (
         tempfile.TemporaryDirectory() as folder,
         local_server(command, log=Path(folder) / "server.log") as server,
