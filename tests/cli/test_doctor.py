@@ -136,6 +136,18 @@ def test_plugins() -> None:
 def test_codecs_that_are_missing_are_named() -> None:
     av = Probe(facts={"version": "18.1.0", "missing": ["h264 encoder", "aac decoder"]}, error=None)
     assert "no h264 encoder, aac decoder" in doctor.codecs(av).found
+
+
+@pytest.mark.parametrize(
+    ("version", "word"), [("14.2.0", "FIX"), ("18.0.0", "FIX"), ("18.1.0", "ok"), ("19.0.2", "ok")]
+)
+def test_a_pyav_that_crashes_is_named(version: str, word: str) -> None:
+    found = doctor.codecs(Probe(facts={"version": version, "missing": []}, error=None))
+    assert found.word == word
+    assert found.fix == ("pip install 'av>=18.1'" if word == "FIX" else None)
+
+
+def test_a_pyav_that_cannot_be_imported_is_named() -> None:
     assert doctor.codecs(BROKEN).word == "FIX"
 
 

@@ -28,6 +28,7 @@ from vllm_cosmos3.cli.versions import declared, installed
 TESTED_CPU = ("0.28.0", "0.30.0", "0.32.0")
 ARCHITECTURE = "Cosmos3ReasonerForConditionalGeneration"
 GIB = 2**30
+OLDEST_PYAV = (18, 1)  # as in pyproject.toml
 OLDEST_DRIVER = {12: 525, 13: 580}  # of each major version of CUDA, by NVIDIA's compatibility table
 CHECKPOINT_BYTES = 40 * GIB  # Cosmos3-Nano: 16 billion bfloat16 weights, the VAE, the tokenizers
 SHARED_MEMORY_BYTES = GIB  # vLLM's message queues and NCCL; Docker gives 64 MiB
@@ -234,7 +235,12 @@ def codecs(av: Probe) -> Finding:
     if av.facts["missing"]:
         found = f"PyAV {av.facts['version']} has no {', '.join(av.facts['missing'])}"
         return Finding(subject="codecs", found=found, fix=fix)
-    found = f"PyAV {av.facts['version']}: h264 and aac, decode and encode"
+    version = av.facts["version"]
+    if tuple(map(int, version.split(".")[:2])) < OLDEST_PYAV:
+        found = f"PyAV {version} ends the process at videos whose pixel format FFmpeg cannot tell"
+        oldest = ".".join(map(str, OLDEST_PYAV))
+        return Finding(subject="codecs", found=found, fix=f"pip install 'av>={oldest}'")
+    found = f"PyAV {version}: h264 and aac, decode and encode"
     return Finding(subject="codecs", found=found)
 
 
