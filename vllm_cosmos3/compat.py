@@ -1,6 +1,7 @@
 """The one place that knows that versions of vLLM, transformers and PyAV differ.
 
-Everything is probed by feature. What is imported from here is the same in every supported version.
+Everything is probed by feature, but for PyAV, whose functions do not say what they take. What is
+imported from here is the same in every supported version.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from vllm_cosmos3.models.clip import RECENT_SAMPLES, ClipFrames
 Frames: TypeAlias = torch.Tensor | ClipFrames  # [T, 3, H, W] in memory, or still in a file
 Planes = tuple[torch.Tensor, ...]  # red, green and blue of a frame, [H, W] each
 _LONG_NUMBERS = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}  # bytes
-_WORKERS = 2  # more of them wait for Python's lock, on 4 cores as on 16
+_COPYING, _RESIZING = 2, 4  # threads; more that copy wait for Python's lock, on 4 cores as on 16
 _Processor = TypeVar("_Processor")
 
 
@@ -169,15 +169,21 @@ class PatchingVideoProcessor(Qwen3VLVideoProcessor):
         def resized(place: int) -> Planes:
             return tuple(resize(_picture(frames, place)[None], size, options["resample"])[0])
 
-        return patchify(count, resized, **_layout(options))
+        return patchify(count, resized, threads=_RESIZING, **_layout(options))
 
 
 def patchify(
-    count: int, planes: Callable[[int], Planes], *, patch: int, temporal: int, merge: int
+    count: int,
+    planes: Callable[[int], Planes],
+    *,
+    patch: int,
+    temporal: int,
+    merge: int,
+    threads: int = _COPYING,
 ) -> tuple[torch.Tensor, list[int]]:
     """Patches of ``count`` frames and their grid of times, rows and columns.
 
-    ``planes`` gives a frame by its place, as colours [H, W]; it is called on several threads. A patch is
+    ``planes`` gives a frame by its place, as colours [H, W]; ``threads`` threads call it. A patch is
     ``temporal`` frames of ``patch`` x ``patch`` pixels in one row, [3, temporal, patch, patch]; the
     ``merge`` x ``merge`` patches that become one token follow each other. The last frame is repeated
     to fill the last patch.
@@ -201,19 +207,19 @@ def patchify(
         for place in places:
             lay_out(place)
 
-    list(_threads(os.getpid()).map(lay_out_each, _shares(times * temporal)))
+    list(_threads(os.getpid()).map(lay_out_each, _shares(times * temporal, threads)))
     return out.view(times * rows * columns, -1), [times, rows, columns]
 
 
 @cache
 def _threads(_process: int) -> ThreadPoolExecutor:
     """Threads of this process: a forked one has none of its parent's and would wait for ever."""
-    return ThreadPoolExecutor(_WORKERS, thread_name_prefix="patches")
+    return ThreadPoolExecutor(_RESIZING, thread_name_prefix="patches")
 
 
-def _shares(count: int) -> list[range]:
-    """0 to ``count`` in one part for each thread: a turn for each frame costs more than it gains."""
-    size = -(-count // _WORKERS)
+def _shares(count: int, parts: int) -> list[range]:
+    """0 to ``count`` in so many parts: a turn for each frame costs more than it gains."""
+    size = -(-count // parts)
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
