@@ -143,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
     )
     environment |= {FPS: f"{args.max_video_fps:g}", FRAMES: str(args.max_video_frames)}
     command = stock_command(args, folder)
-    if not _chooses_how_to_read(command):
+    if not _chooses_how_to_read(args.rest):
         environment["VLLM_MEDIA_CONNECTOR"] = CONNECTOR
     shown = [f"{name}={value}" for name, value in environment.items()]
     print("vllm-cosmos3 serve: running", " ".join([*shown, shlex.join(command)]), flush=True)
@@ -208,9 +208,9 @@ def stock_command(args: argparse.Namespace, folder: Path | None) -> list[str]:
     return [*command, "--middleware", MEDIA_ERRORS, *rest]
 
 
-def _chooses_how_to_read(command: Sequence[str]) -> bool:
-    """Whether the operator has named a connector or video loader other than ours."""
-    video = json.loads(command[command.index("--media-io-kwargs") + 1])["video"]
+def _chooses_how_to_read(rest: list[str]) -> bool:
+    """Whether the operator has named a connector or a video loader."""
+    video = (_json_flag("--media-io-kwargs", list(rest)) or {}).get("video")
     named = isinstance(video, dict) and "video_backend" in video
     return named or "VLLM_MEDIA_CONNECTOR" in os.environ
 

@@ -15,7 +15,7 @@ from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.models.limits import CONNECTOR, max_video_frames
 from vllm_cosmos3.models.video_loader import NAME as LOADER
 
-_LOADER = "media_io_kwargs.video.video_backend"
+_FIELD = "media_io_kwargs.video.video_backend"
 _PICTURES = "data:video/jpeg"  # vLLM's way to send frames: JPEG files with commas between
 
 
@@ -29,7 +29,7 @@ class CappedConnector(MediaConnector):
         named = (media_io_kwargs or {}).get("video", {}).get("video_backend", LOADER)
         if named != LOADER:
             possible = f"left out: this server reads videos with the loader {LOADER!r} alone"
-            raise InvalidRequest(_LOADER, "null" if named is None else named, possible)
+            raise InvalidRequest(_FIELD, "null" if named is None else named, possible)
         super().__init__(media_io_kwargs, **options)
 
     def fetch_video(self, video_url: str, **options: Any) -> Any:
