@@ -37,17 +37,23 @@ from torch import Tensor, nn
 from clock import Mark, between, mark, seconds, synchronize
 from latency import ROWS, request
 from machine import heading, provenance
-from vllm_cosmos3.config import EngineConfig, ModelConfig, ParallelConfig, read_config, read_json
+from vllm_cosmos3.checkpoint.config import (
+    EngineConfig,
+    ModelConfig,
+    ParallelConfig,
+    read_config,
+    read_json,
+)
+from vllm_cosmos3.checkpoint.tensors import Tensors, transformer_tensors, vae_tensors
+from vllm_cosmos3.checkpoint.weights import identity_table, load_dummy_weights
 from vllm_cosmos3.errors import Cosmos3Error
-from vllm_cosmos3.inventory import Tensors, transformer_tensors, vae_tensors
-from vllm_cosmos3.models.vae import to_frames
-from vllm_cosmos3.models.weights import identity_table, load_dummy_weights
-from vllm_cosmos3.pipeline import Pipeline
-from vllm_cosmos3.prompts import load_tokenizer
-from vllm_cosmos3.request import from_fields, parse_size
-from vllm_cosmos3.runtime.attention import Attend, make_attend
-from vllm_cosmos3.runtime.graphs import Recording
-from vllm_cosmos3.runtime.mesh import close_mesh, init_mesh
+from vllm_cosmos3.generator.models.vae import to_frames
+from vllm_cosmos3.generator.pipeline import Pipeline
+from vllm_cosmos3.parallel.attention import Attend, make_attend
+from vllm_cosmos3.parallel.graphs import Recording
+from vllm_cosmos3.parallel.mesh import close_mesh, init_mesh
+from vllm_cosmos3.request.prompts import load_tokenizer
+from vllm_cosmos3.request.request import from_fields, parse_size
 
 FLOW_SHIFT = 10.0
 PAIRINGS = {  # what they are called: our contender and theirs

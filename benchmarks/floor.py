@@ -16,11 +16,11 @@ from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 
 from clock import seconds
-from vllm_cosmos3.config import ModelConfig, TransformerConfig
-from vllm_cosmos3.models.vae import VideoVAE
-from vllm_cosmos3.plan import Plan
-from vllm_cosmos3.runtime.attention import make_attend
-from vllm_cosmos3.runtime.mesh import Axis
+from vllm_cosmos3.checkpoint.config import ModelConfig, TransformerConfig
+from vllm_cosmos3.generator.models.vae import VideoVAE
+from vllm_cosmos3.parallel.attention import make_attend
+from vllm_cosmos3.parallel.mesh import Axis
+from vllm_cosmos3.request.plan import Plan
 
 LARGE = {"product": 8192, "queries": 44160, "keys": 44672, "copy": 2**30}  # 720p, 189 frames
 SMALL = {"product": 512, "queries": 256, "keys": 320, "copy": 2**20}  # a CPU is done in a moment

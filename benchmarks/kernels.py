@@ -27,11 +27,11 @@ from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 from clock import between, mark, synchronize
 from machine import heading, provenance
+from vllm_cosmos3.checkpoint.config import ParallelConfig, TransformerConfig, read_config
 from vllm_cosmos3.compat import fused_qk_norm_rope
-from vllm_cosmos3.config import ParallelConfig, TransformerConfig, read_config
 from vllm_cosmos3.errors import Cosmos3Error
-from vllm_cosmos3.runtime.attention import make_attend
-from vllm_cosmos3.runtime.mesh import building_layers, close_mesh, init_mesh
+from vllm_cosmos3.parallel.attention import make_attend
+from vllm_cosmos3.parallel.mesh import building_layers, close_mesh, init_mesh
 
 TEXT = 512  # tokens that the generation tower attends to beside its own
 ROWS = {  # generation tokens of a request

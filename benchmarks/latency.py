@@ -32,12 +32,12 @@ from clock import StepClock, percentile
 from floor import Rates, Work, decode_work, measure_rates, step_work, text_work, tokens
 from kernel_profile import Profile, profile_table
 from machine import heading, provenance
-from vllm_cosmos3.config import ModelConfig, read_config
+from vllm_cosmos3.checkpoint.config import ModelConfig, read_config
+from vllm_cosmos3.checkpoint.hub import resolve
 from vllm_cosmos3.engine import Cosmos3
 from vllm_cosmos3.errors import Cosmos3Error
-from vllm_cosmos3.hub import resolve
-from vllm_cosmos3.output import Output
-from vllm_cosmos3.request import parse_size
+from vllm_cosmos3.generator.output import Output
+from vllm_cosmos3.request.request import parse_size
 
 Fields = dict[str, Any]
 

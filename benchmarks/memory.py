@@ -23,13 +23,13 @@ from typing import Any
 import torch
 
 from machine import heading, provenance
-from vllm_cosmos3.config import EngineConfig, ParallelConfig
+from vllm_cosmos3.checkpoint.config import EngineConfig, ParallelConfig
 from vllm_cosmos3.errors import OutOfMemory
-from vllm_cosmos3.memory import Memory, estimate, work_of
-from vllm_cosmos3.pipeline import Pipeline
-from vllm_cosmos3.request import GenerateRequest
-from vllm_cosmos3.runtime.budget import lift_limit
-from vllm_cosmos3.runtime.mesh import Mesh, init_mesh
+from vllm_cosmos3.generator.memory import Memory, estimate, work_of
+from vllm_cosmos3.generator.memory.reservation import lift_limit
+from vllm_cosmos3.generator.pipeline import Pipeline
+from vllm_cosmos3.parallel.mesh import Mesh, init_mesh
+from vllm_cosmos3.request.request import GenerateRequest
 
 GIB = 2**30
 PLACEMENTS: dict[str, dict[str, Any]] = {

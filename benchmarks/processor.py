@@ -26,8 +26,8 @@ from vllm.multimodal.media import MediaConnector
 from vllm.multimodal.processing import ProcessorInputs, TimingContext
 
 from clips import ClipShape, make_all
-from vllm_cosmos3.models.limits import PROCESSOR
 from vllm_cosmos3.plugin import ARCHITECTURE, register
+from vllm_cosmos3.reasoner.media.limits import PROCESSOR
 
 # name: VLLM_COSMOS3_PROCESSOR, and whether vLLM normalises on the device (0.26 cannot)
 WAYS = {

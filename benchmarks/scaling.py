@@ -23,10 +23,10 @@ from typing import Any
 import torch
 import torch.multiprocessing as processes
 
-from vllm_cosmos3.config import EngineConfig, ParallelConfig
-from vllm_cosmos3.pipeline import Pipeline
-from vllm_cosmos3.request import GenerateRequest
-from vllm_cosmos3.runtime.mesh import close_mesh, init_mesh
+from vllm_cosmos3.checkpoint.config import EngineConfig, ParallelConfig
+from vllm_cosmos3.generator.pipeline import Pipeline
+from vllm_cosmos3.parallel.mesh import close_mesh, init_mesh
+from vllm_cosmos3.request.request import GenerateRequest
 
 MESHES = {
     1: ["1x1x1"],

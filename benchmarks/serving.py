@@ -25,8 +25,7 @@ import numpy as np
 from websockets.asyncio.client import connect
 from websockets.exceptions import WebSocketException
 
-from vllm_cosmos3 import droid
-from vllm_cosmos3.server import msgpack
+from vllm_cosmos3.robots import droid, msgpack
 
 POLL_SECONDS = 0.05
 LONG = {"size": "256x256", "num_frames": 61, "num_inference_steps": 200}  # of --kind polls

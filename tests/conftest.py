@@ -16,7 +16,7 @@ from hypothesis import settings
 from ranks import Ranks
 from servers import ARCHITECTURE, BIN, SMALL, Server, running
 
-from vllm_cosmos3.checkpoint import write_checkpoint
+from vllm_cosmos3.checkpoint.synthetic import write_checkpoint
 from vllm_cosmos3.compat import has_serve_flag
 
 # A machine that runs three processes is late now and then.
@@ -24,13 +24,15 @@ settings.register_profile("shared", deadline=None)
 settings.load_profile("shared")
 
 SHARED = {
-    "generator server": ("tests/server",),
-    "reasoner server": ("tests/serve/", "tests/examples", "tests/parity/test_reasoner.py"),
+    "generator server": ("tests/serve_generator", "tests/server"),
+    "reasoner server": ("tests/serve_reasoner", "tests/examples", "tests/parity/test_reasoner.py"),
     "ranks": (
-        "tests/runtime",
-        "tests/models/test_vae.py",
-        "tests/models/test_towers.py",
-        "tests/sampling",
+        "tests/parallel",
+        "tests/stage",
+        "tests/generator/models/test_vae.py",
+        "tests/generator/models/test_towers.py",
+        "tests/generator/sampling",
+        "tests/generator/memory/test_reservation.py",
     ),
 }
 

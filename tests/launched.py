@@ -17,9 +17,9 @@ from typing import Any
 import PIL.Image
 
 from vllm_cosmos3 import Cosmos3
+from vllm_cosmos3.generator.output import Progress
 from vllm_cosmos3.media import Clip
-from vllm_cosmos3.output import Progress
-from vllm_cosmos3.runtime.executor import StageExecutor
+from vllm_cosmos3.stage.executor import StageExecutor
 
 SMALL: dict[str, Any] = {
     "prompt_token_ids": [10, 11, 12],
@@ -38,7 +38,7 @@ def launch(name: str, checkpoint: Path, out: Path) -> tuple[int, dict[int, list[
     PIL.Image.new("RGB", (64, 48)).save(out / "there.png")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", "2", __file__, name, str(checkpoint), str(out)]
-    path = os.pathsep.join([str(Path(__file__).parent / "runtime"), *sys.path])
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run(
         command,
         capture_output=True,

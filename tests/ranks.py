@@ -21,13 +21,13 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from vllm_cosmos3.config import ParallelConfig
+from vllm_cosmos3.checkpoint.config import ParallelConfig
 
 SECONDS = 300  # until ranks that do not answer are taken for deadlocked
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(
     [
-        "vllm_cosmos3.runtime.executor",
+        "vllm_cosmos3.stage.executor",
         "vllm.config",
         "vllm.model_executor.layers.linear",
         "vllm.v1.executor.multiproc_executor",
@@ -181,7 +181,7 @@ def _start() -> tuple[Any, Connection]:
 def _serve(pipe: Connection) -> None:
     import torch
 
-    from vllm_cosmos3.runtime.mesh import close_mesh, init_mesh
+    from vllm_cosmos3.parallel.mesh import close_mesh, init_mesh
 
     torch.set_num_threads(1)
     current, mesh = None, None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_cosmos3.pipeline import Pipeline, State
+from vllm_cosmos3.generator.pipeline import Pipeline, State
 
 EVERYWHERE, LAST_RANK = 1001, 1002  # seeds of requests that fail so, in their second step
 

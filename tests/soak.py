@@ -22,10 +22,10 @@ from pathlib import Path
 from ranks import processes_below, remaining, segments_of
 from toy_stage import ToyPlan
 
-from vllm_cosmos3.config import EngineConfig, ParallelConfig
+from vllm_cosmos3.checkpoint.config import EngineConfig, ParallelConfig
 from vllm_cosmos3.errors import WorkerDied
-from vllm_cosmos3.runtime.client import StageClient
-from vllm_cosmos3.runtime.worker import StageConfig
+from vllm_cosmos3.stage.client import StageClient
+from vllm_cosmos3.stage.worker import StageConfig
 
 
 def main() -> int:

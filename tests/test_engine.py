@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 from vllm_cosmos3 import Cosmos3, GenerateRequest, Output
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
-from vllm_cosmos3.output import Progress
+from vllm_cosmos3.generator.output import Progress
 
 SMALL: dict[str, Any] = {"size": "96x64", "num_frames": 9, "num_inference_steps": 2, "seed": 1}
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from vllm_cosmos3.config import EngineConfig
+from vllm_cosmos3.checkpoint.config import EngineConfig
 from vllm_cosmos3.errors import CheckpointError, InvalidRequest, OutOfMemory
-from vllm_cosmos3.runtime.mesh import Mesh, all_gather
+from vllm_cosmos3.parallel.mesh import Mesh, all_gather
 
 
 @dataclass(frozen=True)

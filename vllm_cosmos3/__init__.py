@@ -8,10 +8,10 @@ from vllm_cosmos3.version import __version__
 
 _PUBLIC = {
     "Cosmos3": "vllm_cosmos3.engine",
-    "GenerateRequest": "vllm_cosmos3.request",
-    "Output": "vllm_cosmos3.output",
-    "Question": "vllm_cosmos3.questions",
-    "Reasoner": "vllm_cosmos3.reasoner",
+    "GenerateRequest": "vllm_cosmos3.request.request",
+    "Output": "vllm_cosmos3.generator.output",
+    "Question": "vllm_cosmos3.request.questions",
+    "Reasoner": "vllm_cosmos3.reasoner.offline",
 }
 __all__ = ["Cosmos3", "GenerateRequest", "Output", "Question", "Reasoner", "__version__"]
 

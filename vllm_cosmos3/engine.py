@@ -18,18 +18,18 @@ from typing import Any, overload
 
 import torch
 
-from vllm_cosmos3.conditions import make_plan
-from vllm_cosmos3.config import EngineConfig, ParallelConfig, read_config
+from vllm_cosmos3.checkpoint.config import EngineConfig, ParallelConfig, read_config
+from vllm_cosmos3.checkpoint.hub import resolve
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
-from vllm_cosmos3.hub import resolve
+from vllm_cosmos3.generator.output import Output, Progress, Report, Sample
 from vllm_cosmos3.media import Clip
-from vllm_cosmos3.output import Output, Progress, Report, Sample
-from vllm_cosmos3.plan import Plan
-from vllm_cosmos3.prompts import load_tokenizer
-from vllm_cosmos3.request import GenerateRequest, from_fields
-from vllm_cosmos3.runners import Runner, make_runner
-from vllm_cosmos3.runtime.attention import BACKENDS
-from vllm_cosmos3.runtime.halo import MODES
+from vllm_cosmos3.parallel.attention import BACKENDS
+from vllm_cosmos3.parallel.halo import MODES
+from vllm_cosmos3.request.plan import Plan
+from vllm_cosmos3.request.planner import make_plan
+from vllm_cosmos3.request.prompts import load_tokenizer
+from vllm_cosmos3.request.request import GenerateRequest, from_fields
+from vllm_cosmos3.stage.runners import Runner, make_runner
 
 __all__ = ["Cosmos3", "Output", "Progress", "Sample"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 ARCHITECTURE = "Cosmos3ReasonerForConditionalGeneration"
 UPSTREAM_ARCHITECTURE = "Cosmos3ForConditionalGeneration"  # the name in the published config.json
-MODEL = "vllm_cosmos3.models.reasoner:Cosmos3ReasonerForConditionalGeneration"
+MODEL = "vllm_cosmos3.reasoner.model:Cosmos3ReasonerForConditionalGeneration"
 NAME = "cosmos3"  # of the config format, the video loader and the reasoning parser
 
 
@@ -18,7 +18,7 @@ def register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.reasoning import ReasoningParserManager
 
-    from vllm_cosmos3.models.startup import ReasonerStartup
+    from vllm_cosmos3.reasoner.startup import ReasonerStartup
 
     _register_config()
     for name in (ARCHITECTURE, UPSTREAM_ARCHITECTURE):
@@ -26,7 +26,7 @@ def register() -> None:
             ModelRegistry.register_model(name, MODEL)
             MODELS_CONFIG_MAP[name] = ReasonerStartup
     ReasoningParserManager.register_lazy_module(
-        NAME, "vllm_cosmos3.models.reasoning_parser", "Cosmos3ReasoningParser"
+        NAME, "vllm_cosmos3.reasoner.reasoning_parser", "Cosmos3ReasoningParser"
     )
     _register_media()
 
@@ -36,8 +36,8 @@ def _register_config() -> None:
     from vllm.transformers_utils.config import _CONFIG_FORMAT_TO_CONFIG_PARSER
 
     from vllm_cosmos3.compat import knows_model_type
-    from vllm_cosmos3.models.config_parser import Cosmos3ConfigParser
-    from vllm_cosmos3.models.root_config import MODEL_TYPE
+    from vllm_cosmos3.reasoner.config_parser import Cosmos3ConfigParser
+    from vllm_cosmos3.reasoner.root_config import MODEL_TYPE
 
     # register_config_parser() would log a line in each process, and a warning when repeated.
     _CONFIG_FORMAT_TO_CONFIG_PARSER[NAME] = Cosmos3ConfigParser
@@ -51,4 +51,4 @@ def _register_config() -> None:
 
 def _register_media() -> None:
     # They register themselves, vLLM's idiom.
-    from vllm_cosmos3.models import connector, video_loader  # noqa: F401
+    from vllm_cosmos3.reasoner.media import connector, video_loader  # noqa: F401

@@ -11,7 +11,7 @@ import torch
 
 import compare
 from clock import Mark
-from vllm_cosmos3.runtime.graphs import Recording
+from vllm_cosmos3.parallel.graphs import Recording
 
 
 def run(checkpoint: Path, tmp_path: Path, *arguments: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import kernels
-from vllm_cosmos3.runtime.attention import make_attend
+from vllm_cosmos3.parallel.attention import make_attend
 
 CPU = torch.device("cpu")
 
@@ -48,7 +48,7 @@ def test_repeated_keys_give_the_same(repeated: int) -> None:
 
 def test_plain_passes_compute_what_vllm_does(tiny_checkpoint: Path) -> None:
     """Both members of each pair are measured as if they did the same."""
-    from vllm_cosmos3.config import read_config
+    from vllm_cosmos3.checkpoint.config import read_config
 
     config = read_config(tiny_checkpoint).transformer
     with torch.inference_mode():

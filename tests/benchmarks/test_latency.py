@@ -14,13 +14,13 @@ from clock import StepClock, percentile, seconds
 from floor import Rates, Work, decode_work, measure_rates, step_work, text_work, tokens
 from kernel_profile import CATEGORIES, OTHER, by_category, category
 from machine import commit, heading, provenance
-from vllm_cosmos3.checkpoint import write_checkpoint
-from vllm_cosmos3.conditions import make_plan
-from vllm_cosmos3.config import ModelConfig, read_config
-from vllm_cosmos3.plan import Plan
+from vllm_cosmos3.checkpoint.config import ModelConfig, read_config
+from vllm_cosmos3.checkpoint.synthetic import write_checkpoint
 from vllm_cosmos3.progress import Progress
-from vllm_cosmos3.prompts import load_tokenizer
-from vllm_cosmos3.request import from_fields
+from vllm_cosmos3.request.plan import Plan
+from vllm_cosmos3.request.planner import make_plan
+from vllm_cosmos3.request.prompts import load_tokenizer
+from vllm_cosmos3.request.request import from_fields
 
 CPU = torch.device("cpu")
 

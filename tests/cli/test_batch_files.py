@@ -20,15 +20,15 @@ from media_files import clip
 from PIL import Image
 from servers import BIN, environment
 
-from vllm_cosmos3.batch import read_batch
+from vllm_cosmos3.batch.files import read_batch
 from vllm_cosmos3.cli import _parser, main
 from vllm_cosmos3.cli.batch import Downloads, _asked, _checked
 from vllm_cosmos3.cli.generate import planner
 from vllm_cosmos3.engine import Cosmos3
 from vllm_cosmos3.media import read_image, read_video
-from vllm_cosmos3.questions import Question
-from vllm_cosmos3.reasoner import Answer, Reasoner
-from vllm_cosmos3.upsample import schema_of
+from vllm_cosmos3.reasoner.offline import Answer, Reasoner
+from vllm_cosmos3.request.questions import Question
+from vllm_cosmos3.request.upsample import schema_of
 
 FAST = {"size": "64x64", "num_steps": 2, "num_frames": 5, "prompt": "a boat", "seed": 3}
 MODES = {

@@ -18,7 +18,7 @@ from servers import BIN, environment
 from vllm_cosmos3.cli import main
 from vllm_cosmos3.cli.generate import progress_shown
 from vllm_cosmos3.media import write_video
-from vllm_cosmos3.request import SPECS
+from vllm_cosmos3.request.request import SPECS
 
 FAST = ["--size", "96x64", "--num-inference-steps", "2", "--seed", "3"]
 PHASES = [

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_cosmos3.checkpoint import write_checkpoint
+from vllm_cosmos3.checkpoint.synthetic import write_checkpoint
 from vllm_cosmos3.cli import main
 
 

@@ -14,7 +14,7 @@ import pytest
 from vllm_cosmos3.cli import main
 from vllm_cosmos3.cli.serve import add_arguments, reasons, stock_command
 from vllm_cosmos3.compat import has_serve_flag
-from vllm_cosmos3.models.limits import FPS, FRAMES
+from vllm_cosmos3.reasoner.media.limits import FPS, FRAMES
 
 
 def build(*argv: str, folder: Path | None = None) -> list[str]:

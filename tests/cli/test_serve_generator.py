@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from vllm_cosmos3.checkpoint.config import read_config
 from vllm_cosmos3.cli import main
-from vllm_cosmos3.config import read_config
 from vllm_cosmos3.errors import OutOfMemory
-from vllm_cosmos3.memory import Memory
+from vllm_cosmos3.generator.memory import Memory
+from vllm_cosmos3.server.memory_split import GIB, Sizing, engine_of, share_of_reasoner, sized
 from vllm_cosmos3.server.options import Options
-from vllm_cosmos3.server.sizing import GIB, Sizing, engine_of, share_of_reasoner, sized
 
 SURFACES = ("generator", "both")
 

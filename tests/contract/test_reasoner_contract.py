@@ -19,9 +19,9 @@ from vllm.reasoning import ReasoningParserManager
 from vllm.transformers_utils.config import get_config, get_config_parser
 
 from vllm_cosmos3 import compat, plugin
-from vllm_cosmos3.config import read_json
-from vllm_cosmos3.models.reasoner_weights import expected_tensors
-from vllm_cosmos3.models.startup import ReasonerStartup
+from vllm_cosmos3.checkpoint.config import read_json
+from vllm_cosmos3.reasoner.required_tensors import expected_tensors
+from vllm_cosmos3.reasoner.startup import ReasonerStartup
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -107,7 +107,7 @@ def test_config_parser_reads_both_kinds_of_folder(tiny_checkpoint: Path, tmp_pat
 
 
 def test_every_name_of_the_checkpoint_has_a_place(tiny_checkpoint: Path) -> None:
-    reasoner = importlib.import_module("vllm_cosmos3.models.reasoner")
+    reasoner = importlib.import_module("vllm_cosmos3.reasoner.model")
     model: Any = reasoner.Cosmos3ReasonerForConditionalGeneration
     assert issubclass(model, qwen3_vl.Qwen3VLForConditionalGeneration)
     names = list(expected_tensors(read_json(tiny_checkpoint / "config.json")))

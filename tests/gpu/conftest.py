@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_cosmos3.checkpoint import write_checkpoint
-from vllm_cosmos3.config import EngineConfig, ParallelConfig
-from vllm_cosmos3.pipeline import Pipeline
-from vllm_cosmos3.runtime.mesh import close_mesh, init_mesh
+from vllm_cosmos3.checkpoint.config import EngineConfig, ParallelConfig
+from vllm_cosmos3.checkpoint.synthetic import write_checkpoint
+from vllm_cosmos3.generator.pipeline import Pipeline
+from vllm_cosmos3.parallel.mesh import close_mesh, init_mesh
 
 if not torch.cuda.is_available():
     collect_ignore_glob = ["test_*.py"]

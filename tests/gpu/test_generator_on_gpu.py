@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_cosmos3 import pipeline as pipeline_module
-from vllm_cosmos3.pipeline import Pipeline, State
-from vllm_cosmos3.request import from_fields
+from vllm_cosmos3.generator import pipeline as pipeline_module
+from vllm_cosmos3.generator.pipeline import Pipeline, State
+from vllm_cosmos3.request.request import from_fields
 
 pytestmark = pytest.mark.gpu
 

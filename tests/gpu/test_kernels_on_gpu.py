@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
+from vllm_cosmos3.checkpoint.config import ParallelConfig
+from vllm_cosmos3.checkpoint.tensors import vae_tensors
+from vllm_cosmos3.checkpoint.weights import identity_table, load_dummy_weights
 from vllm_cosmos3.compat import fused_qk_norm_rope
-from vllm_cosmos3.config import ParallelConfig
-from vllm_cosmos3.inventory import vae_tensors
-from vllm_cosmos3.models.kernels import add_with_bias, norm_silu
-from vllm_cosmos3.models.transformer import Layer
-from vllm_cosmos3.models.vae import VideoVAE, rms_normalised, to_frames, to_pixels
-from vllm_cosmos3.models.weights import identity_table, load_dummy_weights
-from vllm_cosmos3.pipeline import Pipeline
-from vllm_cosmos3.runtime.attention import BACKENDS, make_attend
-from vllm_cosmos3.runtime.mesh import building_layers, close_mesh, init_mesh
+from vllm_cosmos3.generator.models.kernels import add_with_bias, norm_silu
+from vllm_cosmos3.generator.models.transformer import Layer
+from vllm_cosmos3.generator.models.vae import VideoVAE, rms_normalised, to_frames, to_pixels
+from vllm_cosmos3.generator.pipeline import Pipeline
+from vllm_cosmos3.parallel.attention import BACKENDS, make_attend
+from vllm_cosmos3.parallel.mesh import building_layers, close_mesh, init_mesh
 
 pytestmark = pytest.mark.gpu
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from vllm_cosmos3 import Cosmos3
-from vllm_cosmos3.config import EngineConfig, ParallelConfig
+from vllm_cosmos3.checkpoint.config import EngineConfig, ParallelConfig
 from vllm_cosmos3.errors import OutOfMemory
-from vllm_cosmos3.memory import estimate, work_of
-from vllm_cosmos3.pipeline import Pipeline
+from vllm_cosmos3.generator.memory import estimate, work_of
+from vllm_cosmos3.generator.pipeline import Pipeline
+from vllm_cosmos3.parallel.mesh import close_mesh, init_mesh
 from vllm_cosmos3.progress import Progress
-from vllm_cosmos3.request import from_fields
-from vllm_cosmos3.runtime.mesh import close_mesh, init_mesh
+from vllm_cosmos3.request.request import from_fields
 
 pytestmark = pytest.mark.gpu
 

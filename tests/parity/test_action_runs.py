@@ -21,11 +21,11 @@ from oracles import guided
 from PIL import Image
 from torchvision.transforms.functional import InterpolationMode, resize
 
-from vllm_cosmos3.embodiments import VIEWS, find_embodiment
 from vllm_cosmos3.engine import Cosmos3
+from vllm_cosmos3.generator.sampling.noise import initial_noise
 from vllm_cosmos3.media import fit_inside
-from vllm_cosmos3.sampling.noise import initial_noise
-from vllm_cosmos3.sizes import nearest_size
+from vllm_cosmos3.request.embodiments import VIEWS, find_embodiment
+from vllm_cosmos3.request.sizes import nearest_size
 
 pytestmark = pytest.mark.parity
 

@@ -23,9 +23,9 @@ from transformers import AutoProcessor, Cosmos3OmniForConditionalGeneration
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
-from vllm_cosmos3.checkpoint import write_checkpoint
-from vllm_cosmos3.config import read_config, read_json, read_vision_config
-from vllm_cosmos3.inventory import (
+from vllm_cosmos3.checkpoint.config import read_config, read_json, read_vision_config
+from vllm_cosmos3.checkpoint.synthetic import write_checkpoint
+from vllm_cosmos3.checkpoint.tensors import (
     Tensors,
     sound_tensors,
     transformer_tensors,

@@ -14,7 +14,7 @@ import torch
 from diffusers.modular_pipelines.cosmos import Cosmos3DistilledModularPipeline
 from PIL import Image
 
-from vllm_cosmos3.checkpoint import write_checkpoint
+from vllm_cosmos3.checkpoint.synthetic import write_checkpoint
 from vllm_cosmos3.engine import Cosmos3
 
 pytestmark = pytest.mark.parity

@@ -16,11 +16,11 @@ from diffusers import Cosmos3OmniPipeline
 from oracles import guided
 from PIL import Image
 
-from vllm_cosmos3.conditions import make_plan
-from vllm_cosmos3.config import read_config
+from vllm_cosmos3.checkpoint.config import read_config
 from vllm_cosmos3.engine import Cosmos3
-from vllm_cosmos3.prompts import load_tokenizer
-from vllm_cosmos3.request import GenerateRequest
+from vllm_cosmos3.request.planner import make_plan
+from vllm_cosmos3.request.prompts import load_tokenizer
+from vllm_cosmos3.request.request import GenerateRequest
 
 pytestmark = pytest.mark.parity
 

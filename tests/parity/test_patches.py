@@ -34,13 +34,13 @@ from vllm.multimodal.media import MediaConnector
 from vllm.multimodal.processing import ProcessorInputs, TimingContext
 
 from vllm_cosmos3.errors import InvalidRequest
-from vllm_cosmos3.models import patches, video_loader
-from vllm_cosmos3.models.clip import RECENT_SAMPLES, Clip, RecentSamples
-from vllm_cosmos3.models.limits import PROCESSOR
-from vllm_cosmos3.models.normalisation import normalise_pixels
-from vllm_cosmos3.models.patches import PatchingVideoProcessor, patchify, size_after
-from vllm_cosmos3.models.processing import check_frames
 from vllm_cosmos3.plugin import ARCHITECTURE, register
+from vllm_cosmos3.reasoner.media import patches, video_loader
+from vllm_cosmos3.reasoner.media.clip import RECENT_SAMPLES, Clip, RecentSamples
+from vllm_cosmos3.reasoner.media.limits import PROCESSOR
+from vllm_cosmos3.reasoner.media.normalisation import normalise_pixels
+from vllm_cosmos3.reasoner.media.patches import PatchingVideoProcessor, patchify, size_after
+from vllm_cosmos3.reasoner.media.processing import check_frames
 
 pytestmark = pytest.mark.parity
 
@@ -507,7 +507,7 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
     """vLLM forks its engine where it may, after it has tried the processor out."""
     code = """
 import os, signal, torch
-from vllm_cosmos3.models.patches import patchify
+from vllm_cosmos3.reasoner.media.patches import patchify
 torch.set_num_threads(1)
 planes = (torch.zeros(256, 256, dtype=torch.uint8),) * 3
 for _ in range(2):

@@ -8,7 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_cosmos3.sampling import schedule as s
+from vllm_cosmos3.generator.sampling import schedule as s
 
 pytestmark = pytest.mark.parity
 

@@ -8,8 +8,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
-from vllm_cosmos3.sampling import schedule as s
-from vllm_cosmos3.sampling.solvers import SOLVERS, State
+from vllm_cosmos3.generator.sampling import schedule as s
+from vllm_cosmos3.generator.sampling.solvers import SOLVERS, State
 
 pytestmark = pytest.mark.parity
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
-from vllm_cosmos3.prompts import Tokenizer, load_tokenizer
-from vllm_cosmos3.server.errors import ApiError
+from vllm_cosmos3.request.prompts import Tokenizer, load_tokenizer
 from vllm_cosmos3.server.guardrails import CHECKER, Blocked, Guardrails, frame_check
+from vllm_cosmos3.server.http.errors import ApiError
 from vllm_cosmos3.server.options import Options
 
 PACKAGE = '''

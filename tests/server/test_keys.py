@@ -6,7 +6,7 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from vllm_cosmos3.server.keys import ApiKeys
+from vllm_cosmos3.server.http.keys import ApiKeys
 
 
 @pytest.mark.parametrize("prefix", ["", "/proxy"])

@@ -14,13 +14,13 @@ import anyio
 import httpx
 import pytest
 
-from vllm_cosmos3.runtime.core import Status
 from vllm_cosmos3.server.app import Listen, make_app
-from vllm_cosmos3.server.artifacts import CLIP
-from vllm_cosmos3.server.jobs import COMPLETED, Job, Journal
+from vllm_cosmos3.server.jobs.artifacts import CLIP
+from vllm_cosmos3.server.jobs.journal import COMPLETED, Job, Journal
+from vllm_cosmos3.server.jobs.service import Service
 from vllm_cosmos3.server.options import Options
-from vllm_cosmos3.server.service import Service
-from vllm_cosmos3.server.videos import remixed
+from vllm_cosmos3.server.routes.videos import remixed
+from vllm_cosmos3.stage.process import Status
 
 pytestmark = pytest.mark.anyio
 EFFECTIVE = {"mode": "text2video", "num_frames": 5, "fps": 24.0, "output_size": "64x64", "seed": 1}

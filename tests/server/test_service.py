@@ -13,14 +13,14 @@ from typing import Any, cast
 
 import pytest
 
-from vllm_cosmos3.config import EngineConfig
-from vllm_cosmos3.runtime.core import Status
-from vllm_cosmos3.server.estimates import Pace
-from vllm_cosmos3.server.jobs import COMPLETED, Job, Journal
-from vllm_cosmos3.server.metrics import metrics
+from vllm_cosmos3.checkpoint.config import EngineConfig
+from vllm_cosmos3.server.http.metrics import metrics
+from vllm_cosmos3.server.http.request_fields import Asked
+from vllm_cosmos3.server.jobs.estimates import Pace
+from vllm_cosmos3.server.jobs.journal import COMPLETED, Job, Journal
+from vllm_cosmos3.server.jobs.service import Service
 from vllm_cosmos3.server.options import Options
-from vllm_cosmos3.server.protocol import Asked
-from vllm_cosmos3.server.service import Service
+from vllm_cosmos3.stage.process import Status
 
 
 class Lockable(Journal):
@@ -109,7 +109,7 @@ class Accepting(Service):
 def test_a_client_that_goes_while_it_is_accepted_is_cancelled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("vllm_cosmos3.server.estimates.work", lambda _: 1.0)
+    monkeypatch.setattr("vllm_cosmos3.server.jobs.estimates.work", lambda _: 1.0)
     stage = SlowStage()
     at = Accepting(stage)
 

@@ -1,66 +1,190 @@
-"""Random tensors whose scales keep every network of the checkpoint in its working range.
+"""Weights: from safetensors shards straight into parameters, one tensor at a time.
 
-Each tensor is drawn from its own stream, seeded by its name, so that it does not depend on which
-other tensors a checkpoint has.
+What goes where is a table: checkpoint name -> parameter and part of it. Everything that can be
+wrong with a folder is found in the headers of its shards, before a value is read, and reported in
+one error. Dummy weights take the same way, so that they do not depend on how a model is sharded.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import zlib
-from fnmatch import fnmatch
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
-from vllm_cosmos3.inventory import Tensors
+from vllm_cosmos3.checkpoint import load_progress
+from vllm_cosmos3.checkpoint.config import read_json
+from vllm_cosmos3.errors import CheckpointError
 
-# Pattern of a name -> (mean, standard deviation). What matches none is a matrix or a kernel.
-_SCALES: tuple[tuple[str, float, float], ...] = (
-    ("embed_tokens.weight", 0.0, 1.0),
-    ("pos_embed.weight", 0.0, 0.5),
-    ("*_modality_embed", 0.0, 0.5),
-    ("*.bias", 0.0, 0.1),
-    ("*.bias.weight", 0.0, 0.1),  # the table of biases of the action adapters
-    ("*.gamma", 1.0, 0.1),
-    ("*norm*.weight", 1.0, 0.1),
-    ("*.alpha", 0.0, 0.2),  # snake parameters are logarithms
-    ("*.beta", 0.0, 0.2),
-)
+Shapes = Mapping[str, tuple[int, ...]]
 
-# Matrices and kernels are drawn with 1 / sqrt(inputs), which keeps the variance, times this gain.
-_GAINS: tuple[tuple[str, float], ...] = (
-    ("lm_head.weight", 4.0),  # logits far enough apart that rounding does not reorder them
-    ("decoder.conv_out.weight", 0.4),  # pixels, which are cut off at -1 and 1
-    ("decoder.block.*.res_unit*.conv2.weight_v", 0.3),  # a chain of 15 residual units
-    ("decoder.conv2.weight_v", 0.05),  # the waveform, cut off likewise
-    ("encoder.layers.10.weight_v", 0.3),  # sound latents
-)
+STEM = "diffusion_pytorch_model"  # of the weight files of every component
+# What published exports carry beside their own tensors: position embeddings of an abandoned design,
+# and the state of quantizers that were never applied.
+_IGNORED = re.compile(r"^action_pos_embed\.|\.(input|weight|output)_quantizer\.")
+_ALIASED = re.compile(r"^((?:action|audio)_modality_embed)\.weight$")
 
 
-def draw(tensors: Tensors, seed: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """One random tensor for every name in ``tensors``."""
-    values = {name: _draw(name, shape, seed) for name, shape in tensors.items()}
-    for name, norm in values.items():
-        if name.endswith(".weight_g"):  # near the norm of its kernel, which thus keeps its scale
-            kernel = values[name.removesuffix("g") + "v"]
-            norm.mul_(0.2).add_(1).mul_(kernel.flatten(1).norm(dim=1).view_as(norm))
-    return {name: value.to(dtype) for name, value in values.items()}
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A parameter, and which part of it where one parameter joins several tensors."""
+
+    parameter: str
+    part: str | int | None = None
 
 
-def _draw(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-    noise = torch.randn(shape, generator=generator)
-    if name.endswith(".weight_g"):
-        return noise
-    for pattern, mean, std in _SCALES:
-        if fnmatch(name, pattern):
-            return mean + std * noise
-    gain = next((gain for pattern, gain in _GAINS if fnmatch(name, pattern)), 1.0)
-    return noise * (gain / math.sqrt(_inputs(name, shape)))
+Table = Mapping[str, Target]
 
 
-def _inputs(name: str, shape: tuple[int, ...]) -> int:
-    """How many values one output is a sum of."""
-    if ".conv_t1." in name:  # transposed, kernel twice the stride: every input channel counts twice
-        return 2 * shape[0]
-    return math.prod(shape[1:])
+def identity_table(shapes: Shapes) -> dict[str, Target]:
+    """For a module whose parameters are called as the tensors of its files."""
+    return {name: Target(name) for name in shapes}
+
+
+def load_weights(module: nn.Module, table: Table, folder: Path, shapes: Shapes) -> None:
+    """Fill ``module`` from the shards in ``folder``.
+
+    ``shapes`` lists every tensor that the folder may hold, ``table`` those of them that are
+    needed. Raises one CheckpointError that names what is missing, unexpected or of another shape.
+    """
+    _fill(module, table, _read(folder, table, shapes))
+
+
+def check_weights(table: Table, folder: Path, shapes: Shapes) -> None:
+    """Read the headers of the shards alone, and raise what `load_weights` would."""
+    with ExitStack() as stack:
+        shards = [stack.enter_context(_open(path)) for path in _shard_files(folder)]
+        _check(folder, shards, table, shapes)
+
+
+def load_dummy_weights(
+    module: nn.Module, table: Table, shapes: Shapes, *, device: torch.device, seed: int = 0
+) -> None:
+    """Fill ``module`` with reproducible noise that keeps activations near one.
+
+    Norms are one, biases zero, matrices uniform with variance 1 / inputs. Each tensor has its own
+    generator on ``device``, so every rank of a mesh gets its part of the same weights.
+    """
+    _fill(module, table, ((name, _dummy(name, shapes[name], device, seed)) for name in table))
+
+
+def _fill(module: nn.Module, table: Table, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Hand each tensor to its parameter's own loader, which knows how the parameter is sharded."""
+    parameters = dict(module.named_parameters())
+    for name, tensor in tensors:
+        target = table[name]
+        parameter = parameters[target.parameter]
+        load: Any = getattr(parameter, "weight_loader", _copy)  # set by vLLM's layers
+        load(parameter, tensor, *(() if target.part is None else (target.part,)))
+        load_progress.count(tensor.numel())
+    choose_kernels(module)
+
+
+def choose_kernels(module: nn.Module) -> None:
+    """vLLM's linear layers choose their kernel after loading; the CPU ones cannot run before."""
+    from vllm.model_executor.layers.linear import LinearBase
+
+    for layer in module.modules():
+        if isinstance(layer, LinearBase):
+            layer.quant_method.process_weights_after_loading(layer)
+
+
+def _copy(parameter: Tensor, tensor: Tensor) -> None:
+    parameter.data.copy_(tensor)
+
+
+def _read(folder: Path, table: Table, shapes: Shapes) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of ``table``, shard by shard, each mapped from its file while it is used."""
+    with ExitStack() as stack:
+        shards = [(path, stack.enter_context(_open(path))) for path in _shard_files(folder)]
+        _check(folder, [shard for _, shard in shards], table, shapes)
+        for path, shard in shards:
+            for stored in shard.keys():  # noqa: SIM118 a safetensors file is not iterable
+                if (name := _name(stored)) in table:
+                    yield name, _tensor(path, shard, stored)
+
+
+def _shard_files(folder: Path) -> list[Path]:
+    """The files that the index names, or the only file of a small component."""
+    index = folder / f"{STEM}.safetensors.index.json"
+    if not index.exists():
+        return [folder / f"{STEM}.safetensors"]
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict):
+        raise CheckpointError(f"{index} has no weight_map")
+    return [folder / name for name in sorted(set(names.values()))]
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.name} is missing in {path.parent}") from None
+    except (SafetensorError, OSError) as error:
+        raise _corrupt(path, error) from None
+
+
+def _tensor(path: Path, shard: Any, name: str) -> Tensor:
+    try:
+        return shard.get_tensor(name)
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise _corrupt(path, error) from None
+
+
+def _corrupt(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path} is truncated or corrupt: {error}")
+
+
+def _check(folder: Path, shards: list[Any], table: Table, shapes: Shapes) -> None:
+    """Compare the headers with what is expected; all that is wrong goes into one sentence."""
+    found = {
+        _name(stored): tuple(shard.get_slice(stored).get_shape())
+        for shard in shards
+        for stored in shard.keys()  # noqa: SIM118
+        if not _IGNORED.search(stored)
+    }
+    shared = shapes.keys() & found.keys()
+    problems = [
+        _listed("missing", sorted(table.keys() - found.keys())),
+        _listed("unexpected", sorted(found.keys() - shapes.keys())),
+        _listed(
+            "of another shape",
+            [
+                f"{name} {list(found[name])} instead of {list(shapes[name])}"
+                for name in sorted(shared)
+                if found[name] != tuple(shapes[name])
+            ],
+        ),
+    ]
+    if any(problems):
+        raise CheckpointError(f"tensors in {folder} are {'; '.join(filter(None, problems))}")
+
+
+def _listed(what: str, items: list[str], most: int = 8) -> str:
+    if not items:
+        return ""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return f"{what}: {', '.join(items[:most])}{more}"
+
+
+def _name(stored: str) -> str:
+    """The name of the inventory for a stored name; two spellings are in circulation."""
+    return _ALIASED.sub(r"\1", stored)
+
+
+def _dummy(name: str, shape: tuple[int, ...], device: torch.device, seed: int) -> Tensor:
+    if name.endswith((".gamma", ".weight_g")) or re.search(r"norm[^.]*\.weight$", name):
+        return torch.ones(shape, device=device)
+    if name.endswith((".bias", ".alpha", ".beta")):
+        return torch.zeros(shape, device=device)
+    generator = torch.Generator(device).manual_seed(seed + zlib.crc32(name.encode()))
+    bound = math.sqrt(3 / max(1, math.prod(shape[1:])))
+    return torch.empty(shape, device=device).uniform_(-bound, bound, generator=generator)

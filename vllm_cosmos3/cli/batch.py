@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vllm_cosmos3 import media
-from vllm_cosmos3.batch import read_batch
+from vllm_cosmos3.batch.files import read_batch
+from vllm_cosmos3.batch.records import REASONER, Record, is_url
 from vllm_cosmos3.cli.generate import (
     LAUNCHED,
     generate,
@@ -38,16 +39,15 @@ from vllm_cosmos3.cli.generate import (
     write,
 )
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
-from vllm_cosmos3.hints import HINTS
-from vllm_cosmos3.questions import Question, question_of
-from vllm_cosmos3.records import REASONER, Record, is_url
-from vllm_cosmos3.request import GenerateRequest, from_fields
-from vllm_cosmos3.upsample import caption_of, question_about
+from vllm_cosmos3.request.controls import HINTS
+from vllm_cosmos3.request.questions import Question, question_of
+from vllm_cosmos3.request.request import GenerateRequest, from_fields
+from vllm_cosmos3.request.upsample import caption_of, question_about
 
 if TYPE_CHECKING:
     from vllm_cosmos3.engine import Cosmos3
-    from vllm_cosmos3.plan import Plan
-    from vllm_cosmos3.reasoner import Answer, Reasoner
+    from vllm_cosmos3.reasoner.offline import Answer, Reasoner
+    from vllm_cosmos3.request.plan import Plan
 
 FETCH_SECONDS = 60.0  # without a byte until a URL is given up
 AT_ONCE = 64  # questions, whose pictures are in memory together

@@ -19,17 +19,17 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
+from vllm_cosmos3.checkpoint.kinds import MODES
 from vllm_cosmos3.errors import InvalidRequest
-from vllm_cosmos3.kinds import MODES
-from vllm_cosmos3.request import SPECS, GenerateRequest, from_fields
-from vllm_cosmos3.spec import Spec
+from vllm_cosmos3.request.fields import Spec
+from vllm_cosmos3.request.request import SPECS, GenerateRequest, from_fields
 
 if TYPE_CHECKING:
     import numpy as np
 
     from vllm_cosmos3.engine import Cosmos3, Output, Progress, Sample
-    from vllm_cosmos3.plan import Plan
-    from vllm_cosmos3.reasoner import Reasoner
+    from vllm_cosmos3.reasoner.offline import Reasoner
+    from vllm_cosmos3.request.plan import Plan
 
 METAVARS = {
     "text": "TEXT", "int": "N", "float": "X", "size": "WxH", "ints": "I,J,...", "pair": "LOW,HIGH",
@@ -169,10 +169,10 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
 
 def planner(args: argparse.Namespace) -> Callable[[GenerateRequest], Plan]:
     """Plans requests with everything but the weights: a mistake should not wait for them."""
-    from vllm_cosmos3.conditions import make_plan
-    from vllm_cosmos3.config import read_config
-    from vllm_cosmos3.hub import resolve
-    from vllm_cosmos3.prompts import load_tokenizer
+    from vllm_cosmos3.checkpoint.config import read_config
+    from vllm_cosmos3.checkpoint.hub import resolve
+    from vllm_cosmos3.request.planner import make_plan
+    from vllm_cosmos3.request.prompts import load_tokenizer
 
     folder = resolve(args.model, args.revision, weights=False)
     model = read_config(folder, args.checkpoint_kind)
@@ -182,7 +182,7 @@ def planner(args: argparse.Namespace) -> Callable[[GenerateRequest], Plan]:
 
 def open_reasoner(args: argparse.Namespace) -> Reasoner:
     """The reasoner of the same checkpoint. Close it before the generator is loaded."""
-    from vllm_cosmos3.reasoner import Reasoner
+    from vllm_cosmos3.reasoner.offline import Reasoner
 
     if args.distributed_executor_backend == LAUNCHED:
         possible = "another one: under torchrun each rank would start a reasoner of its own"
@@ -200,7 +200,7 @@ def open_reasoner(args: argparse.Namespace) -> Reasoner:
 
 def _upsampled(request: GenerateRequest, plan: Plan, args: argparse.Namespace) -> GenerateRequest:
     """The request with the prompt that the reasoner writes, if the flags ask for one."""
-    from vllm_cosmos3.upsample import caption_of, question_about
+    from vllm_cosmos3.request.upsample import caption_of, question_about
 
     question = question_about(request, plan.effective, {}) if args.upsample_prompt else None
     if question is None:
@@ -213,7 +213,7 @@ def _upsampled(request: GenerateRequest, plan: Plan, args: argparse.Namespace) -
 
 def sample_folder(out: Path, name: str) -> Path:
     """``out/name``, made now: an unwritable place should fail before minutes of work."""
-    from vllm_cosmos3.records import check_name
+    from vllm_cosmos3.batch.records import check_name
 
     check_name(name)
     folder = out / name
@@ -304,7 +304,7 @@ def write(
 
 def defaults_table() -> str:
     """The defaults that depend on the mode, side by side, all others, and the embodiments."""
-    from vllm_cosmos3.defaults import DEFAULTS
+    from vllm_cosmos3.request.defaults import DEFAULTS
 
     rows = {mode: asdict(default) for mode, default in DEFAULTS.items()}
     names = [name for name in next(iter(rows.values())) if name in SPECS]
@@ -322,8 +322,8 @@ def defaults_table() -> str:
 
 def _controls() -> list[str]:
     """The defaults that depend on the control, a line for each that is the only one."""
-    from vllm_cosmos3.hints import CONTROL_GUIDANCE
-    from vllm_cosmos3.transfer import default_of
+    from vllm_cosmos3.request.controls import CONTROL_GUIDANCE
+    from vllm_cosmos3.request.transfer import default_of
 
     names = ("guidance_scale", "num_video_frames_per_chunk", "max_frames")
     lines = [f"  {'control':22}" + "".join(f"{name:>28}" for name in ("control_guidance", *names))]
@@ -336,7 +336,7 @@ def _controls() -> list[str]:
 
 def _embodiments() -> list[str]:
     """The defaults that depend on the embodiment, a line for each."""
-    from vllm_cosmos3.embodiments import EMBODIMENTS
+    from vllm_cosmos3.request.embodiments import EMBODIMENTS
 
     names = ("raw_action_dim", "fps", "action_chunk_size", "image_size", "view_point")
     lines = [f"  {'domain_name':22}" + "".join(f"{name:>19}" for name in names)]
@@ -406,7 +406,7 @@ def progress_shown(*, terminal: bool) -> Iterator[Callable[[Progress], None]]:
 
 def settle_formats(args: argparse.Namespace) -> None:
     """Check how files are to be written, and fill in what was not given."""
-    from vllm_cosmos3.output import CRF, IMAGE_SUFFIXES, QUALITY
+    from vllm_cosmos3.generator.output import CRF, IMAGE_SUFFIXES, QUALITY
 
     args.crf = CRF.checked("crf", 18 if args.crf is None else args.crf)
     quality = 95 if args.image_quality is None else args.image_quality

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vllm_cosmos3.kinds import MODES
+from vllm_cosmos3.checkpoint.kinds import MODES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from vllm_cosmos3.checkpoint import write_checkpoint
+    from vllm_cosmos3.checkpoint.synthetic import write_checkpoint
 
     write_checkpoint(
         args.folder,

@@ -14,16 +14,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_cosmos3.checkpoint.files import SIZES, published_files
-from vllm_cosmos3.config import EngineConfig, ModelConfig, ParallelConfig, read_config
-from vllm_cosmos3.defaults import TEXT_TOKENS
-from vllm_cosmos3.hub import resolve
-from vllm_cosmos3.kinds import DISTILLED
-from vllm_cosmos3.request import SPECS
-from vllm_cosmos3.spec import Spec
+from vllm_cosmos3.checkpoint.config import EngineConfig, ModelConfig, ParallelConfig, read_config
+from vllm_cosmos3.checkpoint.hub import resolve
+from vllm_cosmos3.checkpoint.kinds import DISTILLED
+from vllm_cosmos3.checkpoint.synthetic.files import SIZES, published_files
+from vllm_cosmos3.request.defaults import TEXT_TOKENS
+from vllm_cosmos3.request.fields import Spec
+from vllm_cosmos3.request.request import SPECS
 
 if TYPE_CHECKING:  # torch, which --help should not wait for
-    from vllm_cosmos3.memory import Memory, Work
+    from vllm_cosmos3.generator.memory import Memory, Work
 
 GIB = 2**30
 WITHOUT_CHECKPOINT = ("nano", "super")
@@ -60,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, or JSON. Status 1 where the request does not fit."""
-    from vllm_cosmos3.memory import decided, estimate, suggestions
-    from vllm_cosmos3.runtime.mesh import check_degrees
+    from vllm_cosmos3.generator.memory import decided, estimate, suggestions
+    from vllm_cosmos3.parallel.mesh import check_degrees
 
     model = known_model(args.model, args.revision)
     engine = engine_of(args, model)
@@ -115,8 +115,8 @@ def engine_of(args: argparse.Namespace, model: ModelConfig) -> EngineConfig:
 
 def work_of(args: argparse.Namespace, model: ModelConfig) -> Work:
     """The sizes of a request with these flags, checked as a request is; warnings go to stderr."""
-    from vllm_cosmos3.memory import settled, work_with
-    from vllm_cosmos3.request import GenerateRequest
+    from vllm_cosmos3.generator.memory import settled, work_with
+    from vllm_cosmos3.request.request import GenerateRequest
 
     request = GenerateRequest(
         prompt="any",

@@ -18,11 +18,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_cosmos3.checkpoint.config import read_json
+from vllm_cosmos3.checkpoint.hub import resolve
 from vllm_cosmos3.cli.versions import check_vllm
-from vllm_cosmos3.config import read_json
 from vllm_cosmos3.errors import CheckpointError, InvalidRequest
-from vllm_cosmos3.hub import resolve
-from vllm_cosmos3.models.limits import (
+from vllm_cosmos3.reasoner.media.limits import (
     CONNECTOR,
     DEFAULT_FPS,
     DEFAULT_FRAMES,
@@ -30,7 +30,7 @@ from vllm_cosmos3.models.limits import (
     FRAMES,
     uses_reference,
 )
-from vllm_cosmos3.models.reasoner_weights import check_folder, expected_tensors
+from vllm_cosmos3.reasoner.required_tensors import check_folder, expected_tensors
 from vllm_cosmos3.server.command import run as run_generator
 from vllm_cosmos3.server.command import share_beside, web_parser
 from vllm_cosmos3.server.options import ONE_PROCESS, add_groups, from_mapping, given
@@ -235,7 +235,7 @@ def root_config(folder: Path) -> dict[str, Any]:
     if (folder / "config.json").is_file():
         config = read_json(folder / "config.json")
     else:
-        from vllm_cosmos3.models.root_config import assemble
+        from vllm_cosmos3.reasoner.root_config import assemble
 
         config = assemble(folder)
     if "text_config" not in config:

@@ -17,8 +17,8 @@ from vllm_cosmos3.cli.generate import (
     planner,
     quiet_libraries,
 )
-from vllm_cosmos3.request import SPECS, from_fields
-from vllm_cosmos3.upsample import SAMPLING, SAMPLING_SPECS, caption_of, question_about
+from vllm_cosmos3.request.request import SPECS, from_fields
+from vllm_cosmos3.request.upsample import SAMPLING, SAMPLING_SPECS, caption_of, question_about
 
 # Fields of a request that the structured prompt depends on.
 FIELDS = ("image", "video", "size", "width", "height", "num_frames", "seconds", "fps")

@@ -18,13 +18,13 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from vllm_cosmos3.errors import Cosmos3Error
-from vllm_cosmos3.server import images, info, openpi, videos
-from vllm_cosmos3.server.answers import MODEL, MODELS, TEXT, ModelName, answers
-from vllm_cosmos3.server.envelope import Envelope, wrap
-from vllm_cosmos3.server.errors import ApiError
-from vllm_cosmos3.server.keys import ApiKeys, Keys
-from vllm_cosmos3.server.routing import Route, service
-from vllm_cosmos3.server.service import Service
+from vllm_cosmos3.server.error_envelope import Envelope, wrap
+from vllm_cosmos3.server.http.errors import ApiError
+from vllm_cosmos3.server.http.keys import ApiKeys, Keys
+from vllm_cosmos3.server.jobs.service import Service
+from vllm_cosmos3.server.openapi.responses import MODEL, MODELS, TEXT, ModelName, answers
+from vllm_cosmos3.server.routes import images, info, robots, videos
+from vllm_cosmos3.server.routes.route import Route, service
 from vllm_cosmos3.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def show_log() -> None:
 
 def routers() -> tuple[APIRouter, ...]:
     """What both hosts serve."""
-    return videos.router, images.router, info.router, openpi.router
+    return videos.router, images.router, info.router, robots.router
 
 
 def make_app(make_service: Callable[[], Service], listen: Listen) -> FastAPI:
@@ -78,7 +78,7 @@ def make_app(make_service: Callable[[], Service], listen: Listen) -> FastAPI:
     )
     app.state.cosmos3 = app.state.cosmos3_engine = None
     app.state.cosmos3_keys = Keys(listen.api_keys)
-    app.state.cosmos3_sessions = openpi.Sessions()
+    app.state.cosmos3_sessions = robots.Sessions()
     for router in (*routers(), core):
         app.include_router(router)
     if listen.api_keys:
@@ -107,7 +107,7 @@ def serve(app: FastAPI, listen: Listen) -> int:
         log_level=listen.log_level,
         access_log=listen.access_log,
         timeout_graceful_shutdown=5,
-        ws_max_size=2 * openpi.MAX_MESSAGE,  # a message that is too large gets an answer
+        ws_max_size=2 * robots.MAX_MESSAGE,  # a message that is too large gets an answer
     )
     server = DrainingServer(config)
     server.run()

@@ -15,14 +15,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_cosmos3 import droid
+from vllm_cosmos3.checkpoint.hub import resolve
 from vllm_cosmos3.errors import InvalidRequest
-from vllm_cosmos3.hub import resolve
+from vllm_cosmos3.robots import droid
 from vllm_cosmos3.server.options import SHARED, Options, add_flags, given
 
 if TYPE_CHECKING:  # vLLM and the models, which --help should not wait for
     from vllm_cosmos3.server.app import Listen
-    from vllm_cosmos3.server.service import Service
+    from vllm_cosmos3.server.jobs.service import Service
 
 
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")  # of uvicorn
@@ -73,7 +73,7 @@ def share_beside(
     """
     from vllm.platforms import current_platform
 
-    from vllm_cosmos3.server.sizing import share_of_reasoner, sized
+    from vllm_cosmos3.server.memory_split import share_of_reasoner, sized
 
     _check_storage(options)
     sizing = sized(folder, options, current_platform.device_type)
@@ -96,8 +96,8 @@ def run(checkpoint: str, host: str | None, port: int, values: Mapping[str, Any],
 
     from vllm_cosmos3.server.app import Listen, make_app, serve
     from vllm_cosmos3.server.guardrails import Guardrails
-    from vllm_cosmos3.server.service import Service
-    from vllm_cosmos3.server.sizing import sized
+    from vllm_cosmos3.server.jobs.service import Service
+    from vllm_cosmos3.server.memory_split import sized
 
     device = args.device or current_platform.device_type
     if device.split(":")[0] != current_platform.device_type:
@@ -131,7 +131,7 @@ def run(checkpoint: str, host: str | None, port: int, values: Mapping[str, Any],
 
 def _check_storage(options: Options) -> None:
     """Stop the start where jobs cannot be kept, rather than when the models are loaded."""
-    from vllm_cosmos3.server.jobs import Journal
+    from vllm_cosmos3.server.jobs.journal import Journal
 
     Journal(options.storage).close()
 
@@ -153,7 +153,7 @@ def _check_certificate(listen: Listen) -> None:
 
 def announce(service: Service, surface: str, url: str) -> None:
     """Say what is served, where and how."""
-    from vllm_cosmos3.server import openpi
+    from vllm_cosmos3.server.routes import robots
 
     options, parallel = service.options, service.sizing.engine.parallel
     mesh = {
@@ -174,7 +174,7 @@ def announce(service: Service, surface: str, url: str) -> None:
     }
     if service.model.kind == droid.KIND:
         socket = url.replace("http", "ws", 1).removesuffix("/v1")
-        lines["robots"] = f"{socket}/ or {socket}{openpi.PATH}"
+        lines["robots"] = f"{socket}/ or {socket}{robots.PATH}"
     for name, value in lines.items():
         sys.stdout.write(f"vllm-cosmos3 serve: {name}: {value}\n")
     sys.stdout.flush()

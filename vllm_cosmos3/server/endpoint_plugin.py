@@ -21,17 +21,18 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from vllm_cosmos3.errors import InvalidRequest
-from vllm_cosmos3.server import info, metrics, openpi
 from vllm_cosmos3.server.app import routers, show_log
 from vllm_cosmos3.server.command import announce
-from vllm_cosmos3.server.envelope import Envelope, wrap
+from vllm_cosmos3.server.error_envelope import Envelope, wrap
 from vllm_cosmos3.server.guardrails import Guardrails
-from vllm_cosmos3.server.keys import AnyScheme, Keys
+from vllm_cosmos3.server.http import metrics
+from vllm_cosmos3.server.http.keys import AnyScheme, Keys
+from vllm_cosmos3.server.jobs.service import Service
+from vllm_cosmos3.server.jobs.upsampling import EngineReasoner
+from vllm_cosmos3.server.memory_split import sized
 from vllm_cosmos3.server.options import ONE_PROCESS, from_mapping
-from vllm_cosmos3.server.routing import Route, service
-from vllm_cosmos3.server.service import Service
-from vllm_cosmos3.server.sizing import sized
-from vllm_cosmos3.server.upsampling import EngineReasoner
+from vllm_cosmos3.server.routes import info, robots
+from vllm_cosmos3.server.routes.route import Route, service
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ OURS = (
     "/v1/videos",
     "/v1/images",
     "/v1/cosmos3",
-    openpi.PATH,
+    robots.PATH,
 )  # below these errors have our envelope
 
 
@@ -53,7 +54,7 @@ class GeneratorRoutes:
         """Add our routes, and our truth about /health and /v1/models where vLLM lets us."""
         metrics.metrics()
         app.state.cosmos3 = app.state.cosmos3_engine = None
-        app.state.cosmos3_sessions = openpi.Sessions()
+        app.state.cosmos3_sessions = robots.Sessions()
         for router in routers():
             app.include_router(router)
         core = {"/health": _health, "/v1/models": _models}
@@ -93,7 +94,7 @@ class GeneratorRoutes:
 
 
 def _folder(args: Namespace) -> Path:
-    from vllm_cosmos3.hub import resolve
+    from vllm_cosmos3.checkpoint.hub import resolve
 
     return resolve(args.model, args.revision)
 

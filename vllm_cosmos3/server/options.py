@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_cosmos3.checkpoint.kinds import MODES
 from vllm_cosmos3.errors import InvalidRequest
-from vllm_cosmos3.kinds import MODES
-from vllm_cosmos3.spec import Spec
+from vllm_cosmos3.request.fields import Spec
 
 
 def _option(default: Any, group: str, kind: str, help: str, /, **spec: Any) -> Any:

@@ -1,0 +1,155 @@
+"""What a checkpoint was made for: told by its files, and kept to when requests are checked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vllm_cosmos3.checkpoint.config import EngineConfig, ParallelConfig, read_config, read_kind
+from vllm_cosmos3.checkpoint.kinds import DISTILLED, MODES
+from vllm_cosmos3.checkpoint.synthetic import write_checkpoint
+from vllm_cosmos3.errors import CheckpointError, InvalidRequest, Unsupported
+from vllm_cosmos3.request.parameters import resolve
+from vllm_cosmos3.request.planner import make_plan
+from vllm_cosmos3.request.prompts import load_tokenizer
+from vllm_cosmos3.request.request import GenerateRequest
+from vllm_cosmos3.stage.runners import make_runner
+
+PICTURE = np.zeros((64, 96, 3), np.uint8)
+CLIP = np.zeros((17, 64, 96, 3), np.uint8)
+AV = {"domain_name": "av", "action_chunk_size": 16}
+ASKED: dict[str, dict[str, Any]] = {
+    "text2image": {"num_frames": 1},
+    "text2video": {},
+    "image2video": {"image": PICTURE},
+    "video2video": {"video": CLIP},
+    "transfer": {"video": CLIP, "edge": True},
+    "forward_dynamics": AV | {"image": PICTURE, "action": np.zeros((16, 9)).tolist()},
+    "inverse_dynamics": AV | {"video": CLIP},
+    "policy": AV | {"image": PICTURE},
+}
+for _mode in ("forward_dynamics", "inverse_dynamics", "policy"):
+    ASKED[_mode]["action_mode"] = _mode
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The files of each kind, in folders whose names say nothing."""
+    where = {kind: tmp_path_factory.mktemp("kind") for kind in MODES}
+    for kind, folder in where.items():
+        write_checkpoint(folder, kind=kind, weights=False)
+    return where
+
+
+@pytest.mark.parametrize("kind", MODES)
+def test_files_tell_the_kind(folders: dict[str, Path], kind: str) -> None:
+    assert read_kind(folders[kind]) == kind
+    if kind == "edge":
+        with pytest.raises(Unsupported, match="Cosmos3 Edge"):
+            read_config(folders[kind])
+    else:
+        assert read_config(folders[kind]).kind == kind
+
+
+@pytest.mark.parametrize("place", ["Cosmos3-Nano-Policy-DROID", "models--a--B-policy/snapshots/0f"])
+def test_the_name_of_a_repository_tells_policies(
+    folders: dict[str, Path], tmp_path: Path, place: str
+) -> None:
+    folder = Path(shutil.copytree(folders["base"], tmp_path / place))
+    assert read_kind(folder) == "policy-droid"
+    assert read_config(folder, "base").kind == "base"  # the user knows better
+
+
+@pytest.mark.parametrize(
+    ("found", "chosen", "reason"),
+    [
+        ("base", "distilled-t2i", "no fixed steps"),
+        ("base", "edge", "no fixed steps"),
+        ("distilled-i2v", "base", "this checkpoint has fixed steps"),
+        ("distilled-i2v", "nano", "distilled-t2i, distilled-i2v"),
+    ],
+)
+def test_a_kind_that_the_files_contradict(
+    folders: dict[str, Path], found: str, chosen: str, reason: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=reason) as refusal:
+        read_config(folders[found], chosen)
+    assert refusal.value.field == "checkpoint_kind"
+
+
+def test_diffusers_and_the_scheduler_name_the_same_steps(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(folders["distilled-t2i"], tmp_path / "copy"))
+    scheduler, index = (
+        folder / "scheduler/scheduler_config.json",
+        folder / "modular_model_index.json",
+    )
+    values = json.loads(scheduler.read_text())
+    scheduler.write_text(json.dumps({**values, "fixed_step_sampler_config": None}))
+    assert read_config(folder).scheduler.t_list == tuple(
+        json.loads(index.read_text())["distilled_sigmas"]
+    )
+    scheduler.write_text(
+        json.dumps({**values, "fixed_step_sampler_config": {"t_list": [1.0, 0.5]}})
+    )
+    with pytest.raises(CheckpointError, match=r"modular_model_index\.json .* must be equal"):
+        read_config(folder)
+
+
+@pytest.mark.parametrize("mode", ASKED)
+@pytest.mark.parametrize("kind", MODES)
+def test_a_mode_is_served_or_refused_at_once(
+    folders: dict[str, Path], kind: str, mode: str
+) -> None:
+    found = "base" if kind == "edge" else kind  # no Edge checkpoint can be read whole
+    model = replace(read_config(folders[found]), kind=kind)
+    tokenizer = load_tokenizer(folders[found])
+    request = GenerateRequest(prompt="a", size="96x64", **ASKED[mode])
+    if mode in MODES[kind]:
+        known = make_plan(request, model, tokenizer).effective
+        assert (known["mode"], known["checkpoint_kind"]) == (mode, kind)
+        return
+    with pytest.raises(InvalidRequest) as refusal:
+        make_plan(request, model, tokenizer)
+    assert refusal.value.code == "unsupported_by_model"
+    assert f"as this is a {kind} checkpoint" in str(refusal.value)
+    assert all(served in str(refusal.value) for served in MODES[kind])
+
+
+@pytest.mark.parametrize("kind", DISTILLED)
+def test_distilled_checkpoints_have_no_guidance_to_share(
+    folders: dict[str, Path], kind: str
+) -> None:
+    config = EngineConfig(model=folders[kind], parallel=ParallelConfig(cfg_parallel_size=2))
+    with pytest.raises(InvalidRequest, match="a distilled checkpoint has no guidance"):
+        make_runner(config)
+
+
+@pytest.mark.parametrize("field", ["num_inference_steps", "guidance_scale"])
+def test_distilled_checkpoints_have_their_own_steps_and_scale(
+    folders: dict[str, Path], field: str
+) -> None:
+    model = read_config(folders["distilled-i2v"])
+    parameters = resolve(GenerateRequest(prompt="a", image=PICTURE), model)
+    assert (parameters.num_inference_steps, parameters.guidance_scale) == (4, 1.0)
+    with pytest.raises(InvalidRequest, match="distilled to 4 steps") as refusal:
+        resolve(GenerateRequest(prompt="a", image=PICTURE, **{field: 7}), model)
+    assert refusal.value.field == field
+
+
+def test_what_a_distilled_checkpoint_does_not_use_is_told(folders: dict[str, Path]) -> None:
+    model = read_config(folders["distilled-t2i"])
+    plain = {"prompt": "a", "num_frames": 1}
+    assert resolve(GenerateRequest(**plain), model).warnings == ()
+    unused = {"flow_shift": 5.0, "negative_prompt": "b", "schedule": "karras", "negative_metadata_mode": "none"}  # fmt: skip
+    warnings = resolve(GenerateRequest(**plain, **unused), model).warnings
+    assert {warning.split()[0] for warning in warnings} == unused.keys()
+    base = read_config(folders["base"])
+    assert resolve(GenerateRequest(**plain, **unused), base).warnings == ()

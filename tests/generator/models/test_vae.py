@@ -1,0 +1,199 @@
+"""Chunks, prefixes, layouts and division among ranks do not change what the video VAE computes."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import Ranks
+from torch import Tensor
+
+from vllm_cosmos3.checkpoint.config import ParallelConfig, read_config
+from vllm_cosmos3.checkpoint.tensors import vae_tensors
+from vllm_cosmos3.checkpoint.weights import identity_table, load_weights
+from vllm_cosmos3.generator.models import vae as vae_module
+from vllm_cosmos3.generator.models.vae import VideoVAE, patchify, to_frames, to_pixels, unpatchify
+from vllm_cosmos3.parallel.halo import WHOLE, divide
+from vllm_cosmos3.parallel.mesh import Axis, Mesh
+
+BOUND = 1e-5
+
+
+@cache
+def load(folder: Path, axis: Axis, mode: str) -> VideoVAE:
+    config = read_config(folder).vae
+    vae = VideoVAE(config, axis, mode)
+    shapes = vae_tensors(config)
+    load_weights(vae, identity_table(shapes), folder / "vae", shapes)
+    return vae
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def clip(frames: int, height: int, width: int) -> Tensor:
+    return noise(1, 3, frames, 16 * height, 16 * width).clamp(-1, 1)
+
+
+def whole(chunks: object) -> Tensor:
+    return torch.cat(list(chunks), dim=2)
+
+
+@pytest.fixture
+def vae(tiny_checkpoint_fp32: Path) -> VideoVAE:
+    return load(tiny_checkpoint_fp32, WHOLE, "halo")
+
+
+def test_parameters_are_called_as_in_the_checkpoint(vae: VideoVAE) -> None:
+    shapes = {name: tuple(value.shape) for name, value in vae.state_dict().items()}
+    assert shapes == vae_tensors(vae.config)
+    assert len(shapes) == 196
+
+
+def test_a_prefix_has_the_latents_of_the_whole(vae: VideoVAE) -> None:
+    pixels = clip(13, 3, 5)
+    latents = vae.encode(pixels)
+    for frames in (1, 5, 9):
+        prefix = vae.encode(pixels[:, :, :frames])
+        assert torch.allclose(prefix, latents[:, :, : 1 + frames // 4], atol=BOUND, rtol=0)
+
+
+def test_first_frames_do_not_depend_on_later_latents(vae: VideoVAE) -> None:
+    latents = noise(1, 48, 4, 3, 5)
+    first = next(vae.decode(latents[:, :, :1]))
+    assert torch.equal(first, next(vae.decode(latents)))
+
+
+def test_frames_differ_and_depend_on_earlier_latents(vae: VideoVAE) -> None:
+    latents = noise(1, 48, 3, 3, 5)
+    pixels = whole(vae.decode(latents))
+    assert (pixels[:, :, 5:] - pixels[:, :, 1:5]).abs().mean() > 0.01
+    latents[:, :, 0] += 1
+    assert (whole(vae.decode(latents))[:, :, 5:] - pixels[:, :, 5:]).abs().max() > 1e-3
+
+
+def test_two_clips_decoded_in_turn_do_not_mix(vae: VideoVAE) -> None:
+    a, b = noise(1, 48, 3, 3, 5), noise(1, 48, 3, 4, 4)
+    expected = whole(vae.decode(a)), whole(vae.decode(b))
+    chunks = list(zip(vae.decode(a), vae.decode(b), strict=True))
+    for clip_index in (0, 1):
+        mixed = whole(pair[clip_index] for pair in chunks)
+        assert torch.equal(mixed, expected[clip_index])
+
+
+def test_latents_are_normalised_with_the_checkpoint_statistics(vae: VideoVAE) -> None:
+    pixels = clip(1, 2, 2)
+    shifted = vae.config.latents_mean[0] + 3 * vae.config.latents_std[0]
+    own = vae.encode(pixels)[0, 0]
+    old = vae.quant_conv.bias.data[0].clone()
+    vae.quant_conv.bias.data[0] += shifted - vae.config.latents_mean[0]
+    try:
+        assert torch.allclose(vae.encode(pixels)[0, 0], own + 3, atol=1e-4)
+    finally:
+        vae.quant_conv.bias.data[0] = old
+
+
+def test_channels_last_gives_the_same(tiny_checkpoint_fp32: Path, vae: VideoVAE) -> None:
+    other = load.__wrapped__(tiny_checkpoint_fp32, WHOLE, "halo").channels_last()
+    assert not other.decoder.conv_in.weight.is_contiguous()
+    latents, pixels = noise(1, 48, 3, 3, 5), clip(5, 3, 5)
+    assert torch.allclose(whole(other.decode(latents)), whole(vae.decode(latents)), atol=BOUND)
+    assert torch.allclose(other.encode(pixels), vae.encode(pixels), atol=BOUND)
+
+
+def test_bfloat16_weights_take_and_give_float32(tiny_checkpoint_fp32: Path, vae: VideoVAE) -> None:
+    half = load.__wrapped__(tiny_checkpoint_fp32, WHOLE, "halo").to(torch.bfloat16)
+    latents = noise(1, 48, 2, 3, 5)
+    pixels = whole(half.decode(latents))
+    assert pixels.dtype == torch.float32
+    assert (pixels - whole(vae.decode(latents))).abs().mean() < 0.02
+    encoded = half.encode(pixels)
+    assert encoded.dtype == torch.float32
+    assert (encoded - vae.encode(pixels)).abs().mean() < 0.05
+
+
+def test_every_level_survives_pixels() -> None:
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(2, 16, 16, 3)
+    pixels = to_pixels(levels)
+    assert (pixels.min(), pixels.max(), pixels.shape) == (-1, 1, (1, 3, 2, 16, 16))
+    assert torch.equal(to_frames(pixels), levels)
+    assert torch.equal(to_frames(torch.full((1, 3, 1, 1, 1), 1.5)), torch.full((1, 1, 1, 3), 255))
+
+
+def test_patches_put_the_column_before_the_row() -> None:
+    x = torch.arange(4.0).view(1, 1, 1, 2, 2)
+    assert patchify(x, 2).flatten().tolist() == [0, 2, 1, 3]
+    y = noise(1, 3, 2, 6, 8)
+    assert torch.equal(unpatchify(patchify(y, 2), 2), y)
+
+
+# Several ranks
+
+
+def both_ways(mesh: Mesh, folder: Path, mode: str, latents: Tensor, pixels: Tensor) -> list[Tensor]:
+    vae = load.__wrapped__(folder, mesh.world, mode)
+    return [vae.encode(pixels), whole(vae.decode(latents))]
+
+
+@pytest.mark.parametrize("mode", ["halo", "off"])
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize(("height", "width"), [(5, 7), (7, 4), (4, 4), (2, 1)], ids=str)
+def test_every_rank_gets_the_result_of_one(
+    ranks: Ranks,
+    tiny_checkpoint_fp32: Path,
+    vae: VideoVAE,
+    mode: str,
+    size: int,
+    height: int,
+    width: int,
+) -> None:
+    latents, pixels = noise(1, 48, 3, height, width), clip(9, height, width)
+    expected = [vae.encode(pixels), whole(vae.decode(latents))]
+    mesh = ParallelConfig(ulysses_degree=size)
+    results = ranks(mesh, both_ways, tiny_checkpoint_fp32, mode, latents, pixels)
+    assert len(results) == size
+    for result in results:
+        for ours, alone in zip(result, expected, strict=True):
+            assert (ours - alone).abs().max() <= BOUND
+
+
+def tiled_both_ways(mesh: Mesh, folder: Path, latents: Tensor, pixels: Tensor) -> list[Tensor]:
+    return both_ways(mesh, folder, "tile", latents, pixels)
+
+
+def test_tiles_do_not_depend_on_the_ranks(
+    ranks: Ranks, tiny_checkpoint_fp32: Path, vae: VideoVAE
+) -> None:
+    latents, pixels = noise(1, 48, 2, 3, 70), clip(1, 3, 70)  # three tiles
+    one = load(tiny_checkpoint_fp32, WHOLE, "tile")
+    expected = [one.encode(pixels), whole(one.decode(latents))]
+    for size in (2, 4):  # uneven, and more ranks than tiles
+        mesh = ParallelConfig(ulysses_degree=size)
+        for result in ranks(mesh, tiled_both_ways, tiny_checkpoint_fp32, latents, pixels):
+            for ours, alone in zip(result, expected, strict=True):
+                assert (ours - alone).abs().max() <= BOUND
+    # Approximate, and exactly the tile where no other lies.
+    assert (expected[1] - whole(vae.decode(latents))).abs().max() > BOUND
+    first = divide(3, 70, WHOLE, "tile")[0]
+    alone = whole(one.decode(first.cut(latents)))
+    own = 16 * (first.columns[1] - first.fade_columns[1])
+    assert torch.equal(expected[1][..., :own], alone[..., :own])
+
+
+def test_small_planes_are_one_tile(tiny_checkpoint_fp32: Path, vae: VideoVAE) -> None:
+    latents = noise(1, 48, 2, 5, 7)
+    tiled = load(tiny_checkpoint_fp32, WHOLE, "tile")
+    assert torch.equal(whole(tiled.decode(latents)), whole(vae.decode(latents)))
+
+
+def test_memory_holds_copies_and_not_whole_chunks(vae: VideoVAE) -> None:
+    (part,) = divide(4, 4, WHOLE, "halo")
+    memory = vae_module.Memory(part.strips)
+    extended = memory.extend(vae.decoder.conv_in, noise(1, 48, 4, 4, 4), frames=2, rows=1)
+    (past,) = memory._past.values()
+    assert past.shape == (1, 48, 2, 4, 4)
+    assert past.untyped_storage().nbytes() < extended.untyped_storage().nbytes()
+    assert torch.equal(past, extended[:, :, -2:])

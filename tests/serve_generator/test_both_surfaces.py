@@ -1,0 +1,199 @@
+"""Chat, pictures and videos on one port: the stock server with our routes in it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import httpx
+import pytest
+import test_catalogue as catalogue
+from generators import PICTURE, SMALL, eventually, refuses
+from jsonschema import Draft202012Validator
+from media_files import clip, data_url, picture, png
+from robots import PATH, robot
+from servers import BIN, Server, running
+from servers import SMALL as SMALL_ENGINE
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from vllm_cosmos3.request.upsample import schema_of
+from vllm_cosmos3.server.jobs.journal import Journal
+
+pytestmark = [pytest.mark.serve, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+KEY = {"Authorization": "Bearer EMPTY"}
+LONG = {"prompt": "a boat", "size": "256x256", "num_frames": 61, "num_inference_steps": 15}
+
+
+@pytest.fixture(scope="module")
+def server(
+    tiny_checkpoint_fp32: Path, vllm_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("both")
+    command = [str(BIN / "vllm-cosmos3"), "serve", str(tiny_checkpoint_fp32), "--max-queue", "5"]
+    command += ["--storage-path", str(folder / "storage"), "--served-model-name", "tiny"]
+    command += [
+        "--api-key",
+        "EMPTY",
+        "--allowed-local-media-path",
+        str(folder),
+        *SMALL_ENGINE,
+        "--max-model-len",
+        "16384",
+    ]
+    # A random model would pad JSON with blanks for ever.
+    command += ["--structured-outputs-config.disable_any_whitespace=true"]
+    command += ["--structured-outputs-config.backend=xgrammar"]
+    with running(command, folder, vllm_cache) as server:
+        yield server
+
+
+def test_chat_about_a_generated_video(server: Server) -> None:
+    client = server.client()
+    fields = SMALL | {"num_frames": 9}
+    video = client.videos.create_and_poll(prompt="a boat", poll_interval_ms=50, extra_body=fields)
+    clip = base64.b64encode(client.videos.download_content(video.id).read()).decode()
+    content = [
+        {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{clip}"}},
+        {"type": "text", "text": "What is shown?"},
+    ]
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": content}],  # type: ignore[list-item, misc]
+        max_tokens=5,
+    )
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens > 0
+    assert answer.usage.prompt_tokens > 20  # the video is in it
+    assert f"{video.id} completed after" in server.log.read_text()
+
+
+def test_pictures(server: Server) -> None:
+    picture = server.client().images.generate(prompt="a boat", extra_body=PICTURE)
+    assert base64.b64decode(picture.data[0].b64_json or "").startswith(b"\x89PNG")
+
+
+def test_the_reasoner_writes_the_prompt(server: Server) -> None:
+    body = {"prompt": "a boat", "upsample_prompt": True, **PICTURE}
+    answer = httpx.post(f"{server.url}/v1/images/generations", json=body, headers=KEY, timeout=200)
+    assert answer.status_code == 200, answer.text
+    written = answer.json()["cosmos3"]["upsampled_prompt"]
+    Draft202012Validator(schema_of("image")).validate(json.loads(written))
+    assert answer.json()["data"][0]["revised_prompt"] == written
+    assert answer.json()["cosmos3"]["effective"]["prompt"] == written
+    assert answer.json()["cosmos3"]["sources"]["prompt"] == "reasoner"
+
+
+def test_a_prompt_that_takes_too_long_is_given_up(server: Server, tmp_path: Path) -> None:
+    frame = data_url(png(picture(64, 64)), "image/png")
+    video = data_url(clip(tmp_path / "clip.mp4", frames=9).read_bytes(), "video/mp4")
+    body = {"prompt": "a boat", "upsample_prompt": True, "deadline_seconds": 1, **SMALL}
+    transfer = {"input_reference": video, "edge": True}
+    taken = transfer | {"num_first_chunk_conditional_frames": 1}
+    for more in ({}, {"input_reference": frame}, transfer, taken):  # it sees what is known
+        answer = httpx.post(f"{server.url}/v1/videos", json=body | more, headers=KEY, timeout=60)
+        assert answer.json()["error"]["code"] == "deadline_exceeded"
+
+
+def test_health_and_models_tell_of_both(server: Server) -> None:
+    report = httpx.get(f"{server.url}/health").json()
+    assert report["surfaces"] == {"generator": "ready", "reasoner": "ready"}
+    assert report["queue"]["limit"] == 5
+    for path in ("/health/ready", "/health/live"):
+        assert httpx.get(f"{server.url}{path}").status_code == 200
+    for path in ("/v1/models", "/v1/cosmos3/models"):
+        (model,) = httpx.get(f"{server.url}{path}", headers=KEY).json()["data"]
+        assert model["id"] == "tiny"
+        assert model["cosmos3"]["modes"]
+        assert model["cosmos3"]["prompt_upsampling"] is True
+
+
+def test_metrics_of_both_are_on_one_page(server: Server) -> None:
+    page = httpx.get(f"{server.url}/metrics").text
+    assert "cosmos3:queue_limit 5.0" in page
+    assert "vllm:num_requests_running" in page
+
+
+ROWS = [
+    row
+    for row in catalogue.ROWS
+    if row.number in (1, 5, 31, 59, 77, 82, 83, 84, 88, 95, 96, 101, 107)
+    and row.path != "/v1/nothing"  # that is vLLM's to answer
+]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_errors_are_those_of_the_generator_alone(row: catalogue.Row, server: Server) -> None:
+    with httpx.Client(base_url=server.url, headers=KEY, timeout=60) as client:
+        answer = client.request(row.method, row.path, **row.send)
+    assert answer.status_code == row.status, answer.text
+    assert answer.headers["x-request-id"]
+    catalogue.check(answer, row.code, row.param)
+    if row.status == 405:
+        assert "POST" in answer.headers["allow"]
+
+
+@pytest.mark.parametrize("path", ["/v1/videos", "/v1/images/generations", "/v1/cosmos3/models"])
+def test_without_a_key(path: str, server: Server) -> None:
+    answer = httpx.get(f"{server.url}{path}")
+    assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+    catalogue.check(answer, "authentication", None)
+
+
+def test_other_routes_keep_the_errors_of_vllm(server: Server) -> None:
+    assert httpx.get(f"{server.url}/v1/models").json() == {"error": "Unauthorized"}
+
+
+def test_robots_name_their_key_in_either_way(server: Server) -> None:
+    """The checkpoint is no policy, which only those hear who have a key."""
+    for authorization in ("Bearer EMPTY", "Api-Key EMPTY"):
+        for path in ("/", PATH):
+            refused = pytest.raises(ConnectionClosed, match="no robot policy")
+            with refused, robot(server.url, path, authorization):
+                pass
+    for authorization in ("Api-Key wrong", None):
+        for path in ("/", PATH):
+            with pytest.raises(InvalidStatus, match="401"), robot(server.url, path, authorization):
+                pass
+
+
+@pytest.mark.parametrize("kind", ["image_url", "video_url"])
+@pytest.mark.parametrize("place", ["http://127.0.0.1:1/x", "http://no.such.host.invalid/x", "file://{folder}/missing"])  # fmt: skip
+def test_media_that_cannot_be_read(kind: str, place: str, server: Server) -> None:
+    url = place.format(folder=server.log.parent)
+    content = [{"type": kind, kind: {"url": url}}, {"type": "text", "text": "What is shown?"}]
+    body = {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 3}
+    url = f"{server.url}/v1/chat/completions"
+    answer = httpx.post(url, json=body, headers=KEY, timeout=60)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["code"] == 400
+    assert "cannot be read" in answer.json()["error"]["message"]
+
+
+def test_start_up_prints_the_stock_command(server: Server) -> None:
+    log = server.log.read_text()
+    assert "VLLM_PLUGINS=cosmos3" in log
+    assert '--additional-config \'{"cosmos3": {' in log
+
+
+def test_sigterm_lets_the_generator_finish(server: Server) -> None:
+    """The last test of this server: it ends."""
+    with httpx.Client(base_url=server.url, headers=KEY, timeout=60) as client:
+        job = client.post("/v1/videos", json=LONG).json()
+        eventually(lambda: client.get(f"/v1/videos/{job['id']}").json()["cosmos3"]["step"] > 0)
+        os.kill(server.pid, signal.SIGTERM)
+        eventually(lambda: client.get("/health").status_code == 503)
+        assert "stopping" in client.get("/health").json()["reason"]
+        answer = client.post("/v1/videos", json=LONG)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")
+        assert int(answer.headers["retry-after"]) > 0
+        assert client.get(f"/v1/videos/{job['id']}").json()["status"] == "in_progress"
+    eventually(lambda: refuses(server))
+    with closing(Journal(server.log.parent / "storage")) as journal:
+        kept = journal.get(job["id"])
+    assert kept is not None
+    assert kept.status == "completed"

@@ -1,0 +1,185 @@
+"""Guardrails that allow, block and break; API keys; a distilled checkpoint without free steps."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from servers import BIN, Server, run_to_end
+
+from vllm_cosmos3.media import encode_image
+from vllm_cosmos3.request.prompts import encode, load_tokenizer
+
+pytestmark = pytest.mark.serve
+PICTURE = f"data:image/png;base64,{b64encode(encode_image(np.zeros((64, 64, 3), np.uint8), 'png')).decode()}"
+TEXT = {"prompt": "a boat", "size": "64x64", "num_frames": 5, "seed": 1}
+SMALL = TEXT | {"input_reference": PICTURE}
+PATHS = [
+    ("POST", "/v1/images/generations"), ("POST", "/v1/videos"), ("GET", "/v1/videos"),
+    ("POST", "/v1/videos/sync"), ("GET", "/v1/videos/x"), ("DELETE", "/v1/videos/x"),
+    ("GET", "/v1/videos/x/content"), ("GET", "/v1/videos/x/events"), ("POST", "/v1/videos/x/remix"),
+    ("GET", "/v1/models"), ("GET", "/v1/cosmos3/models"), ("POST", "/v1/images/edits"), ("GET", "/v1/nothing"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def client(guarded_server: Server) -> Iterator[httpx.Client]:
+    headers = {"Authorization": "Bearer secret"}
+    with httpx.Client(base_url=guarded_server.url, headers=headers, timeout=60) as client:
+        yield client
+
+
+def post(client: httpx.Client, **fields: Any) -> httpx.Response:
+    body = {name: value for name, value in (SMALL | fields).items() if value is not None}
+    return client.post("/v1/videos", json=body, headers={"Prefer": "wait=60"})
+
+
+@pytest.mark.parametrize(("method", "path"), PATHS)
+@pytest.mark.parametrize("token", [None, "Bearer wrong", "Basic secret"])
+def test_no_route_without_a_key(
+    method: str, path: str, token: str | None, guarded_server: Server
+) -> None:
+    headers = {} if token is None else {"Authorization": token}
+    headers["Origin"] = "http://a.example"
+    answer = httpx.request(method, f"{guarded_server.url}{path}", headers=headers)
+    assert answer.status_code == 401
+    assert answer.headers["x-request-id"]
+    assert answer.headers["access-control-allow-origin"] == "http://a.example"
+    error = answer.json()["error"]
+    assert (error["type"], error["code"]) == ("authentication_error", "authentication")
+
+
+def test_health_needs_no_key(guarded_server: Server) -> None:
+    for path in ("/health", "/health/live", "/health/ready", "/metrics"):
+        assert httpx.get(f"{guarded_server.url}{path}").status_code == 200
+
+
+def test_allowed_prompts_are_recorded_as_checked(client: httpx.Client) -> None:
+    job = post(client, guardrails=True).json()
+    assert job["status"] == "completed"
+    assert job["cosmos3"]["sources"]["num_inference_steps"] == "checkpoint"
+    assert job["cosmos3"]["sources"]["image"] == "request"
+    assert job["cosmos3"]["guardrails"] == {
+        "requested": True, "effective": "active", "text": "pass", "video": "pass", "faces_blurred": 0
+    }  # fmt: skip
+    assert client.get("/health").json()["guardrails"] == "active"
+    assert client.get("/v1/models").json()["data"][0]["cosmos3"]["guardrails"] == "active"
+
+
+def test_a_blocked_prompt_is_refused_without_the_word(client: httpx.Client) -> None:
+    answer = post(client, prompt="a forbidden boat")
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (
+        400,
+        "guardrail_blocked",
+        "prompt",
+    )
+    assert "violence" in error["message"]
+    assert "forbidden" not in error["message"]
+
+
+def test_token_ids_are_judged_by_their_text(
+    client: httpx.Client, distilled_checkpoint: Path
+) -> None:
+    tokenizer = load_tokenizer(distilled_checkpoint)
+    for prompt, code in (("a forbidden boat", "guardrail_blocked"), ("a boat", None)):
+        ids, _ = encode(prompt, tokenizer, system=None, limit=4096)
+        answer = post(client, prompt=None, extra_params={"prompt_token_ids": ids})
+        if code is None:
+            assert answer.json()["cosmos3"]["guardrails"]["text"] == "pass"
+        else:
+            error = answer.json()["error"]
+            assert (error["code"], error["param"]) == (code, "extra_params.prompt_token_ids")
+
+
+def test_a_checker_that_breaks_lets_nothing_through(client: httpx.Client) -> None:
+    answer = post(client, prompt="a broken boat")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "guardrail_error")
+
+
+def test_blocked_frames_fail_the_job(client: httpx.Client) -> None:
+    answer = post(client, size="128x64")
+    assert answer.status_code == 200
+    job = answer.json()
+    assert (job["status"], job["error"]["code"]) == ("failed", "guardrail_blocked")
+    again = client.get(f"/v1/videos/{job['id']}")
+    assert (again.status_code, again.json()["status"]) == (200, "failed")
+    answer = client.get(f"/v1/videos/{job['id']}/content")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "job_failed")
+
+
+def test_guardrails_cannot_be_switched_off(client: httpx.Client) -> None:
+    answer = post(client, guardrails=False)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (403, "permission_error")
+
+
+@pytest.mark.parametrize(("field", "value"), [("num_inference_steps", 35), ("guidance_scale", 6.0)])
+def test_row_24_a_distilled_checkpoint(field: str, value: float, client: httpx.Client) -> None:
+    answer = post(client, **{field: value})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (
+        400,
+        "unsupported_parameter",
+        field,
+    )
+
+
+def test_row_75_a_mode_that_the_checkpoint_was_not_made_for(client: httpx.Client) -> None:
+    answers = [
+        client.post("/v1/videos", json=TEXT),
+        client.post("/v1/images/generations", json={"prompt": "a boat", "size": "64x64"}),
+        client.post("/v1/videos", json=TEXT | {"seg": PICTURE}),
+    ]
+    for answer, mode in zip(answers, ("text2video", "text2image", "transfer"), strict=True):
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (400, "unsupported_by_model")
+        assert error["message"] == (
+            f"mode is '{mode}', must be image2video (an image), as this is a distilled-i2v checkpoint"
+        )
+    block = client.get("/v1/cosmos3/models").json()["data"][0]["cosmos3"]
+    assert (block["checkpoint_kind"], block["modes"]) == ("distilled-i2v", ["image2video"])
+    assert list(block["defaults"]) == ["image2video"]
+
+
+def test_the_log_of_requests_can_be_switched_off(
+    client: httpx.Client, guarded_server: Server
+) -> None:
+    job = post(client).json()
+    log = guarded_server.log.read_text()
+    assert f"{job['id']} completed after" in log
+    assert "HTTP/1.1" not in log
+
+
+def test_the_kind_is_told_at_start(guarded_server: Server) -> None:
+    assert "vllm-cosmos3 serve: checkpoint: distilled-i2v" in guarded_server.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("field", "fields"),
+    [
+        ("generate_sound", {"generate_sound": True}),
+        ("extra_params.sound_gen", {"extra_params": {"sound_gen": True}}),
+    ],
+)
+def test_row_54_sound(field: str, fields: dict[str, Any], client: httpx.Client) -> None:
+    answer = post(client, **fields)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (400, "unsupported_by_model")
+    assert error["param"] == field
+
+
+def test_it_does_not_start_without_required_guardrails(
+    tiny_checkpoint: Path, tmp_path: Path, vllm_cache: Path
+) -> None:
+    command = [str(BIN / "vllm-cosmos3"), "serve", str(tiny_checkpoint), "--surface", "generator"]
+    command += ["--port", "0", "--storage-path", str(tmp_path), "--guardrails", "required"]
+    status, output = run_to_end(command, vllm_cache)
+    assert status == 2
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("vllm-cosmos3 serve: --guardrails required, but ")
+    assert last.endswith("with its models, or start with --guardrails auto or off")

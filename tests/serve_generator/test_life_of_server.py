@@ -1,0 +1,158 @@
+"""Servers that die, stop, share a storage and forget."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from generators import SMALL, create, eventually, finished, generator, refuses
+from servers import BIN, Server, free_port, run_to_end
+
+from vllm_cosmos3.server.jobs.journal import Job, Journal
+
+pytestmark = pytest.mark.serve
+LONG = {"size": "256x256", "num_frames": 61, "num_inference_steps": 200, "guidance_scale": 1}
+
+
+def job_of(server: Server, job: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = httpx.get(f"{server.url}/v1/videos/{job['id']}").json()
+    return found
+
+
+def stored(journal: Journal, job: dict[str, Any]) -> Job:
+    found = journal.get(job["id"])
+    assert found is not None
+    return found
+
+
+def content(server: Server, job: dict[str, Any]) -> httpx.Response:
+    return httpx.get(f"{server.url}/v1/videos/{job['id']}/content")
+
+
+def continuing(server: Server, job: dict[str, Any]) -> tuple[int, str]:
+    """How a request to go on from a video is refused."""
+    body = {"prompt": "a boat", **SMALL, "continue_from": job["id"]}
+    answer = httpx.post(f"{server.url}/v1/videos", json=body)
+    return answer.status_code, answer.json()["error"]["code"]
+
+
+def test_jobs_outlive_servers(tiny_checkpoint: Path, vllm_cache: Path, tmp_path: Path) -> None:
+    """A server is killed; two others share its storage; one of them is asked to stop."""
+
+    def start(stack: ExitStack, *flags: str) -> Server:
+        return stack.enter_context(generator(tiny_checkpoint, tmp_path, vllm_cache, *flags))
+
+    with ExitStack() as stack:
+        killed = start(stack)
+        done = finished(killed, create(killed, **SMALL))
+        cut = create(killed, **LONG)
+        eventually(lambda: job_of(killed, cut)["status"] == "in_progress")
+        waiting = create(killed, **LONG)
+        os.killpg(killed.pid, signal.SIGKILL)
+
+        first = start(stack)
+        assert job_of(first, done) == done
+        assert content(first, done).status_code == 200
+        for lost in (cut, waiting):
+            ended = job_of(first, lost)
+            assert (ended["status"], ended["error"]["code"]) == ("failed", "interrupted")
+        goes_on = finished(first, create(first, **SMALL, continue_from=done["id"]))
+        assert (goes_on["status"], goes_on["num_frames"]) == ("completed", 9)
+        assert continuing(first, cut) == (409, "job_failed")
+        assert httpx.delete(f"{first.url}/v1/videos/{goes_on['id']}").status_code == 200
+
+        second = start(stack, "--drain-seconds", "1")
+        shared = create(first, **LONG)
+        eventually(lambda: job_of(second, shared)["cosmos3"]["step"] > 0)
+        listed = httpx.get(f"{second.url}/v1/videos").json()["data"]
+        assert [job["id"] for job in listed] == [shared["id"], waiting["id"], cut["id"], done["id"]]
+        assert httpx.delete(f"{second.url}/v1/videos/{shared['id']}").status_code == 200
+        assert httpx.get(f"{first.url}/v1/videos/{shared['id']}").status_code == 404
+        eventually(lambda: httpx.get(f"{first.url}/health").json()["queue"]["running"] == 0)
+        eventually(lambda: not (tmp_path / "storage" / "files" / shared["id"]).exists())
+        assert "cosmos3:requests_cancelled_total 1.0" in httpx.get(f"{first.url}/metrics").text
+
+        last = create(first, **LONG | {"num_inference_steps": 30})
+        os.kill(first.pid, signal.SIGTERM)
+        eventually(lambda: httpx.get(f"{first.url}/health").status_code == 503)
+        answer = httpx.post(f"{first.url}/v1/videos", json={"prompt": "a boat", **SMALL})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")
+        assert int(answer.headers["retry-after"]) > 0
+        assert job_of(first, last)["status"] in ("queued", "in_progress")
+        assert finished(second, last, 120)["status"] == "completed"
+        assert content(second, last).status_code == 200
+        eventually(lambda: refuses(first))
+
+        late = create(second, **LONG)
+        eventually(lambda: job_of(second, late)["status"] == "in_progress")
+        os.kill(second.pid, signal.SIGTERM)
+        journal = stack.enter_context(closing(Journal(tmp_path / "storage")))
+        eventually(lambda: stored(journal, late).status == "failed")
+        assert (stored(journal, late).error or {})["code"] == "interrupted"  # by itself, in time
+
+
+def test_it_ends_with_a_generator_that_cannot_start(
+    tiny_checkpoint: Path, vllm_cache: Path, tmp_path: Path
+) -> None:
+    """What nobody could know before its processes have started is one line and a status as well."""
+    command = [str(BIN / "vllm-cosmos3"), "serve", str(tiny_checkpoint), "--surface", "generator"]
+    command += ["--host", "127.0.0.1", "--port", str(free_port()), "--storage-path", str(tmp_path)]
+    status, output = run_to_end([*command, "--attention-backend", "flash"], vllm_cache)
+    assert status == 2
+    assert re.search(r"^vllm-cosmos3 serve: attention_backend flash .*use sdpa or auto$", output, re.M)  # fmt: skip
+    assert "Traceback" not in output
+
+
+def test_loading_is_told_and_files_expire_by_age_and_quota(
+    tiny_checkpoint: Path, vllm_cache: Path, tmp_path: Path
+) -> None:
+    wide = widened(tiny_checkpoint, tmp_path / "wide", intermediate_size=32768)
+    heard: list[dict[str, Any]] = []
+
+    def listen(server: Server) -> None:
+        assert httpx.get(f"{server.url}/health/live").status_code == 200
+        answer = httpx.get(f"{server.url}/health")
+        if answer.status_code == 503:
+            heard.append(answer.json())
+
+    flags = ["--file-ttl", "8", "--storage-quota", "90000", "--load-format", "dummy"]
+    flags += ["--guardrails", "off"]
+    with generator(wide, tmp_path, vllm_cache, *flags, while_starting=listen) as server:
+        loaded = [report["loaded_percent"] for report in heard]
+        assert loaded == sorted(loaded)
+        assert any(0 < percent < 100 for percent in loaded)
+        assert {report["error"]["code"] for report in heard} == {"loading"}
+        assert f"{loaded[-1]} % of its weights" in heard[-1]["reason"]
+        first = finished(server, create(server, **SMALL))
+        assert content(server, first).status_code == 200
+        assert httpx.get(f"{server.url}/health").json()["guardrails"] == "disabled"
+        assert first["cosmos3"]["guardrails"] == {"requested": None, "effective": "disabled"}
+        jobs = [finished(server, create(server, **SMALL)) for _ in range(3)]
+        # Four results are more than the quota, so the oldest goes; age takes the others.
+        eventually(lambda: content(server, first).status_code == 410)
+        assert content(server, jobs[-1]).status_code == 200
+        eventually(lambda: content(server, jobs[-1]).status_code == 410)
+        answer = content(server, first)
+        assert answer.json()["error"]["code"] == "expired"
+        assert continuing(server, first) == (410, "expired")
+        kept = job_of(server, first)
+        assert kept["status"] == "completed"
+        assert kept["expires_at"] <= time.time()
+        assert httpx.delete(f"{server.url}/v1/videos/{first['id']}").status_code == 200
+
+
+def widened(checkpoint: Path, folder: Path, **changes: int) -> Path:
+    """The configuration of a larger checkpoint, so that loading takes a while."""
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    file = folder / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder

@@ -1,0 +1,204 @@
+"""The executor on real worker processes: calls, every kind of failure, and what is left behind."""
+
+from __future__ import annotations
+
+import ast
+import os
+from importlib.util import find_spec
+from inspect import getsource, signature
+from pathlib import Path
+
+import pytest
+from ranks import in_new_process, processes_below, remaining, segments_of
+from toy_stage import ToyPlan, ToyResult
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+from vllm_cosmos3.checkpoint.config import EngineConfig, ParallelConfig
+from vllm_cosmos3.errors import (
+    CheckpointError,
+    Cosmos3Error,
+    DeadlineExceeded,
+    InvalidRequest,
+    OutOfMemory,
+    WorkerDied,
+)
+from vllm_cosmos3.stage.executor import StageExecutor, check_backend
+from vllm_cosmos3.stage.worker import StageConfig
+
+
+def stage(
+    cfg: int = 1, ulysses: int = 1, tp: int = 1, *, model: Path = Path("/"), backend: str = "mp"
+) -> StageConfig:
+    parallel = ParallelConfig(
+        cfg_parallel_size=cfg, ulysses_degree=ulysses, tensor_parallel_size=tp
+    )
+    engine = EngineConfig(model=model, device="cpu", parallel=parallel)
+    return StageConfig(engine=engine, stage="toy_stage:Toy", backend=backend, timeout=60, grace=0.5)
+
+
+def run(executor: StageExecutor, plan: ToyPlan, *, save: Path | None = None, timeout: float = 60):
+    """One request through all calls; the result of rank 0."""
+    executor.call("encode", "job", plan, timeout=timeout)
+    for _ in range(plan.steps):
+        executor.call("step", "job", timeout=timeout)
+    executor.call("decode", "job", timeout=timeout)
+    return executor.call("finish", "job", save, timeout=timeout)[0]
+
+
+def one_request(shape: tuple[int, int, int], folder: Path) -> tuple[ToyResult, str]:
+    executor = StageExecutor(stage(*shape))
+    executor.start()
+    result = run(executor, ToyPlan(steps=2))
+    saved = run(executor, ToyPlan(steps=2), save=folder / "total")
+    executor.close()
+    executor.close()
+    return result, saved[0].read_text()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 1), (1, 2, 2)])
+def test_a_request_through_all_calls(shape: tuple[int, int, int], tmp_path: Path) -> None:
+    result, saved = in_new_process(one_request, shape, tmp_path)
+    cfg, ulysses, tp = shape
+    world = cfg * ulysses * tp
+    assert result.total == 2 * sum(n * (n - 1) // 2 for n in (world, cfg, ulysses, tp))
+    assert len(set(result.pids)) == world
+    assert saved == str(result.total)
+
+
+FAULTS = {
+    # fault: (error, words in it, whether the same workers go on)
+    "all": (Cosmos3Error, "step failed: RuntimeError: all ranks fail", True),
+    "invalid": (InvalidRequest, "prompt is '', must be text", True),
+    "memory": (OutOfMemory, "fewer frames", True),
+    "memory one": (OutOfMemory, "fewer frames", False),
+    "one": (Cosmos3Error, "only the last rank fails", False),
+    "hang": (DeadlineExceeded, "step got no answer in time from rank 0, 1", False),
+    "kill": (WorkerDied, "a worker process ended in step", False),
+}
+
+
+def fail_and_go_on(fault: str, timeout: float) -> tuple[Cosmos3Error, bool, bool]:
+    executor = StageExecutor(stage(1, 2, 1))
+    executor.start()
+    before = run(executor, ToyPlan()).pids
+    try:
+        run(executor, ToyPlan(faults={"step 1": fault}), timeout=timeout)
+    except Cosmos3Error as error:
+        caught = error
+    healthy = executor.healthy
+    if healthy:
+        executor.call("drop", "job")
+    else:
+        executor.restart()
+    after = run(executor, ToyPlan()).pids
+    executor.close()
+    return caught, healthy, set(before) == set(after)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_reported_and_the_next_request_works(fault: str) -> None:
+    kind, words, lives = FAULTS[fault]
+    timeout = 2.0 if fault == "hang" else 60.0
+    error, healthy, same_workers = in_new_process(fail_and_go_on, fault, timeout)
+    assert type(error) is kind
+    assert words in str(error)
+    assert healthy == same_workers == lives
+
+
+def start_without_weights() -> set[int]:
+    executor = StageExecutor(stage(1, 2, 1, model=Path("/nowhere")))
+    with pytest.raises(CheckpointError, match="/nowhere is missing"):
+        executor.start()
+    with pytest.raises(WorkerDied):
+        executor.call("ping", 1)
+    return processes_below(os.getpid())
+
+
+def test_an_error_of_loading_reaches_the_caller() -> None:
+    left = in_new_process(start_without_weights)
+    assert len(left) <= 1  # multiprocessing's resource tracker stays with its process
+
+
+def in_this_process() -> tuple[ToyResult, int]:
+    executor = StageExecutor(stage(backend="uni"))
+    for _ in range(2):
+        executor.start()
+        result = run(executor, ToyPlan(steps=2))
+        with pytest.raises(InvalidRequest):
+            run(executor, ToyPlan(faults={"decode": "invalid"}))
+        assert executor.healthy
+        executor.close()
+    return result, os.getpid()
+
+
+def test_one_rank_can_run_in_the_calling_process() -> None:
+    result, pid = in_new_process(in_this_process)
+    assert result.pids == (pid,)
+
+
+def kill_and_recover(rounds: int) -> tuple[list[tuple[int, int]], list[object]]:
+    """Processes and open files after each round; what is left of all that there ever was."""
+    executor = StageExecutor(stage(1, 2, 1))
+    executor.start()
+    counts, seen, segments = [], set[int](), set[Path]()
+    for _ in range(rounds):
+        with pytest.raises(WorkerDied):
+            run(executor, ToyPlan(faults={"step 1": "kill"}))
+        executor.restart()
+        assert run(executor, ToyPlan()).total == 6
+        below = processes_below(os.getpid())
+        seen |= below
+        segments |= segments_of(below)
+        counts.append((len(below), len(os.listdir("/proc/self/fd"))))
+    executor.close()
+    workers = seen - processes_below(os.getpid())
+    assert len(workers) == 2 * rounds
+    return counts, remaining(workers, segments)
+
+
+def test_rounds_of_kill_and_recover_leave_nothing_behind() -> None:
+    counts, left = in_new_process(kill_and_recover, 5)
+    assert counts[-1] == counts[1]
+    assert not left
+
+
+def test_the_ray_executor_is_called_like_the_local_one() -> None:
+    """vLLM has no Ray on the CPU: what `StageExecutor` relies on is read from its source."""
+    source = Path(find_spec("vllm.v1.executor.ray_executor_v2").origin).read_text()
+    tree = ast.parse(source)
+    (ray,) = (
+        node
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and node.name == "RayExecutorV2"
+    )
+    assert [ast.unparse(base) for base in ray.bases] == ["MultiprocExecutor"]
+    methods = {node.name: node for node in ray.body if isinstance(node, ast.FunctionDef)}
+    assert [a.arg for a in methods["__init__"].args.args] == ["self", "vllm_config"]
+    assert "collective_rpc" not in methods  # inherited, with the queues that are read here
+    for attribute in ("response_mqs", "futures_queue", "is_failed"):
+        assert f"self.{attribute} =" in ast.unparse(ray), attribute
+    assert list(signature(MultiprocExecutor.collective_rpc).parameters)[:6] == [
+        "self",
+        "method",
+        "timeout",
+        "args",
+        "kwargs",
+        "non_block",
+    ]
+    assert "futures_queue" in getsource(MultiprocExecutor.collective_rpc)
+
+
+@pytest.mark.parametrize(
+    ("backend", "shape", "message"),
+    [
+        ("ray", (1, 1, 2), "mp on the CPU: vLLM's Ray executor needs GPUs"),
+        ("uni", (1, 2, 1), "mp or ray for 2 ranks"),
+        ("external_launcher", (1, 2, 1), "used under torchrun --nproc_per_node 2"),
+    ],
+)
+def test_impossible_backends_are_refused(
+    backend: str, shape: tuple[int, int, int], message: str
+) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        check_backend(stage(*shape, backend=backend))
+    assert message in str(refusal.value)

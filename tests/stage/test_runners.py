@@ -1,0 +1,134 @@
+"""`Cosmos3` on several ranks: in a stage, and under torchrun."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from launched import assert_failed_together, launch
+from safetensors.numpy import load_file
+
+from vllm_cosmos3 import Cosmos3
+from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.generator.output import Output, Progress
+from vllm_cosmos3.media import Clip
+
+REQUEST = {"prompt": "A paper boat", "num_frames": 5, "height": 64, "width": 64, "seed": 3}
+REQUEST |= {"num_inference_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_checkpoint_fp32: Path) -> tuple[Output, Output]:
+    """The decoded result and the latents of one rank."""
+    with Cosmos3(tiny_checkpoint_fp32, dtype="float32", device="cpu") as model:
+        return model.generate(**REQUEST), model.generate(**REQUEST, output_type="latent")
+
+
+@pytest.fixture(scope="module")
+def staged(tiny_checkpoint_fp32: Path) -> Iterator[Cosmos3]:
+    """Four ranks in processes of their own."""
+    with Cosmos3(
+        tiny_checkpoint_fp32, dtype="float32", device="cpu:0", ulysses_degree=2, cfg_parallel_size=2
+    ) as model:
+        yield model
+
+
+def test_a_stage_gives_what_one_rank_gives(staged: Cosmos3, alone: tuple[Output, Output]) -> None:
+    heard: list[Progress] = []
+
+    async def cancelled(model: Cosmos3) -> None:
+        task = asyncio.ensure_future(model.agenerate(**(REQUEST | {"num_inference_steps": 200})))
+        await asyncio.sleep(1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    output = staged.generate(**REQUEST, progress=heard.append)
+    asyncio.run(cancelled(staged))
+    again = staged.generate(**REQUEST)
+    with pytest.raises(InvalidRequest):
+        staged.generate(**(REQUEST | {"num_inference_steps": 0}))
+    assert np.abs(output.video.astype(int) - alone[0].video.astype(int)).max() <= 1
+    assert np.array_equal(output.video, again.video)
+    assert [(p.phase, p.step) for p in heard if p.phase == "denoise"] == [
+        ("denoise", step) for step in range(4)
+    ]
+    assert output.timings.keys() == alone[0].timings.keys()
+
+
+def test_a_clip_is_written_where_its_owner_is(
+    staged: Cosmos3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the ranks stay in the folder where they were started
+    clip = Path("boat.mp4")
+    output = staged.generate(**REQUEST, clip=Clip(path=clip))
+    written = clip.stat().st_mtime_ns
+    assert output.save(clip) == [clip]
+    assert clip.stat().st_mtime_ns == written  # nothing was left to do
+    clip.unlink()
+    assert output.save(clip) == [clip]
+    assert clip.stat().st_size > 1000
+
+
+def test_a_mesh_that_cannot_be_is_refused_before_anything_starts(tiny_checkpoint: Path) -> None:
+    with pytest.raises(InvalidRequest, match="tensor_parallel_size is 3, must be 1, 2 or 4"):
+        Cosmos3(tiny_checkpoint, device="cpu", tensor_parallel_size=3)
+    with pytest.raises(InvalidRequest, match="Ray executor needs GPUs"):
+        Cosmos3(
+            tiny_checkpoint, device="cpu:0", ulysses_degree=2, distributed_executor_backend="ray"
+        )
+
+
+def test_torchrun(tiny_checkpoint_fp32: Path, alone: tuple[Output, Output], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "4", "-m", "vllm_cosmos3.cli", "generate"]
+    command += [str(tiny_checkpoint_fp32), "--out", str(tmp_path), "--dtype", "float32"]
+    command += ["--ulysses-degree", "2", "--tensor-parallel-size", "2"]
+    command += ["--distributed-executor-backend", "external_launcher", "--output-type", "latent"]
+    for name, value in REQUEST.items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(file.name for file in (tmp_path / "sample").iterdir()) == [
+        "latents.safetensors",
+        "sample_args.json",
+        "sample_outputs.json",
+    ]
+    latents = load_file(tmp_path / "sample" / "latents.safetensors")["vision"]
+    reference = alone[1].latents["vision"]
+    assert np.abs(latents - reference).max() < 1e-5 * np.abs(reference).max()
+
+
+def test_launched_ranks_fail_a_request_together_and_go_on(
+    tiny_checkpoint_fp32: Path, tmp_path: Path
+) -> None:
+    status, met = launch("engine", tiny_checkpoint_fp32, tmp_path)
+    assert status == 0
+    assert_failed_together(met)
+
+
+def test_launched_ranks_make_one_generator_after_the_other(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    status, met = launch("several", tiny_checkpoint, tmp_path)
+    assert status == 0
+    assert met == {0: ["served"] * 4, 1: ["served"] * 4}
+
+
+def test_launched_ranks_that_wait_for_each_other_end(tmp_path: Path) -> None:
+    status, met = launch("stuck", Path("/"), tmp_path)
+    assert status != 0
+    assert met.keys() == {1}  # the other one was ended where it waited
+    served, all_fail, again, one_fails, gone = met[1]
+    assert served == again == "served"
+    assert all_fail == "Cosmos3Error: step failed: RuntimeError: all ranks fail, this is 0"
+    assert one_fails == (
+        "WorkerDied: step failed: RuntimeError: only the last rank fails; "
+        "the other ranks cannot go on, start all of them again"
+    )
+    assert gone.endswith("the ranks are out of step after a failure; start all of them again")

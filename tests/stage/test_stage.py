@@ -1,0 +1,308 @@
+"""The stage process as its client sees it: order, progress, cancelling, faults, life and death."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ranks import processes_below, remaining, segments_of
+from test_executor import stage
+from toy_stage import ToyPlan
+
+from vllm_cosmos3.errors import (
+    Busy,
+    Cancelled,
+    CheckpointError,
+    Cosmos3Error,
+    DeadlineExceeded,
+    InvalidRequest,
+    OutOfMemory,
+    WorkerDied,
+)
+from vllm_cosmos3.progress import Progress
+from vllm_cosmos3.stage.client import Job, StageClient
+from vllm_cosmos3.stage.scheduler import QueueConfig
+
+LONG = 1000.0  # seconds of work in the scheduler's eyes
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[StageClient]:
+    """Two ranks, which the tests leave able to serve."""
+    client = StageClient(stage(1, 2, 1), QueueConfig(max_waiting=6))
+    client.wait_ready(120)
+    yield client
+    client.close()
+
+
+def test_a_result_comes_back_with_progress(client: StageClient) -> None:
+    heard: list[Progress] = []
+    job = client.submit(ToyPlan(steps=3), report=heard.append)
+    assert not job.future.cancel()  # whoever waits may not end it
+    assert job.result(60).total == 6
+    assert [(p.phase, p.step, p.steps) for p in heard] == [
+        ("encode", 0, 3),
+        *(("denoise", step, 3) for step in range(4)),
+        ("decode", 3, 3),
+    ]
+    times = [p.elapsed for p in heard]
+    assert times == sorted(times)
+    assert [p.eta is None for p in heard] == [True, True, False, False, False, True]
+
+
+def test_a_result_can_be_saved_by_the_worker(client: StageClient, tmp_path: Path) -> None:
+    job = client.submit(ToyPlan(steps=1), save=tmp_path / "total")
+    assert job.result(60) == [tmp_path / "total"]
+    assert (tmp_path / "total").read_text() == "2"
+
+
+def test_what_cannot_be_saved_fails_alone(client: StageClient, tmp_path: Path) -> None:
+    restarts = client.status().restarts
+    before = client.submit(ToyPlan(steps=1)).result(60)
+    other = client.submit(ToyPlan(steps=100, seconds=0.01), seconds=1.0)
+    for _ in range(2):
+        with pytest.raises(Cosmos3Error, match="No such file"):
+            client.submit(ToyPlan(steps=1), save=tmp_path / "none" / "total").result(60)
+    assert other.result(60).pids == before.pids
+    assert client.status().restarts == restarts
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("broken", "finish failed: OSError: No space left on device"),
+        ("deadly", "a worker process ended in finish"),
+        ("unreadable", "the result cannot be read: these are no frames"),
+    ],
+)
+def test_a_result_that_is_lost_on_its_way_leaves_nothing(
+    client: StageClient, fault: str, words: str
+) -> None:
+    job = client.submit(ToyPlan(steps=1, result=fault))
+    with pytest.raises(Cosmos3Error, match=words):
+        job.result(60)
+    assert not (client._folder / job.name).exists()
+    assert client.submit(ToyPlan(steps=1)).result(60).total == 2
+
+
+def test_a_short_request_overtakes_a_long_one(client: StageClient) -> None:
+    long = client.submit(ToyPlan(steps=200, seconds=0.02), seconds=LONG)
+    order: list[str] = []
+    long.future.add_done_callback(lambda _: order.append("long"))
+    short = client.submit(ToyPlan(steps=5), seconds=1.0)
+    short.future.add_done_callback(lambda _: order.append("short"))
+    short.result(60)
+    long.result(60)
+    assert order == ["short", "long"]
+
+
+def test_cancel_frees_the_stage_within_one_step(client: StageClient) -> None:
+    started = threading.Event()
+    seen: list[int] = []
+
+    def report(progress: Progress) -> None:
+        if progress.phase == "denoise":
+            seen.append(progress.step)
+            started.set()
+
+    job = client.submit(ToyPlan(steps=10_000, seconds=0.05), seconds=LONG, report=report)
+    waiting = client.submit(ToyPlan(), seconds=LONG)
+    assert started.wait(60)
+    waiting.cancel()
+    with pytest.raises(Cancelled):
+        waiting.result(60)
+    steps = len(seen)
+    job.cancel()
+    with pytest.raises(Cancelled):
+        job.result(60)
+    assert len(seen) <= steps + 2  # one under way, one reported meanwhile
+    assert client.submit(ToyPlan(steps=1)).result(60).total == 2
+
+
+def test_what_a_report_raises_ends_the_request(client: StageClient) -> None:
+    def report(progress: Progress) -> None:
+        raise KeyError(progress.phase)
+
+    with pytest.raises(KeyError, match="encode"):
+        client.submit(ToyPlan(steps=10_000, seconds=0.01), report=report).result(60)
+
+
+def test_what_the_last_report_raises_is_not_lost(client: StageClient) -> None:
+    def report(progress: Progress) -> None:
+        if progress.phase == "decode":
+            raise KeyError(progress.phase)
+
+    job = client.submit(ToyPlan(steps=1), report=report)
+    with pytest.raises(KeyError, match="decode"):
+        job.result(60)
+    assert not (client._folder / job.name).exists()
+
+
+def test_a_stage_that_is_killed_while_it_starts_can_be_closed() -> None:
+    client = StageClient(stage(1, 1, 1))
+    client._process.kill()
+    with pytest.raises(WorkerDied):
+        client.wait_ready(60)
+    closing = threading.Thread(target=client.close, daemon=True)
+    closing.start()
+    closing.join(60)
+    assert not closing.is_alive()
+
+
+def test_a_full_queue_is_busy(client: StageClient) -> None:
+    slow = ToyPlan(steps=10_000, seconds=0.01)
+    jobs: list[Job] = [client.submit(slow, seconds=LONG)]
+    while client.status().running == 0:
+        time.sleep(0.01)
+    jobs += [client.submit(slow, seconds=LONG) for _ in range(6)]
+    with pytest.raises(Busy, match="6 of 6"):
+        client.submit(slow, seconds=LONG)
+    status = client.status()
+    assert (status.state, status.running, status.waiting) == ("ready", 1, 6)
+    assert [job.position for job in jobs[1:]] == [0, 1, 2, 3, 4, 5]
+    for job in jobs:
+        job.cancel()
+    for job in jobs:
+        with pytest.raises(Cancelled):
+            job.result(60)
+
+
+def test_a_deadline_ends_waiting_and_running_requests(client: StageClient) -> None:
+    slow = ToyPlan(steps=10_000, seconds=0.01)
+    running = client.submit(slow, seconds=LONG, deadline=1.0)
+    waiting = client.submit(slow, seconds=LONG, deadline=0.2)
+    for job in (waiting, running):
+        with pytest.raises(DeadlineExceeded):
+            job.result(60)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        ("all", Cosmos3Error),
+        ("invalid", InvalidRequest),
+        ("memory", OutOfMemory),
+        ("memory one", OutOfMemory),
+        ("one", Cosmos3Error),
+        ("kill", WorkerDied),
+    ],
+)
+@pytest.mark.parametrize("moment", ["encode", "step 1", "decode", "finish"])
+def test_a_fault_fails_its_request_only(
+    fault: str, kind: type[Cosmos3Error], moment: str, client: StageClient
+) -> None:
+    beside = client.submit(ToyPlan(steps=20, seconds=0.005), seconds=LONG)
+    bad = client.submit(ToyPlan(faults={moment: fault}))
+    with pytest.raises(Cosmos3Error) as failure:
+        bad.result(60)
+    assert type(failure.value) is kind
+    assert beside.result(60).total == 40
+    assert client.submit(ToyPlan(steps=1)).result(60).total == 2
+
+
+def test_a_request_without_room_beside_others_waits_for_them(client: StageClient) -> None:
+    beside = client.submit(ToyPlan(steps=40, seconds=0.01), seconds=LONG)
+    order: list[str] = []
+    beside.future.add_done_callback(lambda _: order.append("beside"))
+    crowded = client.submit(ToyPlan(steps=1, faults={"encode": "crowded"}), seconds=1.0)
+    crowded.future.add_done_callback(lambda _: order.append("crowded"))
+    assert crowded.result(60).total == 2
+    assert beside.result(60).total == 80
+    assert order == ["beside", "crowded"]
+
+
+def test_a_killed_stage_process_is_replaced_and_its_workers_end(client: StageClient) -> None:
+    hanging = client.submit(ToyPlan(faults={"step 1": "hang"}))
+    while hanging.progress is None or hanging.progress.step < 1:
+        time.sleep(0.01)
+    killed = client._process.pid
+    pids = processes_below(killed)
+    segments = segments_of(pids)
+    os.kill(killed, signal.SIGKILL)
+    with pytest.raises(WorkerDied, match="status -9"):
+        hanging.result(60)
+    assert len(pids) >= 3
+    assert len(segments) >= 3  # the ring of calls and two of answers
+    assert not remaining(pids, segments)
+    client.wait_ready(120)
+    assert client.submit(ToyPlan(steps=1)).result(60).total == 2
+
+
+def test_a_missing_checkpoint_is_told_once() -> None:
+    client = StageClient(stage(1, 2, 1, model=Path("/nowhere")))
+    with pytest.raises(CheckpointError, match="/nowhere is missing"):
+        client.wait_ready(120)
+    with pytest.raises(CheckpointError):
+        client.submit(ToyPlan())
+    assert client.status().state == "failed"
+    client.close()
+    assert not client._folder.exists()
+
+
+SCRIPT = """
+import sys, time
+sys.path[:0] = {paths!r}
+from ranks import processes_below, remaining, segments_of
+from test_executor import stage
+from toy_stage import ToyPlan
+from vllm_cosmos3.stage.client import StageClient
+client = StageClient(stage(1, 2, 1))
+client.wait_ready(120)
+print(client._folder, client._process.pid, flush=True)
+jobs = [client.submit(ToyPlan(steps=40, seconds=0.05), seconds=1000.0) for _ in range(2)]
+while client.status().running == 0:
+    time.sleep(0.01)
+print("running", flush=True)
+{ending}
+"""
+
+
+def script(ending: str) -> tuple[subprocess.Popen[str], Path, int]:
+    """A program without a main guard that serves two requests; its folder and stage process."""
+    here = Path(__file__).parent
+    text = SCRIPT.format(paths=[str(here), str(here.parent)], ending=ending)
+    program = subprocess.Popen(
+        [sys.executable, "-c", text], stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+    assert program.stdout is not None
+    line = program.stdout.readline()
+    if program.stdout.readline() != "running\n":
+        program.kill()
+        program.communicate()
+        raise AssertionError(line)
+    folder, pid = line.split()
+    return program, Path(folder), int(pid)
+
+
+def test_a_program_killed_takes_its_stage_with_it() -> None:
+    program, folder, pid = script("time.sleep(600)")
+    pids = {pid} | processes_below(pid)
+    segments = segments_of(pids)
+    program.kill()
+    program.communicate()
+    assert len(pids) >= 3
+    assert len(segments) >= 3
+    assert not remaining(pids, {folder, *segments})
+
+
+def test_sigterm_drains() -> None:
+    program, folder, _ = script(
+        "import os, signal\n"
+        "os.kill(client._process.pid, signal.SIGTERM)\n"
+        "try:\n"
+        "    client.submit(ToyPlan())\n"
+        "except Exception as error:\n"
+        "    print(type(error).__name__)\n"
+        "print([job.result().total for job in jobs])\n"
+        "print(client._process.wait())\n"
+    )
+    output, _ = program.communicate(timeout=120)
+    assert output.splitlines() == ["Busy", "[80, 80]", "0"]
+    assert not folder.exists()

@@ -1,0 +1,1 @@
+"""Batch files: records of JSON, JSONL and YAML, read as requests."""

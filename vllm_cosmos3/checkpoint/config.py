@@ -1,0 +1,407 @@
+"""What a checkpoint says of itself: every number of the model, read from the folder's JSON files.
+
+Nothing here has a default that the published files carry: a missing key is an error that names it.
+Loads no torch and no weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vllm_cosmos3.checkpoint.kinds import check_kind, kind_of
+from vllm_cosmos3.errors import CheckpointError, Unsupported
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransformerConfig:
+    """``transformer/config.json``. Both towers share these dimensions."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_axes_dim: tuple[int, int, int]  # rotary frequencies for time, height and width
+    latent_channel: int
+    latent_patch_size: int
+    timestep_scale: float
+    base_fps: float
+    enable_fps_modulation: bool
+    temporal_margin: int  # gap in position ids between the text and the first latent frame
+    action_gen: bool
+    action_dim: int
+    num_embodiment_domains: int
+    sound_gen: bool
+    sound_dim: int
+    sound_latent_fps: float
+
+    @property
+    def patch_latent_dim(self) -> int:
+        """Values of one vision token: channels x patch x patch."""
+        return self.latent_channel * self.latent_patch_size**2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VAEConfig:
+    """``vae/config.json``: the Wan 2.2 video autoencoder."""
+
+    base_dim: int
+    decoder_base_dim: int
+    z_dim: int
+    dim_mult: tuple[int, ...]
+    num_res_blocks: int
+    temporal_downsample: tuple[bool, ...]
+    in_channels: int
+    out_channels: int
+    patch_size: int
+    scale_factor_temporal: int
+    scale_factor_spatial: int
+    latents_mean: tuple[float, ...]
+    latents_std: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SoundConfig:
+    """``sound_tokenizer/config.json``: the AVAE sound autoencoder."""
+
+    sampling_rate: int
+    stereo: bool
+    hop_size: int
+    vocoder_input_dim: int
+    dec_dim: int
+    dec_c_mults: tuple[int, ...]
+    dec_strides: tuple[int, ...]
+    dec_out_channels: int
+    enc_dim: int
+    enc_num_blocks: int
+    enc_n_fft: int
+    enc_hop_length: int
+    enc_latent_dim: int
+    enc_c_mults: tuple[int, ...]
+    enc_strides: tuple[int, ...]
+    encoder_enabled: bool  # false: the file holds the decoder alone
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisionConfig:
+    """``vision_encoder/config.json``: the reasoner's vision transformer. The generator uses none."""
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    in_channels: int
+    patch_size: int
+    temporal_patch_size: int
+    spatial_merge_size: int
+    num_position_embeddings: int
+    out_hidden_size: int
+    deepstack_visual_indexes: tuple[int, ...]  # blocks that also feed the language model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """``scheduler/scheduler_config.json``. ``t_list`` is set for distilled checkpoints only."""
+
+    class_name: str
+    num_train_timesteps: int
+    use_karras_sigmas: bool
+    sigma_min: float | None
+    sigma_max: float | None
+    flow_shift: float
+    t_list: tuple[float, ...] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """A whole checkpoint folder. ``sound`` is None where the checkpoint makes no sound.
+
+    ``kind`` is one of `kinds.MODES`, and says which modes the checkpoint was made for.
+    """
+
+    path: Path
+    kind: str
+    transformer: TransformerConfig
+    vae: VAEConfig
+    scheduler: SchedulerConfig
+    sound: SoundConfig | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """Degrees of the mesh. Their product is the number of ranks; tensor parallel varies fastest."""
+
+    tensor_parallel_size: int = 1
+    cfg_parallel_size: int = 1
+    ulysses_degree: int = 1
+    vae_parallel: str = "halo"  # "halo", "tile" or "off"
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor_parallel_size * self.cfg_parallel_size * self.ulysses_degree
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Everything a rank needs to build its part of the generator. Picklable.
+
+    ``memory_limit`` is how much of its device a rank may use, in GiB; None: all that is free.
+    """
+
+    model: Path
+    dtype: str = "bfloat16"  # of weights and activations; solver state is always float32
+    device: str = "cpu"
+    load_format: str = "auto"  # "auto" or "dummy"
+    attention_backend: str = "auto"
+    parallel: ParallelConfig = ParallelConfig()
+    und_residency: str = "auto"  # where the understanding tower rests: "gpu", "host" or "auto"
+    layerwise_offload: bool = False  # generation layers rest on the host and visit the device
+    memory_limit: float | None = None
+    checkpoint_kind: str | None = None  # None: what the files say
+
+
+def read_config(folder: Path, kind: str | None = None) -> ModelConfig:
+    """Every number of the generator in ``folder``, a checkpoint in the published layout.
+
+    ``kind`` replaces the kind that the files tell.
+
+    Raises CheckpointError that names all missing keys of a file, Unsupported for checkpoints that
+    are recognised but cannot be run, such as FP8 weights and the Edge architecture, and
+    InvalidRequest for a ``kind`` that the checkpoint cannot be.
+    """
+    found = read_kind(folder)
+    _refuse_unsupported(folder, found)
+    if kind is not None:
+        check_kind(kind, found)
+    transformer = _read_transformer(folder / "transformer" / "config.json")
+    sound = folder / "sound_tokenizer" / "config.json"
+    config = ModelConfig(
+        path=folder,
+        kind=kind or found,
+        transformer=transformer,
+        vae=_read_vae(folder / "vae" / "config.json"),
+        scheduler=_read_scheduler(folder),
+        sound=_read_sound(sound) if transformer.sound_gen else None,
+    )
+    _check_agreement(config)
+    return config
+
+
+def read_kind(folder: Path) -> str:
+    """What the checkpoint in ``folder`` was made for: one of `kinds.MODES`."""
+    return kind_of(
+        folder,
+        transformer=read_json(folder / "transformer" / "config.json"),
+        scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
+        pipeline=_optional(folder / "model_index.json")
+        | _optional(folder / "modular_model_index.json"),
+        root=_optional(folder / "config.json"),
+    )
+
+
+def read_vision_config(folder: Path) -> VisionConfig:
+    """Dimensions of the reasoner's vision encoder in ``folder``; CheckpointError if unreadable."""
+    file = folder / "vision_encoder" / "config.json"
+    return _read(VisionConfig, file, read_json(file))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from ``path``; CheckpointError if it is absent or not an object."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.name} is missing in {path.parent}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds {type(value).__name__}, must be a JSON object")
+    return value
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    """A JSON object from a file that not every checkpoint has."""
+    return read_json(path) if path.exists() else {}
+
+
+def _refuse_unsupported(folder: Path, kind: str) -> None:
+    """Name the checkpoints that this version does not run, from the JSON files alone."""
+    if kind == "edge":
+        raise Unsupported(
+            f"{folder} is a Cosmos3 Edge checkpoint, which this version cannot generate with; "
+            "use Cosmos3-Nano or Cosmos3-Super"
+        )
+    if read_json(folder / "transformer" / "config.json").get("quantization_config"):
+        raise Unsupported(
+            f"{folder} holds quantized weights (quantization_config in transformer/config.json), "
+            "which this version cannot run; use the bfloat16 revision"
+        )
+
+
+def _read_transformer(file: Path) -> TransformerConfig:
+    values = read_json(file)
+    _require(
+        file,
+        values,
+        attention_bias=False,
+        hidden_act="silu",
+        qk_norm_for_text=True,
+        unified_3d_mrope_reset_spatial_ids=True,
+    )
+    # Older exports have no rope_axes_dim; distilled ones leave out what they do not generate.
+    scaling = values.get("rope_scaling") or {}
+    fallback = {"rope_axes_dim": scaling.get("mrope_section", [24, 20, 20])}
+    if values.get("action_gen") is False:
+        fallback |= {"action_dim": 0, "num_embodiment_domains": 0}
+    if values.get("sound_gen") is False:
+        fallback |= {"sound_dim": 0, "sound_latent_fps": 0}
+    names = {"temporal_margin": "unified_3d_mrope_temporal_modality_margin"}
+    return _read(TransformerConfig, file, values, names, fallback)
+
+
+def _read_vae(file: Path) -> VAEConfig:
+    values = read_json(file)
+    _require(file, values, is_residual=True, attn_scales=[])
+    return _read(VAEConfig, file, values, {"temporal_downsample": "temperal_downsample"})
+
+
+def _read_sound(file: Path) -> SoundConfig:
+    values = read_json(file)
+    _require(
+        file,
+        values,
+        model_type="autoencoder_v2",
+        enc_type="spec_convnext",
+        enc_use_snake=True,
+        activation="snakebeta",
+        snake_logscale=True,
+        normalize_volume=True,
+        causal=False,
+        padding_mode="zeros",
+        latent_mean=None,
+        latent_std=None,
+    )
+    return _read(SoundConfig, file, values, fallback={"encoder_enabled": True})
+
+
+def _read_scheduler(folder: Path) -> SchedulerConfig:
+    """Base checkpoints name a UniPC scheduler; distilled ones an Euler scheduler with fixed steps.
+
+    Diffusers reads those steps from its modular index: both must say the same, if both say any.
+    """
+    file = folder / "scheduler" / "scheduler_config.json"
+    values = read_json(file)
+    fixed = values.get("fixed_step_sampler_config") or {}
+    _require(file, fixed, sample_type="sde")
+    sigmas = _optional(folder / "modular_model_index.json").get("distilled_sigmas")
+    t_list = fixed.get("t_list") or sigmas
+    if sigmas and sigmas != t_list:
+        raise CheckpointError(
+            f"{file} has the fixed steps {t_list} and modular_model_index.json {sigmas}, "
+            "must be equal"
+        )
+    fallback = {
+        "use_karras_sigmas": False,
+        "sigma_min": None,
+        "sigma_max": None,
+        "flow_shift": values.get("shift", 1.0),
+        "t_list": t_list,
+    }
+    return _read(SchedulerConfig, file, values, {"class_name": "_class_name"}, fallback)
+
+
+def _check_agreement(config: ModelConfig) -> None:
+    """Numbers that several files or keys state must be the same in all of them."""
+    transformer, vae, sound = config.transformer, config.vae, config.sound
+    equal = {
+        "2 x sum of rope_axes_dim and head_dim": (
+            2 * sum(transformer.rope_axes_dim),
+            transformer.head_dim,
+        ),
+        "vae z_dim and transformer latent_channel": (vae.z_dim, transformer.latent_channel),
+        "vae z_dim and the length of latents_mean": (vae.z_dim, len(vae.latents_mean)),
+        "vae z_dim and the length of latents_std": (vae.z_dim, len(vae.latents_std)),
+        "num_attention_heads modulo num_key_value_heads and 0": (
+            transformer.num_attention_heads % transformer.num_key_value_heads,
+            0,
+        ),
+    }
+    if sound is not None:
+        equal |= {
+            "sound vocoder_input_dim and transformer sound_dim": (
+                sound.vocoder_input_dim,
+                transformer.sound_dim,
+            ),
+            "sound hop_size and the product of dec_strides": (
+                sound.hop_size,
+                math.prod(sound.dec_strides),
+            ),
+        }
+    for what, (left, right) in equal.items():
+        if left != right:
+            raise CheckpointError(f"{config.path}: {what} are {left} and {right}, must be equal")
+
+
+def _require(file: Path, values: Mapping[str, Any], **expected: object) -> None:
+    """Refuse settings that the implementation does not have. An absent key has the usual value."""
+    for key, value in expected.items():
+        if key in values and values[key] != value:
+            raise Unsupported(
+                f"{_short(file)}: {key} is {values[key]!r}, this version runs only {value!r}"
+            )
+
+
+def _read(
+    kind: type[Config],
+    file: Path,
+    values: Mapping[str, Any],
+    names: Mapping[str, str] | None = None,
+    fallback: Mapping[str, Any] | None = None,
+) -> Config:
+    """Build ``kind`` from ``values``. ``names`` maps fields to keys that are spelled differently."""
+    names, fallback = names or {}, fallback or {}
+    found, missing = {}, []
+    for field, hint in typing.get_type_hints(kind).items():
+        key = names.get(field, field)
+        value = values.get(key)
+        if value is None and field in fallback:
+            value = fallback[field]
+        elif value is None:
+            missing.append(key)
+            continue
+        found[field] = _typed(value, hint, f"{_short(file)}: {key}")
+    if missing:
+        raise CheckpointError(f"{file} lacks {', '.join(missing)}")
+    return kind(**found)
+
+
+def _typed(value: Any, hint: Any, what: str) -> Any:
+    """``value`` as the type of a field; JSON writes tuples as lists and may write 24.0 as 24."""
+    options, items = typing.get_args(hint), typing.get_origin(hint)
+    if items is tuple and isinstance(value, list):
+        length = None if options[-1] is Ellipsis else len(options)
+        if length in (None, len(value)):
+            return tuple(_typed(item, options[0], what) for item in value)
+    elif type(None) in options:
+        return None if value is None else _typed(value, options[0], what)
+    elif hint is float and type(value) is int:
+        return float(value)
+    elif type(value) is hint:
+        return value
+    shown = str(hint).removeprefix("<class '").removesuffix("'>")
+    raise CheckpointError(f"{what} is {value!r}, must be {shown}")
+
+
+def _short(file: Path) -> str:
+    return f"{file.parent.name}/{file.name}"

@@ -1,0 +1,77 @@
+"""Where a checkpoint is: a folder as it stands, or a Hugging Face repository in the ordinary cache.
+
+The configuration comes first and is read before any weights are asked for: a checkpoint that cannot
+be run costs kilobytes, not tens of gigabytes.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from vllm_cosmos3.checkpoint.config import ModelConfig, read_config
+from vllm_cosmos3.errors import CheckpointError
+
+CONFIGURATION = ["*.json", "*.txt", "*.jinja"]
+
+
+def resolve(model: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
+    """The folder of ``model``, which is a folder or a repository such as ``nvidia/Cosmos3-Nano``.
+
+    Of a repository the generator's files are downloaded, unless the cache has them, with the token
+    of ``hf auth login`` or ``HF_TOKEN``, or without ``weights`` only what describes the model.
+    ``revision`` is a branch, tag or commit; folders have none.
+    Raises CheckpointError with the fix where there is no such model or it cannot be reached, and
+    whatever read_config raises.
+    """
+    folder = Path(os.path.expanduser(model))  # leaves a user that nobody knows as it is
+    if folder.is_dir():
+        if revision is not None:
+            raise CheckpointError(f"{folder} is a folder, revision {revision!r} needs a repository")
+        return folder
+    name = str(model)
+    snapshot = _download(name, revision, CONFIGURATION)
+    patterns = _weight_patterns(read_config(snapshot))
+    if not weights:
+        return snapshot
+    # The commit, not the branch: it may have moved since the configuration was read.
+    return _download(name, snapshot.name, [*CONFIGURATION, *patterns])
+
+
+def _weight_patterns(config: ModelConfig) -> list[str]:
+    """What the generator loads. The vision encoder is the reasoner's."""
+    folders = ["transformer", "vae", *(["sound_tokenizer"] if config.sound else [])]
+    return [f"{folder}/*.safetensors" for folder in folders]
+
+
+def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    page = f"https://huggingface.co/{name}"
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except errors.HFValidationError:
+        problem = (
+            f"model is {name!r}, must be an existing folder "
+            "or a Hugging Face repository such as nvidia/Cosmos3-Nano"
+        )
+    except errors.GatedRepoError:
+        problem = (
+            f"{name} is gated: accept its terms on {page} "
+            "and log in with 'hf auth login' or set HF_TOKEN"
+        )
+    except errors.RepositoryNotFoundError:
+        problem = (
+            f"{name} is neither a folder nor a Hugging Face repository that this account can see; "
+            "check the name, and log in with 'hf auth login' or set HF_TOKEN if it is private"
+        )
+    except errors.RevisionNotFoundError:
+        problem = f"{name} has no revision {revision!r}; {page}/tree/main lists them"
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        problem = (
+            f"{name} is not a folder, not complete in the Hugging Face cache, and the hub cannot be "
+            "reached; check the network, unset HF_HUB_OFFLINE, or name a local folder"
+        )
+    except (errors.HfHubHTTPError, OSError) as error:
+        problem = f"{name} cannot be downloaded: {str(error).strip().splitlines()[0]}"
+    raise CheckpointError(problem)

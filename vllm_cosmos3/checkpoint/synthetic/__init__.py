@@ -1,0 +1,147 @@
+"""Writes a random checkpoint in the published layout, for demonstrations, tests and sizing.
+
+The tensors are those of the inventory of the JSON files that were just written: what this module
+writes and what the loaders expect cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from vllm_cosmos3.checkpoint.config import read_config, read_vision_config
+from vllm_cosmos3.checkpoint.synthetic.files import SIZES, published_files
+from vllm_cosmos3.checkpoint.synthetic.random_weights import draw
+from vllm_cosmos3.checkpoint.synthetic.tokenizer import (
+    spoken_ids,
+    token_ids,
+    train_tokenizer,
+    write_tokenizer,
+)
+from vllm_cosmos3.checkpoint.tensors import (
+    sound_tensors,
+    transformer_tensors,
+    vae_tensors,
+    vision_tensors,
+)
+from vllm_cosmos3.errors import CheckpointError, InvalidRequest
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+VOCABULARY_MULTIPLE = 64  # the embedding has a multiple of this many rows
+TRANSFORMER_SHARDS = 2
+
+
+def write_checkpoint(
+    folder: Path,
+    *,
+    size: str = "tiny",
+    kind: str = "base",
+    seed: int = 0,
+    dtype: str = "bfloat16",
+    weights: bool = True,
+    force: bool = False,
+) -> None:
+    """Write a checkpoint of ``size`` into ``folder``; the same arguments give the same bytes.
+
+    ``size`` is one of SIZES and ``kind`` one of `kinds.MODES`; tiny alone can
+    have weights, and Edge cannot.
+    ``dtype`` is that of the transformers and the video autoencoder. The sound autoencoder is always
+    float32, as published. Without ``weights`` only the configuration and the tokenizer are written.
+    A folder that holds something other than a checkpoint is replaced only with ``force``.
+    """
+    if weights and size != "tiny":
+        raise InvalidRequest("--size", size, "tiny, or given together with --no-weights")
+    if weights and kind == "edge":
+        raise InvalidRequest("--kind", kind, "another one, or given together with --no-weights")
+    _clear(folder, force=force)
+    chosen = SIZES[size]
+    tokenizer = train_tokenizer()
+    for place in (folder, folder / "text_tokenizer"):
+        write_tokenizer(tokenizer, place)
+    template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    _write_json(folder / "chat_template.json", {"chat_template": template})
+
+    tokens = tokenizer.get_vocab_size(with_added_tokens=True)
+    vocab_size = chosen.vocab_size or -(-tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    files = published_files(chosen, kind, vocab_size, token_ids(tokenizer), dtype)
+    for name, contents in files.items():
+        _write_json(folder / name, contents)
+    if weights:
+        _write_weights(folder, seed, DTYPES[dtype], spoken_ids(tokenizer))
+
+
+def _clear(folder: Path, *, force: bool) -> None:
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file, must be a folder")
+    if folder.exists() and any(folder.iterdir()):
+        if not (force or (folder / "model_index.json").exists()):
+            raise CheckpointError(
+                f"{folder} holds files but no checkpoint; name another folder or pass --force"
+            )
+        shutil.rmtree(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be made: {error.strerror}") from None
+
+
+def _write_weights(folder: Path, seed: int, dtype: torch.dtype, spoken: list[int]) -> None:
+    config = read_config(folder)
+    prefix = "diffusion_pytorch_model"
+    transformer = draw(transformer_tensors(config.transformer), seed, dtype)
+    transformer["lm_head.weight"] *= _rows(spoken, config.transformer.vocab_size, others=0.25)
+    shards = _write_shards(folder / "transformer", prefix, transformer, TRANSFORMER_SHARDS)
+    vision = draw(vision_tensors(read_vision_config(folder)), seed, dtype)
+    encoder = _write_shards(folder / "vision_encoder", "model", vision, 1)
+
+    # The root index is the reasoner's: it names both folders, and the generator's tensors too.
+    root = {name: f"transformer/{file}" for name, file in shards.items()}
+    root |= {name: f"vision_encoder/{file}" for name, file in encoder.items()}
+    _write_index(folder / "model.safetensors.index.json", root, {**transformer, **vision})
+
+    vae = draw(vae_tensors(config.vae), seed, dtype)
+    _write_shards(folder / "vae", prefix, vae, 1)
+    if config.sound is not None:
+        sound = draw(sound_tensors(config.sound), seed, torch.float32)
+        _write_shards(folder / "sound_tokenizer", prefix, sound, 1)
+
+
+def _rows(chosen: list[int], count: int, *, others: float) -> torch.Tensor:
+    """One factor per row: 1 for the ``chosen``, ``others`` for the rest."""
+    factors = torch.full((count, 1), others)
+    factors[chosen] = 1.0
+    return factors
+
+
+def _write_shards(
+    folder: Path, prefix: str, tensors: dict[str, torch.Tensor], count: int
+) -> dict[str, str]:
+    """Write ``tensors`` as ``count`` files of about equal length and return name -> file."""
+    names = list(tensors)
+    length = -(-len(names) // count)
+    where: dict[str, str] = {}
+    for index in range(count):
+        number = f"-{index + 1:05d}-of-{count:05d}" if count > 1 else ""
+        file = f"{prefix}{number}.safetensors"
+        part = names[index * length : (index + 1) * length]
+        save_file({name: tensors[name] for name in part}, folder / file, {"format": "pt"})
+        where |= dict.fromkeys(part, file)
+    if count > 1:
+        _write_index(folder / f"{prefix}.safetensors.index.json", where, tensors)
+    return where
+
+
+def _write_index(file: Path, where: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    _write_json(
+        file, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+    )
+
+
+def _write_json(file: Path, contents: object) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,36 @@
+"""How much device memory one rank needs, from the configuration alone: no weight, no device.
+
+Bytes are those that torch's allocator hands out at the same time. On a GPU come on top: the CUDA
+context, workspaces of cuBLAS, cuDNN and NCCL, and what fragmentation wastes. `RESERVE` stands for
+all of them, `WORKSPACES` for all but the context.
+"""
+
+from __future__ import annotations
+
+from vllm_cosmos3.generator.memory.estimate import (
+    RESERVE,
+    WORKSPACES,
+    Memory,
+    Work,
+    estimate,
+    settled,
+    usual_work,
+    work_of,
+    work_with,
+)
+from vllm_cosmos3.generator.memory.fit import check_weights, decided, suggestions
+
+__all__ = [
+    "RESERVE",
+    "WORKSPACES",
+    "Memory",
+    "Work",
+    "check_weights",
+    "decided",
+    "estimate",
+    "settled",
+    "suggestions",
+    "usual_work",
+    "work_of",
+    "work_with",
+]

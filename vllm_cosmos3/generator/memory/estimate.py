@@ -1,0 +1,313 @@
+"""The memory of a rank, phase by phase, and what a request keeps between calls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+
+from vllm_cosmos3.checkpoint.config import EngineConfig, ModelConfig, SoundConfig, TransformerConfig
+from vllm_cosmos3.checkpoint.kinds import MODES
+from vllm_cosmos3.generator.memory.ledger import Ledger
+from vllm_cosmos3.generator.memory.vae_activations import decode_peak, encode_peak
+from vllm_cosmos3.generator.memory.weight_bytes import FLOAT32, layer_bytes, loading, weights
+from vllm_cosmos3.request.defaults import TEXT_TOKENS
+from vllm_cosmos3.request.parameters import Parameters, resolve
+from vllm_cosmos3.request.plan import Plan
+from vllm_cosmos3.request.request import GenerateRequest
+
+WORKSPACES = 2**30  # bytes: see the package
+RESERVE = WORKSPACES + 2**29  # with the CUDA context
+LAYERS_AHEAD = 1  # layers that are fetched from the host while one computes
+TEXT_BYTES = 1 << 29  # of keys and values kept of recent texts: about 3,600 tokens of Nano
+INT64 = 8
+OTHER_ATTENTION_BYTES = FLOAT32  # of a query head: the logarithm of its sum
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What a request comes to, in sizes.
+
+    ``streams`` are names and latent shapes, ``text`` the tokens of each text, ``sources`` the frames,
+    height and width of what is encoded for known frames. ``chunks`` are made one after the other,
+    and all but the last are decoded while the request goes on.
+    """
+
+    streams: tuple[tuple[str, tuple[int, ...]], ...]
+    text: tuple[int, ...]
+    sources: tuple[tuple[int, int, int], ...] = ()
+    samples: int = 1
+    chunks: int = 1
+    decoded: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes of the fullest rank.
+
+    ``weights`` rest on the device by part, ``host`` in the host's memory. ``loading`` is the peak
+    of the start. ``held`` is the most that a request keeps from one call to the next; ``phases``
+    are the peaks of its calls beside the weights, with what it holds. ``reserve`` is for what torch's
+    allocator does not see: `RESERVE` on a GPU, nothing on a CPU.
+    """
+
+    weights: Mapping[str, int]
+    host: Mapping[str, int]
+    loading: int
+    held: int
+    phases: Mapping[str, int]
+    reserve: int
+
+    @property
+    def resident(self) -> int:
+        """All weights on the device."""
+        return sum(self.weights.values())
+
+    @property
+    def request(self) -> int:
+        """What one request needs beside the weights."""
+        return max(self.phases.values())
+
+    @property
+    def peak(self) -> int:
+        """The most that is ever allocated, when there is one request at a time."""
+        return max(self.loading, self.resident + self.request)
+
+    @property
+    def needed(self) -> int:
+        """What a device must have."""
+        return self.peak + self.reserve
+
+
+def usual_work(model: ModelConfig, request: GenerateRequest | None = None) -> Work:
+    """The sizes of a request with long texts: of the largest default, if no other is given.
+
+    Raises:
+        InvalidRequest: as `parameters.resolve`.
+    """
+    if request is None:
+        images = MODES[model.kind] == ("text2image",)
+        request = GenerateRequest(prompt="any", num_frames=1 if images else None)
+    return work_with(settled(model, request), model)
+
+
+def settled(model: ModelConfig, request: GenerateRequest) -> Parameters:
+    """The numbers of a request for an image or a video from text.
+
+    All kinds take the same memory for the same sizes; a video of text stands for the others.
+    """
+    return resolve(request, replace(model, kind="base"))
+
+
+def work_with(numbers: Parameters, model: ModelConfig) -> Work:
+    """The sizes that these numbers lead to, with long texts."""
+    vae = model.vae
+    rows, columns = (n // vae.scale_factor_spatial for n in (numbers.height, numbers.width))
+    frames = 1 + (numbers.num_frames - 1) // vae.scale_factor_temporal
+    streams: list[tuple[str, tuple[int, ...]]] = [("vision", (1, vae.z_dim, frames, rows, columns))]
+    if numbers.sound_duration is not None:
+        config = model.transformer
+        length = math.ceil(numbers.sound_duration * config.sound_latent_fps)
+        streams.append(("sound", (config.sound_dim, length)))
+    branches = 1 if numbers.guidance_scale == 1 else 2
+    return Work(streams=tuple(streams), text=(TEXT_TOKENS,) * branches)
+
+
+def work_of(plan: Plan) -> Work:
+    """The sizes of a planned request."""
+    return Work(
+        streams=tuple((stream.name, stream.shape) for stream in plan.streams),
+        text=tuple(map(len, dict.fromkeys(plan.token_ids))),  # branches may share one
+        sources=tuple(
+            stream.source.shape[:3]
+            for stream in plan.streams
+            if stream.source is not None and stream.name == "vision"
+        ),
+        samples=len(plan.seeds),
+        chunks=len(plan.chunks),
+        decoded=plan.decoded,
+    )
+
+
+def estimate(model: ModelConfig, engine: EngineConfig, work: Work) -> Memory:
+    """The memory that ``work`` takes under ``engine``, whose residency must be decided."""
+    item = FLOAT32 if engine.dtype == "float32" else 2
+    tp = engine.parallel.tensor_parallel_size
+    on_device = weights(model, tensor_parallel_size=tp, item=item)
+    host: dict[str, int] = {}
+    if engine.und_residency == "host":
+        host |= {name: on_device.pop(name) for name in ("understanding", "embedding")}
+    if engine.layerwise_offload:
+        host["generation"] = on_device.pop("generation")
+    request = _Request(model, engine, work, item)
+    return Memory(
+        weights=on_device,
+        host=host,
+        loading=loading(model, on_device, item=item, dummy=engine.load_format == "dummy"),
+        held=request.held,
+        phases=request.phases(),
+        reserve=RESERVE if request.fused else 0,
+    )
+
+
+class _Request:
+    """The arithmetic of one request on one rank."""
+
+    def __init__(self, model: ModelConfig, engine: EngineConfig, work: Work, item: int) -> None:
+        self.model, self.engine, self.work, self.item = model, engine, work, item
+        self.config, self.parallel = model.transformer, engine.parallel
+        # The kernels that fuse norms, rotations and SiLU are those of a GPU and of half precision.
+        self.fused = engine.device.split(":")[0] != "cpu"
+        self.tokens = sum(_tokens(name, shape, self.config) for name, shape in work.streams)
+        self.latents = sum(prod(shape) for _, shape in work.streams) * FLOAT32
+        self.text = sorted(work.text, reverse=True)[:: self.parallel.cfg_parallel_size]
+        self.layer = layer_bytes(
+            self.config, tensor_parallel_size=self.parallel.tensor_parallel_size, item=item
+        )
+
+    @property
+    def texts(self) -> int:
+        """Keys and values of this rank's heads and branches."""
+        config, parallel = self.config, self.parallel
+        heads = config.num_key_value_heads // (
+            parallel.tensor_parallel_size * parallel.ulysses_degree
+        )
+        token = 2 * heads * config.head_dim * config.num_hidden_layers * self.item
+        return sum(self.text) * token
+
+    @property
+    def context(self) -> int:
+        """What the generation tokens are told: texts, and rotary tables of their own positions."""
+        table = self.own_tokens * (self.config.head_dim * self.item + INT64)
+        return self.texts + len(self.text) * table
+
+    @property
+    def own_tokens(self) -> int:
+        return -(-self.tokens // self.parallel.ulysses_degree)
+
+    @property
+    def held(self) -> int:
+        """Between two steps: text, what is known, the latents, and the solver's three of them."""
+        done = (self.work.samples * self.work.chunks - 1) * self.latents
+        return self.context + self.latents * 5 + done
+
+    def phases(self) -> dict[str, int]:
+        phases = {"text": self._text(), "denoise": self._denoise()}
+        if self.work.sources:
+            phases["encode"] = self._encode()
+        if self.work.decoded:
+            phases |= self._decode()
+        return phases
+
+    def _text(self) -> int:
+        ledger = Ledger()
+        streamed = self.engine.und_residency == "host"
+        ledger.take(self.context)
+        if streamed:  # the embedding with the first layer behind it, then layers
+            ledger.moment(self._embedding(), self.layer * LAYERS_AHEAD)
+            ledger.take(self.layer * (1 + LAYERS_AHEAD))
+        self._layer(ledger, max(self.text), keys=0)  # which go into the cache
+        return ledger.peak
+
+    def _embedding(self) -> int:
+        tp = self.parallel.tensor_parallel_size
+        return weights(self.model, tensor_parallel_size=tp, item=self.item)["embedding"]
+
+    def _encode(self) -> int:
+        peaks = [
+            encode_peak(
+                self.model.vae,
+                *source,
+                world=self.parallel.world_size,
+                parallel=self.parallel.vae_parallel,
+                item=self.item,
+                fused=self.fused,
+            )
+            for source in self.work.sources
+        ]
+        return self.context + self.latents + max(peaks)
+
+    def _denoise(self) -> int:
+        """One forward; then velocities of all branches, and the solver's next state."""
+        config, own = self.config, self.own_tokens
+        ledger = Ledger()
+        ledger.take(self.held)
+        ledger.moment(self.latents * (2 * len(self.work.text) + 4))
+        ledger.take(self.latents)  # of the other branch's velocities
+        ledger.take(self.layer * (1 + LAYERS_AHEAD) * self.engine.layerwise_offload)
+        width = config.hidden_size * self.item
+        ledger.take(self.tokens * width)  # all tokens, of which this rank takes its own
+        ledger.moment(2 * self.tokens * width)  # gathered at the end
+        self._layer(ledger, own, max(self.text) + self.tokens)
+        return ledger.peak
+
+    def _layer(self, ledger: Ledger, tokens: int, keys: int) -> None:
+        """A layer for ``tokens``: attention, then the perceptron beside what is still referenced."""
+        config, parallel = self.config, self.parallel
+        tp = parallel.tensor_parallel_size
+        width = tokens * config.hidden_size * self.item
+        query = tokens * config.num_attention_heads * config.head_dim * self.item // tp
+        key = tokens * config.num_key_value_heads * config.head_dim * self.item // tp
+        inner = tokens * config.intermediate_size * self.item // tp
+        with ledger.scope():
+            ledger.take(2 * width, query + 2 * key)  # the last addend and the sum before it
+            if not self.fused:
+                ledger.take(2 * width, query + key)  # normed, and turned
+                ledger.moment(tokens * config.hidden_size * FLOAT32 * 2)
+            with ledger.scope():
+                heads = config.num_key_value_heads // (tp * parallel.ulysses_degree)
+                if parallel.ulysses_degree > 1:
+                    ledger.take(query + 2 * key, query)
+                ledger.take(2 * keys * heads * config.head_dim * self.item)
+                ledger.take(query, query // (config.head_dim * self.item) * OTHER_ATTENTION_BYTES)
+            reduced = width if tp > 1 else 0
+            ledger.take(width + reduced)
+            ledger.take(2 * inner)
+            ledger.take(inner)
+            ledger.give(2 * inner)
+            ledger.take(width + reduced)
+
+    def _decode(self) -> dict[str, int]:
+        latents = self.work.samples * self.work.chunks * self.latents
+        latents += self.held if self.work.chunks > 1 else min(self.texts, TEXT_BYTES)
+        # Of several the last is the result; the others are controls.
+        vision = next(shape for name, shape in reversed(self.work.streams) if name == "vision")
+        peak = decode_peak(
+            self.model.vae,
+            vision,
+            world=self.parallel.world_size,
+            parallel=self.parallel.vae_parallel,
+            item=self.item,
+            fused=self.fused,
+        )
+        vae = self.model.vae
+        frames = 1 + (vision[2] - 1) * vae.scale_factor_temporal
+        pixels = 3 * frames * vision[3] * vision[4] * vae.scale_factor_spatial**2
+        if not self.fused:  # on a CPU the frames of the chunks before are in the same memory
+            peak += (self.work.chunks - 1) * pixels
+        phases = {"decode": latents + peak}
+        sound = next((shape for name, shape in self.work.streams if name == "sound"), None)
+        if sound is not None and self.model.sound is not None:
+            phases["sound"] = latents + _sound_peak(self.model.sound, sound[1])
+        return phases
+
+
+def _tokens(name: str, shape: tuple[int, ...], config: TransformerConfig) -> int:
+    if name == "vision":
+        patch = config.latent_patch_size
+        return shape[2] * -(-shape[3] // patch) * -(-shape[4] // patch)
+    return shape[1] if name == "sound" else shape[0]
+
+
+def _sound_peak(config: SoundConfig, length: int) -> int:
+    """Bytes of decoding ``length`` latents, which takes most in the last block, in float32."""
+    widths = [config.dec_dim * factor for factor in (*config.dec_c_mults[::-1], 1)]
+    peak, samples = 0, length
+    for before, after, stride in zip(widths, widths[1:], config.dec_strides[::-1], strict=False):
+        given, samples = before * samples, samples * stride
+        kernel = before * after * 2 * stride
+        made = after * samples
+        # The input, its snake, twice the kernel, then: own input, one unit's, its inner one, snake.
+        peak = max(peak, given * 3 + made, given * 2 + made + 2 * kernel, given + made * 5)
+    return peak * FLOAT32

@@ -1,0 +1,1 @@
+"""The generator's networks, built from vLLM's layers."""

@@ -1,0 +1,47 @@
+"""The parts of a checkpoint that the generator loads, known before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vllm_cosmos3.checkpoint.config import ModelConfig
+from vllm_cosmos3.checkpoint.tensors import sound_tensors, transformer_tensors, vae_tensors
+from vllm_cosmos3.checkpoint.weights import Shapes, Table, check_weights, identity_table
+from vllm_cosmos3.generator.models.transformer import weight_table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Component:
+    """One folder with weights: what it may hold, and what of that goes where."""
+
+    folder: str
+    shapes: Shapes
+    table: Table
+
+
+def components(model: ModelConfig) -> Iterator[Component]:
+    """What `Pipeline.load` reads."""
+    transformer, vae = transformer_tensors(model.transformer), vae_tensors(model.vae)
+    yield Component(folder="transformer", shapes=transformer, table=weight_table(model.transformer))
+    yield Component(folder="vae", shapes=vae, table=identity_table(vae))
+    if model.sound is not None:
+        sound = sound_tensors(model.sound)
+        decoder = {name: shape for name, shape in sound.items() if name.startswith("decoder.")}
+        yield Component(folder="sound_tokenizer", shapes=sound, table=identity_table(decoder))
+
+
+def loaded_values(model: ModelConfig) -> int:
+    """How many values that are."""
+    return sum(math.prod(part.shapes[name]) for part in components(model) for name in part.table)
+
+
+def check_files(model: ModelConfig) -> None:
+    """Look into the headers of all shards.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected or of another shape.
+    """
+    for part in components(model):
+        check_weights(part.table, model.path / part.folder, part.shapes)

@@ -1,0 +1,546 @@
+"""The transformer of Cosmos 3: two towers with the same layers, one for text, one for latents.
+
+The understanding tower reads the text, causally, once per request and guidance branch: nothing in it
+depends on the timestep or on latents. What it leaves are the keys and values of every layer. The
+generation tower runs at each step; its tokens attend to the text's and to each other, without a
+mask. No user request, schedule or guidance is known here.
+
+Under Ulysses each rank holds part of the generation tokens and, during attention, all tokens of part
+of the heads. Under tensor parallelism vLLM's layers hold part of the heads throughout.
+
+Several branches of guidance can be evaluated side by side, in one sequence whose parts attend only to
+themselves and to the text of their branch.
+
+Shape suffixes: S tokens of the whole sequence, s of this rank, B branches, H heads, h key heads,
+D values of a token or head, F rotary frequencies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding, silu
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import (
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+from vllm_cosmos3.checkpoint.config import TransformerConfig
+from vllm_cosmos3.checkpoint.tensors import TIME_FREQUENCIES
+from vllm_cosmos3.checkpoint.weights import Target
+from vllm_cosmos3.compat import fused_qk_norm_rope
+from vllm_cosmos3.generator.sampling.packing import (
+    Stream,
+    noisy_tokens,
+    patchify,
+    token_count,
+    unpatchify,
+)
+from vllm_cosmos3.generator.sampling.positions import rotary_table, text_positions
+from vllm_cosmos3.parallel.attention import Attend, attend_in_turn
+from vllm_cosmos3.parallel.mesh import (
+    Axis,
+    Mesh,
+    building_layers,
+    gather_heads,
+    gather_sequence,
+    own_heads,
+    scatter_heads,
+    shard_sequence,
+)
+from vllm_cosmos3.parallel.offload import HostLayers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Rope:
+    """Rotary tables of this rank's tokens, and the length of the whole sequence of one branch.
+
+    ``table`` [B s, 2 F] holds the cosines, then the sines; ``rows`` [B s] counts its rows, as
+    vLLM's kernel wants to be told which row each token takes. ``controls`` are tokens and share of
+    those streams, first in the sequence, that the others attend to in turn.
+    """
+
+    table: Tensor
+    rows: Tensor
+    length: int
+    controls: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TextCache:
+    """What the generation tower needs of a text, by layer: keys and values of this rank's heads.
+
+    Each layer is one tensor [S, 2, h, D]: the keys, normed and rotated, and the values.
+    """
+
+    layers: tuple[Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Context:
+    """All that the generation tokens are told once: the text of each branch, and their places."""
+
+    texts: tuple[TextCache, ...]
+    rope: Rope
+
+
+def join(contexts: Sequence[Context]) -> Context:
+    """Branches side by side. Their tokens may have different places, but are as many."""
+    if len(contexts) == 1:
+        return contexts[0]
+    table = torch.cat([context.rope.table for context in contexts])
+    rows = torch.arange(table.shape[0], device=table.device)
+    return Context(
+        texts=tuple(text for context in contexts for text in context.texts),
+        rope=replace(contexts[0].rope, table=table, rows=rows),
+    )
+
+
+class Transformer(nn.Module):
+    """Both towers and the adapters of each kind of latent.
+
+    ``text_device`` and ``layer_device`` are where the weights of the understanding tower and of the
+    generation layers are, if not on ``device`` with everything else; see `rest_on_host`.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        mesh: Mesh,
+        attend: Attend,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        text_device: torch.device | None = None,
+        layer_device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.dtype, self.device = config, dtype, device
+        self._attend, self._ulysses = attend, mesh.ulysses
+        with building_layers(mesh):
+            with text_device or device:
+                self.understanding = Understanding(config, mesh.ulysses, attend, dtype)
+            with layer_device or device:
+                count = config.num_hidden_layers
+                self.layers = nn.ModuleList(Layer(config, dtype) for _ in range(count))
+                self.sequence: Iterable[nn.Module] = tuple(self.layers)
+            with device:
+                self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+                self.adapters = _adapters(config, dtype)
+                self.time = TimeEmbedding(config)
+        self.requires_grad_(requires_grad=False)
+
+    def rest_on_host(self, *, text: bool, layers: bool) -> None:
+        """Take loaded weights that were built on the host to the device only while they are used."""
+        if text:
+            tower = self.understanding
+            tower.sequence = HostLayers(tower.sequence, self.device)
+        if layers:
+            self.sequence = HostLayers(self.layers, self.device)
+
+    def rope(self, positions_3S: Tensor, controls: tuple[tuple[int, float], ...] = ()) -> Rope:
+        """Tables for the generation tokens at ``positions_3S``; once per request and branch."""
+        table = torch.cat(rotary_table(positions_3S, self.config), dim=1)
+        rope = self._rope(shard_sequence(table, self._ulysses), positions_3S.shape[1])
+        return replace(rope, controls=controls)
+
+    def understand(self, ids_S: Tensor) -> TextCache:
+        """Read the token ids of one branch, int64 on the device; once per request and branch."""
+        length = ids_S.shape[0]
+        table = torch.cat(rotary_table(text_positions(length), self.config), dim=1)
+        return TextCache(layers=self.understanding(ids_S, self._rope(table, length)))
+
+    def _rope(self, table: Tensor, length: int) -> Rope:
+        rows = torch.arange(table.shape[0], device=self.device)
+        return Rope(table=table.to(self.device, self.dtype), rows=rows, length=length)
+
+    def forward(
+        self,
+        streams: Sequence[Stream],
+        context: Context,
+        timestep: Tensor,
+        domain_id: int = 0,
+    ) -> tuple[tuple[Tensor, ...], ...]:
+        """The velocities of each branch: float32, in the shapes of the latents, 0 where not free.
+
+        ``streams`` lie in the sequence in this order, at the positions of the context's rope.
+        ``timestep`` is a float32 scalar in [0, 1000] on the device, ``domain_id`` the embodiment of
+        the actions.
+        """
+        branches, rope = len(context.texts), context.rope
+        temb_D = self.time(timestep).to(self.dtype)
+        x_SD = torch.cat([self._embed(stream, temb_D, domain_id) for stream in streams])
+        x_sD, residual_sD = shard_sequence(x_SD, self._ulysses).repeat(branches, 1), None
+        for layer, *texts in zip(self.sequence, *(t.layers for t in context.texts), strict=True):
+            attend = partial(self._attend_all, texts, rope)
+            x_sD, residual_sD = layer(x_sD, residual_sD, rope, attend)
+        x_sD, _ = self.norm(x_sD, residual_sD)
+        return tuple(
+            self._velocities(streams, gather_sequence(x, self._ulysses, rope.length), domain_id)
+            for x in x_sD.chunk(branches)
+        )
+
+    def _embed(self, stream: Stream, temb_D: Tensor, domain_id: int) -> Tensor:
+        """Tokens of a stream. Those that are given are not told the timestep."""
+        x_SD = self.adapters[stream.name].embed(stream.x.to(self.dtype), domain_id)
+        noisy_S1 = noisy_tokens(stream, self.config.latent_patch_size).unsqueeze(1)
+        return torch.addcmul(x_SD, noisy_S1.to(self.dtype), temb_D)
+
+    def _velocities(
+        self, streams: Sequence[Stream], x_SD: Tensor, domain_id: int
+    ) -> tuple[Tensor, ...]:
+        counts = [token_count(stream, self.config.latent_patch_size) for stream in streams]
+        parts = zip(streams, x_SD.split(counts), strict=True)
+        return tuple(self._velocity(stream, x, domain_id) for stream, x in parts)
+
+    def _velocity(self, stream: Stream, x_SD: Tensor, domain_id: int) -> Tensor:
+        velocity = self.adapters[stream.name].velocity(x_SD, stream.x.shape, domain_id)
+        return torch.where(stream.free, velocity.float(), 0.0)
+
+    def _attend_all(
+        self, texts: Sequence[Tensor], rope: Rope, q_sHD: Tensor, kv_s2hD: Tensor
+    ) -> Tensor:
+        """Attention of each branch's tokens to its text and to each other, without a mask."""
+        count = len(texts)
+        parts = zip(texts, q_sHD.chunk(count), kv_s2hD.chunk(count), strict=True)
+        o_sHD = [self._attend_branch(text, rope, q, kv) for text, q, kv in parts]
+        return o_sHD[0] if count == 1 else torch.cat(o_sHD)
+
+    def _attend_branch(
+        self, text_K2hD: Tensor, rope: Rope, q_sHD: Tensor, kv_s2hD: Tensor
+    ) -> Tensor:
+        """The tokens that only fill the last rank's part are cut off before and put back after."""
+        q_SHD, kv_S2hD = (scatter_heads(x, self._ulysses) for x in (q_sHD, kv_s2hD))
+        k_KhD, v_KhD = _appended(text_K2hD, kv_S2hD[: rope.length]).unbind(1)
+        attend = partial(self._attend, causal=False)
+        if rope.controls:
+            attend = partial(attend_in_turn, attend, rope.controls)
+        o_SHD = attend(q_SHD[: rope.length], k_KhD, v_KhD)
+        return gather_heads(_filled(o_SHD, q_SHD.shape[0]), self._ulysses)
+
+
+class Understanding(nn.Module):
+    """The text tower, as far as it is needed: the last layer ends at its keys and values."""
+
+    def __init__(
+        self, config: TransformerConfig, ulysses: Axis, attend: Attend, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self._ulysses, self._attend = ulysses, attend
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, params_dtype=dtype
+        )
+        self.layers = nn.ModuleList(
+            Layer(config, dtype) for _ in range(config.num_hidden_layers - 1)
+        )
+        self.last = LastLayer(config, dtype)
+        self.sequence: Iterable[nn.Module] = (self.embed_tokens, *self.layers, self.last)
+
+    def forward(self, ids_S: Tensor, rope: Rope) -> tuple[Tensor, ...]:
+        cache: list[Tensor] = []
+        parts = iter(self.sequence)
+        next(parts)
+        x_SD, residual_SD = self._embed(ids_S), None
+        for layer in islice(parts, len(self.layers)):
+            x_SD, residual_SD = layer(x_SD, residual_SD, rope, partial(self._attend_causal, cache))
+        last = next(parts)
+        return (*cache, self._own(last(x_SD, residual_SD, rope)))
+
+    def _embed(self, ids_S: Tensor) -> Tensor:
+        """The rows of ``ids_S``. vLLM 0.26 sums over the group even if this is its only rank."""
+        if self.embed_tokens.tp_size == 1:
+            return embedding(ids_S, self.embed_tokens.weight)
+        return self.embed_tokens(ids_S)
+
+    def _attend_causal(self, cache: list[Tensor], q_SHD: Tensor, kv_S2hD: Tensor) -> Tensor:
+        cache.append(self._own(kv_S2hD))
+        k_ShD, v_ShD = kv_S2hD.unbind(1)
+        return self._attend(q_SHD, k_ShD, v_ShD, causal=True)
+
+    def _own(self, kv_S2hD: Tensor) -> Tensor:
+        """Every rank of the Ulysses axis reads the whole text, and keeps the heads it will use.
+
+        A copy, as the layer's queries share the memory and are not needed any more.
+        """
+        return own_heads(kv_S2hD, self._ulysses).contiguous()
+
+
+class Layer(nn.Module):
+    """One layer of either tower; ``attend`` says what its tokens see."""
+
+    def __init__(self, config: TransformerConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        width, head, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        plain = {"bias": False, "params_dtype": dtype, "return_bias": False}
+        self._fused = fused_qk_norm_rope() if dtype != torch.float32 else None
+        self.input_norm = RMSNorm(width, eps, dtype=dtype)
+        self.qkv = QKVParallelLinear(width, head, heads, kv_heads, **plain)
+        self.q_norm = RMSNorm(head, eps, dtype=dtype)
+        self.k_norm = RMSNorm(head, eps, dtype=dtype)
+        self.out = RowParallelLinear(heads * head, width, **plain)
+        self.post_norm = RMSNorm(width, eps, dtype=dtype)
+        self.gate_up = MergedColumnParallelLinear(width, [config.intermediate_size] * 2, **plain)
+        self.act = SiluAndMul()
+        self.down = RowParallelLinear(config.intermediate_size, width, **plain)
+
+    def forward(
+        self,
+        x_SD: Tensor,
+        residual_SD: Tensor | None,
+        rope: Rope,
+        attend: Callable[[Tensor, Tensor], Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """The layer's last addend and the sum before it, which the next norm adds up."""
+        x_SD, residual_SD = _add_norm(self.input_norm, x_SD, residual_SD)
+        q_SHD, kv_S2hD = self._norm_rotate(self.qkv(x_SD), rope)
+        x_SD = self.out(attend(q_SHD, kv_S2hD).flatten(1))
+        x_SD, residual_SD = _add_norm(self.post_norm, x_SD, residual_SD)
+        return self.down(self.act(self.gate_up(x_SD))), residual_SD
+
+    def _norm_rotate(self, qkv: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """Queries [S, H, D], and keys with values [S, 2, h, D]; all but values normed and rotated."""
+        head, heads, kv_heads = self.qkv.head_size, self.qkv.num_heads, self.qkv.num_kv_heads
+        q_SHD, kv_S2hD = qkv.unflatten(1, (-1, head)).split([heads, 2 * kv_heads], dim=1)
+        kv_S2hD = kv_S2hD.unflatten(1, (2, kv_heads))
+        if self._fused is None:
+            k_ShD, v_ShD = kv_S2hD.unbind(1)
+            k_ShD = rotate(self.k_norm(k_ShD), rope)
+            return rotate(self.q_norm(q_SHD), rope), torch.stack([k_ShD, v_ShD], dim=1)
+        weights = self.q_norm.weight, self.k_norm.weight
+        sizes, epsilon, neox = (heads, kv_heads, kv_heads), self.q_norm.variance_epsilon, True
+        self._fused(qkv, *sizes, head, epsilon, *weights, rope.table, neox, rope.rows)
+        return q_SHD, kv_S2hD
+
+
+class LastLayer(nn.Module):
+    """The part of the last text layer that the generation tower sees."""
+
+    def __init__(self, config: TransformerConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        keys = config.num_key_value_heads * config.head_dim
+        self._head_dim = config.head_dim
+        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.kv = MergedColumnParallelLinear(
+            config.hidden_size, [keys] * 2, bias=False, params_dtype=dtype, return_bias=False
+        )
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype)
+
+    def forward(self, x_SD: Tensor, residual_SD: Tensor | None, rope: Rope) -> Tensor:
+        x_SD, _ = _add_norm(self.input_norm, x_SD, residual_SD)
+        k_ShD, v_ShD = self.kv(x_SD).unflatten(1, (-1, self._head_dim)).chunk(2, dim=1)
+        return torch.stack([rotate(self.k_norm(k_ShD), rope), v_ShD], dim=1)
+
+
+class TimeEmbedding(nn.Module):
+    """A timestep as one vector, in float32 throughout: thousandths matter at the last steps."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self._scale = config.timestep_scale
+        self.linear_1 = nn.Linear(TIME_FREQUENCIES, config.hidden_size, dtype=torch.float32)
+        self.linear_2 = nn.Linear(config.hidden_size, config.hidden_size, dtype=torch.float32)
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        return self.linear_2(silu(self.linear_1(sinusoid(timestep * self._scale))))
+
+
+class Vision(nn.Module):
+    """Video latents: a token for each patch."""
+
+    def __init__(self, config: TransformerConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._patch = config.latent_patch_size
+        self.proj_in = nn.Linear(config.patch_latent_dim, config.hidden_size, dtype=dtype)
+        self.proj_out = nn.Linear(config.hidden_size, config.patch_latent_dim, dtype=dtype)
+
+    def embed(self, x: Tensor, _domain_id: int) -> Tensor:
+        return self.proj_in(patchify(x, self._patch))
+
+    def velocity(self, x_SD: Tensor, shape: tuple[int, ...], _domain_id: int) -> Tensor:
+        return unpatchify(self.proj_out(x_SD), shape, self._patch)
+
+
+class Sound(nn.Module):
+    """Sound latents [C, T]: a token for each moment."""
+
+    def __init__(self, config: TransformerConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.proj_in = nn.Linear(config.sound_dim, config.hidden_size, dtype=dtype)
+        self.proj_out = nn.Linear(config.hidden_size, config.sound_dim, dtype=dtype)
+        self.modality = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype))
+
+    def embed(self, x: Tensor, _domain_id: int) -> Tensor:
+        return self.proj_in(x.T) + self.modality
+
+    def velocity(self, x_SD: Tensor, _shape: tuple[int, ...], _domain_id: int) -> Tensor:
+        return self.proj_out(x_SD).T
+
+
+class Action(nn.Module):
+    """Action rows [T, C]: a token for each, through the matrices of the embodiment.
+
+    The matrices are stored [in, out], row-major, one row of the parameter for each embodiment.
+    """
+
+    def __init__(self, config: TransformerConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        domains, size, width = (
+            config.num_embodiment_domains,
+            config.action_dim,
+            config.hidden_size,
+        )
+        self.weight_in = nn.Parameter(torch.empty(domains, size * width, dtype=dtype))
+        self.bias_in = nn.Parameter(torch.empty(domains, width, dtype=dtype))
+        self.weight_out = nn.Parameter(torch.empty(domains, width * size, dtype=dtype))
+        self.bias_out = nn.Parameter(torch.empty(domains, size, dtype=dtype))
+        self.modality = nn.Parameter(torch.empty(width, dtype=dtype))
+
+    def embed(self, x: Tensor, domain_id: int) -> Tensor:
+        weight = self.weight_in[domain_id].view(x.shape[1], -1)
+        return torch.addmm(self.bias_in[domain_id], x, weight) + self.modality
+
+    def velocity(self, x_SD: Tensor, _shape: tuple[int, ...], domain_id: int) -> Tensor:
+        weight = self.weight_out[domain_id].view(x_SD.shape[1], -1)
+        return torch.addmm(self.bias_out[domain_id], x_SD, weight)
+
+
+def sinusoid(tau: Tensor) -> Tensor:
+    """256 values of a float32 scalar: cosines, then sines, of frequencies 1 to 1/10000."""
+    half = TIME_FREQUENCIES // 2
+    index = torch.arange(half, dtype=torch.float32, device=tau.device)
+    angle = tau * torch.exp(index * (-math.log(10000) / half))
+    return torch.cat([angle.cos(), angle.sin()])
+
+
+def rotate(x_SHD: Tensor, rope: Rope) -> Tensor:
+    """Turn each pair (i, i + D/2) of every head by its token's angle."""
+    first, second = x_SHD.chunk(2, dim=-1)
+    cos, sin = rope.table.unsqueeze(1).chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def weight_table(config: TransformerConfig) -> dict[str, Target]:
+    """Where the tensors of ``transformer/`` go. What is not listed here is not needed."""
+    table = {name: Target(parameter) for name, parameter in _OUTER.items()}
+    if config.sound_gen:
+        table |= {name: Target(parameter) for name, parameter in _SOUND.items()}
+    if config.action_gen:
+        table |= {name: Target(parameter) for name, parameter in _ACTION.items()}
+    last = config.num_hidden_layers - 1
+    for index in range(config.num_hidden_layers):
+        text = _TEXT_LAST if index == last else _TEXT_LAYER
+        place = "understanding.last" if index == last else f"understanding.layers.{index}"
+        for rows, module in ((text, place), (_GENERATION_LAYER, f"layers.{index}")):
+            for name, (layer, part) in rows.items():
+                table[f"layers.{index}.{name}.weight"] = Target(f"{module}.{layer}.weight", part)
+    return table
+
+
+def _add_norm(norm: RMSNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The norm of the sum, and the sum. vLLM's kernel may write both over its arguments."""
+    return (norm(x), x) if residual is None else norm(x, residual)
+
+
+def _appended(text_K2hD: Tensor, own_S2hD: Tensor) -> Tensor:
+    """Keys and values of the text, then of the tokens.
+
+    Copied in words of eight bytes: as the tokens' are part of a wider row, torch copies element by
+    element, and takes four times as long with two bytes each.
+    """
+    texts = text_K2hD.shape[0]
+    both = own_S2hD.new_empty(texts + own_S2hD.shape[0], *own_S2hD.shape[1:])
+    both[:texts] = text_K2hD
+    both[texts:].view(torch.int64).copy_(own_S2hD.view(torch.int64))
+    return both
+
+
+def _filled(x: Tensor, length: int) -> Tensor:
+    """``x`` with zeros appended up to ``length``; no copy where it is that long already."""
+    missing = length - x.shape[0]
+    return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
+
+
+def _adapters(config: TransformerConfig, dtype: torch.dtype) -> nn.ModuleDict:
+    """The kinds of streams this checkpoint knows, by stream name."""
+    adapters: dict[str, nn.Module] = {"vision": Vision(config, dtype)}
+    if config.sound_gen:
+        adapters["sound"] = Sound(config, dtype)
+    if config.action_gen:
+        adapters["action"] = Action(config, dtype)
+    return nn.ModuleDict(adapters)
+
+
+_OUTER = {
+    "embed_tokens.weight": "understanding.embed_tokens.weight",
+    "norm_moe_gen.weight": "norm.weight",
+    "proj_in.weight": "adapters.vision.proj_in.weight",
+    "proj_in.bias": "adapters.vision.proj_in.bias",
+    "proj_out.weight": "adapters.vision.proj_out.weight",
+    "proj_out.bias": "adapters.vision.proj_out.bias",
+    "time_embedder.linear_1.weight": "time.linear_1.weight",
+    "time_embedder.linear_1.bias": "time.linear_1.bias",
+    "time_embedder.linear_2.weight": "time.linear_2.weight",
+    "time_embedder.linear_2.bias": "time.linear_2.bias",
+}
+_SOUND = {
+    "audio_proj_in.weight": "adapters.sound.proj_in.weight",
+    "audio_proj_in.bias": "adapters.sound.proj_in.bias",
+    "audio_proj_out.weight": "adapters.sound.proj_out.weight",
+    "audio_proj_out.bias": "adapters.sound.proj_out.bias",
+    "audio_modality_embed": "adapters.sound.modality",
+}
+_ACTION = {
+    "action_proj_in.fc.weight": "adapters.action.weight_in",
+    "action_proj_in.bias.weight": "adapters.action.bias_in",
+    "action_proj_out.fc.weight": "adapters.action.weight_out",
+    "action_proj_out.bias.weight": "adapters.action.bias_out",
+    "action_modality_embed": "adapters.action.modality",
+}
+_Rows = dict[str, tuple[str, str | int | None]]
+_TEXT_LAST: _Rows = {
+    "input_layernorm": ("input_norm", None),
+    "self_attn.to_k": ("kv", 0),
+    "self_attn.to_v": ("kv", 1),
+    "self_attn.norm_k": ("k_norm", None),
+}
+_TEXT_LAYER: _Rows = {
+    "input_layernorm": ("input_norm", None),
+    "self_attn.to_q": ("qkv", "q"),
+    "self_attn.to_k": ("qkv", "k"),
+    "self_attn.to_v": ("qkv", "v"),
+    "self_attn.norm_q": ("q_norm", None),
+    "self_attn.norm_k": ("k_norm", None),
+    "self_attn.to_out": ("out", None),
+    "post_attention_layernorm": ("post_norm", None),
+    "mlp.gate_proj": ("gate_up", 0),
+    "mlp.up_proj": ("gate_up", 1),
+    "mlp.down_proj": ("down", None),
+}
+_GENERATION_LAYER: _Rows = {
+    "input_layernorm_moe_gen": ("input_norm", None),
+    "self_attn.add_q_proj": ("qkv", "q"),
+    "self_attn.add_k_proj": ("qkv", "k"),
+    "self_attn.add_v_proj": ("qkv", "v"),
+    "self_attn.norm_added_q": ("q_norm", None),
+    "self_attn.norm_added_k": ("k_norm", None),
+    "self_attn.to_add_out": ("out", None),
+    "post_attention_layernorm_moe_gen": ("post_norm", None),
+    "mlp_moe_gen.gate_proj": ("gate_up", 0),
+    "mlp_moe_gen.up_proj": ("gate_up", 1),
+    "mlp_moe_gen.down_proj": ("down", None),
+}

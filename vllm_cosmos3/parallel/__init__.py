@@ -1,0 +1,1 @@
+"""Ranks and kernels: mesh, attention, offload, CUDA graphs. Knows nothing of video."""

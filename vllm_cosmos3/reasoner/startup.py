@@ -1,0 +1,63 @@
+"""What is set and checked once, in the front end, before vLLM starts its engine.
+
+vLLM calls these two hooks for the architectures in its table. A broken checkpoint stops here, with
+one sentence at the end of the output, instead of a traceback out of a worker.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from vllm_cosmos3.reasoner.media.limits import max_video_fps, max_video_frames, uses_reference
+from vllm_cosmos3.reasoner.required_tensors import TEXT, VISION, check_folder, expected_tensors
+
+VIDEO_LOADER = REASONING_PARSER = "cosmos3"
+# Formats that read the safetensors files as they lie in the folder.
+_PLAIN_FORMATS = {"auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer"}
+
+
+class ReasonerStartup(VerifyAndUpdateConfig):
+    """The hooks of our architecture."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Choose our video loader for this model unless the operator named another."""
+        max_video_frames()  # a wrong limit should stop the start, not the first request
+        max_video_fps()
+        uses_reference()
+        if (multimodal := model_config.multimodal_config) is not None:
+            video = multimodal.media_io_kwargs.setdefault("video", {})
+            video.setdefault("video_backend", VIDEO_LOADER)
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """Check a local checkpoint; make a schema hold from the first token of an answer."""
+        structured = vllm_config.structured_outputs_config
+        if structured.reasoning_parser == REASONING_PARSER:
+            # Whether an answer starts with <think> is not known before its first token, and a
+            # schema that starts later would not hold.
+            structured.enable_in_reasoning = True
+        model = vllm_config.model_config
+        folder = Path(model.model)
+        stored_quantized = hasattr(model.hf_config, "quantization_config")
+        if (
+            vllm_config.load_config.load_format in _PLAIN_FORMATS
+            and folder.is_dir()
+            and not stored_quantized
+        ):
+            needed = _folders(model.multimodal_config)
+            expected = expected_tensors(model.hf_config.to_dict())
+            check_folder(folder, {n: e for n, e in expected.items() if e.folder in needed})
+
+
+def _folders(multimodal: Any) -> set[str]:
+    """Folders that are read: the operator can leave out the vision encoder or the language model."""
+    if multimodal is None:
+        return {TEXT}
+    if multimodal.mm_encoder_only:
+        return {VISION}
+    sees = any(multimodal.get_limit_per_prompt(kind) for kind in ("image", "video"))
+    return {TEXT, VISION} if sees else {TEXT}

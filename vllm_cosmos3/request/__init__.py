@@ -1,0 +1,1 @@
+"""What a user asks for: fields, request, plan. No tensors, no torch."""

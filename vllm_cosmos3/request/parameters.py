@@ -1,0 +1,334 @@
+"""The numbers of a request: what it left open, from the mode's defaults and the checkpoint's limits.
+
+No file is read and no tokenizer needed, so that a server can answer at once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from vllm_cosmos3.checkpoint.config import ModelConfig
+from vllm_cosmos3.checkpoint.kinds import check_mode
+from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.request.actions import Action, too_long
+from vllm_cosmos3.request.defaults import (
+    ACTION_GUIDANCE,
+    ACTION_SHIFT,
+    ACTION_STEPS,
+    DEFAULTS,
+    TRANSFER_TIER,
+    Defaults,
+)
+from vllm_cosmos3.request.request import GenerateRequest, parse_size
+from vllm_cosmos3.request.sizes import (
+    MAX_AREA,
+    MAX_TRAINED_FRAMES,
+    MIN_TRAINED_FRAMES,
+    TRAINED_FPS,
+    TRAINED_SIZES,
+    nearest_size,
+    round_frames,
+    tier_of,
+)
+from vllm_cosmos3.request.transfer import Transfer
+
+OF_GUIDANCE = (  # and of nothing else
+    "negative_prompt",
+    "negative_prompt_token_ids",
+    "negative_metadata_mode",
+    "guidance_interval",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameters:
+    """All numbers of a request, for one checkpoint. Names are those of the request."""
+
+    mode: str
+    width: int
+    height: int
+    num_frames: int
+    seconds: float
+    fps: float
+    num_inference_steps: int
+    guidance_scale: float
+    flow_shift: float
+    condition_frame_indexes_vision: tuple[int, ...]
+    negative_prompts: tuple[str, ...]
+    negative_metadata_mode: str
+    sound_duration: float | None  # None: no sound
+    warnings: tuple[str, ...]
+
+
+def resolve(request: GenerateRequest, model: ModelConfig) -> Parameters:
+    """Settle what a request without actions leaves open. Reads no file and needs no tokenizer.
+
+    Raises:
+        InvalidRequest: the combination does not fit the checkpoint or the sizes it was trained for.
+    """
+    mode, default = request.mode, DEFAULTS[request.mode]
+    check_mode(model.kind, mode)
+    width, height = _size(request, default)
+    fps = request.fps or default.fps
+    warnings = [*_check_area(request, width, height), *_check_fps(request, fps)]
+    num_frames, rounded = _frames(request, default, fps)
+    warnings += [*rounded, *_check_frames(request, num_frames, fps, width, height)]
+    steps, guidance = _fixed_steps(request, model, default)
+    known = tuple(
+        sorted(
+            set(request.condition_frame_indexes_vision or default.condition_frame_indexes_vision)
+        )
+    )
+    _check_known(request, known, num_frames)
+    warnings += _without_effect(request, model, guidance)
+    return Parameters(
+        mode=mode,
+        width=width,
+        height=height,
+        num_frames=num_frames,
+        seconds=num_frames / fps,
+        fps=fps,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        flow_shift=request.flow_shift or default.flow_shift,
+        condition_frame_indexes_vision=known,
+        negative_prompts=default.negative_prompts,
+        negative_metadata_mode=request.negative_metadata_mode or default.negative_metadata_mode,
+        sound_duration=_sound_duration(request, model, num_frames / fps),
+        warnings=tuple(warnings),
+    )
+
+
+def resolve_action(
+    request: GenerateRequest, model: ModelConfig, action: Action, picture: tuple[int, int]
+) -> Parameters:
+    """The same for a request with actions about a ``picture`` of this width and height.
+
+    The size is that of the canvas on which the picture is laid.
+    """
+    width, height = nearest_size(action.image_size, *picture)
+    default = Defaults(
+        width=width,
+        height=height,
+        num_frames=action.num_frames,
+        fps=action.fps,
+        num_inference_steps=ACTION_STEPS,
+        guidance_scale=ACTION_GUIDANCE,
+        flow_shift=ACTION_SHIFT,
+        condition_frame_indexes_vision=action.known_frames,
+        negative_prompts=(),
+        negative_metadata_mode="none",
+    )
+    width, height = _size(request, default)
+    steps, guidance = _fixed_steps(request, model, default)
+    return Parameters(
+        mode=request.mode,
+        width=width,
+        height=height,
+        num_frames=default.num_frames,
+        seconds=default.num_frames / default.fps,
+        fps=default.fps,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        flow_shift=request.flow_shift or default.flow_shift,
+        condition_frame_indexes_vision=default.condition_frame_indexes_vision,
+        negative_prompts=default.negative_prompts,
+        negative_metadata_mode=request.negative_metadata_mode or default.negative_metadata_mode,
+        sound_duration=None,
+        warnings=(
+            *action.warnings,
+            *_check_area(request, width, height),
+            *_check_chunk(request, action, width, height),
+            *_without_effect(request, model, guidance),
+        ),
+    )
+
+
+def resolve_transfer(
+    request: GenerateRequest, model: ModelConfig, followed: Transfer
+) -> Parameters:
+    """The same for a transfer, whose clips have settled most."""
+    default = replace(DEFAULTS["text2video"], guidance_scale=followed.guidance_scale)
+    width, height, chunks = followed.width, followed.height, followed.chunks
+    steps, guidance = _fixed_steps(request, model, default)
+    limit = round_frames(MAX_TRAINED_FRAMES[tier_of(width, height)])
+    if chunks.frames > limit and not request.allow_untrained_size:
+        possible = f"at most {limit} at {width}x{height}, or allow_untrained_size set"
+        raise InvalidRequest("num_video_frames_per_chunk", chunks.frames, possible, "too_large")
+    return Parameters(
+        mode=request.mode,
+        width=width,
+        height=height,
+        num_frames=chunks.total,
+        seconds=chunks.total / followed.fps,
+        fps=followed.fps,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        flow_shift=request.flow_shift or default.flow_shift,
+        condition_frame_indexes_vision=(),
+        negative_prompts=(),
+        negative_metadata_mode=request.negative_metadata_mode or default.negative_metadata_mode,
+        sound_duration=None,
+        warnings=(
+            *followed.warnings,
+            *_check_area(request, width, height),
+            *_check_fps(request, followed.fps),
+            *_without_effect(request, model, guidance),
+        ),
+    )
+
+
+def of_all_chunks(request: GenerateRequest, chunk: Parameters) -> Parameters:
+    """The length of a rollout: each chunk begins with the last frame of the one before."""
+    frames = chunk.num_frames + (request.num_chunks - 1) * (chunk.num_frames - 1)
+    return replace(chunk, num_frames=frames, seconds=frames / chunk.fps)
+
+
+def fitting(request: GenerateRequest, width: int, height: int) -> tuple[int, int]:
+    """The size of a transfer for that of its input. A wrong one should not wait for the clips."""
+    if request.size is not None:
+        width, height = parse_size(request.size)
+    elif request.width is not None and request.height is not None:
+        width, height = request.width, request.height
+    else:
+        width, height = nearest_size(request.image_size or TRANSFER_TIER, width, height)
+    _check_area(request, width, height)
+    return width, height
+
+
+# The numbers, one by one.
+
+
+def _size(request: GenerateRequest, default: Defaults) -> tuple[int, int]:
+    if request.size is not None:
+        return parse_size(request.size)
+    return request.width or default.width, request.height or default.height
+
+
+def _check_area(request: GenerateRequest, width: int, height: int) -> list[str]:
+    if any((width, height) in sizes for sizes in TRAINED_SIZES.values()):
+        return []
+    if width * height > MAX_AREA and not request.allow_untrained_size:
+        possible = f"at most {MAX_AREA:,} pixels, such as 1360x768, or allow_untrained_size set"
+        raise InvalidRequest("size", f"{width}x{height}", possible, "too_large")
+    nearest = min(
+        TRAINED_SIZES[tier_of(width, height)],
+        key=lambda size: abs(math.log(size[0] / size[1]) - math.log(width / height)),
+    )
+    return [f"size {width}x{height} is not a trained one; the nearest is {nearest[0]}x{nearest[1]}"]
+
+
+def _check_fps(request: GenerateRequest, fps: float) -> list[str]:
+    low, high = TRAINED_FPS
+    if request.num_frames == 1 or low <= fps <= high:
+        return []
+    return [f"fps {fps:g} is outside the trained range of {low} to {high}"]
+
+
+def _frames(request: GenerateRequest, default: Defaults, fps: float) -> tuple[int, list[str]]:
+    """The number of frames, rounded up to 4k + 1: what whole latent frames hold."""
+    asked = request.num_frames
+    if request.seconds is not None:
+        from_seconds = max(2, math.ceil(request.seconds * fps - 1e-6))
+        if asked is not None and round_frames(asked) != round_frames(from_seconds):
+            possible = f"about {asked / fps:g} or left out, as num_frames is {asked} at {fps:g} fps"
+            raise InvalidRequest("seconds", request.seconds, possible, "conflict")
+        asked = from_seconds
+    if asked is None:
+        return default.num_frames, []
+    frames = round_frames(asked)
+    return frames, [
+        f"num_frames {asked} is rounded up to {frames} (4k+1)"
+    ] if frames != asked else []
+
+
+def _check_frames(
+    request: GenerateRequest, frames: int, fps: float, width: int, height: int
+) -> list[str]:
+    limit = MAX_TRAINED_FRAMES[tier_of(width, height)]
+    if frames > round_frames(limit):
+        if not request.allow_untrained_size:
+            field, most = "num_frames", float(limit)
+            if request.num_frames is None:
+                field, most = "seconds", limit / fps
+            given = getattr(request, field)
+            possible = f"at most {most:g} at {width}x{height}, or allow_untrained_size set"
+            raise InvalidRequest(field, given, possible, "too_large")
+        return [f"num_frames {frames} is above the trained {limit} at {width}x{height}"]
+    if 1 < frames < MIN_TRAINED_FRAMES:
+        return [f"num_frames {frames} is below the trained {MIN_TRAINED_FRAMES}"]
+    return []
+
+
+def _check_chunk(request: GenerateRequest, action: Action, width: int, height: int) -> list[str]:
+    """The upper limit of frames alone: the models were trained with short chunks of actions."""
+    limit = MAX_TRAINED_FRAMES[tier_of(width, height)]
+    most = round_frames(limit) - 1
+    if action.chunk_size <= most:
+        return []
+    if not request.allow_untrained_size:
+        where = f" at {width}x{height}, or allow_untrained_size set"
+        raise too_long(request, action.chunk_size, most, where)
+    return [f"num_frames {action.num_frames} is above the trained {limit} at {width}x{height}"]
+
+
+def _fixed_steps(
+    request: GenerateRequest, model: ModelConfig, default: Defaults
+) -> tuple[int, float]:
+    """Steps and guidance scale; a distilled checkpoint has its own and takes no others."""
+    fixed = model.scheduler.t_list
+    if fixed is None:
+        if request.schedule == "karras":
+            _check_karras(model)
+        scale = request.guidance_scale
+        return (
+            request.num_inference_steps or default.num_inference_steps,
+            default.guidance_scale if scale is None else scale,
+        )
+    for name, value in (("num_inference_steps", len(fixed)), ("guidance_scale", 1.0)):
+        given = getattr(request, name)
+        if given is not None and given != value:
+            possible = f"{value:g} or left out: this checkpoint is distilled to {len(fixed)} steps"
+            raise InvalidRequest(name, given, possible, "unsupported_parameter")
+    return len(fixed), 1.0
+
+
+def _check_karras(model: ModelConfig) -> None:
+    """This schedule has no numbers of its own: they come from the checkpoint."""
+    if model.scheduler.sigma_min is None or model.scheduler.sigma_max is None:
+        possible = "native or diffusers: this checkpoint's scheduler_config.json has no sigma_min or sigma_max"
+        raise InvalidRequest("schedule", "karras", possible, "unsupported_by_model")
+
+
+def _without_effect(request: GenerateRequest, model: ModelConfig, guidance: float) -> list[str]:
+    """What is given in vain: without guidance all that is about it, and noise levels where a
+    distilled checkpoint, which is never guided, has its own.
+    """
+    unused = [name for name in OF_GUIDANCE if getattr(request, name) is not None]
+    if model.scheduler.t_list is None:
+        return [f"{name} has no effect with guidance_scale 1" for name in unused if guidance == 1]
+    unused += ["flow_shift"] if request.flow_shift is not None else []
+    unused += ["schedule"] if request.schedule != "native" else []
+    return [f"{name} has no effect on a distilled checkpoint" for name in unused]
+
+
+def _check_known(request: GenerateRequest, known: tuple[int, ...], num_frames: int) -> None:
+    latent_frames = 1 + (num_frames - 1) // 4
+    if known and max(known) >= latent_frames:
+        possible = f"below {latent_frames}, the latent frames of {num_frames} frames"
+        raise InvalidRequest("condition_frame_indexes_vision", known, possible)
+    if len(known) == latent_frames:
+        possible = f"fewer than all {latent_frames} latent frames of {num_frames} frames"
+        raise InvalidRequest("condition_frame_indexes_vision", known, possible)
+
+
+def _sound_duration(request: GenerateRequest, model: ModelConfig, seconds: float) -> float | None:
+    if not request.generate_sound:
+        return None
+    if model.sound is None:
+        possible = "False: this checkpoint makes no sound"
+        raise InvalidRequest(
+            "generate_sound", request.generate_sound, possible, "unsupported_by_model"
+        )
+    return request.sound_duration or seconds

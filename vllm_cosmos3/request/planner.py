@@ -1,0 +1,356 @@
+"""From a request to a plan: the only place where a mode means anything.
+
+A mode is a row of `defaults.DEFAULTS` and a condition: which latent frames are known, and from what pixels.
+Numbers are settled in `parameters`. Everything is checked before a weight is touched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+
+import numpy as np
+
+from vllm_cosmos3 import media
+from vllm_cosmos3.checkpoint.config import ModelConfig
+from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.request import actions, prompts, transfer
+from vllm_cosmos3.request.actions import Action
+from vllm_cosmos3.request.controls import HINTS
+from vllm_cosmos3.request.parameters import (
+    Parameters,
+    fitting,
+    of_all_chunks,
+    resolve,
+    resolve_action,
+    resolve_transfer,
+)
+from vllm_cosmos3.request.plan import Plan, StreamPlan
+from vllm_cosmos3.request.request import SPECS, GenerateRequest
+from vllm_cosmos3.request.sizes import aspect_ratio
+from vllm_cosmos3.request.transfer import Transfer
+
+Streams = list[tuple[StreamPlan, ...]]  # of each chunk
+
+
+def make_plan(request: GenerateRequest, model: ModelConfig, tokenizer: prompts.Tokenizer) -> Plan:
+    """The plan of a request. Opens and resizes its image or video; touches no weight.
+
+    Raises:
+        InvalidRequest: as `resolve`, and for media that cannot be read, and for wrong token ids.
+    """
+    action = actions.settle(request, model)
+    followed = transfer.settle(request, model, partial(fitting, request))
+    if action is not None:
+        chunk, (streams, *later) = _with_actions(request, model, action)
+    elif followed is not None:
+        chunk = resolve_transfer(request, model, followed)
+        streams, *later = transfer.chunk_streams(followed, model)
+    else:
+        chunk, (streams, *later) = _from_prompt(request, model)
+    parameters, warnings = of_all_chunks(request, chunk), list(chunk.warnings)
+    negative = _negative_prompt(request, parameters, model)
+    view = None if action is None else action.view
+    told = chunk  # the prompt is that of a chunk
+    if followed is not None:
+        told = replace(told, num_frames=followed.chunks.frames, fps=float(round(followed.fps)))
+    token_ids = _token_ids(request, told, model, tokenizer, negative, view, warnings)
+    seed = request.seed or 0
+    return Plan(
+        token_ids=token_ids,
+        streams=streams,
+        fps=parameters.fps,
+        schedule=request.schedule,
+        solver="unipc" if model.scheduler.t_list is None else "sde",
+        num_inference_steps=parameters.num_inference_steps,
+        flow_shift=parameters.flow_shift,
+        guidance_scale=parameters.guidance_scale,
+        guidance_interval=request.guidance_interval,
+        seeds=tuple(range(seed, seed + request.n)),
+        noise=request.noise,
+        decoded=request.output_type != "latent",
+        control_guidance=None if followed is None else followed.control_guidance,
+        control_guidance_interval=request.control_guidance_interval,
+        later=tuple(later),
+        overlap=1 if followed is None else followed.chunks.overlap,
+        num_frames=parameters.num_frames if later or followed is not None else None,
+        beside=() if followed is None else followed.beside,
+        domain_id=0 if action is None else action.embodiment.domain_id,
+        actions=None if action is None else action.rows,
+        initial=_initial(request, streams, several=bool(later)),
+        effective=_effective(request, parameters, model, action, followed, negative, token_ids)
+        | ({"num_video_frames_per_chunk": told.num_frames} if later else {})
+        | {"output_size": _output_size(streams, model)},
+        warnings=tuple(warnings),
+    )
+
+
+# The conditions: known latent frames become pixels.
+
+
+def _nothing(_: GenerateRequest, __: Parameters) -> np.ndarray | None:
+    return None
+
+
+def _image(request: GenerateRequest, _: Parameters) -> np.ndarray | None:
+    assert request.image is not None  # so says its mode
+    return media.read_image(request.image)[None]
+
+
+def _video(request: GenerateRequest, parameters: Parameters) -> np.ndarray | None:
+    """The pixels under the latent frames up to the last known one: the encoder looks back only."""
+    assert request.video is not None  # so says its mode
+    needed = 4 * parameters.condition_frame_indexes_vision[-1] + 1
+    frames = media.read_video(request.video, frames=needed, keep=request.condition_video_keep)
+    if len(frames) < needed:
+        last = parameters.condition_frame_indexes_vision[-1]
+        possible = f"at least {needed} frames long for condition_frame_indexes_vision up to {last}"
+        raise InvalidRequest("video", f"{len(frames)} frames", possible)
+    return frames
+
+
+CONDITIONS: dict[str, Callable[[GenerateRequest, Parameters], np.ndarray | None]] = {
+    "text2image": _nothing,
+    "text2video": _nothing,
+    "image2video": _image,
+    "video2video": _video,
+}
+
+
+# Streams.
+
+
+def _from_prompt(request: GenerateRequest, model: ModelConfig) -> tuple[Parameters, Streams]:
+    """A video after a prompt and perhaps pixels, in chunks that continue each other, with sound."""
+    parameters = resolve(request, model)
+    width, height = parameters.width, parameters.height
+    pixels = CONDITIONS[parameters.mode](request, parameters)
+    if pixels is not None:
+        lost = _crop_warning(pixels.shape[2], pixels.shape[1], width, height)
+        parameters = replace(parameters, warnings=(*parameters.warnings, *lost))
+        pixels = media.cover_crop(pixels, height=height, width=width)
+    vision = _vision_stream(parameters, model, pixels)
+    sound = (
+        []
+        if parameters.sound_duration is None
+        else [_sound_stream(parameters.sound_duration, model)]
+    )
+    following = (replace(vision, known=(0,), source=None),)
+    return parameters, [(vision, *sound)] + [following] * (request.num_chunks - 1)
+
+
+def _with_actions(
+    request: GenerateRequest, model: ModelConfig, action: Action
+) -> tuple[Parameters, Streams]:
+    """A robot's view and its actions, chunk by chunk."""
+    frames = actions.observation(request, action)
+    parameters = resolve_action(request, model, action, (frames.shape[2], frames.shape[1]))
+    canvas = _canvas_stream(frames, parameters, model)
+    first = (canvas, actions.action_stream(action, model))
+    later = [
+        (replace(canvas, source=None), actions.action_stream(action, model, chunk))
+        for chunk in range(1, request.num_chunks)
+    ]
+    return parameters, [first, *later]
+
+
+def _vision_stream(
+    parameters: Parameters, model: ModelConfig, pixels: media.Pixels | None
+) -> StreamPlan:
+    width, height = parameters.width, parameters.height
+    vae = model.vae
+    frames = 1 + (parameters.num_frames - 1) // vae.scale_factor_temporal
+    rows, columns = height // vae.scale_factor_spatial, width // vae.scale_factor_spatial
+    return StreamPlan(
+        name="vision",
+        shape=(1, vae.z_dim, frames, rows, columns),
+        rate=parameters.fps,
+        known=parameters.condition_frame_indexes_vision,
+        source=pixels,
+    )
+
+
+def _canvas_stream(frames: media.Pixels, parameters: Parameters, model: ModelConfig) -> StreamPlan:
+    """A video of which only what the pictures cover of their canvas is kept."""
+    pixels, (height, width) = media.fit_inside(
+        frames, height=parameters.height, width=parameters.width
+    )
+    vae = model.vae
+    length = 1 + (parameters.num_frames - 1) // vae.scale_factor_temporal
+    rows, columns = (max(side // vae.scale_factor_spatial, 1) for side in (height, width))
+    return StreamPlan(
+        name="vision",
+        shape=(1, vae.z_dim, length, rows, columns),
+        rate=parameters.fps,
+        known=parameters.condition_frame_indexes_vision,
+        source=pixels,
+        canvas=(parameters.height, parameters.width),
+    )
+
+
+def _crop_warning(width: int, height: int, to_width: int, to_height: int) -> list[str]:
+    scale = max(to_width / width, to_height / height)
+    lost = 1 - (to_width * to_height) / (scale * width * scale * height)
+    if lost < 0.1:
+        return []
+    return [
+        f"the {width}x{height} input loses {lost:.0%} of its area to fill {to_width}x{to_height}"
+    ]
+
+
+def _sound_stream(duration: float, model: ModelConfig) -> StreamPlan:
+    sound = model.sound
+    assert sound is not None  # the parameters have refused checkpoints without sound
+    length = math.ceil(int(duration * sound.sampling_rate) / sound.hop_size)
+    return StreamPlan(
+        name="sound",
+        shape=(sound.vocoder_input_dim, length),
+        rate=model.transformer.sound_latent_fps,
+    )
+
+
+def _initial(
+    request: GenerateRequest, streams: Sequence[StreamPlan], *, several: bool
+) -> dict[str, np.ndarray]:
+    """The caller's initial noise as float32 arrays of the streams' shapes."""
+    shapes = {stream.name: stream.shape for stream in streams}
+    given = {}
+    if request.latents and several:
+        possible = "left out, as each chunk draws its own noise"
+        raise InvalidRequest("latents", "given", possible, "unsupported_combination")
+    for name, value in (request.latents or {}).items():
+        if name not in shapes:
+            possible = f"latents of the request's streams: {', '.join(shapes)}"
+            raise InvalidRequest(f"latents[{name!r}]", "given", possible)
+        array = np.asarray(value, dtype=np.float32)
+        if array.shape != shapes[name]:
+            raise InvalidRequest(f"latents[{name!r}]", array.shape, f"of shape {shapes[name]}")
+        if not np.isfinite(array).all():
+            raise InvalidRequest(f"latents[{name!r}]", "not finite", "finite numbers")
+        given[name] = array
+    return given
+
+
+# Prompts.
+
+
+def _negative_prompt(request: GenerateRequest, parameters: Parameters, model: ModelConfig) -> str:
+    files = parameters.negative_prompts
+    if request.negative_prompt is not None:
+        return request.negative_prompt
+    return prompts.default_negative(model.path, files) if files else ""
+
+
+def _token_ids(
+    request: GenerateRequest,
+    parameters: Parameters,
+    model: ModelConfig,
+    tokenizer: prompts.Tokenizer,
+    negative: str,
+    view: str | None,
+    warnings: list[str],
+) -> tuple[tuple[int, ...], ...]:
+    facts = prompts.Facts(
+        num_frames=parameters.num_frames,
+        fps=parameters.fps,
+        height=parameters.height,
+        width=parameters.width,
+        aspect_ratio=aspect_ratio(parameters.width, parameters.height),
+    )
+    system = prompts.SYSTEM_TRANSFER if request.hints else None  # always: so it was trained
+    if system is None and request.use_system_prompt:
+        system = prompts.SYSTEM_IMAGE if facts.is_image else prompts.SYSTEM_VIDEO
+    sentences = {
+        "duration": request.use_duration_template,
+        "resolution": request.use_resolution_template,
+    }
+
+    def encoded(field: str, text: str) -> tuple[int, ...]:
+        limit = request.max_sequence_length
+        ids, length = prompts.encode(text, tokenizer, system=system, limit=limit)
+        if length > limit:
+            warnings.append(f"{field} is cut from {length} to max_sequence_length={limit} tokens")
+        return ids
+
+    if request.prompt_token_ids is not None:
+        ids = _given_ids(request, "prompt_token_ids", request.prompt_token_ids, model)
+    else:
+        prompt, style = request.prompt or "", request.prompt_format
+        if view is None:
+            text = prompts.positive_text(prompt, facts, style=style, **sentences)
+        else:
+            text = prompts.action_text(prompt, facts, style=style, view=view, **sentences)
+        if request.hints and request.emphasize_control_in_prompt is not False:
+            text = prompts.following(text, list(request.hints))
+        ids = encoded("prompt", text)
+    if request.negative_prompt_token_ids is not None:
+        negative_ids = _given_ids(
+            request, "negative_prompt_token_ids", request.negative_prompt_token_ids, model
+        )
+    else:
+        text = prompts.negative_text(
+            negative, facts, metadata=parameters.negative_metadata_mode, **sentences
+        )
+        negative_ids = encoded("negative_prompt", text)
+    prompted = (ids, ids) if request.hints else (ids,)  # with controls and without
+    return (*prompted, negative_ids) if parameters.guidance_scale != 1 else prompted
+
+
+def _given_ids(
+    request: GenerateRequest, field: str, ids: tuple[int, ...], model: ModelConfig
+) -> tuple[int, ...]:
+    vocabulary = model.transformer.vocab_size
+    if max(ids) >= vocabulary:
+        raise InvalidRequest(field, max(ids), f"token ids below {vocabulary}, the vocabulary")
+    if len(ids) > request.max_sequence_length:
+        possible = f"at most max_sequence_length={request.max_sequence_length} tokens long"
+        raise InvalidRequest(field, f"{len(ids)} tokens", possible)
+    return ids
+
+
+def _effective(
+    request: GenerateRequest,
+    parameters: Parameters,
+    model: ModelConfig,
+    action: Action | None,
+    followed: Transfer | None,
+    negative: str,
+    token_ids: tuple[tuple[int, ...], ...],
+) -> dict[str, object]:
+    """Every field of the request with its final value, the mode and the kind of checkpoint, as JSON values."""
+    settled = asdict(parameters)
+    settled.pop("warnings")
+    values: dict[str, object] = {"mode": settled.pop("mode"), "checkpoint_kind": model.kind}
+    for name in SPECS:
+        values[name] = settled.pop(name) if name in settled else getattr(request, name)
+    values["size"] = f"{parameters.width}x{parameters.height}"
+    if request.negative_prompt_token_ids is None:
+        values["negative_prompt"] = negative
+    values["image"] = _shown(request.image)
+    values["video"] = _shown(request.video)
+    values |= dict.fromkeys(HINTS)
+    values |= {} if action is None else action.effective()
+    values |= {} if followed is None else followed.effective()
+    values["latents"] = sorted(request.latents) if request.latents else None
+    values["prompt_tokens"] = [len(ids) for ids in token_ids]
+    return values
+
+
+def _output_size(streams: Sequence[StreamPlan], model: ModelConfig) -> str:
+    """Width and height of what is decoded: of a canvas, only what its picture covers."""
+    rows, columns = next(s.shape[3:] for s in reversed(streams) if s.name == "vision")
+    scale = model.vae.scale_factor_spatial
+    return f"{columns * scale}x{rows * scale}"
+
+
+def _shown(source: object) -> str | None:
+    """A source of pixels as a word in a record: its file, or its type."""
+    if source is None:
+        return None
+    return (
+        str(source)
+        if hasattr(source, "__fspath__") or isinstance(source, str)
+        else type(source).__name__
+    )

@@ -1,0 +1,574 @@
+"""What a user asks for: one frozen request. Every single value is checked here, once.
+
+Command-line flags and the HTTP schema are generated from the fields and their ``Spec``. This module
+knows no checkpoint: values that depend on one (defaults, sizes, sound) are settled in `conditions`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.request.controls import HINTS, Hint
+from vllm_cosmos3.request.embodiments import VIEWS
+from vllm_cosmos3.request.fields import Spec
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from vllm_cosmos3.media import ImageSource, VideoSource
+
+MAX_SEED = 2**32 - 1  # numpy's RandomState, the reference's noise rule, takes 32 bits
+
+
+def _field(*, default: Any = None, **spec: Any) -> Any:
+    """A request field: its default (None where it follows from the mode) and its `Spec`."""
+    return dataclasses.field(default=default, metadata={"spec": Spec(**spec)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """One request for an image or a video, with or without sound, or for actions.
+
+    The mode follows from the inputs: ``action_mode`` names one of those with actions, a control
+    such as ``edge`` is transfer, ``num_frames=1`` is text-to-image, an ``image`` is image-to-video,
+    a ``video`` is video-to-video, anything else is text-to-video. A field that is
+    None takes the default of its mode (`defaults.DEFAULTS`); an omitted seed is drawn here, so
+    that every rank and the record of the result see the same number.
+
+    Raises:
+        InvalidRequest: a value has the wrong type or range, or two fields contradict each other.
+    """
+
+    prompt: str | None = _field(
+        kind="text", high=2**20, help="what to show: plain text, or a structured JSON caption"
+    )
+    negative_prompt: str | None = _field(
+        kind="text",
+        high=2**20,
+        help="what to avoid; omitted: the checkpoint's own for videos, none for images",
+    )
+    image: ImageSource | None = _field(  # noqa: RUF009
+        kind="image", help="first frame of the video: a file, bytes, or an RGB picture"
+    )
+    video: VideoSource | None = _field(  # noqa: RUF009
+        kind="video", help="clip to continue: a file, bytes, or RGB frames"
+    )
+    condition_frame_indexes_vision: tuple[int, ...] | None = _field(
+        kind="ints",
+        low=0,
+        high=1000,
+        help="latent frames taken from the video (index k needs 4k+1 frames of it)",
+    )
+    condition_video_keep: Literal["first", "last"] = _field(
+        default="first",
+        kind="choice",
+        choices=("first", "last"),
+        help="which end of the video supplies those frames",
+    )
+    action_mode: str | None = _field(
+        kind="choice",
+        choices=("forward_dynamics", "inverse_dynamics", "policy"),
+        help="forward_dynamics: from a picture and actions to a video; inverse_dynamics: from a"
+        " video to its actions; policy: from a picture and an instruction to actions and a video",
+    )
+    domain_name: str | None = _field(
+        kind="text", high=100, help="embodiment of the actions, such as av, umi or droid_lerobot"
+    )
+    domain_id: int | None = _field(
+        kind="int", low=0, high=1000, help="its number, instead of the name"
+    )
+    raw_action_dim: int | None = _field(
+        kind="int", low=1, high=1000, help="numbers in an action; omitted: those of the embodiment"
+    )
+    action_chunk_size: int | None = _field(
+        kind="int", low=1, high=1000, help="actions, one for each frame of the video but the first"
+    )
+    action: tuple[tuple[float, ...], ...] | None = _field(
+        kind="rows", help="the actions of forward_dynamics: a list of rows"
+    )
+    action_path: str | None = _field(
+        kind="text", high=4096, help="file with those rows as JSON, instead"
+    )
+    action_history: tuple[tuple[float, ...], ...] | None = _field(
+        kind="rows", help="actions that were carried out before the first frame"
+    )
+    action_state: tuple[float, ...] | None = _field(
+        kind="numbers", help="state of the body at the first frame, for models trained with one"
+    )
+    action_stats_path: str | None = _field(
+        kind="text",
+        high=4096,
+        help="file of statistics as JSON: actions are then in its units, else as the model sees them",
+    )
+    action_normalization: str = _field(
+        default="minmax",
+        kind="choice",
+        choices=("minmax", "meanstd", "quantile", "quantile_rot"),
+        help="which of the statistics the model was trained with",
+    )
+    view_point: str | None = _field(
+        kind="choice",
+        choices=tuple(VIEWS),
+        help="where the camera is; omitted: that of the embodiment",
+    )
+    view_description: str | None = _field(
+        kind="text", high=2**12, help="more on the cameras, after the sentence on the view"
+    )
+    image_size: int | None = _field(
+        kind="int",
+        choices=(256, 480, 704, 720),
+        help="tier of sizes, of which the one nearest in shape to the input is taken",
+    )
+    edge: Hint | None = _field(  # noqa: RUF009
+        kind="hint",
+        help="follow the edges of a control clip, or of the video, if true; an object has control,"
+        " control_path, control_weight and preset_edge_threshold (none to very_high)",
+    )
+    blur: Hint | None = _field(  # noqa: RUF009
+        kind="hint",
+        help="follow a blurred clip, or the video blurred, if true; an object has control,"
+        " control_path, control_weight and preset_blur_strength (none to very_high)",
+    )
+    depth: Hint | None = _field(  # noqa: RUF009
+        kind="hint", help="follow a clip of depths, or an object with one"
+    )
+    seg: Hint | None = _field(  # noqa: RUF009
+        kind="hint", help="follow a clip of segments, or an object with one"
+    )
+    wsm: Hint | None = _field(  # noqa: RUF009
+        kind="hint", help="follow a clip of world-scenario maps, or an object with one"
+    )
+    control_guidance: float | None = _field(
+        kind="float",
+        low=0,
+        high=20,
+        help="strength of the controls; omitted: 1, or what suits the only one",
+    )
+    control_guidance_interval: tuple[float, float] | None = _field(
+        kind="pair",
+        low=0,
+        high=1000,
+        help="lowest and highest timestep at which it holds, both included; omitted: all",
+    )
+    control_attention: str | None = _field(
+        kind="choice",
+        choices=("averaged", "full"),
+        help="of several controls: the video attends to each in turn and the weighted mean counts,"
+        " as trained (default); or to all at once, as diffusers does",
+    )
+    num_video_frames_per_chunk: int | None = _field(
+        kind="int",
+        low=2,
+        high=401,
+        unit="frames",
+        help="length of the chunks that a long transfer is made in; omitted: at most 93 (wsm: 101)",
+    )
+    num_conditional_frames: int | None = _field(
+        kind="int",
+        low=0,
+        high=400,
+        unit="frames",
+        help="that a chunk takes over from the one before it; omitted: 1",
+    )
+    num_first_chunk_conditional_frames: int | None = _field(
+        kind="int",
+        low=0,
+        high=400,
+        unit="frames",
+        help="that the first chunk takes over from the video; omitted: none",
+    )
+    max_frames: int | None = _field(
+        kind="int",
+        low=2,
+        high=18_000,
+        unit="frames",
+        help="of a control that are followed at most; omitted: 5000",
+    )
+    share_vision_temporal_positions: bool | None = _field(
+        kind="bool", help="controls and video lie at the same times; omitted: yes"
+    )
+    emphasize_control_in_prompt: bool | None = _field(
+        kind="bool", help="end the prompt with a sentence on the controls; omitted: yes"
+    )
+    show_control_condition: bool | None = _field(
+        kind="bool", help="put the controls to the left of the video"
+    )
+    show_input: bool | None = _field(kind="bool", help="put the input video on the very left")
+    size: str | None = _field(
+        kind="size", help="WIDTHxHEIGHT in pixels, multiples of 16, instead of the two"
+    )
+    height: int | None = _field(
+        kind="int", low=16, high=65536, unit="pixels", help="height, a multiple of 16"
+    )
+    width: int | None = _field(
+        kind="int", low=16, high=65536, unit="pixels", help="width, a multiple of 16"
+    )
+    num_frames: int | None = _field(
+        kind="int",
+        low=1,
+        high=100_000,
+        unit="frames",
+        help="length, rounded up to 4k+1; 1 makes an image",
+    )
+    seconds: float | None = _field(
+        kind="float",
+        low=0,
+        above=True,
+        high=600,
+        unit="seconds",
+        help="length, instead of num_frames",
+    )
+    num_chunks: int = _field(
+        default=1,
+        kind="int",
+        low=1,
+        high=100,
+        unit="chunks",
+        help="of num_frames each, every one from the last frame of the one before",
+    )
+    fps: float | None = _field(
+        kind="float", low=1, high=60, unit="frames per second", help="frame rate"
+    )
+    num_inference_steps: int | None = _field(
+        kind="int", low=1, high=200, unit="steps", help="denoising steps"
+    )
+    guidance_scale: float | None = _field(
+        kind="float",
+        low=0,
+        high=20,
+        help="strength of classifier-free guidance; 1 is none and takes half the time",
+    )
+    guidance_interval: tuple[float, float] | None = _field(
+        kind="pair",
+        low=0,
+        high=1000,
+        help="lowest and highest timestep with guidance, both included; omitted: all",
+    )
+    flow_shift: float | None = _field(
+        kind="float",
+        low=0.01,
+        high=100,
+        help="shift of the noise schedule; larger spends more steps on structure",
+    )
+    schedule: str = _field(
+        default="native",
+        kind="choice",
+        choices=("native", "diffusers", "karras"),
+        help="noise levels: the reference's own, or the flow or Karras schedule of diffusers; karras needs sigma_min and sigma_max in the checkpoint",
+    )
+    seed: int | None = _field(
+        kind="int", low=0, high=MAX_SEED, help="of the initial noise; omitted: random"
+    )
+    noise: str = _field(
+        default="numpy",
+        kind="choice",
+        choices=("numpy", "torch"),
+        help="how the seed becomes noise: the reference's rule, or a torch generator",
+    )
+    n: int = _field(
+        default=1, kind="int", low=1, high=10, help="results per request, of seeds seed to seed+n-1"
+    )
+    generate_sound: bool = _field(
+        default=False, kind="bool", help="make a synchronized sound track"
+    )
+    sound_duration: float | None = _field(
+        kind="float",
+        low=0.04,
+        high=600,
+        unit="seconds",
+        help="length of the sound; omitted: that of the video",
+    )
+    use_resolution_template: bool = _field(
+        default=True, kind="bool", help="end plain prompts with a sentence on the resolution"
+    )
+    use_duration_template: bool = _field(
+        default=True,
+        kind="bool",
+        help="end plain video prompts with a sentence on length and frame rate",
+    )
+    negative_metadata_mode: str | None = _field(
+        kind="choice",
+        choices=("none", "same", "inverse"),
+        help="what the negative prompt says of size and length: nothing, the same, the opposite;"
+        " omitted: the same, with actions nothing",
+    )
+    use_system_prompt: bool = _field(
+        default=False, kind="bool", help="put the model's system sentence before the prompt"
+    )
+    prompt_format: str = _field(
+        default="auto",
+        kind="choice",
+        choices=("auto", "plain", "json"),
+        help="plain: end the prompt with sentences on size and length; json: write them into the"
+        " JSON caption; auto: json for a prompt that is a JSON object",
+    )
+    max_sequence_length: int = _field(
+        default=4096,
+        kind="int",
+        low=64,
+        high=32768,
+        unit="tokens",
+        help="longest prompt with its chat frame; the text is cut at its end, never the frame",
+    )
+    prompt_token_ids: tuple[int, ...] | None = _field(
+        kind="ints",
+        low=0,
+        high=2**31,
+        help="token ids of the whole prompt with its chat frame, instead of the text",
+    )
+    negative_prompt_token_ids: tuple[int, ...] | None = _field(
+        kind="ints",
+        low=0,
+        high=2**31,
+        help="token ids of the whole negative prompt, instead of the text",
+    )
+    allow_untrained_size: bool = _field(
+        default=False,
+        kind="bool",
+        help="accept larger or longer outputs than the model was trained for",
+    )
+    output_type: str = _field(
+        default="pixels",
+        kind="choice",
+        choices=("pixels", "latent"),
+        help="decoded pixels and sound, or the latents alone",
+    )
+    latents: Mapping[str, np.ndarray | torch.Tensor] | None = _field(
+        kind="arrays",
+        help="initial noise by stream: vision [1,48,T,h,w], sound [64,T_s], action [T_a,64]",
+    )
+
+    def __post_init__(self) -> None:
+        for name, spec in SPECS.items():
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, spec.checked(name, value))
+            elif name in _NEVER_NONE:
+                raise InvalidRequest(name, value, spec.possible, "missing_required")
+        _check_prompts(self)
+        _check_size(self)
+        _check_conditions(self)
+        _check_chunks(self)
+        _check_units(self)
+        _check_transfer(self)
+        if self.seed is None:
+            object.__setattr__(self, "seed", secrets.randbelow(MAX_SEED - self.n))
+        elif self.seed + self.n - 1 > MAX_SEED:
+            raise InvalidRequest("seed", self.seed, f"at most {MAX_SEED} minus n, plus one")
+
+    @property
+    def hints(self) -> dict[str, Hint]:
+        """The control signals of a transfer, in the order of their clips in the sequence."""
+        given = {name: getattr(self, name) for name in HINTS}
+        return {name: hint for name, hint in given.items() if hint is not None}
+
+    @property
+    def mode(self) -> str:
+        """The action mode, or what the inputs make it: transfer, text2image, text2video, ..."""
+        if self.action_mode is not None:
+            return self.action_mode
+        if self.hints:
+            return "transfer"
+        if self.num_frames == 1:
+            return "text2image"
+        if self.image is not None:
+            return "image2video"
+        return "text2video" if self.video is None else "video2video"
+
+
+SPECS: dict[str, Spec] = {
+    item.name: item.metadata["spec"] for item in dataclasses.fields(GenerateRequest)
+}
+_NEVER_NONE = {
+    item.name for item in dataclasses.fields(GenerateRequest) if item.default is not None
+}
+
+
+def from_fields(fields: Mapping[str, Any]) -> GenerateRequest:
+    """A request from field names and values; an unknown name is refused with the nearest one."""
+    for name in fields:
+        if name not in SPECS:
+            import difflib
+
+            near = difflib.get_close_matches(name, SPECS, n=1)
+            hint = (
+                f"left out; did you mean {near[0]}?" if near else "left out: there is no such field"
+            )
+            raise InvalidRequest(name, fields[name], hint, "unknown_parameter")
+    return GenerateRequest(**fields)
+
+
+# Rules that join several fields.
+
+
+def _check_prompts(request: GenerateRequest) -> None:
+    if request.prompt is None and request.prompt_token_ids is None:
+        raise InvalidRequest("prompt", None, "a text, or prompt_token_ids", "missing_required")
+    for name in ("prompt", "negative_prompt"):
+        text = getattr(request, name)
+        if text is None:
+            continue
+        if getattr(request, f"{name}_token_ids") is not None:
+            raise InvalidRequest(name, text, f"left out, as {name}_token_ids is given", "conflict")
+        if bad := next(filter(_unprintable, text), None):
+            raise InvalidRequest(name, text, f"text without characters such as {bad!r}")
+    if request.prompt is not None and not request.prompt.strip():
+        raise InvalidRequest("prompt", request.prompt, "a text that is not empty")
+
+
+def _unprintable(character: str) -> bool:
+    """Control characters other than white space, and halves of surrogate pairs."""
+    code = ord(character)
+    return (code < 32 and character not in "\t\n\r") or 0xD800 <= code < 0xE000
+
+
+def _check_size(request: GenerateRequest) -> None:
+    height, width = request.height, request.width
+    if (height is None) != (width is None):
+        missing, other = ("width", "height") if width is None else ("height", "width")
+        raise InvalidRequest(missing, None, f"given together with {other}", "missing_required")
+    if request.size is not None:
+        size = parse_size(request.size)
+        if height is not None and size != (width, height):
+            raise InvalidRequest(
+                "size", request.size, f"{width}x{height} or left out, as width and height are given",
+                "conflict",
+            )  # fmt: skip
+        width, height = size
+        most = int(SPECS["width"].high), int(SPECS["height"].high)
+        if width > most[0] or height > most[1]:
+            possible = f"of sides up to {'x'.join(map(str, most))}"
+            raise InvalidRequest("size", request.size, possible, "too_large")
+    if width is None or height is None:
+        return
+    near_width, near_height = (max(16, round(side / 16) * 16) for side in (width, height))
+    if request.size is not None and (width, height) != (near_width, near_height):
+        possible = f"multiples of 16, such as {near_width}x{near_height}"
+        raise InvalidRequest("size", request.size, possible)
+    for name, side, near in (("width", width, near_width), ("height", height, near_height)):
+        if side != near:
+            raise InvalidRequest(name, side, f"a multiple of 16, such as {near}")
+
+
+def _check_conditions(request: GenerateRequest) -> None:
+    if request.image is not None and request.video is not None:
+        raise InvalidRequest("video", request.video, "left out, as image is given", "conflict")
+    if request.num_frames == 1:
+        for name in ("image", "video", "seconds"):
+            if (value := getattr(request, name)) is not None:
+                possible = "left out, as num_frames=1 makes an image from text alone"
+                raise InvalidRequest(name, value, possible, "unsupported_combination")
+        if request.generate_sound:
+            possible = "False, as num_frames=1 makes an image"
+            raise InvalidRequest(
+                "generate_sound", request.generate_sound, possible, "unsupported_combination"
+            )
+    if request.sound_duration is not None and not request.generate_sound:
+        possible = "left out, or generate_sound=True with it"
+        raise InvalidRequest("sound_duration", request.sound_duration, possible, "conflict")
+    indexes = request.condition_frame_indexes_vision
+    if (
+        indexes is not None
+        and request.video is None
+        and not (request.image is not None and indexes == (0,))
+    ):
+        possible = "left out, or given with a video (an image is always latent frame 0)"
+        raise InvalidRequest("condition_frame_indexes_vision", indexes, possible, "conflict")
+    if request.latents is not None and request.n > 1:
+        possible = "1 or left out, as latents are the noise of one result"
+        raise InvalidRequest("n", request.n, possible, "conflict")
+    if request.guidance_interval and request.guidance_interval[0] > request.guidance_interval[1]:
+        possible = "two timesteps, the lower one first"
+        raise InvalidRequest("guidance_interval", request.guidance_interval, possible)
+
+
+def _check_chunks(request: GenerateRequest) -> None:
+    """A rollout is a matter of frames alone."""
+    if request.num_chunks == 1:
+        return
+    reasons = {
+        "num_frames": request.num_frames == 1 and "a picture has no last frame to go on from",
+        "generate_sound": request.generate_sound and "the sound of a chunk does not go on in the next",
+        "action_mode": request.action_mode in ("inverse_dynamics", "policy")
+        and "it needs to see the world after each chunk",
+        "action_state": request.action_state is not None and "the later states are not known",
+        next(iter(request.hints), ""): bool(request.hints) and "a transfer makes chunks of its own",
+    }  # fmt: skip
+    for name, reason in reasons.items():
+        if reason:
+            possible = f"1 with this {name}: {reason}"
+            code = "unsupported_combination"
+            raise InvalidRequest("num_chunks", request.num_chunks, possible, code)
+
+
+def _check_units(request: GenerateRequest) -> None:
+    """No embodiment has statistics of its own: those of the file alone can be chosen from."""
+    chosen = request.action_normalization
+    if chosen != "minmax" and request.action_stats_path is None:
+        possible = "minmax or left out, or given with action_stats_path"
+        raise InvalidRequest("action_normalization", chosen, possible, "conflict")
+
+
+OF_TRANSFER = (
+    "control_guidance", "control_guidance_interval", "control_attention",
+    "num_video_frames_per_chunk", "num_conditional_frames", "num_first_chunk_conditional_frames",
+    "max_frames", "share_vision_temporal_positions", "emphasize_control_in_prompt",
+    "show_control_condition", "show_input",
+)  # fmt: skip
+NOT_OF_TRANSFER = ("action_mode", "image", "condition_frame_indexes_vision")
+
+
+def _check_transfer(request: GenerateRequest) -> None:
+    hints = request.hints
+    if not hints:
+        for name in OF_TRANSFER:
+            if (value := getattr(request, name)) is not None:
+                possible = f"left out, or given with one of {', '.join(HINTS)}"
+                raise InvalidRequest(name, value, possible, "conflict")
+        return
+    for name in NOT_OF_TRANSFER:
+        if (value := getattr(request, name)) is not None:
+            possible = f"left out, as {next(iter(hints))} makes this a transfer"
+            raise InvalidRequest(name, value, possible, "unsupported_combination")
+    if request.condition_video_keep != "first":
+        possible = "first, or left out: a transfer follows its clips from their beginning"
+        raise InvalidRequest(
+            "condition_video_keep",
+            request.condition_video_keep,
+            possible,
+            "unsupported_combination",
+        )
+    if request.num_frames == 1 or request.generate_sound:
+        name = "generate_sound" if request.generate_sound else "num_frames"
+        possible = "left out, as a transfer makes a video without sound"
+        raise InvalidRequest(name, getattr(request, name), possible, "unsupported_combination")
+    for name, hint in hints.items():
+        if hint.control is None and request.video is None:
+            possible = f"a clip, or video given, of which the {name} is computed"
+            raise InvalidRequest(f"{name}.control", None, possible, "missing_required")
+    if sum(hint.weight for hint in hints.values()) == 0:
+        name = f"{next(iter(hints))}.control_weight"
+        raise InvalidRequest(name, 0.0, "above 0 for at least one of the controls")
+    if request.num_first_chunk_conditional_frames and request.video is None:
+        value = request.num_first_chunk_conditional_frames
+        possible = "0 or left out, or given with the video that has those frames"
+        raise InvalidRequest("num_first_chunk_conditional_frames", value, possible, "conflict")
+    if request.show_input and request.video is None:
+        possible = "left out, or given with a video"
+        raise InvalidRequest("show_input", request.show_input, possible, "conflict")
+    interval = request.control_guidance_interval
+    if interval and interval[0] > interval[1]:
+        possible = "two timesteps, the lower one first"
+        raise InvalidRequest("control_guidance_interval", interval, possible)
+
+
+def parse_size(size: str) -> tuple[int, int]:
+    """Width and height of a string such as ``1280x720``, which a `Spec` has checked."""
+    width, height = size.lower().split("x")
+    return int(width), int(height)

@@ -1,0 +1,1 @@
+"""Robots: observations to policy requests, actions to joint positions, a module each."""

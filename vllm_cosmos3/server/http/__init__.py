@@ -1,0 +1,1 @@
+"""HTTP bodies in, errors and files out."""

@@ -1,0 +1,62 @@
+"""Prometheus families of the generator, in the process that serves HTTP."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from vllm_cosmos3.errors import Cosmos3Error
+from vllm_cosmos3.server.http.errors import slug
+
+BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 1800, 3600)
+STEP_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class Metrics:
+    """Made once per process, after vLLM has settled where metrics are kept."""
+
+    def __init__(self) -> None:
+        # With several API processes each has its own queue; the page then shows the sum.
+        self.waiting = Gauge("cosmos3:queue_depth", "requests that wait", multiprocess_mode="sum")
+        self.limit = Gauge("cosmos3:queue_limit", "requests that may wait", multiprocess_mode="sum")
+        self.running = Gauge(
+            "cosmos3:requests_running", "requests on the ranks", multiprocess_mode="sum"
+        )
+        self.stored = Gauge("cosmos3:stored_bytes", "bytes of all results", multiprocess_mode="max")
+        self.peak = Gauge(
+            "cosmos3:peak_memory_bytes", "most memory a request took", multiprocess_mode="max"
+        )
+        self.rejected = Counter(
+            "cosmos3:requests_rejected", "requests that were refused, by code", ["reason"]
+        )
+        self.completed = Counter(
+            "cosmos3:requests_completed", "requests that were served", ["kind"]
+        )
+        self.cancelled = Counter("cosmos3:requests_cancelled", "requests that were cancelled")
+        self.wasted = Counter(
+            "cosmos3:cancelled_gpu_seconds", "what the ranks went on with after a cancel"
+        )
+        self.failed = Counter("cosmos3:requests_failed", "accepted requests that failed", ["code"])
+        self.expired = Counter("cosmos3:jobs_expired", "results deleted by age or quota")
+        self.frames = Counter("cosmos3:output_frames", "frames made")
+        self.step = Histogram("cosmos3:step_seconds", "one denoising step", buckets=STEP_BUCKETS)
+        self.phase = Histogram(
+            "cosmos3:phase_seconds", "phases of a request", ["phase"], buckets=BUCKETS
+        )
+        for reason in ("queue_full", "invalid_value", "draining", "loading"):
+            self.rejected.labels(reason)
+        for code in ("out_of_memory", "worker_lost", "deadline_exceeded", "internal_error"):
+            self.failed.labels(code)
+
+    def refused(self, error: Cosmos3Error) -> None:
+        """Count a request that is refused, by the code of its answer."""
+        self.rejected.labels(slug(error)).inc()
+
+
+_made: list[Metrics] = []
+
+
+def metrics() -> Metrics:
+    """The families of this process; Prometheus refuses to have them twice."""
+    if not _made:
+        _made.append(Metrics())
+    return _made[0]

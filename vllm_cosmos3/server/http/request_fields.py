@@ -1,0 +1,358 @@
+"""From HTTP to the fields of a request, and from a job to JSON. Translates; validates nothing twice.
+
+JSON, urlencoded and multipart bodies mean the same; ``extra_params`` and ``extra_args`` are more
+fields; names of other servers are aliases. Text of a form becomes a value of the field's kind, and
+what does not is left as it is for the validator to refuse.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+from urllib.parse import parse_qsl
+
+from vllm_cosmos3.errors import LONGEST, Cosmos3Error, InvalidRequest, brief
+from vllm_cosmos3.request.controls import HINTS
+from vllm_cosmos3.request.fields import Spec
+from vllm_cosmos3.request.request import SPECS
+from vllm_cosmos3.server.http import control_fields, json_text
+from vllm_cosmos3.server.http.errors import ApiError
+
+VIDEO, IMAGE = "video", "image"  # what is asked for
+
+# Of a request from another process: no arrays, no choice of what comes back.
+HIDDEN = {"latents", "output_type", "image", "video"}
+ALIASES = {
+    "num_outputs_per_prompt": "n",
+    "num_steps": "num_inference_steps",
+    "prompt_upsampling": "upsample_prompt",
+    "guidance": "guidance_scale",
+    "shift": "flow_shift",
+    "sound_gen": "generate_sound",
+    "enable_sound": "generate_sound",
+    "audio_duration": "sound_duration",
+    "frame_rate": "fps",
+    "resolved_frame_rate": "fps",
+    "resolution": "image_size",
+}
+NESTED = ("extra_params", "extra_args")
+DEEPEST = 8  # objects in objects that the name of a form field makes
+REFERENCES = (
+    "input_reference",
+    "input_references",
+    "image_reference",
+    "video_reference",
+    "image",
+    "video",
+)
+# What is about the answer and not about the picture.
+SERVER_FIELDS: dict[str, Spec] = {
+    "model": Spec(kind="text", help="a served model name"),
+    "guardrails": Spec(kind="bool", help="false skips them where the operator allows it"),
+    "deadline_seconds": Spec(
+        kind="float", low=0, above=True, high=1e6, unit="seconds", help="until the request is given up"
+    ),
+    "continue_from": Spec(
+        kind="text", high=200, help="id of a finished video, which this one goes on from"
+    ),
+    "upsample_prompt": Spec(
+        kind="bool", help="let the reasoner write the structured prompt first"
+    ),
+    "truncate_prompt": Spec(kind="bool", help="false refuses prompts that would be cut"),
+    "response_format": Spec(
+        kind="choice", choices=("b64_json", "file", "url"), help="of images: base64 or the file"
+    ),
+    "output_format": Spec(
+        kind="choice", choices=("png", "jpeg", "jpg", "webp"), help="of images"
+    ),
+    "output_compression": Spec(
+        kind="int", low=0, high=100, help="quality of JPEG and WebP images"
+    ),
+}  # fmt: skip
+VIDEO_ONLY = {"continue_from"}
+IMAGE_ONLY = {"response_format", "output_format", "output_compression"}
+IGNORED = {
+    "user", "quality", "style", "moderation", "background", "metadata", "safety_identifier",
+    "return_stage_metrics", "bot_task", "generator_device", "vae_use_slicing", "vae_use_tiling",
+    "true_cfg_scale", "guidance_scale_2", "boundary_ratio", "input_fidelity",
+}  # fmt: skip
+UNSUPPORTED = {
+    "stream": "left out: GET /v1/videos/{id}/events streams the progress of a video",
+    "partial_images": "left out: GET /v1/videos/{id}/events streams the progress of a video",
+    "lora": "left out: merge the adapter into the checkpoint",
+    "enable_frame_interpolation": "left out: ask for a higher fps",
+    "frame_interpolation_exp": "left out: ask for a higher fps",
+    "frame_interpolation_scale": "left out: ask for a higher fps",
+    "frame_interpolation_model_path": "left out: ask for a higher fps",
+    "source_video": "left out: use input_reference",
+    "source_audio": "left out: sound is generated, see generate_sound",
+    "audio_reference": "left out: sound is generated, see generate_sound",
+}
+
+
+_ITEMS = {"ints": "int", "pair": "float", "numbers": "float", "rows": "numbers"}
+
+
+class FormText(str):
+    """Text of a form field, which may stand for a number, a truth value or a list."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A translated body: fields of the validator, fields of the server, media, warnings.
+
+    ``paths`` says where a field stood in the body, such as extra_params.seed.
+    """
+
+    fields: dict[str, Any]
+    server: dict[str, Any]
+    references: dict[str, Any]
+    warnings: tuple[str, ...]
+    paths: Mapping[str, str] = field(default_factory=dict)
+
+    def placed(self, error: Cosmos3Error) -> Cosmos3Error:
+        """The same error, of the field as the user wrote it."""
+        if isinstance(error, ApiError) and error.param is not None:
+            error.param = self.paths.get(error.param, error.param)
+        if not isinstance(error, InvalidRequest):
+            return error
+        head, dot, part = error.field.partition(".")
+        path = self.paths.get(error.field, self.paths.get(head, head) + dot + part)
+        return InvalidRequest(path, error.value, error.possible, error.code)
+
+
+def parse_json(data: bytes) -> dict[str, Any]:
+    """The object of a JSON body.
+
+    Raises:
+        ApiError: it is not JSON, with the offset, or not an object, or says something twice.
+    """
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ApiError("invalid_json", f"the body is not UTF-8 at byte {error.start}") from None
+    try:
+        value = json_text.read(text)
+    except json_text.Misread as error:
+        raise ApiError(error.code, str(error), param=error.path or None) from None
+    except json.JSONDecodeError as error:
+        at = len(text[: error.pos].encode())
+        raise ApiError("invalid_json", f"the body is not JSON at byte {at}: {error.msg}") from None
+    except RecursionError:
+        raise ApiError("invalid_json", "the body is nested too deeply") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise ApiError("invalid_json", f"the body is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ApiError(
+            "invalid_type", f"the body is a JSON {type(value).__name__}, must be an object"
+        )
+    return value
+
+
+def parse_urlencoded(data: bytes) -> dict[str, Any]:
+    """The fields of an urlencoded body."""
+    try:
+        text = data.decode()
+        pairs = parse_qsl(text, keep_blank_values=True, max_num_fields=1000, errors="strict")
+    except ValueError as error:
+        raise ApiError("invalid_value", f"the form cannot be read: {error}") from None
+    return nested([(name, FormText(value)) for name, value in pairs])
+
+
+def nested(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Form fields with bracket names as nested objects and lists: ``a[b]=1``, ``a[]=1``.
+
+    Raises:
+        ApiError: a list in a list or an object in a list, which such names cannot keep apart; a
+            field that is given twice or contradicts another one.
+    """
+    out: dict[str, Any] = {}
+    for full, value in pairs:
+        head, _, rest = full.partition("[")
+        name = json_text.shown(full)
+        keys = [head, *(key.removesuffix("]") for key in rest.split("["))] if rest else [head]
+        if len(keys) > DEEPEST:
+            raise ApiError("invalid_value", f"{name} is nested too deeply", param=head)
+        if "" in keys[1:-1]:
+            problem = f"{name} is a list with more inside than values, must be sent as JSON text"
+            raise ApiError("invalid_value", f"{problem} in {json_text.shown(head)}", param=head)
+        target: Any = out
+        for key, following in pairwise(keys):
+            target = target.setdefault(key, [] if following == "" else {})
+            if not isinstance(target, list if following == "" else dict):
+                raise ApiError("conflict", f"{name} contradicts another field", param=head)
+        if isinstance(target, list):
+            target.append(value)
+        elif keys[-1] in target:
+            raise ApiError("conflict", f"{name} is given twice", param=head)
+        else:
+            target[keys[-1]] = value
+    return out
+
+
+def translate(body: Mapping[str, Any], wanted: str) -> Asked:
+    """Sort the names of a body into what the validator, the server and nobody knows.
+
+    Raises:
+        InvalidRequest: an unknown name with the nearest one, a contradiction, something unsupported.
+    """
+    fields: dict[str, Any] = {}
+    server: dict[str, Any] = {}
+    references: dict[str, Any] = {}
+    warnings: list[str] = []
+    paths: dict[str, str] = {}
+    pair: dict[str, tuple[str, Any]] = {}
+    for path, given, value in _flat(body):
+        name = ALIASES.get(given, given)
+        if name in REFERENCES and (value := _text_or_json(path, value)) is not None:
+            _put(references, name, value, path, paths)
+        elif name in HINTS:
+            parts, place, clip = control_fields.split(path, name, value)
+            if wanted == IMAGE and parts is not False:
+                possible = "left out: pictures are made from text; POST /v1/videos follows controls"
+                raise InvalidRequest(path, "given", possible, "unsupported")
+            _put(fields, name, parts, path, paths)
+            if clip is not None:
+                references[name], paths[f"{name}.control"] = clip, place
+        elif name in control_fields.PAIR:
+            pair[name] = path, value
+        elif name in UNSUPPORTED:
+            if value is not False and value not in ("false", ""):
+                raise InvalidRequest(path, value, UNSUPPORTED[name], "unsupported")
+        elif name in SERVER_FIELDS:
+            spec = SERVER_FIELDS[name]
+            if wanted == VIDEO and name in IMAGE_ONLY:
+                raise InvalidRequest(path, value, "left out: it is of images", "unknown_parameter")
+            if wanted == IMAGE and name in VIDEO_ONLY:
+                raise InvalidRequest(path, value, "left out: it is of videos", "unknown_parameter")
+            _put(server, name, spec.checked(path, _typed(value, spec.kind)), path, paths)
+        elif name in IGNORED:
+            warnings.append(f"{path} has no effect on this model")
+        elif name in SPECS and name not in HIDDEN:
+            kind = SPECS[name].kind
+            if name == "size" and value == "auto":
+                continue
+            # OpenAI's clients write seconds as text in JSON too.
+            text = FormText(value) if name == "seconds" and isinstance(value, str) else value
+            _put(fields, name, _typed(text, kind), path, paths)
+        else:
+            raise InvalidRequest(path, value, _hint(name), "unknown_parameter")
+    _settle_pair(pair, fields, references, paths)
+    _settle_count(fields, wanted, paths)
+    return Asked(
+        fields=fields,
+        server=server,
+        references=references,
+        warnings=tuple(warnings),
+        paths={name: path for name, path in paths.items() if name != path},
+    )
+
+
+def _flat(body: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
+    """Path, name and value of every field, those of extra_params and extra_args included."""
+    out = []
+    for name, value in body.items():
+        if name not in NESTED:
+            out.append((name, name, value))
+            continue
+        more = control_fields.json_object(name, value) if isinstance(value, str) else value
+        if not isinstance(more, Mapping | None):
+            raise InvalidRequest(name, value, "a JSON object", "invalid_type")
+        out += [(f"{name}.{key}", str(key), item) for key, item in (more or {}).items()]
+    for path, _, value in out:
+        if not path.isprintable():
+            raise InvalidRequest(
+                ascii(path), value, "left out: there is no such field", "unknown_parameter"
+            )
+    return [(path, name, value) for path, name, value in out if value is not None]
+
+
+def _put(out: dict[str, Any], name: str, value: Any, path: str, paths: dict[str, str]) -> None:
+    if name in out and out[name] != value:
+        possible = f"left out, or the same as {paths[name]}={brief(out[name])}"
+        raise InvalidRequest(path, value, possible, "conflict")
+    out[name] = value
+    paths.setdefault(name, path)
+
+
+def _settle_pair(
+    pair: Mapping[str, tuple[str, Any]],
+    fields: dict[str, Any],
+    references: dict[str, Any],
+    paths: dict[str, str],
+) -> None:
+    """A control that came as a file and its type is the hint of that name."""
+    found = control_fields.paired(pair)
+    if found is None:
+        return
+    name, path, clip = found
+    if name in references:
+        possible = f"left out, as {paths[f'{name}.control']} is given"
+        raise InvalidRequest(path, "given", possible, "conflict")
+    if not isinstance(fields.get(name), Mapping):
+        fields[name] = {}
+    references[name], paths[f"{name}.control"] = clip, path
+
+
+def _settle_count(fields: dict[str, Any], wanted: str, paths: Mapping[str, str]) -> None:
+    """One frame makes an image, several a video; one video per request."""
+    frames = fields.get("num_frames")
+    if wanted == IMAGE:
+        if frames is not None and (frames != 1 or not isinstance(frames, int) or frames is True):
+            possible = "1 or left out; POST /v1/videos makes videos"
+            raise InvalidRequest(paths["num_frames"], frames, possible)
+        fields["num_frames"] = 1
+        return
+    if frames == 1 and not isinstance(frames, bool):
+        possible = "at least 5; POST /v1/images/generations makes images"
+        raise InvalidRequest(paths["num_frames"], frames, possible)
+    if fields.get("n", 1) != 1 and isinstance(fields["n"], int):
+        possible = "1: send one request for each video"
+        code = "unsupported" if 1 < fields["n"] <= 10 else "invalid_value"
+        raise InvalidRequest(paths["n"], fields["n"], possible, code)
+
+
+def _hint(name: str) -> str:
+    if len(name) > LONGEST:
+        return "left out: there is no such field"
+    known = [*(SPECS.keys() - HIDDEN), *SERVER_FIELDS, *ALIASES, *REFERENCES, *NESTED]
+    known += control_fields.PAIR
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"left out; did you mean {near[0]}?" if near else "left out: there is no such field"
+
+
+def _text_or_json(path: str, value: Any) -> Any:
+    """A reference is a file, a URL, or an object, which forms carry as JSON."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        return control_fields.json_object(path, value)
+    return value
+
+
+def _typed(value: Any, kind: str) -> Any:
+    """The value that the text of a form stands for; anything else as it is."""
+    if isinstance(value, list):
+        return [_typed(item, _ITEMS.get(kind, kind)) for item in value]
+    if not isinstance(value, FormText) or kind in ("text", "choice", "size"):
+        return str(value) if isinstance(value, FormText) else value
+    text = value.strip()
+    try:
+        if kind == "int":
+            return control_fields.number(text, int)
+        if kind == "float":
+            return control_fields.number(text, float)
+        if kind in ("ints", "pair", "numbers", "rows"):
+            if text.startswith("["):
+                return json.loads(text)
+            one = int if kind == "ints" else float
+            return [control_fields.number(part, one) for part in text.split(",")]
+    except (ValueError, RecursionError):
+        return str(value)
+    if kind == "bool":
+        return {"true": True, "false": False}.get(text.lower(), str(value))
+    return str(value)

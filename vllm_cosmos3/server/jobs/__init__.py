@@ -1,0 +1,1 @@
+"""Jobs: planned, queued, run, kept in the journal."""

@@ -1,0 +1,40 @@
+"""Where each field of ``effective`` comes from: the request, the checkpoint, the reasoner, a default."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from vllm_cosmos3.checkpoint.config import ModelConfig
+from vllm_cosmos3.request.request import SPECS
+
+# Fields that say the same in other words.
+SPELLINGS = (
+    ({"size"}, {"width", "height"}),
+    ({"num_frames"}, {"seconds"}),
+    ({"prompt"}, {"prompt_token_ids"}),
+    ({"negative_prompt"}, {"negative_prompt_token_ids"}),
+    ({"domain_name"}, {"domain_id"}),
+    ({"action"}, {"action_path"}),
+)
+
+
+def sources(
+    given: Collection[str], effective: Mapping[str, object], model: ModelConfig, *, upsampled: bool
+) -> dict[str, str]:
+    """The source of every field that has a value.
+
+    ``given`` are the names in the request. "default" is that of the mode or of the field, or what
+    follows from other fields and from the input.
+    """
+    asked = set(given)
+    for one, other in SPELLINGS:
+        asked |= (other if asked & one else set()) | (one if asked & other else set())
+    checkpoint = {"negative_prompt"} if effective["negative_prompt"] else set()
+    if model.scheduler.t_list is not None:  # it is distilled to these
+        checkpoint |= {"num_inference_steps", "guidance_scale"}
+    found = {
+        name: "request" if name in asked else "checkpoint" if name in checkpoint else "default"
+        for name, value in effective.items()
+        if value is not None and name in SPECS
+    }
+    return found | ({"prompt": "reasoner"} if upsampled else {})

@@ -1,0 +1,158 @@
+"""What the generator needs of its devices, and what it leaves for a reasoner on the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from vllm_cosmos3.checkpoint.config import EngineConfig, ModelConfig, ParallelConfig, read_config
+from vllm_cosmos3.checkpoint.kinds import DISTILLED
+from vllm_cosmos3.errors import InvalidRequest, OutOfMemory
+from vllm_cosmos3.generator.memory import Memory, decided, estimate, suggestions, usual_work
+from vllm_cosmos3.generator.models.components import check_files
+from vllm_cosmos3.parallel.attention import BACKENDS
+from vllm_cosmos3.parallel.mesh import check_degrees
+from vllm_cosmos3.reasoner.required_tensors import expected_tensors
+from vllm_cosmos3.server.options import Options
+
+GIB = 2**30
+MOST_MEMORY = 0.92  # of a device that both surfaces take together, as vLLM alone does
+LEAST_CACHE = 4 * GIB  # of a reasoner beside its weights: keys and values, activations
+BFLOAT16 = 2  # bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizing:
+    """A generator that was checked against its checkpoint and its devices.
+
+    ``memory`` is that of the largest request of the defaults, ``device`` the bytes of a device and
+    ``limit`` those that a rank may use of it, None where nobody counts them.
+    """
+
+    model: ModelConfig
+    engine: EngineConfig
+    memory: Memory
+    device: int | None
+    limit: int | None
+
+    def __str__(self) -> str:
+        """Of the memory, for the operator."""
+        weights, request = self.memory.resident, self.memory.request
+        where = "rank" if self.device is None else f"device of {_gib(self.device)}"
+        text = f"{_gib(weights)} of weights and up to {_gib(request)} for a default request on each {where}"
+        if self.limit is None:
+            return text
+        if self.limit != self.device:
+            text += f", of which it may use {_gib(self.limit)}"
+        if self.memory.needed > self.limit:
+            text += "; requests that do not fit are refused"
+        return text
+
+
+def sized(folder: Path, options: Options, device: str) -> Sizing:
+    """Check all that can be checked of a generator before anything is started.
+
+    Raises:
+        CheckpointError, Unsupported: the checkpoint is incomplete or cannot be run.
+        InvalidRequest: the options do not suit it or the machine.
+        OutOfMemory: its weights do not fit into a device.
+    """
+    model = read_config(folder, options.checkpoint_kind or None)
+    engine = engine_of(folder, options, device)
+    if engine.attention_backend not in ("auto", *BACKENDS):
+        possible = f"auto, {', '.join(BACKENDS)}"
+        raise InvalidRequest("attention_backend", engine.attention_backend, possible)
+    count, size = devices(options, device)
+    limit = round(options.memory_limit * GIB) or size
+    local = options.generator_executor_backend != "ray"
+    check_degrees(
+        engine.parallel,
+        model.transformer,
+        devices=count if local else None,
+        guided=model.kind not in DISTILLED,
+    )
+    if engine.load_format != "dummy":
+        check_files(model)
+    work = usual_work(model)
+    engine = decided(model, engine, work, limit)
+    memory = estimate(model, engine, work)
+    needed = max(memory.loading, memory.resident) + memory.reserve
+    if limit is not None and needed > limit:
+        raise OutOfMemory(
+            f"the generator needs {_gib(needed)} of each device for its weights alone, and may use "
+            f"{_gib(limit)}{_advice(suggestions(model, engine, work, limit))}"
+        )
+    return Sizing(model=model, engine=engine, memory=memory, device=size, limit=limit)
+
+
+def engine_of(folder: Path, options: Options, device: str) -> EngineConfig:
+    """What each rank is told."""
+    return EngineConfig(
+        model=folder,
+        dtype=options.generator_dtype,
+        device=device,
+        load_format=options.generator_load_format,
+        attention_backend=options.attention_backend,
+        checkpoint_kind=options.checkpoint_kind or None,
+        und_residency=options.und_residency,
+        layerwise_offload=options.enable_layerwise_offload,
+        memory_limit=options.memory_limit or None,
+        parallel=ParallelConfig(
+            tensor_parallel_size=options.generator_tensor_parallel_size,
+            cfg_parallel_size=options.cfg_parallel_size,
+            ulysses_degree=options.ulysses_degree,
+            vae_parallel=options.vae_parallel,
+        ),
+    )
+
+
+def devices(options: Options, device: str) -> tuple[int | None, int | None]:
+    """How many devices the generator has, and the bytes of each; None where nobody counts."""
+    if device.split(":")[0] == "cpu":
+        return None, None
+    from vllm.platforms import current_platform
+
+    names = options.generator_devices.split(",") if options.generator_devices else []
+    if not all(name.strip() for name in names) or len(set(names)) < len(names):
+        possible = "different devices, such as 1,2,3"
+        raise InvalidRequest("generator_devices", options.generator_devices, possible)
+    count = len(names) or current_platform.device_count()
+    # Asked of the driver: a context on a device would be in the way of processes to come.
+    return count, int(current_platform.get_device_total_memory())
+
+
+def share_of_reasoner(sizing: Sizing, root: Mapping[str, Any], ranks: int) -> float | None:
+    """The part of the devices that the generator leaves, which is vLLM's gpu_memory_utilization.
+
+    ``root`` is the root config.json, ``ranks`` how many share the reasoner's weights. None where
+    nobody counts memory.
+
+    Raises:
+        OutOfMemory: the reasoner does not fit beside the generator.
+    """
+    if sizing.device is None or sizing.limit is None:
+        return None
+    weights = sum(prod(tensor.shape) for tensor in expected_tensors(root).values()) * BFLOAT16
+    least = weights // ranks + LEAST_CACHE
+    taken = min(sizing.memory.needed, sizing.limit)
+    left = round(MOST_MEMORY * sizing.device) - taken
+    if left < least:
+        raise OutOfMemory(
+            f"the generator takes {_gib(taken)} of {_gib(sizing.device)} of each device and the reasoner {_gib(least)}; give the generator devices of its own "
+            "(--generator-devices), start with --und-residency host or "
+            "--enable-layerwise-offload, or serve one --surface"
+        )
+    return left / sizing.device
+
+
+def _advice(found: list[tuple[str, int]]) -> str:
+    if not found:
+        return "; use more devices"
+    return "; start with " + " or ".join(f"{flags} ({_gib(size)})" for flags, size in found[:2])
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB // 10 else f"{size / 2**20:.1f} MiB"

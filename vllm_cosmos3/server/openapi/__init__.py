@@ -1,0 +1,1 @@
+"""The OpenAPI page: schemas of request bodies and of responses."""

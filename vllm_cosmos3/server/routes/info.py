@@ -1,0 +1,127 @@
+"""The routes that tell what is served and how it is: models, health."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from vllm_cosmos3.checkpoint.kinds import ACTION_MODES, MODES
+from vllm_cosmos3.request.controls import CONTROL_GUIDANCE
+from vllm_cosmos3.request.defaults import DEFAULTS
+from vllm_cosmos3.request.embodiments import EMBODIMENTS
+from vllm_cosmos3.request.sizes import MAX_TRAINED_FRAMES, TRAINED_SIZES
+from vllm_cosmos3.robots import droid
+from vllm_cosmos3.server.http.errors import error_body
+from vllm_cosmos3.server.jobs.service import Service
+from vllm_cosmos3.server.openapi.responses import MODELS, answers
+from vllm_cosmos3.server.routes.route import Route, service
+
+router = APIRouter(route_class=Route, tags=["Cosmos3 server"])
+STARTED = 0  # models have no date of their own
+
+
+@router.get("/v1/cosmos3/models", responses=answers(MODELS))
+async def capabilities(request: Request) -> Response:
+    """The served models with what they can do."""
+    return JSONResponse(models(service(request)))
+
+
+def models(at: Service) -> dict[str, Any]:
+    """OpenAI's list of models, each with a block ``cosmos3``."""
+    block = capability(at)
+    data = [
+        {
+            "id": name,
+            "object": "model",
+            "created": STARTED,
+            "owned_by": "vllm-cosmos3",
+            "root": str(at.model.path),
+            "parent": None,
+            "max_model_len": None,
+            "cosmos3": block,
+        }
+        for name in at.names
+    ]
+    return {"object": "list", "data": data}
+
+
+def capability(at: Service) -> dict[str, Any]:
+    """What a user interface needs to know about the checkpoint."""
+    actions = ACTION_MODES if at.model.transformer.action_gen else ()
+    modes = [mode for mode in MODES[at.model.kind] if mode in (*DEFAULTS, "transfer", *actions)]
+    bodies = EMBODIMENTS if set(ACTION_MODES) & set(modes) else ()
+    return {
+        "family": "cosmos3",
+        "checkpoint_kind": at.model.kind,
+        "modes": modes,
+        "sound": at.model.sound is not None,
+        "resolutions": {
+            str(tier): [f"{width}x{height}" for width, height in sizes]
+            for tier, sizes in TRAINED_SIZES.items()
+        },
+        "max_frames": {str(k): v for k, v in MAX_TRAINED_FRAMES.items()},
+        "defaults": {mode: asdict(DEFAULTS[mode]) for mode in modes if mode in DEFAULTS},
+        "action_domains": {row.name: asdict(row) for row in bodies},
+        "control_guidance": CONTROL_GUIDANCE if "transfer" in modes else {},
+        "robot": _robot(at) if at.model.kind == droid.KIND else None,
+        "guardrails": at.guardrails.state,
+        "prompt_upsampling": at.reasoner is not None,
+        "queue_limit": at.options.max_queue,
+    }
+
+
+def _robot(at: Service) -> dict[str, Any]:
+    """What a robot gets, beside what the handshake says."""
+    shape = [droid.HORIZON, droid.WIDTH]
+    told = droid.metadata(at.options.robot_action_space)
+    return {**told, "action_shape": shape, "actions_per_second": droid.FPS}
+
+
+@router.get("/health/live")
+async def live() -> Response:
+    """The process answers."""
+    return JSONResponse({"status": "alive"})
+
+
+@router.get("/health/ready")
+async def ready(request: Request) -> Response:
+    """Every surface can take work, or why not."""
+    return await health_of(request)
+
+
+async def health_of(request: Request) -> Response:
+    """200 when every served surface can take work, else 503 with the reason."""
+    at = request.app.state.cosmos3
+    if at is None:
+        return _unready("loading", "the server is starting", None)
+    status = await asyncio.to_thread(at.status)
+    report: dict[str, Any] = {
+        "surfaces": {"generator": status.state},
+        "queue": {"waiting": status.waiting, "running": status.running, "limit": status.limit},
+        "restarts": status.restarts,
+        "guardrails": at.guardrails.state,
+    }
+    if status.state == "starting":
+        report["loaded_percent"] = at.loaded(status)
+    engine = request.app.state.cosmos3_engine
+    if engine is not None:
+        report["surfaces"]["reasoner"] = "ready"
+        try:
+            await engine.check_health()
+        except Exception as error:  # noqa: BLE001 - vLLM's, and the answer is what it means
+            report["surfaces"]["reasoner"] = "failed"
+            return _unready("worker_lost", f"the reasoner is down: {error}", report)
+    if at.draining:
+        return _unready("draining", "the server is stopping", report)
+    if status.state != "ready":
+        return _unready("loading", at.reason(status), report)
+    return JSONResponse({"status": "healthy", **report})
+
+
+def _unready(code: str, reason: str, report: dict[str, Any] | None) -> JSONResponse:
+    body = {"status": "unhealthy", "reason": reason, **(report or {}), **error_body(code, reason)}
+    return JSONResponse(body, 503, {"Retry-After": "5"})

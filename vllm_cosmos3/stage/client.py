@@ -1,0 +1,382 @@
+"""The client of the stage: starts its process, submits requests to it and hears how they go.
+
+Safe to use from several threads. If the process ends, what it was serving fails with WorkerDied and
+a new one is started, until ``close``.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from getpass import getuser
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from vllm_cosmos3.errors import Cosmos3Error, WorkerDied
+from vllm_cosmos3.progress import Progress, Report
+from vllm_cosmos3.stage.executor import check_backend
+from vllm_cosmos3.stage.process import (
+    Accepted,
+    Advanced,
+    Ask,
+    Cancel,
+    Done,
+    Failed,
+    Setup,
+    Status,
+    Stop,
+    Submit,
+    address,
+)
+from vllm_cosmos3.stage.scheduler import QueueConfig
+from vllm_cosmos3.stage.worker import StageConfig
+
+BOOTSTRAP = (
+    "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); "
+    "from vllm_cosmos3.stage.process import main; sys.exit(main())"
+)
+STDERR = 2
+QUIET = {  # what torch and vLLM would say of an ordinary start
+    "TORCH_LOGS": "-all",
+    "PYTHONWARNINGS": "ignore::FutureWarning:vllm.triton_utils.dispatcher",
+}
+STOP_SECONDS = 20.0  # until a stage that was told to stop is killed
+
+
+class Job:
+    """A submitted request. ``future`` gets its result, or the error that ended it."""
+
+    def __init__(self, name: str, cancel: Callable[[str], None], report: Report | None) -> None:
+        self.name = name
+        self.future: Future[Any] = Future()
+        self.future.set_running_or_notify_cancel()  # it is ended by the stage alone
+        self.position: int | None = None  # in the queue, as last heard
+        self.progress: Progress | None = None  # as last heard
+        self._cancel = cancel
+        self._report = report
+        self._raised: Exception | None = None  # by report
+        self._accepted: Future[None] = Future()
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Wait for the end: what the stage made, or the files it saved it to.
+
+        Raises:
+            Cosmos3Error: why there is no result.
+            TimeoutError: it takes longer than ``timeout`` seconds.
+        """
+        return self.future.result(timeout)
+
+    def cancel(self) -> None:
+        """End the request with its current step; the future then raises Cancelled."""
+        self._cancel(self.name)
+
+    def _hear(self, message: object) -> None:
+        match message:
+            case Accepted(position=position):
+                self.position = position
+                if not self._accepted.done():
+                    self._accepted.set_result(None)
+            case Advanced(progress=progress):
+                self.progress = progress
+                self._tell(progress)
+            case Done(value=value):
+                self._take(value)
+            case Failed(error=error):
+                if not self._accepted.done():
+                    self._accepted.set_exception(error)
+                self.future.set_exception(self._raised or error)
+
+    def _take(self, value: Any) -> None:
+        try:
+            result = _unspooled(value)
+        except Exception as error:  # noqa: BLE001 - the other jobs go on
+            self._raised = self._raised or Cosmos3Error(f"the result cannot be read: {error}")
+        if self._raised is None:
+            self.future.set_result(result)
+        else:  # of a report: too late to cancel
+            self.future.set_exception(self._raised)
+
+    def _tell(self, progress: Progress) -> None:
+        if self._report is None:
+            return
+        try:
+            self._report(progress)
+        except Exception as error:  # noqa: BLE001 - the owner's, and the owner gets it
+            self._raised, self._report = error, None
+            self.cancel()
+
+
+class StageClient:
+    """A stage in a process of its own. Returns at once; ``wait_ready`` waits for the weights.
+
+    Raises:
+        InvalidRequest: the backend cannot run here.
+    """
+
+    def __init__(
+        self,
+        stage: StageConfig,
+        queue: QueueConfig | None = None,
+        *,
+        drain_seconds: float = 600.0,
+    ) -> None:
+        check_backend(stage)
+        self._stage, self._queue = stage, queue or QueueConfig()
+        self._drain_seconds = drain_seconds
+        self._folder = Path(tempfile.mkdtemp(prefix="cosmos3-"))
+        self._jobs: dict[str, Job] = {}
+        self._status = Status(state="starting")
+        self._changed = threading.Condition()  # guards all state, tells of every change
+        self._error: Cosmos3Error | None = None
+        self._closing = False
+        self._answered = 0
+        self._process = self._start_process()
+        context: zmq.Context[Any] = zmq.Context.instance()
+        self._wake: zmq.Socket[bytes] = context.socket(zmq.PUSH)
+        self._wake.bind(f"inproc://{self._folder.name}")
+        self._outgoing: zmq.Socket[bytes] = context.socket(zmq.PULL)
+        self._outgoing.connect(f"inproc://{self._folder.name}")
+        self._thread = threading.Thread(target=self._listen, name="stage-client", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    def wait_ready(self, timeout: float | None = None) -> None:
+        """Wait until the stage can serve.
+
+        Raises:
+            Cosmos3Error: why it never will.
+            TimeoutError: it takes longer than ``timeout`` seconds.
+        """
+        with self._changed:
+            if not self._changed.wait_for(
+                lambda: self._error is not None or self._status.state == "ready", timeout
+            ):
+                raise TimeoutError(f"the stage is {self._status.state}")
+            if self._error is not None:
+                raise self._error
+
+    @property
+    def error(self) -> Cosmos3Error | None:
+        """Why the stage will never serve again, None as long as it may."""
+        return self._error
+
+    def submit(
+        self,
+        plan: Any,
+        *,
+        seconds: float = 0.0,
+        save: Path | None = None,
+        clip: Any = None,
+        deadline: float | None = None,
+        report: Report | None = None,
+    ) -> Job:
+        """Queue a request, which is a plan of the stage.
+
+        ``seconds`` estimate its work. With ``save`` rank 0 writes the result there; ``clip`` is
+        handed to the stage's decode. ``deadline`` are the seconds it may take, waiting included. ``report`` is called in another thread.
+
+        Raises:
+            Busy: the queue is full, or the stage is stopping.
+            Cosmos3Error: the stage is gone.
+        """
+        job = Job(uuid.uuid4().hex, self._cancel, report)
+        with self._changed:
+            self._check_open()
+            self._jobs[job.name] = job
+            self._send(
+                Submit(
+                    job=job.name,
+                    plan=plan,
+                    seconds=seconds,
+                    save=save,
+                    clip=clip,
+                    deadline=deadline,
+                ),
+                job.name,
+            )
+        job._accepted.result()
+        return job
+
+    def status(self, timeout: float = 10.0) -> Status:
+        """How the stage is. While its process does not answer, the last thing heard of it."""
+        with self._changed:
+            if self._error is None and not self._closing:
+                answered = self._answered
+                self._send(Ask())
+                self._changed.wait_for(lambda: self._answered > answered, timeout)
+            return self._status
+
+    def close(self) -> None:
+        """End the stage now. Can be repeated."""
+        with self._changed:
+            if self._closing:
+                return
+            self._closing = True
+            self._send(Stop())
+        atexit.unregister(self.close)
+        deadline = time.monotonic() + STOP_SECONDS
+        while self._process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self._process.kill()
+        self._process.wait()
+        if self._thread.is_alive():
+            self._wake.send_multipart([b"", b""])
+            self._thread.join()
+        self._wake.close(linger=0)
+        for job in self._jobs.values():
+            job._hear(Failed(job.name, WorkerDied("the stage was closed")))
+        self._jobs.clear()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    # Messages.
+
+    def _listen(self) -> None:
+        """Carry messages between the threads of this process and the stage."""
+        stage = self._connect()
+        while True:
+            ready = self._poll(stage)
+            if self._outgoing in ready:
+                name, data = self._outgoing.recv_multipart()
+                if not data:  # from close
+                    break
+                if not name or name.decode() in self._jobs:
+                    stage.send(data)
+            if stage in ready:
+                self._hear(pickle.loads(stage.recv()))
+            elif self._process.poll() is not None:
+                stage.close()  # with what was meant for the dead process
+                if not self._restarted():
+                    # Whoever still sends, as `close` does, would wait for a reader for ever.
+                    while self._outgoing.recv_multipart()[1]:
+                        pass
+                    break
+                stage = self._connect()
+        self._outgoing.close()
+        stage.close()
+
+    def _poll(self, stage: zmq.Socket[bytes]) -> set[zmq.Socket[bytes]]:
+        poller = zmq.Poller()
+        poller.register(self._outgoing, zmq.POLLIN)
+        poller.register(stage, zmq.POLLIN)
+        return {socket for socket, _ in poller.poll(200)}
+
+    def _connect(self) -> zmq.Socket[bytes]:
+        stage: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        for option, value in ((zmq.LINGER, 0), (zmq.SNDHWM, 0), (zmq.RCVHWM, 0)):
+            stage.setsockopt(option, value)
+        stage.connect(address(self._folder))
+        stage.send(pickle.dumps(Ask()))  # from now on it tells of every change
+        return stage
+
+    def _hear(self, message: object) -> None:
+        match message:
+            case Status():
+                with self._changed:
+                    self._status = message
+                    self._answered += 1
+                    self._changed.notify_all()
+            case Failed(job=None, error=error):
+                with self._changed:
+                    self._error = error
+                    self._changed.notify_all()
+            case Accepted(job=name) | Advanced(job=name):
+                if name in self._jobs:
+                    self._jobs[name]._hear(message)
+            case Done(job=name) | Failed(job=str(name)):
+                job = self._jobs.pop(name, None)
+                if job is not None:
+                    job._hear(message)
+
+    def _send(self, message: object, job: str = "") -> None:
+        """Hand a message to the listening thread; one about a job is dropped with the job."""
+        self._wake.send_multipart([job.encode(), pickle.dumps(message)])
+
+    def _cancel(self, name: str) -> None:
+        with self._changed:
+            if name in self._jobs:
+                self._send(Cancel(name), name)
+
+    def _check_open(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if self._closing:
+            raise WorkerDied("the stage was closed")
+
+    # Life.
+
+    def _start_process(self) -> subprocess.Popen[bytes]:
+        setup = Setup(
+            stage=replace(self._stage, scratch=self._folder),
+            queue=self._queue,
+            folder=self._folder,
+            parent=os.getpid(),
+            drain_seconds=self._drain_seconds,
+        )
+        temporary = tempfile.gettempdir()
+        level = logging.getLogger("vllm").getEffectiveLevel()
+        environment = {"VLLM_LOGGING_LEVEL": logging.getLevelName(level)}
+        environment |= (QUIET if level > logging.WARNING else {}) | os.environ
+        environment |= {
+            # Sockets and rendezvous files of vLLM go where they are removed even after a SIGKILL.
+            "TMPDIR": str(self._folder),
+            # What the compiler keeps is worth more than that.
+            "TORCHINDUCTOR_CACHE_DIR": os.environ.get(
+                "TORCHINDUCTOR_CACHE_DIR", f"{temporary}/torchinductor_{getuser()}"
+            ),
+        }
+        process = subprocess.Popen(
+            [sys.executable, "-c", BOOTSTRAP],
+            stdin=subprocess.PIPE,
+            stdout=STDERR,  # vLLM logs there
+            env=environment,
+            start_new_session=True,  # Ctrl-C is for this process, which knows what to do about it
+        )
+        assert process.stdin is not None
+        with process.stdin as pipe:
+            pipe.write(pickle.dumps(sys.path) + pickle.dumps(setup))
+        return process
+
+    def _restarted(self) -> bool:
+        """Fail what the ended process was serving and start a new one. Whether there is one."""
+        error = WorkerDied(f"the stage process ended with status {self._process.returncode}")
+        with self._changed:
+            jobs, self._jobs = list(self._jobs.values()), {}
+            was_up = self._status.state != "starting"
+            if self._error is None and not self._closing:
+                if was_up:
+                    self._status = Status(state="starting")
+                    self._process = self._start_process()
+                else:
+                    self._error = error
+            if self._error is not None:
+                self._status = Status(state="failed")
+            alive = self._process.poll() is None
+            self._changed.notify_all()
+        for job in jobs:
+            job._hear(Failed(job.name, error))
+        return alive
+
+
+def _unspooled(value: Any) -> Any:
+    """The result itself where it was left in a file."""
+    if not isinstance(value, Path):
+        return value
+    try:
+        with value.open("rb") as file:
+            return pickle.load(file)
+    finally:
+        value.unlink(missing_ok=True)

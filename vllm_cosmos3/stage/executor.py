@@ -1,0 +1,317 @@
+"""The stage executor: makes one call at a time on all ranks, through any of vLLM's executors.
+
+vLLM starts the workers, moves messages and notices deaths. What it leaves open is closed here: a
+rank that fails or falls silent is seen while others still compute, late answers are recognised by
+their number, and a group of ranks that may be out of step is replaced.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from vllm_cosmos3.errors import Cosmos3Error, DeadlineExceeded, InvalidRequest, WorkerDied
+from vllm_cosmos3.stage.launcher_sync import Agreement, end_with_failure
+from vllm_cosmos3.stage.worker import NoModel, Reply, StageConfig
+
+logger = logging.getLogger(__name__)
+
+SLICE = 0.02  # seconds to wait for one rank before looking at the others
+PING_SECONDS = 10.0
+START_AGAIN = "start all of them again"
+METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
+
+
+class StageExecutor:
+    """Workers with a loaded stage, from ``start`` to ``close``.
+
+    ``call`` raises what the ranks raised. If the ranks may be out of step afterwards, ``healthy``
+    is false and only ``restart`` helps: the weights are read again and all request states are gone.
+
+    Where a launcher has started the ranks, each has an executor and makes the same calls. They
+    agree after every call on whether it has failed; ranks that are out of step stay so, and the
+    processes then end with status 1.
+    """
+
+    def __init__(self, config: StageConfig) -> None:
+        check_backend(config)
+        self._config = config
+        self._executor: Any = None
+        self._number = 0
+        self._agreement: Agreement | None = None
+        self.healthy = False
+
+    def start(self) -> None:
+        """Start the workers and load the stage on each.
+
+        Raises:
+            Cosmos3Error: what ``load`` raised, e.g. CheckpointError.
+            WorkerDied: the workers did not come up.
+        """
+        try:
+            self._executor = _make_executor(self._config)
+            if self._config.backend == "external_launcher":
+                self._agreement = Agreement()
+        except Exception as error:
+            raise WorkerDied(
+                f"the workers did not start ({error}); the log has the cause"
+            ) from error
+        self.healthy = True
+        try:
+            self.call("load")
+        except Cosmos3Error:
+            self.close()
+            raise
+
+    def restart(self) -> None:
+        """Replace the workers by new ones."""
+        self.close()
+        self.start()
+
+    def close(self) -> None:
+        """End all workers and remove what they shared. Can be repeated."""
+        executor, self._executor = self._executor, None
+        if executor is None or (self._agreement is not None and not self.healthy):
+            return
+        segments = _shared_segments(executor)
+        if not self.healthy:
+            # A rank that waits in an exchange hears no request to end.
+            for worker in getattr(executor, "workers", ()):
+                worker.proc.kill()
+        self.healthy = False
+        executor.shutdown()
+        if hasattr(executor, "_finalizer"):
+            executor._finalizer.detach()  # it would keep the executor for ever
+        for segment in segments:
+            segment.unlink(missing_ok=True)
+
+    def call(
+        self,
+        method: str,
+        *args: Any,
+        timeout: float | None = None,
+        while_waiting: Callable[[], None] | None = None,
+    ) -> list[Any]:
+        """Call a method of `DiffusionWorker` on every rank; the values in rank order.
+
+        Ranks that a launcher has started know the values of others as None.
+        ``timeout`` seconds replace the configured ones. ``while_waiting`` is called every few
+        milliseconds if the workers are other processes.
+
+        Raises:
+            Cosmos3Error: a rank raised it, or anything else whose text it carries.
+            DeadlineExceeded: a rank did not answer in time.
+            WorkerDied: a worker process ended, or cannot go on.
+        """
+        self._check()
+        seconds = self._config.timeout if timeout is None else timeout
+        replies = self._send(method, args, seconds, while_waiting)
+        errors = {rank: reply for rank, reply in replies.items() if reply.error is not None}
+        if not errors:
+            return [replies[rank].value for rank in sorted(replies)]
+        rank, first = min(errors.items())
+        if type(first.error) is Cosmos3Error and first.trace:  # not foreseen: where it was raised
+            logger.error("rank %d: %s", rank, first.trace)
+        if len(replies) < self._config.engine.parallel.world_size or not self._in_step():
+            self._lose()
+        assert first.error is not None
+        raise first.error
+
+    def agree(self, error: Cosmos3Error | None) -> Cosmos3Error | None:
+        """What the first of the ranks has to report that has failed outside of a call.
+
+        All ranks that a launcher has started come here between the same two calls.
+
+        Raises:
+            WorkerDied: not all of them did.
+        """
+        self._check()
+        assert self._agreement is not None, "one process makes the calls for all ranks"
+        try:
+            errors = self._agreement.errors(error, self._config.timeout)
+        except TimeoutError:
+            self._lose()
+            raise WorkerDied(f"the other ranks do not answer; {START_AGAIN}") from None
+        return errors[min(errors)] if errors else None
+
+    def _check(self) -> None:
+        if self.healthy:
+            return
+        if self._agreement is not None:
+            raise WorkerDied(f"the ranks are out of step after a failure; {START_AGAIN}")
+        raise WorkerDied("the workers are gone; restart the stage")
+
+    def _lose(self) -> None:
+        self.healthy = False
+        if self._agreement is not None:
+            atexit.register(end_with_failure)
+
+    def _in_step(self) -> bool:
+        """Whether ranks that have all answered still meet each other in exchanges."""
+        try:
+            replies = self._send("ping", (self._number, PING_SECONDS), PING_SECONDS, None)
+        except Cosmos3Error:
+            return False
+        return all(reply.error is None for reply in replies.values())
+
+    def _send(
+        self,
+        method: str,
+        args: tuple[Any, ...],
+        seconds: float,
+        while_waiting: Callable[[], None] | None,
+    ) -> dict[int, Reply]:
+        self._number += 1
+        future = self._executor.collective_rpc(
+            "call", args=(self._number, method, args), non_block=True
+        )
+        if future.done():  # the worker is in this process
+            (own,) = future.result()
+            return {0: own} if self._agreement is None else self._agreed(method, own, seconds)
+        self._executor.futures_queue.clear()  # the answers are read here, not by vLLM's future
+        try:
+            return self._collect(method, time.monotonic() + seconds, while_waiting)
+        except Cosmos3Error:
+            self.healthy = False
+            raise
+
+    def _agreed(self, method: str, own: Reply, seconds: float) -> dict[int, Reply]:
+        """The replies of all ranks, as far as this one knows them."""
+        assert self._agreement is not None
+        try:
+            errors = self._agreement.errors(
+                own.error, seconds if own.error is None else self._config.grace
+            )
+        except TimeoutError:
+            self._lose()
+            reason = f"{method} got no answer in time" if own.error is None else str(own.error)
+            raise WorkerDied(f"{reason}; the other ranks cannot go on, {START_AGAIN}") from None
+        replies = {
+            rank: Reply(own.number, error=errors.get(rank))
+            for rank in range(self._config.engine.parallel.world_size)
+        }
+        rank = dist.get_rank()
+        replies[rank] = replace(own, error=errors.get(rank))
+        return replies
+
+    def _collect(
+        self, method: str, deadline: float, while_waiting: Callable[[], None] | None
+    ) -> dict[int, Reply]:
+        """The answers of all ranks, or of those that answered soon after the first failure."""
+        queues = dict(enumerate(self._executor.response_mqs))
+        replies: dict[int, Reply] = {}
+        failed = False
+        while len(replies) < len(queues):
+            slice_ = SLICE
+            for rank in queues.keys() - replies.keys():
+                reply = self._receive(queues[rank], slice_)
+                slice_ = 0.0  # one wait a round
+                if reply is not None:
+                    replies[rank] = reply
+            if not failed and any(reply.error is not None for reply in replies.values()):
+                failed = True
+                deadline = min(deadline, time.monotonic() + self._config.grace)
+            if self._executor.is_failed:
+                raise WorkerDied(f"a worker process ended in {method}")
+            if time.monotonic() > deadline and len(replies) < len(queues):
+                if failed:
+                    break
+                silent = ", ".join(map(str, sorted(queues.keys() - replies.keys())))
+                raise DeadlineExceeded(f"{method} got no answer in time from rank {silent}")
+            if while_waiting is not None:
+                while_waiting()
+        return replies
+
+    def _receive(self, queue: Any, seconds: float) -> Reply | None:
+        try:
+            _, reply = queue.dequeue(timeout=seconds)
+        except TimeoutError:
+            return None
+        except RuntimeError:  # vLLM closed the queue because a worker ended
+            if self._executor.is_failed:
+                return None
+            raise
+        if not isinstance(reply, Reply):  # vLLM's text of an error outside of the worker's call
+            return Reply(self._number, error=Cosmos3Error(str(reply)))
+        return reply if reply.number == self._number else None
+
+
+def check_backend(config: StageConfig) -> None:
+    """Refuse an executor that cannot run here, before anything starts."""
+    world = config.engine.parallel.world_size
+    if config.backend == "ray" and torch.device(config.engine.device).type == "cpu":
+        raise InvalidRequest(
+            "distributed_executor_backend", "ray", "mp on the CPU: vLLM's Ray executor needs GPUs"
+        )
+    if config.backend == "uni" and world > 1:
+        raise InvalidRequest("distributed_executor_backend", "uni", f"mp or ray for {world} ranks")
+    if config.backend == "external_launcher" and os.environ.get("WORLD_SIZE") != str(world):
+        raise InvalidRequest(
+            "distributed_executor_backend",
+            "external_launcher",
+            f"used under torchrun --nproc_per_node {world}, the product of the degrees",
+        )
+
+
+def _make_executor(config: StageConfig) -> Any:
+    from vllm.config import DeviceConfig, ParallelConfig, VllmConfig
+    from vllm.v1.executor import Executor
+
+    in_process = config.backend in ("uni", "external_launcher")
+    # On the CPU vLLM starts workers afresh, to bind the threads of each; unbound ones can be forked,
+    # which takes a tenth of the time.
+    bind = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    method = os.environ.get(METHOD, "fork" if bind == "nobind" else "spawn")
+    # vLLM asks for the last one where the worker is to live in the calling process.
+    with _environment(
+        VLLM_CPU_OMP_THREADS_BIND=bind,
+        VLLM_WORKER_MULTIPROC_METHOD=method,
+        VLLM_ENABLE_V1_MULTIPROCESSING="0" if in_process else "1",
+    ):
+        vllm_config = VllmConfig(
+            parallel_config=ParallelConfig(
+                # For vLLM all ranks are tensor parallel; the worker knows better.
+                tensor_parallel_size=config.engine.parallel.world_size,
+                distributed_executor_backend=config.backend,
+                worker_cls="vllm_cosmos3.stage.worker.DiffusionWorker",
+            ),
+            device_config=DeviceConfig(device=torch.device(config.engine.device).type),
+        )
+        os.environ[METHOD] = method  # which making the configuration has changed
+        object.__setattr__(vllm_config, "model_config", NoModel())
+        vllm_config.additional_config = {"cosmos3": config}
+        return Executor.get_class(vllm_config)(vllm_config)
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            with suppress(KeyError):
+                del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
+
+
+def _shared_segments(executor: Any) -> list[Path]:
+    """The rings in shared memory that carry answers; their owners may die without removing them."""
+    names = []
+    for queue in getattr(executor, "response_mqs", ()):
+        memory = getattr(getattr(queue, "buffer", None), "shared_memory", None)
+        if memory is not None:
+            names.append(Path("/dev/shm") / memory.name.lstrip("/"))
+    return names

@@ -1,0 +1,460 @@
+"""The stage process: takes requests from a socket and gives the ranks one call at a time.
+
+One thread does everything. While the ranks compute, or are being replaced, it goes on reading the
+socket, so a submission is answered at once and a cancelled request ends with its current step.
+`client` starts this process; nothing of the parent is inherited and its main module not imported.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from vllm_cosmos3.checkpoint.load_progress import forget, slowest
+from vllm_cosmos3.errors import (
+    Busy,
+    Cancelled,
+    Cosmos3Error,
+    DeadlineExceeded,
+    OutOfMemory,
+    WorkerDied,
+)
+from vllm_cosmos3.progress import Progress
+from vllm_cosmos3.stage.executor import StageExecutor
+from vllm_cosmos3.stage.scheduler import QueueConfig, Scheduler
+from vllm_cosmos3.stage.worker import StageConfig, end_with_parent, set_log_level
+
+logger = logging.getLogger(__name__)
+
+IDLE_SECONDS = 0.2  # between looks at the parent and the clock while there is nothing to do
+ATTEMPTS = 2  # of a request whose ranks were lost through no fault of its own
+ORPHAN_SECONDS = 15.0  # for an orderly end after the parent's death
+RESTARTS = 3  # tries to replace the ranks before giving up
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submit:
+    """A request. ``plan`` is for the stage; ``deadline`` are seconds from now, waiting included."""
+
+    job: str
+    plan: Any
+    seconds: float = 0.0  # estimated work
+    save: Path | None = None
+    clip: Any = None  # for the stage's decode
+    deadline: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    job: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Answered with `Status`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End the process now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    job: str
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Advanced:
+    job: str
+    progress: Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """``value`` are the files written, or the file that holds the pickled result."""
+
+    job: str
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The end of a request, or with no job the end of the stage."""
+
+    job: str | None
+    error: Cosmos3Error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """``state`` is starting, ready, recovering, draining or failed.
+
+    ``loaded`` counts the values of the checkpoint that are in place while the ranks start.
+    """
+
+    state: str
+    waiting: int = 0
+    waiting_seconds: float = 0.0
+    running: int = 0
+    limit: int = 0
+    restarts: int = 0
+    loaded: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What the parent sends on standard input."""
+
+    stage: StageConfig
+    queue: QueueConfig
+    folder: Path  # socket, spooled results, temporary files
+    parent: int
+    drain_seconds: float
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A request and how far it is."""
+
+    client: bytes
+    request: Submit
+    expires: float | None
+    attempts: int = 0
+    phase: str = "encode"
+    step: int = 0
+    started: float = 0.0
+    phase_started: float = 0.0
+    cancelled: bool = False
+    position: int = field(default=-1)
+
+    def progress(self) -> Progress:
+        now = time.monotonic()
+        steps, eta = self.request.plan.steps, None
+        if self.phase == "denoise" and self.step:
+            eta = (now - self.phase_started) / self.step * (steps - self.step)
+        return Progress(
+            phase=self.phase, step=self.step, steps=steps, elapsed=now - self.started, eta=eta
+        )
+
+    def enter(self, phase: str) -> None:
+        self.phase, self.phase_started = phase, time.monotonic()
+
+
+class Stopped(Exception):
+    """Raised in the middle of a call when nobody waits for its end any more."""
+
+
+class StageCore:
+    """The state of the stage process. ``run`` returns when it was told to stop."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        forget(setup.folder)  # what the ranks of an earlier process have loaded
+        self._executor = StageExecutor(setup.stage)
+        self._scheduler = Scheduler(setup.queue)
+        self._jobs: dict[str, Job] = {}
+        self._clients: set[bytes] = set()
+        self._state = "starting"
+        self._restarts = 0
+        self._stop_at: float | None = None  # set once draining
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 2000)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.bind(address(setup.folder))
+
+    def run(self) -> int:
+        """Serve until stopped; the exit status."""
+        try:
+            self._while_serving(self._executor.start)
+            if self._state == "starting":
+                self._become("ready")
+            while not self._finished():
+                if not self._turn():
+                    self._serve(IDLE_SECONDS)
+        except Stopped:
+            self._end_all(Cancelled("the server was stopped"))
+        except Cosmos3Error as error:
+            logger.error("the stage ends: %s", error)
+            self._become("failed")
+            self._end_all(WorkerDied(f"the stage ended: {error}"))
+            self._tell_all(Failed(None, error))
+            return 1
+        finally:
+            self._executor.close()
+            self._socket.close()
+        return 0
+
+    def drain(self, *_: object) -> None:
+        """Take nothing new, and stop when all that was accepted is served. A signal handler."""
+        if self._stop_at is None:
+            self._stop_at = time.monotonic() + self._setup.drain_seconds
+            self._state = "draining"
+
+    # Turns.
+
+    def _turn(self) -> bool:
+        """Make one call for one request; False if there is nothing to do."""
+        self._sweep()
+        while self._scheduler.admit() is not None:
+            pass
+        self._tell_positions()
+        name = self._scheduler.turn()
+        if name is None:
+            return False
+        job = self._jobs[name]
+        start = time.monotonic()
+        try:
+            self._advance(job)
+        except Cosmos3Error as error:
+            self._settle(job, error)
+        else:
+            if name in self._jobs:
+                self._scheduler.charge(name, time.monotonic() - start)
+        return True
+
+    def _advance(self, job: Job) -> None:
+        """The next call of this request, and what its owner hears of it."""
+        name, request = job.request.job, job.request
+        if job.phase == "encode":
+            job.attempts += 1
+            job.started, job.step = time.monotonic(), 0
+            job.enter("encode")
+            self._report(job)
+            self._call("encode", name, request.plan)
+            job.enter("denoise")
+        elif job.phase == "denoise":
+            self._call("step", name)
+            job.step += 1
+            if job.step == request.plan.steps:
+                self._report(job)
+                job.enter("decode")
+        else:
+            self._call("decode", name, request.clip)
+            self._finish(job)
+            return
+        self._report(job)
+
+    def _finish(self, job: Job) -> None:
+        name, request = job.request.job, job.request
+        spool = None if request.save is not None else self._spool(job)
+        (value, *_) = self._call("finish", name, request.save, spool)
+        self._tell(job.client, Done(name, spool if spool is not None else value))
+        self._forget(job)
+
+    def _call(self, method: str, *args: Any) -> list[Any]:
+        return self._executor.call(method, *args, while_waiting=self._serve_or_stop)
+
+    def _settle(self, job: Job, error: Cosmos3Error) -> None:
+        """Fail ``job``; bring the ranks back if they went with it, and start the others again."""
+        if isinstance(error, OutOfMemory) and error.crowded and not self._is_alone(job):
+            self._scheduler.readmit(job.request.job, alone=True)
+            job.attempts -= 1
+            return  # nothing was made of it yet
+        logger.error("request %s failed in %s: %s", job.request.job, job.phase, error)
+        self._fail(job, error)
+        if self._executor.healthy:
+            self._drop(job)
+        else:
+            self._replace_ranks()
+
+    def _is_alone(self, job: Job) -> bool:
+        return any(e.name == job.request.job and e.alone for e in self._scheduler.resident)
+
+    def _drop(self, job: Job) -> None:
+        try:
+            self._call("drop", job.request.job)
+        except Cosmos3Error as error:
+            logger.error("the workers were lost: %s", error)
+            self._replace_ranks()
+
+    def _replace_ranks(self) -> None:
+        """New workers. Requests that were on the old ones start again, but not for ever."""
+        for entry in reversed(list(self._scheduler.resident)):
+            other = self._jobs[entry.name]
+            if other.attempts < ATTEMPTS:
+                other.phase = "encode"
+                self._scheduler.readmit(entry.name)
+            else:
+                self._fail(other, WorkerDied("the workers were lost again; please retry"))
+        if self._state == "ready":
+            self._become("recovering")
+        for attempt in range(1, RESTARTS + 1):
+            try:
+                self._while_serving(self._executor.restart)
+                break
+            except Cosmos3Error as error:
+                logger.error("restart %d of %d failed: %s", attempt, RESTARTS, error)
+                if attempt == RESTARTS:
+                    raise
+        self._restarts += 1
+        if self._state == "recovering":
+            self._become("ready")
+
+    def _sweep(self) -> None:
+        """End what was cancelled or has run out of time."""
+        now = time.monotonic()
+        for job in list(self._jobs.values()):
+            if job.request.job not in self._jobs:
+                continue  # it went with one before it
+            if job.cancelled:
+                self._end(job, Cancelled("the request was cancelled"))
+            elif job.expires is not None and now > job.expires:
+                self._end(job, DeadlineExceeded("the request has run out of its time"))
+            elif self._stop_at is not None and now > self._stop_at:
+                self._end(job, Cancelled("the server was stopped"))
+
+    def _end(self, job: Job, error: Cosmos3Error) -> None:
+        resident = any(entry.name == job.request.job for entry in self._scheduler.resident)
+        self._fail(job, error)
+        if resident:
+            self._drop(job)
+
+    def _end_all(self, error: Cosmos3Error) -> None:
+        for job in list(self._jobs.values()):
+            self._fail(job, error)
+
+    def _spool(self, job: Job) -> Path:
+        """Where rank 0 leaves the result of a request."""
+        return self._setup.folder / job.request.job
+
+    def _fail(self, job: Job, error: Cosmos3Error) -> None:
+        self._spool(job).unlink(missing_ok=True)  # of a rank that died while it wrote
+        self._tell(job.client, Failed(job.request.job, error))
+        self._forget(job)
+
+    def _forget(self, job: Job) -> None:
+        self._scheduler.remove(job.request.job)
+        del self._jobs[job.request.job]
+
+    # Messages.
+
+    def _serve(self, seconds: float = 0.0) -> None:
+        """Answer all messages that are there, after at most ``seconds`` of waiting for one."""
+        if os.getppid() != self._setup.parent:
+            self._stop_at = 0.0  # nobody is left to serve
+        if not self._socket.poll(int(seconds * 1000)):
+            return
+        while self._socket.poll(0):
+            client, data = self._socket.recv_multipart()
+            self._clients.add(client)
+            self._answer(client, pickle.loads(data))
+
+    def _serve_or_stop(self) -> None:
+        self._serve()
+        if self._stop_at == 0.0:
+            raise Stopped
+
+    def _answer(self, client: bytes, message: object) -> None:
+        match message:
+            case Submit():
+                self._submit(client, message)
+            case Cancel(job=name):
+                if name in self._jobs:
+                    self._jobs[name].cancelled = True
+            case Stop():
+                self._state, self._stop_at = "draining", 0.0
+            case Ask():
+                self._tell(client, self._status())
+
+    def _submit(self, client: bytes, request: Submit) -> None:
+        try:
+            if self._stop_at is not None:
+                raise Busy("the server is stopping")
+            self._scheduler.submit(request.job, request.seconds)
+        except Busy as error:
+            self._tell(client, Failed(request.job, error))
+            return
+        expires = None if request.deadline is None else time.monotonic() + request.deadline
+        job = self._jobs[request.job] = Job(client, request, expires)
+        job.position = self._scheduler.position(request.job)
+        self._tell(client, Accepted(request.job, job.position))
+
+    def _tell_positions(self) -> None:
+        for index, entry in enumerate(self._scheduler.waiting):
+            job = self._jobs[entry.name]
+            if job.position != index:
+                job.position = index
+                self._tell(job.client, Accepted(entry.name, index))
+
+    def _report(self, job: Job) -> None:
+        self._tell(job.client, Advanced(job.request.job, job.progress()))
+
+    def _become(self, state: str) -> None:
+        self._state = state
+        self._tell_all(self._status())
+
+    def _status(self) -> Status:
+        return Status(
+            state=self._state,
+            waiting=len(self._scheduler.waiting),
+            waiting_seconds=self._scheduler.waiting_seconds,
+            running=len(self._scheduler.resident),
+            limit=self._setup.queue.max_waiting,
+            restarts=self._restarts,
+            loaded=slowest(self._setup.folder),
+        )
+
+    def _tell_all(self, message: object) -> None:
+        for client in self._clients:
+            self._tell(client, message)
+
+    def _tell(self, client: bytes, message: object) -> None:
+        self._socket.send_multipart([client, pickle.dumps(message)])
+
+    # Life.
+
+    def _finished(self) -> bool:
+        return self._stop_at is not None and not self._jobs
+
+    def _while_serving(self, work: Callable[[], None]) -> None:
+        """Do ``work`` in another thread and answer messages meanwhile; raises what it raised."""
+        raised: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:  # noqa: BLE001 - raised again below
+                raised.append(error)
+
+        thread = threading.Thread(target=run, name="executor-start")
+        thread.start()
+        while thread.is_alive():
+            self._serve(0.05)
+        if raised:
+            raise raised[0]
+
+
+def address(folder: Path) -> str:
+    """Where the stage that works in ``folder`` is reached."""
+    return f"ipc://{folder}/stage"
+
+
+def main() -> int:
+    """Run a stage for the `Setup` on standard input."""
+    setup: Setup = pickle.load(sys.stdin.buffer)
+    set_log_level()
+    gone = partial(shutil.rmtree, setup.folder, ignore_errors=True)
+    end_with_parent(setup.parent, patience=ORPHAN_SECONDS, last=gone)
+    core = StageCore(setup)
+    signal.signal(signal.SIGTERM, core.drain)
+    try:
+        return core.run()
+    finally:
+        if os.getppid() != setup.parent:
+            gone()

@@ -1,0 +1,251 @@
+"""Where requests run: in this process, in this process as one rank of several, or in a stage.
+
+All runners take the plan of a request and give its output. Which one is a question of the mesh and
+of who starts the ranks; nothing above has to know.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import TimeoutError as StillRunning
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from threading import Event
+from typing import Any, Protocol
+
+import torch
+
+from vllm_cosmos3.checkpoint.config import EngineConfig, read_config
+from vllm_cosmos3.checkpoint.kinds import DISTILLED
+from vllm_cosmos3.errors import Cancelled, InvalidRequest, Unsupported
+from vllm_cosmos3.generator.memory.reservation import lift_limit
+from vllm_cosmos3.generator.output import Output, Sample
+from vllm_cosmos3.generator.pipeline import Pipeline
+from vllm_cosmos3.media import Clip
+from vllm_cosmos3.parallel.mesh import check_degrees, close_mesh, init_mesh
+from vllm_cosmos3.progress import Progress, Report
+from vllm_cosmos3.request.plan import Plan
+from vllm_cosmos3.stage.client import StageClient
+from vllm_cosmos3.stage.executor import StageExecutor
+from vllm_cosmos3.stage.worker import StageConfig, is_out_of_memory, public_error
+
+PATIENCE = 30.0  # seconds until ranks that nobody can replace are given up
+
+
+class Runner(Protocol):
+    """Runs one request at a time, with the weights loaded."""
+
+    def run(
+        self, plan: Plan, report: Report, cancelled: Event, clip: Clip | None = None
+    ) -> Output: ...
+
+    def together(self, what: str) -> AbstractContextManager[object]:
+        """What is raised inside on one rank is raised on all, which the caller is a rank of."""
+
+    def close(self) -> None: ...
+
+
+def make_runner(config: EngineConfig, backend: str | None = None) -> Runner:
+    """Load the checkpoint on every rank of the mesh.
+
+    ``backend`` is what vLLM calls the distributed executor backend: "uni" (default for one rank),
+    "mp" (default for several), "ray", or "external_launcher" where torchrun has started the ranks.
+
+    Raises:
+        InvalidRequest: the mesh does not suit the checkpoint or the machine.
+        CheckpointError: the checkpoint is missing, incomplete or of another kind.
+    """
+    backend = backend or ("uni" if config.parallel.world_size == 1 else "mp")
+    here = backend in ("uni", "mp") and torch.device(config.device).type != "cpu"
+    devices = torch.accelerator.device_count() if here else None
+    model = read_config(config.model, config.checkpoint_kind)
+    guided = model.kind not in DISTILLED
+    check_degrees(config.parallel, model.transformer, guided=guided, devices=devices)
+    if backend == "uni" and config.parallel.world_size == 1:
+        return InProcess(config)
+    if torch.device(config.device).index:
+        possible = "without a number, as each rank has a device of its own"
+        raise InvalidRequest("device", config.device, possible)
+    if backend == "external_launcher":
+        return OneOfMany(StageConfig(engine=config, backend=backend, grace=PATIENCE))
+    return Remote(StageConfig(engine=config, backend=backend))
+
+
+class InProcess:
+    """One rank: the pipeline itself. Starts nothing."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        # One rank exchanges nothing: vLLM's layers look their group up while they are built, and
+        # closing it at once lets several models live in one process.
+        if torch.distributed.is_initialized():  # whose groups would be used, and then closed
+            raise Unsupported(
+                "torch.distributed is initialised in this process, for others; start the generator "
+                'before, or with distributed_executor_backend="mp"'
+            )
+        mesh = init_mesh(config.parallel)
+        try:
+            with current(config.device):
+                self._pipeline: Pipeline | None = Pipeline.load(config, mesh, config.device)
+        except BaseException:
+            if config.memory_limit is not None:
+                lift_limit(torch.device(config.device))
+            raise
+        finally:
+            close_mesh(mesh)
+
+    def run(self, plan: Plan, report: Report, cancelled: Event, clip: Clip | None = None) -> Output:
+        pipeline = self._pipeline
+        assert pipeline is not None
+        state = None
+
+        def call(method: str, *args: Any) -> Any:
+            nonlocal state
+            if method == "encode":
+                state = pipeline.encode(*args)
+                return None
+            return getattr(pipeline, method)(state, *args)
+
+        try:
+            with current(pipeline.device):
+                return _drive(call, plan, report, cancelled, clip)
+        except Exception as raised:
+            if not is_out_of_memory(raised):
+                raise
+            error = public_error(raised, "the request")
+        # Raised here, where nothing refers to the tensors of the failed call any more.
+        state = None
+        _free_caches()
+        raise error
+
+    def together(self, what: str) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def close(self) -> None:
+        pipeline, self._pipeline = self._pipeline, None
+        if pipeline is not None and pipeline.config.memory_limit is not None:
+            lift_limit(pipeline.device)
+        del pipeline
+        _free_caches()
+
+
+def current(device: str | torch.device) -> AbstractContextManager[object]:
+    """Kernels and CUDA graphs go to the current device, of which each thread has its own idea."""
+    device = torch.device(device)
+    index = None if device.type == "cpu" else device.index
+    return nullcontext() if index is None else torch.accelerator.device_index(index)
+
+
+class OneOfMany:
+    """This process is a rank; a launcher has started all, and all make the same calls.
+
+    Rank 0 gets the results, the others outputs whose samples are empty. What ends a request on one
+    rank ends it on all. It cannot be cancelled: the ranks would have to agree on when.
+    """
+
+    def __init__(self, stage: StageConfig) -> None:
+        self._executor = StageExecutor(stage)
+        self._executor.start()
+
+    def run(self, plan: Plan, report: Report, cancelled: Event, clip: Clip | None = None) -> Output:
+        rank = torch.distributed.get_rank()
+
+        def call(method: str, *args: Any) -> Any:
+            return self._executor.call(method, "request", *args)[rank]
+
+        def tell(progress: Progress) -> None:
+            with self.together("progress"):
+                report(progress)
+
+        try:
+            output = _drive(call, plan, tell, Event(), clip)
+        except Exception:
+            if self._executor.healthy:
+                call("drop")
+            raise
+        if rank == 0:
+            return output
+        return replace(output, samples=tuple(Sample(seed=s.seed) for s in output.samples))
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._executor.agree(public_error(error, what))
+            raise
+        error_of_another = self._executor.agree(None)
+        if error_of_another is not None:
+            raise error_of_another
+
+    def close(self) -> None:
+        self._executor.close()
+
+
+class Remote:
+    """Ranks in processes of their own, behind the stage process."""
+
+    def __init__(self, stage: StageConfig) -> None:
+        self._client = StageClient(stage)
+        try:
+            self._client.wait_ready()
+        except BaseException:
+            self._client.close()
+            raise
+
+    def run(self, plan: Plan, report: Report, cancelled: Event, clip: Clip | None = None) -> Output:
+        job = self._client.submit(plan, report=report, clip=clip)
+        try:
+            while not cancelled.is_set():
+                try:
+                    output: Output = job.result(0.2)
+                    return output
+                except StillRunning:
+                    continue
+            job.cancel()
+            output = job.result()
+            return output
+        except BaseException:
+            job.cancel()
+            raise
+
+    def together(self, what: str) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def _free_caches() -> None:
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+
+
+def _drive(
+    call: Callable[..., Any], plan: Plan, report: Report, cancelled: Event, clip: Clip | None
+) -> Output:
+    """Make the pipeline's calls one after the other, and tell how far they are."""
+    start = denoising = time.perf_counter()
+
+    def tell(phase: str, step: int) -> None:
+        now = time.perf_counter()
+        eta = (
+            (now - denoising) / step * (plan.steps - step) if phase == "denoise" and step else None
+        )
+        report(Progress(phase=phase, step=step, steps=plan.steps, elapsed=now - start, eta=eta))
+
+    tell("encode", 0)
+    call("encode", plan)
+    denoising = time.perf_counter()
+    tell("denoise", 0)
+    for step in range(plan.steps):
+        if cancelled.is_set():
+            raise Cancelled(f"cancelled after {step} of {plan.steps} steps")
+        call("step")
+        tell("denoise", step + 1)
+    tell("decode", plan.steps)
+    call("decode", clip)
+    output: Output = call("finish")
+    return output

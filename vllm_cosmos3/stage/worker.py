@@ -1,0 +1,257 @@
+"""The worker: one rank of the mesh, as a vLLM worker without a model runner or a KV cache.
+
+vLLM's executor makes one per device. It holds a stage (the models of this rank) and the states of
+the requests in flight, and makes the stage's calls on them. All ranks get the same calls in the
+same order. It knows nothing of what the stage computes.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import logging
+import os
+import pickle
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.worker.worker_base import WorkerBase
+
+from vllm_cosmos3.checkpoint.config import EngineConfig
+from vllm_cosmos3.checkpoint.load_progress import counted
+from vllm_cosmos3.errors import Cosmos3Error, OutOfMemory
+from vllm_cosmos3.parallel.mesh import Mesh, close_mesh, from_first, in_step, init_mesh
+
+
+class Result(Protocol):
+    """What a stage makes. It can be written to files by the rank that holds it."""
+
+    def save(self, path: Path) -> list[Path]: ...
+
+
+class Stage(Protocol):
+    """What a rank runs. ``load`` makes it; the others are called for one request after another.
+
+    ``encode`` makes the state of a request from its plan, which says in ``steps`` how often
+    ``step`` follows; then ``decode``, then ``finish``, whose value on rank 0 is the result. What
+    ``decode`` makes may go to ``clip`` meanwhile, if the request has one.
+    """
+
+    @classmethod
+    def load(cls, config: EngineConfig, mesh: Mesh, device: torch.device) -> Stage: ...
+
+    def encode(self, plan: Any) -> Any: ...
+
+    def step(self, state: Any) -> None: ...
+
+    def decode(self, state: Any, clip: Any) -> None: ...
+
+    def finish(self, state: Any) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageConfig:
+    """What is run on which ranks. ``stage`` is "module:Class" of a `Stage`.
+
+    ``backend`` is a name that vLLM's ParallelConfig.distributed_executor_backend knows: "mp" for
+    local processes, "uni" for the calling process, "ray", "external_launcher" under torchrun.
+    In ``scratch``, where it is given, ranks say how much they have loaded.
+    Seconds: ``timeout`` until a call that does not answer is taken for hung, ``grace`` that other
+    ranks have to answer once one has failed.
+    """
+
+    engine: EngineConfig
+    stage: str = "vllm_cosmos3.generator.pipeline:Pipeline"
+    backend: str = "mp"
+    timeout: float = 1800.0
+    grace: float = 2.0
+    scratch: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A rank's answer to call number ``number``: a value, or the error and where it was raised."""
+
+    number: int
+    value: Any = None
+    error: Cosmos3Error | None = None
+    trace: str = ""
+
+
+class NoModel:
+    """Stands for the absent model where vLLM asks a worker's configuration about it.
+
+    vLLM 0.21 to 0.28 read the second attribute and later ones the first, before the worker exists;
+    afterwards None is understood.
+    """
+
+    supports_multimodal_inputs = False
+    is_multimodal_model = False
+
+    def __bool__(self) -> bool:
+        return False
+
+
+class DiffusionWorker(WorkerBase):
+    """One rank. vLLM calls ``init_device`` and ``load_model``; all else goes through ``call``."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        local_rank: int,
+        rank: int,
+        distributed_init_method: str,
+        is_driver_worker: bool = False,  # noqa: FBT001, FBT002 - vLLM's signature
+        **_: object,  # arguments that some versions add
+    ) -> None:
+        set_log_level()
+        vllm_config.model_config = None
+        super().__init__(vllm_config, local_rank, rank, distributed_init_method, is_driver_worker)
+        self._config: StageConfig = vllm_config.additional_config["cosmos3"]
+        self._states: dict[str, Any] = {}
+
+    def init_device(self) -> None:
+        """Choose the device and meet the other ranks."""
+        if self._config.backend == "mp":
+            end_with_parent(os.getppid())
+        parallel = self._config.engine.parallel
+        # The executor counts its workers as tensor parallel; from here on the layers count.
+        self.parallel_config.tensor_parallel_size = parallel.tensor_parallel_size
+        self.device = torch.device("cpu")
+        kind = torch.device(self._config.engine.device).type
+        if kind != "cpu":
+            self.device = torch.device(kind, self.local_rank)
+            torch.accelerator.set_device_index(self.device)
+        elif self._config.backend == "mp" and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // parallel.world_size))
+        self._mesh = init_mesh(
+            parallel,
+            rank=self.rank,
+            local_rank=self.local_rank,
+            init_method=self.distributed_init_method if parallel.world_size > 1 else None,
+        )
+
+    def load_model(self, **_: object) -> None:
+        """Nothing: weights are loaded by the call ``load``, which can report what is wrong."""
+
+    def shutdown(self) -> None:
+        self._states.clear()
+        close_mesh(self._mesh)
+
+    def call(self, number: int, method: str, args: tuple[Any, ...]) -> Reply:
+        """The one remote call. Never raises: a raise would leave vLLM's queues out of step."""
+        try:
+            return Reply(number, getattr(self, method)(*args))
+        except Exception as error:  # noqa: BLE001 - the process boundary
+            return Reply(number, error=public_error(error, method), trace=traceback.format_exc())
+
+    # What ``call`` can call.
+
+    def load(self) -> None:
+        module, name = self._config.stage.split(":")
+        stage: type[Stage] = getattr(importlib.import_module(module), name)
+        folder = self._config.scratch
+        if folder is not None and not folder.is_dir():
+            folder = None  # it is on another host
+        with nullcontext() if folder is None else counted(folder, self.rank):
+            self._stage = stage.load(self._config.engine, self._mesh, self.device)
+
+    def ping(self, number: int, seconds: float) -> None:
+        """Raise Cosmos3Error unless all ranks of every axis are at the same exchange in time."""
+        for axis in (self._mesh.world, self._mesh.cfg, self._mesh.ulysses, self._mesh.tp):
+            if not in_step(number, axis, self.device, seconds):
+                raise Cosmos3Error(f"the ranks of {axis.name} are out of step")
+
+    def encode(self, job: str, plan: Any) -> None:
+        if self._config.backend == "external_launcher":
+            plan = from_first(plan)  # each rank has made its own, perhaps with a random seed
+        self._states[job] = self._stage.encode(plan)
+
+    def step(self, job: str) -> None:
+        self._stage.step(self._states[job])
+
+    def decode(self, job: str, clip: Any = None) -> None:
+        self._stage.decode(self._states[job], clip)
+
+    def finish(self, job: str, save: Path | None = None, spool: Path | None = None) -> Any:
+        """The result of this rank, unless rank 0 is to leave it in a file.
+
+        With ``save`` it is written to the files it makes, whose names are returned; with ``spool``
+        it is pickled there: frames are too many bytes for the queue between the processes.
+        """
+        result = self._stage.finish(self._states.pop(job))
+        if save is None and spool is None:
+            return result
+        if self.rank != 0:
+            return None
+        if save is not None:
+            return result.save(save)
+        assert spool is not None
+        try:
+            with spool.open("wb") as file:
+                pickle.dump(result, file, protocol=pickle.HIGHEST_PROTOCOL)
+        except BaseException:  # what a full disk holds of it is in the way of the next request
+            spool.unlink(missing_ok=True)
+            raise
+        return None
+
+    def drop(self, job: str) -> None:
+        """Forget a request at any point, and give back what it held on the device."""
+        self._states.pop(job, None)
+        gc.collect()
+        if self.device.type != "cpu":
+            torch.accelerator.empty_cache()
+
+
+def set_log_level() -> None:
+    """VLLM_LOGGING_LEVEL for this process: from 0.32 vLLM reads it only where its own commands start."""
+    if level := os.environ.get("VLLM_LOGGING_LEVEL"):
+        logging.getLogger("vllm").setLevel(level.upper())
+
+
+def public_error(error: Exception, method: str) -> Cosmos3Error:
+    """An error that can cross to another process and be shown to a user."""
+    if isinstance(error, Cosmos3Error):
+        return error
+    if is_out_of_memory(error):
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return OutOfMemory(
+            f"out of memory in {method} ({reason}); ask for fewer frames or a smaller size, or "
+            "start with more ranks or --enable-layerwise-offload"
+        )
+    return Cosmos3Error(f"{method} failed: {type(error).__name__}: {error}")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocator has refused, on any kind of device."""
+    return isinstance(
+        error, (torch.OutOfMemoryError, MemoryError)
+    ) or "can't allocate memory" in str(error)
+
+
+def end_with_parent(
+    parent: int, *, patience: float = 0.0, last: Callable[[], None] | None = None
+) -> None:
+    """End this process soon after process ``parent`` is no longer its parent, whatever it does.
+
+    After ``patience`` seconds for an orderly end ``last`` is called. Signals would not do: a rank
+    may wait for ever in an exchange.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        time.sleep(patience)
+        if last is not None:
+            last()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
