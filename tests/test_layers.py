@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "vllm_cosmos3"
 # A row a room, from the bottom up. A name is a folder with all that is in it, or one module; the longest
 # name that fits counts.
 LAYERS = [
-    {"version", "errors", "progress", "compat"},
+    {"version", "errors", "progress", "compat", "media_budget"},
     {"media", "poses", "checkpoint"},
     {"request", "parallel", "robots"},
     {"batch", "generator.output", "generator.sampling", "generator.memory"},
