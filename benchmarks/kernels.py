@@ -256,7 +256,7 @@ def passes(
     yield "add and norm, torch", lambda: plain_norm(x, residual, norm.weight, eps), 4 * x.numel()
 
     weight, table = noise(head), noise(length, head)
-    fused, rows = fused_qk_norm_rope(), torch.arange(length, device=device)
+    fused, rows = fused_qk_norm_rope(head, dtype, device), torch.arange(length, device=device)
     qkv = noise(length, (heads + 2 * kv_heads) * head)
     values = 2 * length * (heads + kv_heads) * head
     if fused is not None:

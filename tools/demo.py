@@ -107,7 +107,7 @@ def step_generator(checkpoint: Path, picture: Path, folder: Path) -> None:
     command = [program(), "generate", str(checkpoint), "--out", str(folder), "--name", "video"]
     command += ["--prompt", "The gripper lifts the red cube.", "--image", str(picture)]
     command += ["--size", "320x192", "--num-frames", "49", "--num-inference-steps", "8"]
-    command += ["--generate-sound", "--seed", "0", "--device", "cpu"]
+    command += ["--generate-sound", "--seed", "0"]
     print(" ".join(["vllm-cosmos3", *command[1:]]), flush=True)
     subprocess.run(command, check=True)
     with av.open(str(folder / "video" / "vision.mp4")) as made:

@@ -7,7 +7,12 @@ imported from here is the same in every supported version.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 _DELTA_MESSAGE = (
     "vllm.entrypoints.generate.base.protocol",  # from 0.30
@@ -74,13 +79,42 @@ def use_fused_norms(vllm_config: Any) -> None:
         priority.set_default()
 
 
-def fused_qk_norm_rope() -> Any | None:
-    """vLLM's kernel that norms and rotates queries and keys in place, where this build has it."""
+def fused_qk_norm_rope(
+    head_dim: int, dtype: torch.dtype, device: torch.device
+) -> Callable[..., None] | None:
+    """vLLM's kernel that norms and rotates queries and keys in place, if it takes such heads here.
+
+    None where vLLM has none for this device, for float32, or for heads of ``head_dim``.
+    """
     import torch
     import vllm._custom_ops
 
-    found = hasattr(torch.ops._C, "fused_qk_norm_rope") and torch.cuda.is_available()
-    return vllm._custom_ops.fused_qk_norm_rope if found else None
+    if dtype == torch.float32 or device.type != "cuda":
+        return None
+    if not hasattr(torch.ops._C, "fused_qk_norm_rope"):
+        return None
+    kernel = vllm._custom_ops.fused_qk_norm_rope
+    return kernel if takes_heads(kernel, head_dim, dtype, device) else None
+
+
+@cache
+def takes_heads(
+    kernel: Callable[..., None], head_dim: int, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether the kernel norms and rotates a token with one head of ``head_dim`` each: it is asked.
+
+    Builds have instances for some sizes of heads (64, 128 and 256 so far) and raise for others.
+    """
+    import torch
+
+    qkv = torch.ones(1, 3 * head_dim, dtype=dtype, device=device)
+    weight = torch.ones(head_dim, dtype=dtype, device=device)
+    row = torch.zeros(1, dtype=torch.int64, device=device)
+    try:
+        kernel(qkv, 1, 1, 1, head_dim, 1e-6, weight, weight, weight.view(1, -1), True, row)  # noqa: FBT003
+    except RuntimeError:
+        return False
+    return True
 
 
 def __getattr__(name: str) -> Any:

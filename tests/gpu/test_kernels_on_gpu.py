@@ -62,9 +62,20 @@ def test_the_choice_here_is_flash(device: torch.device) -> None:
     assert torch.equal(chosen, flash)
 
 
+@pytest.mark.parametrize("head", [32, 64, 96, 128, 256, 512])
+def test_the_fused_pass_is_taken_exactly_where_the_kernel_takes_such_heads(
+    device: torch.device, head: int
+) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        found = fused_qk_norm_rope(head, dtype, device)
+        assert found is not None or head not in (64, 128, 256)
+        assert found is None or head not in (32, 96)
+    assert fused_qk_norm_rope(head, torch.float32, device) is None
+
+
 @pytest.mark.parametrize("tokens", [1, 60, 2880])
 def test_fused_norm_and_rotation_of_queries_and_keys(device: torch.device, tokens: int) -> None:
-    fused = fused_qk_norm_rope()
+    fused = fused_qk_norm_rope(HEAD, torch.bfloat16, device)
     assert fused is not None
     qkv = noise(device, tokens, (HEADS + 2 * KV_HEADS) * HEAD).bfloat16()
     angle = noise(device, tokens, HEAD // 2)

@@ -30,7 +30,7 @@ def make_attend(
     """
     if name != "auto" and name not in BACKENDS:
         raise InvalidRequest("attention_backend", name, f"auto, {' or '.join(BACKENDS)}")
-    obstacle = _flash_obstacle(device, dtype)
+    obstacle = "" if name == "sdpa" else _flash_obstacle(device, dtype, head_dim)
     if name == "auto":
         name = "sdpa" if obstacle else "flash"
     elif name == "flash" and obstacle:
@@ -80,7 +80,7 @@ def _flash(head_dim: int) -> Attend:
 
     version = get_flash_attn_version(head_size=head_dim)
     if version is None:
-        raise Unsupported("attention_backend flash is not part of this vLLM build; use sdpa")
+        raise Unsupported("not part of this vLLM build")
     return partial(_attend_flash, partial(flash_attn_varlen_func, fa_version=version))
 
 
@@ -119,10 +119,15 @@ def _bounds(length: int, device: torch.device) -> Tensor:
     return torch.tensor([0, length], dtype=torch.int32, device=device)
 
 
-def _flash_obstacle(device: torch.device, dtype: torch.dtype) -> str:
-    """Why FlashAttention cannot be used here; empty if it can."""
+def _flash_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """Why FlashAttention cannot be used here; empty if it can: it is asked with one token."""
     if device.type != "cuda":
         return f"needs a CUDA device, not {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"needs bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
+    token = torch.zeros(1, 1, head_dim, dtype=dtype, device=device)
+    try:
+        _flash(head_dim)(token, token, token, causal=False)
+    except (ImportError, RuntimeError, Unsupported) as error:
+        return f"cannot take heads of {head_dim} here ({str(error).splitlines()[0]})"
     return ""

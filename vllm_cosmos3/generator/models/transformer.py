@@ -131,12 +131,13 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.dtype, self.device = config, dtype, device
         self._attend, self._ulysses = attend, mesh.ulysses
+        fused = fused_qk_norm_rope(config.head_dim, dtype, device)
         with building_layers(mesh):
             with text_device or device:
-                self.understanding = Understanding(config, mesh.ulysses, attend, dtype)
+                self.understanding = Understanding(config, mesh.ulysses, attend, dtype, fused)
             with layer_device or device:
                 count = config.num_hidden_layers
-                self.layers = nn.ModuleList(Layer(config, dtype) for _ in range(count))
+                self.layers = nn.ModuleList(Layer(config, dtype, fused) for _ in range(count))
                 self.sequence: Iterable[nn.Module] = tuple(self.layers)
             with device:
                 self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
@@ -237,7 +238,12 @@ class Understanding(nn.Module):
     """The text tower, as far as it is needed: the last layer ends at its keys and values."""
 
     def __init__(
-        self, config: TransformerConfig, ulysses: Axis, attend: Attend, dtype: torch.dtype
+        self,
+        config: TransformerConfig,
+        ulysses: Axis,
+        attend: Attend,
+        dtype: torch.dtype,
+        fused: Callable[..., None] | None,
     ) -> None:
         super().__init__()
         self._ulysses, self._attend = ulysses, attend
@@ -245,7 +251,7 @@ class Understanding(nn.Module):
             config.vocab_size, config.hidden_size, params_dtype=dtype
         )
         self.layers = nn.ModuleList(
-            Layer(config, dtype) for _ in range(config.num_hidden_layers - 1)
+            Layer(config, dtype, fused) for _ in range(config.num_hidden_layers - 1)
         )
         self.last = LastLayer(config, dtype)
         self.sequence: Iterable[nn.Module] = (self.embed_tokens, *self.layers, self.last)
@@ -280,14 +286,19 @@ class Understanding(nn.Module):
 
 
 class Layer(nn.Module):
-    """One layer of either tower; ``attend`` says what its tokens see."""
+    """One layer of either tower; ``attend`` says what its tokens see.
 
-    def __init__(self, config: TransformerConfig, dtype: torch.dtype) -> None:
+    ``fused`` norms and rotates queries and keys in place; without it torch's operations do.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, dtype: torch.dtype, fused: Callable[..., None] | None
+    ) -> None:
         super().__init__()
         width, head, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         plain = {"bias": False, "params_dtype": dtype, "return_bias": False}
-        self._fused = fused_qk_norm_rope() if dtype != torch.float32 else None
+        self._fused = fused
         self.input_norm = RMSNorm(width, eps, dtype=dtype)
         self.qkv = QKVParallelLinear(width, head, heads, kv_heads, **plain)
         self.q_norm = RMSNorm(head, eps, dtype=dtype)

@@ -1,0 +1,37 @@
+"""What is asked of kernels instead of assumed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_cosmos3.compat import fused_qk_norm_rope, takes_heads
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("head", [32, 64, 96, 128, 256])
+def test_a_kernel_is_asked_which_heads_it_takes(head: int) -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def kernel(qkv: torch.Tensor, *arguments: Any) -> None:
+        asked.append(tuple(qkv.shape))
+        if arguments[3] not in (64, 128, 256):
+            raise RuntimeError(f"Unsupported head dimension for fusedQKNormRope: {arguments[3]}")
+
+    for _ in range(2):
+        assert takes_heads(kernel, head, torch.bfloat16, CPU) == (head in (64, 128, 256))
+    assert asked == [(1, 3 * head)]  # once
+
+
+def test_an_argument_that_no_kernel_takes_is_not_hidden() -> None:
+    """As when a version of vLLM changes the signature: silence would cost speed, for nobody to see."""
+    with pytest.raises(TypeError):
+        takes_heads(lambda _: None, 64, torch.bfloat16, CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_fused_kernel_on_the_cpu(dtype: torch.dtype) -> None:
+    assert fused_qk_norm_rope(128, dtype, CPU) is None
