@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "vllm_cosmos3"
 # name that fits counts.
 LAYERS = [
     {"version", "errors", "progress", "compat", "media_budget"},
-    {"media", "poses", "checkpoint"},
+    {"media", "fetching", "poses", "checkpoint"},
     {"request", "parallel", "robots"},
     {"batch", "generator.output", "generator.sampling", "generator.memory"},
     {"generator.models", "reasoner"},

@@ -13,8 +13,9 @@ import pytest
 from media_files import picture, png
 from servers import Server
 
+from vllm_cosmos3.fetching import is_public
 from vllm_cosmos3.server.http.errors import ApiError
-from vllm_cosmos3.server.http.media_inputs import _kind, is_public, media_files
+from vllm_cosmos3.server.http.media_inputs import _kind, media_files
 from vllm_cosmos3.server.http.request_fields import Asked
 from vllm_cosmos3.server.options import Options
 

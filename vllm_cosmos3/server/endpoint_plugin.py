@@ -21,6 +21,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.fetching import PRIVATE_MEDIA
 from vllm_cosmos3.server.app import routers, show_log
 from vllm_cosmos3.server.command import announce
 from vllm_cosmos3.server.error_envelope import Envelope, wrap
@@ -77,6 +78,8 @@ class GeneratorRoutes:
                 **(config.additional_config or {}).get("cosmos3", {}),
             }
         )
+        if options.allow_private_media:
+            os.environ[PRIVATE_MEDIA] = "1"  # chat's media are fetched in this process
         names = args.served_model_name or [args.model]
         sizing = sized(_folder(args), options, config.device_config.device_type)
         keys = args.api_key or [os.environ.get("VLLM_API_KEY", "")]

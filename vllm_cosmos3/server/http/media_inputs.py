@@ -10,36 +10,30 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import ipaddress
 import shutil
-import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.parse import unquote_to_bytes, urljoin, urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
-import aiohttp
 from PIL import Image
 from starlette.datastructures import UploadFile
-from yarl import URL
 
 from vllm_cosmos3 import media
 from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.fetching import FetchError, FetchRule, fetch
 from vllm_cosmos3.media import IMAGE_FORMATS
 from vllm_cosmos3.request.controls import HINTS
 from vllm_cosmos3.server.http.errors import ApiError
 from vllm_cosmos3.server.http.request_fields import Asked
 from vllm_cosmos3.server.options import Options
 
-REDIRECTS = 4
 URLS = ("image_url", "video_url", "url")  # of a reference that is an object
 SHOWN = 100  # letters of a name or a URL in messages and records
 FILE_FIELDS = {"action_path", "action_stats_path"}  # of the validator, which opens them by name
-# Mapped, compatible and translated (NAT64) addresses.
-ENDING_IN_IPV4 = [ipaddress.IPv6Network(n) for n in ("::ffff:0:0/96", "::/96", "64:ff9b::/96")]
 SCHEMES = "an uploaded file, or a URL of http, https, data or (where allowed) file"
 
 
@@ -176,109 +170,22 @@ def allowed_path(name: str, url: str, options: Options) -> Path:
 
 
 async def _fetch(name: str, url: str, file: Path, options: Options) -> None:
-    """Download ``url``, asking at every redirect whether its host is allowed."""
-    timeout = aiohttp.ClientTimeout(total=options.fetch_seconds)
-    connector = aiohttp.TCPConnector(resolver=_Resolver(options), force_close=True)
-    try:
-        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-            for _ in range(REDIRECTS + 1):
-                _check_host(name, url, options)
-                async with session.get(url, allow_redirects=False) as response:
-                    if response.status in (301, 302, 303, 307, 308):
-                        url = urljoin(url, response.headers.get("Location", ""))
-                        continue
-                    if response.status != 200:
-                        reason = f"it answered {response.status}"
-                        raise InvalidRequest(name, url, f"reachable ({reason})", "fetch_failed")
-                    await _write(name, response, file, options)
-                    return
-        raise InvalidRequest(name, url, f"reachable in {REDIRECTS} redirects", "fetch_failed")
-    except TimeoutError:
-        possible = f"reachable in {options.fetch_seconds:g} seconds"
-        raise InvalidRequest(name, url, possible, "fetch_failed") from None
-    except NotPublic as error:
-        raise _refused(name, str(error)) from None
-    except (aiohttp.ClientError, OSError, ValueError) as error:
-        if isinstance(error.__cause__, NotPublic):
-            raise _refused(name, str(error.__cause__)) from None
-        if isinstance(error, InvalidRequest):
-            raise
-        reason = type(error).__name__
-        raise InvalidRequest(name, url, f"reachable ({reason})", "fetch_failed") from None
-
-
-async def _write(name: str, response: aiohttp.ClientResponse, file: Path, options: Options) -> None:
-    received = 0
-    with file.open("wb") as target:
-        async for chunk in response.content.iter_chunked(2**16):
-            received += len(chunk)
-            if received > options.max_upload:
-                message = (
-                    f"{name} has more than {options.max_upload} bytes, the limit of this server"
-                )
-                raise ApiError("payload_too_large", message, param=name)
-            target.write(chunk)
-
-
-class NotPublic(OSError):
-    """A host is not on the internet. Says which."""
-
-
-class _Resolver(aiohttp.ThreadedResolver):
-    """Resolves names to public addresses only, at the moment of connecting."""
-
-    def __init__(self, options: Options) -> None:
-        super().__init__()
-        self._private = options.allow_private_media
-
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
-    ) -> list[Any]:
-        found: list[Any] = await super().resolve(host, port, family)
-        for entry in found:
-            if not self._private and not is_public(entry["host"]):
-                raise NotPublic(f"{host} is not a public address")
-        return found
-
-
-def is_public(address: str) -> bool:
-    """Whether an IP address is one of the internet, also when written inside an IPv6 address."""
-    ip = ipaddress.ip_address(address.split("%")[0])
-    addresses = [ip, *(_inside(ip) if ip.version == 6 else ())]
-    return all(each.is_global and not each.is_multicast for each in addresses)
-
-
-def _inside(ip: ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
-    """The IPv4 addresses that packets to ``ip`` may reach instead."""
-    of_tunnels = [ip.sixtofour, *(ip.teredo or ())]
-    found = [each for each in of_tunnels if each is not None]
-    if any(ip in network for network in ENDING_IN_IPV4):
-        found.append(ipaddress.IPv4Address(int(ip) & 0xFFFF_FFFF))
-    return found
-
-
-def _check_host(name: str, url: str, options: Options) -> None:
-    """Refuse what the resolver does not see: other schemes, other domains, literal addresses.
-
-    The URL is taken apart as the client does it, for which digits of any script are digits.
-    """
-    parts = URL(url)
-    host = parts.host
-    if parts.scheme not in ("http", "https") or not host:
-        raise _refused(name, f"{parts.scheme}:// is not followed")
+    """Download a URL, with errors of the field ``name``."""
     domains = [domain.strip() for domain in options.allowed_media_domains.split(",") if domain]
-    if domains and host not in domains:
-        raise _refused(name, f"{host} is not one of {', '.join(domains)}")
+    rule = FetchRule(domains=tuple(domains), private=options.allow_private_media)
     try:
-        public = is_public(host)
-    except ValueError:
-        return  # a name
-    if not public and not options.allow_private_media:
-        raise _refused(name, f"{host} is not a public address")
-
-
-def _refused(name: str, reason: str) -> ApiError:
-    return ApiError("url_not_allowed", f"{name} may not be fetched: {reason}", param=name)
+        with file.open("wb") as target:
+            await fetch(
+                url,
+                rule,
+                target.write,
+                seconds=options.fetch_seconds,
+                max_bytes=options.max_upload,
+            )
+    except FetchError as error:
+        if error.code == "fetch_failed":
+            raise InvalidRequest(name, url, f"reachable ({error})", error.code) from None
+        raise ApiError(error.code, f"{name} cannot be fetched: {error}", param=name) from None
 
 
 def _kind(name: str, shown: str, file: Path) -> str:
