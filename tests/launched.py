@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import PIL.Image
+from limits import HANG
 
 from vllm_cosmos3 import Cosmos3
 from vllm_cosmos3.generator.output import Progress
@@ -43,7 +44,7 @@ def launch(name: str, checkpoint: Path, out: Path) -> tuple[int, dict[int, list[
         command,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=HANG,
         check=False,
         env=os.environ | {"PYTHONPATH": path},
     )

@@ -21,6 +21,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from limits import HANG
+
 from vllm_cosmos3.checkpoint.config import ParallelConfig
 
 SECONDS = 300  # until ranks that do not answer are taken for deadlocked
@@ -145,7 +147,7 @@ def segments_of(pids: set[int]) -> set[Path]:
     return {Path(name) for name in found}
 
 
-def remaining(pids: set[int], files: set[Path], seconds: float = 30.0) -> list[object]:
+def remaining(pids: set[int], files: set[Path], seconds: float = HANG) -> list[object]:
     """Which of these processes and files are still there, after giving them time to go."""
     deadline = time.monotonic() + seconds
     while True:

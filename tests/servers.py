@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+from limits import HANG
 from openai import AsyncOpenAI, OpenAI
 
 BIN = Path(sys.executable).parent
@@ -38,12 +39,12 @@ class Server:
     clients: list[OpenAI] = field(default_factory=list)  # closed with it
 
     def client(self) -> OpenAI:
-        new = OpenAI(base_url=f"{self.url}/v1", api_key="EMPTY", max_retries=0, timeout=120)
+        new = OpenAI(base_url=f"{self.url}/v1", api_key="EMPTY", max_retries=0, timeout=HANG)
         self.clients.append(new)
         return new
 
     def async_client(self) -> AsyncOpenAI:
-        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key="EMPTY", max_retries=0, timeout=120)
+        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key="EMPTY", max_retries=0, timeout=HANG)
 
 
 def free_port() -> int:
@@ -116,7 +117,7 @@ def run_to_end(command: list[str], cache: Path) -> tuple[int, str]:
         text=True,
     )
     try:
-        output, _ = process.communicate(timeout=240)
+        output, _ = process.communicate(timeout=HANG)
     finally:
         _stop(process)
     return process.returncode, output

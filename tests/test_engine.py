@@ -14,6 +14,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from limits import HANG
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -215,7 +216,7 @@ def test_groups_of_others_are_left_alone(tiny_checkpoint: Path) -> None:
         "dist.destroy_process_group()"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG, check=True
     )
     assert done.stdout.startswith("torch.distributed is initialised in this process")
     assert done.stdout.endswith("True\n")
@@ -229,6 +230,6 @@ def test_a_script_needs_no_main_guard(tiny_checkpoint: Path, tmp_path: Path) -> 
         f"    print(model.generate('a boat', **{SMALL!r}).video.shape)\n"
     )
     done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=True
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=HANG, check=True
     )
     assert done.stdout.splitlines()[-1] == "(9, 64, 96, 3)"

@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from limits import HANG
 from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
@@ -381,7 +382,7 @@ def test_a_file_that_cannot_be_ended_is_deleted(tmp_path: Path) -> None:
         capture_output=True,
         check=False,
         text=True,
-        timeout=120,
+        timeout=HANG,
     )
     assert "File too large" in done.stderr
     assert not path.exists()

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from limits import HANG
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -15,7 +17,7 @@ def test_placements_on_a_cpu(tiny_checkpoint: Path, tmp_path: Path) -> None:
     command += ["--load-format", "auto", "--requests", "64x64x1", "64x64x5+sound"]
     command += ["--tokens", "32", "--json", str(tmp_path / "report.json")]
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=250, check=False
+        command, cwd=ROOT, capture_output=True, text=True, timeout=HANG, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     rows = json.loads((tmp_path / "report.json").read_text())["rows"]

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
+from limits import HANG
 from media_files import clip
 from PIL import Image
 from servers import BIN, environment
@@ -401,7 +402,7 @@ def test_the_reasoner_answers_its_records_and_writes_prompts(
     command = [BIN / "vllm-cosmos3", "generate", tiny_checkpoint_fp32, "--dtype", "float32"]
     command += ["--input", file, "--out", tmp_path / "out", "--enforce-eager", "--keep-going"]
     done = subprocess.run(
-        [str(word) for word in command], check=False, capture_output=True, text=True, timeout=200,
+        [str(word) for word in command], check=False, capture_output=True, text=True, timeout=HANG,
         env=environment(vllm_cache),
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
@@ -426,7 +427,7 @@ def test_the_example(tiny_checkpoint: Path, tmp_path: Path, vllm_cache: Path) ->
     command = ["sh", script, tiny_checkpoint, tmp_path, "--size", "64x64", "--steps", "2"]
     path = os.pathsep.join([str(BIN), os.environ["PATH"]])
     done = subprocess.run(
-        [str(word) for word in command], check=False, capture_output=True, text=True, timeout=100,
+        [str(word) for word in command], check=False, capture_output=True, text=True, timeout=HANG,
         env=environment(vllm_cache) | {"PATH": path},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from limits import HANG
 
 from vllm_cosmos3.cli import doctor
 from vllm_cosmos3.cli.doctor import GIB, Probe
@@ -30,7 +31,7 @@ def run_doctor(shadow: Path | None = None, **environment: str) -> tuple[int, dic
         capture_output=True,
         text=True,
         env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(search)},
-        timeout=300,
+        timeout=HANG,
     )
     lines = [line for line in done.stdout.splitlines() if not line.startswith(" ")]
     words = {line[5:20].strip(): line[:5].strip() for line in lines}

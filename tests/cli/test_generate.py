@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import av
 import numpy as np
 import pytest
+from limits import HANG
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 from servers import BIN, environment
@@ -175,7 +176,7 @@ def test_a_reader_that_has_gone_is_no_traceback(vllm_cache: Path) -> None:
         assert process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == ""
-        assert process.wait(60) == 141
+        assert process.wait(HANG) == 141
 
 
 def test_help_has_every_field(capsys: pytest.CaptureFixture[str]) -> None:

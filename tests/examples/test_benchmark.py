@@ -11,6 +11,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from limits import HANG
 from PIL import Image
 from servers import Server
 
@@ -23,7 +24,7 @@ SMALL = ClipShape(width=64, height=48, seconds=2, fps=4)
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPT), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False)
 
 
 def frames(data: bytes) -> np.ndarray:

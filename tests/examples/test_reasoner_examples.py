@@ -9,6 +9,7 @@ from pathlib import Path
 
 import av
 import pytest
+from limits import HANG
 from PIL import Image, ImageChops
 from servers import Server
 
@@ -28,7 +29,7 @@ def run_example(script: str, *arguments: str, folder: Path) -> subprocess.Comple
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG,
     )
 
 

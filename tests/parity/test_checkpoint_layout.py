@@ -18,6 +18,7 @@ from diffusers import (
     Cosmos3OmniPipeline,
     Cosmos3OmniTransformer,
 )
+from limits import HANG
 from PIL import Image
 from transformers import AutoProcessor, Cosmos3OmniForConditionalGeneration
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
@@ -132,7 +133,7 @@ def test_upstream_vllm_loads_and_answers(tiny_checkpoint: Path, tmp_path: Path) 
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]

@@ -20,6 +20,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from limits import HANG
 from media_files import data_url, encoded, picture, png
 from PIL import Image
 from torch import nn
@@ -519,4 +520,4 @@ for _ in range(2):
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
 """
-    subprocess.run([sys.executable, "-c", code], timeout=300, check=True)
+    subprocess.run([sys.executable, "-c", code], timeout=HANG, check=True)

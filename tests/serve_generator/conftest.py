@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from generators import generator
+from limits import HANG
 from robots import KEY
 from servers import Server
 
@@ -79,5 +80,5 @@ def openpi_python() -> Path:
     """The Python of an environment with openpi-client, which later sessions find again."""
     folder = ROOT / ".venv-openpi"
     command = [sys.executable, str(ROOT / "tools" / "setup.py"), "--device", "openpi"]
-    subprocess.run([*command, "--folder", str(folder)], check=True, timeout=300)
+    subprocess.run([*command, "--folder", str(folder)], check=True, timeout=HANG)
     return folder / "bin" / "python"

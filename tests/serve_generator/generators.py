@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from limits import HANG
 from servers import BIN, Server, running
 
 SMALL = {"size": "64x64", "num_frames": 5, "num_inference_steps": 2, "seed": 1}
@@ -33,13 +34,15 @@ def generator(
 
 def create(server: Server, **fields: Any) -> dict[str, Any]:
     """A video that was accepted."""
-    answer = httpx.post(f"{server.url}/v1/videos", json={"prompt": "a boat", **fields}, timeout=60)
+    answer = httpx.post(
+        f"{server.url}/v1/videos", json={"prompt": "a boat", **fields}, timeout=HANG
+    )
     assert answer.status_code == 200, answer.text
     job: dict[str, Any] = answer.json()
     return job
 
 
-def finished(server: Server, job: dict[str, Any], seconds: float = 180) -> dict[str, Any]:
+def finished(server: Server, job: dict[str, Any], seconds: float = HANG) -> dict[str, Any]:
     """A job when it has ended."""
     with httpx.stream(
         "GET", f"{server.url}/v1/videos/{job['id']}/events", timeout=seconds
@@ -50,7 +53,7 @@ def finished(server: Server, job: dict[str, Any], seconds: float = 180) -> dict[
     return ended
 
 
-def eventually(what: Callable[[], bool], seconds: float = 180) -> None:
+def eventually(what: Callable[[], bool], seconds: float = HANG) -> None:
     """Wait until something is so."""
     end = time.monotonic() + seconds
     while not what():

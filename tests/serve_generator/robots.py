@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from limits import HANG
 from websockets.sync.client import ClientConnection, connect
 
 PATH = "/v1/realtime/robot/openpi"
@@ -56,7 +57,7 @@ def robot(
 
 
 def _received(socket: ClientConnection) -> Any:
-    answer = socket.recv(timeout=120)
+    answer = socket.recv(timeout=HANG)
     if isinstance(answer, str):
         raise Refused(answer)
     return _unmarked(msgspec.msgpack.decode(answer))

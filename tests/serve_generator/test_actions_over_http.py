@@ -10,6 +10,7 @@ import httpx
 import numpy as np
 import pytest
 from generators import create, finished
+from limits import HANG
 from media_files import clip, data_url, picture, png
 from servers import Server
 
@@ -23,7 +24,7 @@ def upload(server: Server, data: bytes, path: str = "/v1/videos", **fields: Any)
     """A form as other servers want it: a file, and the rest as JSON in extra_params."""
     form = {"prompt": "drive on", "extra_params": json.dumps(SHORT | fields)}
     files = {"input_reference": ("file", data)}
-    return httpx.post(f"{server.url}{path}", data=form, files=files, timeout=120)
+    return httpx.post(f"{server.url}{path}", data=form, files=files, timeout=HANG)
 
 
 def test_a_policy_job_holds_its_actions(generator_server: Server) -> None:
@@ -51,7 +52,7 @@ def test_so_few_actions_that_the_video_is_one_frame(generator_server: Server) ->
     assert (content.status_code, content.headers["content-type"]) == (200, "video/mp4")
     assert len(read_video(content.content, frames=9)) == 1
     again = SHORT | fields | {"prompt": "go", "fps": 20, "continue_from": job["id"]}
-    answer = httpx.post(f"{generator_server.url}/v1/videos", json=again, timeout=60)
+    answer = httpx.post(f"{generator_server.url}/v1/videos", json=again, timeout=HANG)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "action_chunk_size"
 
@@ -95,7 +96,7 @@ def test_the_form_of_the_published_notebooks(generator_server: Server) -> None:
         "guidance_scale": "1.0", "flow_shift": "10.0", "seed": "0", "extra_params": json.dumps(extra),
     }  # fmt: skip
     files = {"input_reference": ("umi.png", png(picture(100, 75)), "image/png")}
-    answer = httpx.post(f"{generator_server.url}/v1/videos", data=form, files=files, timeout=60)
+    answer = httpx.post(f"{generator_server.url}/v1/videos", data=form, files=files, timeout=HANG)
     job = finished(generator_server, answer.json())
     assert (job["status"], job["size"], job["action"]) == ("completed", "96x64", None)
     assert job["cosmos3"]["effective"]["size"] == "320x256"  # of the canvas
@@ -109,7 +110,7 @@ def test_the_same_request_as_json_and_as_form_fields(generator_server: Server) -
     fields |= {"action_state": [0.5] * 9, "input_reference": url}
     first = finished(generator_server, create(generator_server, **fields))
     form = {k: json.dumps(v) if isinstance(v, list) else str(v) for k, v in fields.items()}
-    answer = httpx.post(f"{generator_server.url}/v1/videos", data=form, timeout=60)
+    answer = httpx.post(f"{generator_server.url}/v1/videos", data=form, timeout=HANG)
     second = finished(generator_server, answer.json())
     assert first["action"] == second["action"]
 

@@ -15,6 +15,7 @@ import pytest
 import test_catalogue as catalogue
 from generators import PICTURE, SMALL, eventually, refuses
 from jsonschema import Draft202012Validator
+from limits import HANG
 from media_files import clip, data_url, picture, png
 from robots import PATH, robot
 from servers import BIN, Server, running
@@ -79,7 +80,7 @@ def test_pictures(server: Server) -> None:
 
 def test_the_reasoner_writes_the_prompt(server: Server) -> None:
     body = {"prompt": "a boat", "upsample_prompt": True, **PICTURE}
-    answer = httpx.post(f"{server.url}/v1/images/generations", json=body, headers=KEY, timeout=200)
+    answer = httpx.post(f"{server.url}/v1/images/generations", json=body, headers=KEY, timeout=HANG)
     assert answer.status_code == 200, answer.text
     written = answer.json()["cosmos3"]["upsampled_prompt"]
     Draft202012Validator(schema_of("image")).validate(json.loads(written))
@@ -95,7 +96,7 @@ def test_a_prompt_that_takes_too_long_is_given_up(server: Server, tmp_path: Path
     transfer = {"input_reference": video, "edge": True}
     taken = transfer | {"num_first_chunk_conditional_frames": 1}
     for more in ({}, {"input_reference": frame}, transfer, taken):  # it sees what is known
-        answer = httpx.post(f"{server.url}/v1/videos", json=body | more, headers=KEY, timeout=60)
+        answer = httpx.post(f"{server.url}/v1/videos", json=body | more, headers=KEY, timeout=HANG)
         assert answer.json()["error"]["code"] == "deadline_exceeded"
 
 
@@ -128,7 +129,7 @@ ROWS = [
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_errors_are_those_of_the_generator_alone(row: catalogue.Row, server: Server) -> None:
-    with httpx.Client(base_url=server.url, headers=KEY, timeout=60) as client:
+    with httpx.Client(base_url=server.url, headers=KEY, timeout=HANG) as client:
         answer = client.request(row.method, row.path, **row.send)
     assert answer.status_code == row.status, answer.text
     assert answer.headers["x-request-id"]
@@ -168,7 +169,7 @@ def test_media_that_cannot_be_read(kind: str, place: str, server: Server) -> Non
     content = [{"type": kind, kind: {"url": url}}, {"type": "text", "text": "What is shown?"}]
     body = {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 3}
     url = f"{server.url}/v1/chat/completions"
-    answer = httpx.post(url, json=body, headers=KEY, timeout=60)
+    answer = httpx.post(url, json=body, headers=KEY, timeout=HANG)
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["code"] == 400
     assert "cannot be read" in answer.json()["error"]["message"]
@@ -182,7 +183,7 @@ def test_start_up_prints_the_stock_command(server: Server) -> None:
 
 def test_sigterm_lets_the_generator_finish(server: Server) -> None:
     """The last test of this server: it ends."""
-    with httpx.Client(base_url=server.url, headers=KEY, timeout=60) as client:
+    with httpx.Client(base_url=server.url, headers=KEY, timeout=HANG) as client:
         job = client.post("/v1/videos", json=LONG).json()
         eventually(lambda: client.get(f"/v1/videos/{job['id']}").json()["cosmos3"]["step"] > 0)
         os.kill(server.pid, signal.SIGTERM)

@@ -19,6 +19,7 @@ import httpx
 import numpy as np
 import pytest
 from generators import PICTURE, create, finished
+from limits import HANG
 from media_files import animation, clip, data_url, picture, png
 from PIL import Image
 from servers import Server
@@ -282,7 +283,7 @@ ROWS = [
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_row(row: Row, generator_server: Server) -> None:
-    with httpx.Client(base_url=generator_server.url, timeout=60) as client:
+    with httpx.Client(base_url=generator_server.url, timeout=HANG) as client:
         answer = client.request(row.method, row.path, **row.send)
         while answer.status_code == 429:  # accepted rows before this one fill the small queue
             answer = client.request(row.method, row.path, **row.send)
@@ -339,7 +340,7 @@ def test_odd_bodies_are_refused(name: str, generator_server: Server) -> None:
     text = body if isinstance(body, str) else json.dumps({"prompt": "a", **body})
     headers = {"content-type": "application/json"}
     url = f"{generator_server.url}{VIDEOS}"
-    answer = httpx.post(url, content=text, headers=headers, timeout=60)
+    answer = httpx.post(url, content=text, headers=headers, timeout=HANG)
     assert 400 <= answer.status_code < 500, answer.text[:300]
     assert answer.json()["error"]["code"] in (code, "invalid_type"), answer.text[:300]
     assert len(answer.json()["error"]["message"]) < 1000
@@ -349,14 +350,14 @@ def test_odd_bodies_are_refused(name: str, generator_server: Server) -> None:
 def test_odd_forms_queries_and_headers(generator_server: Server) -> None:
     url = f"{generator_server.url}{VIDEOS}"
     deep = {"prompt": "a", "extra_params" + "[a]" * 3000: "1"}
-    answer = httpx.post(url, data=deep, timeout=60)
+    answer = httpx.post(url, data=deep, timeout=HANG)
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_value")
-    answer = httpx.post(url, data={"prompt": "a", "action": "[" * 100_000}, timeout=60)
+    answer = httpx.post(url, data={"prompt": "a", "action": "[" * 100_000}, timeout=HANG)
     assert answer.status_code == 400
     answer = httpx.get(url, params={"limit": DIGITS})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "limit")
     headers = {"Prefer": b"wait=\xb2", "Idempotency-Key": ""}  # a superscript two
-    made = [httpx.post(url, **body(seed=s), headers=headers, timeout=60).json() for s in (1, 2)]
+    made = [httpx.post(url, **body(seed=s), headers=headers, timeout=HANG).json() for s in (1, 2)]
     assert made[0]["id"] != made[1]["id"]
     for job in made:
         httpx.delete(f"{url}/{job['id']}")
@@ -381,14 +382,14 @@ def test_row_17_defaults_of_a_video(generator_server: Server) -> None:
 def test_row_61_a_truncated_clip(cut: float, generator_server: Server, tmp_path: Path) -> None:
     whole = clip(tmp_path / "clip.mp4", frames=24).read_bytes()
     send = file(whole[: int(len(whole) * cut)], num_frames=13)
-    answer = httpx.post(f"{generator_server.url}{VIDEOS}", **send, timeout=60)
+    answer = httpx.post(f"{generator_server.url}{VIDEOS}", **send, timeout=HANG)
     assert answer.status_code == 400
     check(answer, "invalid_media", "input_reference")
 
 
 def test_row_62_a_short_clip(generator_server: Server, tmp_path: Path) -> None:
     send = file(clip(tmp_path / "clip.mp4", frames=3).read_bytes(), num_frames=13)
-    answer = httpx.post(f"{generator_server.url}{VIDEOS}", **send, timeout=60)
+    answer = httpx.post(f"{generator_server.url}{VIDEOS}", **send, timeout=HANG)
     assert answer.status_code == 400
     check(answer, "invalid_value", "input_reference")
     assert "at least 5 frames" in answer.json()["error"]["message"]
@@ -419,14 +420,14 @@ def test_messages_and_records_name_the_users_files(
         fields = {"control_type": "depth"} if name == "control_reference" else {}
         requests.append(("'my.mp4'", form(num_frames=13, **fields) | {"files": {name: upload}}))
     for name, request in requests:
-        answer = httpx.post(url, **request, timeout=60)
+        answer = httpx.post(url, **request, timeout=HANG)
         message = answer.json()["error"]["message"]
         assert answer.status_code == 400, message
         assert name in message
         assert "cosmos3-input" not in message
         assert str(media_folder) not in message
     send = form(num_inference_steps=1) | {"files": {"input_reference": ("my.png", png(picture(64, 64)))}}  # fmt: skip
-    job = httpx.post(url, **send, timeout=60).json()
+    job = httpx.post(url, **send, timeout=HANG).json()
     assert job["cosmos3"]["effective"]["image"] == "my.png"
     assert "cosmos3-input" not in json.dumps(job)
 
@@ -436,14 +437,14 @@ def test_row_65_a_picture_and_a_clip(generator_server: Server, tmp_path: Path) -
         ("image_reference", ("a.png", png(picture(64, 64)))),
         ("video_reference", ("b.mp4", clip(tmp_path / "clip.mp4", frames=9).read_bytes())),
     ]
-    answer = httpx.post(f"{generator_server.url}{VIDEOS}", **form(), files=files, timeout=60)
+    answer = httpx.post(f"{generator_server.url}{VIDEOS}", **form(), files=files, timeout=HANG)
     assert answer.status_code == 400
     check(answer, "conflict", "video_reference")
 
 
 def test_row_78_size_auto(generator_server: Server) -> None:
     send = {"prompt": "a boat", "size": "auto", "num_inference_steps": 1, "seed": 1}
-    answer = httpx.post(f"{generator_server.url}{IMAGES}", json=send, timeout=120)
+    answer = httpx.post(f"{generator_server.url}{IMAGES}", json=send, timeout=HANG)
     assert answer.json()["size"] == "960x960"
 
 
@@ -478,7 +479,7 @@ def test_afterwards_the_server_serves(generator_server: Server) -> None:
 def test_form_fields_and_json_make_the_same_pixels(generator_server: Server) -> None:
     url = f"{generator_server.url}/v1/videos/sync"
     sent = [form(seed=7), body(seed=7), body(seed=8)]
-    answers = [httpx.post(url, **request, timeout=60).content for request in sent]
+    answers = [httpx.post(url, **request, timeout=HANG).content for request in sent]
     # The first frame: x264 does not always make the same ones of equal frames between others.
     firsts = [read_video(answer, frames=1) for answer in answers]
     assert (firsts[0] == firsts[1]).all()
@@ -489,7 +490,7 @@ def test_compressed_pictures(generator_server: Server) -> None:
     sizes = []
     for quality in (10, 95):
         send = image(output_format="jpeg", output_compression=quality, response_format="file")
-        answer = httpx.post(f"{generator_server.url}{IMAGES}", **send["send"], timeout=60)
+        answer = httpx.post(f"{generator_server.url}{IMAGES}", **send["send"], timeout=HANG)
         assert np.asarray(Image.open(io.BytesIO(answer.content))).shape == (64, 64, 3)
         sizes.append(len(answer.content))
     assert sizes[0] < sizes[1]
@@ -529,7 +530,7 @@ def test_the_openapi_page_knows_every_answer(generator_server: Server) -> None:
     assert job["status"] in known["status"]["enum"]
     listed = httpx.get(f"{generator_server.url}{VIDEOS}?limit=1").json()
     assert answer(VIDEOS, "get", "200").keys() == listed.keys()
-    picture = httpx.post(f"{generator_server.url}{IMAGES}", **image()["send"], timeout=60).json()
+    picture = httpx.post(f"{generator_server.url}{IMAGES}", **image()["send"], timeout=HANG).json()
     assert answer(IMAGES, "post", "200").keys() == picture.keys()
     error = httpx.get(f"{generator_server.url}{VIDEOS}/nope").json()["error"]
     described = answer(f"{VIDEOS}/{{video_id}}", "get", "default")["error"]["properties"]

@@ -12,6 +12,7 @@ import httpx
 import numpy as np
 import pytest
 from generators import PICTURE, SMALL, create, finished
+from limits import HANG
 from media_files import clip, data_url, picture, png
 from PIL import Image
 from servers import Server
@@ -47,7 +48,7 @@ def small(server: Server, job: dict[str, Any], variant: str) -> np.ndarray:
 
 def refused(server: Server, path: str = "/v1/videos", **fields: Any) -> tuple[int, str, str]:
     body = {"prompt": "a boat", **SMALL, **fields}
-    answer = httpx.post(f"{server.url}{path}", json=body, timeout=60)
+    answer = httpx.post(f"{server.url}{path}", json=body, timeout=HANG)
     error = answer.json()["error"]
     assert "\n" not in error["message"]
     return answer.status_code, error["code"], error["param"]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from limits import HANG
 from media_files import picture, png
 from servers import Server
 
@@ -55,7 +56,7 @@ def post(server: Server, url: str) -> httpx.Response:
         f"{server.url}/v1/videos",
         json={**SMALL, "input_reference": url},
         headers=headers,
-        timeout=90,
+        timeout=HANG,
     )
 
 

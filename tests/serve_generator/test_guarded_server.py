@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from limits import HANG
 from servers import BIN, Server, run_to_end
 
 from vllm_cosmos3.media import encode_image
@@ -30,7 +31,7 @@ PATHS = [
 @pytest.fixture(scope="module")
 def client(guarded_server: Server) -> Iterator[httpx.Client]:
     headers = {"Authorization": "Bearer secret"}
-    with httpx.Client(base_url=guarded_server.url, headers=headers, timeout=60) as client:
+    with httpx.Client(base_url=guarded_server.url, headers=headers, timeout=HANG) as client:
         yield client
 
 

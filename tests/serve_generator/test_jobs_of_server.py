@@ -15,6 +15,7 @@ import httpx
 import psutil
 import pytest
 from generators import SMALL, create, finished
+from limits import HANG
 from servers import Server
 
 pytestmark = pytest.mark.serve
@@ -22,7 +23,7 @@ LONG = {"size": "256x256", "num_frames": 121, "num_inference_steps": 200, "guida
 
 
 def get(server: Server, path: str, **options: Any) -> httpx.Response:
-    return httpx.get(f"{server.url}{path}", timeout=60, **options)
+    return httpx.get(f"{server.url}{path}", timeout=HANG, **options)
 
 
 def idle(server: Server) -> None:
@@ -58,7 +59,7 @@ def test_the_event_stream_is_monotonic_to_the_end(generator_server: Server) -> N
     job = create(generator_server, **SMALL | {"num_inference_steps": 60, "size": "128x128"})
     events: list[tuple[str, dict[str, Any]]] = []
     url = f"{generator_server.url}/v1/videos/{job['id']}/events"
-    with httpx.stream("GET", url, timeout=60) as stream:
+    with httpx.stream("GET", url, timeout=HANG) as stream:
         assert stream.headers["content-type"].startswith("text/event-stream")
         name = ""
         for line in stream.iter_lines():
@@ -96,7 +97,7 @@ def test_ranges_and_heads_of_the_file(generator_server: Server) -> None:
 def test_prefer_wait_answers_at_the_end_or_in_time(generator_server: Server) -> None:
     url = f"{generator_server.url}/v1/videos"
     body = {"prompt": "a boat", **SMALL}
-    answer = httpx.post(url, json=body, headers={"Prefer": "wait=60"}, timeout=90)
+    answer = httpx.post(url, json=body, headers={"Prefer": "wait=60"}, timeout=HANG)
     assert answer.json()["status"] == "completed"
     assert answer.headers["preference-applied"] == "wait=60"
     answer = httpx.post(
@@ -112,7 +113,7 @@ def test_a_remix_waits_and_is_made_once(generator_server: Server) -> None:
     headers = {"Prefer": "wait=60", "Idempotency-Key": "a remix"}
 
     def remix(**fields: Any) -> httpx.Response:
-        return httpx.post(url, json={"prompt": "a train", **fields}, headers=headers, timeout=90)
+        return httpx.post(url, json={"prompt": "a train", **fields}, headers=headers, timeout=HANG)
 
     answer = remix(seconds=0.25, width=96, height=64)
     assert answer.headers["preference-applied"] == "wait=60"
@@ -133,11 +134,11 @@ def test_a_clip_with_a_key_is_made_once(generator_server: Server) -> None:
     headers = {"Idempotency-Key": "a clip"}
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(url, json=body, headers=headers, timeout=0.3)
-    answers = [httpx.post(url, json=body, headers=headers, timeout=90) for _ in range(2)]
+    answers = [httpx.post(url, json=body, headers=headers, timeout=HANG) for _ in range(2)]
     assert {answer.status_code for answer in answers} == {200}
     assert answers[0].content == answers[1].content
     assert sample(generator_server, "cosmos3:requests_completed_total") == before + 1
-    other = httpx.post(url, json=body | {"seed": 7}, headers=headers, timeout=90)
+    other = httpx.post(url, json=body | {"seed": 7}, headers=headers, timeout=HANG)
     assert (other.status_code, other.json()["error"]["code"]) == (409, "idempotency_conflict")
 
 
@@ -163,7 +164,7 @@ def test_every_refusal_is_counted_once(
 
     before = counted()
     url = f"{generator_server.url}/v1/{path}"
-    answer = httpx.post(url, json={"prompt": "a boat", **fields}, timeout=60)
+    answer = httpx.post(url, json={"prompt": "a boat", **fields}, timeout=HANG)
     assert answer.json()["error"]["code"] == code
     assert httpx.get(f"{generator_server.url}/v1/videos/nope").status_code == 404  # no request
     after = counted()
@@ -218,7 +219,7 @@ def test_a_thousand_creates_at_once(generator_server: Server) -> None:
     limits = httpx.Limits(max_connections=50)
     with (
         under_way(generator_server) as blocker,
-        httpx.Client(base_url=generator_server.url, limits=limits, timeout=120) as client,
+        httpx.Client(base_url=generator_server.url, limits=limits, timeout=HANG) as client,
     ):
         before = psutil.Process(generator_server.pid).memory_info().rss
         # One of those that run must end before there is room, and how long it takes is known.
@@ -263,13 +264,13 @@ def under_way(server: Server) -> Iterator[str]:
         running(server, job)
         yield job["id"]
     finally:
-        httpx.delete(f"{server.url}/v1/videos/{job['id']}", timeout=60)
+        httpx.delete(f"{server.url}/v1/videos/{job['id']}", timeout=HANG)
 
 
 def test_two_hundred_polls_while_denoising(generator_server: Server) -> None:
     with (
         under_way(generator_server) as job,
-        httpx.Client(base_url=generator_server.url, timeout=60) as client,
+        httpx.Client(base_url=generator_server.url, timeout=HANG) as client,
     ):
 
         def poll(_: int) -> httpx.Response:

@@ -8,6 +8,7 @@ import httpx
 import pytest
 from generators import LONG, PICTURE, create, eventually, finished
 from jsonschema import Draft202012Validator
+from limits import HANG
 from servers import Server
 from test_catalogue import IMAGES, ROWS, SMALL, VIDEOS
 
@@ -42,7 +43,7 @@ def test_jobs_are_as_described(page: Page, generator_server: Server) -> None:
     url = f"{generator_server.url}{VIDEOS}"
     send = {"prompt": "a boat", **LONG}
     jobs = [
-        check(page, httpx.post(url, json=send | {"seed": seed}, timeout=60), VIDEOS, "post")
+        check(page, httpx.post(url, json=send | {"seed": seed}, timeout=HANG), VIDEOS, "post")
         for seed in range(3)
     ]
     late = create(generator_server, **LONG, deadline_seconds=0.01)
@@ -52,7 +53,7 @@ def test_jobs_are_as_described(page: Page, generator_server: Server) -> None:
     assert {job["status"] for job in (*jobs, *now)} == {"queued", "in_progress", "failed"}
     check(page, httpx.get(url), VIDEOS)
     for job in now:
-        check(page, httpx.delete(f"{url}/{job['id']}", timeout=60), ONE, "delete")
+        check(page, httpx.delete(f"{url}/{job['id']}", timeout=HANG), ONE, "delete")
     done = finished(generator_server, create(generator_server, **SMALL))
     assert done["status"] == "completed"
     check(page, httpx.get(f"{url}/{done['id']}"), ONE)
@@ -68,7 +69,7 @@ def test_the_other_answers_are_as_described(page: Page, generator_server: Server
         answer = httpx.request(method, f"{base}{path}")
         assert answer.status_code >= 400
         check(page, answer, shown, method.lower())
-    pictures = httpx.post(f"{base}{IMAGES}", json={"prompt": "a boat", **PICTURE}, timeout=60)
+    pictures = httpx.post(f"{base}{IMAGES}", json={"prompt": "a boat", **PICTURE}, timeout=HANG)
     check(page, pictures, IMAGES, "post")
     check(page, httpx.get(f"{base}/v1/models"), "/v1/models")
     check(page, httpx.get(f"{base}/v1/cosmos3/models"), "/v1/cosmos3/models")

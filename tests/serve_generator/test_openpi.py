@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from limits import HANG
 from robots import KEY, PATH, Refused, Robot, observation, robot
 from servers import Server
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -68,7 +69,7 @@ def openpi_client(python: Path, *arguments: str) -> str:
         check=False,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG,
         env={"PATH": os.environ["PATH"], "VLLM_API_KEY": KEY},
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -273,7 +274,7 @@ def test_the_load_generator_of_robots(robot_server: Server, tmp_path: Path) -> N
         "2",
     ]
     command += ["--fields", json.dumps(fields), "--json", str(tmp_path / "report.json")]
-    subprocess.run(command, check=True, timeout=120)
+    subprocess.run(command, check=True, timeout=HANG)
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["requests"], report["errors"]) == (4, 0)
     assert 0 < report["gpu_seconds_per_output"] < report["latency_s"]["p99"]

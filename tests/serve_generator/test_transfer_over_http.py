@@ -12,6 +12,7 @@ import av
 import httpx
 import pytest
 from generators import finished
+from limits import HANG
 from media_files import clip, data_url
 from servers import Server
 
@@ -25,7 +26,7 @@ def send(server: Server, **request: Any) -> tuple[dict[str, Any], bytes]:
 
     x264 does not always write the same file for the same frames.
     """
-    answer = httpx.post(f"{server.url}/v1/videos", timeout=60, **request)
+    answer = httpx.post(f"{server.url}/v1/videos", timeout=HANG, **request)
     assert answer.status_code == 200, answer.text
     job = finished(server, answer.json())
     assert job["status"] == "completed", job

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from limits import HANG
 
 from vllm_cosmos3.checkpoint.config import EngineConfig
 from vllm_cosmos3.server.http.metrics import metrics
@@ -78,7 +79,7 @@ class SlowStage:
 
     def submit(self, *_: object, **__: object) -> Any:
         self.reached.set()
-        assert self.go_on.wait(60)
+        assert self.go_on.wait(HANG)
         return SimpleNamespace(progress=None, future=Future[object](), cancel=self._cancel)
 
     def _cancel(self) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from limits import HANG
 from short_stage import EVERYWHERE, LAST_RANK, ShortPipeline
 
 from vllm_cosmos3 import Cosmos3
@@ -58,12 +59,12 @@ def test_on_ranks(tiny_checkpoint_fp32: Path) -> None:
     )
     client = StageClient(StageConfig(engine=engine, stage="short_stage:ShortPipeline"))
     try:
-        client.wait_ready(120)
-        before = client.submit(planned(tiny_checkpoint_fp32, 1)).result(120).video
+        client.wait_ready(HANG)
+        before = client.submit(planned(tiny_checkpoint_fp32, 1)).result(HANG).video
         for seed, restarts in ((EVERYWHERE, 0), (LAST_RANK, 1)):
             with pytest.raises(OutOfMemory, match=WORDS):
-                client.submit(planned(tiny_checkpoint_fp32, seed)).result(120)
-            again = client.submit(planned(tiny_checkpoint_fp32, 1)).result(120).video
+                client.submit(planned(tiny_checkpoint_fp32, seed)).result(HANG)
+            again = client.submit(planned(tiny_checkpoint_fp32, 1)).result(HANG).video
             assert np.array_equal(again, before)
             assert client.status().restarts == restarts
     finally:

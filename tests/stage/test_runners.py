@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from launched import assert_failed_together, launch
+from limits import HANG
 from safetensors.numpy import load_file
 
 from vllm_cosmos3 import Cosmos3
@@ -92,7 +93,7 @@ def test_torchrun(tiny_checkpoint_fp32: Path, alone: tuple[Output, Output], tmp_
     command += ["--distributed-executor-backend", "external_launcher", "--output-type", "latent"]
     for name, value in REQUEST.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert sorted(file.name for file in (tmp_path / "sample").iterdir()) == [
         "latents.safetensors",

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from limits import HANG
 from ranks import processes_below, remaining, segments_of
 from test_executor import stage
 from toy_stage import ToyPlan
@@ -37,7 +38,7 @@ LONG = 1000.0  # seconds of work in the scheduler's eyes
 def client() -> Iterator[StageClient]:
     """Two ranks, which the tests leave able to serve."""
     client = StageClient(stage(1, 2, 1), QueueConfig(max_waiting=6))
-    client.wait_ready(120)
+    client.wait_ready(HANG)
     yield client
     client.close()
 
@@ -46,7 +47,7 @@ def test_a_result_comes_back_with_progress(client: StageClient) -> None:
     heard: list[Progress] = []
     job = client.submit(ToyPlan(steps=3), report=heard.append)
     assert not job.future.cancel()  # whoever waits may not end it
-    assert job.result(60).total == 6
+    assert job.result(HANG).total == 6
     assert [(p.phase, p.step, p.steps) for p in heard] == [
         ("encode", 0, 3),
         *(("denoise", step, 3) for step in range(4)),
@@ -59,18 +60,18 @@ def test_a_result_comes_back_with_progress(client: StageClient) -> None:
 
 def test_a_result_can_be_saved_by_the_worker(client: StageClient, tmp_path: Path) -> None:
     job = client.submit(ToyPlan(steps=1), save=tmp_path / "total")
-    assert job.result(60) == [tmp_path / "total"]
+    assert job.result(HANG) == [tmp_path / "total"]
     assert (tmp_path / "total").read_text() == "2"
 
 
 def test_what_cannot_be_saved_fails_alone(client: StageClient, tmp_path: Path) -> None:
     restarts = client.status().restarts
-    before = client.submit(ToyPlan(steps=1)).result(60)
+    before = client.submit(ToyPlan(steps=1)).result(HANG)
     other = client.submit(ToyPlan(steps=100, seconds=0.01), seconds=1.0)
     for _ in range(2):
         with pytest.raises(Cosmos3Error, match="No such file"):
-            client.submit(ToyPlan(steps=1), save=tmp_path / "none" / "total").result(60)
-    assert other.result(60).pids == before.pids
+            client.submit(ToyPlan(steps=1), save=tmp_path / "none" / "total").result(HANG)
+    assert other.result(HANG).pids == before.pids
     assert client.status().restarts == restarts
 
 
@@ -87,9 +88,9 @@ def test_a_result_that_is_lost_on_its_way_leaves_nothing(
 ) -> None:
     job = client.submit(ToyPlan(steps=1, result=fault))
     with pytest.raises(Cosmos3Error, match=words):
-        job.result(60)
+        job.result(HANG)
     assert not (client._folder / job.name).exists()
-    assert client.submit(ToyPlan(steps=1)).result(60).total == 2
+    assert client.submit(ToyPlan(steps=1)).result(HANG).total == 2
 
 
 def test_a_short_request_overtakes_a_long_one(client: StageClient) -> None:
@@ -98,8 +99,8 @@ def test_a_short_request_overtakes_a_long_one(client: StageClient) -> None:
     long.future.add_done_callback(lambda _: order.append("long"))
     short = client.submit(ToyPlan(steps=5), seconds=1.0)
     short.future.add_done_callback(lambda _: order.append("short"))
-    short.result(60)
-    long.result(60)
+    short.result(HANG)
+    long.result(HANG)
     assert order == ["short", "long"]
 
 
@@ -114,16 +115,16 @@ def test_cancel_frees_the_stage_within_one_step(client: StageClient) -> None:
 
     job = client.submit(ToyPlan(steps=10_000, seconds=0.05), seconds=LONG, report=report)
     waiting = client.submit(ToyPlan(), seconds=LONG)
-    assert started.wait(60)
+    assert started.wait(HANG)
     waiting.cancel()
     with pytest.raises(Cancelled):
-        waiting.result(60)
+        waiting.result(HANG)
     steps = len(seen)
     job.cancel()
     with pytest.raises(Cancelled):
-        job.result(60)
+        job.result(HANG)
     assert len(seen) <= steps + 2  # one under way, one reported meanwhile
-    assert client.submit(ToyPlan(steps=1)).result(60).total == 2
+    assert client.submit(ToyPlan(steps=1)).result(HANG).total == 2
 
 
 def test_what_a_report_raises_ends_the_request(client: StageClient) -> None:
@@ -131,7 +132,7 @@ def test_what_a_report_raises_ends_the_request(client: StageClient) -> None:
         raise KeyError(progress.phase)
 
     with pytest.raises(KeyError, match="encode"):
-        client.submit(ToyPlan(steps=10_000, seconds=0.01), report=report).result(60)
+        client.submit(ToyPlan(steps=10_000, seconds=0.01), report=report).result(HANG)
 
 
 def test_what_the_last_report_raises_is_not_lost(client: StageClient) -> None:
@@ -141,7 +142,7 @@ def test_what_the_last_report_raises_is_not_lost(client: StageClient) -> None:
 
     job = client.submit(ToyPlan(steps=1), report=report)
     with pytest.raises(KeyError, match="decode"):
-        job.result(60)
+        job.result(HANG)
     assert not (client._folder / job.name).exists()
 
 
@@ -149,7 +150,7 @@ def test_a_stage_that_is_killed_while_it_starts_can_be_closed() -> None:
     client = StageClient(stage(1, 1, 1))
     client._process.kill()
     with pytest.raises(WorkerDied):
-        client.wait_ready(60)
+        client.wait_ready(HANG)
     closing = threading.Thread(target=client.close, daemon=True)
     closing.start()
     closing.join(60)
@@ -171,7 +172,7 @@ def test_a_full_queue_is_busy(client: StageClient) -> None:
         job.cancel()
     for job in jobs:
         with pytest.raises(Cancelled):
-            job.result(60)
+            job.result(HANG)
 
 
 def test_a_deadline_ends_waiting_and_running_requests(client: StageClient) -> None:
@@ -180,7 +181,7 @@ def test_a_deadline_ends_waiting_and_running_requests(client: StageClient) -> No
     waiting = client.submit(slow, seconds=LONG, deadline=0.2)
     for job in (waiting, running):
         with pytest.raises(DeadlineExceeded):
-            job.result(60)
+            job.result(HANG)
 
 
 @pytest.mark.parametrize(
@@ -201,10 +202,10 @@ def test_a_fault_fails_its_request_only(
     beside = client.submit(ToyPlan(steps=20, seconds=0.005), seconds=LONG)
     bad = client.submit(ToyPlan(faults={moment: fault}))
     with pytest.raises(Cosmos3Error) as failure:
-        bad.result(60)
+        bad.result(HANG)
     assert type(failure.value) is kind
-    assert beside.result(60).total == 40
-    assert client.submit(ToyPlan(steps=1)).result(60).total == 2
+    assert beside.result(HANG).total == 40
+    assert client.submit(ToyPlan(steps=1)).result(HANG).total == 2
 
 
 def test_a_request_without_room_beside_others_waits_for_them(client: StageClient) -> None:
@@ -213,8 +214,8 @@ def test_a_request_without_room_beside_others_waits_for_them(client: StageClient
     beside.future.add_done_callback(lambda _: order.append("beside"))
     crowded = client.submit(ToyPlan(steps=1, faults={"encode": "crowded"}), seconds=1.0)
     crowded.future.add_done_callback(lambda _: order.append("crowded"))
-    assert crowded.result(60).total == 2
-    assert beside.result(60).total == 80
+    assert crowded.result(HANG).total == 2
+    assert beside.result(HANG).total == 80
     assert order == ["beside", "crowded"]
 
 
@@ -227,18 +228,18 @@ def test_a_killed_stage_process_is_replaced_and_its_workers_end(client: StageCli
     segments = segments_of(pids)
     os.kill(killed, signal.SIGKILL)
     with pytest.raises(WorkerDied, match="status -9"):
-        hanging.result(60)
+        hanging.result(HANG)
     assert len(pids) >= 3
     assert len(segments) >= 3  # the ring of calls and two of answers
     assert not remaining(pids, segments)
-    client.wait_ready(120)
-    assert client.submit(ToyPlan(steps=1)).result(60).total == 2
+    client.wait_ready(HANG)
+    assert client.submit(ToyPlan(steps=1)).result(HANG).total == 2
 
 
 def test_a_missing_checkpoint_is_told_once() -> None:
     client = StageClient(stage(1, 2, 1, model=Path("/nowhere")))
     with pytest.raises(CheckpointError, match="/nowhere is missing"):
-        client.wait_ready(120)
+        client.wait_ready(HANG)
     with pytest.raises(CheckpointError):
         client.submit(ToyPlan())
     assert client.status().state == "failed"
@@ -254,7 +255,7 @@ from test_executor import stage
 from toy_stage import ToyPlan
 from vllm_cosmos3.stage.client import StageClient
 client = StageClient(stage(1, 2, 1))
-client.wait_ready(120)
+client.wait_ready(600)
 print(client._folder, client._process.pid, flush=True)
 jobs = [client.submit(ToyPlan(steps=40, seconds=0.05), seconds=1000.0) for _ in range(2)]
 while client.status().running == 0:
@@ -303,6 +304,6 @@ def test_sigterm_drains() -> None:
         "print([job.result().total for job in jobs])\n"
         "print(client._process.wait())\n"
     )
-    output, _ = program.communicate(timeout=120)
+    output, _ = program.communicate(timeout=HANG)
     assert output.splitlines() == ["Busy", "[80, 80]", "0"]
     assert not folder.exists()
