@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "vllm_cosmos3"
 # A row a room, from the bottom up. A name is a folder with all that is in it, or one module; the longest
 # name that fits counts.
 LAYERS = [
-    {"version", "errors", "progress", "compat", "media_budget"},
+    {"version", "errors", "progress", "closing", "compat", "media_budget"},
     {"media", "fetching", "poses", "checkpoint"},
     {"request", "parallel", "robots"},
     {"batch", "generator.output", "generator.sampling", "generator.memory"},
@@ -47,7 +47,7 @@ def modules() -> dict[str, Path]:
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        if name and name != "cli.__main__":
+        if name and not name.endswith("__main__"):
             found[name] = path
     return found
 

@@ -13,13 +13,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, overload
 
 import torch
 
 from vllm_cosmos3.checkpoint.config import EngineConfig, ParallelConfig, read_config
 from vllm_cosmos3.checkpoint.hub import resolve
+from vllm_cosmos3.closing import Closing
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
 from vllm_cosmos3.generator.output import Output, Progress, Report, Sample
 from vllm_cosmos3.media import Clip
@@ -39,7 +39,7 @@ RESIDENCIES = ("gpu", "host", "auto")
 Request = GenerateRequest | Mapping[str, Any]
 
 
-class Cosmos3:
+class Cosmos3(Closing):
     """A Cosmos 3 generator.
 
         with Cosmos3("nvidia/Cosmos3-Nano") as model:
@@ -189,17 +189,6 @@ class Cosmos3:
             runner, self._runner = self._runner, None
         if runner is not None:
             runner.close()
-
-    def __enter__(self) -> Cosmos3:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _open(self) -> Runner:
         if self._runner is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from itertools import islice
 
 LONGEST = 80  # characters that a message repeats of what was given
@@ -41,6 +43,16 @@ def brief(value: object) -> str:
 def cut(text: str) -> str:
     """How a message repeats a text."""
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+
+
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The question with the name that is nearest to an unknown one, empty where none is near.
+
+    ``cutoff`` is how alike they have to be, from 0 to 1. A name of thousands of characters, which
+    would take seconds to compare, is like none.
+    """
+    near = difflib.get_close_matches(name[: LONGEST + 1], known, n=1, cutoff=cutoff)
+    return f"did you mean {near[0]}?" if near else ""
 
 
 def _beginning(value: object) -> object:

@@ -6,7 +6,8 @@ the architectures, the loader and the parsers are added under names of their own
 
 from __future__ import annotations
 
-ARCHITECTURE = "Cosmos3ReasonerForConditionalGeneration"
+from vllm_cosmos3.reasoner.root_config import ARCHITECTURE
+
 UPSTREAM_ARCHITECTURE = "Cosmos3ForConditionalGeneration"  # the name in the published config.json
 MODEL = "vllm_cosmos3.reasoner.model:Cosmos3ReasonerForConditionalGeneration"
 NAME = "cosmos3"  # of the config format, the video loader and the reasoning parser

@@ -6,7 +6,6 @@ and `questions`.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -14,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.errors import InvalidRequest, did_you_mean
 from vllm_cosmos3.request import prompts
 from vllm_cosmos3.request.controls import HINTS
-from vllm_cosmos3.request.fields import Spec
+from vllm_cosmos3.request.fields import FRAMEWORK_NAMES, Spec
 from vllm_cosmos3.request.questions import SAMPLING
 from vllm_cosmos3.request.request import SPECS
 from vllm_cosmos3.request.sizes import ASPECT_RATIOS, TRAINED_SIZES
@@ -26,16 +25,7 @@ from vllm_cosmos3.request.upsample import SAMPLING_SPECS
 NAME_BYTES = 200  # of a folder; file systems take 255
 GENERATOR, REASONER = "generator", "reasoner"  # who serves a record
 
-# Names of the framework for our fields.
-ALIASES = {
-    "num_steps": "num_inference_steps",
-    "guidance": "guidance_scale",
-    "shift": "flow_shift",
-    "enable_sound": "generate_sound",
-    "num_outputs": "n",
-    "prompt_upsampling": "upsample_prompt",
-    "image_save_quality": "quality",
-}
+ALIASES = FRAMEWORK_NAMES | {"num_outputs": "n", "image_save_quality": "quality"}
 # What a mode says of a record: which vision_path it needs, and what follows from it.
 MODES: dict[str, tuple[str | None, dict[str, Any]]] = {
     "text2image": (None, {"num_frames": 1}),
@@ -181,8 +171,7 @@ def _with_defaults(entry: Entry) -> tuple[dict[str, Any], list[str]]:
     given = {str(name): value for name, value in entry.values.items() if value is not None}
     for name, value in given.items():
         if name not in KNOWN:
-            near = difflib.get_close_matches(name, KNOWN, n=1)
-            hint = f"did you mean {near[0]}?" if near else "there is no such field"
+            hint = did_you_mean(name, KNOWN) or "there is no such field"
             shown = name if name.isprintable() else repr(name)
             raise InvalidRequest(shown, value, f"left out; {hint}", "unknown_parameter")
     if "defaults_file" not in given:

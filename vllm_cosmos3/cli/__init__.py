@@ -63,7 +63,3 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has gone, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 141
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -24,9 +24,9 @@ from huggingface_hub import get_token
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from vllm_cosmos3.cli.versions import declared, installed
+from vllm_cosmos3.reasoner.root_config import ARCHITECTURE
 
 TESTED_CPU = ("0.28.0", "0.30.0", "0.32.0")
-ARCHITECTURE = "Cosmos3ReasonerForConditionalGeneration"
 GIB = 2**30
 OLDEST_PYAV = (18, 1)  # as in pyproject.toml
 OLDEST_DRIVER = {12: 525, 13: 580}  # of each major version of CUDA, by NVIDIA's compatibility table

@@ -31,13 +31,13 @@ from vllm_cosmos3.reasoner.media.limits import (
     uses_reference,
 )
 from vllm_cosmos3.reasoner.required_tensors import check_folder, expected_tensors
+from vllm_cosmos3.reasoner.root_config import ARCHITECTURE
 from vllm_cosmos3.server.command import run as run_generator
 from vllm_cosmos3.server.command import share_beside, web_parser
 from vllm_cosmos3.server.options import ONE_PROCESS, add_groups, from_mapping, given
 
 TAKES_REST = True
 
-ARCHITECTURE = "Cosmos3ReasonerForConditionalGeneration"
 PLUGIN = "cosmos3"  # name of our entry points, which VLLM_PLUGINS can switch off
 DEFAULT_PORT = 8000  # vLLM's
 MEDIA_ERRORS = "vllm_cosmos3.server.media_errors.MediaErrors"  # 400 for what cannot be fetched

@@ -14,9 +14,7 @@ from transformers import AutoConfig, PretrainedConfig
 from vllm.transformers_utils.config_parser_base import ConfigParserBase
 
 from vllm_cosmos3.checkpoint.config import read_json
-from vllm_cosmos3.reasoner.root_config import assemble
-
-ARCHITECTURE = "Cosmos3ReasonerForConditionalGeneration"
+from vllm_cosmos3.reasoner.root_config import ARCHITECTURE, assemble
 
 
 class Cosmos3ConfigParser(ConfigParserBase):

@@ -10,19 +10,19 @@ import base64
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from vllm_cosmos3 import media
 from vllm_cosmos3.checkpoint.config import read_json
 from vllm_cosmos3.checkpoint.hub import resolve
+from vllm_cosmos3.closing import Closing
 from vllm_cosmos3.errors import Cosmos3Error
+from vllm_cosmos3.reasoner.root_config import ARCHITECTURE
 from vllm_cosmos3.request.questions import Question
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
 
-ARCHITECTURE = "Cosmos3ReasonerForConditionalGeneration"
 LENGTH = 32_768  # tokens of question and answer; the model's own limit would need a larger cache
 
 
@@ -35,7 +35,7 @@ class Answer:
     complete: bool
 
 
-class Reasoner:
+class Reasoner(Closing):
     """The reasoner of a checkpoint.
 
         with Reasoner("nvidia/Cosmos3-Nano") as reasoner:
@@ -107,17 +107,6 @@ class Reasoner:
         llm, self._llm = self._llm, None
         if llm is not None:
             llm.llm_engine.engine_core.shutdown(timeout=30)
-
-    def __enter__(self) -> Reasoner:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def sampling_params(question: Question) -> SamplingParams:

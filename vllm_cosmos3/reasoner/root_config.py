@@ -14,6 +14,7 @@ from vllm_cosmos3.checkpoint.config import read_json
 from vllm_cosmos3.errors import CheckpointError
 
 MODEL_TYPE = "cosmos3_omni"
+ARCHITECTURE = "Cosmos3ReasonerForConditionalGeneration"  # of the reasoner, in vLLM's registry
 _SPECIAL = {
     "image_token_id": "<|image_pad|>",
     "video_token_id": "<|video_pad|>",

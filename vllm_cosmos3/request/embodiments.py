@@ -9,10 +9,9 @@ with. A request may choose others of the last three.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 
-from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.errors import InvalidRequest, did_you_mean
 
 VIEWS = {  # label: the sentence of the training captions, word for word
     "ego_view": "This video is captured from a first-person perspective looking at the scene.",
@@ -226,9 +225,13 @@ def find_embodiment(domain_name: str | None, domain_id: int | None) -> Embodimen
         return _of_id(domain_id)
     row = _BY_NAME.get(domain_name.strip().lower())
     if row is None:
-        near = difflib.get_close_matches(domain_name.lower(), _BY_NAME, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise InvalidRequest("domain_name", domain_name, f"one of {', '.join(_BY_NAME)}{hint}")
+        possible, hint = (
+            f"one of {', '.join(_BY_NAME)}",
+            did_you_mean(domain_name.lower(), _BY_NAME),
+        )
+        raise InvalidRequest(
+            "domain_name", domain_name, f"{possible} ({hint})" if hint else possible
+        )
     if domain_id is not None and domain_id != row.domain_id:
         possible = f"{row.domain_id} or left out, as domain_name is {domain_name}"
         raise InvalidRequest("domain_id", domain_id, possible, "conflict")

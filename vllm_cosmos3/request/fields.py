@@ -14,6 +14,14 @@ from typing import Any
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.request.controls import hint_of
 
+FRAMEWORK_NAMES = {  # of the Cosmos Framework, for our fields
+    "num_steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+    "shift": "flow_shift",
+    "enable_sound": "generate_sound",
+    "prompt_upsampling": "upsample_prompt",
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spec:

@@ -7,12 +7,11 @@ thought.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.errors import InvalidRequest, did_you_mean
 from vllm_cosmos3.request.fields import Spec
 from vllm_cosmos3.request.request import MAX_SEED
 
@@ -84,7 +83,6 @@ def question_of(fields: Mapping[str, Any]) -> Question:
     """A question from field names and values; an unknown name is refused with the nearest one."""
     for name in fields:
         if name not in QUESTION:
-            near = difflib.get_close_matches(name, QUESTION, n=1)
-            hint = f"left out; did you mean {near[0]}?" if near else "left out: no such field"
-            raise InvalidRequest(name, fields[name], hint, "unknown_parameter")
+            hint = did_you_mean(name, QUESTION) or "there is no such field"
+            raise InvalidRequest(name, fields[name], f"left out; {hint}", "unknown_parameter")
     return Question(**fields)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.errors import InvalidRequest, did_you_mean
 from vllm_cosmos3.request.controls import HINTS, Hint
 from vllm_cosmos3.request.embodiments import VIEWS
 from vllm_cosmos3.request.fields import Spec
@@ -394,13 +394,8 @@ def from_fields(fields: Mapping[str, Any]) -> GenerateRequest:
     """A request from field names and values; an unknown name is refused with the nearest one."""
     for name in fields:
         if name not in SPECS:
-            import difflib
-
-            near = difflib.get_close_matches(name, SPECS, n=1)
-            hint = (
-                f"left out; did you mean {near[0]}?" if near else "left out: there is no such field"
-            )
-            raise InvalidRequest(name, fields[name], hint, "unknown_parameter")
+            hint = did_you_mean(name, SPECS) or "there is no such field"
+            raise InvalidRequest(name, fields[name], f"left out; {hint}", "unknown_parameter")
     return GenerateRequest(**fields)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import os
 import ssl
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_cosmos3.checkpoint.hub import resolve
-from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.errors import InvalidRequest, did_you_mean
 from vllm_cosmos3.robots import droid
 from vllm_cosmos3.server.options import SHARED, Options, add_flags, given
 
@@ -184,6 +183,6 @@ def _hint(flag: str) -> str:
     """What a flag may have been meant to be."""
     known = [option for action in web_parser()._actions for option in action.option_strings]
     known += [f"--{item.name.replace('_', '-')}" for item in dataclasses.fields(Options)]
-    near = difflib.get_close_matches(flag.split("=")[0], known, n=1, cutoff=0.8)
-    hint = f"did you mean {near[0]}?" if near else "vLLM's flags are for --surface both or reasoner"
+    near = did_you_mean(flag.split("=")[0], known, cutoff=0.8)
+    hint = near or "vLLM's flags are for --surface both or reasoner"
     return f"left out: --surface generator has no such flag; {hint}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import os
 import re
 import tempfile
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_cosmos3.checkpoint.kinds import MODES
-from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.errors import InvalidRequest, did_you_mean
 from vllm_cosmos3.request.fields import Spec
 
 
@@ -260,8 +259,8 @@ def from_mapping(values: Mapping[str, Any]) -> Options:
     names = [item.name for item in dataclasses.fields(Options)]
     for name in values:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"left out; did you mean {near[0]}?" if near else f"one of {', '.join(names)}"
+            near = did_you_mean(name, names)
+            hint = f"left out; {near}" if near else f"one of {', '.join(names)}"
             raise InvalidRequest(f"additional-config.cosmos3.{name}", values[name], hint)
     return Options(**values)
 

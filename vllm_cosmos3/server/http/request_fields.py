@@ -7,7 +7,6 @@ what does not is left as it is for the validator to refuse.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,9 +14,9 @@ from itertools import pairwise
 from typing import Any
 from urllib.parse import parse_qsl
 
-from vllm_cosmos3.errors import LONGEST, Cosmos3Error, InvalidRequest, brief
+from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest, brief, did_you_mean
 from vllm_cosmos3.request.controls import HINTS
-from vllm_cosmos3.request.fields import Spec
+from vllm_cosmos3.request.fields import FRAMEWORK_NAMES, Spec
 from vllm_cosmos3.request.request import SPECS
 from vllm_cosmos3.server.http import control_fields, json_text
 from vllm_cosmos3.server.http.errors import ApiError
@@ -26,14 +25,9 @@ VIDEO, IMAGE = "video", "image"  # what is asked for
 
 # Of a request from another process: no arrays, no choice of what comes back.
 HIDDEN = {"latents", "output_type", "image", "video"}
-ALIASES = {
+ALIASES = FRAMEWORK_NAMES | {
     "num_outputs_per_prompt": "n",
-    "num_steps": "num_inference_steps",
-    "prompt_upsampling": "upsample_prompt",
-    "guidance": "guidance_scale",
-    "shift": "flow_shift",
     "sound_gen": "generate_sound",
-    "enable_sound": "generate_sound",
     "audio_duration": "sound_duration",
     "frame_rate": "fps",
     "resolved_frame_rate": "fps",
@@ -319,12 +313,9 @@ def _settle_count(fields: dict[str, Any], wanted: str, paths: Mapping[str, str])
 
 
 def _hint(name: str) -> str:
-    if len(name) > LONGEST:
-        return "left out: there is no such field"
     known = [*(SPECS.keys() - HIDDEN), *SERVER_FIELDS, *ALIASES, *REFERENCES, *NESTED]
     known += control_fields.PAIR
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"left out; did you mean {near[0]}?" if near else "left out: there is no such field"
+    return f"left out; {did_you_mean(name, known) or 'there is no such field'}"
 
 
 def _text_or_json(path: str, value: Any) -> Any:
