@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clock import seconds
 from vllm_cosmos3.checkpoint.config import ModelConfig, TransformerConfig
+from vllm_cosmos3.checkpoint.latents import token_count
 from vllm_cosmos3.generator.models.vae import VideoVAE
 from vllm_cosmos3.parallel.attention import make_attend
 from vllm_cosmos3.parallel.mesh import Axis
@@ -93,10 +94,7 @@ def tokens(plan: Plan, patch: int) -> dict[str, int]:
     """Tokens of the generation sequence by stream, and of each text."""
     counts = {}
     for stream in plan.streams:
-        plane = 1
-        if stream.name == "vision":
-            plane = -(-stream.shape[3] // patch) * -(-stream.shape[4] // patch)
-        counts[stream.name] = stream.length * plane
+        counts[stream.name] = token_count(stream.name, stream.shape, patch)
     texts = dict(zip(("prompt", "negative_prompt"), map(len, plan.token_ids), strict=False))
     return counts | texts
 

@@ -33,6 +33,7 @@ NO_TORCH = {
     "poses",
     "checkpoint.config",
     "checkpoint.hub",
+    "checkpoint.latents",
     "checkpoint.kinds",
     "checkpoint.tensors",
     "request",

@@ -66,7 +66,7 @@ class Cosmos3(Closing):
         enable_layerwise_offload: generation layers rest on the host and are copied to the device at
             every step, each while the one before it computes.
         memory_limit: GiB of its device that each rank may use; omitted: what is free.
-        checkpoint_kind: one of `kinds.MODES`, where the files do not tell it.
+        checkpoint_kind: one of `kinds.KINDS`, where the files do not tell it.
 
     Raises:
         CheckpointError: the checkpoint is missing, incomplete or of another kind.

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from vllm_cosmos3.checkpoint.config import EngineConfig, ParallelConfig, read_config, read_kind
-from vllm_cosmos3.checkpoint.kinds import DISTILLED, MODES
+from vllm_cosmos3.checkpoint.kinds import KINDS
 from vllm_cosmos3.checkpoint.synthetic import write_checkpoint
 from vllm_cosmos3.errors import CheckpointError, InvalidRequest, Unsupported
 from vllm_cosmos3.request.parameters import resolve
@@ -41,13 +41,13 @@ for _mode in ("forward_dynamics", "inverse_dynamics", "policy"):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The files of each kind, in folders whose names say nothing."""
-    where = {kind: tmp_path_factory.mktemp("kind") for kind in MODES}
+    where = {kind: tmp_path_factory.mktemp("kind") for kind in KINDS}
     for kind, folder in where.items():
         write_checkpoint(folder, kind=kind, weights=False)
     return where
 
 
-@pytest.mark.parametrize("kind", MODES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_files_tell_the_kind(folders: dict[str, Path], kind: str) -> None:
     assert read_kind(folders[kind]) == kind
     if kind == "edge":
@@ -104,7 +104,7 @@ def test_diffusers_and_the_scheduler_name_the_same_steps(
 
 
 @pytest.mark.parametrize("mode", ASKED)
-@pytest.mark.parametrize("kind", MODES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_mode_is_served_or_refused_at_once(
     folders: dict[str, Path], kind: str, mode: str
 ) -> None:
@@ -112,7 +112,7 @@ def test_a_mode_is_served_or_refused_at_once(
     model = replace(read_config(folders[found]), kind=kind)
     tokenizer = load_tokenizer(folders[found])
     request = GenerateRequest(prompt="a", size="96x64", **ASKED[mode])
-    if mode in MODES[kind]:
+    if mode in KINDS[kind].modes:
         known = make_plan(request, model, tokenizer).effective
         assert (known["mode"], known["checkpoint_kind"]) == (mode, kind)
         return
@@ -120,10 +120,10 @@ def test_a_mode_is_served_or_refused_at_once(
         make_plan(request, model, tokenizer)
     assert refusal.value.code == "unsupported_by_model"
     assert f"as this is a {kind} checkpoint" in str(refusal.value)
-    assert all(served in str(refusal.value) for served in MODES[kind])
+    assert all(served in str(refusal.value) for served in KINDS[kind].modes)
 
 
-@pytest.mark.parametrize("kind", DISTILLED)
+@pytest.mark.parametrize("kind", [name for name in KINDS if KINDS[name].distilled])
 def test_distilled_checkpoints_have_no_guidance_to_share(
     folders: dict[str, Path], kind: str
 ) -> None:

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_cosmos3.checkpoint.config import ModelConfig, read_config
+from vllm_cosmos3.checkpoint.latents import round_frames
 from vllm_cosmos3.checkpoint.synthetic import write_checkpoint
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.request import parameters, planner, prompts, sizes
@@ -231,24 +232,17 @@ def test_any_size_up_to_the_largest_area(
     assert any("not a trained one" in warning for warning in p.warnings) != trained
 
 
-@given(st.integers(1, 100_000))
-def test_frames_round_up_to_4k_plus_1(frames: int) -> None:
-    rounded = sizes.round_frames(frames)
-    assert rounded % 4 == 1
-    assert frames <= rounded < frames + 4
-
-
 @given(st.integers(2, 500), st.sampled_from([(320, 192), (832, 480), (1280, 720)]))
 def test_frame_limits(model: ModelConfig, frames: int, size: tuple[int, int]) -> None:
     limit = {(320, 192): 400, (832, 480): 300, (1280, 720): 200}[size]
     fields = {"num_frames": frames, "width": size[0], "height": size[1]}
     if frames > limit:
         # What rounding would lead to anyway is not refused.
-        if sizes.round_frames(frames) > sizes.round_frames(limit):
+        if round_frames(frames, model.vae) > round_frames(limit, model.vae):
             assert refusal(model, **fields).field == "num_frames"
         fields["allow_untrained_size"] = True
     p = parameters.resolve(from_fields({"prompt": "a", **fields}), model)
-    assert p.num_frames == sizes.round_frames(frames)
+    assert p.num_frames == round_frames(frames, model.vae)
     assert any("rounded up" in warning for warning in p.warnings) == (frames % 4 != 1)
 
 

@@ -95,6 +95,7 @@ class Accepting(Service):
         self._inferring = 0
         self.options = Options()
         self.sizing = cast("Any", SimpleNamespace(engine=EngineConfig(model=Path("tiny"))))
+        self.model = cast("Any", SimpleNamespace(transformer=SimpleNamespace(latent_patch_size=2)))
         self._pace = Pace()
 
     def _check_open(self) -> None:
@@ -110,7 +111,7 @@ class Accepting(Service):
 def test_a_client_that_goes_while_it_is_accepted_is_cancelled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("vllm_cosmos3.server.jobs.estimates.work", lambda _: 1.0)
+    monkeypatch.setattr("vllm_cosmos3.server.jobs.estimates.work", lambda *_: 1.0)
     stage = SlowStage()
     at = Accepting(stage)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vllm_cosmos3.checkpoint.kinds import check_kind, kind_of
+from vllm_cosmos3.checkpoint.kinds import KINDS, check_kind, kind_of
 from vllm_cosmos3.errors import CheckpointError, Unsupported
 
 Config = TypeVar("Config")
@@ -128,7 +128,7 @@ class SchedulerConfig:
 class ModelConfig:
     """A whole checkpoint folder. ``sound`` is None where the checkpoint makes no sound.
 
-    ``kind`` is one of `kinds.MODES`, and says which modes the checkpoint was made for.
+    ``kind`` is one of `kinds.KINDS`, and says which modes the checkpoint was made for.
     """
 
     path: Path
@@ -137,6 +137,11 @@ class ModelConfig:
     vae: VAEConfig
     scheduler: SchedulerConfig
     sound: SoundConfig | None
+
+    @property
+    def distilled(self) -> bool:
+        """Whether it was trained for fixed steps, without guidance."""
+        return self.scheduler.t_list is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,7 +205,7 @@ def read_config(folder: Path, kind: str | None = None) -> ModelConfig:
 
 
 def read_kind(folder: Path) -> str:
-    """What the checkpoint in ``folder`` was made for: one of `kinds.MODES`."""
+    """What the checkpoint in ``folder`` was made for: one of `kinds.KINDS`."""
     return kind_of(
         folder,
         transformer=read_json(folder / "transformer" / "config.json"),
@@ -325,6 +330,10 @@ def _check_agreement(config: ModelConfig) -> None:
     """Numbers that several files or keys state must be the same in all of them."""
     transformer, vae, sound = config.transformer, config.vae, config.sound
     equal = {
+        f"fixed steps of the kind {config.kind} and of the scheduler": (
+            KINDS[config.kind].distilled,
+            config.distilled,
+        ),
         "2 x sum of rope_axes_dim and head_dim": (
             2 * sum(transformer.rope_axes_dim),
             transformer.head_dim,

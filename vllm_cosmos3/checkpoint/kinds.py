@@ -7,6 +7,7 @@ make noise, so it is refused before it is queued.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,26 @@ from vllm_cosmos3.errors import InvalidRequest
 
 VIDEO_MODES = ("text2video", "image2video", "video2video")
 ACTION_MODES = ("forward_dynamics", "inverse_dynamics", "policy")
-# Sound and actions also need their weights, whatever the kind.
-MODES: dict[str, tuple[str, ...]] = {
-    "base": ("text2image", *VIDEO_MODES, "transfer", *ACTION_MODES),
-    "distilled-t2i": ("text2image",),
-    "distilled-i2v": ("image2video",),
-    "policy-droid": ("policy",),
-    "edge": ("text2image", "text2video", "image2video", *ACTION_MODES),
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What the checkpoints of one kind were trained for: modes, and whether fixed steps.
+
+    Sound and actions also need their weights, whatever the kind.
+    """
+
+    modes: tuple[str, ...]
+    distilled: bool = False
+
+
+KINDS = {
+    "base": Kind(("text2image", *VIDEO_MODES, "transfer", *ACTION_MODES)),
+    "distilled-t2i": Kind(("text2image",), distilled=True),
+    "distilled-i2v": Kind(("image2video",), distilled=True),
+    "policy-droid": Kind(("policy",)),
+    "edge": Kind(("text2image", "text2video", "image2video", *ACTION_MODES)),
 }
-DISTILLED = ("distilled-t2i", "distilled-i2v")
 ASKED_BY = {  # what a request of a mode has that the others lack
     "text2image": "num_frames=1",
     "text2video": "a prompt alone",
@@ -67,10 +79,12 @@ def kind_of(
 
 def check_kind(chosen: str, found: str) -> None:
     """Refuse a kind that the user has chosen for files that cannot be of that kind."""
-    alike = [kind for kind in MODES if (kind in DISTILLED) == (found in DISTILLED)]
-    possible = [kind for kind in alike if kind != "edge"]
+    distilled = KINDS[found].distilled
+    possible = [
+        name for name, kind in KINDS.items() if kind.distilled == distilled and name != "edge"
+    ]
     if chosen not in possible:
-        reason = "fixed steps" if found in DISTILLED else "no fixed steps"
+        reason = "fixed steps" if distilled else "no fixed steps"
         raise InvalidRequest(
             "checkpoint_kind", chosen, f"one of {', '.join(possible)}: this checkpoint has {reason}"
         )
@@ -78,7 +92,7 @@ def check_kind(chosen: str, found: str) -> None:
 
 def check_mode(kind: str, mode: str) -> None:
     """Refuse a mode that a checkpoint of ``kind`` was not made for."""
-    if mode not in MODES[kind]:
-        served = " or ".join(f"{name} ({ASKED_BY[name]})" for name in MODES[kind])
+    if mode not in KINDS[kind].modes:
+        served = " or ".join(f"{name} ({ASKED_BY[name]})" for name in KINDS[kind].modes)
         possible = f"{served}, as this is a {kind} checkpoint"
         raise InvalidRequest("mode", mode, possible, "unsupported_by_model")

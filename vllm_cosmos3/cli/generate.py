@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
-from vllm_cosmos3.checkpoint.kinds import MODES
+from vllm_cosmos3.checkpoint.kinds import KINDS
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.request.fields import Spec
 from vllm_cosmos3.request.request import SPECS, GenerateRequest, from_fields
@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--enable-layerwise-offload", action="store_true", help="keep the generation layers on the host and stream them at every step")  # fmt: skip
     run.add_argument("--memory-limit", type=float, metavar="GIB", help="what each rank may use of its device (default: what is free)")  # fmt: skip
     run.add_argument("--enforce-eager", action="store_true", help="of the reasoner: start sooner and answer more slowly")  # fmt: skip
-    run.add_argument("--checkpoint-kind", metavar="KIND", help=f"{', '.join(MODES)} (default: what its files say)")  # fmt: skip
+    run.add_argument("--checkpoint-kind", metavar="KIND", help=f"{', '.join(KINDS)} (default: what its files say)")  # fmt: skip
     request = parser.add_argument_group("request")
     for item in fields(GenerateRequest):
         add_flag(request, item.name, SPECS[item.name], item.default)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vllm_cosmos3.checkpoint.kinds import MODES
+from vllm_cosmos3.checkpoint.kinds import KINDS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="where to write; made if it does not exist")
     parser.add_argument("--size", choices=("tiny", "nano", "super"), default="tiny")
-    parser.add_argument("--kind", choices=tuple(MODES), default="base")
+    parser.add_argument("--kind", choices=tuple(KINDS), default="base")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument(

@@ -14,9 +14,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_cosmos3.checkpoint.config import EngineConfig, ModelConfig, ParallelConfig, read_config
+from vllm_cosmos3.checkpoint.config import (
+    EngineConfig,
+    ModelConfig,
+    ParallelConfig,
+    VAEConfig,
+    read_config,
+)
 from vllm_cosmos3.checkpoint.hub import resolve
-from vllm_cosmos3.checkpoint.kinds import DISTILLED
+from vllm_cosmos3.checkpoint.latents import pixel_frames
 from vllm_cosmos3.checkpoint.synthetic.files import SIZES, published_files
 from vllm_cosmos3.request.defaults import TEXT_TOKENS
 from vllm_cosmos3.request.fields import Spec
@@ -65,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
     model = known_model(args.model, args.revision)
     engine = engine_of(args, model)
-    check_degrees(engine.parallel, model.transformer, guided=model.kind not in DISTILLED)
+    check_degrees(engine.parallel, model.transformer, guided=not model.distilled)
     work = work_of(args, model)
     limit = round(GPU_MEMORY.checked("gpu_memory", args.gpu_memory) * GIB)
     engine = decided(model, engine, work, limit)
@@ -75,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(record(memory, engine, work, limit, advice), indent=2))
     else:
-        print("\n".join(table(args.model, memory, engine, work)))
+        print("\n".join(table(args.model, memory, engine, work, model.vae)))
         print("\n".join(verdict(memory.needed, limit, advice)))
     return 0 if fits else 1
 
@@ -134,12 +140,12 @@ def work_of(args: argparse.Namespace, model: ModelConfig) -> Work:
     return replace(work, text=(length,) * len(work.text))
 
 
-def table(name: str, memory: Memory, engine: EngineConfig, work: Work) -> list[str]:
+def table(name: str, memory: Memory, engine: EngineConfig, work: Work, vae: VAEConfig) -> list[str]:
     """What a person reads, in GiB."""
     mesh, (_, shape) = engine.parallel, work.streams[0]
     ranks = f"{mesh.world_size} GPU{'s' if mesh.world_size > 1 else ''}"
     degrees = f"{mesh.cfg_parallel_size} x {mesh.ulysses_degree} x {mesh.tensor_parallel_size}"
-    frames = 1 + 4 * (shape[2] - 1)
+    frames, scale = pixel_frames(shape[2], vae), vae.scale_factor_spatial
     rows = [
         *((f"weights: {part}", size) for part, size in memory.weights.items()),
         ("all weights", memory.resident),
@@ -151,7 +157,7 @@ def table(name: str, memory: Memory, engine: EngineConfig, work: Work) -> list[s
     ]
     return [
         f"{name}, {engine.dtype}, on {ranks} (cfg x ulysses x tp: {degrees})",
-        f"{shape[4] * 16}x{shape[3] * 16}, {frames} frames, text {' and '.join(map(str, work.text))}"
+        f"{shape[4] * scale}x{shape[3] * scale}, {frames} frames, text {' and '.join(map(str, work.text))}"
         f" tokens, text tower on the {engine.und_residency}",
         "",
         f"{'GiB of each GPU':28}",

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from vllm_cosmos3.checkpoint.config import EngineConfig, ModelConfig, read_config
+from vllm_cosmos3.checkpoint.latents import patch_grid, pixel_frames
 from vllm_cosmos3.checkpoint.tensors import sound_tensors, transformer_tensors, vae_tensors
 from vllm_cosmos3.checkpoint.weights import Table, identity_table, load_dummy_weights, load_weights
 from vllm_cosmos3.generator.memory import check_weights, decided, usual_work, work_of
@@ -51,7 +52,6 @@ from vllm_cosmos3.generator.sampling.packing import (
     filled_up,
     free_frames,
     free_rows,
-    patch_grid,
     start_stream,
 )
 from vllm_cosmos3.generator.sampling.schedule import Schedule, make_schedule
@@ -317,7 +317,9 @@ class Pipeline:
         if stream.source is not None:
             pixels = to_pixels(torch.from_numpy(stream.source).to(self.device))
         if stream.known and pixels is not None:
-            given = self.vae.encode(pixels[:, :, : 4 * stream.known[-1] + 1])
+            given = self.vae.encode(
+                pixels[:, :, : pixel_frames(stream.known[-1] + 1, self.model.vae)]
+            )
             height, width = stream.shape[3:]  # of a canvas that was filled up, the picture
             for frame in stream.known:
                 clean[:, :, frame] = given[:, :, frame, :height, :width]

@@ -17,6 +17,7 @@ import numpy as np
 from vllm_cosmos3 import media
 from vllm_cosmos3.checkpoint.config import ModelConfig
 from vllm_cosmos3.checkpoint.kinds import check_mode
+from vllm_cosmos3.checkpoint.latents import latent_frames, pixel_frames
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.request.embodiments import VIEWS, Embodiment, find_embodiment
 from vllm_cosmos3.request.plan import ActionRows, StreamPlan
@@ -68,6 +69,7 @@ class Action:
     embodiment: Embodiment
     channels: int
     chunk_size: int
+    known_frames: tuple[int, ...]  # latent ones, that the input supplies
     view_point: str
     view: str
     image_size: int
@@ -82,11 +84,6 @@ class Action:
     @property
     def num_frames(self) -> int:
         return self.chunk_size + 1
-
-    @property
-    def known_frames(self) -> tuple[int, ...]:
-        """Latent frames that the input supplies."""
-        return tuple(range(1 + self.chunk_size // 4)) if self.mode.video else (0,)
 
     @property
     def rows(self) -> ActionRows | None:
@@ -133,13 +130,15 @@ def settle(request: GenerateRequest, model: ModelConfig) -> Action | None:
     given = _rows_given(request)
     channels = _channels(request, embodiment, given, model)
     chunk_size = _chunk_size(request, embodiment, given)
-    _check_frames(request, mode, chunk_size)
+    _check_frames(request, model, mode, chunk_size)
     scale, offset = _units(request, channels)
     chunk, warnings = _chunk(given, chunk_size * request.num_chunks)
-    if chunk_size % 4:
+    together = model.vae.scale_factor_temporal
+    known = tuple(range(latent_frames(chunk_size + 1, model.vae))) if mode.video else (0,)
+    if early := chunk_size % together:
         warnings.append(
-            f"action_chunk_size {chunk_size} is not a multiple of 4: the video ends"
-            f" {chunk_size % 4} frames early"
+            f"action_chunk_size {chunk_size} is not a multiple of {together}: the video ends"
+            f" {early} frames early"
         )
     view_point = request.view_point or embodiment.view_point
     state = None if request.action_state is None else (request.action_state,)
@@ -160,6 +159,7 @@ def settle(request: GenerateRequest, model: ModelConfig) -> Action | None:
         embodiment=embodiment,
         channels=channels,
         chunk_size=chunk_size,
+        known_frames=known,
         view_point=view_point,
         view=" ".join(filter(None, (VIEWS[view_point], request.view_description))),
         image_size=request.image_size or embodiment.image_size,
@@ -173,7 +173,7 @@ def settle(request: GenerateRequest, model: ModelConfig) -> Action | None:
     )
 
 
-def observation(request: GenerateRequest, action: Action) -> media.Pixels:
+def observation(request: GenerateRequest, action: Action, model: ModelConfig) -> media.Pixels:
     """The frames that the model sees, uint8 [T, H, W, 3]: one, or all of the chunk.
 
     Raises:
@@ -182,7 +182,7 @@ def observation(request: GenerateRequest, action: Action) -> media.Pixels:
     if request.image is not None:
         return media.read_image(request.image)[None]
     assert request.video is not None  # _check_inputs has seen to it
-    needed = 4 * action.known_frames[-1] + 1
+    needed = pixel_frames(action.known_frames[-1] + 1, model.vae)
     frames = media.read_video(
         request.video, frames=action.num_frames if action.mode.video else 1,
         keep=request.condition_video_keep,
@@ -336,15 +336,18 @@ def _chunk_size(
     return size
 
 
-def _check_frames(request: GenerateRequest, mode: Mode, size: int) -> None:
+def _check_frames(request: GenerateRequest, model: ModelConfig, mode: Mode, size: int) -> None:
     """Given actions make new frames, and a chunk that another follows ends on its last action.
 
-    The model makes frames by fours: another chunk would go on from a frame before that action.
+    The model makes several frames at once: another chunk would go on from one before that action.
     """
-    if request.num_chunks > 1 and size % 4:
-        possible, frames, why = "a multiple of 4", "4k + 1", "as num_chunks is above 1"
-    elif mode.chunk and size < 4:
-        possible, frames, why = "at least 4", "at least 5", "as fewer actions make no new frame"
+    least = model.vae.scale_factor_temporal
+    if request.num_chunks > 1 and size % least:
+        possible, frames = f"a multiple of {least}", f"{least}k + 1"
+        why = "as num_chunks is above 1"
+    elif mode.chunk and size < least:
+        possible, frames = f"at least {least}", f"at least {least + 1}"
+        why = "as fewer actions make no new frame"
     else:
         return
     if request.action_chunk_size is None and request.num_frames is not None:

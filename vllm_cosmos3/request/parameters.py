@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 from vllm_cosmos3.checkpoint.config import ModelConfig
 from vllm_cosmos3.checkpoint.kinds import check_mode
+from vllm_cosmos3.checkpoint.latents import latent_frames, round_frames
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.request.actions import Action, too_long
 from vllm_cosmos3.request.defaults import (
@@ -28,7 +30,6 @@ from vllm_cosmos3.request.sizes import (
     TRAINED_FPS,
     TRAINED_SIZES,
     nearest_size,
-    round_frames,
     tier_of,
 )
 from vllm_cosmos3.request.transfer import Transfer
@@ -72,15 +73,15 @@ def resolve(request: GenerateRequest, model: ModelConfig) -> Parameters:
     width, height = _size(request, default)
     fps = request.fps or default.fps
     warnings = [*_check_area(request, width, height), *_check_fps(request, fps)]
-    num_frames, rounded = _frames(request, default, fps)
-    warnings += [*rounded, *_check_frames(request, num_frames, fps, width, height)]
+    num_frames, rounded = _frames(request, model, default, fps)
+    warnings += [*rounded, *_check_frames(request, model, num_frames, fps, width, height)]
     steps, guidance = _fixed_steps(request, model, default)
     known = tuple(
         sorted(
             set(request.condition_frame_indexes_vision or default.condition_frame_indexes_vision)
         )
     )
-    _check_known(request, known, num_frames)
+    _check_known(request, model, known, num_frames)
     warnings += _without_effect(request, model, guidance)
     return Parameters(
         mode=mode,
@@ -139,7 +140,7 @@ def resolve_action(
         warnings=(
             *action.warnings,
             *_check_area(request, width, height),
-            *_check_chunk(request, action, width, height),
+            *_check_chunk(request, model, action, width, height),
             *_without_effect(request, model, guidance),
         ),
     )
@@ -152,7 +153,7 @@ def resolve_transfer(
     default = replace(DEFAULTS["text2video"], guidance_scale=followed.guidance_scale)
     width, height, chunks = followed.width, followed.height, followed.chunks
     steps, guidance = _fixed_steps(request, model, default)
-    limit = round_frames(MAX_TRAINED_FRAMES[tier_of(width, height)])
+    limit = round_frames(MAX_TRAINED_FRAMES[tier_of(width, height)], model.vae)
     if chunks.frames > limit and not request.allow_untrained_size:
         possible = f"at most {limit} at {width}x{height}, or allow_untrained_size set"
         raise InvalidRequest("num_video_frames_per_chunk", chunks.frames, possible, "too_large")
@@ -226,28 +227,30 @@ def _check_fps(request: GenerateRequest, fps: float) -> list[str]:
     return [f"fps {fps:g} is outside the trained range of {low} to {high}"]
 
 
-def _frames(request: GenerateRequest, default: Defaults, fps: float) -> tuple[int, list[str]]:
-    """The number of frames, rounded up to 4k + 1: what whole latent frames hold."""
-    asked = request.num_frames
+def _frames(
+    request: GenerateRequest, model: ModelConfig, default: Defaults, fps: float
+) -> tuple[int, list[str]]:
+    """The number of frames, rounded up to what whole latent frames hold."""
+    asked, rounded = request.num_frames, partial(round_frames, vae=model.vae)
     if request.seconds is not None:
         from_seconds = max(2, math.ceil(request.seconds * fps - 1e-6))
-        if asked is not None and round_frames(asked) != round_frames(from_seconds):
+        if asked is not None and rounded(asked) != rounded(from_seconds):
             possible = f"about {asked / fps:g} or left out, as num_frames is {asked} at {fps:g} fps"
             raise InvalidRequest("seconds", request.seconds, possible, "conflict")
         asked = from_seconds
     if asked is None:
         return default.num_frames, []
-    frames = round_frames(asked)
+    frames = rounded(asked)
     return frames, [
         f"num_frames {asked} is rounded up to {frames} (4k+1)"
     ] if frames != asked else []
 
 
 def _check_frames(
-    request: GenerateRequest, frames: int, fps: float, width: int, height: int
+    request: GenerateRequest, model: ModelConfig, frames: int, fps: float, width: int, height: int
 ) -> list[str]:
     limit = MAX_TRAINED_FRAMES[tier_of(width, height)]
-    if frames > round_frames(limit):
+    if frames > round_frames(limit, model.vae):
         if not request.allow_untrained_size:
             field, most = "num_frames", float(limit)
             if request.num_frames is None:
@@ -261,10 +264,12 @@ def _check_frames(
     return []
 
 
-def _check_chunk(request: GenerateRequest, action: Action, width: int, height: int) -> list[str]:
+def _check_chunk(
+    request: GenerateRequest, model: ModelConfig, action: Action, width: int, height: int
+) -> list[str]:
     """The upper limit of frames alone: the models were trained with short chunks of actions."""
     limit = MAX_TRAINED_FRAMES[tier_of(width, height)]
-    most = round_frames(limit) - 1
+    most = round_frames(limit, model.vae) - 1
     if action.chunk_size <= most:
         return []
     if not request.allow_untrained_size:
@@ -306,20 +311,22 @@ def _without_effect(request: GenerateRequest, model: ModelConfig, guidance: floa
     distilled checkpoint, which is never guided, has its own.
     """
     unused = [name for name in OF_GUIDANCE if getattr(request, name) is not None]
-    if model.scheduler.t_list is None:
+    if not model.distilled:
         return [f"{name} has no effect with guidance_scale 1" for name in unused if guidance == 1]
     unused += ["flow_shift"] if request.flow_shift is not None else []
     unused += ["schedule"] if request.schedule != "native" else []
     return [f"{name} has no effect on a distilled checkpoint" for name in unused]
 
 
-def _check_known(request: GenerateRequest, known: tuple[int, ...], num_frames: int) -> None:
-    latent_frames = 1 + (num_frames - 1) // 4
-    if known and max(known) >= latent_frames:
-        possible = f"below {latent_frames}, the latent frames of {num_frames} frames"
+def _check_known(
+    request: GenerateRequest, model: ModelConfig, known: tuple[int, ...], num_frames: int
+) -> None:
+    length = latent_frames(num_frames, model.vae)
+    if known and max(known) >= length:
+        possible = f"below {length}, the latent frames of {num_frames} frames"
         raise InvalidRequest("condition_frame_indexes_vision", known, possible)
-    if len(known) == latent_frames:
-        possible = f"fewer than all {latent_frames} latent frames of {num_frames} frames"
+    if len(known) == length:
+        possible = f"fewer than all {length} latent frames of {num_frames} frames"
         raise InvalidRequest("condition_frame_indexes_vision", known, possible)
 
 

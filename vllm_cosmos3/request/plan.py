@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from vllm_cosmos3.checkpoint.latents import TIME_AXIS
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StreamPlan:
@@ -51,7 +53,7 @@ class StreamPlan:
     @property
     def length(self) -> int:
         """Positions on the time axis."""
-        return self.shape[{"vision": 2, "sound": 1, "action": 0}[self.name]]
+        return self.shape[TIME_AXIS[self.name]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -15,6 +15,7 @@ import numpy as np
 
 from vllm_cosmos3 import media
 from vllm_cosmos3.checkpoint.config import ModelConfig
+from vllm_cosmos3.checkpoint.latents import pixel_frames, vision_shape
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.request import actions, prompts, transfer
 from vllm_cosmos3.request.actions import Action
@@ -63,7 +64,7 @@ def make_plan(request: GenerateRequest, model: ModelConfig, tokenizer: prompts.T
         streams=streams,
         fps=parameters.fps,
         schedule=request.schedule,
-        solver="unipc" if model.scheduler.t_list is None else "sde",
+        solver="sde" if model.distilled else "unipc",
         num_inference_steps=parameters.num_inference_steps,
         flow_shift=parameters.flow_shift,
         guidance_scale=parameters.guidance_scale,
@@ -90,19 +91,21 @@ def make_plan(request: GenerateRequest, model: ModelConfig, tokenizer: prompts.T
 # The conditions: known latent frames become pixels.
 
 
-def _nothing(_: GenerateRequest, __: Parameters) -> np.ndarray | None:
+def _nothing(_: GenerateRequest, __: Parameters, ___: ModelConfig) -> np.ndarray | None:
     return None
 
 
-def _image(request: GenerateRequest, _: Parameters) -> np.ndarray | None:
+def _image(request: GenerateRequest, _: Parameters, __: ModelConfig) -> np.ndarray | None:
     assert request.image is not None  # so says its mode
     return media.read_image(request.image)[None]
 
 
-def _video(request: GenerateRequest, parameters: Parameters) -> np.ndarray | None:
+def _video(
+    request: GenerateRequest, parameters: Parameters, model: ModelConfig
+) -> np.ndarray | None:
     """The pixels under the latent frames up to the last known one: the encoder looks back only."""
     assert request.video is not None  # so says its mode
-    needed = 4 * parameters.condition_frame_indexes_vision[-1] + 1
+    needed = pixel_frames(parameters.condition_frame_indexes_vision[-1] + 1, model.vae)
     frames = media.read_video(request.video, frames=needed, keep=request.condition_video_keep)
     if len(frames) < needed:
         last = parameters.condition_frame_indexes_vision[-1]
@@ -111,7 +114,8 @@ def _video(request: GenerateRequest, parameters: Parameters) -> np.ndarray | Non
     return frames
 
 
-CONDITIONS: dict[str, Callable[[GenerateRequest, Parameters], np.ndarray | None]] = {
+Condition = Callable[[GenerateRequest, Parameters, ModelConfig], np.ndarray | None]
+CONDITIONS: dict[str, Condition] = {
     "text2image": _nothing,
     "text2video": _nothing,
     "image2video": _image,
@@ -126,7 +130,7 @@ def _from_prompt(request: GenerateRequest, model: ModelConfig) -> tuple[Paramete
     """A video after a prompt and perhaps pixels, in chunks that continue each other, with sound."""
     parameters = resolve(request, model)
     width, height = parameters.width, parameters.height
-    pixels = CONDITIONS[parameters.mode](request, parameters)
+    pixels = CONDITIONS[parameters.mode](request, parameters, model)
     if pixels is not None:
         lost = _crop_warning(pixels.shape[2], pixels.shape[1], width, height)
         parameters = replace(parameters, warnings=(*parameters.warnings, *lost))
@@ -145,7 +149,7 @@ def _with_actions(
     request: GenerateRequest, model: ModelConfig, action: Action
 ) -> tuple[Parameters, Streams]:
     """A robot's view and its actions, chunk by chunk."""
-    frames = actions.observation(request, action)
+    frames = actions.observation(request, action, model)
     parameters = resolve_action(request, model, action, (frames.shape[2], frames.shape[1]))
     canvas = _canvas_stream(frames, parameters, model)
     first = (canvas, actions.action_stream(action, model))
@@ -159,13 +163,9 @@ def _with_actions(
 def _vision_stream(
     parameters: Parameters, model: ModelConfig, pixels: media.Pixels | None
 ) -> StreamPlan:
-    width, height = parameters.width, parameters.height
-    vae = model.vae
-    frames = 1 + (parameters.num_frames - 1) // vae.scale_factor_temporal
-    rows, columns = height // vae.scale_factor_spatial, width // vae.scale_factor_spatial
     return StreamPlan(
         name="vision",
-        shape=(1, vae.z_dim, frames, rows, columns),
+        shape=vision_shape(parameters.num_frames, parameters.height, parameters.width, model.vae),
         rate=parameters.fps,
         known=parameters.condition_frame_indexes_vision,
         source=pixels,
@@ -177,12 +177,9 @@ def _canvas_stream(frames: media.Pixels, parameters: Parameters, model: ModelCon
     pixels, (height, width) = media.fit_inside(
         frames, height=parameters.height, width=parameters.width
     )
-    vae = model.vae
-    length = 1 + (parameters.num_frames - 1) // vae.scale_factor_temporal
-    rows, columns = (max(side // vae.scale_factor_spatial, 1) for side in (height, width))
     return StreamPlan(
         name="vision",
-        shape=(1, vae.z_dim, length, rows, columns),
+        shape=vision_shape(parameters.num_frames, height, width, model.vae),
         rate=parameters.fps,
         known=parameters.condition_frame_indexes_vision,
         source=pixels,

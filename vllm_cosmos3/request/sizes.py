@@ -31,11 +31,6 @@ def tier_of(width: int, height: int) -> int:
     return max(TRAINED_SIZES)
 
 
-def round_frames(frames: int) -> int:
-    """The next number of the form 4k + 1."""
-    return 4 * math.ceil((frames - 1) / 4) + 1
-
-
 def aspect_ratio(width: int, height: int) -> str | None:
     """The name of a trained size's shape in captions, such as "16,9"; None for other sizes."""
     for sizes in TRAINED_SIZES.values():

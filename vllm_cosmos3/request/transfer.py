@@ -18,6 +18,7 @@ import numpy as np
 from vllm_cosmos3 import media
 from vllm_cosmos3.checkpoint.config import ModelConfig
 from vllm_cosmos3.checkpoint.kinds import check_mode
+from vllm_cosmos3.checkpoint.latents import latent_frames, round_frames, vision_shape
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.media import Pixels, VideoSource
 from vllm_cosmos3.request.controls import CONTROL_GUIDANCE, PRESET_OF, Hint
@@ -72,7 +73,7 @@ class Chunks:
     """How ``total`` frames are made: in chunks of ``frames``, the first ``overlap`` taken over."""
 
     total: int
-    frames: int  # 4k + 1
+    frames: int  # that fill whole latent frames
     overlap: int
 
     @property
@@ -158,7 +159,7 @@ def settle(request: GenerateRequest, model: ModelConfig, fit: Fit) -> Transfer |
     width, height = fit(picture.shape[1], picture.shape[0])
     read = _Reader(request, width, height, _limit(request, fps) or default.limit, every)
     clips = tuple(read.control(name) for name in request.hints)
-    chunks = _chunks(request, len(clips[0]), default.chunk)
+    chunks = _chunks(request, model, len(clips[0]), default.chunk)
     start = _start(request, read, chunks)
     shown = [read.clip(None)] if request.show_input else []
     shown += clips if request.show_control_condition else []
@@ -188,11 +189,9 @@ def chunk_streams(transfer: Transfer, model: ModelConfig) -> tuple[tuple[StreamP
     What a chunk takes over from the one before is known when that is made: its ``source`` is None.
     """
     vae, chunks = model.vae, transfer.chunks
-    length = 1 + (chunks.frames - 1) // vae.scale_factor_temporal
-    rows, columns = (side // vae.scale_factor_spatial for side in (transfer.height, transfer.width))
-    shape = (1, vae.z_dim, length, rows, columns)
+    shape = vision_shape(chunks.frames, transfer.height, transfer.width, vae)
     target = StreamPlan(name="vision", shape=shape, rate=transfer.fps)
-    everything = tuple(range(length))
+    everything = tuple(range(target.length))
     weights = np.array([hint.weight for hint in transfer.hints.values()])
     shares = weights / weights.max()  # before the sum, which could be more than a number holds
     shares = shares / shares.sum()
@@ -212,7 +211,7 @@ def chunk_streams(transfer: Transfer, model: ModelConfig) -> tuple[tuple[StreamP
         ]
         start = transfer.start if index == 0 else None
         taken = chunks.overlap if index else len(() if start is None else start)
-        known = everything[: (taken - 1) // 4 + 1] if taken else ()
+        known = everything[: latent_frames(taken, vae)] if taken else ()
         video = replace(target, known=known, source=start, follows=not transfer.shared_times)
         out.append((*controls, video))
     return tuple(out)
@@ -320,13 +319,13 @@ def _limit(request: GenerateRequest, fps: float) -> int | None:
     return min((most for most in (asked, request.max_frames) if most is not None), default=None)
 
 
-def _chunks(request: GenerateRequest, total: int, most: int) -> Chunks:
+def _chunks(request: GenerateRequest, model: ModelConfig, total: int, most: int) -> Chunks:
     if total == 1:
         first = next(iter(request.hints))
         field = "video" if request.hints[first].control is None else f"{first}.control"
         raise InvalidRequest(field, "one frame", "a clip of at least two")
     per_chunk = request.num_video_frames_per_chunk or min(most, total)
-    frames = 4 * math.ceil((per_chunk - 1) / 4) + 1
+    frames = round_frames(per_chunk, model.vae)
     overlap = 1 if request.num_conditional_frames is None else request.num_conditional_frames
     if overlap >= frames and total > frames:
         possible = f"below num_video_frames_per_chunk={frames}"

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from vllm_cosmos3.checkpoint.config import EngineConfig, ModelConfig, ParallelConfig, read_config
-from vllm_cosmos3.checkpoint.kinds import DISTILLED
 from vllm_cosmos3.errors import InvalidRequest, OutOfMemory
 from vllm_cosmos3.generator.memory import Memory, decided, estimate, suggestions, usual_work
 from vllm_cosmos3.generator.models.components import check_files
@@ -72,7 +71,7 @@ def sized(folder: Path, options: Options, device: str) -> Sizing:
         engine.parallel,
         model.transformer,
         devices=count if local else None,
-        guided=model.kind not in DISTILLED,
+        guided=not model.distilled,
     )
     if engine.load_format != "dummy":
         check_files(model)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_cosmos3.checkpoint.kinds import MODES
+from vllm_cosmos3.checkpoint.kinds import KINDS
 from vllm_cosmos3.errors import InvalidRequest, did_you_mean
 from vllm_cosmos3.request.fields import Spec
 
@@ -190,7 +190,7 @@ class Options:
         "auto", "generator", "choice", "dummy: random weights", choices=("auto", "dummy")
     )
     checkpoint_kind: str = _option(
-        "", "generator", "text", f"{', '.join(MODES)}; default: what the files say"
+        "", "generator", "text", f"{', '.join(KINDS)}; default: what the files say"
     )
     generator_tensor_parallel_size: int = _option(
         1, "generator", "int", "ranks that share each layer", low=1, high=64

@@ -18,7 +18,6 @@ from typing import Any, Protocol
 import torch
 
 from vllm_cosmos3.checkpoint.config import EngineConfig, read_config
-from vllm_cosmos3.checkpoint.kinds import DISTILLED
 from vllm_cosmos3.errors import Cancelled, InvalidRequest, Unsupported
 from vllm_cosmos3.generator.memory.reservation import lift_limit
 from vllm_cosmos3.generator.output import Output, Sample
@@ -61,8 +60,7 @@ def make_runner(config: EngineConfig, backend: str | None = None) -> Runner:
     here = backend in ("uni", "mp") and torch.device(config.device).type != "cpu"
     devices = torch.accelerator.device_count() if here else None
     model = read_config(config.model, config.checkpoint_kind)
-    guided = model.kind not in DISTILLED
-    check_degrees(config.parallel, model.transformer, guided=guided, devices=devices)
+    check_degrees(config.parallel, model.transformer, guided=not model.distilled, devices=devices)
     if backend == "uni" and config.parallel.world_size == 1:
         return InProcess(config)
     if torch.device(config.device).index:

@@ -47,7 +47,7 @@ def write_checkpoint(
 ) -> None:
     """Write a checkpoint of ``size`` into ``folder``; the same arguments give the same bytes.
 
-    ``size`` is one of SIZES and ``kind`` one of `kinds.MODES`; tiny alone can
+    ``size`` is one of SIZES and ``kind`` one of `kinds.KINDS`; tiny alone can
     have weights, and Edge cannot.
     ``dtype`` is that of the transformers and the video autoencoder. The sound autoencoder is always
     float32, as published. Without ``weights`` only the configuration and the tokenizer are written.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_cosmos3.checkpoint.kinds import MODES
+from vllm_cosmos3.checkpoint.kinds import KINDS
 
 Json = dict[str, Any]
 
@@ -87,7 +87,7 @@ SIZES = {
 
 
 # The frame rate at which positions count seconds, by kind of checkpoint.
-_BASE_FPS = dict.fromkeys(MODES, 24) | {"distilled-i2v": 16}
+_BASE_FPS = dict.fromkeys(KINDS, 24) | {"distilled-i2v": 16}
 _DISTILLED_SIGMAS = [1.0, 0.9375, 0.8333333333333334, 0.625]
 
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
-from vllm_cosmos3.checkpoint.config import EngineConfig, ModelConfig, SoundConfig, TransformerConfig
-from vllm_cosmos3.checkpoint.kinds import MODES
+from vllm_cosmos3.checkpoint.config import EngineConfig, ModelConfig, SoundConfig
+from vllm_cosmos3.checkpoint.kinds import KINDS
+from vllm_cosmos3.checkpoint.latents import pixel_frames, token_count, vision_shape
 from vllm_cosmos3.generator.memory.ledger import Ledger
 from vllm_cosmos3.generator.memory.vae_activations import decode_peak, encode_peak
 from vllm_cosmos3.generator.memory.weight_bytes import FLOAT32, layer_bytes, loading, weights
@@ -87,7 +88,7 @@ def usual_work(model: ModelConfig, request: GenerateRequest | None = None) -> Wo
         InvalidRequest: as `parameters.resolve`.
     """
     if request is None:
-        images = MODES[model.kind] == ("text2image",)
+        images = KINDS[model.kind].modes == ("text2image",)
         request = GenerateRequest(prompt="any", num_frames=1 if images else None)
     return work_with(settled(model, request), model)
 
@@ -102,10 +103,8 @@ def settled(model: ModelConfig, request: GenerateRequest) -> Parameters:
 
 def work_with(numbers: Parameters, model: ModelConfig) -> Work:
     """The sizes that these numbers lead to, with long texts."""
-    vae = model.vae
-    rows, columns = (n // vae.scale_factor_spatial for n in (numbers.height, numbers.width))
-    frames = 1 + (numbers.num_frames - 1) // vae.scale_factor_temporal
-    streams: list[tuple[str, tuple[int, ...]]] = [("vision", (1, vae.z_dim, frames, rows, columns))]
+    vision = vision_shape(numbers.num_frames, numbers.height, numbers.width, model.vae)
+    streams = [("vision", vision)]
     if numbers.sound_duration is not None:
         config = model.transformer
         length = math.ceil(numbers.sound_duration * config.sound_latent_fps)
@@ -159,7 +158,8 @@ class _Request:
         self.config, self.parallel = model.transformer, engine.parallel
         # The kernels that fuse norms, rotations and SiLU are those of a GPU and of half precision.
         self.fused = engine.device.split(":")[0] != "cpu"
-        self.tokens = sum(_tokens(name, shape, self.config) for name, shape in work.streams)
+        patch = self.config.latent_patch_size
+        self.tokens = sum(token_count(name, shape, patch) for name, shape in work.streams)
         self.latents = sum(prod(shape) for _, shape in work.streams) * FLOAT32
         self.text = sorted(work.text, reverse=True)[:: self.parallel.cfg_parallel_size]
         self.layer = layer_bytes(
@@ -282,8 +282,9 @@ class _Request:
             fused=self.fused,
         )
         vae = self.model.vae
-        frames = 1 + (vision[2] - 1) * vae.scale_factor_temporal
-        pixels = 3 * frames * vision[3] * vision[4] * vae.scale_factor_spatial**2
+        pixels = (
+            3 * pixel_frames(vision[2], vae) * vision[3] * vision[4] * vae.scale_factor_spatial**2
+        )
         if not self.fused:  # on a CPU the frames of the chunks before are in the same memory
             peak += (self.work.chunks - 1) * pixels
         phases = {"decode": latents + peak}
@@ -291,13 +292,6 @@ class _Request:
         if sound is not None and self.model.sound is not None:
             phases["sound"] = latents + _sound_peak(self.model.sound, sound[1])
         return phases
-
-
-def _tokens(name: str, shape: tuple[int, ...], config: TransformerConfig) -> int:
-    if name == "vision":
-        patch = config.latent_patch_size
-        return shape[2] * -(-shape[3] // patch) * -(-shape[4] // patch)
-    return shape[1] if name == "sound" else shape[0]
 
 
 def _sound_peak(config: SoundConfig, length: int) -> int:

@@ -36,6 +36,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from vllm_cosmos3.checkpoint.config import TransformerConfig
+from vllm_cosmos3.checkpoint.latents import token_count
 from vllm_cosmos3.checkpoint.tensors import TIME_FREQUENCIES
 from vllm_cosmos3.checkpoint.weights import Target
 from vllm_cosmos3.compat import fused_qk_norm_rope
@@ -43,7 +44,6 @@ from vllm_cosmos3.generator.sampling.packing import (
     Stream,
     noisy_tokens,
     patchify,
-    token_count,
     unpatchify,
 )
 from vllm_cosmos3.generator.sampling.positions import rotary_table, text_positions
@@ -204,7 +204,8 @@ class Transformer(nn.Module):
     def _velocities(
         self, streams: Sequence[Stream], x_SD: Tensor, domain_id: int
     ) -> tuple[Tensor, ...]:
-        counts = [token_count(stream, self.config.latent_patch_size) for stream in streams]
+        patch = self.config.latent_patch_size
+        counts = [token_count(stream.name, tuple(stream.x.shape), patch) for stream in streams]
         parts = zip(streams, x_SD.split(counts), strict=True)
         return tuple(self._velocity(stream, x, domain_id) for stream, x in parts)
 

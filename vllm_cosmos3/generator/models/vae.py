@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_cosmos3.checkpoint.config import VAEConfig
+from vllm_cosmos3.checkpoint.latents import latent_frames
 from vllm_cosmos3.parallel.halo import Fill, Strips, divide, sum_over
 from vllm_cosmos3.parallel.mesh import Axis
 
@@ -49,9 +50,7 @@ class VideoVAE(nn.Module):
         config = self.config
         scale = config.scale_factor_spatial
         frames, height, width = pixels.shape[2], pixels.shape[3] // scale, pixels.shape[4] // scale
-        sizes = [1] + [config.scale_factor_temporal] * (
-            (frames - 1) // config.scale_factor_temporal
-        )
+        sizes = [1] + [config.scale_factor_temporal] * (latent_frames(frames, config) - 1)
         canvas = pixels.new_zeros((1, config.z_dim, len(sizes), height, width), dtype=torch.float32)
         for part in divide(height, width, self.world, self.parallel):
             memory = Memory(part.strips)

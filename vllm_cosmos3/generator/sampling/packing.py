@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from vllm_cosmos3.checkpoint.latents import patch_grid
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Stream:
@@ -68,20 +70,6 @@ def filled_up(pixels: Tensor, canvas: tuple[int, int] | None) -> Tensor:
     down, right = canvas[0] - height, canvas[1] - width
     mode = "replicate" if down >= height or right >= width else "reflect"
     return pad(pixels[0], (0, right, 0, down), mode).unsqueeze(0)
-
-
-def patch_grid(shape: tuple[int, ...], patch: int) -> tuple[int, int, int]:
-    """Frames, patch rows and patch columns of a latent of ``shape`` [1, C, T, h, w]."""
-    return shape[2], -(-shape[3] // patch), -(-shape[4] // patch)
-
-
-def token_count(stream: Stream, patch: int) -> int:
-    """Tokens of a stream in the generation sequence."""
-    if stream.name == "vision":
-        frames, rows, columns = patch_grid(tuple(stream.x.shape), patch)
-        return frames * rows * columns
-    length: int = stream.x.shape[1 if stream.name == "sound" else 0]
-    return length
 
 
 def patchify(latents: Tensor, patch: int) -> Tensor:

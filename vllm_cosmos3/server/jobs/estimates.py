@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterable
 
+from vllm_cosmos3.checkpoint.latents import token_count
 from vllm_cosmos3.request.plan import Plan
 from vllm_cosmos3.server.jobs.journal import Job
 
@@ -58,12 +59,7 @@ def queue_eta(job: Job, others: Iterable[Job], pace: Pace) -> float | None:
     return round(left(job, pace) + sum(left(other, pace) for other in before), 1)
 
 
-def work(plan: Plan) -> float:
-    """What a request costs: tokens times passes."""
-    tokens = sum(stream.length * _positions(stream.shape) for stream in plan.streams)
-    return float(max(1, tokens) * plan.steps * len(plan.token_ids))
-
-
-def _positions(shape: tuple[int, ...]) -> int:
-    """Tokens of one position on the time axis: patches of 2 x 2 latents, or one."""
-    return max(1, shape[-2] * shape[-1] // 4) if len(shape) == 5 else 1
+def work(plan: Plan, patch: int) -> float:
+    """What a request costs: tokens, of ``patch`` x ``patch`` latents of a video, times passes."""
+    tokens = sum(token_count(stream.name, stream.shape, patch) for stream in plan.streams)
+    return float(tokens * plan.steps * len(plan.token_ids))

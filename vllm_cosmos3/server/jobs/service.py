@@ -184,7 +184,7 @@ class Service:
             body=body,
             key=key,
             num_steps=plan.steps,
-            work=estimates.work(plan),
+            work=estimates.work(plan, self.model.transformer.latent_patch_size),
             remixed_from=remixed_from,
             request=dict(asked.fields),
             effective={
@@ -279,7 +279,7 @@ class Service:
             self._check_open()
             plan = await self._plan(asked, {})
             await self._guarded(asked)
-            work = estimates.work(plan)
+            work = estimates.work(plan, self.model.transformer.latent_patch_size)
             submitted = asyncio.ensure_future(
                 asyncio.to_thread(
                     self.stage.submit,

@@ -30,7 +30,7 @@ def sources(
     for one, other in SPELLINGS:
         asked |= (other if asked & one else set()) | (one if asked & other else set())
     checkpoint = {"negative_prompt"} if effective["negative_prompt"] else set()
-    if model.scheduler.t_list is not None:  # it is distilled to these
+    if model.distilled:  # to these
         checkpoint |= {"num_inference_steps", "guidance_scale"}
     found = {
         name: "request" if name in asked else "checkpoint" if name in checkpoint else "default"

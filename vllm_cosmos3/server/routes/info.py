@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from vllm_cosmos3.checkpoint.kinds import ACTION_MODES, MODES
+from vllm_cosmos3.checkpoint.kinds import ACTION_MODES, KINDS
 from vllm_cosmos3.request.controls import CONTROL_GUIDANCE
 from vllm_cosmos3.request.defaults import DEFAULTS
 from vllm_cosmos3.request.embodiments import EMBODIMENTS
@@ -52,7 +52,9 @@ def models(at: Service) -> dict[str, Any]:
 def capability(at: Service) -> dict[str, Any]:
     """What a user interface needs to know about the checkpoint."""
     actions = ACTION_MODES if at.model.transformer.action_gen else ()
-    modes = [mode for mode in MODES[at.model.kind] if mode in (*DEFAULTS, "transfer", *actions)]
+    modes = [
+        mode for mode in KINDS[at.model.kind].modes if mode in (*DEFAULTS, "transfer", *actions)
+    ]
     bodies = EMBODIMENTS if set(ACTION_MODES) & set(modes) else ()
     return {
         "family": "cosmos3",

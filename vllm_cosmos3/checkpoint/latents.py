@@ -1,0 +1,45 @@
+"""Geometry of latents: the latent frames of pixel frames and back, and the tokens of a stream.
+
+The autoencoder makes one latent frame of the first pixel frame, and one of every ``scale`` after it
+(`VAEConfig.scale_factor_temporal`), so whole latent frames hold ``scale * k + 1`` pixel frames.
+"""
+
+from __future__ import annotations
+
+from vllm_cosmos3.checkpoint.config import VAEConfig
+
+TIME_AXIS = {"vision": 2, "sound": 1, "action": 0}  # of the latents of a stream
+
+
+def latent_frames(frames: int, vae: VAEConfig) -> int:
+    """Whole latent frames of a video of ``frames`` pixel frames, at least one."""
+    return 1 + (frames - 1) // vae.scale_factor_temporal
+
+
+def pixel_frames(latents: int, vae: VAEConfig) -> int:
+    """Pixel frames of a video of so many latent frames: the inverse of `latent_frames`."""
+    return 1 + (latents - 1) * vae.scale_factor_temporal
+
+
+def round_frames(frames: int, vae: VAEConfig) -> int:
+    """The smallest number of pixel frames, at least ``frames``, that fills whole latent frames."""
+    return pixel_frames(latent_frames(frames + vae.scale_factor_temporal - 1, vae), vae)
+
+
+def vision_shape(frames: int, height: int, width: int, vae: VAEConfig) -> tuple[int, ...]:
+    """Shape [1, C, T, h, w] of the latents of so many pixel frames of ``height`` x ``width``."""
+    rows, columns = (max(side // vae.scale_factor_spatial, 1) for side in (height, width))
+    return 1, vae.z_dim, latent_frames(frames, vae), rows, columns
+
+
+def patch_grid(shape: tuple[int, ...], patch: int) -> tuple[int, int, int]:
+    """Frames, patch rows and patch columns of a latent of ``shape`` [1, C, T, h, w]."""
+    return shape[2], -(-shape[3] // patch), -(-shape[4] // patch)
+
+
+def token_count(name: str, shape: tuple[int, ...], patch: int) -> int:
+    """Tokens in the generation sequence of a stream of latents of this ``shape``."""
+    if name == "vision":
+        frames, rows, columns = patch_grid(shape, patch)
+        return frames * rows * columns
+    return shape[TIME_AXIS[name]]
