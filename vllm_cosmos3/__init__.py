@@ -12,8 +12,9 @@ _PUBLIC = {
     "Output": "vllm_cosmos3.generator.output",
     "Question": "vllm_cosmos3.request.questions",
     "Reasoner": "vllm_cosmos3.reasoner.offline",
+    "droid": "vllm_cosmos3.robots",
 }
-__all__ = ["Cosmos3", "GenerateRequest", "Output", "Question", "Reasoner", "__version__"]
+__all__ = ["Cosmos3", "GenerateRequest", "Output", "Question", "Reasoner", "__version__", "droid"]
 
 
 def __getattr__(name: str) -> object:
