@@ -47,7 +47,7 @@ def plan(model: ModelConfig, tokenizer: prompts.Tokenizer) -> Any:
 
 def refusal(model: ModelConfig, **fields: Any) -> InvalidRequest:
     with pytest.raises(InvalidRequest) as caught:
-        actions.settle(from_fields({"prompt": "go", **fields}), model)
+        actions.resolve_action(from_fields({"prompt": "go", **fields}), model)
     return caught.value
 
 
@@ -189,8 +189,12 @@ def test_defaults_follow_from_the_embodiment(plan: Any) -> None:
     assert vision.shape == (1, 48, 5, 3, 5)  # of the picture: the canvas is larger
     assert vision.source.shape == (1, 192, 320, 3)
     assert (vision.known, vision.rate) == ((0,), 20.0)
-    assert (rows.shape, rows.channels, rows.known, rows.first) == ((16, 64), 10, (), 1)
-    assert (made.num_inference_steps, made.guidance_scale, made.flow_shift) == (30, 1.0, 10.0)
+    assert (rows.shape, rows.channels, rows.known, rows.first_frame) == ((16, 64), 10, (), 1)
+    assert (
+        made.parameters.num_inference_steps,
+        made.parameters.guidance_scale,
+        made.parameters.flow_shift,
+    ) == (30, 1.0, 10.0)
     assert (made.domain_id, len(made.token_ids)) == (6, 1)
     names = ("size", "output_size", "num_frames", "view_point", "mode")
     assert {name: made.effective[name] for name in names} == {
@@ -211,7 +215,7 @@ def test_history_and_state_go_before_the_chunk(
     if state:
         fields["action_state"] = [5.0] * 10
     rows = plan(**POLICY, **fields).streams[1]
-    assert rows.first == first
+    assert rows.first_frame == first
     assert rows.known == tuple(range(history + state))
     expected = [2.0] * history + [5.0] * state + [0.0] * 4
     assert rows.source[:, 0].tolist() == expected

@@ -289,7 +289,11 @@ def test_distilled_checkpoint_fixes_steps(
     distilled: ModelConfig, tokenizer: prompts.Tokenizer
 ) -> None:
     p = plan(distilled, tokenizer, num_frames=1)
-    assert (p.solver, p.num_inference_steps, p.guidance_scale) == ("sde", 4, 1.0)
+    assert (p.solver, p.parameters.num_inference_steps, p.parameters.guidance_scale) == (
+        "sde",
+        4,
+        1.0,
+    )
     assert len(p.token_ids) == 1
     assert (
         plan(distilled, tokenizer, num_frames=1, num_inference_steps=4, guidance_scale=1).steps == 4

@@ -120,12 +120,21 @@ def test_the_clip_decides_on_size_length_and_rate(
     p = plan(model, tokenizer, edge=True, video=tmp_path / "in.mp4", image_size=256)
     known = p.effective
     assert (known["mode"], known["size"], known["num_frames"]) == ("transfer", "192x320", 11)
-    assert (p.fps, p.num_frames, known["num_video_frames_per_chunk"]) == (12.0, 11, 13)
+    assert (p.parameters.fps, p.parameters.num_frames, known["num_video_frames_per_chunk"]) == (
+        12.0,
+        11,
+        13,
+    )
     control, target = p.streams
     assert control.known == (0, 1, 2, 3)
     assert (control.source.shape, target.known, target.source) == ((13, 320, 192, 3), (), None)
     assert (control.source[11] == control.source[10]).all()  # played back
-    assert (control.absent, control.share, p.seen(0), p.seen(1)) == ((1,), None, (0, 1), (1,))
+    assert (control.hidden_in_branches, control.control_weight, p.seen(0), p.seen(1)) == (
+        (1,),
+        None,
+        (0, 1),
+        (1,),
+    )
     assert any("loses" in warning or "not a trained" in warning for warning in p.warnings) is False
 
 
@@ -151,8 +160,12 @@ def test_defaults_are_those_of_the_hint(
 ) -> None:
     given = dict.fromkeys(hints, clip(110, height=16, width=16))
     p = plan(model, tokenizer, **given, size="16x16")
-    assert (p.guidance_scale, p.control_guidance, p.flow_shift) == (guidance, control, 10.0)
-    assert (p.fps, p.num_frames) == (fps, frames)
+    assert (
+        p.parameters.guidance_scale,
+        p.parameters.control_guidance,
+        p.parameters.flow_shift,
+    ) == (guidance, control, 10.0)
+    assert (p.parameters.fps, p.parameters.num_frames) == (fps, frames)
     assert (4 * (p.streams[0].length - 1) + 1, len(p.chunks)) == (chunk, 1 if chunk == 101 else 2)
     assert len(p.token_ids) == (2 if guidance == 1 else 3)
     assert p.token_ids[0] == p.token_ids[1]
@@ -182,7 +195,7 @@ def test_chunks_overlap(model: ModelConfig, tokenizer: prompts.Tokenizer) -> Non
     assert (p.chunks[2][0].source[:7] == control[8:15]).all()
     assert [streams[1].known for streams in p.chunks] == [(0, 1)] * 3
     assert (p.streams[1].source == start[:6]).all()
-    assert (p.overlap, p.num_frames, p.chunks[1][1].source) == (5, 15, None)
+    assert (p.overlap, p.parameters.num_frames, p.chunks[1][1].source) == (5, 15, None)
 
 
 def test_shares_and_positions(model: ModelConfig, tokenizer: prompts.Tokenizer) -> None:
@@ -190,17 +203,17 @@ def test_shares_and_positions(model: ModelConfig, tokenizer: prompts.Tokenizer) 
         "wsm": {"control": clip(5), "control_weight": 3}, "blur": clip(5), "size": "96x64",
     }  # fmt: skip
     p = plan(model, tokenizer, **given)
-    assert [stream.share for stream in p.streams] == [0.25, 0.75, None]
+    assert [stream.control_weight for stream in p.streams] == [0.25, 0.75, None]
     assert p.effective["wsm"] == {"control_weight": 3.0}
     for weight in (1e308, 5e-324):
         hint = {"control": clip(5), "control_weight": weight}
         p = plan(model, tokenizer, seg=hint, edge=hint, size="96x64")
-        assert [stream.share for stream in p.streams] == [0.5, 0.5, None]
+        assert [stream.control_weight for stream in p.streams] == [0.5, 0.5, None]
     p = plan(
         model, tokenizer, **given, control_attention="full", share_vision_temporal_positions=False
     )
-    assert [stream.share for stream in p.streams] == [None] * 3
-    assert [stream.follows for stream in p.streams] == [False, True, True]
+    assert [stream.control_weight for stream in p.streams] == [None] * 3
+    assert [stream.positions_after for stream in p.streams] == [False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -248,16 +261,19 @@ def test_a_control_too_long_for_memory_is_refused(
     with pytest.raises(InvalidRequest, match="at most 10 frames long at 96x64") as refusal:
         plan(model, tokenizer, edge=clip(11), size="96x64")
     assert (refusal.value.field, refusal.value.code) == ("edge.control", "too_large")
-    assert plan(model, tokenizer, edge=clip(11), size="96x64", max_frames=10).num_frames == 10
+    assert (
+        plan(model, tokenizer, edge=clip(11), size="96x64", max_frames=10).parameters.num_frames
+        == 10
+    )
 
 
 def test_length_by_seconds_and_overlap_of_one_chunk(
     model: ModelConfig, tokenizer: prompts.Tokenizer
 ) -> None:
     p = plan(model, tokenizer, edge=clip(30), size="96x64", seconds=0.5, max_frames=20)
-    assert (p.num_frames, len(p.chunks)) == (12, 1)
+    assert (p.parameters.num_frames, len(p.chunks)) == (12, 1)
     p = plan(model, tokenizer, edge=clip(5), size="96x64", num_conditional_frames=5)
-    assert (p.num_frames, len(p.chunks)) == (5, 1)
+    assert (p.parameters.num_frames, len(p.chunks)) == (5, 1)
 
 
 @pytest.mark.parametrize(
@@ -276,16 +292,16 @@ def test_a_clip_that_is_too_fast_lasts_as_long(
     stored = media.read_video(tmp_path / "in.mp4", frames=24)
     fields = {"depth": tmp_path / "in.mp4", "seg": stored, "size": "16x16"}
     p = plan(model, tokenizer, **fields)
-    assert (p.fps, p.num_frames) == (fps, -(-24 // every))
+    assert (p.parameters.fps, p.parameters.num_frames) == (fps, -(-24 // every))
     assert p.effective["seconds"] == pytest.approx(24 / rate)
     for control in p.streams[:2]:
-        assert (control.source[: p.num_frames] == stored[::every]).all()
+        assert (control.source[: p.parameters.num_frames] == stored[::every]).all()
     said = [f"one frame of {every} is used" in warning for warning in p.warnings]
     assert any(said) == (every > 1)
     half = plan(model, tokenizer, **fields, seconds=12 / rate)
-    assert half.num_frames == 12 // every
+    assert half.parameters.num_frames == 12 // every
     slow = plan(model, tokenizer, **fields, fps=30)
-    assert (slow.num_frames, slow.fps) == (24, 30)
+    assert (slow.parameters.num_frames, slow.parameters.fps) == (24, 30)
 
 
 def test_a_clip_that_is_too_slow_needs_a_rate(
@@ -298,7 +314,7 @@ def test_a_clip_that_is_too_slow_needs_a_rate(
     ) as refusal:
         plan(model, tokenizer, **fields)
     assert refusal.value.field == "seg.control"
-    assert plan(model, tokenizer, **fields, fps=2).num_frames == 4
+    assert plan(model, tokenizer, **fields, fps=2).parameters.num_frames == 4
 
 
 def test_warnings(model: ModelConfig, tokenizer: prompts.Tokenizer) -> None:

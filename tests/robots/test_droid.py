@@ -195,9 +195,14 @@ def test_the_request_is_that_of_the_policy(tiny_checkpoint: Path) -> None:
     assert streams["vision"].shape == (1, 48, 9, 33, 40)
     assert streams["vision"].known == (0,)
     action = streams["action"]
-    assert (action.shape, action.known, action.first) == ((33, 64), (0,), 0)
+    assert (action.shape, action.known, action.first_frame) == ((33, 64), (0,), 0)
     np.testing.assert_allclose(action.source[0, :8], [*seen.state[:7], 1 - seen.state[7]])
-    assert (plan.fps, plan.num_inference_steps, plan.guidance_scale, plan.flow_shift) == (
+    assert (
+        plan.parameters.fps,
+        plan.parameters.num_inference_steps,
+        plan.parameters.guidance_scale,
+        plan.parameters.flow_shift,
+    ) == (
         15,
         4,
         3,

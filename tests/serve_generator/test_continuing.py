@@ -184,7 +184,7 @@ def test_nothing_is_left_of_a_video_that_cannot_be_copied(
         (journal.folder("a") / CLIP).write_bytes(b"a clip")
         (journal.folder("b") / BEFORE).mkdir(parents=True)
     stream = StreamPlan(name="vision", shape=(1, 48, 2, 4, 4), rate=12.0, known=(0,))
-    plan = SimpleNamespace(streams=(stream,), fps=12.0)
+    plan = SimpleNamespace(streams=(stream,), parameters=SimpleNamespace(fps=12.0))
     with pytest.raises(error):
         prepare(job, cast("Plan", plan), before, journal)
     assert not journal.folder("b").exists()

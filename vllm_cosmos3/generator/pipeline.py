@@ -187,9 +187,9 @@ class Pipeline:
         """
         promise = self.budget.promise(work_of(plan), self.texts.nbytes, self.texts.clear)
         schedule = make_schedule(
-            plan.schedule,
-            steps=plan.num_inference_steps,
-            shift=plan.flow_shift,
+            plan.parameters.schedule,
+            steps=plan.parameters.num_inference_steps,
+            shift=plan.parameters.flow_shift,
             scheduler=self.model.scheduler,
         )
         state = State(
@@ -211,16 +211,16 @@ class Pipeline:
     def step(self, state: State) -> None:
         """One denoising step of one sample. The first step of a sample draws its noise."""
         plan = state.plan
-        place, index = divmod(state.index, plan.num_inference_steps)
+        place, index = divmod(state.index, plan.parameters.num_inference_steps)
         sample, chunk = divmod(place, len(plan.chunks))
-        if index == 0 and plan.later:
+        if index == 0 and plan.later_chunks:
             self._take_over(state, chunk)
         with state.timers.phase("denoise", paced=True):
             if index == 0:
                 self._start(state, plan.seeds[sample], chunk)
             self._advance(state, plan.seeds[sample], chunk, index)
         state.index += 1
-        if index + 1 == plan.num_inference_steps:
+        if index + 1 == plan.parameters.num_inference_steps:
             streams = zip(plan.streams, state.streams, strict=True)
             state.denoised.append({stream.name: now.x for stream, now in streams})
             state.streams, state.solver = (), ()
@@ -253,7 +253,7 @@ class Pipeline:
         timings["per_step"] = timings["denoise"] / state.plan.steps
         return Output(
             samples=tuple(state.samples),
-            fps=state.plan.fps,
+            fps=state.plan.parameters.fps,
             sample_rate=self.model.sound.sampling_rate if self.model.sound else None,
             timings=timings,
             effective=state.plan.effective,
@@ -271,10 +271,10 @@ class Pipeline:
         parts: list[Tensor] = []
         controls = []
         for stream in (plan.streams[place] for place in plan.seen(branch)):
-            begin = positions.next_start(parts[-1]) if stream.follows and parts else start
+            begin = positions.next_start(parts[-1]) if stream.positions_after and parts else start
             parts.append(self._positions(stream, begin))
-            if stream.share is not None:
-                controls.append((parts[-1].shape[1], stream.share))
+            if stream.control_weight is not None:
+                controls.append((parts[-1].shape[1], stream.control_weight))
         rope = self.transformer.rope(torch.cat(parts, dim=1), tuple(controls))
         text = self._text(state, tuple(ids))
         return Context(texts=(text,), rope=rope)
@@ -295,7 +295,7 @@ class Pipeline:
             return positions.sound_positions(stream.length, start=start, config=config)
         if stream.name == "action":
             return positions.action_positions(
-                stream.length, start=start, fps=stream.rate, first=stream.first, config=config
+                stream.length, start=start, fps=stream.rate, first=stream.first_frame, config=config
             )
         frames, rows, columns = patch_grid(stream.shape, config.latent_patch_size)
         return positions.vision_positions(
@@ -348,7 +348,7 @@ class Pipeline:
                 if keep:
                     frames.append(to_frames(pixels).cpu())
         if plan.decoded:
-            skip = plan.overlap if len(state.frames) % len(plan.later) else 0
+            skip = plan.overlap if len(state.frames) % len(plan.later_chunks) else 0
             state.frames.append(torch.cat(frames)[skip:] if keep else end.new_empty(0))
         return end
 
@@ -356,7 +356,9 @@ class Pipeline:
         plan = state.plan
         planned = plan.chunks[chunk]
         shapes = {stream.name: stream.shape for stream in planned}
-        noise = initial_noise(shapes, seed=seed, rule=plan.noise, chunk=chunk, fresh=_fresh(plan))
+        noise = initial_noise(
+            shapes, seed=seed, rule=plan.parameters.noise, chunk=chunk, fresh=_fresh(plan)
+        )
         noise |= {name: torch.from_numpy(x) for name, x in plan.initial.items()}
         state.streams = tuple(
             start_stream(
@@ -367,7 +369,7 @@ class Pipeline:
             )
             for stream, known in zip(planned, state.known, strict=True)
         )
-        if plan.later:  # what is free of the streams is part of a forward, and changes
+        if plan.later_chunks:  # what is free of the streams is part of a forward, and changes
             state.forwards.clear()
         state.solver = tuple(SolverState() for stream in planned if stream.generated)
 
@@ -386,7 +388,12 @@ class Pipeline:
         if solver.draws_noise:
             shapes = {stream.name: stream.shape for stream in planned}
             fresh = step_noise(
-                shapes, seed=seed, rule=plan.noise, index=index, chunk=chunk, fresh=_fresh(plan)
+                shapes,
+                seed=seed,
+                rule=plan.parameters.noise,
+                index=index,
+                chunk=chunk,
+                fresh=_fresh(plan),
             )
         streams, remembered = list(state.streams), []
         for place, v, before in zip(moving, velocities, state.solver, strict=True):
@@ -419,7 +426,8 @@ class Pipeline:
             forward = partial(_evaluate, self.transformer, streams, context, state.plan)
             tokens = context.rope.table.shape[0]
             # Of several chunks each has forwards of its own.
-            steps = state.plan.num_inference_steps if state.plan.later else state.plan.steps
+            whole = not state.plan.later_chunks
+            steps = state.plan.steps if whole else state.plan.parameters.num_inference_steps
             recorded = not self.config.layerwise_offload and launches_matter(
                 tokens, steps, self.mesh.world, self.device
             )
@@ -447,7 +455,7 @@ class Pipeline:
                 deque(chain(*decoding), maxlen=0)  # the ranks exchange borders
             state.samples += [Sample(seed=seed) for seed in plan.seeds]
             return
-        single, earlier = len(samples) == 1, len(plan.later)
+        single, earlier = len(samples) == 1, len(plan.later_chunks)
         try:
             for place, (seed, latents) in enumerate(zip(plan.seeds, samples, strict=True)):
                 before = state.frames[place * earlier : (place + 1) * earlier]
@@ -497,7 +505,7 @@ class Pipeline:
         if clip is not None:
             rate = self.model.sound.sampling_rate if self.model.sound else 48_000
             writing = VideoWriter(
-                clip.path, fps=plan.fps, sound=waveform, sample_rate=rate, crf=clip.crf
+                clip.path, fps=plan.parameters.fps, sound=waveform, sample_rate=rate, crf=clip.crf
             )
         parts = []
         with writing as writer:
@@ -510,15 +518,16 @@ class Pipeline:
 
 def _guidance(plan: Plan, schedule: Schedule) -> tuple[Scales, ...]:
     """The scales of every step: of the controls, if there are any, and of the prompt."""
-    asked = [(plan.guidance_scale, plan.guidance_interval)]
-    if plan.control_guidance is not None:
-        asked.insert(0, (plan.control_guidance, plan.control_guidance_interval))
+    numbers = plan.parameters
+    asked = [(numbers.guidance_scale, numbers.guidance_interval)]
+    if numbers.control_guidance is not None:
+        asked.insert(0, (numbers.control_guidance, numbers.control_guidance_interval))
     return tuple(zip(*(guidance_per_step(schedule.timesteps, *one) for one in asked), strict=True))
 
 
 def _fresh(plan: Plan) -> int:
     """Noises that a chunk draws after its initial one."""
-    return plan.num_inference_steps if SOLVERS[plan.solver].draws_noise else 0
+    return plan.parameters.num_inference_steps if SOLVERS[plan.solver].draws_noise else 0
 
 
 def _actions(plan: Plan, latents: dict[str, Tensor]) -> np.ndarray | None:
@@ -562,8 +571,8 @@ def _shown(
     """
     at, hidden = 0, plan.overlap if before else 0
     for part in chain((chunk.numpy() for chunk in before), _without(last, hidden)):
-        frames = part if plan.num_frames is None else part[: plan.num_frames - at]
-        beside = [shown[at : at + len(frames)] for shown in plan.beside]
+        frames = part[: plan.parameters.num_frames - at]
+        beside = [shown[at : at + len(frames)] for shown in plan.side_by_side]
         at += len(frames)
         yield np.concatenate([*beside, frames], axis=2) if beside else frames
 

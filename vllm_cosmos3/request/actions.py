@@ -27,17 +27,17 @@ Rows = tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mode:
-    """What an action mode is given: the chunk, or the whole video instead of its first frame."""
+class ModeInputs:
+    """Inputs of an action mode: the chunk, and the whole video or its first frame alone."""
 
     chunk: bool
     video: bool
 
 
-MODES = {
-    "forward_dynamics": Mode(chunk=True, video=False),
-    "inverse_dynamics": Mode(chunk=False, video=True),
-    "policy": Mode(chunk=False, video=False),
+MODE_INPUTS = {
+    "forward_dynamics": ModeInputs(chunk=True, video=False),
+    "inverse_dynamics": ModeInputs(chunk=False, video=True),
+    "policy": ModeInputs(chunk=False, video=False),
 }
 WITHOUT_MODE = (
     "domain_name",
@@ -58,14 +58,14 @@ SMALLEST_SCALE = 1e-8  # of a number that never changes in the statistics
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Action:
-    """The action fields of a request, settled. ``chunk`` is None where it is made, else the rows of
+    """Actions of a request, resolved. ``chunk`` is None where it is made, else the rows of
     all chunks of a rollout [chunks * T_a, channels].
 
     ``history`` [H, channels] and ``state`` [0 or 1, channels] are float32 in the model's units, and
     so is ``chunk``; ``scale`` and ``offset`` lead from these units to the user's.
     """
 
-    mode: Mode
+    mode: ModeInputs
     embodiment: Embodiment
     channels: int
     chunk_size: int
@@ -106,7 +106,7 @@ class Action:
         }
 
 
-def settle(request: GenerateRequest, model: ModelConfig) -> Action | None:
+def resolve_action(request: GenerateRequest, model: ModelConfig) -> Action | None:
     """The actions of a request, or None if it is not about actions. Reads its JSON files.
 
     Raises:
@@ -115,13 +115,13 @@ def settle(request: GenerateRequest, model: ModelConfig) -> Action | None:
     if request.action_mode is None:
         for name in WITHOUT_MODE:
             if (value := getattr(request, name)) is not None:
-                if name == "image_size" and request.hints:
+                if name == "image_size" and request.controls:
                     continue
                 possible = "left out, or given with action_mode"
                 raise InvalidRequest(name, value, possible, "conflict")
         return None
     check_mode(model.kind, request.mode)
-    mode = MODES[request.action_mode]
+    mode = MODE_INPUTS[request.action_mode]
     _check_model(request, model)
     _check_others(request)
     _check_inputs(request, mode)
@@ -212,12 +212,12 @@ def action_stream(action: Action, model: ModelConfig, chunk: int = 0) -> StreamP
         known=tuple(range(len(given))),
         source=source,
         channels=action.channels,
-        first=1 - len(before),
+        first_frame=1 - len(before),
     )
 
 
 def too_long(request: GenerateRequest, size: int, most: int, where: str = "") -> InvalidRequest:
-    """The refusal of a chunk of more than ``most`` actions, by the field that settled its ``size``."""
+    """The refusal of a chunk of more than ``most`` actions, by the field that its ``size`` follows from."""
     value: object
     if request.action_chunk_size is not None:
         name, value, possible = "action_chunk_size", size, f"at most {most}"
@@ -252,14 +252,14 @@ def _check_others(request: GenerateRequest) -> None:
         )
     for name in ("seconds", "condition_frame_indexes_vision"):
         if (value := getattr(request, name)) is not None:
-            possible = "left out: action_mode and action_chunk_size settle it"
+            possible = "left out: it follows from action_mode and action_chunk_size"
             raise InvalidRequest(name, value, possible, "conflict")
     if request.image_size is not None and (request.size or request.width):
         possible = "left out, as a size is given"
         raise InvalidRequest("image_size", request.image_size, possible, "conflict")
 
 
-def _check_inputs(request: GenerateRequest, mode: Mode) -> None:
+def _check_inputs(request: GenerateRequest, mode: ModeInputs) -> None:
     """The picture or clip, and the chunk, are there exactly if the mode takes them."""
     for_mode = f"for action_mode {request.action_mode}"
     if mode.video and request.image is not None:
@@ -336,7 +336,9 @@ def _chunk_size(
     return size
 
 
-def _check_frames(request: GenerateRequest, model: ModelConfig, mode: Mode, size: int) -> None:
+def _check_frames(
+    request: GenerateRequest, model: ModelConfig, mode: ModeInputs, size: int
+) -> None:
     """Given actions make new frames, and a chunk that another follows ends on its last action.
 
     The model makes several frames at once: another chunk would go on from one before that action.

@@ -1,4 +1,4 @@
-"""What each mode takes for the fields that a request leaves out: the models' own framework's numbers."""
+"""Numbers of a request: the defaults of each mode, which are those of the models' own framework, and all."""
 
 from __future__ import annotations
 
@@ -19,6 +19,25 @@ class Defaults:
     condition_frame_indexes_vision: tuple[int, ...]
     negative_prompts: tuple[str, ...]  # files under assets/ of the checkpoint; none: empty text
     negative_metadata_mode: str = "same"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameters(Defaults):
+    """All numbers of a request for one checkpoint, resolved. Names are those of the request."""
+
+    mode: str
+    sound_duration: float | None  # None: no sound
+    schedule: str
+    noise: str
+    guidance_interval: tuple[float, float] | None
+    control_guidance: float | None  # None: no controls
+    control_guidance_interval: tuple[float, float] | None
+    warnings: tuple[str, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Length of the video."""
+        return self.num_frames / self.fps
 
 
 _VIDEO = Defaults(
@@ -52,7 +71,14 @@ DEFAULTS = {
     ),
     "video2video": replace(_VIDEO, condition_frame_indexes_vision=(0, 1)),
 }
-# With actions, where size, length and rate follow from the embodiment and the picture.
-ACTION_STEPS, ACTION_GUIDANCE, ACTION_SHIFT = 30, 1.0, 10.0
+# With actions, where size, length and rate are those of the embodiment and the picture.
+ACTION = replace(
+    _VIDEO,
+    num_inference_steps=30,
+    guidance_scale=1.0,
+    negative_prompts=(),
+    negative_metadata_mode="none",
+)
+TRANSFER = replace(_VIDEO, negative_prompts=())  # where they are those of the clips
 TRANSFER_TIER = 720  # of sizes, where the request names none
 TEXT_TOKENS = 2048  # of a text whose length is not known; the published negative prompt has 1,904

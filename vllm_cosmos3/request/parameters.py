@@ -1,4 +1,4 @@
-"""The numbers of a request: what it left open, from the mode's defaults and the checkpoint's limits.
+"""Parameters of a request: what it leaves open, from the mode's defaults and the checkpoint's limits.
 
 No file is read and no tokenizer needed, so that a server can answer at once.
 """
@@ -6,7 +6,8 @@ No file is read and no tokenizer needed, so that a server can answer at once.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from functools import partial
 
 from vllm_cosmos3.checkpoint.config import ModelConfig
@@ -15,12 +16,12 @@ from vllm_cosmos3.checkpoint.latents import latent_frames, round_frames
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.request.actions import Action, too_long
 from vllm_cosmos3.request.defaults import (
-    ACTION_GUIDANCE,
-    ACTION_SHIFT,
-    ACTION_STEPS,
+    ACTION,
     DEFAULTS,
+    TRANSFER,
     TRANSFER_TIER,
     Defaults,
+    Parameters,
 )
 from vllm_cosmos3.request.request import GenerateRequest, parse_size
 from vllm_cosmos3.request.sizes import (
@@ -42,63 +43,31 @@ OF_GUIDANCE = (  # and of nothing else
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parameters:
-    """All numbers of a request, for one checkpoint. Names are those of the request."""
-
-    mode: str
-    width: int
-    height: int
-    num_frames: int
-    seconds: float
-    fps: float
-    num_inference_steps: int
-    guidance_scale: float
-    flow_shift: float
-    condition_frame_indexes_vision: tuple[int, ...]
-    negative_prompts: tuple[str, ...]
-    negative_metadata_mode: str
-    sound_duration: float | None  # None: no sound
-    warnings: tuple[str, ...]
-
-
 def resolve(request: GenerateRequest, model: ModelConfig) -> Parameters:
-    """Settle what a request without actions leaves open. Reads no file and needs no tokenizer.
+    """The parameters of an image or a video from a prompt. Reads no file and needs no tokenizer.
 
     Raises:
         InvalidRequest: the combination does not fit the checkpoint or the sizes it was trained for.
     """
-    mode, default = request.mode, DEFAULTS[request.mode]
-    check_mode(model.kind, mode)
+    default = DEFAULTS[request.mode]
+    check_mode(model.kind, request.mode)
     width, height = _size(request, default)
     fps = request.fps or default.fps
     warnings = [*_check_area(request, width, height), *_check_fps(request, fps)]
     num_frames, rounded = _frames(request, model, default, fps)
     warnings += [*rounded, *_check_frames(request, model, num_frames, fps, width, height)]
-    steps, guidance = _fixed_steps(request, model, default)
-    known = tuple(
-        sorted(
-            set(request.condition_frame_indexes_vision or default.condition_frame_indexes_vision)
-        )
-    )
+    known = request.condition_frame_indexes_vision or default.condition_frame_indexes_vision
+    known = tuple(sorted(set(known)))
     _check_known(request, model, known, num_frames)
-    warnings += _without_effect(request, model, guidance)
-    return Parameters(
-        mode=mode,
+    default = replace(
+        default,
         width=width,
         height=height,
         num_frames=num_frames,
-        seconds=num_frames / fps,
         fps=fps,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        flow_shift=request.flow_shift or default.flow_shift,
         condition_frame_indexes_vision=known,
-        negative_prompts=default.negative_prompts,
-        negative_metadata_mode=request.negative_metadata_mode or default.negative_metadata_mode,
-        sound_duration=_sound_duration(request, model, num_frames / fps),
-        warnings=tuple(warnings),
     )
+    return _parameters(request, model, default, warnings)
 
 
 def resolve_action(
@@ -109,81 +78,81 @@ def resolve_action(
     The size is that of the canvas on which the picture is laid.
     """
     width, height = nearest_size(action.image_size, *picture)
-    default = Defaults(
+    width, height = _size(request, replace(ACTION, width=width, height=height))
+    warnings = [
+        *action.warnings,
+        *_check_area(request, width, height),
+        *_check_chunk(request, model, action, width, height),
+    ]
+    default = replace(
+        ACTION,
         width=width,
         height=height,
         num_frames=action.num_frames,
         fps=action.fps,
-        num_inference_steps=ACTION_STEPS,
-        guidance_scale=ACTION_GUIDANCE,
-        flow_shift=ACTION_SHIFT,
         condition_frame_indexes_vision=action.known_frames,
-        negative_prompts=(),
-        negative_metadata_mode="none",
     )
-    width, height = _size(request, default)
-    steps, guidance = _fixed_steps(request, model, default)
-    return Parameters(
-        mode=request.mode,
-        width=width,
-        height=height,
-        num_frames=default.num_frames,
-        seconds=default.num_frames / default.fps,
-        fps=default.fps,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        flow_shift=request.flow_shift or default.flow_shift,
-        condition_frame_indexes_vision=default.condition_frame_indexes_vision,
-        negative_prompts=default.negative_prompts,
-        negative_metadata_mode=request.negative_metadata_mode or default.negative_metadata_mode,
-        sound_duration=None,
-        warnings=(
-            *action.warnings,
-            *_check_area(request, width, height),
-            *_check_chunk(request, model, action, width, height),
-            *_without_effect(request, model, guidance),
-        ),
-    )
+    return _parameters(request, model, default, warnings)
 
 
 def resolve_transfer(
-    request: GenerateRequest, model: ModelConfig, followed: Transfer
+    request: GenerateRequest, model: ModelConfig, transfer: Transfer
 ) -> Parameters:
-    """The same for a transfer, whose clips have settled most."""
-    default = replace(DEFAULTS["text2video"], guidance_scale=followed.guidance_scale)
-    width, height, chunks = followed.width, followed.height, followed.chunks
-    steps, guidance = _fixed_steps(request, model, default)
+    """The same for a transfer, whose size, length and rate are those of its clips."""
+    width, height, chunks = transfer.width, transfer.height, transfer.chunks
     limit = round_frames(MAX_TRAINED_FRAMES[tier_of(width, height)], model.vae)
     if chunks.frames > limit and not request.allow_untrained_size:
         possible = f"at most {limit} at {width}x{height}, or allow_untrained_size set"
         raise InvalidRequest("num_video_frames_per_chunk", chunks.frames, possible, "too_large")
-    return Parameters(
-        mode=request.mode,
+    warnings = [
+        *transfer.warnings,
+        *_check_area(request, width, height),
+        *_check_fps(request, transfer.fps),
+    ]
+    default = replace(
+        TRANSFER,
         width=width,
         height=height,
         num_frames=chunks.total,
-        seconds=chunks.total / followed.fps,
-        fps=followed.fps,
+        fps=transfer.fps,
+        guidance_scale=transfer.guidance_scale,
+    )
+    return _parameters(request, model, default, warnings, transfer.control_guidance)
+
+
+def _parameters(
+    request: GenerateRequest,
+    model: ModelConfig,
+    default: Defaults,
+    warnings: Sequence[str],
+    control_guidance: float | None = None,
+) -> Parameters:
+    """All parameters of a request whose size, length and rate ``default`` has."""
+    steps, guidance = _fixed_steps(request, model, default)
+    chosen = replace(
+        default,
         num_inference_steps=steps,
         guidance_scale=guidance,
         flow_shift=request.flow_shift or default.flow_shift,
-        condition_frame_indexes_vision=(),
-        negative_prompts=(),
         negative_metadata_mode=request.negative_metadata_mode or default.negative_metadata_mode,
-        sound_duration=None,
-        warnings=(
-            *followed.warnings,
-            *_check_area(request, width, height),
-            *_check_fps(request, followed.fps),
-            *_without_effect(request, model, guidance),
-        ),
+    )
+    return Parameters(
+        **asdict(chosen),
+        mode=request.mode,
+        sound_duration=_sound_duration(request, model, default.num_frames / default.fps),
+        schedule=request.schedule,
+        noise=request.noise,
+        guidance_interval=request.guidance_interval,
+        control_guidance=control_guidance,
+        control_guidance_interval=request.control_guidance_interval,
+        warnings=(*warnings, *_without_effect(request, model, guidance)),
     )
 
 
 def of_all_chunks(request: GenerateRequest, chunk: Parameters) -> Parameters:
     """The length of a rollout: each chunk begins with the last frame of the one before."""
     frames = chunk.num_frames + (request.num_chunks - 1) * (chunk.num_frames - 1)
-    return replace(chunk, num_frames=frames, seconds=frames / chunk.fps)
+    return replace(chunk, num_frames=frames)
 
 
 def fitting(request: GenerateRequest, width: int, height: int) -> tuple[int, int]:

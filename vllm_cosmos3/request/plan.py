@@ -1,7 +1,7 @@
-"""What a request comes to: plain frozen data, no tensors, no weights, picklable.
+"""Plan of a request: plain frozen data, no tensors, no weights, picklable.
 
-`conditions` writes a plan; below it nobody asks which mode a request had. Streams are in the order
-of the generation sequence.
+`planner` writes it; below that nobody asks which mode a request had. Streams are in the order of the
+generation sequence.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vllm_cosmos3.checkpoint.latents import TIME_AXIS
+from vllm_cosmos3.request.defaults import Parameters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StreamPlan:
-    """One modality: the shape of its latents and which of them are given.
+    """Stream of one modality: the shape of its latents and which of them are given.
 
     ``shape`` is vision [1, 48, T, h, w], sound [64, T_s] or action [T_a, 64]. ``known`` are the
     positions on the time axis that are given rather than generated; ``source`` is what their
@@ -24,13 +25,13 @@ class StreamPlan:
     on, which the encoder may see more of than the stream's shape keeps at the right and bottom; for
     action float32 rows of the whole shape. ``rate`` is what a second holds of the material: pixel
     frames, sound latents, action rows. Of action, ``channels`` carry numbers and the rest is zero,
-    and row 0 belongs to pixel frame ``first``. Pixels that a later chunk takes over are filled up to
+    and row 0 belongs to pixel frame ``first_frame``. Pixels that a later chunk takes over are filled up to
     ``canvas`` (height, width), as the source of the first was, if there is one.
 
-    ``absent`` are the branches of guidance whose sequence leaves the stream out. ``follows`` says
-    that its positions begin after those of the stream before, not beside them. With a ``share`` the
-    stream is one of several controls that the others attend to in turn: they take that part of the
-    mean.
+    ``hidden_in_branches`` are the branches of guidance whose sequence leaves the stream out.
+    ``positions_after`` says that its positions begin after those of the stream before, not beside
+    them. With a ``control_weight`` the stream is one of several controls that the others attend to
+    in turn: they take that part of the mean.
     """
 
     name: str
@@ -39,11 +40,11 @@ class StreamPlan:
     known: tuple[int, ...] = ()
     source: np.ndarray | None = None
     channels: int = 0
-    first: int = 0
+    first_frame: int = 0
     canvas: tuple[int, int] | None = None
-    absent: tuple[int, ...] = ()
-    follows: bool = False
-    share: float | None = None
+    hidden_in_branches: tuple[int, ...] = ()
+    positions_after: bool = False
+    control_weight: float | None = None
 
     @property
     def generated(self) -> bool:
@@ -79,54 +80,55 @@ class ActionRows:
 class Plan:
     """Everything that the four calls of the pipeline need to know about one request.
 
-    ``token_ids`` has one list per guidance branch: the prompt, then the negative prompt unless
-    ``guidance_scale`` is 1; with a ``control_guidance`` the prompt again between the two, for the
-    branch without controls. ``streams`` are in the order of the sequence; of several with one name
-    the last is the result. A long video is made in chunks: ``later`` has the streams of all but the
-    first, in the same shapes, and each takes its first ``overlap`` pixel frames over from the end of
-    the one before; of all together ``num_frames`` are kept, to the right of the clips ``beside``
-    [num_frames, H, W, 3]. ``seeds`` has one seed per result.
-    ``initial`` replaces the seeds' noise by stream name. ``decoded`` is false if the latents alone
-    are wanted. ``domain_id`` is the embodiment of the actions, ``actions`` how to read them if they
-    are generated. ``effective`` is the
-    record of all resolved parameters under their public names, JSON-serialisable; ``warnings`` are
-    sentences for the user.
+    ``token_ids`` has one list per guidance branch: the prompt, then the negative prompt unless the
+    guidance scale is 1; with controls the prompt again between the two, for the branch without
+    them. ``streams`` are in the order of the sequence; of several with one name the last is the
+    result. ``parameters`` are the numbers of the request, of all chunks together.
+
+    A long video is made in chunks: ``later_chunks`` has the streams of all but the first, in the
+    same shapes, and each takes its first ``overlap`` pixel frames over from the end of the one
+    before; of all together ``parameters.num_frames`` are kept, to the right of the clips
+    ``side_by_side`` [num_frames, H, W, 3]. ``seeds`` has one seed per result. ``initial`` replaces
+    the seeds' noise by stream name. ``decoded`` is false if the latents alone are wanted.
+    ``domain_id`` is the embodiment of the actions, ``actions`` how to read them if they are
+    generated. ``effective`` is the record of all parameters under their public names,
+    JSON-serialisable. ``truncated`` are sentences on the prompts that were cut.
     """
 
     token_ids: tuple[tuple[int, ...], ...]
     streams: tuple[StreamPlan, ...]
-    fps: float
-    schedule: str
+    parameters: Parameters
     solver: str
-    num_inference_steps: int
-    flow_shift: float
-    guidance_scale: float
-    guidance_interval: tuple[float, float] | None
-    control_guidance: float | None = None  # None: no controls
-    control_guidance_interval: tuple[float, float] | None = None
     seeds: tuple[int, ...]
-    noise: str
     decoded: bool
     domain_id: int = 0
     actions: ActionRows | None = None
-    later: tuple[tuple[StreamPlan, ...], ...] = ()
+    later_chunks: tuple[tuple[StreamPlan, ...], ...] = ()
     overlap: int = 0
-    num_frames: int | None = None  # None: as many as there are
-    beside: tuple[np.ndarray, ...] = ()
+    side_by_side: tuple[np.ndarray, ...] = ()
     initial: Mapping[str, np.ndarray] = field(default_factory=dict)
     effective: Mapping[str, object] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
+    truncated: tuple[str, ...] = ()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Sentences for the user."""
+        return (*self.parameters.warnings, *self.truncated)
 
     @property
     def steps(self) -> int:
         """Calls of the pipeline's ``step`` that the request takes."""
-        return self.num_inference_steps * len(self.chunks) * len(self.seeds)
+        return self.parameters.num_inference_steps * len(self.chunks) * len(self.seeds)
 
     def seen(self, branch: int) -> tuple[int, ...]:
         """Places of the streams that a branch of guidance has in its sequence."""
-        return tuple(i for i, stream in enumerate(self.streams) if branch not in stream.absent)
+        return tuple(
+            place
+            for place, stream in enumerate(self.streams)
+            if branch not in stream.hidden_in_branches
+        )
 
     @property
     def chunks(self) -> tuple[tuple[StreamPlan, ...], ...]:
         """The streams of every chunk."""
-        return (self.streams, *self.later)
+        return (self.streams, *self.later_chunks)

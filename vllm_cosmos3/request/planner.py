@@ -1,14 +1,14 @@
-"""From a request to a plan: the only place where a mode means anything.
+"""Planner: from a request to its plan, the only place where a mode means anything.
 
 A mode is a row of `defaults.DEFAULTS` and a condition: which latent frames are known, and from what pixels.
-Numbers are settled in `parameters`. Everything is checked before a weight is touched.
+Numbers are resolved in `parameters`. Everything is checked before a weight is touched.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -17,11 +17,12 @@ from vllm_cosmos3 import media
 from vllm_cosmos3.checkpoint.config import ModelConfig
 from vllm_cosmos3.checkpoint.latents import pixel_frames, vision_shape
 from vllm_cosmos3.errors import InvalidRequest
-from vllm_cosmos3.request import actions, prompts, transfer
+from vllm_cosmos3.request import actions, prompts
+from vllm_cosmos3.request import transfer as transfers
 from vllm_cosmos3.request.actions import Action
 from vllm_cosmos3.request.controls import HINTS
+from vllm_cosmos3.request.defaults import Parameters
 from vllm_cosmos3.request.parameters import (
-    Parameters,
     fitting,
     of_all_chunks,
     resolve,
@@ -36,55 +37,74 @@ from vllm_cosmos3.request.transfer import Transfer
 Streams = list[tuple[StreamPlan, ...]]  # of each chunk
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Draft:
+    """A request with all numbers and pixels resolved, but for its prompts.
+
+    ``parameters`` are those of one chunk, which is what the prompts speak of.
+    """
+
+    request: GenerateRequest
+    model: ModelConfig
+    parameters: Parameters
+    chunks: Streams
+    action: Action | None
+    transfer: Transfer | None
+
+
 def make_plan(request: GenerateRequest, model: ModelConfig, tokenizer: prompts.Tokenizer) -> Plan:
     """The plan of a request. Opens and resizes its image or video; touches no weight.
 
     Raises:
         InvalidRequest: as `resolve`, and for media that cannot be read, and for wrong token ids.
     """
-    action = actions.settle(request, model)
-    followed = transfer.settle(request, model, partial(fitting, request))
+    return with_prompts(make_draft(request, model), tokenizer)
+
+
+def make_draft(request: GenerateRequest, model: ModelConfig) -> Draft:
+    """The part of `make_plan` that is the same for every prompt: numbers and pixels."""
+    action = actions.resolve_action(request, model)
+    transfer = transfers.resolve_transfer(request, model, partial(fitting, request))
     if action is not None:
-        chunk, (streams, *later) = _with_actions(request, model, action)
-    elif followed is not None:
-        chunk = resolve_transfer(request, model, followed)
-        streams, *later = transfer.chunk_streams(followed, model)
+        parameters, chunks = _with_actions(request, model, action)
+    elif transfer is not None:
+        parameters = resolve_transfer(request, model, transfer)
+        chunks = list(transfers.chunk_streams(transfer, model))
     else:
-        chunk, (streams, *later) = _from_prompt(request, model)
-    parameters, warnings = of_all_chunks(request, chunk), list(chunk.warnings)
+        parameters, chunks = _from_prompt(request, model)
+    return Draft(
+        request=request,
+        model=model,
+        parameters=parameters,
+        chunks=chunks,
+        action=action,
+        transfer=transfer,
+    )
+
+
+def with_prompts(draft: Draft, tokenizer: prompts.Tokenizer) -> Plan:
+    """The plan of a draft: its prompts become token ids."""
+    request, model, action, transfer = draft.request, draft.model, draft.action, draft.transfer
+    parameters = of_all_chunks(request, draft.parameters)
     negative = _negative_prompt(request, parameters, model)
-    view = None if action is None else action.view
-    told = chunk  # the prompt is that of a chunk
-    if followed is not None:
-        told = replace(told, num_frames=followed.chunks.frames, fps=float(round(followed.fps)))
-    token_ids = _token_ids(request, told, model, tokenizer, negative, view, warnings)
+    token_ids, truncated = _token_ids(draft, tokenizer, negative)
+    streams, *later = draft.chunks
     seed = request.seed or 0
     return Plan(
         token_ids=token_ids,
         streams=streams,
-        fps=parameters.fps,
-        schedule=request.schedule,
+        parameters=parameters,
         solver="sde" if model.distilled else "unipc",
-        num_inference_steps=parameters.num_inference_steps,
-        flow_shift=parameters.flow_shift,
-        guidance_scale=parameters.guidance_scale,
-        guidance_interval=request.guidance_interval,
         seeds=tuple(range(seed, seed + request.n)),
-        noise=request.noise,
         decoded=request.output_type != "latent",
-        control_guidance=None if followed is None else followed.control_guidance,
-        control_guidance_interval=request.control_guidance_interval,
-        later=tuple(later),
-        overlap=1 if followed is None else followed.chunks.overlap,
-        num_frames=parameters.num_frames if later or followed is not None else None,
-        beside=() if followed is None else followed.beside,
         domain_id=0 if action is None else action.embodiment.domain_id,
         actions=None if action is None else action.rows,
+        later_chunks=tuple(later),
+        overlap=1 if transfer is None else transfer.chunks.overlap,
+        side_by_side=() if transfer is None else transfer.side_by_side,
         initial=_initial(request, streams, several=bool(later)),
-        effective=_effective(request, parameters, model, action, followed, negative, token_ids)
-        | ({"num_video_frames_per_chunk": told.num_frames} if later else {})
-        | {"output_size": _output_size(streams, model)},
-        warnings=tuple(warnings),
+        effective=_effective(draft, parameters, negative, token_ids),
+        truncated=truncated,
     )
 
 
@@ -241,58 +261,68 @@ def _negative_prompt(request: GenerateRequest, parameters: Parameters, model: Mo
 
 
 def _token_ids(
-    request: GenerateRequest,
-    parameters: Parameters,
-    model: ModelConfig,
-    tokenizer: prompts.Tokenizer,
-    negative: str,
-    view: str | None,
-    warnings: list[str],
-) -> tuple[tuple[int, ...], ...]:
-    facts = prompts.Facts(
-        num_frames=parameters.num_frames,
-        fps=parameters.fps,
-        height=parameters.height,
-        width=parameters.width,
-        aspect_ratio=aspect_ratio(parameters.width, parameters.height),
-    )
-    system = prompts.SYSTEM_TRANSFER if request.hints else None  # always: so it was trained
-    if system is None and request.use_system_prompt:
-        system = prompts.SYSTEM_IMAGE if facts.is_image else prompts.SYSTEM_VIDEO
+    draft: Draft, tokenizer: prompts.Tokenizer, negative: str
+) -> tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]:
+    """Token ids of each branch of guidance, and a sentence on each prompt that was cut."""
+    request, parameters, facts = draft.request, draft.parameters, _facts(draft)
     sentences = {
         "duration": request.use_duration_template,
         "resolution": request.use_resolution_template,
     }
+    truncated: list[str] = []
 
     def encoded(field: str, text: str) -> tuple[int, ...]:
-        limit = request.max_sequence_length
+        limit, system = request.max_sequence_length, _system_prompt(request, facts)
         ids, length = prompts.encode(text, tokenizer, system=system, limit=limit)
         if length > limit:
-            warnings.append(f"{field} is cut from {length} to max_sequence_length={limit} tokens")
+            truncated.append(f"{field} is cut from {length} to max_sequence_length={limit} tokens")
         return ids
 
     if request.prompt_token_ids is not None:
-        ids = _given_ids(request, "prompt_token_ids", request.prompt_token_ids, model)
+        ids = _given_ids(request, "prompt_token_ids", request.prompt_token_ids, draft.model)
     else:
         prompt, style = request.prompt or "", request.prompt_format
-        if view is None:
+        if draft.action is None:
             text = prompts.positive_text(prompt, facts, style=style, **sentences)
         else:
+            view = draft.action.view
             text = prompts.action_text(prompt, facts, style=style, view=view, **sentences)
-        if request.hints and request.emphasize_control_in_prompt is not False:
-            text = prompts.following(text, list(request.hints))
+        if request.controls and request.emphasize_control_in_prompt is not False:
+            text = prompts.following(text, list(request.controls))
         ids = encoded("prompt", text)
     if request.negative_prompt_token_ids is not None:
         negative_ids = _given_ids(
-            request, "negative_prompt_token_ids", request.negative_prompt_token_ids, model
+            request, "negative_prompt_token_ids", request.negative_prompt_token_ids, draft.model
         )
     else:
         text = prompts.negative_text(
             negative, facts, metadata=parameters.negative_metadata_mode, **sentences
         )
         negative_ids = encoded("negative_prompt", text)
-    prompted = (ids, ids) if request.hints else (ids,)  # with controls and without
-    return (*prompted, negative_ids) if parameters.guidance_scale != 1 else prompted
+    branches = [ids, ids] if request.controls else [ids]  # with controls and without
+    branches += [negative_ids] if parameters.guidance_scale != 1 else []
+    return tuple(branches), tuple(truncated)
+
+
+def _facts(draft: Draft) -> prompts.Facts:
+    """What the prompts may state: of one chunk, at a whole rate where controls are followed."""
+    parameters, transfer = draft.parameters, draft.transfer
+    width, height = parameters.width, parameters.height
+    return prompts.Facts(
+        num_frames=parameters.num_frames if transfer is None else transfer.chunks.frames,
+        fps=parameters.fps if transfer is None else float(round(transfer.fps)),
+        height=height,
+        width=width,
+        aspect_ratio=aspect_ratio(width, height),
+    )
+
+
+def _system_prompt(request: GenerateRequest, facts: prompts.Facts) -> str | None:
+    if request.controls:
+        return prompts.SYSTEM_TRANSFER  # always: so it was trained
+    if not request.use_system_prompt:
+        return None
+    return prompts.SYSTEM_IMAGE if facts.is_image else prompts.SYSTEM_VIDEO
 
 
 def _given_ids(
@@ -308,30 +338,26 @@ def _given_ids(
 
 
 def _effective(
-    request: GenerateRequest,
-    parameters: Parameters,
-    model: ModelConfig,
-    action: Action | None,
-    followed: Transfer | None,
-    negative: str,
-    token_ids: tuple[tuple[int, ...], ...],
+    draft: Draft, parameters: Parameters, negative: str, token_ids: tuple[tuple[int, ...], ...]
 ) -> dict[str, object]:
     """Every field of the request with its final value, the mode and the kind of checkpoint, as JSON values."""
-    settled = asdict(parameters)
-    settled.pop("warnings")
-    values: dict[str, object] = {"mode": settled.pop("mode"), "checkpoint_kind": model.kind}
+    request, model = draft.request, draft.model
+    values: dict[str, object] = {"mode": parameters.mode, "checkpoint_kind": model.kind}
     for name in SPECS:
-        values[name] = settled.pop(name) if name in settled else getattr(request, name)
+        values[name] = getattr(parameters if hasattr(parameters, name) else request, name)
     values["size"] = f"{parameters.width}x{parameters.height}"
     if request.negative_prompt_token_ids is None:
         values["negative_prompt"] = negative
     values["image"] = _shown(request.image)
     values["video"] = _shown(request.video)
     values |= dict.fromkeys(HINTS)
-    values |= {} if action is None else action.effective()
-    values |= {} if followed is None else followed.effective()
+    values |= {} if draft.action is None else draft.action.effective()
+    values |= {} if draft.transfer is None else draft.transfer.effective()
     values["latents"] = sorted(request.latents) if request.latents else None
     values["prompt_tokens"] = [len(ids) for ids in token_ids]
+    if len(draft.chunks) > 1:
+        values["num_video_frames_per_chunk"] = _facts(draft).num_frames
+    values["output_size"] = _output_size(draft.chunks[0], model)
     return values
 
 

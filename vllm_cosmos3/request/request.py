@@ -1,7 +1,7 @@
 """What a user asks for: one frozen request. Every single value is checked here, once.
 
 Command-line flags and the HTTP schema are generated from the fields and their ``Spec``. This module
-knows no checkpoint: values that depend on one (defaults, sizes, sound) are settled in `conditions`.
+knows no checkpoint: values that depend on one (defaults, sizes, sound) are resolved in `parameters`.
 """
 
 from __future__ import annotations
@@ -363,7 +363,7 @@ class GenerateRequest:
             raise InvalidRequest("seed", self.seed, f"at most {MAX_SEED} minus n, plus one")
 
     @property
-    def hints(self) -> dict[str, Hint]:
+    def controls(self) -> dict[str, Hint]:
         """The control signals of a transfer, in the order of their clips in the sequence."""
         given = {name: getattr(self, name) for name in HINTS}
         return {name: hint for name, hint in given.items() if hint is not None}
@@ -373,7 +373,7 @@ class GenerateRequest:
         """The action mode, or what the inputs make it: transfer, text2image, text2video, ..."""
         if self.action_mode is not None:
             return self.action_mode
-        if self.hints:
+        if self.controls:
             return "transfer"
         if self.num_frames == 1:
             return "text2image"
@@ -493,7 +493,7 @@ def _check_chunks(request: GenerateRequest) -> None:
         "action_mode": request.action_mode in ("inverse_dynamics", "policy")
         and "it needs to see the world after each chunk",
         "action_state": request.action_state is not None and "the later states are not known",
-        next(iter(request.hints), ""): bool(request.hints) and "a transfer makes chunks of its own",
+        next(iter(request.controls), ""): bool(request.controls) and "a transfer makes chunks of its own",
     }  # fmt: skip
     for name, reason in reasons.items():
         if reason:
@@ -520,7 +520,7 @@ NOT_OF_TRANSFER = ("action_mode", "image", "condition_frame_indexes_vision")
 
 
 def _check_transfer(request: GenerateRequest) -> None:
-    hints = request.hints
+    hints = request.controls
     if not hints:
         for name in OF_TRANSFER:
             if (value := getattr(request, name)) is not None:

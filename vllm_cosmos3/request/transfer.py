@@ -90,15 +90,15 @@ class Chunks:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Transfer:
-    """What a transfer comes to. ``clips`` are its controls in the order of ``hints``.
+    """Controls and chunks of a transfer, resolved. ``clips`` are its controls in the order of ``controls``.
 
     ``start`` are the frames of the user's video that the first chunk takes over.
     """
 
-    hints: dict[str, Hint]
+    controls: dict[str, Hint]
     clips: tuple[Pixels, ...]
     start: Pixels | None
-    beside: tuple[Pixels, ...]  # shown with the result
+    side_by_side: tuple[Pixels, ...]  # shown with the result
     width: int
     height: int
     fps: float
@@ -111,15 +111,14 @@ class Transfer:
     warnings: tuple[str, ...]
 
     def effective(self) -> dict[str, object]:
-        """The settled fields of the request, as JSON values."""
-        hints: dict[str, object] = {
+        """The fields of the request with their final values, as JSON values."""
+        controls: dict[str, object] = {
             name: {"control_weight": hint.weight}
             | ({PRESET_OF[name]: hint.preset} if hint.control is None else {})
-            for name, hint in self.hints.items()
+            for name, hint in self.controls.items()
         }
         return {
-            **hints,
-            "control_guidance": self.control_guidance,
+            **controls,
             "control_attention": "averaged" if self.averaged else "full",
             "num_video_frames_per_chunk": self.chunks.frames,
             "num_conditional_frames": self.chunks.overlap,
@@ -132,8 +131,8 @@ class Transfer:
 Fit = Callable[[int, int], tuple[int, int]]  # the size of the output for that of the input
 
 
-def settle(request: GenerateRequest, model: ModelConfig, fit: Fit) -> Transfer | None:
-    """Settle what a transfer leaves open, and read its clips; None for other requests.
+def resolve_transfer(request: GenerateRequest, model: ModelConfig, fit: Fit) -> Transfer | None:
+    """The controls and chunks of a transfer, its clips read; None for other requests.
 
     Length, size and frame rate are those of the video, or of the first control. Where that is faster
     than a request may be, frames of all clips are left out and the duration stays. ``fit`` gives
@@ -143,11 +142,11 @@ def settle(request: GenerateRequest, model: ModelConfig, fit: Fit) -> Transfer |
         InvalidRequest: the checkpoint follows no controls, a clip cannot be read, is too long or too
             slow, or the chunks do not fit the overlap.
     """
-    if not request.hints:
+    if not request.controls:
         return None
     check_mode(model.kind, request.mode)
-    first = next(iter(request.hints))
-    default = default_of(request.hints)
+    first = next(iter(request.controls))
+    default = default_of(request.controls)
     source, field = _source(request, None if request.video is not None else first)
     rate = request.fps or default.fps or media.rate_of(source, field=field) or FPS
     if rate < SLOWEST:
@@ -158,7 +157,7 @@ def settle(request: GenerateRequest, model: ModelConfig, fit: Fit) -> Transfer |
     picture = next(media.frames_of(source, limit=1, field=field))
     width, height = fit(picture.shape[1], picture.shape[0])
     read = _Reader(request, width, height, _limit(request, fps) or default.limit, every)
-    clips = tuple(read.control(name) for name in request.hints)
+    clips = tuple(read.control(name) for name in request.controls)
     chunks = _chunks(request, model, len(clips[0]), default.chunk)
     start = _start(request, read, chunks)
     shown = [read.clip(None)] if request.show_input else []
@@ -166,10 +165,10 @@ def settle(request: GenerateRequest, model: ModelConfig, fit: Fit) -> Transfer |
     only = CONTROL_GUIDANCE[first] if len(clips) == 1 else 1.0
     scale, control = request.guidance_scale, request.control_guidance
     return Transfer(
-        hints=request.hints,
+        controls=request.controls,
         clips=clips,
         start=start,
-        beside=tuple(clip[padded(len(clip), chunks.total)[: chunks.total]] for clip in shown),
+        side_by_side=tuple(clip[padded(len(clip), chunks.total)[: chunks.total]] for clip in shown),
         width=width,
         height=height,
         fps=fps,
@@ -192,7 +191,7 @@ def chunk_streams(transfer: Transfer, model: ModelConfig) -> tuple[tuple[StreamP
     shape = vision_shape(chunks.frames, transfer.height, transfer.width, vae)
     target = StreamPlan(name="vision", shape=shape, rate=transfer.fps)
     everything = tuple(range(target.length))
-    weights = np.array([hint.weight for hint in transfer.hints.values()])
+    weights = np.array([hint.weight for hint in transfer.controls.values()])
     shares = weights / weights.max()  # before the sum, which could be more than a number holds
     shares = shares / shares.sum()
     out = []
@@ -203,16 +202,18 @@ def chunk_streams(transfer: Transfer, model: ModelConfig) -> tuple[tuple[StreamP
                 target,
                 known=everything,
                 source=_window(clip, window, chunks),
-                absent=(WITHOUT_CONTROLS,),
-                share=float(share) if transfer.averaged else None,
-                follows=place > 0 and not transfer.shared_times,
+                hidden_in_branches=(WITHOUT_CONTROLS,),
+                control_weight=float(share) if transfer.averaged else None,
+                positions_after=place > 0 and not transfer.shared_times,
             )
             for place, (clip, share) in enumerate(zip(transfer.clips, shares, strict=True))
         ]
         start = transfer.start if index == 0 else None
         taken = chunks.overlap if index else len(() if start is None else start)
         known = everything[: latent_frames(taken, vae)] if taken else ()
-        video = replace(target, known=known, source=start, follows=not transfer.shared_times)
+        video = replace(
+            target, known=known, source=start, positions_after=not transfer.shared_times
+        )
         out.append((*controls, video))
     return tuple(out)
 
@@ -264,7 +265,7 @@ def _shrunk(size: tuple[int, int], factor: int) -> tuple[int, int]:
 
 def _source(request: GenerateRequest, name: str | None) -> tuple[VideoSource, str]:
     """The clip of a hint and its field; of None, or where there is none, the user's video."""
-    control = None if name is None else request.hints[name].control
+    control = None if name is None else request.controls[name].control
     if control is not None:
         return control, f"{name}.control"
     assert request.video is not None  # the request has seen to it
@@ -279,12 +280,12 @@ class _Reader:
     ) -> None:
         self._request, self._size = request, (width, height)
         self._limit, self._every = limit, every
-        self._most = MAX_BYTES // (width * height * 3 * len(request.hints))
+        self._most = MAX_BYTES // (width * height * 3 * len(request.controls))
         self._clips: dict[str | None, Pixels] = {}
 
     def control(self, name: str) -> Pixels:
         """The clip that shows a hint, [T, H, W, 3]."""
-        hint = self._request.hints[name]
+        hint = self._request.controls[name]
         if hint.control is not None:
             return self.clip(name)
         return np.stack([COMPUTE[name](frame, hint.preset) for frame in self.clip(None)])
@@ -321,8 +322,8 @@ def _limit(request: GenerateRequest, fps: float) -> int | None:
 
 def _chunks(request: GenerateRequest, model: ModelConfig, total: int, most: int) -> Chunks:
     if total == 1:
-        first = next(iter(request.hints))
-        field = "video" if request.hints[first].control is None else f"{first}.control"
+        first = next(iter(request.controls))
+        field = "video" if request.controls[first].control is None else f"{first}.control"
         raise InvalidRequest(field, "one frame", "a clip of at least two")
     per_chunk = request.num_video_frames_per_chunk or min(most, total)
     frames = round_frames(per_chunk, model.vae)
@@ -360,13 +361,13 @@ def _thinned(field: str, rate: float, every: int) -> list[str]:
 
 
 def _warnings(request: GenerateRequest, clips: tuple[Pixels, ...]) -> Iterator[str]:
-    for name, clip in zip(request.hints, clips, strict=True):
+    for name, clip in zip(request.controls, clips, strict=True):
         if len(clip) < len(clips[0]):
             yield (
-                f"{name} has {len(clip)} frames and {next(iter(request.hints))} {len(clips[0])}: it is"
+                f"{name} has {len(clip)} frames and {next(iter(request.controls))} {len(clips[0])}: it is"
                 " played back from its end"
             )
-    computed = any(hint.control is None for hint in request.hints.values())
+    computed = any(hint.control is None for hint in request.controls.values())
     if (
         request.video is not None
         and not computed

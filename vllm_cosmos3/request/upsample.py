@@ -95,7 +95,7 @@ def _first_frame(request: GenerateRequest, effective: Mapping[str, Any]) -> Imag
     """The first frame where it is given: a control says where things are, not what they look like."""
     if request.video is None:
         return request.image
-    if request.hints:
+    if request.controls:
         taken = effective["num_first_chunk_conditional_frames"]
         return next(media.frames_of(request.video, limit=1)) if taken else None
     frames = 4 * max(effective["condition_frame_indexes_vision"]) + 1

@@ -13,8 +13,8 @@ from vllm_cosmos3.checkpoint.latents import pixel_frames, token_count, vision_sh
 from vllm_cosmos3.generator.memory.ledger import Ledger
 from vllm_cosmos3.generator.memory.vae_activations import decode_peak, encode_peak
 from vllm_cosmos3.generator.memory.weight_bytes import FLOAT32, layer_bytes, loading, weights
-from vllm_cosmos3.request.defaults import TEXT_TOKENS
-from vllm_cosmos3.request.parameters import Parameters, resolve
+from vllm_cosmos3.request.defaults import TEXT_TOKENS, Parameters
+from vllm_cosmos3.request.parameters import resolve
 from vllm_cosmos3.request.plan import Plan
 from vllm_cosmos3.request.request import GenerateRequest
 

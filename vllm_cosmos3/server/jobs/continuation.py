@@ -101,9 +101,9 @@ def prepare(job: Job, plan: Plan, before: Job, journal: Journal) -> None:
     if made != wanted:
         possible = f"{wanted} or left out: that is the size of the video that it goes on from"
         raise InvalidRequest("size", made, possible, "conflict")
-    if plan.fps != before.effective["fps"]:
+    if plan.parameters.fps != before.effective["fps"]:
         possible = f"{before.effective['fps']:g} or left out: so is the video that it goes on from"
-        raise InvalidRequest("fps", plan.fps, possible, "conflict")
+        raise InvalidRequest("fps", plan.parameters.fps, possible, "conflict")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / CLIP, folder / BEFORE)

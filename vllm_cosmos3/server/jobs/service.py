@@ -241,12 +241,9 @@ class Service:
 
         async with self._planners:
             plan = await asyncio.to_thread(make)
-        if asked.server.get("truncate_prompt") is False:
-            for warning in plan.warnings:
-                if "is cut from" in warning:
-                    raise ApiError(
-                        "invalid_value", f"{warning}, and truncate_prompt is false", param="prompt"
-                    )
+        if plan.truncated and asked.server.get("truncate_prompt") is False:
+            message = f"{plan.truncated[0]}, and truncate_prompt is false"
+            raise ApiError("invalid_value", message, param="prompt")
         return plan
 
     async def infer(self, fields: Mapping[str, Any]) -> Output:
