@@ -52,6 +52,7 @@ from vllm_cosmos3.generator.pipeline import Pipeline
 from vllm_cosmos3.parallel.attention import Attend, make_attend
 from vllm_cosmos3.parallel.graphs import Recording
 from vllm_cosmos3.parallel.mesh import close_mesh, init_mesh
+from vllm_cosmos3.request.planner import make_plan
 from vllm_cosmos3.request.prompts import load_tokenizer
 from vllm_cosmos3.request.request import from_fields, parse_size
 
@@ -200,7 +201,9 @@ def run_ours(pipeline: Pipeline, each: Case, number: int) -> Run:
     with counted(pipeline.transformer) as calls:
         synchronize(device)
         start = time.perf_counter()
-        state = pipeline.encode(pipeline.plan(from_fields(each.fields(number))))
+        state = pipeline.encode(
+            make_plan(from_fields(each.fields(number)), pipeline.model, pipeline.tokenizer)
+        )
         marks = []
         while not state.done:
             pipeline.step(state)

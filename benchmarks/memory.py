@@ -25,10 +25,11 @@ import torch
 from machine import heading, provenance
 from vllm_cosmos3.checkpoint.config import EngineConfig, ParallelConfig
 from vllm_cosmos3.errors import OutOfMemory
-from vllm_cosmos3.generator.memory import Memory, estimate, work_of
+from vllm_cosmos3.generator.memory import MemoryEstimate, estimate, work_of
 from vllm_cosmos3.generator.memory.reservation import lift_limit
 from vllm_cosmos3.generator.pipeline import Pipeline
 from vllm_cosmos3.parallel.mesh import Mesh, init_mesh
+from vllm_cosmos3.request.planner import make_plan
 from vllm_cosmos3.request.request import GenerateRequest
 
 GIB = 2**30
@@ -119,8 +120,11 @@ def measure(
     args: argparse.Namespace,
 ) -> Row:
     """One request, phase by phase."""
-    device, plan = pipeline.device, pipeline.plan(request(label, args))
-    memory: Memory = estimate(pipeline.model, pipeline.config, work_of(plan))
+    device, plan = (
+        pipeline.device,
+        make_plan(request(label, args), pipeline.model, pipeline.tokenizer),
+    )
+    memory: MemoryEstimate = estimate(pipeline.model, pipeline.config, work_of(plan))
     pipeline.texts.clear()
     phases: dict[str, int] = {}
     seconds: dict[str, float] = {}
@@ -182,7 +186,7 @@ def refused(config: EngineConfig, mesh: Mesh, args: argparse.Namespace) -> Itera
 
 def refusal(pipeline: Pipeline, label: str, args: argparse.Namespace) -> str:
     """Of a request for which a ballast leaves no room; then a small one is served."""
-    plan = pipeline.plan(request(label, args))
+    plan = make_plan(request(label, args), pipeline.model, pipeline.tokenizer)
     need = estimate(pipeline.model, pipeline.config, work_of(plan)).request
     ballast = fill(pipeline.device, leave=need // 2)
     try:
@@ -195,7 +199,9 @@ def refusal(pipeline: Pipeline, label: str, args: argparse.Namespace) -> str:
 
 def failure(pipeline: Pipeline, args: argparse.Namespace) -> str:
     """Of torch's allocator in a step, provoked by a ballast that comes after the admission."""
-    state = pipeline.encode(pipeline.plan(request(args.requests[-1], args)))
+    state = pipeline.encode(
+        make_plan(request(args.requests[-1], args), pipeline.model, pipeline.tokenizer)
+    )
     pipeline.step(state)
     ballast = fill(pipeline.device, leave=64 * 2**20)
     try:
@@ -213,7 +219,7 @@ def failure(pipeline: Pipeline, args: argparse.Namespace) -> str:
 def served(pipeline: Pipeline, args: argparse.Namespace) -> str:
     """The smallest request, compared with what it gave before."""
     label = args.requests[0]
-    state = pipeline.encode(pipeline.plan(request(label, args)))
+    state = pipeline.encode(make_plan(request(label, args), pipeline.model, pipeline.tokenizer))
     while not state.done:
         pipeline.step(state)
     digest = hashlib.sha256(state.denoised[0]["vision"].cpu().numpy().tobytes()).hexdigest()

@@ -26,6 +26,7 @@ import torch.multiprocessing as processes
 from vllm_cosmos3.checkpoint.config import EngineConfig, ParallelConfig
 from vllm_cosmos3.generator.pipeline import Pipeline
 from vllm_cosmos3.parallel.mesh import close_mesh, init_mesh
+from vllm_cosmos3.request.planner import make_plan
 from vllm_cosmos3.request.request import GenerateRequest
 
 MESHES = {
@@ -131,7 +132,7 @@ def measure(pipeline: Pipeline, mesh: str, size: str, args: argparse.Namespace) 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = now(device)
-    state = pipeline.encode(pipeline.plan(request))
+    state = pipeline.encode(make_plan(request, pipeline.model, pipeline.tokenizer))
     text = now(device) - start
     steps = []
     while not state.done:

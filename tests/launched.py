@@ -119,7 +119,7 @@ def several(checkpoint: Path, out: Path) -> list[str]:
 
 
 def stuck(_: Path, out: Path) -> list[str]:
-    """The last rank fails before an exchange, in which the first one then waits for ever."""
+    """The last rank fails before a collective, in which the first one then waits for ever."""
     from test_executor import run, stage
     from toy_stage import ToyPlan
 

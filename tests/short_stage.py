@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_cosmos3.generator.pipeline import Pipeline, State
+from vllm_cosmos3.generator.pipeline import Pipeline, RequestState
 
 EVERYWHERE, LAST_RANK = 1001, 1002  # seeds of requests that fail so, in their second step
 
@@ -12,7 +12,7 @@ EVERYWHERE, LAST_RANK = 1001, 1002  # seeds of requests that fail so, in their s
 class ShortPipeline(Pipeline):
     """Fails as torch's allocator does, after what the step has allocated so far."""
 
-    def step(self, state: State) -> None:
+    def step(self, state: RequestState) -> None:
         last = self.mesh.world.rank == self.mesh.world.size - 1
         seed = state.plan.seeds[0]
         if state.index == 1 and (seed == EVERYWHERE or (seed == LAST_RANK and last)):

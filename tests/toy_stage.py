@@ -1,4 +1,4 @@
-"""A stage that adds up ranks, with real exchanges on every axis, and fails when it is told to."""
+"""A stage that adds up ranks, with real collectives on every axis, and fails when it is told to."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vllm_cosmos3.parallel.mesh import Mesh, all_gather
 class ToyPlan:
     """``faults`` maps a moment ("encode", "step 2", "decode", "finish") to what happens then.
 
-    A fault is "all" or "one" rank raising before an exchange, "invalid", "memory" (on all ranks),
+    A fault is "all" or "one" rank raising before a collective, "invalid", "memory" (on all ranks),
     "memory one", "hang" or "kill" on the last rank, or "crowded" until it is tried a second time.
     ``result`` is "broken" if it cannot be pickled after its first MiB, "deadly" if its rank dies
     there, and "unreadable" if it cannot be read again.

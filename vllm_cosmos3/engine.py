@@ -24,7 +24,7 @@ from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
 from vllm_cosmos3.generator.output import Output, Progress, Report, Sample
 from vllm_cosmos3.media import Clip
 from vllm_cosmos3.parallel.attention import BACKENDS
-from vllm_cosmos3.parallel.halo import MODES
+from vllm_cosmos3.parallel.halo import VAE_PARALLEL
 from vllm_cosmos3.request.plan import Plan
 from vllm_cosmos3.request.planner import make_plan
 from vllm_cosmos3.request.prompts import load_tokenizer
@@ -59,7 +59,7 @@ class Cosmos3(Closing):
         distributed_executor_backend: who starts the ranks: "mp" (the default for several), "ray"
             for several hosts, or "external_launcher" in a script that runs under torchrun, where
             only rank 0 gets results.
-        attention_backend: one of `runtime.attention.BACKENDS`, or "auto".
+        attention_backend: one of `parallel.attention.BACKENDS`, or "auto".
         load_format: "auto", or "dummy" for random weights where only the time matters.
         und_residency: where the text tower rests: "gpu", "host" (it visits the device to read the
             texts of a request) or "auto": the host only if a default video would not fit otherwise.
@@ -94,7 +94,7 @@ class Cosmos3(Closing):
     ) -> None:
         start = time.perf_counter()
         _check_choice("dtype", dtype, DTYPES)
-        _check_choice("vae_parallel", vae_parallel, MODES)
+        _check_choice("vae_parallel", vae_parallel, VAE_PARALLEL)
         _check_choice("attention_backend", attention_backend, ("auto", *BACKENDS))
         _check_choice("load_format", load_format, LOAD_FORMATS)
         _check_choice("und_residency", und_residency, RESIDENCIES)
@@ -214,7 +214,7 @@ class Cosmos3(Closing):
         given = list(requests) if several else [_request(requests, fields)]  # type: ignore[arg-type]
         with self._lock:
             runner = self._open()
-            with runner.together("the request"):
+            with runner.raising_together("the request"):
                 plans = [self.plan(_request(item, {})) for item in given]
             outputs = [self._run(runner, plan, report, cancelled, clip) for plan in plans]
         return outputs if several else outputs[0]

@@ -13,7 +13,7 @@ import pytest
 from vllm_cosmos3.checkpoint.config import read_config
 from vllm_cosmos3.cli import main
 from vllm_cosmos3.errors import OutOfMemory
-from vllm_cosmos3.generator.memory import Memory
+from vllm_cosmos3.generator.memory import MemoryEstimate
 from vllm_cosmos3.server.memory_split import GIB, Sizing, engine_of, share_of_reasoner, sized
 from vllm_cosmos3.server.options import Options
 
@@ -231,7 +231,7 @@ def test_files_are_not_needed_for_random_weights(tiny_checkpoint: Path, tmp_path
 
 def sizing(folder: Path, *, needed: float, device: float, limit: float | None = None) -> Sizing:
     """A generator that needs so many GiB of a device."""
-    memory = Memory(
+    memory = MemoryEstimate(
         weights={"all": round(needed * GIB) // 2},
         host={},
         loading=0,

@@ -17,11 +17,12 @@ from vllm_cosmos3.checkpoint.config import EngineConfig, ParallelConfig
 from vllm_cosmos3.checkpoint.synthetic import write_checkpoint
 from vllm_cosmos3.errors import CheckpointError
 from vllm_cosmos3.generator import pipeline as pipeline_module
-from vllm_cosmos3.generator.models.text_cache import RecentTexts
+from vllm_cosmos3.generator.models.text_cache import TextKVCache
 from vllm_cosmos3.generator.output import Output
 from vllm_cosmos3.generator.pipeline import Pipeline
 from vllm_cosmos3.media import Clip, read_video
 from vllm_cosmos3.parallel.mesh import close_mesh, init_mesh
+from vllm_cosmos3.request.planner import make_plan
 from vllm_cosmos3.request.request import from_fields
 
 SMALL = {
@@ -53,7 +54,7 @@ def pipeline(tiny_checkpoint_fp32: Path) -> Pipeline:
 def texts(pipeline: Pipeline) -> Iterator[list[int]]:
     """Lengths of the texts that the understanding tower has read, none of them before."""
     lengths: list[int] = []
-    pipeline.texts = RecentTexts(pipeline_module.TEXT_BYTES)
+    pipeline.texts = TextKVCache(pipeline_module.TEXT_BYTES)
     hook = pipeline.transformer.understanding.register_forward_hook(
         lambda _, inputs, __: lengths.append(len(inputs[0]))
     )
@@ -62,7 +63,9 @@ def texts(pipeline: Pipeline) -> Iterator[list[int]]:
 
 
 def run(pipeline: Pipeline, **fields: Any) -> Output:
-    state = pipeline.encode(pipeline.plan(from_fields({**SMALL, **fields})))
+    state = pipeline.encode(
+        make_plan(from_fields({**SMALL, **fields}), pipeline.model, pipeline.tokenizer)
+    )
     while not state.done:
         pipeline.step(state)
     pipeline.decode(state)
@@ -102,7 +105,7 @@ def test_same_seed_same_bits(pipeline: Pipeline) -> None:
 def test_each_text_is_read_once(
     pipeline: Pipeline, texts: list[int], fields: dict[str, Any], branches: int
 ) -> None:
-    plan = pipeline.plan(from_fields({**SMALL, **fields}))
+    plan = make_plan(from_fields({**SMALL, **fields}), pipeline.model, pipeline.tokenizer)
     first = run(pipeline, **fields)
     assert texts == [len(ids) for ids in plan.token_ids][:branches]
     again = run(pipeline, **fields)
@@ -142,7 +145,11 @@ def test_forwards_are_recorded_by_how_often_they_are_used(
 
 
 def test_a_clip_is_written_while_it_is_decoded(pipeline: Pipeline, tmp_path: Path) -> None:
-    plan = pipeline.plan(from_fields({**SMALL, "output_type": "pixels", "generate_sound": True}))
+    plan = make_plan(
+        from_fields({**SMALL, "output_type": "pixels", "generate_sound": True}),
+        pipeline.model,
+        pipeline.tokenizer,
+    )
     clip = Clip(path=tmp_path / "boat.mp4", crf=0)
     state = pipeline.encode(plan)
     while not state.done:
@@ -161,7 +168,13 @@ def test_a_clip_is_written_while_it_is_decoded(pipeline: Pipeline, tmp_path: Pat
 
 
 def test_several_results_have_no_clip(pipeline: Pipeline, tmp_path: Path) -> None:
-    state = pipeline.encode(pipeline.plan(from_fields({**SMALL, "output_type": "pixels", "n": 2})))
+    state = pipeline.encode(
+        make_plan(
+            from_fields({**SMALL, "output_type": "pixels", "n": 2}),
+            pipeline.model,
+            pipeline.tokenizer,
+        )
+    )
     while not state.done:
         pipeline.step(state)
     pipeline.decode(state, Clip(path=tmp_path / "boat.mp4"))
@@ -179,7 +192,10 @@ def test_several_results_are_those_of_their_seeds(pipeline: Pipeline) -> None:
 
 def test_requests_may_take_turns(pipeline: Pipeline) -> None:
     requests: list[dict[str, Any]] = [{}, {"image": PICTURE, "size": "80x80", "seed": 9}]
-    states = [pipeline.encode(pipeline.plan(from_fields({**SMALL, **r}))) for r in requests]
+    states = [
+        pipeline.encode(make_plan(from_fields({**SMALL, **r}), pipeline.model, pipeline.tokenizer))
+        for r in requests
+    ]
     while not states[0].done:
         for state in states:
             pipeline.step(state)
@@ -273,7 +289,11 @@ def test_distilled_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     folder = tmp_path / "distilled"
     write_checkpoint(folder, kind="distilled-i2v", dtype="float32")
     distilled = load(folder)
-    plan = distilled.plan(from_fields({**SMALL, "num_inference_steps": None, "image": PICTURE}))
+    plan = make_plan(
+        from_fields({**SMALL, "num_inference_steps": None, "image": PICTURE}),
+        distilled.model,
+        distilled.tokenizer,
+    )
     state = distilled.encode(plan)
     assert state.schedule.sigmas == pytest.approx((1.0, 0.9375, 0.8333333, 0.625, 0))
     while not state.done:
@@ -322,7 +342,7 @@ def test_controls_lie_beside_the_video_or_before_it(
     fields = {**SMALL, "seg": clip, "edge": clip, "control_guidance": 2.0, "fps": 24.0}
     for shared in (True, False):
         request = from_fields(fields | {"share_vision_temporal_positions": shared})
-        plan = pipeline.plan(request)
+        plan = make_plan(request, pipeline.model, pipeline.tokenizer)
         laid.clear()
         pipeline.encode(plan)
         full, bare, _ = laid

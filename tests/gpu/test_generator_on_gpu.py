@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from vllm_cosmos3.generator import pipeline as pipeline_module
-from vllm_cosmos3.generator.pipeline import Pipeline, State
+from vllm_cosmos3.generator.pipeline import Pipeline, RequestState
+from vllm_cosmos3.request.planner import make_plan
 from vllm_cosmos3.request.request import from_fields
 
 pytestmark = pytest.mark.gpu
@@ -36,8 +37,8 @@ POLICY = IMAGE | {  # what a robot asks for
 VIDEO = IMAGE | {"num_frames": 189}  # too many tokens for a graph, and for branches side by side
 
 
-def started(pipeline: Pipeline, fields: dict[str, object]) -> State:
-    return pipeline.encode(pipeline.plan(from_fields(fields)))
+def started(pipeline: Pipeline, fields: dict[str, object]) -> RequestState:
+    return pipeline.encode(make_plan(from_fields(fields), pipeline.model, pipeline.tokenizer))
 
 
 def latents(pipeline: Pipeline, fields: dict[str, object], steps: int) -> Tensor:

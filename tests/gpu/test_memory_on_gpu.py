@@ -17,6 +17,7 @@ from vllm_cosmos3.generator.memory import estimate, work_of
 from vllm_cosmos3.generator.pipeline import Pipeline
 from vllm_cosmos3.parallel.mesh import close_mesh, init_mesh
 from vllm_cosmos3.progress import Progress
+from vllm_cosmos3.request.planner import make_plan
 from vllm_cosmos3.request.request import from_fields
 
 pytestmark = pytest.mark.gpu
@@ -60,7 +61,7 @@ def run(config: EngineConfig, fields: dict[str, object]) -> tuple[torch.Tensor, 
     finally:
         close_mesh(mesh)
     loading = torch.cuda.max_memory_allocated()
-    plan = pipeline.plan(from_fields(fields))
+    plan = make_plan(from_fields(fields), pipeline.model, pipeline.tokenizer)
     state = pipeline.encode(plan)
     while not state.done:
         pipeline.step(state)

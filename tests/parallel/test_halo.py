@@ -14,8 +14,8 @@ from torch import Tensor
 
 from vllm_cosmos3.checkpoint.config import ParallelConfig
 from vllm_cosmos3.parallel.halo import (
-    MODES,
     OVERLAP,
+    VAE_PARALLEL,
     WHOLE,
     Part,
     Strips,
@@ -62,7 +62,7 @@ def test_tiles_are_balanced_and_share_the_overlap(extent: int, tile: int) -> Non
     height=st.integers(1, 70),
     width=st.integers(1, 70),
     ranks=st.integers(1, 8),
-    mode=st.sampled_from(MODES),
+    mode=st.sampled_from(VAE_PARALLEL),
     tile=st.sampled_from([16, 32]),
     scale=st.sampled_from([1, 2, 16]),
 )

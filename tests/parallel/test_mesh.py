@@ -1,4 +1,4 @@
-"""The mesh: group membership, the exchanges against plain slicing, legal degrees."""
+"""The mesh: group membership, the collectives against plain slicing, legal degrees."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def world_ranks(mesh: m.Mesh) -> dict[str, list[int]]:
     }
 
 
-def exchanges(mesh: m.Mesh, length: int, dtype: torch.dtype) -> None:
-    """Every exchange on the Ulysses axis gives what slicing the replicated tensor gives."""
+def collectives(mesh: m.Mesh, length: int, dtype: torch.dtype) -> None:
+    """Every collective on the Ulysses axis gives what slicing the replicated tensor gives."""
     axis = mesh.ulysses
     x_SHD = tokens(length).to(dtype)
     own = -(-length // axis.size)
@@ -84,11 +84,11 @@ def tensor_parallel_layers(mesh: m.Mesh) -> torch.Tensor:
 def steps(mesh: m.Mesh) -> list[bool]:
     """At one place, at two places, and where the last rank comes too late."""
     last, cpu = mesh.world.rank == mesh.world.size - 1, torch.device("cpu")
-    together = m.in_step(1, mesh.world, cpu, 60)
-    apart = m.in_step(2 + last, mesh.world, cpu, 60)
+    together = m.barrier(1, mesh.world, cpu, 60)
+    apart = m.barrier(2 + last, mesh.world, cpu, 60)
     if last:
         time.sleep(1)
-    late = m.in_step(4, mesh.world, cpu, 60 if last else 0.2)
+    late = m.barrier(4, mesh.world, cpu, 60 if last else 0.2)
     return [together, apart, late]
 
 
@@ -117,13 +117,13 @@ def test_rank_is_cfg_then_ulysses_then_tp(shape: tuple[int, int, int], ranks: Ra
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("length", [1, 3, 8, 13])
 @pytest.mark.parametrize("shape", [(1, 2, 1), (1, 4, 1), (1, 2, 2)])
-def test_exchanges_equal_slicing(
+def test_collectives_equal_slicing(
     shape: tuple[int, int, int], length: int, dtype: torch.dtype, ranks: Ranks
 ) -> None:
-    ranks(parallel(*shape), exchanges, length, dtype)
+    ranks(parallel(*shape), collectives, length, dtype)
 
 
-def test_exchanges_are_the_identity_at_size_one() -> None:
+def test_collectives_are_the_identity_at_size_one() -> None:
     alone = m.Axis("ulysses", 1, 0, None)
     x = tokens(5)
     assert m.shard_sequence(x, alone) is x

@@ -12,6 +12,7 @@ from vllm_cosmos3.checkpoint.config import EngineConfig, ParallelConfig
 from vllm_cosmos3.generator.output import Sample
 from vllm_cosmos3.generator.pipeline import Pipeline
 from vllm_cosmos3.parallel.mesh import Mesh
+from vllm_cosmos3.request.planner import make_plan
 from vllm_cosmos3.request.request import GenerateRequest
 
 UNGUIDED = ({"guidance_scale": 1.0}, {"guidance_interval": (0.0, 1.0)})
@@ -97,7 +98,7 @@ def run_all(mesh: Mesh, folder: Path, parallel: ParallelConfig) -> dict[str, tup
 
 
 def run(pipeline: Pipeline, request: GenerateRequest) -> Sample:
-    state = pipeline.encode(pipeline.plan(request))
+    state = pipeline.encode(make_plan(request, pipeline.model, pipeline.tokenizer))
     while not state.done:
         pipeline.step(state)
     pipeline.decode(state)
@@ -148,7 +149,9 @@ def work_of(
         calls.clear()
         pipeline.texts.clear()
         size = {"num_frames": 1, "height": 64, "width": 64, "output_type": "latent"}
-        plan = pipeline.plan(GenerateRequest(**COMMON, **size, **fields))
+        plan = make_plan(
+            GenerateRequest(**COMMON, **size, **fields), pipeline.model, pipeline.tokenizer
+        )
         state = pipeline.encode(plan)
         while not state.done:
             pipeline.step(state)
@@ -225,7 +228,7 @@ def failing(
         **COMMON, num_frames=5, height=64, width=64, generate_sound=True, n=2
     )  # fmt: skip
     videos, said = [run(pipeline, request).video], None
-    state = pipeline.encode(pipeline.plan(request))
+    state = pipeline.encode(make_plan(request, pipeline.model, pipeline.tokenizer))
     while not state.done:
         pipeline.step(state)
     pipeline.sound.decode = broken

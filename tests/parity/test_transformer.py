@@ -18,7 +18,7 @@ from vllm_cosmos3.checkpoint.tensors import transformer_tensors
 from vllm_cosmos3.checkpoint.weights import load_weights
 from vllm_cosmos3.generator.models.transformer import Context, Transformer, weight_table
 from vllm_cosmos3.generator.sampling import positions
-from vllm_cosmos3.generator.sampling.packing import Stream, free_frames, start_stream
+from vllm_cosmos3.generator.sampling.packing import Stream, frame_mask, start_stream
 from vllm_cosmos3.parallel.attention import make_attend
 from vllm_cosmos3.parallel.mesh import Mesh, close_mesh, init_mesh
 
@@ -98,7 +98,7 @@ def test_velocities_equal_those_of_the_reference(
         assert a.dtype == torch.float32
         assert a.shape == stream.x.shape
         assert (a - b).abs().max() <= BOUND, stream.name
-        assert (a.abs().amax() > 0.01) == bool(stream.free.any()), stream.name
+        assert (a.abs().amax() > 0.01) == bool(stream.denoise_mask.any()), stream.name
 
 
 def test_bfloat16_stays_near_float32(tiny_checkpoint: Path, mesh: Mesh, ours: Transformer) -> None:
@@ -138,10 +138,10 @@ def inputs(case: Case) -> tuple[list[Stream], Tensor]:
 
     def stream(name: str, shape: tuple[int, ...], free: Tensor) -> Stream:
         noise, clean = (torch.randn(shape, generator=generator) for _ in range(2))
-        return start_stream(name, noise=noise, clean=clean, free=free)
+        return start_stream(name, noise=noise, clean_latent=clean, denoise_mask=free)
 
     vision = (1, 48, case.frames, case.height, case.width)
-    streams = [stream("vision", vision, free_frames(case.frames, case.clean_frames))]
+    streams = [stream("vision", vision, frame_mask(case.frames, case.clean_frames))]
     if case.sound:
         free = torch.ones(1, case.sound, dtype=torch.bool)
         streams.append(stream("sound", (64, case.sound), free))
@@ -153,7 +153,12 @@ def inputs(case: Case) -> tuple[list[Stream], Tensor]:
 
 
 def restarted(stream: Stream) -> Stream:
-    return start_stream(stream.name, noise=stream.x, clean=stream.clean + 1, free=stream.free)
+    return start_stream(
+        stream.name,
+        noise=stream.x,
+        clean_latent=stream.clean_latent + 1,
+        denoise_mask=stream.denoise_mask,
+    )
 
 
 def velocities(

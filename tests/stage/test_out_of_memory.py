@@ -14,7 +14,7 @@ from short_stage import EVERYWHERE, LAST_RANK, ShortPipeline
 from vllm_cosmos3 import Cosmos3
 from vllm_cosmos3.checkpoint.config import EngineConfig, ParallelConfig, read_config
 from vllm_cosmos3.errors import OutOfMemory
-from vllm_cosmos3.generator.pipeline import State
+from vllm_cosmos3.generator.pipeline import RequestState
 from vllm_cosmos3.request.plan import Plan
 from vllm_cosmos3.request.planner import make_plan
 from vllm_cosmos3.request.prompts import load_tokenizer
@@ -31,7 +31,7 @@ def test_in_the_calling_process(tiny_checkpoint: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(runners, "Pipeline", ShortPipeline)
     states: list[weakref.ref[object]] = []
 
-    def stepping(pipeline: ShortPipeline, state: State) -> None:
+    def stepping(pipeline: ShortPipeline, state: RequestState) -> None:
         states.append(weakref.ref(state.streams[0].x) if state.streams else weakref.ref(pipeline))
         original(pipeline, state)
 

@@ -28,7 +28,7 @@ from vllm_cosmos3.errors import (
     WorkerDied,
 )
 from vllm_cosmos3.progress import Progress
-from vllm_cosmos3.stage.client import Job, StageClient
+from vllm_cosmos3.stage.client import StageClient, StageJob
 from vllm_cosmos3.stage.scheduler import QueueConfig
 
 LONG = 1000.0  # seconds of work in the scheduler's eyes
@@ -159,7 +159,7 @@ def test_a_stage_that_is_killed_while_it_starts_can_be_closed() -> None:
 
 def test_a_full_queue_is_busy(client: StageClient) -> None:
     slow = ToyPlan(steps=10_000, seconds=0.01)
-    jobs: list[Job] = [client.submit(slow, seconds=LONG)]
+    jobs: list[StageJob] = [client.submit(slow, seconds=LONG)]
     while client.status().running == 0:
         time.sleep(0.01)
     jobs += [client.submit(slow, seconds=LONG) for _ in range(6)]

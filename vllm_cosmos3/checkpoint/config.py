@@ -115,9 +115,6 @@ class VisionConfig:
 class SchedulerConfig:
     """``scheduler/scheduler_config.json``. ``t_list`` is set for distilled checkpoints only."""
 
-    class_name: str
-    num_train_timesteps: int
-    use_karras_sigmas: bool
     sigma_min: float | None
     sigma_max: float | None
     flow_shift: float
@@ -317,13 +314,12 @@ def _read_scheduler(folder: Path) -> SchedulerConfig:
             "must be equal"
         )
     fallback = {
-        "use_karras_sigmas": False,
         "sigma_min": None,
         "sigma_max": None,
         "flow_shift": values.get("shift", 1.0),
         "t_list": t_list,
     }
-    return _read(SchedulerConfig, file, values, {"class_name": "_class_name"}, fallback)
+    return _read(SchedulerConfig, file, values, {}, fallback)
 
 
 def _check_agreement(config: ModelConfig) -> None:

@@ -29,7 +29,7 @@ from vllm_cosmos3.request.fields import Spec
 from vllm_cosmos3.request.request import SPECS
 
 if TYPE_CHECKING:  # torch, which --help should not wait for
-    from vllm_cosmos3.generator.memory import Memory, Work
+    from vllm_cosmos3.generator.memory import MemoryEstimate, Work
 
 GIB = 2**30
 WITHOUT_CHECKPOINT = ("nano", "super")
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, or JSON. Status 1 where the request does not fit."""
-    from vllm_cosmos3.generator.memory import decided, estimate, suggestions
+    from vllm_cosmos3.generator.memory import estimate, resolve_residency, suggestions
     from vllm_cosmos3.parallel.mesh import check_degrees
 
     model = known_model(args.model, args.revision)
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     check_degrees(engine.parallel, model.transformer, guided=not model.distilled)
     work = work_of(args, model)
     limit = round(GPU_MEMORY.checked("gpu_memory", args.gpu_memory) * GIB)
-    engine = decided(model, engine, work, limit)
+    engine = resolve_residency(model, engine, work, limit)
     memory = estimate(model, engine, work)
     fits = memory.needed <= limit
     advice = [] if fits else suggestions(model, engine, work, limit)
@@ -121,7 +121,7 @@ def engine_of(args: argparse.Namespace, model: ModelConfig) -> EngineConfig:
 
 def work_of(args: argparse.Namespace, model: ModelConfig) -> Work:
     """The sizes of a request with these flags, checked as a request is; warnings go to stderr."""
-    from vllm_cosmos3.generator.memory import settled, work_with
+    from vllm_cosmos3.generator.memory import resolved_parameters, work_with
     from vllm_cosmos3.request.request import GenerateRequest
 
     request = GenerateRequest(
@@ -133,14 +133,16 @@ def work_of(args: argparse.Namespace, model: ModelConfig) -> Work:
         allow_untrained_size=True,
     )
     length = LENGTH.checked("text_tokens", args.text_tokens)
-    numbers = settled(model, request)
+    numbers = resolved_parameters(model, request)
     for warning in numbers.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     work = work_with(numbers, model)
     return replace(work, text=(length,) * len(work.text))
 
 
-def table(name: str, memory: Memory, engine: EngineConfig, work: Work, vae: VAEConfig) -> list[str]:
+def table(
+    name: str, memory: MemoryEstimate, engine: EngineConfig, work: Work, vae: VAEConfig
+) -> list[str]:
     """What a person reads, in GiB."""
     mesh, (_, shape) = engine.parallel, work.streams[0]
     ranks = f"{mesh.world_size} GPU{'s' if mesh.world_size > 1 else ''}"
@@ -176,7 +178,11 @@ def verdict(needed: int, limit: int, advice: list[tuple[str, int]]) -> list[str]
 
 
 def record(
-    memory: Memory, engine: EngineConfig, work: Work, limit: int, advice: list[tuple[str, int]]
+    memory: MemoryEstimate,
+    engine: EngineConfig,
+    work: Work,
+    limit: int,
+    advice: list[tuple[str, int]],
 ) -> dict[str, object]:
     """The same for programs, in bytes."""
     return {

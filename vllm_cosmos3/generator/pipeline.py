@@ -1,6 +1,6 @@
 """One request from plan to output in four calls: encode, step, decode, finish.
 
-The calls work on one explicit `State` and nothing loops over steps below them: whoever calls may
+The calls work on one explicit `RequestState` and nothing loops over steps below them: whoever calls may
 stop, report or serve another request between two steps. On several ranks each rank makes the same
 calls; only the first one gets pixels out. Everything that distinguishes one kind of request from
 another is in the streams of its plan.
@@ -24,14 +24,14 @@ from vllm_cosmos3.checkpoint.config import EngineConfig, ModelConfig, read_confi
 from vllm_cosmos3.checkpoint.latents import patch_grid, pixel_frames
 from vllm_cosmos3.checkpoint.tensors import sound_tensors, transformer_tensors, vae_tensors
 from vllm_cosmos3.checkpoint.weights import Table, identity_table, load_dummy_weights, load_weights
-from vllm_cosmos3.generator.memory import check_weights, decided, usual_work, work_of
+from vllm_cosmos3.generator.memory import check_weights, resolve_residency, usual_work, work_of
 from vllm_cosmos3.generator.memory.estimate import TEXT_BYTES
-from vllm_cosmos3.generator.memory.reservation import Budget, Promise, memory_of
+from vllm_cosmos3.generator.memory.reservation import MemoryBudget, Reservation, memory_of
 from vllm_cosmos3.generator.models.sound import SoundVAE
-from vllm_cosmos3.generator.models.text_cache import RecentTexts
+from vllm_cosmos3.generator.models.text_cache import TextKVCache
 from vllm_cosmos3.generator.models.transformer import (
     Context,
-    TextCache,
+    TextKV,
     Transformer,
     join,
     weight_table,
@@ -50,21 +50,19 @@ from vllm_cosmos3.generator.sampling.noise import initial_noise, step_noise
 from vllm_cosmos3.generator.sampling.packing import (
     Stream,
     filled_up,
-    free_frames,
-    free_rows,
+    frame_mask,
+    row_mask,
     start_stream,
 )
 from vllm_cosmos3.generator.sampling.schedule import Schedule, make_schedule
-from vllm_cosmos3.generator.sampling.solvers import SOLVERS
-from vllm_cosmos3.generator.sampling.solvers import State as SolverState
+from vllm_cosmos3.generator.sampling.solvers import SOLVERS, SolverState
 from vllm_cosmos3.media import Clip, VideoWriter
 from vllm_cosmos3.parallel.attention import make_attend
 from vllm_cosmos3.parallel.graphs import Recording, launches_matter
 from vllm_cosmos3.parallel.mesh import Mesh
 from vllm_cosmos3.parallel.timers import Timers
-from vllm_cosmos3.request import planner, prompts
+from vllm_cosmos3.request import prompts
 from vllm_cosmos3.request.plan import Plan, StreamPlan
-from vllm_cosmos3.request.request import GenerateRequest
 
 JOINED_TOKENS = 2048  # of all branches, up to which one forward is faster than one for each
 
@@ -72,19 +70,19 @@ Forward = Callable[..., Sequence[tuple[Tensor, ...]]]  # of the timestep and eac
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Known:
+class Conditioning:
     """The given part of a stream, on the device: its values, and where the rest is free."""
 
-    clean: Tensor
-    free: Tensor
+    clean_latent: Tensor
+    denoise_mask: Tensor
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class State:
+class RequestState:
     """All there is about one request in flight. ``index`` counts steps over all its samples."""
 
     plan: Plan
-    promise: Promise
+    reservation: Reservation
     schedule: Schedule
     guidance: tuple[Scales, ...]  # for each step: see sampling.guidance
     timers: Timers
@@ -92,7 +90,7 @@ class State:
     index: int = 0
     contexts: dict[int, Context] = field(default_factory=dict)  # by branch
     forwards: dict[tuple[int, ...], Forward] = field(default_factory=dict)  # by branches
-    known: tuple[Known, ...] = ()  # by stream, like all tuples below
+    known: tuple[Conditioning, ...] = ()  # by stream, like all tuples below
     streams: tuple[Stream, ...] = ()
     solver: tuple[SolverState, ...] = ()
     denoised: list[dict[str, Tensor]] = field(default_factory=list)  # by sample and chunk
@@ -122,8 +120,8 @@ class Pipeline:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.transformer, self.vae, self.sound = transformer, vae, sound
         self.mesh, self.device = mesh, device
-        self.texts = RecentTexts(TEXT_BYTES)
-        self.budget = Budget(model, config, mesh.world, device)
+        self.texts = TextKVCache(TEXT_BYTES)
+        self.budget = MemoryBudget(model, config, mesh.world, device)
 
     @classmethod
     def load(cls, config: EngineConfig, mesh: Mesh, device: torch.device | str) -> Pipeline:
@@ -137,7 +135,7 @@ class Pipeline:
         model = read_config(config.model, config.checkpoint_kind)
         tokenizer = prompts.load_tokenizer(config.model)
         usual, limit = usual_work(model), memory_of(device, config.memory_limit)
-        config = decided(model, config, usual, limit)
+        config = resolve_residency(model, config, usual, limit)
         check_weights(model, config, usual, limit)
         dtype = getattr(torch, config.dtype)
         attend = make_attend(
@@ -174,27 +172,23 @@ class Pipeline:
             _fill(sound, table, config, "sound_tokenizer", shapes, device)
         return cls(model, tokenizer, transformer, vae, sound, mesh, device, config)
 
-    def plan(self, request: GenerateRequest) -> Plan:
-        """Check a request against this checkpoint, where no engine has done so; touches no weight."""
-        return planner.make_plan(request, self.model, self.tokenizer)
-
     @torch.inference_mode()
-    def encode(self, plan: Plan) -> State:
+    def encode(self, plan: Plan) -> RequestState:
         """Read the prompts, once for all samples, and encode what is given of each stream.
 
         Raises:
             OutOfMemory: the request does not fit beside those in flight.
         """
-        promise = self.budget.promise(work_of(plan), self.texts.nbytes, self.texts.clear)
+        reservation = self.budget.reserve(work_of(plan), self.texts.nbytes, self.texts.clear)
         schedule = make_schedule(
             plan.parameters.schedule,
             steps=plan.parameters.num_inference_steps,
             shift=plan.parameters.flow_shift,
             scheduler=self.model.scheduler,
         )
-        state = State(
+        state = RequestState(
             plan=plan,
-            promise=promise,
+            reservation=reservation,
             schedule=schedule,
             guidance=_guidance(plan, schedule),
             timers=Timers(self.device),
@@ -208,7 +202,7 @@ class Pipeline:
         return state
 
     @torch.inference_mode()
-    def step(self, state: State) -> None:
+    def step(self, state: RequestState) -> None:
         """One denoising step of one sample. The first step of a sample draws its noise."""
         plan = state.plan
         place, index = divmod(state.index, plan.parameters.num_inference_steps)
@@ -226,7 +220,7 @@ class Pipeline:
             state.streams, state.solver = (), ()
 
     @torch.inference_mode()
-    def decode(self, state: State, clip: Clip | None = None) -> None:
+    def decode(self, state: RequestState, clip: Clip | None = None) -> None:
         """Turn the latents of every sample into pixels and sound on the host.
 
         The video of a request for a single one is written to ``clip`` meanwhile.
@@ -247,7 +241,7 @@ class Pipeline:
         state.denoised.clear()
         state.frames.clear()
 
-    def finish(self, state: State) -> Output:
+    def finish(self, state: RequestState) -> Output:
         """The result, with the seconds that each phase took."""
         timings = state.timers.totals()
         timings["per_step"] = timings["denoise"] / state.plan.steps
@@ -263,7 +257,7 @@ class Pipeline:
 
     # Encoding.
 
-    def _understand(self, state: State, branch: int) -> Context:
+    def _understand(self, state: RequestState, branch: int) -> Context:
         """Keys and values of one branch's text, and the positions of all that follows it."""
         plan = state.plan
         ids = plan.token_ids[branch]
@@ -279,7 +273,7 @@ class Pipeline:
         text = self._text(state, tuple(ids))
         return Context(texts=(text,), rope=rope)
 
-    def _text(self, state: State, ids: tuple[int, ...]) -> TextCache:
+    def _text(self, state: RequestState, ids: tuple[int, ...]) -> TextKV:
         """Keys and values of a text, which another branch or a recent request may have read."""
         for branch, context in state.contexts.items():
             if state.plan.token_ids[branch] == ids:
@@ -302,17 +296,17 @@ class Pipeline:
             frames, rows, columns, start=start, fps=stream.rate, config=config
         )
 
-    def _known(self, stream: StreamPlan, taken: Tensor | None = None) -> Known:
+    def _known(self, stream: StreamPlan, taken: Tensor | None = None) -> Conditioning:
         """What is given of a stream: by its source, or the pixels ``taken`` from elsewhere."""
         clean = torch.zeros(stream.shape, device=self.device)
         if stream.name == "sound":
             free = torch.ones((1, stream.length), dtype=torch.bool)
-            return Known(clean=clean, free=free.to(self.device))
+            return Conditioning(clean_latent=clean, denoise_mask=free.to(self.device))
         if stream.name == "action":
             assert stream.source is not None  # zeros, where nothing is given
             clean = torch.from_numpy(stream.source).to(self.device)
-            free = free_rows(stream.shape, stream.known, stream.channels)
-            return Known(clean=clean, free=free.to(self.device))
+            free = row_mask(stream.shape, stream.known, stream.channels)
+            return Conditioning(clean_latent=clean, denoise_mask=free.to(self.device))
         pixels = taken if taken is None else filled_up(taken, stream.canvas)
         if stream.source is not None:
             pixels = to_pixels(torch.from_numpy(stream.source).to(self.device))
@@ -323,11 +317,13 @@ class Pipeline:
             height, width = stream.shape[3:]  # of a canvas that was filled up, the picture
             for frame in stream.known:
                 clean[:, :, frame] = given[:, :, frame, :height, :width]
-        return Known(clean=clean, free=free_frames(stream.length, stream.known).to(self.device))
+        return Conditioning(
+            clean_latent=clean, denoise_mask=frame_mask(stream.length, stream.known).to(self.device)
+        )
 
     # Denoising.
 
-    def _take_over(self, state: State, chunk: int) -> None:
+    def _take_over(self, state: RequestState, chunk: int) -> None:
         """Encode what is known of a chunk: of a later one also the end of the one before."""
         plan, end = state.plan, None
         if chunk:
@@ -336,7 +332,7 @@ class Pipeline:
             with state.timers.phase("vae_encode"):
                 state.known = tuple(self._known(stream, end) for stream in plan.chunks[chunk])
 
-    def _end(self, state: State, latents: Tensor) -> Tensor:
+    def _end(self, state: RequestState, latents: Tensor) -> Tensor:
         """The last pixels of a chunk, float32 [1, 3, overlap, H, W]; the first rank keeps all of it."""
         plan, frames = state.plan, []
         keep = plan.decoded and self.mesh.world.rank == 0
@@ -352,7 +348,7 @@ class Pipeline:
             state.frames.append(torch.cat(frames)[skip:] if keep else end.new_empty(0))
         return end
 
-    def _start(self, state: State, seed: int, chunk: int) -> None:
+    def _start(self, state: RequestState, seed: int, chunk: int) -> None:
         plan = state.plan
         planned = plan.chunks[chunk]
         shapes = {stream.name: stream.shape for stream in planned}
@@ -364,8 +360,8 @@ class Pipeline:
             start_stream(
                 stream.name,
                 noise=noise[stream.name].to(self.device),
-                clean=known.clean,
-                free=known.free,
+                clean_latent=known.clean_latent,
+                denoise_mask=known.denoise_mask,
             )
             for stream, known in zip(planned, state.known, strict=True)
         )
@@ -373,7 +369,7 @@ class Pipeline:
             state.forwards.clear()
         state.solver = tuple(SolverState() for stream in planned if stream.generated)
 
-    def _advance(self, state: State, seed: int, chunk: int, index: int) -> None:
+    def _advance(self, state: RequestState, seed: int, chunk: int, index: int) -> None:
         """Predict, guide, step, and put back what is known. The solver works in float32."""
         plan, schedule = state.plan, state.schedule
         planned = plan.chunks[chunk]
@@ -400,12 +396,12 @@ class Pipeline:
             stream = state.streams[place]
             noise = fresh[stream.name].to(self.device) if fresh else None
             x, after = solver.step(stream.x, v, before, schedule.sigmas, index, noise)
-            streams[place] = stream.restored(x)
+            streams[place] = stream.apply_clean(x)
             remembered.append(after)
         state.streams, state.solver = tuple(streams), tuple(remembered)
 
     def _predict(
-        self, state: State, moving: Sequence[int], timestep: Tensor, branches: Sequence[int]
+        self, state: RequestState, moving: Sequence[int], timestep: Tensor, branches: Sequence[int]
     ) -> list[tuple[Tensor, ...]]:
         """The velocities of what is ``moving``, by branch: together where the tokens are few."""
         found: dict[int, tuple[Tensor, ...]] = {}
@@ -418,7 +414,7 @@ class Pipeline:
                 found[branch] = tuple(v for place, v in named if place in moving)
         return [found[branch] for branch in branches]
 
-    def _forward(self, state: State, branches: tuple[int, ...]) -> Forward:
+    def _forward(self, state: RequestState, branches: tuple[int, ...]) -> Forward:
         """The transformer for these branches: made once, as it may be a recording."""
         if branches not in state.forwards:
             context = join([state.contexts[branch] for branch in branches])
@@ -436,7 +432,7 @@ class Pipeline:
 
     # Decoding.
 
-    def _undecoded(self, state: State, seed: int, chunks: list[dict[str, Tensor]]) -> Sample:
+    def _undecoded(self, state: RequestState, seed: int, chunks: list[dict[str, Tensor]]) -> Sample:
         """The latents: of video in several chunks those of one chunk after the other."""
         vision = torch.cat([chunk["vision"] for chunk in chunks], dim=2)
         latents = {**chunks[-1], "vision": vision}
@@ -445,14 +441,14 @@ class Pipeline:
         return Sample(seed=seed, latents=arrays, action=_actions(state.plan, latents))
 
     def _decode_all(
-        self, state: State, samples: list[dict[str, Tensor]], clip: Clip | None
+        self, state: RequestState, samples: list[dict[str, Tensor]], clip: Clip | None
     ) -> None:
         """The samples, of whose last chunks these are the latents, on the first rank."""
         plan = state.plan
         decoding = [self.vae.decode(latents["vision"]) for latents in samples]  # begins when read
         if self.mesh.world.rank:
             with state.timers.phase("vae_decode"):
-                deque(chain(*decoding), maxlen=0)  # the ranks exchange borders
+                deque(chain(*decoding), maxlen=0)  # the ranks need each other's borders
             state.samples += [Sample(seed=seed) for seed in plan.seeds]
             return
         single, earlier = len(samples) == 1, len(plan.later_chunks)
@@ -469,7 +465,7 @@ class Pipeline:
 
     def _decoded(
         self,
-        state: State,
+        state: RequestState,
         seed: int,
         latents: dict[str, Tensor],
         shown: Iterable[np.ndarray],
@@ -485,7 +481,7 @@ class Pipeline:
             return Sample(seed=seed, image=video[0], sound=waveform, action=action)
         return Sample(seed=seed, video=video, sound=waveform, action=action, clip=clip)
 
-    def _waveform(self, state: State, latents: dict[str, Tensor]) -> np.ndarray | None:
+    def _waveform(self, state: RequestState, latents: dict[str, Tensor]) -> np.ndarray | None:
         """The sound on the host, float32 [2, N], if there is any."""
         with state.timers.phase("sound"):
             if self.sound is None or "sound" not in latents:
@@ -585,7 +581,7 @@ def _without(chunks: Iterable[np.ndarray], hidden: int) -> Iterator[np.ndarray]:
         hidden = max(0, hidden - len(chunk))
 
 
-def _groups(state: State, branches: Sequence[int]) -> Iterator[tuple[int, ...]]:
+def _groups(state: RequestState, branches: Sequence[int]) -> Iterator[tuple[int, ...]]:
     """Branches that are evaluated together: of the same streams, and where the tokens are few."""
     alike: dict[tuple[int, ...], list[int]] = {}
     for branch in branches:

@@ -31,7 +31,7 @@ Fill = Callable[
     [Tensor, Tensor], object
 ]  # writes into its first argument what it makes of the second
 
-MODES = ("halo", "tile", "off")
+VAE_PARALLEL = ("halo", "tile", "off")
 TILE = 32  # positions along a side. Every tile computes its overlap again: 1.2x at 45 x 80
 OVERLAP = 4
 
@@ -77,7 +77,7 @@ class Strips:
         rows = x.shape[self.dim]
         own = present.narrow(self.dim, before, rows)
         through(own, x)
-        above, below = exchange(own, self.dim, before, after, self.axis)
+        above, below = exchange_halo(own, self.dim, before, after, self.axis)
         _fill(present.narrow(self.dim, 0, before), above)
         _fill(present.narrow(self.dim, before + rows, after), below)
         return out
@@ -128,7 +128,7 @@ class Part:
 
 
 def divide(height: int, width: int, axis: Axis, mode: str, tile: int = TILE) -> list[Part]:
-    """The parts of a plane that this rank of ``axis`` computes. ``mode`` is one of `MODES`.
+    """The parts of a plane that this rank of ``axis`` computes. ``mode`` is one of `VAE_PARALLEL`.
 
     ``halo``: one strip per rank, equal to computing the whole plane. A plane with fewer rows than
     ranks is computed whole on rank 0, as with ``off``. ``tile``: overlapping tiles of at most
@@ -189,7 +189,7 @@ def ramp(span: Span, fade: Span, scale: int, device: torch.device) -> Tensor:
     return weights
 
 
-def exchange(
+def exchange_halo(
     x: Tensor, dim: int, before: int, after: int, axis: Axis
 ) -> tuple[Tensor | None, Tensor | None]:
     """The last ``before`` rows of the previous rank and the first ``after`` rows of the next.

@@ -1,7 +1,7 @@
 """The mesh of ranks: rank = (cfg, ulysses, tp), tensor parallel fastest. The only process-group code.
 
 Groups are made by vLLM's own functions, so that vLLM's parallel layers find the tensor-parallel
-degree where they look for it. Every exchange is the identity on an axis of size one.
+degree where they look for it. Every collective is the identity on an axis of size one.
 
 Shape suffixes: S tokens of the whole sequence, s tokens of this rank, H heads of the whole axis,
 h heads of this rank, D values of one token or head.
@@ -211,7 +211,7 @@ def gather_heads(x_ShD: Tensor, axis: Axis) -> Tensor:
 
 
 def own_heads(x_SHD: Tensor, axis: Axis) -> Tensor:
-    """The heads that ``scatter_heads`` leaves here, of a replicated [S, ..., H, D]. No exchange."""
+    """The heads that ``scatter_heads`` leaves here, of a replicated [S, ..., H, D]. No collective."""
     return x_SHD if axis.size == 1 else x_SHD.chunk(axis.size, dim=-2)[axis.rank].contiguous()
 
 
@@ -224,10 +224,10 @@ def all_gather(x: Tensor, axis: Axis) -> list[Tensor]:
     return parts
 
 
-def in_step(number: int, axis: Axis, device: torch.device, seconds: float) -> bool:
-    """Whether all ranks of the axis come here within ``seconds``, with the same number.
+def barrier(number: int, axis: Axis, device: torch.device, seconds: float) -> bool:
+    """A barrier with a time limit: whether all ranks of the axis come here within ``seconds``, with the same number.
 
-    If not, an exchange is left behind that may never end.
+    If not, a collective is left behind that may never end.
     """
     if axis.size == 1:
         return True

@@ -10,7 +10,13 @@ from typing import Any
 
 from vllm_cosmos3.checkpoint.config import EngineConfig, ModelConfig, ParallelConfig, read_config
 from vllm_cosmos3.errors import InvalidRequest, OutOfMemory
-from vllm_cosmos3.generator.memory import Memory, decided, estimate, suggestions, usual_work
+from vllm_cosmos3.generator.memory import (
+    MemoryEstimate,
+    estimate,
+    resolve_residency,
+    suggestions,
+    usual_work,
+)
 from vllm_cosmos3.generator.models.components import check_files
 from vllm_cosmos3.parallel.attention import BACKENDS
 from vllm_cosmos3.parallel.mesh import check_degrees
@@ -33,7 +39,7 @@ class Sizing:
 
     model: ModelConfig
     engine: EngineConfig
-    memory: Memory
+    memory: MemoryEstimate
     device: int | None
     limit: int | None
 
@@ -76,7 +82,7 @@ def sized(folder: Path, options: Options, device: str) -> Sizing:
     if engine.load_format != "dummy":
         check_files(model)
     work = usual_work(model)
-    engine = decided(model, engine, work, limit)
+    engine = resolve_residency(model, engine, work, limit)
     memory = estimate(model, engine, work)
     needed = max(memory.loading, memory.resident) + memory.reserve
     if limit is not None and needed > limit:

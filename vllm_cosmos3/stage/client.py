@@ -31,13 +31,13 @@ from vllm_cosmos3.progress import Progress, Report
 from vllm_cosmos3.stage.executor import check_backend
 from vllm_cosmos3.stage.process import (
     Accepted,
-    Advanced,
-    Ask,
     Cancel,
     Done,
-    Failed,
+    Failure,
+    ProgressUpdate,
     Setup,
     Status,
+    StatusRequest,
     Stop,
     Submit,
     address,
@@ -57,7 +57,7 @@ QUIET = {  # what torch and vLLM would say of an ordinary start
 STOP_SECONDS = 20.0  # until a stage that was told to stop is killed
 
 
-class Job:
+class StageJob:
     """A submitted request. ``future`` gets its result, or the error that ended it."""
 
     def __init__(self, name: str, cancel: Callable[[str], None], report: Report | None) -> None:
@@ -84,18 +84,18 @@ class Job:
         """End the request with its current step; the future then raises Cancelled."""
         self._cancel(self.name)
 
-    def _hear(self, message: object) -> None:
+    def _handle(self, message: object) -> None:
         match message:
             case Accepted(position=position):
                 self.position = position
                 if not self._accepted.done():
                     self._accepted.set_result(None)
-            case Advanced(progress=progress):
+            case ProgressUpdate(progress=progress):
                 self.progress = progress
-                self._tell(progress)
+                self._report_progress(progress)
             case Done(value=value):
                 self._take(value)
-            case Failed(error=error):
+            case Failure(error=error):
                 if not self._accepted.done():
                     self._accepted.set_exception(error)
                 self.future.set_exception(self._raised or error)
@@ -110,7 +110,7 @@ class Job:
         else:  # of a report: too late to cancel
             self.future.set_exception(self._raised)
 
-    def _tell(self, progress: Progress) -> None:
+    def _report_progress(self, progress: Progress) -> None:
         if self._report is None:
             return
         try:
@@ -138,7 +138,7 @@ class StageClient:
         self._stage, self._queue = stage, queue or QueueConfig()
         self._drain_seconds = drain_seconds
         self._folder = Path(tempfile.mkdtemp(prefix="cosmos3-"))
-        self._jobs: dict[str, Job] = {}
+        self._jobs: dict[str, StageJob] = {}
         self._status = Status(state="starting")
         self._changed = threading.Condition()  # guards all state, tells of every change
         self._error: Cosmos3Error | None = None
@@ -183,7 +183,7 @@ class StageClient:
         clip: Any = None,
         deadline: float | None = None,
         report: Report | None = None,
-    ) -> Job:
+    ) -> StageJob:
         """Queue a request, which is a plan of the stage.
 
         ``seconds`` estimate its work. With ``save`` rank 0 writes the result there; ``clip`` is
@@ -193,7 +193,7 @@ class StageClient:
             Busy: the queue is full, or the stage is stopping.
             Cosmos3Error: the stage is gone.
         """
-        job = Job(uuid.uuid4().hex, self._cancel, report)
+        job = StageJob(uuid.uuid4().hex, self._cancel, report)
         with self._changed:
             self._check_open()
             self._jobs[job.name] = job
@@ -216,7 +216,7 @@ class StageClient:
         with self._changed:
             if self._error is None and not self._closing:
                 answered = self._answered
-                self._send(Ask())
+                self._send(StatusRequest())
                 self._changed.wait_for(lambda: self._answered > answered, timeout)
             return self._status
 
@@ -238,7 +238,7 @@ class StageClient:
             self._thread.join()
         self._wake.close(linger=0)
         for job in self._jobs.values():
-            job._hear(Failed(job.name, WorkerDied("the stage was closed")))
+            job._handle(Failure(job.name, WorkerDied("the stage was closed")))
         self._jobs.clear()
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -256,7 +256,7 @@ class StageClient:
                 if not name or name.decode() in self._jobs:
                     stage.send(data)
             if stage in ready:
-                self._hear(pickle.loads(stage.recv()))
+                self._handle(pickle.loads(stage.recv()))
             elif self._process.poll() is not None:
                 stage.close()  # with what was meant for the dead process
                 if not self._restarted():
@@ -279,27 +279,27 @@ class StageClient:
         for option, value in ((zmq.LINGER, 0), (zmq.SNDHWM, 0), (zmq.RCVHWM, 0)):
             stage.setsockopt(option, value)
         stage.connect(address(self._folder))
-        stage.send(pickle.dumps(Ask()))  # from now on it tells of every change
+        stage.send(pickle.dumps(StatusRequest()))  # from now on it tells of every change
         return stage
 
-    def _hear(self, message: object) -> None:
+    def _handle(self, message: object) -> None:
         match message:
             case Status():
                 with self._changed:
                     self._status = message
                     self._answered += 1
                     self._changed.notify_all()
-            case Failed(job=None, error=error):
+            case Failure(job=None, error=error):
                 with self._changed:
                     self._error = error
                     self._changed.notify_all()
-            case Accepted(job=name) | Advanced(job=name):
+            case Accepted(job=name) | ProgressUpdate(job=name):
                 if name in self._jobs:
-                    self._jobs[name]._hear(message)
-            case Done(job=name) | Failed(job=str(name)):
+                    self._jobs[name]._handle(message)
+            case Done(job=name) | Failure(job=str(name)):
                 job = self._jobs.pop(name, None)
                 if job is not None:
-                    job._hear(message)
+                    job._handle(message)
 
     def _send(self, message: object, job: str = "") -> None:
         """Hand a message to the listening thread; one about a job is dropped with the job."""
@@ -367,7 +367,7 @@ class StageClient:
             alive = self._process.poll() is None
             self._changed.notify_all()
         for job in jobs:
-            job._hear(Failed(job.name, error))
+            job._handle(Failure(job.name, error))
         return alive
 
 

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from vllm_cosmos3.errors import Cosmos3Error, DeadlineExceeded, InvalidRequest, WorkerDied
-from vllm_cosmos3.stage.launcher_sync import Agreement, end_with_failure
+from vllm_cosmos3.stage.launcher_sync import FailureConsensus, end_with_failure
 from vllm_cosmos3.stage.worker import NoModel, Reply, StageConfig
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class StageExecutor:
         self._config = config
         self._executor: Any = None
         self._number = 0
-        self._agreement: Agreement | None = None
+        self._consensus: FailureConsensus | None = None
         self.healthy = False
 
     def start(self) -> None:
@@ -61,7 +61,7 @@ class StageExecutor:
         try:
             self._executor = _make_executor(self._config)
             if self._config.backend == "external_launcher":
-                self._agreement = Agreement()
+                self._consensus = FailureConsensus()
         except Exception as error:
             raise WorkerDied(
                 f"the workers did not start ({error}); the log has the cause"
@@ -81,11 +81,11 @@ class StageExecutor:
     def close(self) -> None:
         """End all workers and remove what they shared. Can be repeated."""
         executor, self._executor = self._executor, None
-        if executor is None or (self._agreement is not None and not self.healthy):
+        if executor is None or (self._consensus is not None and not self.healthy):
             return
         segments = _shared_segments(executor)
         if not self.healthy:
-            # A rank that waits in an exchange hears no request to end.
+            # A rank that waits in a collective hears no request to end.
             for worker in getattr(executor, "workers", ()):
                 worker.proc.kill()
         self.healthy = False
@@ -122,12 +122,12 @@ class StageExecutor:
         rank, first = min(errors.items())
         if type(first.error) is Cosmos3Error and first.trace:  # not foreseen: where it was raised
             logger.error("rank %d: %s", rank, first.trace)
-        if len(replies) < self._config.engine.parallel.world_size or not self._in_step():
+        if len(replies) < self._config.engine.parallel.world_size or not self._barrier():
             self._lose()
         assert first.error is not None
         raise first.error
 
-    def agree(self, error: Cosmos3Error | None) -> Cosmos3Error | None:
+    def consensus(self, error: Cosmos3Error | None) -> Cosmos3Error | None:
         """What the first of the ranks has to report that has failed outside of a call.
 
         All ranks that a launcher has started come here between the same two calls.
@@ -136,9 +136,9 @@ class StageExecutor:
             WorkerDied: not all of them did.
         """
         self._check()
-        assert self._agreement is not None, "one process makes the calls for all ranks"
+        assert self._consensus is not None, "one process makes the calls for all ranks"
         try:
-            errors = self._agreement.errors(error, self._config.timeout)
+            errors = self._consensus.errors(error, self._config.timeout)
         except TimeoutError:
             self._lose()
             raise WorkerDied(f"the other ranks do not answer; {START_AGAIN}") from None
@@ -147,17 +147,17 @@ class StageExecutor:
     def _check(self) -> None:
         if self.healthy:
             return
-        if self._agreement is not None:
+        if self._consensus is not None:
             raise WorkerDied(f"the ranks are out of step after a failure; {START_AGAIN}")
         raise WorkerDied("the workers are gone; restart the stage")
 
     def _lose(self) -> None:
         self.healthy = False
-        if self._agreement is not None:
+        if self._consensus is not None:
             atexit.register(end_with_failure)
 
-    def _in_step(self) -> bool:
-        """Whether ranks that have all answered still meet each other in exchanges."""
+    def _barrier(self) -> bool:
+        """Whether ranks that have all answered still meet each other in collectives."""
         try:
             replies = self._send("ping", (self._number, PING_SECONDS), PING_SECONDS, None)
         except Cosmos3Error:
@@ -177,7 +177,9 @@ class StageExecutor:
         )
         if future.done():  # the worker is in this process
             (own,) = future.result()
-            return {0: own} if self._agreement is None else self._agreed(method, own, seconds)
+            return (
+                {0: own} if self._consensus is None else self._replies_of_all(method, own, seconds)
+            )
         self._executor.futures_queue.clear()  # the answers are read here, not by vLLM's future
         try:
             return self._collect(method, time.monotonic() + seconds, while_waiting)
@@ -185,11 +187,11 @@ class StageExecutor:
             self.healthy = False
             raise
 
-    def _agreed(self, method: str, own: Reply, seconds: float) -> dict[int, Reply]:
+    def _replies_of_all(self, method: str, own: Reply, seconds: float) -> dict[int, Reply]:
         """The replies of all ranks, as far as this one knows them."""
-        assert self._agreement is not None
+        assert self._consensus is not None
         try:
-            errors = self._agreement.errors(
+            errors = self._consensus.errors(
                 own.error, seconds if own.error is None else self._config.grace
             )
         except TimeoutError:

@@ -1,7 +1,7 @@
-"""What ranks that a launcher has started tell each other beside all exchanges: which of them failed.
+"""Failure consensus of ranks that a launcher has started: which of them have failed.
 
 No process of ours watches them. They meet in the store through which torch.distributed was started,
-which answers also while another rank waits in an exchange for ever.
+which answers also while another rank waits in a collective for ever.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vllm_cosmos3.errors import Cosmos3Error
 _made = itertools.count()  # alike on all ranks
 
 
-class Agreement:
+class FailureConsensus:
     """Made by every rank once torch.distributed is up; all ranks make the same calls."""
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Agreement:
             self._store.set(keys[self._rank], _pickled(own))
             self._store.wait(keys, timedelta(seconds=seconds))
             errors = [pickle.loads(self._store.get(key)) for key in keys]
-            # Whoever is here has read all that was told the last time.
+            # Whoever is here has read all of the last time.
             self._store.delete_key(f"{self._number - 1}/{self._rank}")
         except dist.DistError as error:
             raise TimeoutError(str(error)) from None
@@ -52,7 +52,7 @@ class Agreement:
 def end_with_failure() -> None:
     """End this process with status 1, at which the launcher ends the other ranks.
 
-    An ordinary end would wait for exchanges to which nobody comes.
+    An ordinary end would wait for collectives to which nobody comes.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -63,7 +63,7 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class StatusRequest:
     """Answered with `Status`."""
 
 
@@ -79,7 +79,7 @@ class Accepted:
 
 
 @dataclass(frozen=True, slots=True)
-class Advanced:
+class ProgressUpdate:
     job: str
     progress: Progress
 
@@ -93,7 +93,7 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
+class Failure:
     """The end of a request, or with no job the end of the stage."""
 
     job: str | None
@@ -128,7 +128,7 @@ class Setup:
 
 
 @dataclass(slots=True, eq=False)
-class Job:
+class JobState:
     """A request and how far it is."""
 
     client: bytes
@@ -167,7 +167,7 @@ class StageCore:
         forget(setup.folder)  # what the ranks of an earlier process have loaded
         self._executor = StageExecutor(setup.stage)
         self._scheduler = Scheduler(setup.queue)
-        self._jobs: dict[str, Job] = {}
+        self._jobs: dict[str, JobState] = {}
         self._clients: set[bytes] = set()
         self._state = "starting"
         self._restarts = 0
@@ -185,7 +185,7 @@ class StageCore:
             if self._state == "starting":
                 self._become("ready")
             while not self._finished():
-                if not self._turn():
+                if not self._run_turn():
                     self._serve(IDLE_SECONDS)
         except Stopped:
             self._end_all(Cancelled("the server was stopped"))
@@ -193,7 +193,7 @@ class StageCore:
             logger.error("the stage ends: %s", error)
             self._become("failed")
             self._end_all(WorkerDied(f"the stage ended: {error}"))
-            self._tell_all(Failed(None, error))
+            self._send_all(Failure(None, error))
             return 1
         finally:
             self._executor.close()
@@ -208,12 +208,12 @@ class StageCore:
 
     # Turns.
 
-    def _turn(self) -> bool:
+    def _run_turn(self) -> bool:
         """Make one call for one request; False if there is nothing to do."""
-        self._sweep()
+        self._end_expired()
         while self._scheduler.admit() is not None:
             pass
-        self._tell_positions()
+        self._send_positions()
         name = self._scheduler.turn()
         if name is None:
             return False
@@ -222,13 +222,13 @@ class StageCore:
         try:
             self._advance(job)
         except Cosmos3Error as error:
-            self._settle(job, error)
+            self._handle_failure(job, error)
         else:
             if name in self._jobs:
                 self._scheduler.charge(name, time.monotonic() - start)
         return True
 
-    def _advance(self, job: Job) -> None:
+    def _advance(self, job: JobState) -> None:
         """The next call of this request, and what its owner hears of it."""
         name, request = job.request.job, job.request
         if job.phase == "encode":
@@ -250,17 +250,17 @@ class StageCore:
             return
         self._report(job)
 
-    def _finish(self, job: Job) -> None:
+    def _finish(self, job: JobState) -> None:
         name, request = job.request.job, job.request
         spool = None if request.save is not None else self._spool(job)
         (value, *_) = self._call("finish", name, request.save, spool)
-        self._tell(job.client, Done(name, spool if spool is not None else value))
+        self._send(job.client, Done(name, spool if spool is not None else value))
         self._forget(job)
 
     def _call(self, method: str, *args: Any) -> list[Any]:
         return self._executor.call(method, *args, while_waiting=self._serve_or_stop)
 
-    def _settle(self, job: Job, error: Cosmos3Error) -> None:
+    def _handle_failure(self, job: JobState, error: Cosmos3Error) -> None:
         """Fail ``job``; bring the ranks back if they went with it, and start the others again."""
         if isinstance(error, OutOfMemory) and error.crowded and not self._is_alone(job):
             self._scheduler.readmit(job.request.job, alone=True)
@@ -273,10 +273,10 @@ class StageCore:
         else:
             self._replace_ranks()
 
-    def _is_alone(self, job: Job) -> bool:
+    def _is_alone(self, job: JobState) -> bool:
         return any(e.name == job.request.job and e.alone for e in self._scheduler.resident)
 
-    def _drop(self, job: Job) -> None:
+    def _drop(self, job: JobState) -> None:
         try:
             self._call("drop", job.request.job)
         except Cosmos3Error as error:
@@ -306,7 +306,7 @@ class StageCore:
         if self._state == "recovering":
             self._become("ready")
 
-    def _sweep(self) -> None:
+    def _end_expired(self) -> None:
         """End what was cancelled or has run out of time."""
         now = time.monotonic()
         for job in list(self._jobs.values()):
@@ -319,7 +319,7 @@ class StageCore:
             elif self._stop_at is not None and now > self._stop_at:
                 self._end(job, Cancelled("the server was stopped"))
 
-    def _end(self, job: Job, error: Cosmos3Error) -> None:
+    def _end(self, job: JobState, error: Cosmos3Error) -> None:
         resident = any(entry.name == job.request.job for entry in self._scheduler.resident)
         self._fail(job, error)
         if resident:
@@ -329,16 +329,16 @@ class StageCore:
         for job in list(self._jobs.values()):
             self._fail(job, error)
 
-    def _spool(self, job: Job) -> Path:
+    def _spool(self, job: JobState) -> Path:
         """Where rank 0 leaves the result of a request."""
         return self._setup.folder / job.request.job
 
-    def _fail(self, job: Job, error: Cosmos3Error) -> None:
+    def _fail(self, job: JobState, error: Cosmos3Error) -> None:
         self._spool(job).unlink(missing_ok=True)  # of a rank that died while it wrote
-        self._tell(job.client, Failed(job.request.job, error))
+        self._send(job.client, Failure(job.request.job, error))
         self._forget(job)
 
-    def _forget(self, job: Job) -> None:
+    def _forget(self, job: JobState) -> None:
         self._scheduler.remove(job.request.job)
         del self._jobs[job.request.job]
 
@@ -369,8 +369,8 @@ class StageCore:
                     self._jobs[name].cancelled = True
             case Stop():
                 self._state, self._stop_at = "draining", 0.0
-            case Ask():
-                self._tell(client, self._status())
+            case StatusRequest():
+                self._send(client, self._status())
 
     def _submit(self, client: bytes, request: Submit) -> None:
         try:
@@ -378,26 +378,26 @@ class StageCore:
                 raise Busy("the server is stopping")
             self._scheduler.submit(request.job, request.seconds)
         except Busy as error:
-            self._tell(client, Failed(request.job, error))
+            self._send(client, Failure(request.job, error))
             return
         expires = None if request.deadline is None else time.monotonic() + request.deadline
-        job = self._jobs[request.job] = Job(client, request, expires)
+        job = self._jobs[request.job] = JobState(client, request, expires)
         job.position = self._scheduler.position(request.job)
-        self._tell(client, Accepted(request.job, job.position))
+        self._send(client, Accepted(request.job, job.position))
 
-    def _tell_positions(self) -> None:
+    def _send_positions(self) -> None:
         for index, entry in enumerate(self._scheduler.waiting):
             job = self._jobs[entry.name]
             if job.position != index:
                 job.position = index
-                self._tell(job.client, Accepted(entry.name, index))
+                self._send(job.client, Accepted(entry.name, index))
 
-    def _report(self, job: Job) -> None:
-        self._tell(job.client, Advanced(job.request.job, job.progress()))
+    def _report(self, job: JobState) -> None:
+        self._send(job.client, ProgressUpdate(job.request.job, job.progress()))
 
     def _become(self, state: str) -> None:
         self._state = state
-        self._tell_all(self._status())
+        self._send_all(self._status())
 
     def _status(self) -> Status:
         return Status(
@@ -410,11 +410,11 @@ class StageCore:
             loaded=slowest(self._setup.folder),
         )
 
-    def _tell_all(self, message: object) -> None:
+    def _send_all(self, message: object) -> None:
         for client in self._clients:
-            self._tell(client, message)
+            self._send(client, message)
 
-    def _tell(self, client: bytes, message: object) -> None:
+    def _send(self, client: bytes, message: object) -> None:
         self._socket.send_multipart([client, pickle.dumps(message)])
 
     # Life.

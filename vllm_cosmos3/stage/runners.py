@@ -40,7 +40,7 @@ class Runner(Protocol):
         self, plan: Plan, report: Report, cancelled: Event, clip: Clip | None = None
     ) -> Output: ...
 
-    def together(self, what: str) -> AbstractContextManager[object]:
+    def raising_together(self, what: str) -> AbstractContextManager[object]:
         """What is raised inside on one rank is raised on all, which the caller is a rank of."""
 
     def close(self) -> None: ...
@@ -62,20 +62,20 @@ def make_runner(config: EngineConfig, backend: str | None = None) -> Runner:
     model = read_config(config.model, config.checkpoint_kind)
     check_degrees(config.parallel, model.transformer, guided=not model.distilled, devices=devices)
     if backend == "uni" and config.parallel.world_size == 1:
-        return InProcess(config)
+        return LocalRunner(config)
     if torch.device(config.device).index:
         possible = "without a number, as each rank has a device of its own"
         raise InvalidRequest("device", config.device, possible)
     if backend == "external_launcher":
-        return OneOfMany(StageConfig(engine=config, backend=backend, grace=PATIENCE))
-    return Remote(StageConfig(engine=config, backend=backend))
+        return LauncherRunner(StageConfig(engine=config, backend=backend, grace=PATIENCE))
+    return StageRunner(StageConfig(engine=config, backend=backend))
 
 
-class InProcess:
+class LocalRunner:
     """One rank: the pipeline itself. Starts nothing."""
 
     def __init__(self, config: EngineConfig) -> None:
-        # One rank exchanges nothing: vLLM's layers look their group up while they are built, and
+        # One rank makes no collective: vLLM's layers look their group up while they are built, and
         # closing it at once lets several models live in one process.
         if torch.distributed.is_initialized():  # whose groups would be used, and then closed
             raise Unsupported(
@@ -117,7 +117,7 @@ class InProcess:
         _free_caches()
         raise error
 
-    def together(self, what: str) -> AbstractContextManager[object]:
+    def raising_together(self, what: str) -> AbstractContextManager[object]:
         return nullcontext()
 
     def close(self) -> None:
@@ -135,7 +135,7 @@ def current(device: str | torch.device) -> AbstractContextManager[object]:
     return nullcontext() if index is None else torch.accelerator.device_index(index)
 
 
-class OneOfMany:
+class LauncherRunner:
     """This process is a rank; a launcher has started all, and all make the same calls.
 
     Rank 0 gets the results, the others outputs whose samples are empty. What ends a request on one
@@ -153,7 +153,7 @@ class OneOfMany:
             return self._executor.call(method, "request", *args)[rank]
 
         def tell(progress: Progress) -> None:
-            with self.together("progress"):
+            with self.raising_together("progress"):
                 report(progress)
 
         try:
@@ -167,13 +167,13 @@ class OneOfMany:
         return replace(output, samples=tuple(Sample(seed=s.seed) for s in output.samples))
 
     @contextmanager
-    def together(self, what: str) -> Iterator[None]:
+    def raising_together(self, what: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            self._executor.agree(public_error(error, what))
+            self._executor.consensus(public_error(error, what))
             raise
-        error_of_another = self._executor.agree(None)
+        error_of_another = self._executor.consensus(None)
         if error_of_another is not None:
             raise error_of_another
 
@@ -181,7 +181,7 @@ class OneOfMany:
         self._executor.close()
 
 
-class Remote:
+class StageRunner:
     """Ranks in processes of their own, behind the stage process."""
 
     def __init__(self, stage: StageConfig) -> None:
@@ -208,7 +208,7 @@ class Remote:
             job.cancel()
             raise
 
-    def together(self, what: str) -> AbstractContextManager[object]:
+    def raising_together(self, what: str) -> AbstractContextManager[object]:
         return nullcontext()
 
     def close(self) -> None:

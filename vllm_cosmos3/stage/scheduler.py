@@ -41,7 +41,7 @@ class QueueConfig:
 
 
 @dataclass(slots=True, eq=False)
-class Entry:
+class QueueEntry:
     """One request in the queue or resident."""
 
     name: str
@@ -56,8 +56,8 @@ class Scheduler:
 
     def __init__(self, config: QueueConfig) -> None:
         self.config = config
-        self.waiting: list[Entry] = []  # in order of arrival
-        self.resident: list[Entry] = []  # in order of admission
+        self.waiting: list[QueueEntry] = []  # in order of arrival
+        self.resident: list[QueueEntry] = []  # in order of admission
 
     @property
     def waiting_seconds(self) -> float:
@@ -75,7 +75,7 @@ class Scheduler:
         total, most = self.waiting_seconds, self.config.max_waiting_seconds
         if self.waiting and total + seconds > most:
             raise Busy(f"the queue is full: {total:.0f} of {most:.0f} seconds of work wait")
-        self.waiting.append(Entry(name, seconds))
+        self.waiting.append(QueueEntry(name, seconds))
 
     def admit(self) -> str | None:
         """Make the next waiting request resident; None if none may come in now."""
@@ -121,10 +121,10 @@ class Scheduler:
         names = [entry.name for entry in self.waiting]
         return names.index(name) if name in names else 0
 
-    def _is_short(self, entry: Entry) -> bool:
+    def _is_short(self, entry: QueueEntry) -> bool:
         return entry.seconds <= self.config.short_seconds
 
-    def _fits(self, entry: Entry) -> bool:
+    def _fits(self, entry: QueueEntry) -> bool:
         if entry.alone and self.resident:
             return False
         if self.config.policy == "fifo":
@@ -133,12 +133,12 @@ class Scheduler:
             return False
         return self._is_short(entry) or all(map(self._is_short, self.resident))
 
-    def _rank(self, entry: Entry) -> tuple[bool, bool, float, int]:
+    def _rank(self, entry: QueueEntry) -> tuple[bool, bool, float, int]:
         """Smaller is admitted earlier."""
         if self.config.policy == "fifo" or entry.passed >= self.config.max_passed:
             return (False, False, 0.0, self._order(entry))
         short = self._is_short(entry)
         return (True, not short, entry.seconds if short else 0.0, self._order(entry))
 
-    def _order(self, entry: Entry) -> int:
+    def _order(self, entry: QueueEntry) -> int:
         return self.waiting.index(entry)

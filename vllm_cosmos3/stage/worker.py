@@ -28,20 +28,14 @@ from vllm.v1.worker.worker_base import WorkerBase
 from vllm_cosmos3.checkpoint.config import EngineConfig
 from vllm_cosmos3.checkpoint.load_progress import counted
 from vllm_cosmos3.errors import Cosmos3Error, OutOfMemory
-from vllm_cosmos3.parallel.mesh import Mesh, close_mesh, from_first, in_step, init_mesh
-
-
-class Result(Protocol):
-    """What a stage makes. It can be written to files by the rank that holds it."""
-
-    def save(self, path: Path) -> list[Path]: ...
+from vllm_cosmos3.parallel.mesh import Mesh, barrier, close_mesh, from_first, init_mesh
 
 
 class Stage(Protocol):
     """What a rank runs. ``load`` makes it; the others are called for one request after another.
 
     ``encode`` makes the state of a request from its plan, which says in ``steps`` how often
-    ``step`` follows; then ``decode``, then ``finish``, whose value on rank 0 is the result. What
+    ``step`` follows; then ``decode``, then ``finish``, whose value on rank 0 is the result, which ``save(path)`` writes to files. What
     ``decode`` makes may go to ``clip`` meanwhile, if the request has one.
     """
 
@@ -165,9 +159,9 @@ class DiffusionWorker(WorkerBase):
             self._stage = stage.load(self._config.engine, self._mesh, self.device)
 
     def ping(self, number: int, seconds: float) -> None:
-        """Raise Cosmos3Error unless all ranks of every axis are at the same exchange in time."""
+        """Raise Cosmos3Error unless all ranks of every axis are at the same collective in time."""
         for axis in (self._mesh.world, self._mesh.cfg, self._mesh.ulysses, self._mesh.tp):
-            if not in_step(number, axis, self.device, seconds):
+            if not barrier(number, axis, self.device, seconds):
                 raise Cosmos3Error(f"the ranks of {axis.name} are out of step")
 
     def encode(self, job: str, plan: Any) -> None:
@@ -243,7 +237,7 @@ def end_with_parent(
     """End this process soon after process ``parent`` is no longer its parent, whatever it does.
 
     After ``patience`` seconds for an orderly end ``last`` is called. Signals would not do: a rank
-    may wait for ever in an exchange.
+    may wait for ever in a collective.
     """
 
     def watch() -> None:

@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from vllm_cosmos3.checkpoint.config import EngineConfig, ModelConfig, ParallelConfig
 from vllm_cosmos3.cli.plan import known_model
 from vllm_cosmos3.errors import OutOfMemory
-from vllm_cosmos3.generator.memory import Work, check_weights, decided, estimate, suggestions
+from vllm_cosmos3.generator.memory import (
+    Work,
+    check_weights,
+    estimate,
+    resolve_residency,
+    suggestions,
+)
 
 GIB = 2**30
 NANO = known_model("nano", None)
@@ -104,10 +110,10 @@ def test_what_rests_on_the_host_is_not_on_the_device(shape: Work, model: ModelCo
 
 def test_auto_moves_the_text_tower_only_where_it_must() -> None:
     engine, shape = replace(ENGINE, und_residency="auto"), work("1280x720", 189)
-    assert decided(NANO, engine, shape, 80 * GIB).und_residency == "gpu"
-    assert decided(NANO, engine, shape, 36 * GIB).und_residency == "host"
-    assert decided(NANO, engine, shape, None).und_residency == "gpu"
-    assert decided(NANO, ENGINE, shape, 1).und_residency == "gpu"  # the user's word
+    assert resolve_residency(NANO, engine, shape, 80 * GIB).und_residency == "gpu"
+    assert resolve_residency(NANO, engine, shape, 36 * GIB).und_residency == "host"
+    assert resolve_residency(NANO, engine, shape, None).und_residency == "gpu"
+    assert resolve_residency(NANO, ENGINE, shape, 1).und_residency == "gpu"  # the user's word
 
 
 def test_weights_that_do_not_fit_are_told_with_what_would() -> None:

@@ -20,6 +20,7 @@ from vllm_cosmos3.generator.models.vae import VideoVAE, to_frames
 from vllm_cosmos3.generator.pipeline import Pipeline
 from vllm_cosmos3.parallel.attention import make_attend
 from vllm_cosmos3.parallel.mesh import Mesh, init_mesh
+from vllm_cosmos3.request.planner import make_plan
 from vllm_cosmos3.request.request import from_fields
 
 VIDEO = {"size": "320x192", "num_frames": 25}
@@ -72,7 +73,9 @@ def peaks(folder: Path) -> list[tuple[int, int]]:
             pipeline = Pipeline.load(config, mesh, "cpu")
             seen = live.now
             settings = {"prompt": "A boat", "num_inference_steps": 3, "max_sequence_length": 512}
-            plan = pipeline.plan(from_fields({**settings, **fields}))
+            plan = make_plan(
+                from_fields({**settings, **fields}), pipeline.model, pipeline.tokenizer
+            )
             state = pipeline.encode(plan)
             while not state.done:
                 pipeline.step(state)
@@ -108,7 +111,12 @@ def test_decoding_on_two_ranks(tiny_checkpoint: Path, parallel: str, ranks: Rank
     mesh = ParallelConfig(ulysses_degree=2)
     measured = max(ranks(mesh, decoding, tiny_checkpoint, parallel))
     planned = decode_peak(
-        read_config(tiny_checkpoint).vae, SHAPE, world=2, parallel=parallel, item=4, fused=False
+        read_config(tiny_checkpoint).vae,
+        SHAPE,
+        world=2,
+        parallel=parallel,
+        element_size=4,
+        fused=False,
     )
     assert abs(planned - measured) <= 0.1 * measured
 
@@ -138,8 +146,8 @@ def test_weights_are_those_of_the_layers(tiny_checkpoint: Path, tp: int, ranks: 
         ParallelConfig(tensor_parallel_size=tp), parameter_bytes, tiny_checkpoint
     )
     model = read_config(tiny_checkpoint)
-    planned = weights(model, tensor_parallel_size=tp, item=2)
-    layer = layer_bytes(model.transformer, tensor_parallel_size=tp, item=2)
+    planned = weights(model, tensor_parallel_size=tp, element_size=2)
+    layer = layer_bytes(model.transformer, tensor_parallel_size=tp, element_size=2)
     assert measured == {
         "layer": layer,
         **{part: planned[part] for part in measured if part != "layer"},

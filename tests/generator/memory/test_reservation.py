@@ -17,7 +17,7 @@ from vllm_cosmos3.checkpoint.config import EngineConfig, ParallelConfig, read_co
 from vllm_cosmos3.cli import main
 from vllm_cosmos3.errors import InvalidRequest, OutOfMemory
 from vllm_cosmos3.generator.memory import Work, estimate
-from vllm_cosmos3.generator.memory.reservation import GIB, Budget
+from vllm_cosmos3.generator.memory.reservation import GIB, MemoryBudget
 from vllm_cosmos3.generator.pipeline import Pipeline
 from vllm_cosmos3.parallel.mesh import Axis, Mesh
 
@@ -40,10 +40,12 @@ def test_what_fits_to_the_byte_is_admitted(tiny_checkpoint: Path) -> None:
     model = read_config(tiny_checkpoint)
     memory = estimate(model, engine(tiny_checkpoint, None), LARGE)
     enough = memory.resident + memory.request
-    Budget(model, engine(tiny_checkpoint, enough), ALONE, CPU).promise(LARGE, 0, none_to_give_up)
-    short = Budget(model, engine(tiny_checkpoint, enough - 1), ALONE, CPU)
+    MemoryBudget(model, engine(tiny_checkpoint, enough), ALONE, CPU).reserve(
+        LARGE, 0, none_to_give_up
+    )
+    short = MemoryBudget(model, engine(tiny_checkpoint, enough - 1), ALONE, CPU)
     with pytest.raises(OutOfMemory) as refused:
-        short.promise(LARGE, 0, lambda: None)
+        short.reserve(LARGE, 0, lambda: None)
     assert refused.value.code == "out_of_memory"
     needed, free = (int(n.replace(",", "")) for n in re.findall(r"[\d,]{5,}", str(refused.value)))
     assert (needed, free) == (memory.request, memory.request - 1)
@@ -54,14 +56,14 @@ def test_requests_in_flight_count(tiny_checkpoint: Path) -> None:
     model = read_config(tiny_checkpoint)
     large, small = (estimate(model, engine(tiny_checkpoint, None), work) for work in (LARGE, SMALL))
     limit = large.resident + large.request + small.held
-    budget = Budget(model, engine(tiny_checkpoint, limit), ALONE, CPU)
-    first = budget.promise(SMALL, 0, none_to_give_up)
-    second = budget.promise(LARGE, 0, none_to_give_up)
+    budget = MemoryBudget(model, engine(tiny_checkpoint, limit), ALONE, CPU)
+    first = budget.reserve(SMALL, 0, none_to_give_up)
+    second = budget.reserve(LARGE, 0, none_to_give_up)
     with pytest.raises(OutOfMemory, match="wait for 2 other requests, or ask for fewer"):
-        budget.promise(SMALL, 0, lambda: None)
+        budget.reserve(SMALL, 0, lambda: None)
     del first
     gc.collect()
-    third = budget.promise(SMALL, 0, none_to_give_up)  # in the place of the first
+    third = budget.reserve(SMALL, 0, none_to_give_up)  # in the place of the first
     assert second.held > third.held
 
 
@@ -69,17 +71,17 @@ def test_what_is_cached_is_given_up_first(tiny_checkpoint: Path) -> None:
     model = read_config(tiny_checkpoint)
     memory = estimate(model, engine(tiny_checkpoint, None), LARGE)
     limit = memory.resident + memory.request
-    budget = Budget(model, engine(tiny_checkpoint, limit), ALONE, CPU)
+    budget = MemoryBudget(model, engine(tiny_checkpoint, limit), ALONE, CPU)
     given_up: list[bool] = []
-    budget.promise(LARGE, 1000, lambda: given_up.append(True))
+    budget.reserve(LARGE, 1000, lambda: given_up.append(True))
     assert given_up == [True]
 
 
 def promised(mesh: Mesh, folder: Path, limits: tuple[int, ...]) -> str | None:
     own = engine(folder, limits[mesh.world.rank])
-    budget = Budget(read_config(folder), own, mesh.world, CPU)
+    budget = MemoryBudget(read_config(folder), own, mesh.world, CPU)
     try:
-        budget.promise(LARGE, 0, lambda: None)
+        budget.reserve(LARGE, 0, lambda: None)
     except OutOfMemory as error:
         return str(error)
     return None

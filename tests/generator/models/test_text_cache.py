@@ -6,12 +6,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_cosmos3.generator.models.text_cache import RecentTexts
-from vllm_cosmos3.generator.models.transformer import TextCache
+from vllm_cosmos3.generator.models.text_cache import TextKVCache
+from vllm_cosmos3.generator.models.transformer import TextKV
 
 
-def text(length: int) -> TextCache:
-    return TextCache(layers=(torch.zeros(length, 2, 1, 2), torch.zeros(length, 2, 1, 2)))
+def text(length: int) -> TextKV:
+    return TextKV(layers=(torch.zeros(length, 2, 1, 2), torch.zeros(length, 2, 1, 2)))
 
 
 def test_bytes_are_those_of_all_layers() -> None:
@@ -20,7 +20,7 @@ def test_bytes_are_those_of_all_layers() -> None:
 
 @given(st.lists(st.integers(1, 9), max_size=30), st.integers(0, 600))
 def test_the_latest_are_kept_within_the_limit(lengths: list[int], limit: int) -> None:
-    texts = RecentTexts(limit)
+    texts = TextKVCache(limit)
     for length in lengths:
         texts.keep((length,), text(length))
     latest = list(dict.fromkeys(reversed(lengths)))
@@ -32,7 +32,7 @@ def test_the_latest_are_kept_within_the_limit(lengths: list[int], limit: int) ->
 
 
 def test_looking_up_changes_nothing() -> None:
-    texts = RecentTexts(text(5).nbytes)
+    texts = TextKVCache(text(5).nbytes)
     texts.keep((1,), text(2))
     texts.keep((2,), text(3))
     assert texts.find((1,)) is not None

@@ -20,7 +20,7 @@ from vllm_cosmos3.checkpoint.weights import choose_kernels, load_dummy_weights, 
 from vllm_cosmos3.generator.models.transformer import (
     Context,
     Rope,
-    TextCache,
+    TextKV,
     TimeEmbedding,
     Transformer,
     join,
@@ -29,7 +29,7 @@ from vllm_cosmos3.generator.models.transformer import (
     weight_table,
 )
 from vllm_cosmos3.generator.sampling.guidance import guide
-from vllm_cosmos3.generator.sampling.packing import Stream, free_frames, start_stream
+from vllm_cosmos3.generator.sampling.packing import Stream, frame_mask, start_stream
 from vllm_cosmos3.generator.sampling.positions import (
     action_positions,
     generation_start,
@@ -37,7 +37,7 @@ from vllm_cosmos3.generator.sampling.positions import (
     vision_positions,
 )
 from vllm_cosmos3.generator.sampling.schedule import native
-from vllm_cosmos3.generator.sampling.solvers import SOLVERS, State
+from vllm_cosmos3.generator.sampling.solvers import SOLVERS, SolverState
 from vllm_cosmos3.parallel.attention import make_attend
 from vllm_cosmos3.parallel.mesh import Mesh, close_mesh, init_mesh
 
@@ -75,7 +75,7 @@ def streams(width: int = 5, *, rows: int = 4) -> list[Stream]:
     free_rows = torch.ones(rows, 64, dtype=torch.bool)
     free_rows[0] = False
     shapes = {
-        "vision": ((1, 48, 3, 3, width), free_frames(3, (0,))),
+        "vision": ((1, 48, 3, 3, width), frame_mask(3, (0,))),
         "sound": ((64, 6), torch.ones(1, 6, dtype=torch.bool)),
         "action": ((rows, 64), free_rows),
     }
@@ -83,8 +83,8 @@ def streams(width: int = 5, *, rows: int = 4) -> list[Stream]:
         start_stream(
             name,
             noise=torch.randn(shape, generator=generator),
-            clean=torch.randn(shape, generator=generator),
-            free=free,
+            clean_latent=torch.randn(shape, generator=generator),
+            denoise_mask=free,
         )
         for name, (shape, free) in shapes.items()
         if 0 not in shape
@@ -216,7 +216,13 @@ def test_no_step_depends_on_a_value(tiny_checkpoint: Path, mesh: Mesh) -> None:
     model = Transformer(config, mesh, attend, dtype=torch.bfloat16, device=meta)
     choose_kernels(model)
     moved = [
-        replace(s, x=s.x.to(meta), clean=s.clean.to(meta), free=s.free.to(meta)) for s in streams()
+        replace(
+            s,
+            x=s.x.to(meta),
+            clean_latent=s.clean_latent.to(meta),
+            denoise_mask=s.denoise_mask.to(meta),
+        )
+        for s in streams()
     ]
     text = model.understand(IDS.to(meta))
     context = Context(texts=(text,), rope=model.rope(places(config)))
@@ -276,7 +282,7 @@ def test_dummy_weights_stay_finite_over_a_request(tiny_checkpoint: Path, mesh: M
     load_dummy_weights(model, weight_table(config), transformer_tensors(config), device=CPU)
     texts = [model.understand(IDS), model.understand(IDS.flip(0))]
     rope, schedule, current = model.rope(places(config)), native(35, 10.0), streams()
-    states = [State() for _ in current]
+    states = [SolverState() for _ in current]
     for index, t in enumerate(schedule.timesteps):
         predict = partial(velocities_of, model, current, texts, rope, torch.tensor(t))
         velocities = guide(predict, (6.0,), mesh.cfg, tuple(s.x for s in current))
@@ -285,16 +291,16 @@ def test_dummy_weights_stay_finite_over_a_request(tiny_checkpoint: Path, mesh: M
             for s, v, state in zip(current, velocities, states, strict=True)
         ]
         states = [state for _, state in stepped]
-        current = [s.restored(x) for s, (x, _) in zip(current, stepped, strict=True)]
+        current = [s.apply_clean(x) for s, (x, _) in zip(current, stepped, strict=True)]
     for stream in current:
         assert stream.x.isfinite().all()
-        assert 0.1 < stream.x[stream.free.expand_as(stream.x)].std() < 100
+        assert 0.1 < stream.x[stream.denoise_mask.expand_as(stream.x)].std() < 100
 
 
 def velocities_of(
     model: Transformer,
     current: list[Stream],
-    texts: list[TextCache],
+    texts: list[TextKV],
     rope: Rope,
     timestep: Tensor,
     branches: Sequence[int],

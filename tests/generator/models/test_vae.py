@@ -14,7 +14,13 @@ from vllm_cosmos3.checkpoint.config import ParallelConfig, read_config
 from vllm_cosmos3.checkpoint.tensors import vae_tensors
 from vllm_cosmos3.checkpoint.weights import identity_table, load_weights
 from vllm_cosmos3.generator.models import vae as vae_module
-from vllm_cosmos3.generator.models.vae import VideoVAE, patchify, to_frames, to_pixels, unpatchify
+from vllm_cosmos3.generator.models.vae import (
+    VideoVAE,
+    depth_to_space,
+    space_to_depth,
+    to_frames,
+    to_pixels,
+)
 from vllm_cosmos3.parallel.halo import WHOLE, divide
 from vllm_cosmos3.parallel.mesh import Axis, Mesh
 
@@ -125,9 +131,9 @@ def test_every_level_survives_pixels() -> None:
 
 def test_patches_put_the_column_before_the_row() -> None:
     x = torch.arange(4.0).view(1, 1, 1, 2, 2)
-    assert patchify(x, 2).flatten().tolist() == [0, 2, 1, 3]
+    assert space_to_depth(x, 2).flatten().tolist() == [0, 2, 1, 3]
     y = noise(1, 3, 2, 6, 8)
-    assert torch.equal(unpatchify(patchify(y, 2), 2), y)
+    assert torch.equal(depth_to_space(space_to_depth(y, 2), 2), y)
 
 
 # Several ranks
@@ -191,9 +197,9 @@ def test_small_planes_are_one_tile(tiny_checkpoint_fp32: Path, vae: VideoVAE) ->
 
 def test_memory_holds_copies_and_not_whole_chunks(vae: VideoVAE) -> None:
     (part,) = divide(4, 4, WHOLE, "halo")
-    memory = vae_module.Memory(part.strips)
-    extended = memory.extend(vae.decoder.conv_in, noise(1, 48, 4, 4, 4), frames=2, rows=1)
-    (past,) = memory._past.values()
+    cache = vae_module.CausalCache(part.strips)
+    extended = cache.extend(vae.decoder.conv_in, noise(1, 48, 4, 4, 4), frames=2, rows=1)
+    (past,) = cache._past.values()
     assert past.shape == (1, 48, 2, 4, 4)
     assert past.untyped_storage().nbytes() < extended.untyped_storage().nbytes()
     assert torch.equal(past, extended[:, :, -2:])

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_cosmos3.generator.sampling.noise import RULES, initial_noise, step_noise
+from vllm_cosmos3.generator.sampling.noise import initial_noise, step_noise
+from vllm_cosmos3.request.request import SPECS
 
 SHAPES = {"vision": (1, 48, 2, 3, 4), "sound": (64, 5), "action": (4, 64)}
 
@@ -32,7 +33,7 @@ def test_torch_draws_vision_then_sound_then_action() -> None:
     assert all(torch.equal(following[name], again[name]) for name in SHAPES)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", SPECS["noise"].choices)
 def test_noise_is_reproducible_and_new_at_each_step(rule: str) -> None:
     drawn = [step_noise(SHAPES, seed=7, rule=rule, index=i)["vision"] for i in (0, 1, 1, 2)]
     assert torch.equal(drawn[1], drawn[2])
@@ -44,7 +45,7 @@ def test_noise_is_reproducible_and_new_at_each_step(rule: str) -> None:
     assert abs(float(first.std()) - 1) < 0.1
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", SPECS["noise"].choices)
 def test_every_chunk_draws_its_own_noise(rule: str) -> None:
     """Initial and fresh, and numpy's by seeds that differ too."""
     steps, seed, small = 4, 2**32 - 1, {"vision": (1, 2, 2, 3, 4)}

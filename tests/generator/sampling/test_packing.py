@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from vllm_cosmos3.checkpoint.latents import patch_grid, token_count
 from vllm_cosmos3.generator.sampling.packing import (
     Stream,
-    free_frames,
+    frame_mask,
     noisy_tokens,
     patchify,
     start_stream,
@@ -47,9 +47,9 @@ def test_given_frames_stay(frames: int, known: set[int]) -> None:
     given_frames = tuple(frame for frame in known if frame < frames)
     noise, clean = torch.randn(2, 1, 3, frames, 3, 5)
     stream = start_stream(
-        "vision", noise=noise, clean=clean, free=free_frames(frames, given_frames)
+        "vision", noise=noise, clean_latent=clean, denoise_mask=frame_mask(frames, given_frames)
     )
-    moved = stream.restored(stream.x + 1)
+    moved = stream.apply_clean(stream.x + 1)
     for frame in range(frames):
         if frame in given_frames:
             assert torch.equal(moved.x[:, :, frame], clean[:, :, frame])
@@ -65,7 +65,9 @@ def test_unused_channels_of_an_action_stay_while_its_row_is_noisy() -> None:
     free = torch.zeros(4, 64, dtype=torch.bool)
     free[1:, :10] = True
     noise, clean = torch.randn(4, 64), torch.zeros(4, 64)
-    stream = Stream(name="action", x=noise, clean=clean, free=free).restored(noise)
+    stream = Stream(name="action", x=noise, clean_latent=clean, denoise_mask=free).apply_clean(
+        noise
+    )
     assert torch.count_nonzero(stream.x[:, 10:]) == torch.count_nonzero(stream.x[0]) == 0
     assert noisy_tokens(stream, 2).tolist() == [False, True, True, True]
     assert token_count(stream.name, tuple(stream.x.shape), 2) == 4
@@ -73,6 +75,6 @@ def test_unused_channels_of_an_action_stay_while_its_row_is_noisy() -> None:
 
 def test_a_sound_has_one_token_for_each_moment() -> None:
     x, free = torch.randn(64, 9), torch.ones(1, 9, dtype=torch.bool)
-    stream = start_stream("sound", noise=x, clean=torch.zeros_like(x), free=free)
+    stream = start_stream("sound", noise=x, clean_latent=torch.zeros_like(x), denoise_mask=free)
     assert token_count(stream.name, tuple(stream.x.shape), 2) == 9
     assert noisy_tokens(stream, 2).shape == (9,)

@@ -12,9 +12,6 @@ from vllm_cosmos3.checkpoint.config import SchedulerConfig
 from vllm_cosmos3.generator.sampling import schedule as s
 
 CHECKPOINT = SchedulerConfig(
-    class_name="UniPCMultistepScheduler",
-    num_train_timesteps=1000,
-    use_karras_sigmas=True,
     sigma_min=0.147,
     sigma_max=200.0,
     flow_shift=1.0,

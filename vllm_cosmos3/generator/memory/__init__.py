@@ -10,25 +10,25 @@ from __future__ import annotations
 from vllm_cosmos3.generator.memory.estimate import (
     RESERVE,
     WORKSPACES,
-    Memory,
+    MemoryEstimate,
     Work,
     estimate,
-    settled,
+    resolved_parameters,
     usual_work,
     work_of,
     work_with,
 )
-from vllm_cosmos3.generator.memory.fit import check_weights, decided, suggestions
+from vllm_cosmos3.generator.memory.fit import check_weights, resolve_residency, suggestions
 
 __all__ = [
     "RESERVE",
     "WORKSPACES",
-    "Memory",
+    "MemoryEstimate",
     "Work",
     "check_weights",
-    "decided",
     "estimate",
-    "settled",
+    "resolve_residency",
+    "resolved_parameters",
     "suggestions",
     "usual_work",
     "work_of",

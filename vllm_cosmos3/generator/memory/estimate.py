@@ -44,7 +44,7 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Memory:
+class MemoryEstimate:
     """Bytes of the fullest rank.
 
     ``weights`` rest on the device by part, ``host`` in the host's memory. ``loading`` is the peak
@@ -90,10 +90,10 @@ def usual_work(model: ModelConfig, request: GenerateRequest | None = None) -> Wo
     if request is None:
         images = KINDS[model.kind].modes == ("text2image",)
         request = GenerateRequest(prompt="any", num_frames=1 if images else None)
-    return work_with(settled(model, request), model)
+    return work_with(resolved_parameters(model, request), model)
 
 
-def settled(model: ModelConfig, request: GenerateRequest) -> Parameters:
+def resolved_parameters(model: ModelConfig, request: GenerateRequest) -> Parameters:
     """The numbers of a request for an image or a video from text.
 
     All kinds take the same memory for the same sizes; a video of text stands for the others.
@@ -129,21 +129,23 @@ def work_of(plan: Plan) -> Work:
     )
 
 
-def estimate(model: ModelConfig, engine: EngineConfig, work: Work) -> Memory:
+def estimate(model: ModelConfig, engine: EngineConfig, work: Work) -> MemoryEstimate:
     """The memory that ``work`` takes under ``engine``, whose residency must be decided."""
-    item = FLOAT32 if engine.dtype == "float32" else 2
+    element_size = FLOAT32 if engine.dtype == "float32" else 2
     tp = engine.parallel.tensor_parallel_size
-    on_device = weights(model, tensor_parallel_size=tp, item=item)
+    on_device = weights(model, tensor_parallel_size=tp, element_size=element_size)
     host: dict[str, int] = {}
     if engine.und_residency == "host":
         host |= {name: on_device.pop(name) for name in ("understanding", "embedding")}
     if engine.layerwise_offload:
         host["generation"] = on_device.pop("generation")
-    request = _Request(model, engine, work, item)
-    return Memory(
+    request = _Request(model, engine, work, element_size)
+    return MemoryEstimate(
         weights=on_device,
         host=host,
-        loading=loading(model, on_device, item=item, dummy=engine.load_format == "dummy"),
+        loading=loading(
+            model, on_device, element_size=element_size, dummy=engine.load_format == "dummy"
+        ),
         held=request.held,
         phases=request.phases(),
         reserve=RESERVE if request.fused else 0,
@@ -153,8 +155,10 @@ def estimate(model: ModelConfig, engine: EngineConfig, work: Work) -> Memory:
 class _Request:
     """The arithmetic of one request on one rank."""
 
-    def __init__(self, model: ModelConfig, engine: EngineConfig, work: Work, item: int) -> None:
-        self.model, self.engine, self.work, self.item = model, engine, work, item
+    def __init__(
+        self, model: ModelConfig, engine: EngineConfig, work: Work, element_size: int
+    ) -> None:
+        self.model, self.engine, self.work, self.element_size = model, engine, work, element_size
         self.config, self.parallel = model.transformer, engine.parallel
         # The kernels that fuse norms, rotations and SiLU are those of a GPU and of half precision.
         self.fused = engine.device.split(":")[0] != "cpu"
@@ -163,7 +167,9 @@ class _Request:
         self.latents = sum(prod(shape) for _, shape in work.streams) * FLOAT32
         self.text = sorted(work.text, reverse=True)[:: self.parallel.cfg_parallel_size]
         self.layer = layer_bytes(
-            self.config, tensor_parallel_size=self.parallel.tensor_parallel_size, item=item
+            self.config,
+            tensor_parallel_size=self.parallel.tensor_parallel_size,
+            element_size=element_size,
         )
 
     @property
@@ -173,13 +179,13 @@ class _Request:
         heads = config.num_key_value_heads // (
             parallel.tensor_parallel_size * parallel.ulysses_degree
         )
-        token = 2 * heads * config.head_dim * config.num_hidden_layers * self.item
+        token = 2 * heads * config.head_dim * config.num_hidden_layers * self.element_size
         return sum(self.text) * token
 
     @property
     def context(self) -> int:
-        """What the generation tokens are told: texts, and rotary tables of their own positions."""
-        table = self.own_tokens * (self.config.head_dim * self.item + INT64)
+        """The context of the generation tokens: texts, and rotary tables of their own positions."""
+        table = self.own_tokens * (self.config.head_dim * self.element_size + INT64)
         return self.texts + len(self.text) * table
 
     @property
@@ -212,7 +218,9 @@ class _Request:
 
     def _embedding(self) -> int:
         tp = self.parallel.tensor_parallel_size
-        return weights(self.model, tensor_parallel_size=tp, item=self.item)["embedding"]
+        return weights(self.model, tensor_parallel_size=tp, element_size=self.element_size)[
+            "embedding"
+        ]
 
     def _encode(self) -> int:
         peaks = [
@@ -221,7 +229,7 @@ class _Request:
                 *source,
                 world=self.parallel.world_size,
                 parallel=self.parallel.vae_parallel,
-                item=self.item,
+                element_size=self.element_size,
                 fused=self.fused,
             )
             for source in self.work.sources
@@ -236,22 +244,22 @@ class _Request:
         ledger.moment(self.latents * (2 * len(self.work.text) + 4))
         ledger.take(self.latents)  # of the other branch's velocities
         ledger.take(self.layer * (1 + LAYERS_AHEAD) * self.engine.layerwise_offload)
-        width = config.hidden_size * self.item
+        width = config.hidden_size * self.element_size
         ledger.take(self.tokens * width)  # all tokens, of which this rank takes its own
         ledger.moment(2 * self.tokens * width)  # gathered at the end
         self._layer(ledger, own, max(self.text) + self.tokens)
         return ledger.peak
 
     def _layer(self, ledger: Ledger, tokens: int, keys: int) -> None:
-        """A layer for ``tokens``: attention, then the perceptron beside what is still referenced."""
+        """A layer for ``tokens``: attention, then the MLP beside what is still referenced."""
         config, parallel = self.config, self.parallel
         tp = parallel.tensor_parallel_size
-        width = tokens * config.hidden_size * self.item
-        query = tokens * config.num_attention_heads * config.head_dim * self.item // tp
-        key = tokens * config.num_key_value_heads * config.head_dim * self.item // tp
-        inner = tokens * config.intermediate_size * self.item // tp
+        width = tokens * config.hidden_size * self.element_size
+        query = tokens * config.num_attention_heads * config.head_dim * self.element_size // tp
+        key = tokens * config.num_key_value_heads * config.head_dim * self.element_size // tp
+        inner = tokens * config.intermediate_size * self.element_size // tp
         with ledger.scope():
-            ledger.take(2 * width, query + 2 * key)  # the last addend and the sum before it
+            ledger.take(2 * width, query + 2 * key)  # hidden states and residual
             if not self.fused:
                 ledger.take(2 * width, query + key)  # normed, and turned
                 ledger.moment(tokens * config.hidden_size * FLOAT32 * 2)
@@ -259,8 +267,10 @@ class _Request:
                 heads = config.num_key_value_heads // (tp * parallel.ulysses_degree)
                 if parallel.ulysses_degree > 1:
                     ledger.take(query + 2 * key, query)
-                ledger.take(2 * keys * heads * config.head_dim * self.item)
-                ledger.take(query, query // (config.head_dim * self.item) * OTHER_ATTENTION_BYTES)
+                ledger.take(2 * keys * heads * config.head_dim * self.element_size)
+                ledger.take(
+                    query, query // (config.head_dim * self.element_size) * OTHER_ATTENTION_BYTES
+                )
             reduced = width if tp > 1 else 0
             ledger.take(width + reduced)
             ledger.take(2 * inner)
@@ -278,7 +288,7 @@ class _Request:
             vision,
             world=self.parallel.world_size,
             parallel=self.parallel.vae_parallel,
-            item=self.item,
+            element_size=self.element_size,
             fused=self.fused,
         )
         vae = self.model.vae

@@ -15,7 +15,7 @@ MOST_RANKS = 8  # that a suggestion asks for
 MOST_SUGGESTIONS = 4
 
 
-def decided(
+def resolve_residency(
     model: ModelConfig, engine: EngineConfig, work: Work, limit: int | None
 ) -> EngineConfig:
     """``engine`` with the residency "auto" settled: the host only if ``work`` would not fit otherwise.

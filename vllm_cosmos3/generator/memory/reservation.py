@@ -22,7 +22,7 @@ GIB = 2**30
 
 
 @dataclass(frozen=True, eq=False)
-class Promise:
+class Reservation:
     """Bytes that a request may use beside the weights: ``held`` of them between its calls too.
 
     It holds as long as somebody refers to it.
@@ -32,16 +32,16 @@ class Promise:
     request: int
 
 
-class Budget:
+class MemoryBudget:
     """The memory of one rank. Made when the weights are loaded; ``engine`` is fully decided."""
 
     def __init__(
         self, model: ModelConfig, engine: EngineConfig, world: Axis, device: torch.device
     ) -> None:
         self._model, self._engine, self._world, self._device = model, engine, world, device
-        self._promises: WeakSet[Promise] = WeakSet()
+        self._reservations: WeakSet[Reservation] = WeakSet()
 
-    def promise(self, work: Work, kept: int, give_up: Callable[[], None]) -> Promise:
+    def reserve(self, work: Work, kept: int, give_up: Callable[[], None]) -> Reservation:
         """Memory for ``work``. ``kept`` bytes are cached, which ``give_up`` frees if need be.
 
         The first of the requests in flight starts the device's peak anew.
@@ -50,18 +50,20 @@ class Budget:
             OutOfMemory: there is not enough, with the numbers and what would help.
         """
         memory = estimate(self._model, self._engine, work)
-        own = Promise(memory.held, memory.request)
+        own = Reservation(memory.held, memory.request)
         rooms = self._rooms(memory.resident, kept)
         if rooms is not None:
-            calls = [promise.request - promise.held for promise in (*self._promises, own)]
+            calls = [
+                reservation.request - reservation.held for reservation in (*self._reservations, own)
+            ]
             needed = own.held + max(calls)  # one call is made at a time
             if needed > rooms[0]:
                 give_up()
                 if needed > rooms[1]:
                     raise self._refusal(work, needed, rooms[1], memory.resident)
-        if not self._promises and self._device.type != "cpu":
+        if not self._reservations and self._device.type != "cpu":
             torch.accelerator.reset_peak_memory_stats(self._device)
-        self._promises.add(own)
+        self._reservations.add(own)
         return own
 
     def _rooms(self, weights: int, kept: int) -> tuple[int, int] | None:
@@ -79,7 +81,7 @@ class Budget:
                 room = min(room, round(limit * GIB) - allocated)
             room -= WORKSPACES
         elif limit is not None:
-            held = sum(promise.held for promise in self._promises)
+            held = sum(reservation.held for reservation in self._reservations)
             room = round(limit * GIB) - weights - kept - held
         else:
             return None
@@ -90,7 +92,7 @@ class Budget:
         return now, then
 
     def _refusal(self, work: Work, needed: int, room: int, weights: int) -> OutOfMemory:
-        others = len(self._promises)
+        others = len(self._reservations)
         advice = "ask for fewer frames or a smaller size"
         found = suggestions(self._model, self._engine, work, max(0, room) + weights + WORKSPACES)
         if others:
@@ -98,7 +100,7 @@ class Budget:
         if found:
             advice += f", or start with {found[0][0]}"
         mine = estimate(self._model, self._engine, work).request
-        freed = room + sum(promise.held for promise in self._promises)
+        freed = room + sum(reservation.held for reservation in self._reservations)
         return OutOfMemory(
             f"the request needs {needed:,} bytes ({needed / GIB:.3g} GiB) of a device beside the "
             f"weights, and {max(0, room):,} ({max(0, room) / GIB:.3g} GiB) are free; {advice}",

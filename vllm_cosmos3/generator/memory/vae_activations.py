@@ -38,11 +38,17 @@ class Shape:
 
 
 def decode_peak(
-    config: VAEConfig, shape: Sequence[int], *, world: int, parallel: str, item: int, fused: bool
+    config: VAEConfig,
+    shape: Sequence[int],
+    *,
+    world: int,
+    parallel: str,
+    element_size: int,
+    fused: bool,
 ) -> int:
     """Bytes at the peak of decoding latents of ``shape`` [1, C, T, h, w], on the fullest rank.
 
-    Beside the latents. ``item`` are the bytes of a value. ``fused`` stands for a GPU: norm and SiLU are
+    Beside the latents. ``element_size`` are the bytes of a value. ``fused`` stands for a GPU: norm and SiLU are
     one pass, and frames leave for the host at once, whose memory on a CPU is the same.
     """
     _, _, frames, height, width = shape
@@ -52,10 +58,10 @@ def decode_peak(
     def of_rank(rank: int) -> int:
         parts = divide(height, width, Axis("world", world, rank, None), parallel)
         ledger = Ledger()
-        ledger.take(2 * prod(shape) * item)  # scaled back, in float32 for a moment
+        ledger.take(2 * prod(shape) * element_size)  # scaled back, in float32 for a moment
         # Equal parts need the same, so one of them is followed; the last when all others have begun.
         alike = sorted(Counter(map(_extent, parts)).items())
-        walks = [Walk(Ledger(), item, fused, parts[0].strips) for _ in alike]
+        walks = [Walk(Ledger(), element_size, fused, parts[0].strips) for _ in alike]
         previous = 0  # what the loops' variables still refer to
         for index in range(min(frames, CHUNKS)):
             made = pixels * (doubled if index else 1)
@@ -70,9 +76,13 @@ def decode_peak(
                     ledger.moment(walk.ledger.peak)
                     ledger.keep(walk.ledger.kept)
                     own = made * high * wide // (height * width)
-                    ledger.moment(own * item, own * item, own * (FLOAT32 if item < FLOAT32 else 0))
+                    ledger.moment(
+                        own * element_size,
+                        own * element_size,
+                        own * (FLOAT32 if element_size < FLOAT32 else 0),
+                    )
                 ledger.give(previous)
-                previous = made * (FLOAT32 + 1) + own * item if parts else 0
+                previous = made * (FLOAT32 + 1) + own * element_size if parts else 0
                 ledger.take(previous, 2 * made * FLOAT32)  # levels of brightness, rounded, clamped
         return ledger.peak
 
@@ -87,7 +97,7 @@ def encode_peak(
     *,
     world: int,
     parallel: str,
-    item: int,
+    element_size: int,
     fused: bool,
 ) -> int:
     """Bytes at the peak of encoding ``frames`` of height x width pixels, on the fullest rank."""
@@ -103,11 +113,11 @@ def encode_peak(
         parts = divide(rows, columns, Axis("world", world, rank, None), parallel)
         for extent in sorted(set(map(_extent, parts))):
             high, wide = (n * scale for n in extent)
-            own = 3 * frames * high * wide * item
+            own = 3 * frames * high * wide * element_size
             with ledger.scope():
                 ledger.moment(own, own)  # the cast, and the patches copied from it
                 ledger.take(own)
-                walk = Walk(ledger, item, fused, parts[0].strips)
+                walk = Walk(ledger, element_size, fused, parts[0].strips)
                 p = config.patch_size
                 for index in range(min(latent, CHUNKS)):
                     made = grouped if index else 1
@@ -124,7 +134,7 @@ class Walk:
     """One clip on its way through one part of the plane, which ``strips`` may divide."""
 
     ledger: Ledger
-    item: int
+    element_size: int
     fused: bool
     strips: Strips
     first: bool = True
@@ -191,7 +201,7 @@ class Walk:
         scale = 2 if space else 1
         frames = -(-x.frames // time)
         out = Shape(channels, frames, x.height // scale, x.width // scale)
-        copied = x.values * self.item * (1 + (x.frames % time > 0))
+        copied = x.values * self.element_size * (1 + (x.frames % time > 0))
         self.ledger.moment(copied, copied)
         self.take(out)
         x = self.resnets(f"down{index}", x, channels, depth)
@@ -267,7 +277,7 @@ class Walk:
         normed: bool = False,
         biased: bool = False,
     ) -> Shape:
-        """`Memory.extend`: for a moment the remembered frames are there twice."""
+        """`CausalCache.extend`: for a moment the remembered frames are there twice."""
         wide = self.around(x, 2 * rows)
         past = replace(wide, frames=frames)
         extended = replace(wide, frames=x.frames + frames)
@@ -278,7 +288,7 @@ class Walk:
             if normed and not self.fused:
                 self.norm_silu_in_torch(x, biased=biased)
             self.take(past)
-        size = past.values * self.item
+        size = past.values * self.element_size
         self.ledger.keep(size - self.past.get(name, 0))
         self.past[name] = size
         self.take(extended)
@@ -295,8 +305,10 @@ class Walk:
         if self.fused:
             return
         size = x.values * FLOAT32
-        self.ledger.moment(size, *([size, x.values * self.item] if self.item < FLOAT32 else []))
-        self.ledger.moment(x.values * self.item, x.values * self.item)
+        self.ledger.moment(
+            size, *([size, x.values * self.element_size] if self.element_size < FLOAT32 else [])
+        )
+        self.ledger.moment(x.values * self.element_size, x.values * self.element_size)
 
     def around(self, x: Shape, rows: int) -> Shape:
         """``x`` with so many rows more along the divided dimension."""
@@ -306,10 +318,10 @@ class Walk:
         return replace(x, width=x.width + rows)
 
     def take(self, *shapes: Shape) -> None:
-        self.ledger.take(*(x.values * self.item for x in shapes))
+        self.ledger.take(*(x.values * self.element_size for x in shapes))
 
     def give(self, *shapes: Shape) -> None:
-        self.ledger.give(*(x.values * self.item for x in shapes))
+        self.ledger.give(*(x.values * self.element_size for x in shapes))
 
     @contextmanager
     def replacing(self, x: Shape) -> Iterator[None]:

@@ -22,8 +22,8 @@ _TEXT_LAST = ("input_layernorm.", "self_attn.to_k.", "self_attn.to_v.", "self_at
 _NOT_LOADED = ("lm_head.", "norm.")
 
 
-def weights(model: ModelConfig, *, tensor_parallel_size: int, item: int) -> dict[str, int]:
-    """Bytes by part of the model on one rank; ``item`` are the bytes of a value.
+def weights(model: ModelConfig, *, tensor_parallel_size: int, element_size: int) -> dict[str, int]:
+    """Bytes by part of the model on one rank; ``element_size`` are the bytes of a value.
 
     Norms, adapters and autoencoders are on every rank, matrices of the layers are divided.
     """
@@ -33,7 +33,7 @@ def weights(model: ModelConfig, *, tensor_parallel_size: int, item: int) -> dict
     for name, shape in transformer_tensors(config).items():
         if name.startswith(_NOT_LOADED):
             continue
-        size = prod(shape) * item
+        size = prod(shape) * element_size
         if _GENERATION.search(name):
             parts["generation"] += size // tp if len(shape) > 1 else size
         elif _LAYER.search(name):
@@ -41,25 +41,27 @@ def weights(model: ModelConfig, *, tensor_parallel_size: int, item: int) -> dict
                 parts["understanding"] += size // tp if len(shape) > 1 else size
         elif name.startswith("embed_tokens."):
             rows = -(-shape[0] // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-            parts["embedding"] += rows // tp * shape[1] * item
+            parts["embedding"] += rows // tp * shape[1] * element_size
         else:
-            parts["adapters"] += prod(shape) * (FLOAT32 if "time_embedder" in name else item)
-    parts["video autoencoder"] = parameters(vae_tensors(model.vae)) * item
+            parts["adapters"] += prod(shape) * (
+                FLOAT32 if "time_embedder" in name else element_size
+            )
+    parts["video autoencoder"] = parameters(vae_tensors(model.vae)) * element_size
     if model.sound is not None:
         parts["sound autoencoder"] = parameters(_sound_decoder(model)) * FLOAT32
     return parts
 
 
-def layer_bytes(config: TransformerConfig, *, tensor_parallel_size: int, item: int) -> int:
+def layer_bytes(config: TransformerConfig, *, tensor_parallel_size: int, element_size: int) -> int:
     """Bytes of one whole layer of either tower on one rank."""
     tensors = transformer_tensors(config)
     first = {name: s for name, s in tensors.items() if name.startswith("layers.0.")}
     tower = [shape for name, shape in first.items() if _GENERATION.search(name)]
     divided = sum(prod(shape) for shape in tower if len(shape) > 1) // tensor_parallel_size
-    return (divided + sum(prod(shape) for shape in tower if len(shape) == 1)) * item
+    return (divided + sum(prod(shape) for shape in tower if len(shape) == 1)) * element_size
 
 
-def loading(model: ModelConfig, parts: dict[str, int], *, item: int, dummy: bool) -> int:
+def loading(model: ModelConfig, parts: dict[str, int], *, element_size: int, dummy: bool) -> int:
     """Bytes at the peak of loading the ``parts`` that rest on the device.
 
     An autoencoder is built in float32 before it is cast. Random weights are drawn in float32, one
@@ -79,7 +81,7 @@ def loading(model: ModelConfig, parts: dict[str, int], *, item: int, dummy: bool
         }
     )
     built = parts["video autoencoder"]
-    cast = built * FLOAT32 // item
+    cast = built * FLOAT32 // element_size
     tensors = vae_tensors(model.vae)
     peak = max(peak, base + max(cast, built + drawn(tensors)))
     base += built

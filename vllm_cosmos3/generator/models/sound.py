@@ -61,7 +61,7 @@ class SoundDecoder(nn.Module):
         widths = [config.dec_dim * factor for factor in (*config.dec_c_mults[::-1], 1)]
         steps = zip(pairwise(widths), config.dec_strides[::-1], strict=True)
         self.conv1 = Conv(config.vocoder_input_dim, widths[0], 7)
-        self.block = nn.ModuleList(UpBlock(*pair, stride) for pair, stride in steps)
+        self.block = nn.ModuleList(SoundUpBlock(*pair, stride) for pair, stride in steps)
         self.snake1 = Snake(widths[-1])
         self.conv2 = Conv(widths[-1], config.dec_out_channels, 7, bias=False)
 
@@ -72,7 +72,7 @@ class SoundDecoder(nn.Module):
         return self.conv2(self.snake1(x))
 
 
-class UpBlock(nn.Module):
+class SoundUpBlock(nn.Module):
     """``stride`` times as many samples, then three residual units of growing reach."""
 
     def __init__(self, before: int, after: int, stride: int) -> None:
@@ -134,7 +134,7 @@ class SoundEncoder(nn.Module):
 
 
 class ConvNeXt(nn.Module):
-    """A depthwise convolution and a pointwise perceptron with a shortcut."""
+    """A depthwise convolution and a pointwise MLP with a shortcut."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

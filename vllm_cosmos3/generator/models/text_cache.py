@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from vllm_cosmos3.generator.models.transformer import TextCache
+from vllm_cosmos3.generator.models.transformer import TextKV
 
 TokenIds = tuple[int, ...]
 
 
-class RecentTexts:
+class TextKVCache:
     """The texts used last, up to ``limit`` bytes on the device.
 
     Ranks read a text together, so all must agree on whether they still have it. Therefore looking
@@ -22,12 +22,12 @@ class RecentTexts:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._texts: OrderedDict[TokenIds, TextCache] = OrderedDict()
+        self._texts: OrderedDict[TokenIds, TextKV] = OrderedDict()
 
-    def find(self, ids: TokenIds) -> TextCache | None:
+    def find(self, ids: TokenIds) -> TextKV | None:
         return self._texts.get(ids)
 
-    def keep(self, ids: TokenIds, text: TextCache) -> None:
+    def keep(self, ids: TokenIds, text: TextKV) -> None:
         """Make this the latest text, at the cost of the oldest ones."""
         self._texts[ids] = text
         self._texts.move_to_end(ids)

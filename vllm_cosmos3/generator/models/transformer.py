@@ -77,7 +77,7 @@ class Rope:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class TextCache:
+class TextKV:
     """What the generation tower needs of a text, by layer: keys and values of this rank's heads.
 
     Each layer is one tensor [S, 2, h, D]: the keys, normed and rotated, and the values.
@@ -92,9 +92,9 @@ class TextCache:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Context:
-    """All that the generation tokens are told once: the text of each branch, and their places."""
+    """The context of the generation tokens: the text of each branch, and their own positions."""
 
-    texts: tuple[TextCache, ...]
+    texts: tuple[TextKV, ...]
     rope: Rope
 
 
@@ -159,11 +159,11 @@ class Transformer(nn.Module):
         rope = self._rope(shard_sequence(table, self._ulysses), positions_3S.shape[1])
         return replace(rope, controls=controls)
 
-    def understand(self, ids_S: Tensor) -> TextCache:
+    def understand(self, ids_S: Tensor) -> TextKV:
         """Read the token ids of one branch, int64 on the device; once per request and branch."""
         length = ids_S.shape[0]
         table = torch.cat(rotary_table(text_positions(length), self.config), dim=1)
-        return TextCache(layers=self.understanding(ids_S, self._rope(table, length)))
+        return TextKV(layers=self.understanding(ids_S, self._rope(table, length)))
 
     def _rope(self, table: Tensor, length: int) -> Rope:
         rows = torch.arange(table.shape[0], device=self.device)
@@ -196,7 +196,7 @@ class Transformer(nn.Module):
         )
 
     def _embed(self, stream: Stream, temb_D: Tensor, domain_id: int) -> Tensor:
-        """Tokens of a stream. Those that are given are not told the timestep."""
+        """Tokens of a stream; only those with something to denoise are timestep-conditioned."""
         x_SD = self.adapters[stream.name].embed(stream.x.to(self.dtype), domain_id)
         noisy_S1 = noisy_tokens(stream, self.config.latent_patch_size).unsqueeze(1)
         return torch.addcmul(x_SD, noisy_S1.to(self.dtype), temb_D)
@@ -211,7 +211,7 @@ class Transformer(nn.Module):
 
     def _velocity(self, stream: Stream, x_SD: Tensor, domain_id: int) -> Tensor:
         velocity = self.adapters[stream.name].velocity(x_SD, stream.x.shape, domain_id)
-        return torch.where(stream.free, velocity.float(), 0.0)
+        return torch.where(stream.denoise_mask, velocity.float(), 0.0)
 
     def _attend_all(
         self, texts: Sequence[Tensor], rope: Rope, q_sHD: Tensor, kv_s2hD: Tensor
@@ -317,7 +317,7 @@ class Layer(nn.Module):
         rope: Rope,
         attend: Callable[[Tensor, Tensor], Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """The layer's last addend and the sum before it, which the next norm adds up."""
+        """Hidden states and residual, which the next norm adds up."""
         x_SD, residual_SD = _add_norm(self.input_norm, x_SD, residual_SD)
         q_SHD, kv_S2hD = self._norm_rotate(self.qkv(x_SD), rope)
         x_SD = self.out(attend(q_SHD, kv_S2hD).flatten(1))
@@ -371,7 +371,7 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(silu(self.linear_1(sinusoid(timestep * self._scale))))
 
 
-class Vision(nn.Module):
+class VisionAdapter(nn.Module):
     """Video latents: a token for each patch."""
 
     def __init__(self, config: TransformerConfig, dtype: torch.dtype) -> None:
@@ -387,7 +387,7 @@ class Vision(nn.Module):
         return unpatchify(self.proj_out(x_SD), shape, self._patch)
 
 
-class Sound(nn.Module):
+class SoundAdapter(nn.Module):
     """Sound latents [C, T]: a token for each moment."""
 
     def __init__(self, config: TransformerConfig, dtype: torch.dtype) -> None:
@@ -403,7 +403,7 @@ class Sound(nn.Module):
         return self.proj_out(x_SD).T
 
 
-class Action(nn.Module):
+class ActionAdapter(nn.Module):
     """Action rows [T, C]: a token for each, through the matrices of the embodiment.
 
     The matrices are stored [in, out], row-major, one row of the parameter for each embodiment.
@@ -489,11 +489,11 @@ def _filled(x: Tensor, length: int) -> Tensor:
 
 def _adapters(config: TransformerConfig, dtype: torch.dtype) -> nn.ModuleDict:
     """The kinds of streams this checkpoint knows, by stream name."""
-    adapters: dict[str, nn.Module] = {"vision": Vision(config, dtype)}
+    adapters: dict[str, nn.Module] = {"vision": VisionAdapter(config, dtype)}
     if config.sound_gen:
-        adapters["sound"] = Sound(config, dtype)
+        adapters["sound"] = SoundAdapter(config, dtype)
     if config.action_gen:
-        adapters["action"] = Action(config, dtype)
+        adapters["action"] = ActionAdapter(config, dtype)
     return nn.ModuleDict(adapters)
 
 

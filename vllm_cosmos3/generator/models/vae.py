@@ -2,8 +2,8 @@
 
 Time is causal, so a clip goes through in chunks: the first frame alone, then four pixel frames (one
 latent frame) at a time, and the result does not depend on the chunks. What the convolutions have to
-remember from chunk to chunk is in a `Memory` that belongs to one clip. Space is divided by
-`runtime.halo`: every rank computes its parts of the plane and the parts are summed.
+remember from chunk to chunk is in a `CausalCache` that belongs to one clip. Space is divided by
+`parallel.halo`: every rank computes its parts of the plane and the parts are summed.
 
 Module names are those of the checkpoint. Shape suffixes: B batch, C channels, T frames, H height,
 W width, S positions; small letters where the axis is divided.
@@ -27,7 +27,7 @@ from vllm_cosmos3.parallel.mesh import Axis
 class VideoVAE(nn.Module):
     """Pixels to normalised latents and back, divided over ``world`` as ``parallel`` says.
 
-    ``parallel`` is one of `runtime.halo.MODES`. All ranks call together with the same arguments and
+    ``parallel`` is one of `parallel.halo.VAE_PARALLEL`. All ranks call together with the same arguments and
     get the same result.
     """
 
@@ -53,11 +53,11 @@ class VideoVAE(nn.Module):
         sizes = [1] + [config.scale_factor_temporal] * (latent_frames(frames, config) - 1)
         canvas = pixels.new_zeros((1, config.z_dim, len(sizes), height, width), dtype=torch.float32)
         for part in divide(height, width, self.world, self.parallel):
-            memory = Memory(part.strips)
-            own = patchify(
+            cache = CausalCache(part.strips)
+            own = space_to_depth(
                 part.cut(pixels, scale).to(self.quant_conv.weight.dtype), config.patch_size
             )
-            moments = [self.encoder(chunk, memory) for chunk in own.split(sizes, dim=2)]
+            moments = [self.encoder(chunk, cache) for chunk in own.split(sizes, dim=2)]
             mean, _ = self.quant_conv(torch.cat(moments, dim=2)).chunk(2, dim=1)
             part.add_to(canvas, mean)
         mean, std = self._statistics(pixels.device)
@@ -68,7 +68,7 @@ class VideoVAE(nn.Module):
         """Pixels of normalised ``latents`` [1, 48, T, h, w] in [-1, 1]: one frame, then four at a time.
 
         Each chunk is float32 [1, 3, 1 or 4, 16 h, 16 w]. Several ranks must all exhaust the
-        iterator, since they exchange borders while they compute.
+        iterator, since they send each other borders while they compute.
         """
         config = self.config
         scale = config.scale_factor_spatial
@@ -76,7 +76,7 @@ class VideoVAE(nn.Module):
         mean, std = self._statistics(latents.device)
         z = (latents.float() * std + mean).to(self.quant_conv.weight.dtype)
         parts = divide(height, width, self.world, self.parallel)
-        memories = [Memory(part.strips) for part in parts]
+        caches = [CausalCache(part.strips) for part in parts]
         for index, frame in enumerate(z.split(1, dim=2)):
             shape = (
                 1,
@@ -86,9 +86,9 @@ class VideoVAE(nn.Module):
                 width * scale,
             )
             canvas = frame.new_zeros(shape, dtype=torch.float32)
-            for part, memory in zip(parts, memories, strict=True):
-                own = self.decoder(self.post_quant_conv(part.cut(frame)), memory)
-                part.add_to(canvas, unpatchify(own, config.patch_size), scale)
+            for part, cache in zip(parts, caches, strict=True):
+                own = self.decoder(self.post_quant_conv(part.cut(frame)), cache)
+                part.add_to(canvas, depth_to_space(own, config.patch_size), scale)
             yield sum_over(canvas, self.world).clamp_(-1, 1)
 
     def channels_last(self) -> VideoVAE:
@@ -117,8 +117,8 @@ def to_frames(pixels_BCTHW: Tensor) -> Tensor:
     return levels.round().clamp(0, 255).to(torch.uint8).movedim(0, 3).contiguous()
 
 
-class Memory:
-    """What one clip's convolutions need beside the present chunk of this rank's strip."""
+class CausalCache:
+    """The causal cache of one clip: what its convolutions need beside the present chunk of a strip."""
 
     def __init__(self, strips: Strips) -> None:
         self.strips = strips
@@ -152,7 +152,7 @@ class Encoder(nn.Module):
         last = len(config.dim_mult) - 1
         self.conv_in = CausalConv3d(config.in_channels, widths[0], (3, 3, 3))
         self.down_blocks = nn.ModuleList(
-            DownBlock(
+            VideoDownBlock(
                 before,
                 after,
                 config.num_res_blocks,
@@ -165,13 +165,13 @@ class Encoder(nn.Module):
         self.norm_out = NormSiLU(widths[-1])
         self.conv_out = CausalConv3d(widths[-1], 2 * config.z_dim, (3, 3, 3))
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        x = self.conv_in(x, memory)
+    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+        x = self.conv_in(x, cache)
         for block in self.down_blocks:
-            x = block(x, memory)
-        x = self.mid_block(x, memory)
-        x = self.conv_out(x, memory, through=self.norm_out)
-        memory.first = False
+            x = block(x, cache)
+        x = self.mid_block(x, cache)
+        x = self.conv_out(x, cache, through=self.norm_out)
+        cache.first = False
         return x
 
 
@@ -187,7 +187,7 @@ class Decoder(nn.Module):
         self.conv_in = CausalConv3d(config.z_dim, widths[0], (3, 3, 3))
         self.mid_block = MidBlock(widths[0])
         self.up_blocks = nn.ModuleList(
-            UpBlock(
+            VideoUpBlock(
                 before,
                 after,
                 config.num_res_blocks + 1,
@@ -199,16 +199,16 @@ class Decoder(nn.Module):
         self.norm_out = NormSiLU(widths[-1])
         self.conv_out = CausalConv3d(widths[-1], config.out_channels, (3, 3, 3))
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        x = self.mid_block(self.conv_in(x, memory), memory)
+    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+        x = self.mid_block(self.conv_in(x, cache), cache)
         for block in self.up_blocks:
-            x = block(x, memory)
-        x = self.conv_out(x, memory, through=self.norm_out)
-        memory.first = False
+            x = block(x, cache)
+        x = self.conv_out(x, cache, through=self.norm_out)
+        cache.first = False
         return x
 
 
-class DownBlock(nn.Module):
+class VideoDownBlock(nn.Module):
     """Residual blocks, then fewer positions; the shortcut averages. ``time`` and ``space`` are factors."""
 
     def __init__(self, before: int, after: int, depth: int, *, time: int, space: int) -> None:
@@ -217,16 +217,16 @@ class DownBlock(nn.Module):
         self.resnets = residual_blocks(before, after, depth)
         self.downsampler = Downsampler(after, time) if space > 1 else None
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
         shortcut = average_down(x, self.channels, self.time, self.space)
         for resnet in self.resnets:
-            x = resnet(x, memory)
+            x = resnet(x, cache)
         if self.downsampler is not None:
-            x = self.downsampler(x, memory)
+            x = self.downsampler(x, cache)
         return x + shortcut
 
 
-class UpBlock(nn.Module):
+class VideoUpBlock(nn.Module):
     """Residual blocks, then more positions; the shortcut repeats. The last block is without either."""
 
     def __init__(self, before: int, after: int, depth: int, *, time: int, space: int) -> None:
@@ -235,13 +235,13 @@ class UpBlock(nn.Module):
         self.resnets = residual_blocks(before, after, depth)
         self.upsampler = Upsampler(after, time) if space > 1 else None
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
         start = x
         for resnet in self.resnets:
-            x = resnet(x, memory)
+            x = resnet(x, cache)
         if self.upsampler is None:
             return x
-        x = self.upsampler(x, memory)
+        x = self.upsampler(x, cache)
         # The bias that the upsampler has left out is added where there are fewer positions.
         bias = self.upsampler.bias.repeat_interleave(start.shape[1] // x.shape[1])
         return add_repeated(x, start + bias.view(-1, 1, 1, 1), self.time, self.space)
@@ -257,17 +257,17 @@ class Downsampler(nn.Module):
             CausalConv3d(channels, channels, (3, 1, 1), stride=time) if time > 1 else None
         )
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
         # One row and column of zeros at the right and bottom border only.
-        bottom, right = memory.strips.padding(1)
-        x = F.pad(memory.strips.surround(x, 0, 1), (0, right, 0, bottom))
+        bottom, right = cache.strips.padding(1)
+        x = F.pad(cache.strips.surround(x, 0, 1), (0, right, 0, bottom))
         x = each_frame(self.resample["1"], x)
         if self.time_conv is None:
             return x
-        if memory.first:  # alone in its latent frame: nothing to halve, but remembered
-            memory.extend(self.time_conv, x, frames=1, rows=0)
+        if cache.first:  # alone in its latent frame: nothing to halve, but remembered
+            cache.extend(self.time_conv, x, frames=1, rows=0)
             return x
-        return self.time_conv(x, memory)
+        return self.time_conv(x, cache)
 
 
 class Upsampler(nn.Module):
@@ -282,17 +282,17 @@ class Upsampler(nn.Module):
     def bias(self) -> Tensor:
         return self.resample["1"].bias
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        if self.time_conv is not None and not memory.first:
+    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+        if self.time_conv is not None and not cache.first:
             # The first frame is not in this convolution's past either: its past begins with zeros.
-            x = self.time_conv(x, memory).unflatten(1, (2, -1))
+            x = self.time_conv(x, cache).unflatten(1, (2, -1))
             x = x.movedim(1, 3).flatten(2, 3)  # both halves of the channels are frames
         # Frame by frame: torch's two-dimensional kernel keeps channels innermost, and is faster.
         images = F.interpolate(x.transpose(1, 2).flatten(0, 1), scale_factor=2, mode="nearest")
         x = images.unflatten(0, (-1, x.shape[2])).transpose(1, 2)
-        if memory.strips.added(1):
-            x = memory.strips.surround(x, 1, 1)
-        return each_frame(self.resample["1"], x, memory.strips.padding(1), biased=False)
+        if cache.strips.added(1):
+            x = cache.strips.surround(x, 1, 1)
+        return each_frame(self.resample["1"], x, cache.strips.padding(1), biased=False)
 
 
 class MidBlock(nn.Module):
@@ -303,10 +303,10 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(ResidualBlock(channels, channels) for _ in range(2))
         self.attentions = nn.ModuleList([FrameAttention(channels)])
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        x = self.resnets[0](x, memory)
-        x = self.attentions[0](x, memory.strips)
-        return self.resnets[1](x, memory)
+    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+        x = self.resnets[0](x, cache)
+        x = self.attentions[0](x, cache.strips)
+        return self.resnets[1](x, cache)
 
 
 class ResidualBlock(nn.Module):
@@ -320,14 +320,14 @@ class ResidualBlock(nn.Module):
         self.conv2 = CausalConv3d(after, after, (3, 3, 3))
         self.conv_shortcut = nn.Conv3d(before, after, 1) if before != after else None
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
         """Biases are added in passes that are made anyway: each would be one of its own on a GPU."""
         shortcut, bias = x, self.conv2.bias
         if self.conv_shortcut is not None:
             shortcut = F.conv3d(x, self.conv_shortcut.weight)
             bias = bias + self.conv_shortcut.bias
-        x = self.conv1(x, memory, through=self.norm1, biased=False)
-        x = self.conv2(x, memory, through=self._second_norm, biased=False)
+        x = self.conv1(x, cache, through=self.norm1, biased=False)
+        x = self.conv2(x, cache, through=self._second_norm, biased=False)
         return sum_with_bias(x, shortcut, bias)
 
     def _second_norm(self, out: Tensor, x: Tensor) -> None:
@@ -365,12 +365,12 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(before, after, kernel, stride=(stride, 1, 1))
 
     def forward(
-        self, x: Tensor, memory: Memory, *, through: Fill = Tensor.copy_, biased: bool = True
+        self, x: Tensor, cache: CausalCache, *, through: Fill = Tensor.copy_, biased: bool = True
     ) -> Tensor:
         """Of what ``through`` makes of ``x``; not ``biased`` where the caller adds ``bias``."""
         rows, frames = self.kernel_size[1] // 2, self.kernel_size[0] - self.stride[0]
-        x = memory.extend(self, x, frames, rows, through)
-        padding = (0, *memory.strips.padding(rows))
+        x = cache.extend(self, x, frames, rows, through)
+        padding = (0, *cache.strips.padding(rows))
         return F.conv3d(x, self.weight, self.bias if biased else None, self.stride, padding)
 
 
@@ -465,13 +465,13 @@ def add_repeated(x: Tensor, start: Tensor, time: int, space: int) -> Tensor:
     return x
 
 
-def patchify(x: Tensor, patch: int) -> Tensor:
+def space_to_depth(x: Tensor, patch: int) -> Tensor:
     """Squares of pixels into channels, ordered colour, column, row (the transformer's is another)."""
     x = x.unflatten(4, (-1, patch)).unflatten(3, (-1, patch))
     return x.permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
 
 
-def unpatchify(x: Tensor, patch: int) -> Tensor:
-    """Inverse of `patchify`."""
+def depth_to_space(x: Tensor, patch: int) -> Tensor:
+    """Inverse of `space_to_depth`."""
     x = x.unflatten(1, (-1, patch, patch))
     return x.permute(0, 1, 4, 5, 3, 6, 2).flatten(5, 6).flatten(3, 4)

@@ -54,13 +54,13 @@ def guide(
 ) -> Velocities:
     """The guided velocities of one step; ``predict`` evaluates some branches, perhaps at once.
 
-    Branches are dealt over the CFG axis and exchanged once. A rank without a branch evaluates
+    Branches are dealt over the CFG axis and gathered by one collective. A rank without a branch evaluates
     nothing and learns from ``latents`` what it receives. Every rank returns the same values.
     """
     needed = branches_needed(scales)
     share = _share(scales, axis)
     mine = dict(zip(share, predict(share), strict=True)) if share else {}
-    velocities = mine if axis.size == 1 else _exchange(mine, needed, axis, latents)
+    velocities = mine if axis.size == 1 else _gathered(mine, needed, axis, latents)
     guided = velocities[0]
     for branch in needed[1:]:
         scale, weaker = scales[branch - 1], velocities[branch]
@@ -77,7 +77,7 @@ def _share(scales: Scales, axis: Axis) -> tuple[int, ...]:
     return needed[axis.rank * rounds : (axis.rank + 1) * rounds]
 
 
-def _exchange(
+def _gathered(
     mine: dict[int, Velocities], needed: tuple[int, ...], axis: Axis, latents: Velocities
 ) -> dict[int, Velocities]:
     """All branches from all ranks, with one collective of equal sizes."""

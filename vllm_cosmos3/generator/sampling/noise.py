@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-RULES = ("numpy", "torch")
 BETWEEN_CHUNKS = 1 << 16  # seeds: more than a request has steps or chunks
 _ORDER = ("vision", "sound", "action")
 

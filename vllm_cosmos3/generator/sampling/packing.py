@@ -1,7 +1,7 @@
 """Streams of latents and their tokens.
 
-A stream knows which of its values are generated (free) and which are given (clean). Everything that
-other systems call a mode is in these masks. Patches are the tokens of a video latent; sound and
+A stream knows which of its values are generated (its denoise mask) and what the others are (its
+clean latent). Everything that other systems call a mode is in these masks. Patches are the tokens of a video latent; sound and
 action latents are tokens already.
 
 Shapes: C channels, T latent frames, h x w latent pixels, S tokens.
@@ -23,40 +23,41 @@ class Stream:
     """One modality of one request between two steps.
 
     ``name`` is "vision", "sound" or "action" and decides how the stream is embedded; several vision
-    streams may stand side by side. ``x`` and ``clean`` are float32: vision [1, C, T, h, w], sound
-    [C, T], action [T, C]. ``free`` is bool, True where the value is generated, and has size 1 in all
-    dimensions but time: vision [1, 1, T, 1, 1], sound [1, T]; action [T, C] also leaves the unused
-    channels of an embodiment out.
+    streams may stand side by side. ``x`` and ``clean_latent`` are float32: vision [1, C, T, h, w],
+    sound [C, T], action [T, C]. ``denoise_mask`` is bool, True where the value is generated, and has
+    size 1 in all dimensions but time: vision [1, 1, T, 1, 1], sound [1, T]; action [T, C] also leaves
+    the unused channels of an embodiment out.
     """
 
     name: str
     x: Tensor
-    clean: Tensor
-    free: Tensor
+    clean_latent: Tensor
+    denoise_mask: Tensor
 
-    def restored(self, x: Tensor) -> Stream:
+    def apply_clean(self, x: Tensor) -> Stream:
         """The stream at ``x``, with the given values put back."""
-        return replace(self, x=torch.where(self.free, x, self.clean))
+        return replace(self, x=torch.where(self.denoise_mask, x, self.clean_latent))
 
 
-def start_stream(name: str, *, noise: Tensor, clean: Tensor, free: Tensor) -> Stream:
-    """The stream before the first step: noise where it is free."""
-    return Stream(name=name, x=noise, clean=clean, free=free).restored(noise)
+def start_stream(name: str, *, noise: Tensor, clean_latent: Tensor, denoise_mask: Tensor) -> Stream:
+    """The stream before the first step: noise where it is generated."""
+    stream = Stream(name=name, x=noise, clean_latent=clean_latent, denoise_mask=denoise_mask)
+    return stream.apply_clean(noise)
 
 
-def free_frames(frames: int, known: tuple[int, ...]) -> Tensor:
-    """Mask [1, 1, frames, 1, 1] of a video of which the latent frames ``known`` are given."""
-    free = torch.ones(frames, dtype=torch.bool)
-    free[list(known)] = False
-    return free.view(1, 1, frames, 1, 1)
+def frame_mask(frames: int, known: tuple[int, ...]) -> Tensor:
+    """Denoise mask [1, 1, frames, 1, 1] of a video of which the latent frames ``known`` are given."""
+    mask = torch.ones(frames, dtype=torch.bool)
+    mask[list(known)] = False
+    return mask.view(1, 1, frames, 1, 1)
 
 
-def free_rows(shape: tuple[int, ...], known: tuple[int, ...], channels: int) -> Tensor:
-    """Mask of action rows ``shape`` [T, C]: given rows and all but the first channels are not free."""
-    free = torch.ones(shape, dtype=torch.bool)
-    free[list(known)] = False
-    free[:, channels:] = False
-    return free
+def row_mask(shape: tuple[int, ...], known: tuple[int, ...], channels: int) -> Tensor:
+    """Denoise mask of action rows ``shape`` [T, C]: neither given rows nor more than ``channels``."""
+    mask = torch.ones(shape, dtype=torch.bool)
+    mask[list(known)] = False
+    mask[:, channels:] = False
+    return mask
 
 
 def filled_up(pixels: Tensor, canvas: tuple[int, int] | None) -> Tensor:
@@ -96,8 +97,8 @@ def unpatchify(tokens: Tensor, shape: tuple[int, ...], patch: int) -> Tensor:
 
 
 def noisy_tokens(stream: Stream, patch: int) -> Tensor:
-    """Bool [S]: tokens of which at least one value is generated. They are told the timestep."""
+    """Bool [S]: tokens of which at least one value is generated: these are timestep-conditioned."""
     if stream.name == "vision":
         frames, rows, columns = patch_grid(tuple(stream.x.shape), patch)
-        return stream.free.view(frames, 1).expand(frames, rows * columns).flatten()
-    return stream.free.any(dim=0 if stream.name == "sound" else 1)
+        return stream.denoise_mask.view(frames, 1).expand(frames, rows * columns).flatten()
+    return stream.denoise_mask.any(dim=0 if stream.name == "sound" else 1)

@@ -1,7 +1,7 @@
 """Solvers: one step from one noise level to the next, on one tensor of any shape.
 
 A noisy sample is ``x = (1 - sigma) * clean + sigma * noise`` and the model predicts the velocity
-``noise - clean``. Every solver is a function of the step counter and of an explicit ``State``, so
+``noise - clean``. Every solver is a function of the step counter and of an explicit `SolverState`, so
 steps can be separate calls. Updates run in the dtype of ``x``: float32 in use, float64 in tests.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class State:
+class SolverState:
     """What a multistep solver remembers of the steps before. One-step solvers leave it empty."""
 
     estimates: tuple[Tensor, ...] = ()  # of the clean sample, newest first, at most two
@@ -23,7 +23,9 @@ class State:
     order: int = 0  # of the last step
 
 
-Step = Callable[[Tensor, Tensor, State, Sequence[float], int, Tensor | None], tuple[Tensor, State]]
+Step = Callable[
+    [Tensor, Tensor, SolverState, Sequence[float], int, Tensor | None], tuple[Tensor, SolverState]
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +41,13 @@ class Solver:
 
 
 def unipc(
-    x: Tensor, velocity: Tensor, state: State, sigmas: Sequence[float], index: int, _: Tensor | None
-) -> tuple[Tensor, State]:
+    x: Tensor,
+    velocity: Tensor,
+    state: SolverState,
+    sigmas: Sequence[float],
+    index: int,
+    _: Tensor | None,
+) -> tuple[Tensor, SolverState]:
     """UniPC of order 2 with B(h) = exp(-h) - 1 and data prediction (Zhao et al. 2023, Alg. 1, 2).
 
     First corrects ``x`` with the new estimate, then predicts the next one. The first step is of
@@ -51,24 +58,19 @@ def unipc(
         x = _correct(state.corrected, estimate, state, sigmas, index)
     order = min(2, index + 1)
     following = _predict(x, estimate, state.estimates, order, sigmas, index)
-    return following, State(estimates=(estimate, *state.estimates[:1]), corrected=x, order=order)
-
-
-def euler(
-    x: Tensor, velocity: Tensor, state: State, sigmas: Sequence[float], index: int, _: Tensor | None
-) -> tuple[Tensor, State]:
-    """The first-order step along the velocity."""
-    return x + (sigmas[index + 1] - sigmas[index]) * velocity, state
+    return following, SolverState(
+        estimates=(estimate, *state.estimates[:1]), corrected=x, order=order
+    )
 
 
 def sde(
     x: Tensor,
     velocity: Tensor,
-    state: State,
+    state: SolverState,
     sigmas: Sequence[float],
     index: int,
     noise: Tensor | None,
-) -> tuple[Tensor, State]:
+) -> tuple[Tensor, SolverState]:
     """Distilled checkpoints: estimate the clean sample and noise it afresh to the next level."""
     estimate = x - sigmas[index] * velocity
     level = sigmas[index + 1]
@@ -79,7 +81,6 @@ def sde(
 
 SOLVERS = {
     "unipc": Solver(step=unipc),
-    "euler": Solver(step=euler),
     "sde": Solver(step=sde, draws_noise=True),
 }
 
@@ -105,7 +106,7 @@ def _predict(
 
 
 def _correct(
-    corrected: Tensor, estimate: Tensor, state: State, sigmas: Sequence[float], index: int
+    corrected: Tensor, estimate: Tensor, state: SolverState, sigmas: Sequence[float], index: int
 ) -> Tensor:
     """The sample at ``index`` again, from the one before it, now that its own estimate is known."""
     now, before = sigmas[index], sigmas[index - 1]

@@ -18,7 +18,7 @@ from PIL import Image
 from vllm_cosmos3 import media
 from vllm_cosmos3.errors import Cosmos3Error
 from vllm_cosmos3.generator.output import Output
-from vllm_cosmos3.generator.pipeline import Pipeline, State
+from vllm_cosmos3.generator.pipeline import Pipeline, RequestState
 from vllm_cosmos3.server.guardrails import frame_check
 
 RECORD, CLIP, THUMBNAIL, SPRITES = "record.json", "video.mp4", "thumbnail.webp", "spritesheet.webp"
@@ -93,7 +93,7 @@ class Artifacts:
 class ServedPipeline(Pipeline):
     """The pipeline, whose results are files."""
 
-    def decode(self, state: State, clip: media.Clip | None = None) -> None:
+    def decode(self, state: RequestState, clip: media.Clip | None = None) -> None:
         """Encodes while it decodes, unless the frames are to be checked or joined to others."""
         if clip is not None and (frame_check() or (clip.path.parent / BEFORE).is_file()):
             clip = None
@@ -101,7 +101,7 @@ class ServedPipeline(Pipeline):
             clip.path.parent.mkdir(parents=True, exist_ok=True)
         super().decode(state, clip)
 
-    def finish(self, state: State) -> Any:
+    def finish(self, state: RequestState) -> Any:
         return Artifacts(super().finish(state))
 
 

@@ -44,8 +44,7 @@ from vllm_cosmos3.server.jobs.upsampling import EngineReasoner
 from vllm_cosmos3.server.jobs.value_sources import sources
 from vllm_cosmos3.server.memory_split import Sizing
 from vllm_cosmos3.server.options import Options
-from vllm_cosmos3.stage.client import Job as StageJob
-from vllm_cosmos3.stage.client import StageClient
+from vllm_cosmos3.stage.client import StageClient, StageJob
 from vllm_cosmos3.stage.process import Status
 from vllm_cosmos3.stage.scheduler import QueueConfig
 from vllm_cosmos3.stage.worker import StageConfig
