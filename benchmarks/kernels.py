@@ -27,8 +27,9 @@ from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 from clock import between, mark, synchronize
 from machine import heading, provenance
-from vllm_cosmos3.checkpoint.config import ParallelConfig, TransformerConfig, read_config
+from vllm_cosmos3.checkpoint.config import TransformerConfig, read_config
 from vllm_cosmos3.compat import fused_qk_norm_rope
+from vllm_cosmos3.engine_options import ParallelConfig
 from vllm_cosmos3.errors import Cosmos3Error
 from vllm_cosmos3.parallel.attention import make_attend
 from vllm_cosmos3.parallel.mesh import building_layers, close_mesh, init_mesh

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from machine import heading, provenance
-from vllm_cosmos3.checkpoint.config import EngineConfig, ParallelConfig
+from vllm_cosmos3.engine_options import EngineConfig, ParallelConfig
 from vllm_cosmos3.errors import OutOfMemory
 from vllm_cosmos3.generator.memory import MemoryEstimate, estimate, work_of
 from vllm_cosmos3.generator.memory.reservation import lift_limit
@@ -36,11 +36,14 @@ GIB = 2**30
 PLACEMENTS: dict[str, dict[str, Any]] = {
     "all on the device": {"und_residency": "gpu"},
     "text tower on the host": {"und_residency": "host"},
-    "layers streamed": {"und_residency": "gpu", "layerwise_offload": True},
-    "text tower on the host, layers streamed": {"und_residency": "host", "layerwise_offload": True},
+    "layers streamed": {"und_residency": "gpu", "enable_layerwise_offload": True},
+    "text tower on the host, layers streamed": {
+        "und_residency": "host",
+        "enable_layerwise_offload": True,
+    },
 }
 REFERENCES: dict[str, str] = {}  # digests of the first placement's latents, by request
-CAPS = ((48.0, {}), (24.0, {"layerwise_offload": True}))  # GiB, on top of und_residency auto
+CAPS = ((48.0, {}), (24.0, {"enable_layerwise_offload": True}))  # GiB, on top of und_residency auto
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,7 +174,7 @@ def capped(config: EngineConfig, mesh: Mesh, args: argparse.Namespace) -> Iterat
     row = measure(pipeline, f"cap of {cap:g} GiB", label, loading, args)
     yield (
         f"* Under a cap of {cap:g} GiB, text tower on the {pipeline.config.und_residency},"
-        f" layers {'streamed' if pipeline.config.layerwise_offload else 'resident'}:"
+        f" layers {'streamed' if pipeline.config.enable_layerwise_offload else 'resident'}:"
         f" {label} peaks at {row.peak / GIB:.1f} GiB, {row.step_s:.2f} s a step,"
         f" bits equal: {row.equal}."
     )

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as processes
 
-from vllm_cosmos3.checkpoint.config import EngineConfig, ParallelConfig
+from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.generator.pipeline import Pipeline
 from vllm_cosmos3.parallel.mesh import close_mesh, init_mesh
 from vllm_cosmos3.request.planner import make_plan
@@ -89,22 +89,21 @@ def serve(rank: int, world: int, meshes: list[str], args: argparse.Namespace) ->
         torch.cuda.set_device(device)
     for mesh_name in meshes:
         cfg, ulysses, tp = map(int, mesh_name.split("x"))
-        parallel = ParallelConfig(
-            cfg_parallel_size=cfg, ulysses_degree=ulysses, tensor_parallel_size=tp
-        )
-        meeting = args.folder / f"{world}-{mesh_name}"
-        mesh = init_mesh(
-            parallel,
-            rank=rank,
-            local_rank=rank,
-            init_method=f"file://{meeting}" if world > 1 else None,
-        )
         config = EngineConfig(
             model=args.checkpoint,
             dtype=args.dtype,
             device=str(device),
             load_format=args.load_format,
-            parallel=parallel,
+            cfg_parallel_size=cfg,
+            ulysses_degree=ulysses,
+            tensor_parallel_size=tp,
+        )
+        meeting = args.folder / f"{world}-{mesh_name}"
+        mesh = init_mesh(
+            config.parallel,
+            rank=rank,
+            local_rank=rank,
+            init_method=f"file://{meeting}" if world > 1 else None,
         )
         pipeline = Pipeline.load(config, mesh, device)
         for size in args.sizes:

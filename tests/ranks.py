@@ -23,7 +23,7 @@ from typing import Any
 
 from limits import HANG
 
-from vllm_cosmos3.checkpoint.config import ParallelConfig
+from vllm_cosmos3.engine_options import ParallelConfig
 
 SECONDS = 300  # until ranks that do not answer are taken for deadlocked
 FORKSERVER = multiprocessing.get_context("forkserver")

@@ -22,7 +22,7 @@ from pathlib import Path
 from ranks import processes_below, remaining, segments_of
 from toy_stage import ToyPlan
 
-from vllm_cosmos3.checkpoint.config import EngineConfig, ParallelConfig
+from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.errors import WorkerDied
 from vllm_cosmos3.stage.client import StageClient
 from vllm_cosmos3.stage.worker import StageConfig
@@ -33,7 +33,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--ranks", type=int, default=2)
     args = parser.parse_args()
-    engine = EngineConfig(model=Path("/"), parallel=ParallelConfig(ulysses_degree=args.ranks))
+    engine = EngineConfig(model=Path("/"), ulysses_degree=args.ranks)
     client = StageClient(StageConfig(engine=engine, stage="toy_stage:Toy", grace=0.5))
     client.wait_ready(300)
     seconds, counts = [], []

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "vllm_cosmos3"
 LAYERS = [
     {"version", "errors", "progress", "closing", "compat", "media_budget"},
     {"media", "fetching", "poses", "checkpoint"},
-    {"request", "parallel", "robots"},
+    {"request", "engine_options", "parallel", "robots"},
     {"batch", "generator.output", "generator.sampling", "generator.memory"},
     {"generator.models", "reasoner"},
     {"generator", "plugin"},
@@ -40,6 +40,7 @@ NO_TORCH = {
     "batch",
     "robots",
     "cli",
+    "engine_options",
 }
 
 

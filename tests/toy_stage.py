@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_cosmos3.checkpoint.config import EngineConfig
+from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.errors import CheckpointError, InvalidRequest, OutOfMemory
 from vllm_cosmos3.parallel.mesh import Mesh, all_gather
 

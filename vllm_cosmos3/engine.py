@@ -8,23 +8,24 @@ and notebooks work.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Concatenate, ParamSpec, overload
 
 import torch
 
-from vllm_cosmos3.checkpoint.config import EngineConfig, ParallelConfig, read_config
+from vllm_cosmos3.checkpoint.config import read_config
 from vllm_cosmos3.checkpoint.hub import resolve
 from vllm_cosmos3.closing import Closing
+from vllm_cosmos3.engine_options import OPTIONS, EngineOptions
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
 from vllm_cosmos3.generator.output import Output, Progress, Report, Sample
 from vllm_cosmos3.media import Clip
-from vllm_cosmos3.parallel.attention import BACKENDS
-from vllm_cosmos3.parallel.halo import VAE_PARALLEL
+from vllm_cosmos3.parallel.attention import check_backend
 from vllm_cosmos3.request.plan import Plan
 from vllm_cosmos3.request.planner import make_plan
 from vllm_cosmos3.request.prompts import load_tokenizer
@@ -33,10 +34,33 @@ from vllm_cosmos3.stage.runners import Runner, make_runner
 
 __all__ = ["Cosmos3", "Output", "Progress", "Sample"]
 
-DTYPES = ("bfloat16", "float16", "float32")
-LOAD_FORMATS = ("auto", "dummy")
-RESIDENCIES = ("gpu", "host", "auto")
 Request = GenerateRequest | Mapping[str, Any]
+P = ParamSpec("P")
+
+
+def _takes(
+    options: Callable[P, EngineOptions],
+) -> Callable[[Callable[[Cosmos3, EngineOptions], None]], Callable[Concatenate[Cosmos3, P], None]]:
+    """Make an ``__init__`` that takes the arguments of the options of one that takes the options."""
+
+    def decorated(
+        init: Callable[[Cosmos3, EngineOptions], None],
+    ) -> Callable[Concatenate[Cosmos3, P], None]:
+        def load(self: Cosmos3, /, *args: P.args, **arguments: P.kwargs) -> None:
+            init(self, options(*args, **arguments))
+
+        signature = inspect.signature(options)
+        self_first = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]
+        signature = signature.replace(parameters=[*self_first, *signature.parameters.values()])
+        load.__signature__ = signature  # type: ignore[attr-defined]
+        lines = [f"    {name}: {option.spec.help}." for name, option in OPTIONS.items()]
+        model = (
+            "    model: a checkpoint folder in the published layout, or a Hugging Face repository."
+        )
+        load.__doc__ = "\n".join(["Load a checkpoint.\n", "Args:", model, *lines])
+        return load
+
+    return decorated
 
 
 class Cosmos3(Closing):
@@ -45,82 +69,22 @@ class Cosmos3(Closing):
         with Cosmos3("nvidia/Cosmos3-Nano") as model:
             model.generate(prompt="A paper boat on a stream").save("boat.mp4")
 
-    Args:
-        model: a checkpoint folder in the published layout, or a Hugging Face repository.
-        revision: branch, tag or commit of the repository.
-        dtype: of weights and activations: bfloat16, float16 or float32. The solver's state is
-            always float32.
-        device: such as "cuda", "cuda:1" or "cpu"; omitted: what the installed vLLM is built for.
-        tensor_parallel_size: ranks that share each layer; divides the key-value heads.
-        cfg_parallel_size: 2 computes the two branches of guidance side by side.
-        ulysses_degree: ranks that share the tokens. The product of the three is the number of
-            devices used.
-        vae_parallel: "halo", "tile" (less memory, not exact) or "off".
-        distributed_executor_backend: who starts the ranks: "mp" (the default for several), "ray"
-            for several hosts, or "external_launcher" in a script that runs under torchrun, where
-            only rank 0 gets results.
-        attention_backend: one of `parallel.attention.BACKENDS`, or "auto".
-        load_format: "auto", or "dummy" for random weights where only the time matters.
-        und_residency: where the text tower rests: "gpu", "host" (it visits the device to read the
-            texts of a request) or "auto": the host only if a default video would not fit otherwise.
-        enable_layerwise_offload: generation layers rest on the host and are copied to the device at
-            every step, each while the one before it computes.
-        memory_limit: GiB of its device that each rank may use; omitted: what is free.
-        checkpoint_kind: one of `kinds.KINDS`, where the files do not tell it.
+    It takes what `EngineOptions` takes.
 
     Raises:
         CheckpointError: the checkpoint is missing, incomplete or of another kind.
-        InvalidRequest: an argument has none of these values.
+        InvalidRequest: an option has a value that cannot be served here.
     """
 
-    def __init__(
-        self,
-        model: str | Path,
-        *,
-        revision: str | None = None,
-        dtype: str = "bfloat16",
-        device: str | None = None,
-        tensor_parallel_size: int = 1,
-        cfg_parallel_size: int = 1,
-        ulysses_degree: int = 1,
-        vae_parallel: str = "halo",
-        distributed_executor_backend: str | None = None,
-        attention_backend: str = "auto",
-        load_format: str = "auto",
-        und_residency: str = "auto",
-        enable_layerwise_offload: bool = False,
-        memory_limit: float | None = None,
-        checkpoint_kind: str | None = None,
-    ) -> None:
+    @_takes(EngineOptions)
+    def __init__(self, options: EngineOptions) -> None:
         start = time.perf_counter()
-        _check_choice("dtype", dtype, DTYPES)
-        _check_choice("vae_parallel", vae_parallel, VAE_PARALLEL)
-        _check_choice("attention_backend", attention_backend, ("auto", *BACKENDS))
-        _check_choice("load_format", load_format, LOAD_FORMATS)
-        _check_choice("und_residency", und_residency, RESIDENCIES)
-        if memory_limit is not None and not memory_limit > 0:
-            raise InvalidRequest("memory_limit", memory_limit, "above 0 GiB")
-        self.device = _device(device)
-        config = EngineConfig(
-            model=resolve(model, revision),
-            dtype=dtype,
-            device=str(self.device),
-            load_format=load_format,
-            attention_backend=attention_backend,
-            checkpoint_kind=checkpoint_kind,
-            parallel=ParallelConfig(
-                tensor_parallel_size=tensor_parallel_size,
-                cfg_parallel_size=cfg_parallel_size,
-                ulysses_degree=ulysses_degree,
-                vae_parallel=vae_parallel,
-            ),
-            und_residency=und_residency,
-            layerwise_offload=enable_layerwise_offload,
-            memory_limit=memory_limit,
-        )
-        self._model = read_config(config.model, checkpoint_kind)
+        check_backend(options.attention_backend)
+        self.device = _device(options.device)
+        config = options.on(resolve(options.model, options.revision), str(self.device))
+        self._model = read_config(config.model, config.checkpoint_kind)
         self._tokenizer = load_tokenizer(config.model)
-        self._runner: Runner | None = make_runner(config, distributed_executor_backend)
+        self._runner: Runner | None = make_runner(config)
         self._lock = threading.Lock()  # one request at a time, also from several threads
         self.load_seconds = time.perf_counter() - start
 
@@ -255,11 +219,6 @@ def _device(name: str | None) -> torch.device:
     if device is None or device.type != built_for:
         raise InvalidRequest("device", name, f"{built_for}, for the vLLM installed here")
     return device
-
-
-def _check_choice(name: str, value: str, possible: Sequence[str]) -> None:
-    if value not in possible:
-        raise InvalidRequest(name, value, f"one of {', '.join(possible)}")
 
 
 def _ignore(_: Progress) -> None:

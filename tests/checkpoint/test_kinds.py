@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vllm_cosmos3.checkpoint.config import EngineConfig, ParallelConfig, read_config, read_kind
+from vllm_cosmos3.checkpoint.config import read_config, read_kind
 from vllm_cosmos3.checkpoint.kinds import KINDS
 from vllm_cosmos3.checkpoint.synthetic import write_checkpoint
+from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.errors import CheckpointError, InvalidRequest, Unsupported
 from vllm_cosmos3.request.parameters import resolve
 from vllm_cosmos3.request.planner import make_plan
@@ -127,7 +128,7 @@ def test_a_mode_is_served_or_refused_at_once(
 def test_distilled_checkpoints_have_no_guidance_to_share(
     folders: dict[str, Path], kind: str
 ) -> None:
-    config = EngineConfig(model=folders[kind], parallel=ParallelConfig(cfg_parallel_size=2))
+    config = EngineConfig(model=folders[kind], cfg_parallel_size=2)
     with pytest.raises(InvalidRequest, match="a distilled checkpoint has no guidance"):
         make_runner(config)
 

@@ -24,7 +24,8 @@ from servers import BIN, environment
 from vllm_cosmos3.batch.files import read_batch
 from vllm_cosmos3.cli import _parser, main
 from vllm_cosmos3.cli.batch import Downloads, _asked, _checked
-from vllm_cosmos3.cli.generate import planner
+from vllm_cosmos3.cli.generate import run_options
+from vllm_cosmos3.cli.run_options import planner
 from vllm_cosmos3.engine import Cosmos3
 from vllm_cosmos3.media import read_image, read_video
 from vllm_cosmos3.reasoner.offline import Answer, Reasoner
@@ -345,9 +346,10 @@ def test_no_frame_is_shown_that_is_not_made_yet(tiny_checkpoint: Path, tmp_path:
         {"name": "a", "vision_path": "first.png", "upsample_prompt": True},
         {"name": "b", "continue_from": "a", "upsample_prompt": True},
     )
-    args, _ = _parser("generate")[0].parse_known_args(["generate", str(tiny_checkpoint)])
+    command = ["generate", str(tiny_checkpoint), "--dry-run"]
+    options = run_options(_parser("generate")[0].parse_args(command))
     samples, problems = _checked(
-        read_batch([str(file)], {}).records, planner(args), Downloads(tmp_path), args
+        read_batch([str(file)], {}).records, planner(tiny_checkpoint), Downloads(tmp_path), options
     )
     assert not problems
     first, second = (sample.upsampling for sample in samples)

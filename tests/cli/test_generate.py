@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from servers import BIN, environment
 
 from vllm_cosmos3.cli import main
-from vllm_cosmos3.cli.generate import progress_shown
+from vllm_cosmos3.cli.terminal import progress_shown
 from vllm_cosmos3.media import write_video
 from vllm_cosmos3.request.request import SPECS
 

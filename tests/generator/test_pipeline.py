@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_cosmos3.checkpoint.config import EngineConfig, ParallelConfig
 from vllm_cosmos3.checkpoint.synthetic import write_checkpoint
+from vllm_cosmos3.engine_options import EngineConfig, ParallelConfig
 from vllm_cosmos3.errors import CheckpointError
 from vllm_cosmos3.generator import pipeline as pipeline_module
 from vllm_cosmos3.generator.models.text_cache import TextKVCache

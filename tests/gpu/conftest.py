@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_cosmos3.checkpoint.config import EngineConfig, ParallelConfig
 from vllm_cosmos3.checkpoint.synthetic import write_checkpoint
+from vllm_cosmos3.engine_options import EngineConfig, ParallelConfig
 from vllm_cosmos3.generator.pipeline import Pipeline
 from vllm_cosmos3.parallel.mesh import close_mesh, init_mesh
 

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from vllm_cosmos3.checkpoint.config import ParallelConfig
 from vllm_cosmos3.checkpoint.tensors import vae_tensors
 from vllm_cosmos3.checkpoint.weights import identity_table, load_dummy_weights
 from vllm_cosmos3.compat import fused_qk_norm_rope
+from vllm_cosmos3.engine_options import ParallelConfig
 from vllm_cosmos3.generator.models.kernels import add_with_bias, norm_silu
 from vllm_cosmos3.generator.models.transformer import Layer
 from vllm_cosmos3.generator.models.vae import VideoVAE, rms_normalised, to_frames, to_pixels

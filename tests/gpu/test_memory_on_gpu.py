@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vllm_cosmos3 import Cosmos3
-from vllm_cosmos3.checkpoint.config import EngineConfig, ParallelConfig
+from vllm_cosmos3.engine_options import EngineConfig, ParallelConfig
 from vllm_cosmos3.errors import OutOfMemory
 from vllm_cosmos3.generator.memory import estimate, work_of
 from vllm_cosmos3.generator.pipeline import Pipeline
@@ -35,8 +35,8 @@ IMAGE = VIDEO | {"size": "320x192", "num_frames": 1}
 PLACEMENTS = [
     {"und_residency": "gpu"},
     {"und_residency": "host"},
-    {"und_residency": "gpu", "layerwise_offload": True},
-    {"und_residency": "host", "layerwise_offload": True},
+    {"und_residency": "gpu", "enable_layerwise_offload": True},
+    {"und_residency": "host", "enable_layerwise_offload": True},
 ]
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ranks import Ranks
 from torch import Tensor
 
-from vllm_cosmos3.checkpoint.config import ParallelConfig
+from vllm_cosmos3.engine_options import ParallelConfig
 from vllm_cosmos3.parallel.halo import (
     OVERLAP,
     VAE_PARALLEL,

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import Ranks
 
-from vllm_cosmos3.checkpoint.config import ParallelConfig, TransformerConfig
+from vllm_cosmos3.checkpoint.config import TransformerConfig
+from vllm_cosmos3.engine_options import ParallelConfig
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.parallel import mesh as m
 

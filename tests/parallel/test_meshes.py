@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 from ranks import Ranks
 
-from vllm_cosmos3.checkpoint.config import EngineConfig, ParallelConfig
+from vllm_cosmos3.engine_options import EngineConfig, ParallelConfig
 from vllm_cosmos3.generator.output import Sample
 from vllm_cosmos3.generator.pipeline import Pipeline
 from vllm_cosmos3.parallel.mesh import Mesh
@@ -86,7 +87,7 @@ MESHES = {  # cfg x ulysses x tp
 
 def run_all(mesh: Mesh, folder: Path, parallel: ParallelConfig) -> dict[str, tuple[Sample, Sample]]:
     """The latents and the decoded result of each request."""
-    config = EngineConfig(model=folder, dtype="float32", device="cpu", parallel=parallel)
+    config = EngineConfig(model=folder, dtype="float32", device="cpu", **asdict(parallel))
     pipeline = Pipeline.load(config, mesh, "cpu")
     return {
         name: (
@@ -139,7 +140,7 @@ def work_of(
     mesh: Mesh, folder: Path, parallel: ParallelConfig
 ) -> list[tuple[int, int, tuple[str, ...]]]:
     """Of each of UNGUIDED and GUIDED: texts read, forwards made, and warnings beyond the plan's."""
-    config = EngineConfig(model=folder, dtype="float32", device="cpu", parallel=parallel)
+    config = EngineConfig(model=folder, dtype="float32", device="cpu", **asdict(parallel))
     pipeline = Pipeline.load(config, mesh, "cpu")
     calls: list[str] = []
     pipeline.transformer.understanding.register_forward_hook(lambda *_: calls.append("text"))
@@ -197,10 +198,10 @@ def placed(mesh: Mesh, folder: Path, parallel: ParallelConfig) -> list[np.ndarra
     for settings in (
         {"und_residency": "gpu"},
         {"und_residency": "host"},
-        {"und_residency": "host", "layerwise_offload": True},
+        {"und_residency": "host", "enable_layerwise_offload": True},
     ):
         config = EngineConfig(
-            model=folder, dtype="float32", device="cpu", parallel=parallel, **settings
+            model=folder, dtype="float32", device="cpu", **asdict(parallel), **settings
         )
         pipeline = Pipeline.load(config, mesh, "cpu")
         size = {"num_frames": 5, "height": 64, "width": 96, "output_type": "latent"}
@@ -222,7 +223,7 @@ def failing(
     mesh: Mesh, folder: Path, parallel: ParallelConfig
 ) -> tuple[str | None, list[np.ndarray | None]]:
     """What the decoding of two results says when their sound fails; a video before and after it."""
-    config = EngineConfig(model=folder, dtype="float32", device="cpu", parallel=parallel)
+    config = EngineConfig(model=folder, dtype="float32", device="cpu", **asdict(parallel))
     pipeline = Pipeline.load(config, mesh, "cpu")
     request = GenerateRequest(
         **COMMON, num_frames=5, height=64, width=64, generate_sound=True, n=2

@@ -12,10 +12,11 @@ import torch
 from diffusers import Cosmos3OmniPipeline, Cosmos3OmniTransformer
 from torch import Tensor
 
-from vllm_cosmos3.checkpoint.config import ParallelConfig, read_config
+from vllm_cosmos3.checkpoint.config import read_config
 from vllm_cosmos3.checkpoint.latents import patch_grid
 from vllm_cosmos3.checkpoint.tensors import transformer_tensors
 from vllm_cosmos3.checkpoint.weights import load_weights
+from vllm_cosmos3.engine_options import ParallelConfig
 from vllm_cosmos3.generator.models.transformer import Context, Transformer, weight_table
 from vllm_cosmos3.generator.sampling import positions
 from vllm_cosmos3.generator.sampling.packing import Stream, frame_mask, start_stream

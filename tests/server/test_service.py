@@ -14,7 +14,7 @@ from typing import Any, cast
 import pytest
 from limits import HANG
 
-from vllm_cosmos3.checkpoint.config import EngineConfig
+from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.server.http.metrics import metrics
 from vllm_cosmos3.server.http.request_fields import Asked
 from vllm_cosmos3.server.jobs.estimates import Pace

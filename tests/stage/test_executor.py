@@ -13,7 +13,7 @@ from ranks import in_new_process, processes_below, remaining, segments_of
 from toy_stage import ToyPlan, ToyResult
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
-from vllm_cosmos3.checkpoint.config import EngineConfig, ParallelConfig
+from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.errors import (
     CheckpointError,
     Cosmos3Error,
@@ -29,10 +29,13 @@ from vllm_cosmos3.stage.worker import StageConfig
 def stage(
     cfg: int = 1, ulysses: int = 1, tp: int = 1, *, model: Path = Path("/"), backend: str = "mp"
 ) -> StageConfig:
-    parallel = ParallelConfig(
-        cfg_parallel_size=cfg, ulysses_degree=ulysses, tensor_parallel_size=tp
+    engine = EngineConfig(
+        model=model,
+        device="cpu",
+        cfg_parallel_size=cfg,
+        ulysses_degree=ulysses,
+        tensor_parallel_size=tp,
     )
-    engine = EngineConfig(model=model, device="cpu", parallel=parallel)
     return StageConfig(engine=engine, stage="toy_stage:Toy", backend=backend, timeout=60, grace=0.5)
 
 

@@ -12,7 +12,8 @@ from limits import HANG
 from short_stage import EVERYWHERE, LAST_RANK, ShortPipeline
 
 from vllm_cosmos3 import Cosmos3
-from vllm_cosmos3.checkpoint.config import EngineConfig, ParallelConfig, read_config
+from vllm_cosmos3.checkpoint.config import read_config
+from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.errors import OutOfMemory
 from vllm_cosmos3.generator.pipeline import RequestState
 from vllm_cosmos3.request.plan import Plan
@@ -53,9 +54,9 @@ def test_on_ranks(tiny_checkpoint_fp32: Path) -> None:
     engine = EngineConfig(
         model=tiny_checkpoint_fp32,
         dtype="float32",
-        parallel=ParallelConfig(ulysses_degree=2),
+        ulysses_degree=2,
         und_residency="host",
-        layerwise_offload=True,
+        enable_layerwise_offload=True,
     )
     client = StageClient(StageConfig(engine=engine, stage="short_stage:ShortPipeline"))
     try:

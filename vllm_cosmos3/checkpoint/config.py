@@ -141,39 +141,6 @@ class ModelConfig:
         return self.scheduler.t_list is not None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ParallelConfig:
-    """Degrees of the mesh. Their product is the number of ranks; tensor parallel varies fastest."""
-
-    tensor_parallel_size: int = 1
-    cfg_parallel_size: int = 1
-    ulysses_degree: int = 1
-    vae_parallel: str = "halo"  # "halo", "tile" or "off"
-
-    @property
-    def world_size(self) -> int:
-        return self.tensor_parallel_size * self.cfg_parallel_size * self.ulysses_degree
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
-    """Everything a rank needs to build its part of the generator. Picklable.
-
-    ``memory_limit`` is how much of its device a rank may use, in GiB; None: all that is free.
-    """
-
-    model: Path
-    dtype: str = "bfloat16"  # of weights and activations; solver state is always float32
-    device: str = "cpu"
-    load_format: str = "auto"  # "auto" or "dummy"
-    attention_backend: str = "auto"
-    parallel: ParallelConfig = ParallelConfig()
-    und_residency: str = "auto"  # where the understanding tower rests: "gpu", "host" or "auto"
-    layerwise_offload: bool = False  # generation layers rest on the host and visit the device
-    memory_limit: float | None = None
-    checkpoint_kind: str | None = None  # None: what the files say
-
-
 def read_config(folder: Path, kind: str | None = None) -> ModelConfig:
     """Every number of the generator in ``folder``, a checkpoint in the published layout.
 

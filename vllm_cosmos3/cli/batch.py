@@ -6,7 +6,6 @@ generator is loaded, once, for all pictures: they need not fit into the memory t
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import shutil
@@ -26,18 +25,9 @@ import numpy as np
 from vllm_cosmos3 import media
 from vllm_cosmos3.batch.files import read_batch
 from vllm_cosmos3.batch.records import REASONER, Record, is_url
-from vllm_cosmos3.cli.generate import (
-    LAUNCHED,
-    generate,
-    given,
-    loaded,
-    open_reasoner,
-    planner,
-    quiet_libraries,
-    sample_folder,
-    settle_formats,
-    write,
-)
+from vllm_cosmos3.cli.results import generate, sample_folder, write
+from vllm_cosmos3.cli.run_options import RunOptions, open_generator, open_reasoner, planner
+from vllm_cosmos3.cli.terminal import quiet_libraries
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
 from vllm_cosmos3.request.controls import HINTS
 from vllm_cosmos3.request.questions import Question, question_of
@@ -77,51 +67,44 @@ class Stopped(Exception):
     """A record failed, and nobody asked to go on."""
 
 
-def run(args: argparse.Namespace) -> int:
-    """Serve the records of ``args.input``.
+def run(options: RunOptions, overrides: Mapping[str, Any]) -> int:
+    """Serve the records of ``options.inputs``, with ``overrides`` instead of their own fields.
 
     Returns 0 if every record has its results, 1 if one failed, 2 if one is invalid and nothing was
     started.
     """
-    batch = read_batch(args.input, _overrides(args))
-    settle_formats(args)
+    if options.timings_json is not None:
+        possible = f"left out with --input, as each {OUTPUTS} has its timings"
+        raise InvalidRequest("timings_json", str(options.timings_json), possible, "conflict")
+    batch = read_batch(options.inputs, overrides)
+    engine = options.engine
+    plan = planner(engine.model, engine.revision, engine.checkpoint_kind)
     with TemporaryDirectory(prefix="cosmos3-input-") as cache:
-        samples, found = _checked(batch.records, planner(args), Downloads(Path(cache)), args)
+        samples, found = _checked(batch.records, plan, Downloads(Path(cache)), options)
         problems = [*batch.problems, *found]
         for problem in problems:
             print(f"vllm-cosmos3 generate: {problem}", file=sys.stderr)
         if not samples and not problems:
-            raise InvalidRequest("input", " ".join(args.input), "files with at least one record")
-        if problems and not args.keep_going:
+            raise InvalidRequest(
+                "input", " ".join(options.inputs), "files with at least one record"
+            )
+        if problems and not options.keep_going:
             return 2
-        if args.dry_run:
+        if options.dry_run:
             _say(samples, samples)
             print(json.dumps([dict(sample.effective) for sample in samples], indent=2))
             return 1 if problems else 0
         for sample in samples:  # an unwritable place should fail before minutes of work
-            sample_folder(args.out, sample.record.name)
-        todo = _unfinished(samples, args) if args.resume else samples
+            sample_folder(options.out, sample.record.name)
+        todo = _unfinished(samples, options) if options.resume else samples
         _say(samples, todo)
-        served = _serve(todo, args)
+        served = _serve(todo, options)
     done, total = len(samples) - len(todo) + served, len(samples) + len(problems)
-    print(f"{done} of {total} records have their results in {args.out}")
+    print(f"{done} of {total} records have their results in {options.out}")
     return 0 if done == total else 1
 
 
-def _overrides(args: argparse.Namespace) -> dict[str, Any]:
-    """What the flags say of every record."""
-    if args.timings_json is not None:
-        possible = f"left out with --input, as each {OUTPUTS} has its timings"
-        raise InvalidRequest("timings_json", str(args.timings_json), possible, "conflict")
-    flags = {
-        "crf": args.crf,
-        "quality": args.image_quality,
-        "upsample_prompt": args.upsample_prompt or None,
-    }
-    return given(args) | {name: value for name, value in flags.items() if value is not None}
-
-
-def _serve(samples: Sequence[Sample], args: argparse.Namespace) -> int:
+def _serve(samples: Sequence[Sample], options: RunOptions) -> int:
     """Make the results of all samples. Returns how many have them now."""
     questions = [sample for sample in samples if sample.record.kind == REASONER]
     requests = [sample for sample in samples if sample.record.kind != REASONER]
@@ -129,11 +112,11 @@ def _serve(samples: Sequence[Sample], args: argparse.Namespace) -> int:
     try:
         with quiet_libraries():
             if questions or any(sample.upsampling is not None for sample in requests):
-                with open_reasoner(args) as reasoner:
-                    for made in _answered(reasoner, questions, args):
+                with open_reasoner(options) as reasoner:
+                    for made in _answered(reasoner, questions, options):
                         served += made
-                    requests = _upsampled(reasoner, requests, args)
-            for made in _generated(requests, args):
+                    requests = _upsampled(reasoner, requests, options)
+            for made in _generated(requests, options):
                 served += made
     except Stopped:
         print("stopped at the first failure; --keep-going goes on", file=sys.stderr)
@@ -178,7 +161,7 @@ def _checked(
     records: Sequence[Record],
     plan: Callable[[GenerateRequest], Plan],
     downloads: Downloads,
-    args: argparse.Namespace,
+    options: RunOptions,
 ) -> tuple[list[Sample], list[InvalidRequest]]:
     """The records that can be served, and what is wrong with the others."""
     samples: dict[str, Sample] = {}
@@ -188,7 +171,7 @@ def _checked(
         upsampling = None
         try:
             fields = {name: downloads.local(name, x) for name, x in record.fields.items()}
-            before = _before(record, samples, args)
+            before = _before(record, samples, options)
             asked, effective, warnings = _settled(record, fields, before, plan)
             if record.upsample is not None and isinstance(asked, GenerateRequest):
                 # The frame of another record is not made yet: there is nothing to show.
@@ -203,20 +186,18 @@ def _checked(
             asked=asked,
             effective={"name": record.name, **effective, **urls},
             warnings=(*record.warnings, *warnings),
-            digest=_digest(record, fields, before, args),
+            digest=_digest(record, fields, before, options),
             continued=record.name in wanted,
             upsampling=upsampling,
         )
     return list(samples.values()), problems
 
 
-def _before(
-    record: Record, samples: Mapping[str, Sample], args: argparse.Namespace
-) -> Sample | None:
+def _before(record: Record, samples: Mapping[str, Sample], options: RunOptions) -> Sample | None:
     """The sample whose last frame a record starts from."""
     if record.continue_from is None:
         return None
-    if args.distributed_executor_backend == LAUNCHED:
+    if options.launched:
         possible = "left out under torchrun, where only the first rank has the frame"
         code = "unsupported_combination"
         raise InvalidRequest("continue_from", record.continue_from, possible, code)
@@ -252,16 +233,17 @@ def _settled(
 
 
 def _digest(
-    record: Record, fields: Mapping[str, Any], before: Sample | None, args: argparse.Namespace
+    record: Record, fields: Mapping[str, Any], before: Sample | None, options: RunOptions
 ) -> str:
     """What makes the results of two runs the same, seeds that are drawn apart.
 
     ``fields`` are those of the record with local files, whose contents count as their names do.
     """
+    engine = options.engine
     values = [
-        str(args.model), args.revision, args.dtype, record.kind, dict(record.fields), record.upsample,
-        record.crf, args.crf, record.quality, args.image_quality, args.image_type,
-        args.load_format, args.checkpoint_kind,
+        str(engine.model), engine.revision, engine.dtype, record.kind, dict(record.fields), record.upsample,
+        record.crf, options.crf, record.quality, options.image_quality, options.image_type,
+        engine.load_format, engine.checkpoint_kind,
         None if before is None else before.digest,
         {name: _contents(fields[name]) for name in FILES if name in fields},
     ]  # fmt: skip
@@ -290,18 +272,18 @@ def _plain(value: object) -> str:
     return str(value)
 
 
-def _unfinished(samples: Sequence[Sample], args: argparse.Namespace) -> list[Sample]:
+def _unfinished(samples: Sequence[Sample], options: RunOptions) -> list[Sample]:
     """The samples that an earlier run has not left the results of, and those that continue them."""
     todo: dict[str, Sample] = {}
     for sample in samples:
-        if sample.record.continue_from in todo or not _finished(args, sample):
+        if sample.record.continue_from in todo or not _finished(options, sample):
             todo[sample.record.name] = sample
     return list(todo.values())
 
 
-def _finished(args: argparse.Namespace, sample: Sample) -> bool:
+def _finished(options: RunOptions, sample: Sample) -> bool:
     """Whether an earlier run has left the results of this very record."""
-    folder = args.out / sample.record.name
+    folder = options.out / sample.record.name
     try:
         done = json.loads((folder / OUTPUTS).read_text())
         files = [folder / name for output in done["outputs"] for name in output["files"]]
@@ -311,16 +293,16 @@ def _finished(args: argparse.Namespace, sample: Sample) -> bool:
     same = done.get("status") == "success" and done.get("digest") == sample.digest
     if not same or not all(file.is_file() for file in files):
         return False
-    start = _start(args, sample)
+    start = _start(options, sample)
     return start is None or done.get(START) == _hash_of(start)
 
 
-def _start(args: argparse.Namespace, sample: Sample) -> Path | None:
+def _start(options: RunOptions, sample: Sample) -> Path | None:
     """The frame that a sample starts from, as another one has left it."""
     before = sample.record.continue_from
     if before is None or sample.record.kind == REASONER:
         return None
-    return Path(args.out) / before / LAST
+    return Path(options.out) / before / LAST
 
 
 # The results.
@@ -336,24 +318,20 @@ def _asked(reasoner: Reasoner, questions: Sequence[Question]) -> list[Answer | E
     return [answer for question in questions for answer in _asked(reasoner, [question])]
 
 
-def _answered(
-    reasoner: Reasoner, samples: Sequence[Sample], args: argparse.Namespace
-) -> Iterator[bool]:
+def _answered(reasoner: Reasoner, samples: Sequence[Sample], options: RunOptions) -> Iterator[bool]:
     """Ask the reasoner everything, many questions at once; whether each has its answer."""
     for start in range(0, len(samples), AT_ONCE):
         some = samples[start : start + AT_ONCE]
         questions = [sample.asked for sample in some if isinstance(sample.asked, Question)]
         for sample, answer in zip(some, _asked(reasoner, questions), strict=True):
-            with _failures(sample, args) as failed:
+            with _failures(sample, options) as failed:
                 if isinstance(answer, Exception):
                     raise answer
-                _write_answer(sample, answer, args)
+                _write_answer(sample, answer, options)
             yield not failed
 
 
-def _upsampled(
-    reasoner: Reasoner, samples: Sequence[Sample], args: argparse.Namespace
-) -> list[Sample]:
+def _upsampled(reasoner: Reasoner, samples: Sequence[Sample], options: RunOptions) -> list[Sample]:
     """The samples with the prompts that the reasoner writes, without those that it cannot write."""
     wanted = {s.record.name: s.upsampling for s in samples if s.upsampling is not None}
     if not wanted:
@@ -365,7 +343,7 @@ def _upsampled(
         if sample.upsampling is None:
             written.append(sample)
             continue
-        with _failures(sample, args):
+        with _failures(sample, options):
             assert isinstance(sample.asked, GenerateRequest)  # so says its kind
             answer = answers[sample.record.name]
             if isinstance(answer, Exception):
@@ -375,38 +353,41 @@ def _upsampled(
     return written
 
 
-def _write_answer(sample: Sample, answer: Answer, args: argparse.Namespace) -> None:
-    folder = sample_folder(args.out, sample.record.name)
+def _write_answer(sample: Sample, answer: Answer, options: RunOptions) -> None:
+    folder = sample_folder(options.out, sample.record.name)
     (folder / TEXT).write_text(answer.text)
     content = {"text": answer.text, "tokens": answer.tokens, "complete": answer.complete}
     _record(sample, folder, status="success", outputs=[{"content": content, "files": [TEXT]}])
     print(f"{folder / TEXT}  {answer.tokens} tokens")
 
 
-def _generated(samples: Sequence[Sample], args: argparse.Namespace) -> Iterator[bool]:
+def _generated(samples: Sequence[Sample], options: RunOptions) -> Iterator[bool]:
     """Load the generator once and make everything; whether each has its pictures."""
     if not samples:
         return
-    with loaded(args) as model:
+    with open_generator(options.engine) as model:
         for number, sample in enumerate(samples, 1):
             print(f"[{number}/{len(samples)}] {sample.record.name}", file=sys.stderr)
-            with _failures(sample, args) as failed:
-                _generate(model, sample, args)
+            with _failures(sample, options) as failed:
+                _generate(model, sample, options)
             yield not failed
 
 
-def _generate(model: Cosmos3, sample: Sample, args: argparse.Namespace) -> None:
+def _generate(model: Cosmos3, sample: Sample, options: RunOptions) -> None:
     assert isinstance(sample.asked, GenerateRequest)  # so says its kind
-    record, own = sample.record, argparse.Namespace(**vars(args))
-    own.name = record.name
-    own.original_prompt = None if sample.upsampling is None else record.fields["prompt"]
-    own.crf = args.crf if record.crf is None else record.crf
-    own.image_quality = args.image_quality if record.quality is None else record.quality
-    folder = sample_folder(args.out, record.name)
+    record = sample.record
+    own = replace(
+        options,
+        name=record.name,
+        crf=options.crf if record.crf is None else record.crf,
+        image_quality=options.image_quality if record.quality is None else record.quality,
+    )
+    original_prompt = None if sample.upsampling is None else record.fields["prompt"]
+    folder = sample_folder(options.out, record.name)
     for name in (OUTPUTS, LAST):  # of an earlier run
         (folder / name).unlink(missing_ok=True)
     request, mark = sample.asked, {"digest": sample.digest}
-    if (start := _start(args, sample)) is not None:
+    if (start := _start(options, sample)) is not None:
         request = replace(request, image=media.read_image(start, field="continue_from"))
         mark[START] = _hash_of(start)
     output, files, timings = generate(model, request, own, folder)
@@ -414,14 +395,14 @@ def _generate(model: Cosmos3, sample: Sample, args: argparse.Namespace) -> None:
         if sample.continued and output.video is not None:
             made = output.video[-1][:, -sample.effective["width"] :]  # controls may be beside it
             media.write_image(folder / LAST, made)
-        write(own, folder, output, files, timings)
+        write(own, folder, output, files, timings, original_prompt)
         _warn(sample, [text for text in output.warnings if text not in sample.warnings])
         done = json.loads((folder / OUTPUTS).read_text())
         (folder / OUTPUTS).write_text(json.dumps(done | mark, indent=2) + "\n")
 
 
 @contextmanager
-def _failures(sample: Sample, args: argparse.Namespace) -> Iterator[list[Exception]]:
+def _failures(sample: Sample, options: RunOptions) -> Iterator[list[Exception]]:
     """What goes wrong inside is recorded in the folder of this sample, and given as a list.
 
     Raises:
@@ -434,10 +415,10 @@ def _failures(sample: Sample, args: argparse.Namespace) -> Iterator[list[Excepti
         failed.append(error)
         message = str(error) or type(error).__name__
         stack = None if isinstance(error, Cosmos3Error) else traceback.format_exc()
-        folder = sample_folder(args.out, sample.record.name)
+        folder = sample_folder(options.out, sample.record.name)
         _record(sample, folder, status="error", message=message, stack_trace=stack)
         print(f"vllm-cosmos3 generate: {sample.record.where}: {message}", file=sys.stderr)
-        if not args.keep_going:
+        if not options.keep_going:
             raise Stopped from error
 
 

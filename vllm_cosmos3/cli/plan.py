@@ -14,16 +14,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_cosmos3.checkpoint.config import (
-    EngineConfig,
-    ModelConfig,
-    ParallelConfig,
-    VAEConfig,
-    read_config,
-)
+from vllm_cosmos3.checkpoint.config import ModelConfig, VAEConfig, read_config
 from vllm_cosmos3.checkpoint.hub import resolve
 from vllm_cosmos3.checkpoint.latents import pixel_frames
 from vllm_cosmos3.checkpoint.synthetic.files import SIZES, published_files
+from vllm_cosmos3.cli.flags import add_engine_flags, given
+from vllm_cosmos3.engine_options import OPTIONS, EngineConfig, EngineOptions
 from vllm_cosmos3.request.defaults import TEXT_TOKENS
 from vllm_cosmos3.request.fields import Spec
 from vllm_cosmos3.request.request import SPECS
@@ -33,6 +29,7 @@ if TYPE_CHECKING:  # torch, which --help should not wait for
 
 GIB = 2**30
 WITHOUT_CHECKPOINT = ("nano", "super")
+WITHOUT_MEMORY = ("device", "attention_backend", "distributed_executor_backend")  # of the options
 GPU_MEMORY = Spec(
     kind="float", low=0, above=True, high=100_000, unit="GiB", help="memory of one GPU"
 )
@@ -45,16 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="checkpoint folder, Hugging Face repository, nano or super"
     )
-    parser.add_argument("--revision", help="branch, tag or commit of the repository")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="bfloat16, float16 or float32 (default: bfloat16)")  # fmt: skip
+    add_engine_flags(parser, [name for name in OPTIONS if name not in WITHOUT_MEMORY])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cuda, or cpu for what torch allocates there (default: cuda)")  # fmt: skip
-    parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks that share each layer (default: 1)")  # fmt: skip
-    parser.add_argument("--cfg-parallel-size", type=int, default=1, metavar="N", help="2: the branches of guidance side by side (default: 1)")  # fmt: skip
-    parser.add_argument("--ulysses-degree", type=int, default=1, metavar="N", help="ranks that share the tokens (default: 1)")  # fmt: skip
-    parser.add_argument("--vae-parallel", choices=("halo", "tile", "off"), default="halo", help="halo, tile (less memory, not exact) or off (default: halo)")  # fmt: skip
-    parser.add_argument("--und-residency", choices=("auto", "gpu", "host"), default="auto", help="where the text tower rests: gpu, host, or auto: host if it would not fit otherwise (default: auto)")  # fmt: skip
-    parser.add_argument("--enable-layerwise-offload", action="store_true", help="keep the generation layers on the host and stream them at every step")  # fmt: skip
-    parser.add_argument("--load-format", choices=("auto", "dummy"), default="auto", help="auto, or dummy for random weights (default: auto)")  # fmt: skip
     parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="memory of one GPU (default: 80)")  # fmt: skip
     parser.add_argument("--size", default="1280x720", metavar="WxH", help="of the picture (default: 1280x720)")  # fmt: skip
     parser.add_argument("--num-frames", type=int, default=189, metavar="N", help="1 for an image (default: 189)")  # fmt: skip
@@ -69,11 +58,15 @@ def run(args: argparse.Namespace) -> int:
     from vllm_cosmos3.generator.memory import estimate, resolve_residency, suggestions
     from vllm_cosmos3.parallel.mesh import check_degrees
 
-    model = known_model(args.model, args.revision)
-    engine = engine_of(args, model)
+    options = EngineOptions(
+        args.model, device=args.device, **given(args, OPTIONS.keys() - {"device"})
+    )
+    model = known_model(args.model, options.revision, options.checkpoint_kind)
+    engine = options.on(model.path, args.device)
     check_degrees(engine.parallel, model.transformer, guided=not model.distilled)
     work = work_of(args, model)
-    limit = round(GPU_MEMORY.checked("gpu_memory", args.gpu_memory) * GIB)
+    gpu = GPU_MEMORY.checked("gpu_memory", args.gpu_memory)
+    limit = round(min(gpu, engine.memory_limit or gpu) * GIB)
     engine = resolve_residency(model, engine, work, limit)
     memory = estimate(model, engine, work)
     fits = memory.needed <= limit
@@ -86,10 +79,11 @@ def run(args: argparse.Namespace) -> int:
     return 0 if fits else 1
 
 
-def known_model(name: str, revision: str | None) -> ModelConfig:
+def known_model(name: str, revision: str | None = None, kind: str | None = None) -> ModelConfig:
     """The configuration of a checkpoint, or the published one of a size."""
     if name not in WITHOUT_CHECKPOINT or Path(name).exists():
-        return read_config(resolve(name, revision, weights=False))
+        found = resolve(name, revision, weights=False)
+        return read_config(found, kind)
     size = SIZES[name]
     assert size.vocab_size is not None  # tiny alone takes it from its tokenizer
     ids: dict[str, int] = defaultdict(int)  # of markup tokens, which take no memory
@@ -99,24 +93,7 @@ def known_model(name: str, revision: str | None) -> ModelConfig:
             path = Path(folder) / file
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(contents))
-        return read_config(Path(folder))
-
-
-def engine_of(args: argparse.Namespace, model: ModelConfig) -> EngineConfig:
-    return EngineConfig(
-        model=model.path,
-        dtype=args.dtype,
-        device=args.device,
-        load_format=args.load_format,
-        parallel=ParallelConfig(
-            tensor_parallel_size=args.tensor_parallel_size,
-            cfg_parallel_size=args.cfg_parallel_size,
-            ulysses_degree=args.ulysses_degree,
-            vae_parallel=args.vae_parallel,
-        ),
-        und_residency=args.und_residency,
-        layerwise_offload=args.enable_layerwise_offload,
-    )
+        return read_config(Path(folder), kind)
 
 
 def work_of(args: argparse.Namespace, model: ModelConfig) -> Work:
@@ -188,7 +165,7 @@ def record(
     return {
         "parallel": asdict(engine.parallel),
         "und_residency": engine.und_residency,
-        "enable_layerwise_offload": engine.layerwise_offload,
+        "enable_layerwise_offload": engine.enable_layerwise_offload,
         "work": asdict(work),
         "weights": dict(memory.weights),
         "host": dict(memory.host),

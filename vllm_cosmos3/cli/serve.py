@@ -20,6 +20,8 @@ from typing import Any
 
 from vllm_cosmos3.checkpoint.config import read_json
 from vllm_cosmos3.checkpoint.hub import resolve
+from vllm_cosmos3.cli import serve_generator
+from vllm_cosmos3.cli.flags import add_server_flag, given
 from vllm_cosmos3.cli.versions import check_vllm
 from vllm_cosmos3.errors import CheckpointError, InvalidRequest
 from vllm_cosmos3.reasoner.media.limits import (
@@ -32,9 +34,8 @@ from vllm_cosmos3.reasoner.media.limits import (
 )
 from vllm_cosmos3.reasoner.required_tensors import check_folder, expected_tensors
 from vllm_cosmos3.reasoner.root_config import ARCHITECTURE
-from vllm_cosmos3.server.command import run as run_generator
-from vllm_cosmos3.server.command import share_beside, web_parser
-from vllm_cosmos3.server.options import ONE_PROCESS, add_groups, from_mapping, given
+from vllm_cosmos3.server.command import share_beside
+from vllm_cosmos3.server.options import ONE_PROCESS, OPTIONS, SHARED, from_mapping
 
 TAKES_REST = True
 
@@ -71,7 +72,7 @@ Every other flag is passed on to vLLM, for example --tensor-parallel-size 4, --m
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that are ours, in groups, and those of vLLM that need a word."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = f"{web_parser().format_help()}\n{_EPILOG}"
+    parser.epilog = f"{serve_generator.web_parser().format_help()}\n{_EPILOG}"
     parser.usage = "vllm-cosmos3 serve CKPT [--surface reasoner|generator|both] [flags]"
     parser.allow_abbrev = False  # an abbreviation of ours may be the name of a flag of vLLM
     parser.add_argument("checkpoint", metavar="CKPT", help="folder, or repository id on the hub")
@@ -102,18 +103,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="frames decoded of one video; longer ones are thinned evenly (default: %(default)s)",
     )
-    add_groups(parser)
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for name, (group, spec, default) in OPTIONS.items():
+        if name in SHARED:
+            continue
+        if group not in groups:
+            title = group if group == "generator" else f"generator: {group}"
+            groups[group] = parser.add_argument_group(title)
+        add_server_flag(groups[group], name, spec, default)
     parser.set_defaults(rest=[])
 
 
 def run(args: argparse.Namespace) -> int:
     """Check, print the stock command, run it in this process. Returns its exit status."""
     check_vllm()
-    values = given(args)
+    values = given(args, OPTIONS)
     if args.surface == "generator":
         _check_port_is_free(args.host, args.port)
         _local_folder(args.checkpoint)
-        return run_generator(args.checkpoint, args.host, args.port, values, args.rest)
+        return serve_generator.run(args.checkpoint, args.host, args.port, values, args.rest)
     uses_reference()  # a wrong name should stop the start here, in one line
     _check_plugin_is_on()
     for flag, value in (

@@ -10,18 +10,18 @@ import argparse
 import json
 from pathlib import Path
 
-from vllm_cosmos3.cli.generate import (
-    add_flag,
-    check_file,
-    open_reasoner,
-    planner,
-    quiet_libraries,
-)
+from vllm_cosmos3.cli.flags import add_engine_flags, add_flag, given
+from vllm_cosmos3.cli.results import check_file
+from vllm_cosmos3.cli.run_options import planner
+from vllm_cosmos3.cli.terminal import quiet_libraries
+from vllm_cosmos3.engine_options import OPTIONS
 from vllm_cosmos3.request.request import SPECS, from_fields
 from vllm_cosmos3.request.upsample import SAMPLING, SAMPLING_SPECS, caption_of, question_about
 
 # Fields of a request that the structured prompt depends on.
 FIELDS = ("image", "video", "size", "width", "height", "num_frames", "seconds", "fps")
+
+REASONER = ("revision", "dtype", "tensor_parallel_size", "load_format")  # as vLLM takes them
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,21 +38,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, value in SAMPLING.items():
         add_flag(drawn, name, SAMPLING_SPECS[name], value)
     run = parser.add_argument_group("model and device")
-    run.add_argument("--revision", help="branch, tag or commit of the repository")
-    run.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32 (default: bfloat16)")  # fmt: skip
-    run.add_argument("--tensor-parallel-size", "--tp", type=int, default=1, metavar="N", help="ranks that share each layer (default: 1)")  # fmt: skip
-    run.add_argument("--load-format", default="auto", help="as vLLM's (default: auto)")
+    add_engine_flags(run, REASONER)
     run.add_argument("--enforce-eager", action="store_true", help="start sooner and answer more slowly")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
     """Ask for all prompts at once. Prompts that are structured already stay as they are."""
-    args.checkpoint_kind = args.distributed_executor_backend = None
-    sampling = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    from vllm_cosmos3.reasoner.offline import Reasoner
+
+    sampling = given(args, SAMPLING)
     for name, value in sampling.items():
         sampling[name] = SAMPLING_SPECS[name].checked(name, value)
-    fields = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
-    plan = planner(args)
+    engine = given(args, REASONER)
+    if (ranks := engine.get("tensor_parallel_size")) is not None:
+        OPTIONS["tensor_parallel_size"].spec.checked("tensor_parallel_size", ranks)
+    fields = given(args, FIELDS)
+    plan = planner(args.model, args.revision)
     captions: list[str] = list(args.prompt)
     questions = {}
     for index, prompt in enumerate(captions):
@@ -65,7 +66,10 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         check_file("out", args.out)
     if questions:
-        with quiet_libraries(), open_reasoner(args) as reasoner:
+        with (
+            quiet_libraries(),
+            Reasoner(args.model, enforce_eager=args.enforce_eager, **engine) as reasoner,
+        ):
             answers = reasoner.ask(list(questions.values()))
         for index, answer in zip(questions, answers, strict=True):
             captions[index] = caption_of(answer.text, complete=answer.complete)

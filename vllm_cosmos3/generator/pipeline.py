@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_cosmos3.checkpoint.config import EngineConfig, ModelConfig, read_config
+from vllm_cosmos3.checkpoint.config import ModelConfig, read_config
 from vllm_cosmos3.checkpoint.latents import patch_grid, pixel_frames
 from vllm_cosmos3.checkpoint.tensors import sound_tensors, transformer_tensors, vae_tensors
 from vllm_cosmos3.checkpoint.weights import Table, identity_table, load_dummy_weights, load_weights
+from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.generator.memory import check_weights, resolve_residency, usual_work, work_of
 from vllm_cosmos3.generator.memory.estimate import TEXT_BYTES
 from vllm_cosmos3.generator.memory.reservation import MemoryBudget, Reservation, memory_of
@@ -152,11 +153,11 @@ class Pipeline:
             dtype=dtype,
             device=device,
             text_device=host if text_rests else device,
-            layer_device=host if config.layerwise_offload else device,
+            layer_device=host if config.enable_layerwise_offload else device,
         )
         shapes = transformer_tensors(model.transformer)
         _fill(transformer, weight_table(model.transformer), config, "transformer", shapes, device)
-        transformer.rest_on_host(text=text_rests, layers=config.layerwise_offload)
+        transformer.rest_on_host(text=text_rests, layers=config.enable_layerwise_offload)
         with device:
             vae = VideoVAE(model.vae, mesh.world, config.parallel.vae_parallel).to(dtype)
         shapes = vae_tensors(model.vae)
@@ -424,7 +425,7 @@ class Pipeline:
             # Of several chunks each has forwards of its own.
             whole = not state.plan.later_chunks
             steps = state.plan.steps if whole else state.plan.parameters.num_inference_steps
-            recorded = not self.config.layerwise_offload and launches_matter(
+            recorded = not self.config.enable_layerwise_offload and launches_matter(
                 tokens, steps, self.mesh.world, self.device
             )
             state.forwards[branches] = Recording(forward) if recorded else forward

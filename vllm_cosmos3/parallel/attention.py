@@ -28,14 +28,19 @@ def make_attend(
 
     Raises InvalidRequest for an unknown name, Unsupported where the device cannot run it.
     """
-    if name != "auto" and name not in BACKENDS:
-        raise InvalidRequest("attention_backend", name, f"auto, {' or '.join(BACKENDS)}")
+    check_backend(name)
     obstacle = "" if name == "sdpa" else _flash_obstacle(device, dtype, head_dim)
     if name == "auto":
         name = "sdpa" if obstacle else "flash"
     elif name == "flash" and obstacle:
         raise Unsupported(f"attention_backend flash {obstacle}; use sdpa or auto")
     return BACKENDS[name](head_dim)
+
+
+def check_backend(name: str) -> None:
+    """Raise InvalidRequest unless ``name`` is "auto" or one of BACKENDS."""
+    if name != "auto" and name not in BACKENDS:
+        raise InvalidRequest("attention_backend", name, f"one of auto, {', '.join(BACKENDS)}")
 
 
 def attend_in_turn(

@@ -25,7 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vllm_cosmos3 import compat
-from vllm_cosmos3.checkpoint.config import ParallelConfig, TransformerConfig
+from vllm_cosmos3.checkpoint.config import TransformerConfig
+from vllm_cosmos3.engine_options import ParallelConfig
 from vllm_cosmos3.errors import InvalidRequest
 
 # vLLM is imported where it is called: reading a mesh or cutting a tensor needs torch only, and

@@ -1,62 +1,20 @@
-"""``vllm-cosmos3 serve --surface generator``: flags to options, then our own app.
-
-Flags that vLLM has too mean the same here.
-"""
+"""Starting the generator's server: checks first, then our own app or a part of the devices."""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import os
 import ssl
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_cosmos3.checkpoint.hub import resolve
-from vllm_cosmos3.errors import InvalidRequest, did_you_mean
+from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.robots import droid
-from vllm_cosmos3.server.options import SHARED, Options, add_flags, given
+from vllm_cosmos3.server.options import Options
 
 if TYPE_CHECKING:  # vLLM and the models, which --help should not wait for
     from vllm_cosmos3.server.app import Listen
     from vllm_cosmos3.server.jobs.service import Service
-
-
-LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")  # of uvicorn
-
-
-def web_parser() -> argparse.ArgumentParser:
-    """The flags that vLLM has too, for a server without a reasoner."""
-    out = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, add_help=False)
-    web = out.add_argument_group("flags of vLLM that --surface generator takes as well")
-    web.add_argument("--served-model-name", nargs="+", default=[], metavar="NAME", help="names that requests may use (default: CKPT)")  # fmt: skip
-    web.add_argument("--api-key", nargs="+", default=None, metavar="KEY", help="bearer tokens that /v1 asks for (default: VLLM_API_KEY)")  # fmt: skip
-    web.add_argument("--allowed-origins", nargs="+", default=[], metavar="URL", help="origins that browsers may call from")  # fmt: skip
-    web.add_argument("--ssl-keyfile", metavar="FILE", help="private key of the certificate")
-    web.add_argument("--ssl-certfile", metavar="FILE", help="certificate, for https")
-    web.add_argument("--root-path", default="", metavar="PATH", help="path that a proxy strips")
-    web.add_argument("--uvicorn-log-level", default="info", choices=LOG_LEVELS, help="of the web server (default: info)")  # fmt: skip
-    web.add_argument("--disable-uvicorn-access-log", action="store_true", help="no line for each request")  # fmt: skip
-    web.add_argument("--revision", help="branch, tag or commit of the repository")
-    web.add_argument("--device", help="cuda or cpu (default: what vLLM is built for)")
-    add_flags(web, only=SHARED)
-    # vLLM's names for what only one surface has here.
-    for ours, theirs in (
-        ("generator_tensor_parallel_size", "--tensor-parallel-size"),
-        ("generator_dtype", "--dtype"),
-        ("generator_load_format", "--load-format"),
-    ):
-        web.add_argument(
-            theirs,
-            dest=ours,
-            type=int if "size" in ours else str,
-            default=argparse.SUPPRESS,
-            metavar=theirs.rsplit("-", 1)[-1].upper(),
-            help=f"the same as --{ours.replace('_', '-')}",
-        )
-    return out
 
 
 def share_beside(
@@ -79,43 +37,26 @@ def share_beside(
     return None if options.generator_devices else share_of_reasoner(sizing, root, ranks)
 
 
-def run(checkpoint: str, host: str | None, port: int, values: Mapping[str, Any], rest: list[str]) -> int:  # fmt: skip
-    """Serve the generator of a checkpoint until a signal. The exit status.
+def serve_generator(
+    folder: Path, names: tuple[str, ...], options: Options, device: str | None, listen: Listen
+) -> int:
+    """Serve the generator of a checkpoint in an app of our own until a signal. The exit status.
 
-    ``values`` are the options that were given, ``rest`` the flags that vLLM has too.
+    ``names`` are those of the model; the ``device`` is what vLLM is built for unless it is given.
     """
-    args, unknown = web_parser().parse_known_args(rest)
-    if unknown:
-        raise InvalidRequest(unknown[0], "given", _hint(unknown[0]))
-    options = Options(**values, **given(args))
-    folder = resolve(checkpoint, args.revision)
-    keys = args.api_key or [os.environ.get("VLLM_API_KEY", "")]
-
     from vllm.platforms import current_platform
 
-    from vllm_cosmos3.server.app import Listen, make_app, serve
+    from vllm_cosmos3.server.app import make_app, serve
     from vllm_cosmos3.server.guardrails import Guardrails
     from vllm_cosmos3.server.jobs.service import Service
     from vllm_cosmos3.server.memory_split import sized
 
-    device = args.device or current_platform.device_type
+    device = device or current_platform.device_type
     if device.split(":")[0] != current_platform.device_type:
         possible = f"{current_platform.device_type}, for the vLLM installed here"
-        raise InvalidRequest("--device", device, possible)
-    listen = Listen(
-        host=host or "0.0.0.0",
-        port=port,
-        api_keys=tuple(key for key in keys if key),
-        origins=tuple(args.allowed_origins),
-        ssl_keyfile=args.ssl_keyfile,
-        ssl_certfile=args.ssl_certfile,
-        root_path=args.root_path,
-        log_level=args.uvicorn_log_level,
-        access_log=not args.disable_uvicorn_access_log,
-    )
+        raise InvalidRequest("device", device, possible)
     _check_certificate(listen)
     _check_storage(options)
-    names = tuple(args.served_model_name) or (checkpoint,)
     sizing, guardrails = sized(folder, options, device), Guardrails(options)
     scheme = "https" if listen.ssl_certfile else "http"
     url = f"{scheme}://{listen.host}:{listen.port}/v1"
@@ -177,12 +118,3 @@ def announce(service: Service, surface: str, url: str) -> None:
     for name, value in lines.items():
         sys.stdout.write(f"vllm-cosmos3 serve: {name}: {value}\n")
     sys.stdout.flush()
-
-
-def _hint(flag: str) -> str:
-    """What a flag may have been meant to be."""
-    known = [option for action in web_parser()._actions for option in action.option_strings]
-    known += [f"--{item.name.replace('_', '-')}" for item in dataclasses.fields(Options)]
-    near = did_you_mean(flag.split("=")[0], known, cutoff=0.8)
-    hint = near or "vLLM's flags are for --surface both or reasoner"
-    return f"left out: --surface generator has no such flag; {hint}"

@@ -8,7 +8,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from vllm_cosmos3.checkpoint.config import EngineConfig, ModelConfig, ParallelConfig, read_config
+from vllm_cosmos3.checkpoint.config import ModelConfig, read_config
+from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.errors import InvalidRequest, OutOfMemory
 from vllm_cosmos3.generator.memory import (
     MemoryEstimate,
@@ -18,7 +19,7 @@ from vllm_cosmos3.generator.memory import (
     usual_work,
 )
 from vllm_cosmos3.generator.models.components import check_files
-from vllm_cosmos3.parallel.attention import BACKENDS
+from vllm_cosmos3.parallel.attention import check_backend
 from vllm_cosmos3.parallel.mesh import check_degrees
 from vllm_cosmos3.reasoner.required_tensors import expected_tensors
 from vllm_cosmos3.server.options import Options
@@ -65,14 +66,12 @@ def sized(folder: Path, options: Options, device: str) -> Sizing:
         InvalidRequest: the options do not suit it or the machine.
         OutOfMemory: its weights do not fit into a device.
     """
-    model = read_config(folder, options.checkpoint_kind or None)
     engine = engine_of(folder, options, device)
-    if engine.attention_backend not in ("auto", *BACKENDS):
-        possible = f"auto, {', '.join(BACKENDS)}"
-        raise InvalidRequest("attention_backend", engine.attention_backend, possible)
+    model = read_config(folder, engine.checkpoint_kind)
+    check_backend(engine.attention_backend)
     count, size = devices(options, device)
-    limit = round(options.memory_limit * GIB) or size
-    local = options.generator_executor_backend != "ray"
+    limit = size if engine.memory_limit is None else round(engine.memory_limit * GIB)
+    local = engine.distributed_executor_backend != "ray"
     check_degrees(
         engine.parallel,
         model.transformer,
@@ -95,23 +94,7 @@ def sized(folder: Path, options: Options, device: str) -> Sizing:
 
 def engine_of(folder: Path, options: Options, device: str) -> EngineConfig:
     """What each rank is told."""
-    return EngineConfig(
-        model=folder,
-        dtype=options.generator_dtype,
-        device=device,
-        load_format=options.generator_load_format,
-        attention_backend=options.attention_backend,
-        checkpoint_kind=options.checkpoint_kind or None,
-        und_residency=options.und_residency,
-        layerwise_offload=options.enable_layerwise_offload,
-        memory_limit=options.memory_limit or None,
-        parallel=ParallelConfig(
-            tensor_parallel_size=options.generator_tensor_parallel_size,
-            cfg_parallel_size=options.cfg_parallel_size,
-            ulysses_degree=options.ulysses_degree,
-            vae_parallel=options.vae_parallel,
-        ),
-    )
+    return EngineConfig(model=folder, device=device, **options.engine)
 
 
 def devices(options: Options, device: str) -> tuple[int | None, int | None]:

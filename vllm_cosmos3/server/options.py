@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import re
 import tempfile
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from vllm_cosmos3.checkpoint.kinds import KINDS
+from vllm_cosmos3 import engine_options
 from vllm_cosmos3.errors import InvalidRequest, did_you_mean
 from vllm_cosmos3.request.fields import Spec
 
@@ -25,6 +24,8 @@ def _option(default: Any, group: str, kind: str, help: str, /, **spec: Any) -> A
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """Everything about the generator's surface that an operator chooses.
+
+    ``engine`` has the checked values of the `EngineOptions` that were given, under their own names.
 
     Raises:
         InvalidRequest: a value has the wrong type or range.
@@ -179,62 +180,13 @@ class Options:
         "text",
         "devices of the generator, such as 1,2,3; default: all that are visible",
     )
-    generator_dtype: str = _option(
-        "bfloat16",
-        "generator",
-        "choice",
-        "of weights and activations",
-        choices=("bfloat16", "float16", "float32"),
-    )
-    generator_load_format: str = _option(
-        "auto", "generator", "choice", "dummy: random weights", choices=("auto", "dummy")
-    )
-    checkpoint_kind: str = _option(
-        "", "generator", "text", f"{', '.join(KINDS)}; default: what the files say"
-    )
-    generator_tensor_parallel_size: int = _option(
-        1, "generator", "int", "ranks that share each layer", low=1, high=64
-    )
-    cfg_parallel_size: int = _option(
-        1, "generator", "int", "2: both branches of guidance at once", low=1, high=2
-    )
-    ulysses_degree: int = _option(
-        1, "generator", "int", "ranks that share the sequence", low=1, high=64
-    )
-    vae_parallel: str = _option(
-        "halo", "generator", "choice", "how ranks share the VAE", choices=("halo", "tile", "off")
-    )
-    und_residency: str = _option(
-        "auto",
-        "generator",
-        "choice",
-        "where the text tower rests; auto: on the host if a default request would not fit otherwise",
-        choices=("auto", "gpu", "host"),
-    )
-    enable_layerwise_offload: bool = _option(
-        False,  # noqa: FBT003 - a default
-        "generator",
-        "bool",
-        "layers rest on the host and visit the device at every step",
-    )
-    memory_limit: float = _option(
-        0.0,
-        "generator",
-        "float",
-        "that a rank may use; 0: what is free",
-        unit="GiB",
-        low=0,
-        high=1e4,
-    )
-    attention_backend: str = _option("auto", "generator", "text", "attention kernel")
-    generator_executor_backend: str = _option(
-        "mp", "generator", "choice", "who runs the ranks", choices=("mp", "ray", "uni")
-    )
+    engine: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
-            value = item.metadata["spec"].checked(item.name, getattr(self, item.name))
-            object.__setattr__(self, item.name, value)
+            if item.metadata:
+                value = item.metadata["spec"].checked(item.name, getattr(self, item.name))
+                object.__setattr__(self, item.name, value)
         if os.path.expanduser(self.storage_path).startswith("~"):
             raise InvalidRequest("storage_path", self.storage_path, "in the home of a known user")
         if not self.storage_path:
@@ -250,19 +202,49 @@ class Options:
         return Path(self.storage_path).expanduser()
 
 
+class Described(NamedTuple):
+    """An option as the operator meets it."""
+
+    group: str
+    spec: Spec
+    default: Any
+
+
+OPTIONS = {
+    item.name: Described(item.metadata["group"], item.metadata["spec"], item.default)
+    for item in dataclasses.fields(Options)
+    if item.metadata
+}
+# Names of the engine options here, which vLLM's own flags leave free.
+ENGINE = {
+    option.server or name: name
+    for name, option in engine_options.OPTIONS.items()
+    if option.server is not None
+}
+OPTIONS |= {
+    ours: Described("generator", engine_options.OPTIONS[name].served, engine_options.DEFAULTS[name])
+    for ours, name in ENGINE.items()
+}
+
+
 def from_mapping(values: Mapping[str, Any]) -> Options:
-    """Options from the JSON object ``cosmos3`` of ``--additional-config``.
+    """Options from flags, or from the JSON object ``cosmos3`` of ``--additional-config``.
 
     Raises:
         InvalidRequest: an unknown name, with the nearest one, or a wrong value.
     """
-    names = [item.name for item in dataclasses.fields(Options)]
-    for name in values:
-        if name not in names:
-            near = did_you_mean(name, names)
-            hint = f"left out; {near}" if near else f"one of {', '.join(names)}"
-            raise InvalidRequest(f"additional-config.cosmos3.{name}", values[name], hint)
-    return Options(**values)
+    engine: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in OPTIONS:
+            near = did_you_mean(name, OPTIONS)
+            hint = f"left out; {near}" if near else f"one of {', '.join(OPTIONS)}"
+            raise InvalidRequest(f"additional-config.cosmos3.{name}", value, hint)
+        if name in ENGINE:
+            _, spec, default = OPTIONS[name]
+            checked = spec.checked(name, value)
+            engine[ENGINE[name]] = (checked or None) if default is None else checked
+    own = {name: value for name, value in values.items() if name not in ENGINE}
+    return Options(**own, engine=engine)
 
 
 ONE_PROCESS = (  # of vLLM's --api-server-count
@@ -270,47 +252,3 @@ ONE_PROCESS = (  # of vLLM's --api-server-count
     "devices, with the same --storage-path"
 )
 SHARED = ("allowed_local_media_path", "allowed_media_domains")  # flags of vLLM too
-
-
-def add_groups(parser: argparse.ArgumentParser) -> None:
-    """The flags of all options that vLLM has no flag for, in groups."""
-    groups: dict[str, list[str]] = {}
-    for item in dataclasses.fields(Options):
-        if item.name not in SHARED:
-            groups.setdefault(item.metadata["group"], []).append(item.name)
-    for name, names in groups.items():
-        title = name if name == "generator" else f"generator: {name}"
-        add_flags(parser.add_argument_group(title), only=names)
-
-
-def add_flags(group: argparse._ArgumentGroup, *, only: Container[str]) -> None:
-    """One flag for each of these options. A flag that is not given leaves no attribute."""
-    for item in dataclasses.fields(Options):
-        if item.name not in only:
-            continue
-        spec, flag = item.metadata["spec"], f"--{item.name.replace('_', '-')}"
-        unit = f" [{spec.unit}]" if spec.unit else ""
-        if spec.kind == "bool":
-            group.add_argument(
-                flag,
-                action=argparse.BooleanOptionalAction,
-                default=argparse.SUPPRESS,
-                help=spec.help,
-            )
-            continue
-        shown = f"{item.default:,.15g}" if spec.kind in ("int", "float") else item.default
-        default = f" (default: {shown})" if shown != "" else ""
-        group.add_argument(
-            flag,
-            type={"int": int, "float": float}.get(spec.kind, str),
-            choices=spec.choices or None,
-            metavar=None if spec.choices else item.name.rsplit("_", 1)[-1].upper(),
-            default=argparse.SUPPRESS,
-            help=f"{spec.help}{unit}{default}",
-        )
-
-
-def given(args: argparse.Namespace) -> dict[str, Any]:
-    """What the flags of `add_flags` were given."""
-    names = [item.name for item in dataclasses.fields(Options)]
-    return {name: vars(args)[name] for name in names if name in vars(args)}

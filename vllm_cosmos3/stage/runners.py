@@ -17,7 +17,8 @@ from typing import Any, Protocol
 
 import torch
 
-from vllm_cosmos3.checkpoint.config import EngineConfig, read_config
+from vllm_cosmos3.checkpoint.config import read_config
+from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.errors import Cancelled, InvalidRequest, Unsupported
 from vllm_cosmos3.generator.memory.reservation import lift_limit
 from vllm_cosmos3.generator.output import Output, Sample
@@ -46,16 +47,17 @@ class Runner(Protocol):
     def close(self) -> None: ...
 
 
-def make_runner(config: EngineConfig, backend: str | None = None) -> Runner:
+def make_runner(config: EngineConfig) -> Runner:
     """Load the checkpoint on every rank of the mesh.
 
-    ``backend`` is what vLLM calls the distributed executor backend: "uni" (default for one rank),
-    "mp" (default for several), "ray", or "external_launcher" where torchrun has started the ranks.
+    ``distributed_executor_backend`` is vLLM's word for who starts the ranks: "uni" (default for one
+    rank), "mp" (default for several), "ray", or "external_launcher" where torchrun has started them.
 
     Raises:
         InvalidRequest: the mesh does not suit the checkpoint or the machine.
         CheckpointError: the checkpoint is missing, incomplete or of another kind.
     """
+    backend = config.distributed_executor_backend
     backend = backend or ("uni" if config.parallel.world_size == 1 else "mp")
     here = backend in ("uni", "mp") and torch.device(config.device).type != "cpu"
     devices = torch.accelerator.device_count() if here else None

@@ -25,8 +25,8 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.worker.worker_base import WorkerBase
 
-from vllm_cosmos3.checkpoint.config import EngineConfig
 from vllm_cosmos3.checkpoint.load_progress import counted
+from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.errors import Cosmos3Error, OutOfMemory
 from vllm_cosmos3.parallel.mesh import Mesh, barrier, close_mesh, from_first, init_mesh
 

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_cosmos3.checkpoint.config import EngineConfig, ModelConfig, ParallelConfig
+from vllm_cosmos3.checkpoint.config import ModelConfig
 from vllm_cosmos3.cli.plan import known_model
+from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.errors import OutOfMemory
 from vllm_cosmos3.generator.memory import (
     Work,
@@ -50,7 +51,7 @@ def test_the_plan_of_nano_is_what_a_gpu_measured(
     assert abs(planned - gib) <= 0.05 * gib
 
 
-HOST, STREAMED = {"und_residency": "host"}, {"layerwise_offload": True}
+HOST, STREAMED = {"und_residency": "host"}, {"enable_layerwise_offload": True}
 PHASES = [  # docs/numbers.md, "Memory, Nano size, one GPU": start, text, denoise, decode
     ({}, 1, (30.66, 30.10, 30.25, 33.83)),
     ({}, 189, (30.66, 30.13, 35.12, 36.40)),
@@ -89,10 +90,7 @@ SHAPES = st.builds(
     field=st.sampled_from(["tensor_parallel_size", "ulysses_degree"]),
 )
 def test_more_ranks_need_less(shape: Work, model: ModelConfig, field: str) -> None:
-    peaks = [
-        estimate(model, replace(ENGINE, parallel=ParallelConfig(**{field: n})), shape).peak
-        for n in (1, 2, 4)
-    ]
+    peaks = [estimate(model, replace(ENGINE, **{field: n}), shape).peak for n in (1, 2, 4)]
     assert peaks == sorted(peaks, reverse=True)
 
 
@@ -101,7 +99,9 @@ def test_more_ranks_need_less(shape: Work, model: ModelConfig, field: str) -> No
 def test_what_rests_on_the_host_is_not_on_the_device(shape: Work, model: ModelConfig) -> None:
     plain = estimate(model, ENGINE, shape)
     text = estimate(model, replace(ENGINE, und_residency="host"), shape)
-    both = estimate(model, replace(ENGINE, und_residency="host", layerwise_offload=True), shape)
+    both = estimate(
+        model, replace(ENGINE, und_residency="host", enable_layerwise_offload=True), shape
+    )
     assert both.peak < text.peak < plain.peak
     for memory in (plain, text, both):
         assert memory.resident + sum(memory.host.values()) == plain.resident

@@ -11,7 +11,8 @@ import torch
 from live_tensors import LiveTensors
 from ranks import Ranks, in_new_process
 
-from vllm_cosmos3.checkpoint.config import EngineConfig, ParallelConfig, read_config
+from vllm_cosmos3.checkpoint.config import read_config
+from vllm_cosmos3.engine_options import EngineConfig, ParallelConfig
 from vllm_cosmos3.generator.memory import estimate, work_of
 from vllm_cosmos3.generator.memory.vae_activations import decode_peak
 from vllm_cosmos3.generator.memory.weight_bytes import layer_bytes, weights

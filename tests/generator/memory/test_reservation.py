@@ -13,8 +13,9 @@ import torch
 from ranks import Ranks
 
 from vllm_cosmos3 import Cosmos3
-from vllm_cosmos3.checkpoint.config import EngineConfig, ParallelConfig, read_config
+from vllm_cosmos3.checkpoint.config import read_config
 from vllm_cosmos3.cli import main
+from vllm_cosmos3.engine_options import EngineConfig, ParallelConfig
 from vllm_cosmos3.errors import InvalidRequest, OutOfMemory
 from vllm_cosmos3.generator.memory import Work, estimate
 from vllm_cosmos3.generator.memory.reservation import GIB, MemoryBudget

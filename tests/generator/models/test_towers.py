@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from ranks import Ranks
 from torch import Tensor
 
-from vllm_cosmos3.checkpoint.config import ParallelConfig, TransformerConfig, read_config
+from vllm_cosmos3.checkpoint.config import TransformerConfig, read_config
 from vllm_cosmos3.checkpoint.tensors import parameters, transformer_tensors
 from vllm_cosmos3.checkpoint.weights import choose_kernels, load_dummy_weights, load_weights
+from vllm_cosmos3.engine_options import ParallelConfig
 from vllm_cosmos3.generator.models.transformer import (
     Context,
     Rope,

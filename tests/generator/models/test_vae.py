@@ -10,9 +10,10 @@ import torch
 from ranks import Ranks
 from torch import Tensor
 
-from vllm_cosmos3.checkpoint.config import ParallelConfig, read_config
+from vllm_cosmos3.checkpoint.config import read_config
 from vllm_cosmos3.checkpoint.tensors import vae_tensors
 from vllm_cosmos3.checkpoint.weights import identity_table, load_weights
+from vllm_cosmos3.engine_options import ParallelConfig
 from vllm_cosmos3.generator.models import vae as vae_module
 from vllm_cosmos3.generator.models.vae import (
     VideoVAE,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ranks import Ranks
 from torch import Tensor
 
-from vllm_cosmos3.checkpoint.config import ParallelConfig
+from vllm_cosmos3.engine_options import ParallelConfig
 from vllm_cosmos3.generator.sampling.guidance import (
     branches_needed,
     branches_of_rank,

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
-from vllm_cosmos3.checkpoint.config import EngineConfig, ModelConfig, SoundConfig
+from vllm_cosmos3.checkpoint.config import ModelConfig, SoundConfig
 from vllm_cosmos3.checkpoint.kinds import KINDS
 from vllm_cosmos3.checkpoint.latents import pixel_frames, token_count, vision_shape
+from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.generator.memory.ledger import Ledger
 from vllm_cosmos3.generator.memory.vae_activations import decode_peak, encode_peak
 from vllm_cosmos3.generator.memory.weight_bytes import FLOAT32, layer_bytes, loading, weights
@@ -137,7 +138,7 @@ def estimate(model: ModelConfig, engine: EngineConfig, work: Work) -> MemoryEsti
     host: dict[str, int] = {}
     if engine.und_residency == "host":
         host |= {name: on_device.pop(name) for name in ("understanding", "embedding")}
-    if engine.layerwise_offload:
+    if engine.enable_layerwise_offload:
         host["generation"] = on_device.pop("generation")
     request = _Request(model, engine, work, element_size)
     return MemoryEstimate(
@@ -243,7 +244,7 @@ class _Request:
         ledger.take(self.held)
         ledger.moment(self.latents * (2 * len(self.work.text) + 4))
         ledger.take(self.latents)  # of the other branch's velocities
-        ledger.take(self.layer * (1 + LAYERS_AHEAD) * self.engine.layerwise_offload)
+        ledger.take(self.layer * (1 + LAYERS_AHEAD) * self.engine.enable_layerwise_offload)
         width = config.hidden_size * self.element_size
         ledger.take(self.tokens * width)  # all tokens, of which this rank takes its own
         ledger.moment(2 * self.tokens * width)  # gathered at the end

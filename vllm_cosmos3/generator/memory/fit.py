@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
-from vllm_cosmos3.checkpoint.config import EngineConfig, ModelConfig
+from vllm_cosmos3.checkpoint.config import ModelConfig
+from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.errors import InvalidRequest, OutOfMemory
 from vllm_cosmos3.generator.memory.estimate import Work, estimate
 from vllm_cosmos3.parallel.mesh import check_degrees
@@ -56,37 +58,48 @@ def suggestions(
     Those that cost no other GPU and no quality come first.
     """
     found = []
-    for flags, changed in _alternatives(engine):
+    for options in _alternatives(engine):
+        changed = replace(engine, **options)
         try:
             check_degrees(changed.parallel, model.transformer)
         except InvalidRequest:
             continue
         size = estimate(model, changed, work).needed
         if size <= limit:
-            found.append((flags, size))
+            found.append((_flags(options), size))
     return found[:MOST_SUGGESTIONS]
 
 
-def _alternatives(engine: EngineConfig) -> Iterator[tuple[str, EngineConfig]]:
-    host, stream = "--und-residency host", "--enable-layerwise-offload"
-    tiled = replace(engine.parallel, vae_parallel="tile")
-    moved = []
+def _alternatives(engine: EngineConfig) -> Iterator[dict[str, Any]]:
+    """Options to change, one or several at a time."""
+    host, stream = {"und_residency": "host"}, {"enable_layerwise_offload": True}
+    moved: list[dict[str, Any]] = []
     if engine.und_residency != "host":
-        moved.append((host, replace(engine, und_residency="host")))
-    if not engine.layerwise_offload:
-        moved.append((stream, replace(engine, layerwise_offload=True)))
+        moved.append(host)
+    if not engine.enable_layerwise_offload:
+        moved.append(stream)
     if len(moved) == 2:
-        both = replace(engine, und_residency="host", layerwise_offload=True)
-        moved.append((f"{host} {stream}", both))
+        moved.append(host | stream)
     yield from moved
-    tile = "--vae-parallel tile"
-    if engine.parallel.vae_parallel != "tile":
-        yield tile, replace(engine, parallel=tiled)
-        for flags, changed in moved:
-            yield f"{flags} {tile}", replace(changed, parallel=tiled)
-    for field in ("tensor_parallel_size", "ulysses_degree"):
-        degree = 2 * getattr(engine.parallel, field)
-        while degree * engine.parallel.world_size // getattr(engine.parallel, field) <= MOST_RANKS:
-            parallel = replace(engine.parallel, **{field: degree})
-            yield f"--{field.replace('_', '-')} {degree}", replace(engine, parallel=parallel)
-            degree *= 2
+    tile = {"vae_parallel": "tile"}
+    if engine.vae_parallel != "tile":
+        yield tile
+        for options in moved:
+            yield options | tile
+    ranks = engine.parallel.world_size
+    for name in ("tensor_parallel_size", "ulysses_degree"):
+        degree = getattr(engine, name)
+        factor = 2
+        while factor * ranks <= MOST_RANKS:
+            yield {name: factor * degree}
+            factor *= 2
+
+
+def _flags(options: dict[str, Any]) -> str:
+    """The options as on the command line."""
+    words = []
+    for name, value in options.items():
+        words.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            words.append(str(value))
+    return " ".join(words)

@@ -13,7 +13,8 @@ from weakref import WeakSet
 
 import torch
 
-from vllm_cosmos3.checkpoint.config import EngineConfig, ModelConfig
+from vllm_cosmos3.checkpoint.config import ModelConfig
+from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.errors import OutOfMemory
 from vllm_cosmos3.generator.memory import WORKSPACES, Work, estimate, suggestions
 from vllm_cosmos3.parallel.mesh import Axis, all_gather

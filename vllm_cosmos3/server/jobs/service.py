@@ -97,7 +97,9 @@ class Service:
             os.environ["CUDA_VISIBLE_DEVICES"] = options.generator_devices
         self.stage = StageClient(
             StageConfig(
-                engine=sizing.engine, stage=STAGE, backend=options.generator_executor_backend
+                engine=sizing.engine,
+                stage=STAGE,
+                backend=sizing.engine.distributed_executor_backend or "mp",
             ),
             QueueConfig(
                 # Requests of robots are alike: in turns each of them would take as long as all.

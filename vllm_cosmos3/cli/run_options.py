@@ -1,0 +1,90 @@
+"""What a run of the generator is told by the command line, and the models that it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_cosmos3.engine_options import EngineOptions
+from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.request.request import GenerateRequest
+
+if TYPE_CHECKING:  # vLLM, which --help should not wait for
+    from vllm_cosmos3.engine import Cosmos3
+    from vllm_cosmos3.reasoner.offline import Reasoner
+    from vllm_cosmos3.request.plan import Plan
+
+LAUNCHED = "external_launcher"  # every rank runs this command
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """How requests are run and their results written.
+
+    ``crf`` is the quality of H.264, ``image_quality`` that of pictures with losses, and ``inputs``
+    are the batch files, if any.
+
+    Raises:
+        InvalidRequest: results cannot be written like that.
+    """
+
+    engine: EngineOptions
+    inputs: tuple[str, ...]
+    out: Path
+    name: str
+    crf: int
+    image_type: str
+    image_quality: int
+    timings_json: Path | None
+    resume: bool
+    keep_going: bool
+    dry_run: bool
+    upsample_prompt: bool
+    enforce_eager: bool
+
+    @property
+    def launched(self) -> bool:
+        """Whether every rank runs this command."""
+        return self.engine.distributed_executor_backend == LAUNCHED
+
+
+def planner(
+    model: str | Path, revision: str | None = None, kind: str | None = None
+) -> Callable[[GenerateRequest], Plan]:
+    """Plans requests with everything but the weights: a mistake should not wait for them."""
+    from vllm_cosmos3.checkpoint.config import read_config
+    from vllm_cosmos3.checkpoint.hub import resolve
+    from vllm_cosmos3.request.planner import make_plan
+    from vllm_cosmos3.request.prompts import load_tokenizer
+
+    config = read_config(resolve(model, revision, weights=False), kind)
+    tokenizer = load_tokenizer(config.path)
+    return lambda request: make_plan(request, config, tokenizer)
+
+
+def open_generator(engine: EngineOptions) -> Cosmos3:
+    """The generator with its weights."""
+    from vllm_cosmos3.engine import Cosmos3
+
+    return Cosmos3(**asdict(engine))
+
+
+def open_reasoner(options: RunOptions) -> Reasoner:
+    """The reasoner of the same checkpoint. Close it before the generator is loaded."""
+    from vllm_cosmos3.reasoner.offline import Reasoner
+
+    if options.launched:
+        possible = "another one: under torchrun each rank would start a reasoner of its own"
+        field = "distributed_executor_backend"
+        raise InvalidRequest(field, LAUNCHED, possible, "unsupported_combination")
+    engine = options.engine
+    return Reasoner(
+        engine.model,
+        revision=engine.revision,
+        dtype=engine.dtype,
+        tensor_parallel_size=engine.tensor_parallel_size,
+        load_format=engine.load_format,
+        enforce_eager=options.enforce_eager,
+    )
