@@ -19,11 +19,12 @@ from servers import Server
 
 from vllm_cosmos3.media import Pixels, read_image, read_video
 from vllm_cosmos3.request.plan import Plan, StreamPlan
-from vllm_cosmos3.server.http.errors import ApiError
-from vllm_cosmos3.server.http.request_fields import Asked
+from vllm_cosmos3.server.http.api_errors import ApiError
+from vllm_cosmos3.server.http.request_fields import ClientRequest
 from vllm_cosmos3.server.jobs.artifacts import BEFORE, CLIP, LAST
-from vllm_cosmos3.server.jobs.continuation import goes_on, prepare
-from vllm_cosmos3.server.jobs.journal import Job, Journal
+from vllm_cosmos3.server.jobs.continuation import continue_from, prepare
+from vllm_cosmos3.server.jobs.journal import Journal
+from vllm_cosmos3.server.jobs.video_job import VideoJob
 
 pytestmark = pytest.mark.serve
 LONG = {"size": "256x256", "num_frames": 61, "num_inference_steps": 200}
@@ -87,10 +88,10 @@ def test_the_first_new_frame_follows_the_last_old_one(
 ) -> None:
     """As the same request with the last frame as its picture, which the client cannot have exactly."""
     fields = {"num_frames": 5, "num_inference_steps": 2, "seed": 2, "fps": 12}
-    goes_on = create(generator_server, **fields, continue_from=source["id"])
+    continued = create(generator_server, **fields, continue_from=source["id"])
     last = Image.fromarray(frames(generator_server, source)[-1])
     by_hand = create(generator_server, **fields, size="64x64", input_reference=data_url(png(last), "image/png"))  # fmt: skip
-    made = frames(generator_server, finished(generator_server, goes_on))[5:].astype(int)
+    made = frames(generator_server, finished(generator_server, continued))[5:].astype(int)
     expected = frames(generator_server, finished(generator_server, by_hand))[1:]
     assert np.abs(made - expected).mean() < 12  # of H.264, once more than the other
     assert np.abs(made - frames(generator_server, source)[1:]).mean() > 20
@@ -177,7 +178,7 @@ def test_nothing_is_left_of_a_video_that_cannot_be_copied(
 ) -> None:
     """As it was deleted while the new one was planned, or as there is no room for it."""
     journal = Journal(tmp_path)
-    before, job = (Job(id=name, kind="video", model="m", prompt="", created=0.0, effective={"fps": 12.0, "num_frames": 5}) for name in "ab")  # fmt: skip
+    before, job = (VideoJob(id=name, kind="video", model="m", prompt="", created=0.0, effective={"fps": 12.0, "num_frames": 5}) for name in "ab")  # fmt: skip
     journal.folder("a").mkdir(parents=True)
     Image.new("RGB", (64, 64)).save(journal.folder("a") / LAST)
     if not room:
@@ -195,16 +196,16 @@ def test_the_last_frame_outlives_its_video(tmp_path: Path) -> None:
     """From when the request is checked; of a video that is gone by then it says so."""
     journal = Journal(tmp_path)
     effective = {"fps": 12.0, "num_frames": 5}
-    before = Job(id="a", kind="video", model="m", prompt="", created=0.0, effective=effective)
-    asked = Asked(fields={"prompt": "a"}, server={}, references={}, warnings=())
+    before = VideoJob(id="a", kind="video", model="m", prompt="", created=0.0, effective=effective)
+    asked = ClientRequest(fields={"prompt": "a"}, server_fields={}, references={}, warnings=())
     journal.folder("a").mkdir(parents=True)
     Image.new("RGB", (96, 64), "red").save(journal.folder("a") / LAST)
-    going_on, media = goes_on(asked, {}, before, journal)
+    going_on, media = continue_from(asked, {}, before, journal)
     journal.purge("a")
     assert read_image(media["image"])[0, 0].tolist() == [255, 0, 0]
     assert (going_on.fields["size"], going_on.fields["fps"]) == ("96x64", 12.0)
     with pytest.raises(ApiError, match="was deleted") as caught:
-        goes_on(asked, {}, before, journal)
+        continue_from(asked, {}, before, journal)
     assert (caught.value.code, caught.value.param) == ("expired", "continue_from")
     journal.close()
 

@@ -15,9 +15,9 @@ from media_files import picture, png
 from servers import Server
 
 from vllm_cosmos3.fetching import is_public
-from vllm_cosmos3.server.http.errors import ApiError
+from vllm_cosmos3.server.http.api_errors import ApiError
 from vllm_cosmos3.server.http.media_inputs import _kind, media_files
-from vllm_cosmos3.server.http.request_fields import Asked
+from vllm_cosmos3.server.http.request_fields import ClientRequest
 from vllm_cosmos3.server.options import Options
 
 SMALL = {"prompt": "it moves", "size": "64x64", "num_frames": 5, "seed": 1}
@@ -104,8 +104,11 @@ def test_a_file_of_the_server(generator_server: Server, media_folder: Path) -> N
     "host", ["127.0.0.1", "\uff11\uff12\uff17.0.0.1", "127\u30020\u30020\u30021"]
 )
 def test_digits_of_other_scripts_are_digits(host: str) -> None:
-    asked = Asked(
-        fields={}, server={}, references={"input_reference": f"http://{host}:1/"}, warnings=()
+    asked = ClientRequest(
+        fields={},
+        server_fields={},
+        references={"input_reference": f"http://{host}:1/"},
+        warnings=(),
     )
 
     async def fetch() -> None:

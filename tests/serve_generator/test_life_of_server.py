@@ -17,7 +17,8 @@ import pytest
 from generators import SMALL, create, eventually, finished, generator, refuses
 from servers import BIN, Server, free_port, run_to_end
 
-from vllm_cosmos3.server.jobs.journal import Job, Journal
+from vllm_cosmos3.server.jobs.journal import Journal
+from vllm_cosmos3.server.jobs.video_job import VideoJob
 
 pytestmark = pytest.mark.serve
 LONG = {"size": "256x256", "num_frames": 61, "num_inference_steps": 200, "guidance_scale": 1}
@@ -28,7 +29,7 @@ def job_of(server: Server, job: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def stored(journal: Journal, job: dict[str, Any]) -> Job:
+def stored(journal: Journal, job: dict[str, Any]) -> VideoJob:
     found = journal.get(job["id"])
     assert found is not None
     return found
@@ -65,10 +66,10 @@ def test_jobs_outlive_servers(tiny_checkpoint: Path, vllm_cache: Path, tmp_path:
         for lost in (cut, waiting):
             ended = job_of(first, lost)
             assert (ended["status"], ended["error"]["code"]) == ("failed", "interrupted")
-        goes_on = finished(first, create(first, **SMALL, continue_from=done["id"]))
-        assert (goes_on["status"], goes_on["num_frames"]) == ("completed", 9)
+        continued = finished(first, create(first, **SMALL, continue_from=done["id"]))
+        assert (continued["status"], continued["num_frames"]) == ("completed", 9)
         assert continuing(first, cut) == (409, "job_failed")
-        assert httpx.delete(f"{first.url}/v1/videos/{goes_on['id']}").status_code == 200
+        assert httpx.delete(f"{first.url}/v1/videos/{continued['id']}").status_code == 200
 
         second = start(stack, "--drain-seconds", "1")
         shared = create(first, **LONG)

@@ -34,6 +34,7 @@ def check(page: Page, answer: httpx.Response, path: str, method: str = "get") ->
     """The JSON of an answer, after a look at whether it is as the page says."""
     status = "200" if answer.status_code == 200 else "default"
     schema = content(page, path, method, status)["application/json"]["schema"]
+    schema = {**schema, "components": page["components"]}  # which it refers to
     Draft202012Validator.check_schema(schema)
     Draft202012Validator(schema).validate(answer.json())
     return answer.json()

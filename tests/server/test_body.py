@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from starlette.datastructures import UploadFile
 
 from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.server.http.api_errors import ApiError, envelope
 from vllm_cosmos3.server.http.body import MAX_COMMAS, MAX_TEXT, Text, read_body
-from vllm_cosmos3.server.http.errors import ApiError, envelope
 from vllm_cosmos3.server.options import Options
 
 FORM = "multipart/form-data; boundary=cut"

@@ -16,7 +16,7 @@ import pytest
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
 from vllm_cosmos3.request.prompts import Tokenizer, load_tokenizer
 from vllm_cosmos3.server.guardrails import CHECKER, Blocked, Guardrails, frame_check
-from vllm_cosmos3.server.http.errors import ApiError
+from vllm_cosmos3.server.http.api_errors import ApiError
 from vllm_cosmos3.server.options import Options
 
 PACKAGE = '''

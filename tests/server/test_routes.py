@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import httpx
@@ -16,8 +15,11 @@ import pytest
 
 from vllm_cosmos3.server.app import Listen, make_app
 from vllm_cosmos3.server.jobs.artifacts import CLIP
-from vllm_cosmos3.server.jobs.journal import COMPLETED, Job, Journal
+from vllm_cosmos3.server.jobs.estimates import ThroughputEstimate
+from vllm_cosmos3.server.jobs.journal import Journal
+from vllm_cosmos3.server.jobs.live_jobs import LiveJobs
 from vllm_cosmos3.server.jobs.service import Service
+from vllm_cosmos3.server.jobs.video_job import COMPLETED, VideoJob
 from vllm_cosmos3.server.options import Options
 from vllm_cosmos3.server.routes.videos import remixed
 from vllm_cosmos3.stage.process import Status
@@ -31,13 +33,17 @@ class Stored(Service):
     """A service that makes nothing: it has the jobs of a journal."""
 
     def __init__(self, storage: Path) -> None:
-        self.journal = Journal(storage)
         self.options = Options(storage_path=str(storage))
         self.names = ("tiny",)
         self.draining = False
-        self._own: dict[str, Job] = {}
-        self._stage_jobs = {}
-        self._lock = threading.Lock()
+        self.use(Journal(storage))
+
+    def use(self, journal: Journal) -> None:
+        """Have the jobs of this journal."""
+        self.journal = journal
+        self.jobs = LiveJobs(
+            journal, cast("Any", None), self.options, ThroughputEstimate(), ranks=1
+        )
 
     async def start(self) -> None:
         pass
@@ -48,9 +54,11 @@ class Stored(Service):
     def status(self, timeout: float = 1.0) -> Status:
         return Status(state="ready")
 
-    def finished(self, name: str) -> Job:
+    def finished(self, name: str) -> VideoJob:
         """A completed video."""
-        job = Job(id=name, kind="video", model="tiny", prompt="", created=0.0, status=COMPLETED)
+        job = VideoJob(
+            id=name, kind="video", model="tiny", prompt="", created=0.0, status=COMPLETED
+        )
         job.effective, job.expires = EFFECTIVE, time.time() + 60
         self.journal.folder(name).mkdir(parents=True)
         (self.journal.folder(name) / CLIP).write_bytes(CONTENT)
@@ -83,16 +91,16 @@ async def client(at: Service, **listen: Any) -> AsyncIterator[httpx.AsyncClient]
 
 async def test_a_job_deleted_while_the_page_is_read_is_left_out(at: Stored) -> None:
     class Deleting(Journal):
-        def page(self, **question: Any) -> list[Job] | None:
+        def page(self, **question: Any) -> list[VideoJob] | None:
             jobs = super().page(**question)
             self.delete("b")
             return jobs
 
     at.finished("a")
-    job = Job(id="b", kind="video", model="tiny", prompt="", created=0.0, effective=EFFECTIVE)
+    job = VideoJob(id="b", kind="video", model="tiny", prompt="", created=0.0, effective=EFFECTIVE)
     at.journal.add(job)
     at.journal.close()
-    at.journal = Deleting(at.journal.storage)
+    at.use(Deleting(at.journal.storage))
     async with client(at) as http:
         answer = await http.get("/v1/videos")
     assert answer.status_code == 200
@@ -115,7 +123,7 @@ async def test_a_file_that_goes_before_it_is_opened(
 
     at.finished("a")
     at.journal.close()
-    at.journal = Losing(at.journal.storage)
+    at.use(Losing(at.journal.storage))
     async with client(at) as http:
         answer = await http.get("/v1/videos/a/content")
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
@@ -137,7 +145,7 @@ async def test_a_download_goes_on_when_its_video_is_deleted(at: Stored) -> None:
         async def send(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 head.update(message)
-                at.delete("a")
+                at.jobs.delete("a")
                 assert not at.journal.folder("a").exists()
             else:
                 sent.append(message.get("body", b""))
@@ -262,11 +270,12 @@ async def test_a_wait_that_is_too_long(
 ) -> None:
     """The header says when it will not be: the default deadline is 600 seconds."""
 
-    class Busy(Stored):
+    class Busy(LiveJobs):
         def estimated_wait(self) -> float:
             return 610.0
 
-    busy = Busy(tmp_path)
+    busy = Stored(tmp_path)
+    busy.jobs.__class__ = Busy
     async with client(busy) as http:
         answer = await http.post("/v1/videos/sync", json={"prompt": "a boat", **fields})
     busy.journal.close()
@@ -293,7 +302,7 @@ REQUEST = {"prompt": "a boat", "width": 64, "height": 96, "num_frames": 5, "fps"
 def test_a_remix_replaces_what_it_says_in_other_words(
     source: dict[str, Any], fields: dict[str, Any], expected: dict[str, Any]
 ) -> None:
-    job = Job(id="a", kind="video", model="tiny", prompt="", created=0.0)
+    job = VideoJob(id="a", kind="video", model="tiny", prompt="", created=0.0)
     job.request, job.effective = source, EFFECTIVE
     wanted = {name: value for name, value in expected.items() if value is not None}
     assert remixed(job, fields) == wanted | {"seed": 1}

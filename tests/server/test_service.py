@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
-from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,14 +13,14 @@ from typing import Any, cast
 import pytest
 from limits import HANG
 
-from vllm_cosmos3.engine_options import EngineConfig
-from vllm_cosmos3.server.http.metrics import metrics
-from vllm_cosmos3.server.http.request_fields import Asked
-from vllm_cosmos3.server.jobs.estimates import Pace
-from vllm_cosmos3.server.jobs.journal import COMPLETED, Job, Journal
-from vllm_cosmos3.server.jobs.service import Service
+from vllm_cosmos3.errors import Cosmos3Error
+from vllm_cosmos3.server.http.request_fields import ClientRequest
+from vllm_cosmos3.server.jobs.estimates import ThroughputEstimate
+from vllm_cosmos3.server.jobs.inference import Inference
+from vllm_cosmos3.server.jobs.journal import Journal
+from vllm_cosmos3.server.jobs.live_jobs import LiveJobs
+from vllm_cosmos3.server.jobs.video_job import FAILED, VideoJob
 from vllm_cosmos3.server.options import Options
-from vllm_cosmos3.stage.process import Status
 
 
 class Lockable(Journal):
@@ -29,46 +28,42 @@ class Lockable(Journal):
 
     locked = False
 
-    def save(self, job: Job) -> None:
+    def save(self, job: VideoJob) -> None:
         if self.locked:
             raise sqlite3.OperationalError("database is locked")
         super().save(job)
 
 
-class Bookkeeping(Service):
-    """The part of a service that writes jobs down."""
-
-    def __init__(self, journal: Lockable) -> None:
-        self.journal = journal
-        self._own: dict[str, Job] = {}
-        self._changed: set[str] = set()
-        self._stage_jobs = {}
-        self._lock = threading.Lock()
-
-    def status(self, timeout: float = 1.0) -> Status:
-        return Status(state="ready")
-
-
 def test_an_end_that_cannot_be_written_is_written_later(tmp_path: Path) -> None:
-    journal = Lockable(tmp_path)
-    at = Bookkeeping(journal)
-    job = Job(id="a", kind="video", model="m", prompt="", created=0.0)
+    journal, stage = Lockable(tmp_path), HandedOver()
+    jobs = LiveJobs(journal, cast("Any", stage), Options(), ThroughputEstimate(), ranks=1)
+    job = VideoJob(id="a", kind="video", model="m", prompt="", created=0.0)
     journal.add(job)
-    at._own["a"] = job
-    job.status, journal.locked = COMPLETED, True
-    for _ in range(2):
-        with pytest.raises(sqlite3.OperationalError):
-            at._keep(job)
-        assert at.get("a").status == COMPLETED  # shown while it is not written
+    jobs.submit(job, cast("Any", None), 60.0)
+    journal.locked = True
+    stage.future.set_exception(Cosmos3Error("no"))
+    assert jobs.get("a").status == FAILED  # shown while it is not written
+    assert len(jobs) == 1
     with pytest.raises(sqlite3.OperationalError):
-        at._write_changes()
+        jobs.write_changes()
+    assert jobs.get("a").status == FAILED
     journal.locked = False
-    at._write_changes()
+    jobs.write_changes()
     stored = journal.get("a")
     assert stored is not None
-    assert stored.status == COMPLETED
-    assert (at._own, at._changed) == ({}, set())
+    assert stored.status == FAILED
+    assert len(jobs) == 0
     journal.close()
+
+
+class HandedOver:
+    """A stage with one request."""
+
+    def __init__(self) -> None:
+        self.future: Future[object] = Future()
+
+    def submit(self, *_: object, **__: object) -> Any:
+        return SimpleNamespace(progress=None, position=0, future=self.future)
 
 
 class SlowStage:
@@ -86,37 +81,35 @@ class SlowStage:
         self.cancelled = True
 
 
-class Accepting(Service):
-    """The part of a service that hands requests of robots to the stage."""
+class Accepting:
+    """Admission of whatever comes."""
 
-    def __init__(self, stage: SlowStage) -> None:
-        self.stage = cast("Any", stage)
-        self.metrics = metrics()
-        self._inferring = 0
-        self.options = Options()
-        self.sizing = cast("Any", SimpleNamespace(engine=EngineConfig(model=Path("tiny"))))
-        self.model = cast("Any", SimpleNamespace(transformer=SimpleNamespace(latent_patch_size=2)))
-        self._pace = Pace()
-
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
         pass
 
-    async def _plan(self, asked: Asked, media: Mapping[str, Any]) -> Any:
+    async def plan(self, request: ClientRequest) -> Any:
         return None
 
-    async def _guarded(self, asked: Asked) -> dict[str, Any]:
+    def work(self, plan: object) -> float:
+        return 1.0
+
+    async def judge(self, request: ClientRequest) -> dict[str, Any]:
         return {}
 
 
-def test_a_client_that_goes_while_it_is_accepted_is_cancelled(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("vllm_cosmos3.server.jobs.estimates.work", lambda *_: 1.0)
+def test_a_client_that_goes_while_it_is_accepted_is_cancelled() -> None:
     stage = SlowStage()
-    at = Accepting(stage)
+    inference = Inference(
+        cast("Any", Accepting()),
+        cast("Any", None),
+        cast("Any", stage),
+        ThroughputEstimate(),
+        deadline=60.0,
+        ranks=1,
+    )
 
     async def go() -> None:
-        asking = asyncio.ensure_future(at.infer({"prompt": "go"}))
+        asking = asyncio.ensure_future(inference.infer({"prompt": "go"}))
         await asyncio.to_thread(stage.reached.wait, 60)
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -127,4 +120,4 @@ def test_a_client_that_goes_while_it_is_accepted_is_cancelled(
             await asyncio.sleep(0.01)
 
     asyncio.run(asyncio.wait_for(go(), 60))
-    assert at._inferring == 0
+    assert inference.running == 0

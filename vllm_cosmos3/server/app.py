@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import APIRouter, FastAPI, Request
@@ -18,13 +19,13 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from vllm_cosmos3.errors import Cosmos3Error
-from vllm_cosmos3.server.error_envelope import Envelope, wrap
-from vllm_cosmos3.server.http.errors import ApiError
+from vllm_cosmos3.server.http.api_errors import ApiError
+from vllm_cosmos3.server.http.envelope_middleware import EnvelopeMiddleware, wrap
 from vllm_cosmos3.server.http.keys import ApiKeys, Keys
 from vllm_cosmos3.server.jobs.service import Service
-from vllm_cosmos3.server.openapi.responses import MODEL, MODELS, TEXT, ModelName, answers
+from vllm_cosmos3.server.openapi.responses import TEXT, ModelName, Models, file_responses, responses
 from vllm_cosmos3.server.routes import images, info, robots, videos
-from vllm_cosmos3.server.routes.route import Route, service
+from vllm_cosmos3.server.routes.route import Route, service_of
 from vllm_cosmos3.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ def make_app(make_service: Callable[[], Service], listen: Listen) -> FastAPI:
         app.add_middleware(
             CORSMiddleware, allow_origins=listen.origins, allow_methods=["*"], allow_headers=["*"]
         )
-    wrap(app, lambda stack: Envelope(stack, ("/",)))
+    wrap(app, lambda stack: EnvelopeMiddleware(stack, ("/",)))
     return app
 
 
@@ -122,36 +123,38 @@ class DrainingServer(uvicorn.Server):
     failure: Cosmos3Error | None = None
 
     async def on_tick(self, counter: int) -> bool:
-        at: Service | None = self.config.app.state.cosmos3  # type: ignore[union-attr]
-        if at is not None and not at.draining:
-            self.failure = at.stage.error
+        service: Service | None = self.config.app.state.cosmos3  # type: ignore[union-attr]
+        if service is not None and not service.draining:
+            self.failure = service.stage.error
         return self.failure is not None or await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        at: Service | None = self.config.app.state.cosmos3  # type: ignore[union-attr]
-        if sig != signal.SIGTERM or at is None or at.draining:
+        service: Service | None = self.config.app.state.cosmos3  # type: ignore[union-attr]
+        if sig != signal.SIGTERM or service is None or service.draining:
             super().handle_exit(sig, frame)
             return
-        at.draining = True
-        logger.warning("draining: %s more seconds at most", at.options.drain_seconds)
+        service.draining = True
+        logger.warning("draining: %s more seconds at most", service.options.drain_seconds)
         loop = asyncio.get_event_loop()
-        loop.call_soon_threadsafe(lambda: setattr(self, "_drain", loop.create_task(self._end(at))))
+        loop.call_soon_threadsafe(
+            lambda: setattr(self, "_drain", loop.create_task(self._end(service)))
+        )
 
-    async def _end(self, at: Service) -> None:
-        await at.drain()
+    async def _end(self, service: Service) -> None:
+        await service.drain()
         self.should_exit = True
 
 
-@core.get("/v1/models", responses=answers(MODELS))
+@core.get("/v1/models", responses=responses(Models))
 async def models(request: Request) -> Response:
     """The served models with what they can do."""
-    return JSONResponse(info.models(service(request)))
+    return JSONResponse(info.models(service_of(request)))
 
 
-@core.get("/v1/models/{name:path}", responses=answers(MODEL))
+@core.get("/v1/models/{name:path}", responses=responses(dict[str, Any]))
 async def model(request: Request, name: ModelName) -> Response:
     """One of the served models."""
-    for entry in info.models(service(request))["data"]:
+    for entry in info.models(service_of(request))["data"]:
         if entry["id"] == name:
             return JSONResponse(entry)
     raise ApiError("model_not_found", f"there is no model {name!r}", param="model")
@@ -176,7 +179,9 @@ async def version() -> Response:
 
 
 @core.get(
-    "/metrics", response_class=Response, responses=answers(TEXT, CONTENT_TYPE_LATEST.split(";")[0])
+    "/metrics",
+    response_class=Response,
+    responses=file_responses(CONTENT_TYPE_LATEST.split(";")[0], schema=TEXT),
 )
 async def metrics() -> Response:
     """Prometheus families."""

@@ -24,16 +24,16 @@ from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.fetching import PRIVATE_MEDIA
 from vllm_cosmos3.server.app import routers, show_log
 from vllm_cosmos3.server.command import announce
-from vllm_cosmos3.server.error_envelope import Envelope, wrap
 from vllm_cosmos3.server.guardrails import Guardrails
 from vllm_cosmos3.server.http import metrics
+from vllm_cosmos3.server.http.envelope_middleware import EnvelopeMiddleware, wrap
 from vllm_cosmos3.server.http.keys import AnyScheme, Keys
 from vllm_cosmos3.server.jobs.service import Service
 from vllm_cosmos3.server.jobs.upsampling import EngineReasoner
 from vllm_cosmos3.server.memory_split import sized
 from vllm_cosmos3.server.options import ONE_PROCESS, from_mapping
 from vllm_cosmos3.server.routes import info, robots
-from vllm_cosmos3.server.routes.route import Route, service
+from vllm_cosmos3.server.routes.route import Route, service_of
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class GeneratorRoutes:
         for path, handler in core.items():
             app.router.add_api_route(path, handler, methods=["GET"], route_class_override=Route)
         # Robots' keys are put into vLLM's form in front of it, which knows ``Bearer`` alone.
-        wrap(app, lambda stack: Envelope(AnyScheme(stack), OURS))
+        wrap(app, lambda stack: EnvelopeMiddleware(AnyScheme(stack), OURS))
         _settle_at_the_end(app)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
@@ -115,7 +115,7 @@ async def _health(request: Request) -> Response:
 async def _models(request: Request) -> Response:
     """vLLM's list of models, each with what the generator can do."""
     listed = await request.app.state.openai_serving_models.show_available_models()
-    block = info.capability(service(request))
+    block = info.capability(service_of(request))
     body = listed.model_dump()
     for entry in body["data"]:
         entry["cosmos3"] = block
@@ -129,15 +129,15 @@ def _settle_at_the_end(app: FastAPI) -> None:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
         async with inner(app) as state:
-            at: Service = app.state.cosmos3  # vLLM deletes the state on its way out
-            _drain_on_sigterm(at)
+            service: Service = app.state.cosmos3  # vLLM deletes the state on its way out
+            _drain_on_sigterm(service)
             yield state
-        await at.close()
+        await service.close()
 
     app.router.lifespan_context = lifespan
 
 
-def _drain_on_sigterm(at: Service) -> None:
+def _drain_on_sigterm(service: Service) -> None:
     """Take SIGTERM from vLLM, which by now handles it like SIGINT: that one ends the server."""
     loop = asyncio.get_running_loop()
 
@@ -145,12 +145,12 @@ def _drain_on_sigterm(at: Service) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
     def drain() -> None:
-        if at.draining:  # asked twice
+        if service.draining:  # asked twice
             end()
             return
-        logger.warning("draining: %s more seconds at most", at.options.drain_seconds)
-        at.draining = True
-        draining.append(loop.create_task(at.drain()))
+        logger.warning("draining: %s more seconds at most", service.options.drain_seconds)
+        service.draining = True
+        draining.append(loop.create_task(service.drain()))
         draining[0].add_done_callback(end)
 
     draining: list[asyncio.Task[None]] = []  # asyncio itself would forget it

@@ -20,7 +20,7 @@ from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
 from vllm_cosmos3.media import Pixels
 from vllm_cosmos3.request.prompts import Tokenizer, json_object
 from vllm_cosmos3.request.request import SPECS
-from vllm_cosmos3.server.http.errors import ApiError
+from vllm_cosmos3.server.http.api_errors import ApiError
 from vllm_cosmos3.server.options import Options
 
 logger = logging.getLogger(__name__)

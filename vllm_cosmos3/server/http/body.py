@@ -13,7 +13,7 @@ from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from vllm_cosmos3.errors import cut
-from vllm_cosmos3.server.http.errors import ApiError
+from vllm_cosmos3.server.http.api_errors import ApiError
 from vllm_cosmos3.server.http.request_fields import FormText, nested, parse_json, parse_urlencoded
 from vllm_cosmos3.server.options import Options
 

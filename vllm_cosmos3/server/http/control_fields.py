@@ -14,7 +14,7 @@ from typing import Any
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.request.controls import HINTS, PRESET_OF
 from vllm_cosmos3.server.http import json_text
-from vllm_cosmos3.server.http.errors import ApiError
+from vllm_cosmos3.server.http.api_errors import ApiError
 
 PAIR = ("control_reference", "control_type")  # one upload and which hint it shows
 SOURCES = ("control", "control_path")

@@ -11,7 +11,7 @@ from fastapi.responses import FileResponse
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
-from vllm_cosmos3.server.http.errors import ApiError, error_response
+from vllm_cosmos3.server.http.api_errors import ApiError, error_response
 
 RANGE = re.compile(r"(\d*)-(\d*)", re.ASCII)
 

@@ -8,7 +8,7 @@ import secrets
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from vllm_cosmos3.server.http.errors import error_body
+from vllm_cosmos3.server.http.api_errors import error_body
 
 BEARER, API_KEY = "bearer", "api-key"
 

@@ -27,8 +27,8 @@ from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.fetching import FetchError, FetchRule, fetch
 from vllm_cosmos3.media import IMAGE_FORMATS
 from vllm_cosmos3.request.controls import HINTS
-from vllm_cosmos3.server.http.errors import ApiError
-from vllm_cosmos3.server.http.request_fields import Asked
+from vllm_cosmos3.server.http.api_errors import ApiError
+from vllm_cosmos3.server.http.request_fields import ClientRequest
 from vllm_cosmos3.server.options import Options
 
 URLS = ("image_url", "video_url", "url")  # of a reference that is an object
@@ -39,7 +39,7 @@ SCHEMES = "an uploaded file, or a URL of http, https, data or (where allowed) fi
 
 @asynccontextmanager
 async def media_files(
-    asked: Asked, options: Options
+    asked: ClientRequest, options: Options
 ) -> AsyncIterator[tuple[dict[str, Path], dict[str, str]]]:
     """The references of a request as files, and as what they were given, by image, video and hint.
 
@@ -132,7 +132,7 @@ def _data(name: str, url: str) -> bytes:
         raise InvalidRequest(name, url, f"a complete data URL ({error})", "invalid_media") from None
 
 
-def local_files(asked: Asked, options: Options) -> Asked:
+def local_files(asked: ClientRequest, options: Options) -> ClientRequest:
     """The same request with its JSON files as absolute paths that this server may read.
 
     Raises:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from prometheus_client import Counter, Gauge, Histogram
 
 from vllm_cosmos3.errors import Cosmos3Error
-from vllm_cosmos3.server.http.errors import slug
+from vllm_cosmos3.server.http.api_errors import slug
 
 BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 1800, 3600)
 STEP_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -46,6 +48,25 @@ class Metrics:
             self.rejected.labels(reason)
         for code in ("out_of_memory", "worker_lost", "deadline_exceeded", "internal_error"):
             self.failed.labels(code)
+
+    def failure(self, code: str) -> None:
+        """Count an accepted request that came to nothing."""
+        if code == "cancelled":
+            self.cancelled.inc()
+        else:
+            self.failed.labels(code).inc()
+
+    def completion(
+        self, kind: str, frames: int, peak_memory: int, timings: Mapping[str, float]
+    ) -> None:
+        """Count a request that was served: its frames, bytes of memory, and seconds by phase."""
+        self.completed.labels(kind).inc()
+        self.frames.inc(frames)
+        self.peak.set(max(peak_memory, 0))
+        self.step.observe(timings.get("per_step", 0.0))
+        for phase, spent in timings.items():
+            if phase != "per_step":
+                self.phase.labels(phase).observe(max(0.0, spent))
 
     def refused(self, error: Cosmos3Error) -> None:
         """Count a request that is refused, by the code of its answer."""

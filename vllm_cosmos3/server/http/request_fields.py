@@ -1,4 +1,4 @@
-"""From HTTP to the fields of a request, and from a job to JSON. Translates; validates nothing twice.
+"""Fields of an HTTP body, translated to those of a request. Nothing is validated twice.
 
 JSON, urlencoded and multipart bodies mean the same; ``extra_params`` and ``extra_args`` are more
 fields; names of other servers are aliases. Text of a form becomes a value of the field's kind, and
@@ -8,7 +8,7 @@ what does not is left as it is for the validator to refuse.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -19,9 +19,9 @@ from vllm_cosmos3.request.controls import HINTS
 from vllm_cosmos3.request.fields import FRAMEWORK_NAMES, Spec
 from vllm_cosmos3.request.request import SPECS
 from vllm_cosmos3.server.http import control_fields, json_text
-from vllm_cosmos3.server.http.errors import ApiError
+from vllm_cosmos3.server.http.api_errors import ApiError
 
-VIDEO, IMAGE = "video", "image"  # what is asked for
+VIDEO, IMAGE = "video", "image"  # what is wanted
 
 # Of a request from another process: no arrays, no choice of what comes back.
 HIDDEN = {"latents", "output_type", "image", "video"}
@@ -98,14 +98,14 @@ class FormText(str):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class ClientRequest:
     """A translated body: fields of the validator, fields of the server, media, warnings.
 
     ``paths`` says where a field stood in the body, such as extra_params.seed.
     """
 
     fields: dict[str, Any]
-    server: dict[str, Any]
+    server_fields: dict[str, Any]
     references: dict[str, Any]
     warnings: tuple[str, ...]
     paths: Mapping[str, str] = field(default_factory=dict)
@@ -190,62 +190,146 @@ def nested(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def translate(body: Mapping[str, Any], wanted: str) -> Asked:
+def translate(body: Mapping[str, Any], wanted: str) -> ClientRequest:
     """Sort the names of a body into what the validator, the server and nobody knows.
 
     Raises:
         InvalidRequest: an unknown name with the nearest one, a contradiction, something unsupported.
     """
-    fields: dict[str, Any] = {}
-    server: dict[str, Any] = {}
-    references: dict[str, Any] = {}
-    warnings: list[str] = []
-    paths: dict[str, str] = {}
-    pair: dict[str, tuple[str, Any]] = {}
+    found = _Translation(wanted)
     for path, given, value in _flat(body):
         name = ALIASES.get(given, given)
-        if name in REFERENCES and (value := _text_or_json(path, value)) is not None:
-            _put(references, name, value, path, paths)
-        elif name in HINTS:
-            parts, place, clip = control_fields.split(path, name, value)
-            if wanted == IMAGE and parts is not False:
-                possible = "left out: pictures are made from text; POST /v1/videos follows controls"
-                raise InvalidRequest(path, "given", possible, "unsupported")
-            _put(fields, name, parts, path, paths)
-            if clip is not None:
-                references[name], paths[f"{name}.control"] = clip, place
-        elif name in control_fields.PAIR:
-            pair[name] = path, value
-        elif name in UNSUPPORTED:
-            if value is not False and value not in ("false", ""):
-                raise InvalidRequest(path, value, UNSUPPORTED[name], "unsupported")
-        elif name in SERVER_FIELDS:
-            spec = SERVER_FIELDS[name]
-            if wanted == VIDEO and name in IMAGE_ONLY:
-                raise InvalidRequest(path, value, "left out: it is of images", "unknown_parameter")
-            if wanted == IMAGE and name in VIDEO_ONLY:
-                raise InvalidRequest(path, value, "left out: it is of videos", "unknown_parameter")
-            _put(server, name, spec.checked(path, _typed(value, spec.kind)), path, paths)
-        elif name in IGNORED:
-            warnings.append(f"{path} has no effect on this model")
-        elif name in SPECS and name not in HIDDEN:
-            kind = SPECS[name].kind
-            if name == "size" and value == "auto":
-                continue
-            # OpenAI's clients write seconds as text in JSON too.
-            text = FormText(value) if name == "seconds" and isinstance(value, str) else value
-            _put(fields, name, _typed(text, kind), path, paths)
-        else:
+        handle = HANDLERS.get(name)
+        if handle is None:
             raise InvalidRequest(path, value, _hint(name), "unknown_parameter")
-    _settle_pair(pair, fields, references, paths)
-    _settle_count(fields, wanted, paths)
-    return Asked(
-        fields=fields,
-        server=server,
-        references=references,
-        warnings=tuple(warnings),
-        paths={name: path for name, path in paths.items() if name != path},
-    )
+        handle(found, path, name, value)
+    return found.request()
+
+
+class _Translation:
+    """A body on its way to a `ClientRequest`: a method for each kind of field."""
+
+    def __init__(self, wanted: str) -> None:
+        self._wanted = wanted
+        self._fields: dict[str, Any] = {}
+        self._server_fields: dict[str, Any] = {}
+        self._references: dict[str, Any] = {}
+        self._warnings: list[str] = []
+        self._paths: dict[str, str] = {}
+        self._control_pair: dict[str, tuple[str, Any]] = {}
+
+    def request(self) -> ClientRequest:
+        """The whole, when every field was handled."""
+        self._join_control_pair()
+        self._check_count()
+        return ClientRequest(
+            fields=self._fields,
+            server_fields=self._server_fields,
+            references=self._references,
+            warnings=tuple(self._warnings),
+            paths={name: path for name, path in self._paths.items() if name != path},
+        )
+
+    def reference(self, path: str, name: str, value: Any) -> None:
+        """A picture or clip: a file, a URL, or an object, which forms carry as JSON."""
+        if isinstance(value, str) and value.lstrip().startswith("{"):
+            value = control_fields.json_object(path, value)
+        self._put(self._references, name, value, path)
+
+    def control(self, path: str, name: str, value: Any) -> None:
+        """A hint of a transfer, with or without its clip."""
+        parts, place, clip = control_fields.split(path, name, value)
+        if self._wanted == IMAGE and parts is not False:
+            possible = "left out: pictures are made from text; POST /v1/videos follows controls"
+            raise InvalidRequest(path, "given", possible, "unsupported")
+        self._put(self._fields, name, parts, path)
+        if clip is not None:
+            self._references[name], self._paths[f"{name}.control"] = clip, place
+
+    def half_of_control(self, path: str, name: str, value: Any) -> None:
+        """A clip without its hint, or the name of that hint."""
+        self._control_pair[name] = path, value
+
+    def unsupported(self, path: str, name: str, value: Any) -> None:
+        """What other servers do; false and nothing are fine."""
+        if value is not False and value not in ("false", ""):
+            raise InvalidRequest(path, value, UNSUPPORTED[name], "unsupported")
+
+    def of_server(self, path: str, name: str, value: Any) -> None:
+        """What is about the answer and not about the picture."""
+        for wanted, others, possible in (
+            (VIDEO, IMAGE_ONLY, "left out: it is of images"),
+            (IMAGE, VIDEO_ONLY, "left out: it is of videos"),
+        ):
+            if self._wanted == wanted and name in others:
+                raise InvalidRequest(path, value, possible, "unknown_parameter")
+        spec = SERVER_FIELDS[name]
+        checked = spec.checked(path, _typed(value, spec.kind))
+        self._put(self._server_fields, name, checked, path)
+
+    def ignored(self, path: str, name: str, value: Any) -> None:
+        """What has no effect on this model."""
+        self._warnings.append(f"{path} has no effect on this model")
+
+    def of_validator(self, path: str, name: str, value: Any) -> None:
+        """A field of the request itself."""
+        if name == "size" and value == "auto":
+            return
+        # OpenAI's clients write seconds as text in JSON too.
+        text = FormText(value) if name == "seconds" and isinstance(value, str) else value
+        self._put(self._fields, name, _typed(text, SPECS[name].kind), path)
+
+    def _put(self, out: dict[str, Any], name: str, value: Any, path: str) -> None:
+        if name in out and out[name] != value:
+            possible = f"left out, or the same as {self._paths[name]}={brief(out[name])}"
+            raise InvalidRequest(path, value, possible, "conflict")
+        out[name] = value
+        self._paths.setdefault(name, path)
+
+    def _join_control_pair(self) -> None:
+        """A control that came as a file and its type is the hint of that name."""
+        found = control_fields.paired(self._control_pair)
+        if found is None:
+            return
+        name, path, clip = found
+        if name in self._references:
+            possible = f"left out, as {self._paths[f'{name}.control']} is given"
+            raise InvalidRequest(path, "given", possible, "conflict")
+        if not isinstance(self._fields.get(name), Mapping):
+            self._fields[name] = {}
+        self._references[name], self._paths[f"{name}.control"] = clip, path
+
+    def _check_count(self) -> None:
+        """One frame makes an image, several a video; one video per request."""
+        fields, paths = self._fields, self._paths
+        frames = fields.get("num_frames")
+        if self._wanted == IMAGE:
+            if frames is not None and (
+                frames != 1 or not isinstance(frames, int) or frames is True
+            ):
+                possible = "1 or left out; POST /v1/videos makes videos"
+                raise InvalidRequest(paths["num_frames"], frames, possible)
+            fields["num_frames"] = 1
+            return
+        if frames == 1 and not isinstance(frames, bool):
+            possible = "at least 5; POST /v1/images/generations makes images"
+            raise InvalidRequest(paths["num_frames"], frames, possible)
+        if fields.get("n", 1) != 1 and isinstance(fields["n"], int):
+            possible = "1: send one request for each video"
+            code = "unsupported" if 1 < fields["n"] <= 10 else "invalid_value"
+            raise InvalidRequest(paths["n"], fields["n"], possible, code)
+
+
+# Of every field that is read, by its name without aliases.
+HANDLERS: dict[str, Callable[[_Translation, str, str, Any], None]] = {
+    **dict.fromkeys(SPECS.keys() - HIDDEN, _Translation.of_validator),
+    **dict.fromkeys(IGNORED, _Translation.ignored),
+    **dict.fromkeys(SERVER_FIELDS, _Translation.of_server),
+    **dict.fromkeys(UNSUPPORTED, _Translation.unsupported),
+    **dict.fromkeys(control_fields.PAIR, _Translation.half_of_control),
+    **dict.fromkeys(HINTS, _Translation.control),
+    **dict.fromkeys(REFERENCES, _Translation.reference),
+}
 
 
 def _flat(body: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
@@ -267,62 +351,9 @@ def _flat(body: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
     return [(path, name, value) for path, name, value in out if value is not None]
 
 
-def _put(out: dict[str, Any], name: str, value: Any, path: str, paths: dict[str, str]) -> None:
-    if name in out and out[name] != value:
-        possible = f"left out, or the same as {paths[name]}={brief(out[name])}"
-        raise InvalidRequest(path, value, possible, "conflict")
-    out[name] = value
-    paths.setdefault(name, path)
-
-
-def _settle_pair(
-    pair: Mapping[str, tuple[str, Any]],
-    fields: dict[str, Any],
-    references: dict[str, Any],
-    paths: dict[str, str],
-) -> None:
-    """A control that came as a file and its type is the hint of that name."""
-    found = control_fields.paired(pair)
-    if found is None:
-        return
-    name, path, clip = found
-    if name in references:
-        possible = f"left out, as {paths[f'{name}.control']} is given"
-        raise InvalidRequest(path, "given", possible, "conflict")
-    if not isinstance(fields.get(name), Mapping):
-        fields[name] = {}
-    references[name], paths[f"{name}.control"] = clip, path
-
-
-def _settle_count(fields: dict[str, Any], wanted: str, paths: Mapping[str, str]) -> None:
-    """One frame makes an image, several a video; one video per request."""
-    frames = fields.get("num_frames")
-    if wanted == IMAGE:
-        if frames is not None and (frames != 1 or not isinstance(frames, int) or frames is True):
-            possible = "1 or left out; POST /v1/videos makes videos"
-            raise InvalidRequest(paths["num_frames"], frames, possible)
-        fields["num_frames"] = 1
-        return
-    if frames == 1 and not isinstance(frames, bool):
-        possible = "at least 5; POST /v1/images/generations makes images"
-        raise InvalidRequest(paths["num_frames"], frames, possible)
-    if fields.get("n", 1) != 1 and isinstance(fields["n"], int):
-        possible = "1: send one request for each video"
-        code = "unsupported" if 1 < fields["n"] <= 10 else "invalid_value"
-        raise InvalidRequest(paths["n"], fields["n"], possible, code)
-
-
 def _hint(name: str) -> str:
-    known = [*(SPECS.keys() - HIDDEN), *SERVER_FIELDS, *ALIASES, *REFERENCES, *NESTED]
-    known += control_fields.PAIR
+    known = [*(HANDLERS.keys() - IGNORED - UNSUPPORTED.keys()), *ALIASES, *NESTED]
     return f"left out; {did_you_mean(name, known) or 'there is no such field'}"
-
-
-def _text_or_json(path: str, value: Any) -> Any:
-    """A reference is a file, a URL, or an object, which forms carry as JSON."""
-    if isinstance(value, str) and value.lstrip().startswith("{"):
-        return control_fields.json_object(path, value)
-    return value
 
 
 def _typed(value: Any, kind: str) -> Any:

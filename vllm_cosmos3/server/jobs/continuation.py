@@ -1,4 +1,4 @@
-"""Videos that go on from a finished one: its last frame is their first, and its file comes before.
+"""Continuation of a finished video: its last frame is the first, and its file comes before.
 
 The new job's video is the whole: the frames of the finished one as they are, then the new ones
 without the frame that both share.
@@ -12,35 +12,34 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.request.plan import Plan
-from vllm_cosmos3.server.http.errors import ApiError
-from vllm_cosmos3.server.http.request_fields import Asked
+from vllm_cosmos3.server.http.api_errors import ApiError
+from vllm_cosmos3.server.http.request_fields import ClientRequest
 from vllm_cosmos3.server.jobs.artifacts import BEFORE, CLIP, LAST
-from vllm_cosmos3.server.jobs.journal import COMPLETED, FAILED, Job, Journal
-
-if TYPE_CHECKING:
-    from vllm_cosmos3.server.jobs.service import Service
+from vllm_cosmos3.server.jobs.journal import Journal
+from vllm_cosmos3.server.jobs.live_jobs import LiveJobs
+from vllm_cosmos3.server.jobs.video_job import COMPLETED, FAILED, VideoJob
 
 FIELD = "continue_from"
 SCALE = 16  # pixels of the video to one latent
 
 
-def source_of(asked: Asked, at: Service) -> Job | None:
+def source_of(request: ClientRequest, jobs: LiveJobs) -> VideoJob | None:
     """The job that a request goes on from; None if it starts anew.
 
     Raises:
         ApiError: there is no such video, not yet, or no more.
     """
-    name = asked.server.get(FIELD)
+    name = request.server_fields.get(FIELD)
     if name is None:
         return None
     try:
-        job = at.get(name)
+        job = jobs.get(name)
     except ApiError:
         raise ApiError(
             "not_found", f"there is no video {name!r} to go on from", param=FIELD
@@ -50,16 +49,16 @@ def source_of(asked: Asked, at: Service) -> Job | None:
     if job.status != COMPLETED:
         message = f"{FIELD} names a video that is {job.status}, must be a completed one"
         raise ApiError("not_ready", message, param=FIELD, headers={"Retry-After": "1"})
-    folder = at.journal.folder(job.id)
+    folder = jobs.journal.folder(job.id)
     files = all((folder / file).is_file() for file in (CLIP, LAST))
     if job.removed or (job.expires or 0) < time.time() or not files:
         raise _expired()
     return job
 
 
-def goes_on(
-    asked: Asked, media: Mapping[str, Any], before: Job, journal: Journal
-) -> tuple[Asked, dict[str, Any]]:
+def continue_from(
+    request: ClientRequest, media: Mapping[str, Any], before: VideoJob, journal: Journal
+) -> tuple[ClientRequest, dict[str, Any]]:
     """The request with the last frame as its first, in the size and at the rate of the video.
 
     The frame is read at once, as the video may be deleted while the new one is planned.
@@ -72,18 +71,18 @@ def goes_on(
         if name in media:
             possible = f"left out, as {FIELD} is given"
             raise InvalidRequest(name, "given", possible, "conflict")
-    if sound := asked.fields.get("generate_sound"):
+    if sound := request.fields.get("generate_sound"):
         possible = f"false: the sound would not go on from that of {FIELD}"
         raise InvalidRequest("generate_sound", sound, possible, "unsupported_combination")
     picture = journal.folder(before.id) / LAST
-    fields = dict(asked.fields)
+    fields = dict(request.fields)
     if not fields.keys() & {"size", "width", "height", "action_mode"}:
         fields["size"] = _size(picture)
     fields.setdefault("fps", before.effective["fps"])
-    return replace(asked, fields=fields), {**media, "image": _read(picture)}
+    return replace(request, fields=fields), {**media, "image": _read(picture)}
 
 
-def prepare(job: Job, plan: Plan, before: Job, journal: Journal) -> None:
+def prepare(job: VideoJob, plan: Plan, before: VideoJob, journal: Journal) -> None:
     """Put the finished video where the new one is written, so that it may be deleted meanwhile.
 
     Raises:
@@ -113,11 +112,11 @@ def prepare(job: Job, plan: Plan, before: Job, journal: Journal) -> None:
             raise _expired() from None
         raise
     job.continued_from = before.id
-    job.effective["image"] = shown(before.id)
+    job.effective["image"] = first_frame_of(before.id)
     job.frames_before = before.frames_before + int(before.effective["num_frames"]) - 1
 
 
-def shown(name: str) -> str:
+def first_frame_of(name: str) -> str:
     """How messages and records call the first frame of a video that goes on from another."""
     return f"the last frame of {name}"
 

@@ -8,21 +8,16 @@ that the jobs of that process were interrupted.
 from __future__ import annotations
 
 import fcntl
-import json
 import shutil
 import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from vllm_cosmos3.errors import InvalidRequest
-
-QUEUED, RUNNING, COMPLETED, FAILED = "queued", "in_progress", "completed", "failed"
-ENDED = (COMPLETED, FAILED)
+from vllm_cosmos3.server.jobs.video_job import ENDED, VideoJob
 
 _SCHEMA = """
 create table if not exists jobs (
@@ -43,51 +38,6 @@ create table if not exists jobs (
 create index if not exists by_owner on jobs (owner, status);
 create index if not exists by_expiry on jobs (removed, expires);
 """
-
-
-@dataclass(slots=True, kw_only=True)
-class Job:
-    """One request for pictures, from acceptance to expiry. All of it is JSON."""
-
-    id: str
-    kind: str  # video, or sync and image, which are not listed
-    model: str
-    prompt: str
-    created: float
-    body: str = ""  # hash of the request, against repeated sending
-    key: str | None = None  # the client's Idempotency-Key
-    status: str = QUEUED
-    progress: int = 0
-    phase: str = "queued"
-    step: int = 0
-    num_steps: int = 0
-    work: float = 0.0  # what it costs: see estimates
-    eta: float | None = None  # seconds
-    position: int | None = None
-    started: float | None = None
-    completed: float | None = None
-    expires: float | None = None
-    removed: bool = False
-    bytes: int = 0
-    remixed_from: str | None = None
-    continued_from: str | None = None
-    frames_before: int = 0  # of the video that this one goes on from, without the shared frame
-    upsampled_prompt: str | None = None
-    request: dict[str, Any] = field(default_factory=dict)  # as asked, for a remix
-    effective: dict[str, Any] = field(default_factory=dict)
-    sources: dict[str, str] = field(default_factory=dict)  # of what is effective
-    warnings: list[str] = field(default_factory=list)
-    timings: dict[str, float] = field(default_factory=dict)
-    peak_memory: int = 0
-    usage: dict[str, float] = field(default_factory=dict)
-    guardrails: dict[str, Any] = field(default_factory=dict)
-    error: dict[str, Any] | None = None
-    files: list[str] = field(default_factory=list)
-    action: dict[str, Any] | None = None
-
-    @property
-    def ended(self) -> bool:
-        return self.status in ENDED
 
 
 class Journal:
@@ -124,34 +74,34 @@ class Journal:
 
     # One job.
 
-    def add(self, job: Job) -> Job | None:
+    def add(self, job: VideoJob) -> VideoJob | None:
         """Write a new job; if its key was used before, the job that has it is given instead."""
         try:
             self._run(
                 "insert into jobs (id, kind, owner, status, created, key, body, document)"
                 " values (?, ?, ?, ?, ?, ?, ?, ?)",
-                (job.id, job.kind, self.owner, job.status, job.created, job.key, job.body, _text(job)),
+                (job.id, job.kind, self.owner, job.status, job.created, job.key, job.body, job.document()),
             )  # fmt: skip
         except sqlite3.IntegrityError:
             return self._one("key = ?", job.key)
         return None
 
-    def save(self, job: Job) -> None:
+    def save(self, job: VideoJob) -> None:
         """Write what has changed of a job."""
         self._run(
             "update jobs set status=?, expires=?, bytes=?, removed=?, document=? where id=?",
-            (job.status, job.expires, job.bytes, job.removed, _text(job), job.id),
+            (job.status, job.expires, job.bytes, job.removed, job.document(), job.id),
         )
 
-    def get(self, name: str) -> Job | None:
+    def get(self, name: str) -> VideoJob | None:
         """A job, unless it is unknown or deleted."""
         return self._one("id = ? and deleted = 0", name)
 
-    def by_key(self, key: str) -> Job | None:
+    def by_key(self, key: str) -> VideoJob | None:
         """The job that was made with an Idempotency-Key."""
         return self._one("key = ?", key)
 
-    def recent(self, body: str, seconds: float) -> Job | None:
+    def recent(self, body: str, seconds: float) -> VideoJob | None:
         """The last job of the same request in the last ``seconds``."""
         return self._one(
             "body = ? and created > ? and deleted = 0 order by number desc limit 1",
@@ -169,7 +119,7 @@ class Journal:
 
     # Many jobs.
 
-    def page(self, *, after: str | None, limit: int, newest_first: bool) -> list[Job] | None:
+    def page(self, *, after: str | None, limit: int, newest_first: bool) -> list[VideoJob] | None:
         """Videos in the order of creation, ``limit`` of them; None if ``after`` is unknown."""
         number = None
         if after is not None:
@@ -184,14 +134,14 @@ class Journal:
             f" order by number {order} limit ?",
             (limit,),
         )
-        return [_job(row[0]) for row in rows]
+        return [VideoJob.load(row[0]) for row in rows]
 
-    def doomed(self) -> list[str]:
+    def pending_deletion(self) -> list[str]:
         """Jobs of this process that were deleted, perhaps by another one."""
         rows = self._run("select id from jobs where deleted = 1 and owner = ?", (self.owner,))
         return [row[0] for row in rows]
 
-    def orphans(self) -> list[Job]:
+    def orphans(self) -> list[VideoJob]:
         """Unfinished jobs of processes that are gone; their deleted ones are forgotten."""
         owners = self._run(
             "select distinct owner from jobs where owner != ?"
@@ -210,7 +160,7 @@ class Journal:
                 if deleted:
                     self.purge(name)
                 elif status not in ENDED:
-                    jobs.append(_job(document))
+                    jobs.append(VideoJob.load(document))
             lock.close()
             (self.storage / "owners" / owner).unlink(missing_ok=True)
         return jobs
@@ -232,7 +182,7 @@ class Journal:
                     over -= size
         names = []
         for (document,) in due:
-            job = _job(document)
+            job = VideoJob.load(document)
             shutil.rmtree(self.folder(job.id), ignore_errors=True)
             job.removed, job.bytes = True, 0
             job.expires = min(job.expires or now, now)
@@ -247,9 +197,9 @@ class Journal:
 
     # The database.
 
-    def _one(self, where: str, *values: object) -> Job | None:
+    def _one(self, where: str, *values: object) -> VideoJob | None:
         rows = self._run(f"select document from jobs where {where}", values)
-        return _job(rows[0][0]) if rows else None
+        return VideoJob.load(rows[0][0]) if rows else None
 
     def _run(self, sql: str, values: tuple[object, ...] = ()) -> list[Any]:
         with self._lock:
@@ -276,12 +226,3 @@ def _opened(file: Path) -> sqlite3.Connection:
         database.close()
         raise
     return database
-
-
-def _text(job: Job) -> str:
-    return json.dumps(asdict(job))
-
-
-def _job(document: str) -> Job:
-    values: Mapping[str, Any] = json.loads(document)
-    return Job(**values)

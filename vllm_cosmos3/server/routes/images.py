@@ -7,20 +7,21 @@ import base64
 import io
 import zipfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from vllm_cosmos3 import media
 from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.server.http.api_errors import ApiError
 from vllm_cosmos3.server.http.body import read_body
-from vllm_cosmos3.server.http.errors import ApiError
 from vllm_cosmos3.server.http.request_fields import IMAGE, translate
-from vllm_cosmos3.server.jobs.job_object import details
+from vllm_cosmos3.server.jobs.admission import Submission
+from vllm_cosmos3.server.jobs.video_job import Usage
 from vllm_cosmos3.server.openapi.requests import image_request
-from vllm_cosmos3.server.openapi.responses import PICTURES, answers, refusals
-from vllm_cosmos3.server.routes.route import Route, service
+from vllm_cosmos3.server.openapi.responses import Picture, Pictures, errors, responses
+from vllm_cosmos3.server.routes.route import Route, service_of
 from vllm_cosmos3.server.routes.videos import result
 
 router = APIRouter(route_class=Route, tags=["Cosmos3 images"])
@@ -28,56 +29,57 @@ Format = Literal["png", "jpeg", "webp"]
 FORMATS: dict[str, Format] = {"png": "png", "jpeg": "jpeg", "jpg": "jpeg", "webp": "webp"}
 
 
-@router.post("/v1/images/generations", openapi_extra=image_request(), responses=answers(PICTURES))
+@router.post("/v1/images/generations", openapi_extra=image_request(), responses=responses(Pictures))
 async def generate(request: Request) -> Response:
     """Make pictures from text and answer with them. A client that goes away cancels them."""
-    at = service(request)
-    body = await read_body(request, at.options, ("application/json",))
-    asked = await asyncio.to_thread(translate, body, IMAGE)
-    if asked.references:
-        name = next(asked.paths.get(name, name) for name in asked.references)
+    service = service_of(request)
+    body = await read_body(request, service.options, ("application/json",))
+    client_request = await asyncio.to_thread(translate, body, IMAGE)
+    if client_request.references:
+        name = next(client_request.paths.get(name, name) for name in client_request.references)
         possible = "left out: pictures are made from text; POST /v1/videos takes a first frame"
         raise InvalidRequest(name, "given", possible, "unsupported")
-    shape = asked.server.get("response_format", "b64_json")
+    shape = client_request.server_fields.get("response_format", "b64_json")
     if shape == "url":
         raise InvalidRequest("response_format", shape, "b64_json or file", "unsupported")
-    form = FORMATS[asked.server.get("output_format", "png")]
-    quality = asked.server.get("output_compression", 95)
-    job = await at.create("image", asked, {}, deadline=at.options.sync_deadline)
-    job = await result(at, request, job)
-    folder = at.journal.folder(job.id)
+    form = FORMATS[client_request.server_fields.get("output_format", "png")]
+    quality = client_request.server_fields.get("output_compression", 95)
+    job = await service.admission.create(
+        Submission(kind="image", request=client_request, deadline=service.options.sync_deadline)
+    )
+    job = await result(service, request, job)
+    folder = service.journal.folder(job.id)
     try:
         pictures = [
             await asyncio.to_thread(_encoded, folder / name, form, quality) for name in job.files
         ]
     finally:
-        at.delete(job.id)
+        service.jobs.delete(job.id)
     if shape == "file":
         return _as_file(job.id, pictures, form)
-    data = [
-        {
-            "b64_json": base64.b64encode(picture).decode(),
-            "url": None,
-            "revised_prompt": job.upsampled_prompt,
-        }
-        for picture in pictures
-    ]
-    answer: dict[str, Any] = {
-        "created": int(job.created),
-        "data": data,
-        "output_format": form,
-        "size": job.effective["size"],
-        "usage": job.usage,
-        "cosmos3": details(job, at),
-    }
-    return JSONResponse(answer)
+    answer = Pictures(
+        created=job.created_at,
+        data=[
+            Picture(
+                b64_json=base64.b64encode(picture).decode(),
+                url=None,
+                revised_prompt=job.upsampled_prompt,
+            )
+            for picture in pictures
+        ],
+        output_format=form,
+        size=job.effective["size"],
+        usage=Usage.model_validate(job.usage),
+        cosmos3=job.cosmos3,
+    )
+    return JSONResponse(answer.model_dump())
 
 
 @router.post(
     "/v1/images/edits",
     status_code=501,
     response_class=Response,
-    responses=refusals(501, "Not offered"),
+    responses=errors(501, "Not offered"),
 )
 async def edit(request: Request) -> Response:
     """Not offered: no Cosmos 3 checkpoint edits pictures."""
@@ -89,7 +91,7 @@ async def edit(request: Request) -> Response:
     "/v1/images/variations",
     status_code=501,
     response_class=Response,
-    responses=refusals(501, "Not offered"),
+    responses=errors(501, "Not offered"),
 )
 async def vary(request: Request) -> Response:
     """Not offered."""

@@ -15,71 +15,73 @@ from vllm_cosmos3.request.defaults import DEFAULTS
 from vllm_cosmos3.request.embodiments import EMBODIMENTS
 from vllm_cosmos3.request.sizes import MAX_TRAINED_FRAMES, TRAINED_SIZES
 from vllm_cosmos3.robots import droid
-from vllm_cosmos3.server.http.errors import error_body
+from vllm_cosmos3.server.http.api_errors import error_body
 from vllm_cosmos3.server.jobs.service import Service
-from vllm_cosmos3.server.openapi.responses import MODELS, answers
-from vllm_cosmos3.server.routes.route import Route, service
+from vllm_cosmos3.server.openapi.responses import Models, responses
+from vllm_cosmos3.server.routes.route import Route, service_of
 
 router = APIRouter(route_class=Route, tags=["Cosmos3 server"])
 STARTED = 0  # models have no date of their own
 
 
-@router.get("/v1/cosmos3/models", responses=answers(MODELS))
+@router.get("/v1/cosmos3/models", responses=responses(Models))
 async def capabilities(request: Request) -> Response:
     """The served models with what they can do."""
-    return JSONResponse(models(service(request)))
+    return JSONResponse(models(service_of(request)))
 
 
-def models(at: Service) -> dict[str, Any]:
+def models(service: Service) -> dict[str, Any]:
     """OpenAI's list of models, each with a block ``cosmos3``."""
-    block = capability(at)
+    block = capability(service)
     data = [
         {
             "id": name,
             "object": "model",
             "created": STARTED,
             "owned_by": "vllm-cosmos3",
-            "root": str(at.model.path),
+            "root": str(service.model.path),
             "parent": None,
             "max_model_len": None,
             "cosmos3": block,
         }
-        for name in at.names
+        for name in service.names
     ]
     return {"object": "list", "data": data}
 
 
-def capability(at: Service) -> dict[str, Any]:
+def capability(service: Service) -> dict[str, Any]:
     """What a user interface needs to know about the checkpoint."""
-    actions = ACTION_MODES if at.model.transformer.action_gen else ()
+    actions = ACTION_MODES if service.model.transformer.action_gen else ()
     modes = [
-        mode for mode in KINDS[at.model.kind].modes if mode in (*DEFAULTS, "transfer", *actions)
+        mode
+        for mode in KINDS[service.model.kind].modes
+        if mode in (*DEFAULTS, "transfer", *actions)
     ]
-    bodies = EMBODIMENTS if set(ACTION_MODES) & set(modes) else ()
+    embodiments = EMBODIMENTS if set(ACTION_MODES) & set(modes) else ()
     return {
         "family": "cosmos3",
-        "checkpoint_kind": at.model.kind,
+        "checkpoint_kind": service.model.kind,
         "modes": modes,
-        "sound": at.model.sound is not None,
+        "sound": service.model.sound is not None,
         "resolutions": {
             str(tier): [f"{width}x{height}" for width, height in sizes]
             for tier, sizes in TRAINED_SIZES.items()
         },
         "max_frames": {str(k): v for k, v in MAX_TRAINED_FRAMES.items()},
         "defaults": {mode: asdict(DEFAULTS[mode]) for mode in modes if mode in DEFAULTS},
-        "action_domains": {row.name: asdict(row) for row in bodies},
+        "action_domains": {row.name: asdict(row) for row in embodiments},
         "control_guidance": CONTROL_GUIDANCE if "transfer" in modes else {},
-        "robot": _robot(at) if at.model.kind == droid.KIND else None,
-        "guardrails": at.guardrails.state,
-        "prompt_upsampling": at.reasoner is not None,
-        "queue_limit": at.options.max_queue,
+        "robot": _robot(service) if service.model.kind == droid.KIND else None,
+        "guardrails": service.guardrails.state,
+        "prompt_upsampling": service.reasoner is not None,
+        "queue_limit": service.options.max_queue,
     }
 
 
-def _robot(at: Service) -> dict[str, Any]:
+def _robot(service: Service) -> dict[str, Any]:
     """What a robot gets, beside what the handshake says."""
     shape = [droid.HORIZON, droid.WIDTH]
-    told = droid.metadata(at.options.robot_action_space)
+    told = droid.metadata(service.options.robot_action_space)
     return {**told, "action_shape": shape, "actions_per_second": droid.FPS}
 
 
@@ -97,18 +99,18 @@ async def ready(request: Request) -> Response:
 
 async def health_of(request: Request) -> Response:
     """200 when every served surface can take work, else 503 with the reason."""
-    at = request.app.state.cosmos3
-    if at is None:
+    service = request.app.state.cosmos3
+    if service is None:
         return _unready("loading", "the server is starting", None)
-    status = await asyncio.to_thread(at.status)
+    status = await asyncio.to_thread(service.status)
     report: dict[str, Any] = {
         "surfaces": {"generator": status.state},
         "queue": {"waiting": status.waiting, "running": status.running, "limit": status.limit},
         "restarts": status.restarts,
-        "guardrails": at.guardrails.state,
+        "guardrails": service.guardrails.state,
     }
     if status.state == "starting":
-        report["loaded_percent"] = at.loaded(status)
+        report["loaded_percent"] = service.loaded(status)
     engine = request.app.state.cosmos3_engine
     if engine is not None:
         report["surfaces"]["reasoner"] = "ready"
@@ -117,10 +119,10 @@ async def health_of(request: Request) -> Response:
         except Exception as error:  # noqa: BLE001 - vLLM's, and the answer is what it means
             report["surfaces"]["reasoner"] = "failed"
             return _unready("worker_lost", f"the reasoner is down: {error}", report)
-    if at.draining:
+    if service.draining:
         return _unready("draining", "the server is stopping", report)
     if status.state != "ready":
-        return _unready("loading", at.reason(status), report)
+        return _unready("loading", service.reason(status), report)
     return JSONResponse({"status": "healthy", **report})
 
 

@@ -23,10 +23,10 @@ from fastapi.responses import Response
 
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
 from vllm_cosmos3.robots import droid, msgpack
-from vllm_cosmos3.server.http.errors import ApiError, envelope
+from vllm_cosmos3.server.http.api_errors import ApiError, envelope
 from vllm_cosmos3.server.http.keys import API_KEY, BEARER, refused
 from vllm_cosmos3.server.jobs.service import Service
-from vllm_cosmos3.server.openapi.responses import refusals
+from vllm_cosmos3.server.openapi.responses import errors
 from vllm_cosmos3.server.routes.info import health_of
 from vllm_cosmos3.server.routes.route import Route
 
@@ -59,7 +59,7 @@ async def openpi(socket: WebSocket) -> None:
     PATH,
     status_code=426,
     response_class=Response,
-    responses=refusals(426, "Upgrade Required"),
+    responses=errors(426, "Upgrade Required"),
 )
 async def upgrade(request: Request) -> Response:
     """The policy of a robot, over a WebSocket: connect to ws:// with this path, or to /.
@@ -111,8 +111,8 @@ class Sessions:
 class Connection:
     """One robot. Serves one message at a time; losing the robot cancels what is being made."""
 
-    def __init__(self, socket: WebSocket, at: Service, sessions: Sessions, reply: str) -> None:
-        self._socket, self._at, self._sessions, self._reply = socket, at, sessions, reply
+    def __init__(self, socket: WebSocket, service: Service, sessions: Sessions, reply: str) -> None:
+        self._socket, self._service, self._sessions, self._reply = socket, service, sessions, reply
         self._session = Session("")  # until the client names one
         self._seconds: float | None = None  # that the last answer took
         self._incoming = asyncio.create_task(socket.receive())
@@ -121,7 +121,7 @@ class Connection:
         """Serve until either side goes away."""
         try:
             await self._socket.send_bytes(
-                msgpack.pack(droid.metadata(self._at.options.robot_action_space))
+                msgpack.pack(droid.metadata(self._service.options.robot_action_space))
             )
             while (message := await self._next()) is not None:
                 await self._answer(message)
@@ -132,7 +132,7 @@ class Connection:
 
     async def _next(self) -> Mapping[str, Any] | None:
         """The next message, None after the last one."""
-        idle = self._at.options.robot_openpi_idle_timeout
+        idle = self._service.options.robot_openpi_idle_timeout
         done, _ = await asyncio.wait({self._incoming}, timeout=idle or None)
         if not done:
             await self._socket.close(GOING_AWAY, f"no message for {idle:g} seconds")
@@ -188,10 +188,10 @@ class Connection:
     async def _inferred(self, request: Mapping[str, Any], session: Session, start: float) -> Any:
         seed = request.get("seed")
         seed = session.seed if seed is None else seed
-        space = self._at.options.robot_action_space
+        space = self._service.options.robot_action_space
         observation = await asyncio.to_thread(droid.read, request, space)
         fields = droid.request_fields(observation, seed=seed)
-        output = await self._at.infer(fields)
+        output = await self._service.inference.infer(fields)
         session.answers += 1
         assert output.action is not None
         actions = droid.actions(output.action, observation)
@@ -223,21 +223,24 @@ async def _serve(socket: WebSocket, reply: str) -> None:
         await socket.send_denial_response(response)
         return
     await socket.accept()
-    at: Service | None = state.cosmos3
-    code, reason = _obstacle(at, reply := socket.query_params.get("reply", reply))
+    service: Service | None = state.cosmos3
+    code, reason = _obstacle(service, reply := socket.query_params.get("reply", reply))
     if reason:
         await socket.close(code, reason[:MAX_REASON])
         return
-    assert at is not None
-    await Connection(socket, at, state.cosmos3_sessions, reply).run()
+    assert service is not None
+    await Connection(socket, service, state.cosmos3_sessions, reply).run()
 
 
-def _obstacle(at: Service | None, reply: str) -> tuple[int, str]:
+def _obstacle(service: Service | None, reply: str) -> tuple[int, str]:
     """Why a robot cannot be served, with the code to close its connection with; or nothing."""
-    if at is None:
+    if service is None:
         return TRY_AGAIN_LATER, "the generator is loading"
-    if at.model.kind != droid.KIND:
-        return POLICY_VIOLATION, f"{at.names[0]} is no robot policy; serve {POLICY_CHECKPOINTS}"
+    if service.model.kind != droid.KIND:
+        return (
+            POLICY_VIOLATION,
+            f"{service.names[0]} is no robot policy; serve {POLICY_CHECKPOINTS}",
+        )
     if reply not in (ARRAY, DICT):
         return POLICY_VIOLATION, f"reply is {reply[:20]!r}, must be dict or array"
     return 0, ""

@@ -16,14 +16,13 @@ from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vllm_cosmos3.server.http.errors import ApiError, error_response
+from vllm_cosmos3.server.http.api_errors import SERVER_FAILED, ApiError, error_response, request_id
 from vllm_cosmos3.server.http.keys import path_of
-from vllm_cosmos3.server.routes.route import request_id
 
 # Headers of a replaced answer that stay, besides those for browsers.
 KEPT = ("www-authenticate", "retry-after", "allow", "content-range", "vary", "x-request-id")
 CROSS_ORIGIN = "access-control-"
-LONGEST = 300  # letters of a reason that another layer gave
+LONGEST = 300  # characters of a reason that another layer gave
 
 
 def wrap(app: FastAPI, layer: Callable[[ASGIApp], ASGIApp]) -> None:
@@ -35,7 +34,7 @@ def wrap(app: FastAPI, layer: Callable[[ASGIApp], ASGIApp]) -> None:
     app.build_middleware_stack = lambda: layer(build())  # type: ignore[method-assign]
 
 
-class Envelope:
+class EnvelopeMiddleware:
     """ASGI middleware for the paths that begin with one of ``prefixes``."""
 
     def __init__(self, app: ASGIApp, prefixes: tuple[str, ...]) -> None:
@@ -109,7 +108,7 @@ def _error(status: int, scope: Scope, headers: dict[str, Any], reason: str) -> A
         code = "method_not_allowed"
         message = f"{scope['method']} is not allowed here, only {headers['Allow']}"
     elif status >= 500:
-        code, message = "internal_error", "the server failed; its log has the cause"
+        code, message = "internal_error", SERVER_FAILED
     return ApiError(code, message, headers=headers)
 
 

@@ -1,15 +1,26 @@
-"""Errors as HTTP: one envelope, one table from slugs to status codes."""
+"""Errors as HTTP responses: the table from slugs to statuses, the envelope, the response to an exception.
+
+`envelope_middleware` gives what other layers refuse the same shape; ``server.media_errors`` is of
+vLLM's own routes, whose shape stays vLLM's.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
+import uuid
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
 
 from vllm_cosmos3.errors import LONGEST, Cosmos3Error, InvalidRequest, cut
+
+logger = logging.getLogger(__name__)
 
 STATUS = {  # every slug that is not a 400
     "authentication": 401,
@@ -43,6 +54,7 @@ STATUS = {  # every slug that is not a 400
     "estimated_wait_exceeds_deadline": 503,
     "deadline_exceeded": 504,
 }
+SERVER_FAILED = "the server failed; its log has the cause"
 # Slugs of the package that are spelled differently in the API.
 PUBLIC = {"busy": "queue_full", "worker_died": "worker_lost", "checkpoint": "internal_error"}
 
@@ -62,7 +74,7 @@ class ApiError(Cosmos3Error):
         self.code, self.param, self.headers = code, param, dict(headers or {})
 
 
-class Failed(ApiError):
+class RequestFailed(ApiError):
     """A request that was accepted came to nothing: it was not refused."""
 
 
@@ -108,6 +120,29 @@ def error_response(error: Cosmos3Error, status: int | None = None) -> JSONRespon
 def retry_after(seconds: float) -> str:
     """The header of that name: whole seconds until it is worth to ask again, an hour at most."""
     return str(min(max(1, math.ceil(seconds)), 3600))
+
+
+def api_error(error: Exception, request: Request) -> Cosmos3Error:
+    """What a client is told of an exception that left a route; the log has what it is not told."""
+    match error:
+        case Cosmos3Error():
+            return error
+        case RequestValidationError():  # of the query, as bodies are read by `body`
+            first = error.errors()[0]
+            name = str(first["loc"][-1])
+            return ApiError("invalid_value", f"{name}: {first['msg']}", param=name)
+        case ClientDisconnect():
+            return RequestFailed("cancelled", "the client went away")
+        case RecursionError():
+            return ApiError("invalid_value", "the body is nested too deeply")
+        case _:
+            logger.error("%s %s", request.method, request.url.path, exc_info=error)
+            return RequestFailed("internal_error", SERVER_FAILED)
+
+
+def request_id(headers: Mapping[str, str]) -> str:
+    """The client's name for its request, or a new one."""
+    return headers.get("x-request-id") or uuid.uuid4().hex
 
 
 def _kind(status: int) -> str:
