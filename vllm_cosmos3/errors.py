@@ -111,6 +111,6 @@ class DeadlineExceeded(Cosmos3Error):
 
 
 class WorkerDied(Cosmos3Error):
-    """A worker process ended while it was needed."""
+    """A worker process ended while it was needed, or does not answer."""
 
     code = "worker_died"

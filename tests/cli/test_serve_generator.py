@@ -75,6 +75,8 @@ def test_the_port_is_taken(
         (["--host", "192.0.2.1"], "--host is '192.0.2.1', must be an address of this machine ("),
         (["--host", "no.such.invalid"], "--host is 'no.such.invalid', must be an address of"),
         (["--max-queue", "0"], "max_queue is 0, must be an integer from 1 to"),
+        (["--call-limits", "step=0"], "call_limits is 'step=0', must be NAME=SECONDS joined by"),
+        (["--call-limits", "walk=3"], "where NAME is one of load, encode, step, decode, finish"),
         (["--checkpoint-kind", "distilled-t2i"], "checkpoint_kind is 'distilled-t2i'"),
         (["--attention-backend", "none"], "attention_backend is 'none', must be one of auto"),
         (

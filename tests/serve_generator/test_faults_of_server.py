@@ -77,3 +77,29 @@ def test_row_103_a_worker_dies(victim: str, generator_server: Server) -> None:
     eventually(lambda: health(generator_server).status_code == 200)
     after = finished(generator_server, create(generator_server, **SMALL))
     assert after["status"] == "completed"
+
+
+@pytest.mark.parametrize("victim", ["rank", "stage"])
+def test_a_process_that_hangs_is_reported_and_keeps_no_deadline(
+    victim: str, generator_server: Server
+) -> None:
+    """Nothing waits for it for ever: neither those that are served, nor those that come, nor health."""
+    job = started(generator_server, **LONG, deadline_seconds=20)
+    rank = worker(generator_server)
+    stopped = rank.pid if victim == "rank" else rank.ppid()
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        eventually(lambda: health(generator_server).status_code == 503)
+        report = health(generator_server).json()
+        assert report["error"]["code"] == "worker_lost"
+        assert "no sign of life" in report["reason"]
+        assert report["last_sign_of_life"] > 1
+        body = {"prompt": "a boat", **SMALL}
+        refused = httpx.post(f"{generator_server.url}/v1/videos", json=body, timeout=60)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "worker_lost")
+        assert failure(generator_server, job)["code"] == "deadline_exceeded"
+    finally:
+        os.kill(stopped, signal.SIGCONT)
+    eventually(lambda: health(generator_server).status_code == 200)
+    after = finished(generator_server, create(generator_server, **SMALL))
+    assert after["status"] == "completed"

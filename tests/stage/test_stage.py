@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -9,9 +10,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from generators import eventually
 from limits import HANG
 from ranks import processes_below, remaining, segments_of
 from test_executor import stage
@@ -135,6 +138,24 @@ def test_what_a_report_raises_ends_the_request(client: StageClient) -> None:
         client.submit(ToyPlan(steps=10_000, seconds=0.01), report=report).result(HANG)
 
 
+@pytest.mark.parametrize(
+    "kind", [KeyError, asyncio.CancelledError, SystemExit, KeyboardInterrupt, GeneratorExit]
+)
+@pytest.mark.parametrize("phase", ["encode", "denoise", "decode"])
+def test_a_report_may_raise_anything(
+    kind: type[BaseException], phase: str, client: StageClient
+) -> None:
+    """It reaches the owner, and the next request is served as if nothing had been."""
+
+    def report(progress: Progress) -> None:
+        if progress.phase == phase:
+            raise kind
+
+    with pytest.raises(kind):
+        client.submit(ToyPlan(steps=2), report=report).result(HANG)
+    assert client.submit(ToyPlan(steps=1)).result(HANG).total == 2
+
+
 def test_what_the_last_report_raises_is_not_lost(client: StageClient) -> None:
     def report(progress: Progress) -> None:
         if progress.phase == "decode":
@@ -182,6 +203,92 @@ def test_a_deadline_ends_waiting_and_running_requests(client: StageClient) -> No
     for job in (waiting, running):
         with pytest.raises(DeadlineExceeded):
             job.result(HANG)
+
+
+@contextmanager
+def hanging_call(client: StageClient, deadline: float | None = None) -> Iterator[StageJob]:
+    """A request whose call does not end within the block, as a rank is stopped."""
+    rank = client.submit(ToyPlan(steps=1)).result(HANG).pids[-1]
+    job = client.submit(ToyPlan(steps=10_000, seconds=0.01), seconds=LONG, deadline=deadline)
+    eventually(lambda: job.progress is not None)
+    os.kill(rank, signal.SIGSTOP)
+    try:
+        yield job
+    finally:
+        os.kill(rank, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("how", ["cancelled", "out of time"])
+def test_what_waits_leaves_the_queue_while_a_call_runs(how: str, client: StageClient) -> None:
+    deadline = 1.0 if how == "out of time" else None
+    with hanging_call(client) as running:
+        waiting = [client.submit(ToyPlan(), seconds=LONG, deadline=deadline) for _ in range(6)]
+        if how == "cancelled":
+            with pytest.raises(Busy):
+                client.submit(ToyPlan(), seconds=LONG)
+            for job in waiting:
+                job.cancel()
+        for job in waiting:
+            with pytest.raises(Cancelled if how == "cancelled" else DeadlineExceeded):
+                job.result(HANG)
+        accepted = client.submit(ToyPlan(), seconds=LONG)
+        assert accepted.position == 0
+        assert not running.future.done()
+        running.cancel()
+    assert accepted.result(HANG).total == 6
+
+
+def test_deadlines_are_kept_while_a_rank_hangs(client: StageClient) -> None:
+    """Of the request whose call hangs and of those that wait; afterwards nothing of them is left."""
+    restarts = client.status().restarts
+    with hanging_call(client, deadline=2.0) as running:
+        waiting = client.submit(ToyPlan(steps=1), seconds=LONG, deadline=2.0)
+        for job in (running, waiting):
+            with pytest.raises(DeadlineExceeded):
+                job.result(HANG)
+        status = client.status()
+        assert (status.call, status.waiting) == ("step", 0)
+        assert status.call_seconds > 1
+        assert client.last_sign_of_life() > 1
+    assert client.submit(ToyPlan(steps=1)).result(HANG).total == 2
+    assert client.status().restarts == restarts
+
+
+@pytest.mark.parametrize("who", ["stage", "rank"])
+def test_a_silent_stage_is_noticed_and_refuses(
+    who: str, client: StageClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_cosmos3.stage.client.SILENT_SECONDS", 6.0)
+    rank = client.submit(ToyPlan(steps=1)).result(HANG).pids[-1]
+    stopped = client._process.pid if who == "stage" else rank
+    assert not client.silent
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        eventually(lambda: client.silent)
+        with pytest.raises(WorkerDied, match="no sign of life"):
+            client.submit(ToyPlan())
+        begun = time.monotonic()
+        assert client.status().state == "ready"  # as it was last heard
+        assert time.monotonic() - begun < 5
+    finally:
+        os.kill(stopped, signal.SIGCONT)
+    eventually(lambda: not client.silent)
+    assert client.submit(ToyPlan(steps=1)).result(HANG).total == 2
+
+
+def test_a_stage_that_does_not_accept_is_not_waited_for(
+    client: StageClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_cosmos3.stage.client.ACCEPT_SECONDS", 0.5)
+    os.kill(client._process.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(WorkerDied, match="did not answer"):
+            client.submit(ToyPlan(steps=10_000, seconds=0.01), seconds=LONG)
+    finally:
+        os.kill(client._process.pid, signal.SIGCONT)
+    monkeypatch.undo()
+    assert client.submit(ToyPlan(steps=1)).result(HANG).total == 2
+    eventually(lambda: client.status().running == 0)  # it was never made
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from vllm_cosmos3 import engine_options
 from vllm_cosmos3.errors import InvalidRequest, did_you_mean
 from vllm_cosmos3.request.fields import Spec
 
+CALLS = ("load", "encode", "step", "decode", "finish")  # of a stage, which its ranks make together
+
 
 def _option(default: Any, group: str, kind: str, help: str, /, **spec: Any) -> Any:
     data = {"group": group, "spec": Spec(kind=kind, help=help, **spec)}
@@ -174,6 +176,13 @@ class Options:
         "text",
         "module:Class that checks prompts and frames",
     )
+    call_limits: str = _option(
+        "",
+        "load",
+        "text",
+        "seconds that one call of the ranks may take by its name (load, encode, step, decode, finish), such as"
+        " step=120,decode=900; ranks that take longer are replaced. Default: 1800 each",
+    )
     generator_devices: str = _option(
         "",
         "generator",
@@ -196,10 +205,27 @@ class Options:
             raise InvalidRequest("allowed_local_media_path", path, "a folder")
         if not re.fullmatch(r"\w+(\.\w+)*:\w+", checker):
             raise InvalidRequest("guardrail_checker", checker, "module:Class")
+        read_call_limits(self.call_limits)
 
     @property
     def storage(self) -> Path:
         return Path(self.storage_path).expanduser()
+
+
+def read_call_limits(text: str) -> dict[str, float]:
+    """Seconds by the name of a call, from NAME=SECONDS joined by commas.
+
+    Raises:
+        InvalidRequest: it is not written so, or no call has that name.
+    """
+    limits = {}
+    for part in text.split(",") if text else ():
+        name, _, seconds = part.strip().partition("=")
+        if name not in CALLS or not re.fullmatch(r"\d+(\.\d+)?", seconds) or not float(seconds):
+            possible = f"NAME=SECONDS joined by commas, where NAME is one of {', '.join(CALLS)}"
+            raise InvalidRequest("call_limits", text, possible)
+        limits[name] = float(seconds)
+    return limits
 
 
 class Described(NamedTuple):

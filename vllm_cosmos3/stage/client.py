@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
 import pickle
 import shutil
@@ -19,6 +20,7 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as StillWaiting
 from dataclasses import replace
 from getpass import getuser
 from pathlib import Path
@@ -26,9 +28,10 @@ from typing import Any
 
 import zmq
 
-from vllm_cosmos3.errors import Cosmos3Error, WorkerDied
+from vllm_cosmos3.errors import Cosmos3Error, DeadlineExceeded, WorkerDied
 from vllm_cosmos3.progress import Progress, Report
 from vllm_cosmos3.stage.executor import check_backend
+from vllm_cosmos3.stage.heartbeat import silence
 from vllm_cosmos3.stage.process import (
     Accepted,
     Cancel,
@@ -55,20 +58,30 @@ QUIET = {  # what torch and vLLM would say of an ordinary start
     "PYTHONWARNINGS": "ignore::FutureWarning:vllm.triton_utils.dispatcher",
 }
 STOP_SECONDS = 20.0  # until a stage that was told to stop is killed
+ACCEPT_SECONDS = 30.0  # until a request that is not answered is given up
+SILENT_SECONDS = 10.0  # without a sign of life, after which nothing is expected of the stage
+GRACE_SECONDS = 5.0  # beyond a deadline for the stage, or for the call under way, to end by itself
 
 
 class StageJob:
     """A submitted request. ``future`` gets its result, or the error that ended it."""
 
-    def __init__(self, name: str, cancel: Callable[[str], None], report: Report | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        cancel: Callable[[str], None],
+        report: Report | None,
+        deadline: float | None,
+    ) -> None:
         self.name = name
+        self.overdue = math.inf if deadline is None else time.monotonic() + deadline + GRACE_SECONDS
         self.future: Future[Any] = Future()
         self.future.set_running_or_notify_cancel()  # it is ended by the stage alone
         self.position: int | None = None  # in the queue, as last heard
         self.progress: Progress | None = None  # as last heard
         self._cancel = cancel
         self._report = report
-        self._raised: Exception | None = None  # by report
+        self._raised: BaseException | None = None  # by report
         self._accepted: Future[None] = Future()
 
     def result(self, timeout: float | None = None) -> Any:
@@ -103,7 +116,7 @@ class StageJob:
     def _take(self, value: Any) -> None:
         try:
             result = _unspooled(value)
-        except Exception as error:  # noqa: BLE001 - the other jobs go on
+        except BaseException as error:  # noqa: BLE001 - the other jobs go on
             self._raised = self._raised or Cosmos3Error(f"the result cannot be read: {error}")
         if self._raised is None:
             self.future.set_result(result)
@@ -115,7 +128,7 @@ class StageJob:
             return
         try:
             self._report(progress)
-        except Exception as error:  # noqa: BLE001 - the owner's, and the owner gets it
+        except BaseException as error:  # noqa: BLE001 - the owner's, and the owner gets it
             self._raised, self._report = error, None
             self.cancel()
 
@@ -191,9 +204,9 @@ class StageClient:
 
         Raises:
             Busy: the queue is full, or the stage is stopping.
-            Cosmos3Error: the stage is gone.
+            Cosmos3Error: the stage is gone, or does not answer.
         """
-        job = StageJob(uuid.uuid4().hex, self._cancel, report)
+        job = StageJob(uuid.uuid4().hex, self._cancel, report, deadline)
         with self._changed:
             self._check_open()
             self._jobs[job.name] = job
@@ -208,13 +221,26 @@ class StageClient:
                 ),
                 job.name,
             )
-        job._accepted.result()
+        try:
+            job._accepted.result(ACCEPT_SECONDS)
+        except StillWaiting:
+            self._give_up(job, WorkerDied(f"the stage did not answer for {ACCEPT_SECONDS:.0f} s"))
+            job.result()
         return job
+
+    def last_sign_of_life(self) -> float:
+        """Seconds since the stage's process, or that of its ranks which is silent longest, gave one."""
+        return silence(self._folder)
+
+    @property
+    def silent(self) -> bool:
+        """Whether a stage that was ready has given no sign of life for too long."""
+        return self._status.state == "ready" and self.last_sign_of_life() > SILENT_SECONDS
 
     def status(self, timeout: float = 10.0) -> Status:
         """How the stage is. While its process does not answer, the last thing heard of it."""
         with self._changed:
-            if self._error is None and not self._closing:
+            if self._error is None and not self._closing and not self.silent:
                 answered = self._answered
                 self._send(StatusRequest())
                 self._changed.wait_for(lambda: self._answered > answered, timeout)
@@ -265,6 +291,7 @@ class StageClient:
                         pass
                     break
                 stage = self._connect()
+            self._end_overdue()
         self._outgoing.close()
         stage.close()
 
@@ -300,6 +327,8 @@ class StageClient:
                 job = self._jobs.pop(name, None)
                 if job is not None:
                     job._handle(message)
+                elif isinstance(message, Done) and isinstance(message.value, Path):
+                    message.value.unlink(missing_ok=True)  # too late
 
     def _send(self, message: object, job: str = "") -> None:
         """Hand a message to the listening thread; one about a job is dropped with the job."""
@@ -310,11 +339,29 @@ class StageClient:
             if name in self._jobs:
                 self._send(Cancel(name), name)
 
+    def _give_up(self, job: StageJob, error: Cosmos3Error) -> None:
+        """End a job here and now; the stage is told, for when it listens."""
+        with self._changed:
+            known = self._jobs.pop(job.name, None)
+            self._send(Cancel(job.name))
+        if known is not None:
+            job._handle(Failure(job.name, error))
+
+    def _end_overdue(self) -> None:
+        """Keep the deadlines that the stage does not: it is stopped, or a rank hangs in a call."""
+        now = time.monotonic()
+        for job in list(self._jobs.values()):
+            if now > job.overdue:
+                self._give_up(job, DeadlineExceeded("the request has run out of its time"))
+
     def _check_open(self) -> None:
         if self._error is not None:
             raise self._error
         if self._closing:
             raise WorkerDied("the stage was closed")
+        if self.silent:
+            seconds = self.last_sign_of_life()
+            raise WorkerDied(f"the stage has given no sign of life for {seconds:.0f} s; try again")
 
     # Life.
 

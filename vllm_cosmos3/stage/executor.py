@@ -105,7 +105,7 @@ class StageExecutor:
         """Call a method of `DiffusionWorker` on every rank; the values in rank order.
 
         Ranks that a launcher has started know the values of others as None.
-        ``timeout`` seconds replace the configured ones. ``while_waiting`` is called every few
+        ``timeout`` seconds replace those of the configuration. ``while_waiting`` is called every few
         milliseconds if the workers are other processes.
 
         Raises:
@@ -114,7 +114,7 @@ class StageExecutor:
             WorkerDied: a worker process ended, or cannot go on.
         """
         self._check()
-        seconds = self._config.timeout if timeout is None else timeout
+        seconds = timeout or self._config.call_limits.get(method, self._config.timeout)
         replies = self._send(method, args, seconds, while_waiting)
         errors = {rank: reply for rank, reply in replies.items() if reply.error is not None}
         if not errors:

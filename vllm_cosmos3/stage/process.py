@@ -16,7 +16,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from vllm_cosmos3.errors import (
     WorkerDied,
 )
 from vllm_cosmos3.progress import Progress
+from vllm_cosmos3.stage import heartbeat
+from vllm_cosmos3.stage.call_sequence import CallSequence
 from vllm_cosmos3.stage.executor import StageExecutor
 from vllm_cosmos3.stage.scheduler import QueueConfig, Scheduler
 from vllm_cosmos3.stage.worker import StageConfig, end_with_parent, set_log_level
@@ -104,7 +107,8 @@ class Failure:
 class Status:
     """``state`` is starting, ready, recovering, draining or failed.
 
-    ``loaded`` counts the values of the checkpoint that are in place while the ranks start.
+    ``loaded`` counts the values of the checkpoint that are in place while the ranks start. ``call``
+    is what all ranks are computing, if anything, for ``call_seconds`` so far.
     """
 
     state: str
@@ -114,6 +118,8 @@ class Status:
     limit: int = 0
     restarts: int = 0
     loaded: int = 0
+    call: str = ""
+    call_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,25 +140,13 @@ class JobState:
     client: bytes
     request: Submit
     expires: float | None
+    calls: CallSequence
     attempts: int = 0
-    phase: str = "encode"
-    step: int = 0
-    started: float = 0.0
-    phase_started: float = 0.0
     cancelled: bool = False
-    position: int = field(default=-1)
+    position: int = -1
 
-    def progress(self) -> Progress:
-        now = time.monotonic()
-        steps, eta = self.request.plan.steps, None
-        if self.phase == "denoise" and self.step:
-            eta = (now - self.phase_started) / self.step * (steps - self.step)
-        return Progress(
-            phase=self.phase, step=self.step, steps=steps, elapsed=now - self.started, eta=eta
-        )
-
-    def enter(self, phase: str) -> None:
-        self.phase, self.phase_started = phase, time.monotonic()
+    def start_again(self) -> None:
+        self.calls = CallSequence(self.request.plan, self.request.clip)
 
 
 class Stopped(Exception):
@@ -165,12 +159,15 @@ class StageCore:
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
         forget(setup.folder)  # what the ranks of an earlier process have loaded
+        heartbeat.forget(setup.folder)
+        self._heartbeat = heartbeat.Heartbeat(setup.folder, "stage")
         self._executor = StageExecutor(setup.stage)
         self._scheduler = Scheduler(setup.queue)
         self._jobs: dict[str, JobState] = {}
         self._clients: set[bytes] = set()
         self._state = "starting"
         self._restarts = 0
+        self._calling, self._call_started = "", 0.0
         self._stop_at: float | None = None  # set once draining
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 2000)
@@ -229,26 +226,18 @@ class StageCore:
         return True
 
     def _advance(self, job: JobState) -> None:
-        """The next call of this request, and what its owner hears of it."""
-        name, request = job.request.job, job.request
-        if job.phase == "encode":
-            job.attempts += 1
-            job.started, job.step = time.monotonic(), 0
-            job.enter("encode")
-            self._report(job)
-            self._call("encode", name, request.plan)
-            job.enter("denoise")
-        elif job.phase == "denoise":
-            self._call("step", name)
-            job.step += 1
-            if job.step == request.plan.steps:
-                self._report(job)
-                job.enter("decode")
-        else:
-            self._call("decode", name, request.clip)
+        """The next call of this request, and what its owner is told of it."""
+        name = job.request.job
+
+        def call(method: str, *args: Any) -> None:
+            self._call(method, name, *args)
+
+        def report(progress: Progress) -> None:
+            self._send(job.client, ProgressUpdate(name, progress))
+
+        job.attempts += job.calls.phase == "encode"
+        if job.calls.advance(call, report):
             self._finish(job)
-            return
-        self._report(job)
 
     def _finish(self, job: JobState) -> None:
         name, request = job.request.job, job.request
@@ -258,15 +247,19 @@ class StageCore:
         self._forget(job)
 
     def _call(self, method: str, *args: Any) -> list[Any]:
-        return self._executor.call(method, *args, while_waiting=self._serve_or_stop)
+        self._calling, self._call_started = method, time.monotonic()
+        try:
+            return self._executor.call(method, *args, while_waiting=self._serve_or_stop)
+        finally:
+            self._calling = ""
 
     def _handle_failure(self, job: JobState, error: Cosmos3Error) -> None:
         """Fail ``job``; bring the ranks back if they went with it, and start the others again."""
         if isinstance(error, OutOfMemory) and error.crowded and not self._is_alone(job):
             self._scheduler.readmit(job.request.job, alone=True)
             job.attempts -= 1
-            return  # nothing was made of it yet
-        logger.error("request %s failed in %s: %s", job.request.job, job.phase, error)
+            return  # nothing was made of it
+        logger.error("request %s failed in %s: %s", job.request.job, job.calls.phase, error)
         self._fail(job, error)
         if self._executor.healthy:
             self._drop(job)
@@ -288,13 +281,14 @@ class StageCore:
         for entry in reversed(list(self._scheduler.resident)):
             other = self._jobs[entry.name]
             if other.attempts < ATTEMPTS:
-                other.phase = "encode"
+                other.start_again()
                 self._scheduler.readmit(entry.name)
             else:
                 self._fail(other, WorkerDied("the workers were lost again; please retry"))
         if self._state == "ready":
             self._become("recovering")
         for attempt in range(1, RESTARTS + 1):
+            heartbeat.forget(self._setup.folder)
             try:
                 self._while_serving(self._executor.restart)
                 break
@@ -307,23 +301,36 @@ class StageCore:
             self._become("ready")
 
     def _end_expired(self) -> None:
-        """End what was cancelled or has run out of time."""
-        now = time.monotonic()
+        """End what was cancelled or has run out of time, between two calls."""
         for job in list(self._jobs.values()):
-            if job.request.job not in self._jobs:
-                continue  # it went with one before it
-            if job.cancelled:
-                self._end(job, Cancelled("the request was cancelled"))
-            elif job.expires is not None and now > job.expires:
-                self._end(job, DeadlineExceeded("the request has run out of its time"))
-            elif self._stop_at is not None and now > self._stop_at:
-                self._end(job, Cancelled("the server was stopped"))
+            error = self._end_of(job)
+            if error is None or job.request.job not in self._jobs:
+                continue  # it goes on, or went with one before it
+            resident = self._is_resident(job)
+            self._fail(job, error)
+            if resident:
+                self._drop(job)
 
-    def _end(self, job: JobState, error: Cosmos3Error) -> None:
-        resident = any(entry.name == job.request.job for entry in self._scheduler.resident)
-        self._fail(job, error)
-        if resident:
-            self._drop(job)
+    def _end_waiting(self) -> None:
+        """End what was cancelled or has run out of time before it began, also during a call."""
+        for job in list(self._jobs.values()):
+            error = self._end_of(job)
+            if error is not None and not self._is_resident(job):
+                self._fail(job, error)
+
+    def _end_of(self, job: JobState) -> Cosmos3Error | None:
+        """Why a request is to end now."""
+        now = time.monotonic()
+        if job.cancelled:
+            return Cancelled("the request was cancelled")
+        if job.expires is not None and now > job.expires:
+            return DeadlineExceeded("the request has run out of its time")
+        if self._stop_at is not None and now > self._stop_at:
+            return Cancelled("the server was stopped")
+        return None
+
+    def _is_resident(self, job: JobState) -> bool:
+        return any(entry.name == job.request.job for entry in self._scheduler.resident)
 
     def _end_all(self, error: Cosmos3Error) -> None:
         for job in list(self._jobs.values()):
@@ -346,14 +353,20 @@ class StageCore:
 
     def _serve(self, seconds: float = 0.0) -> None:
         """Answer all messages that are there, after at most ``seconds`` of waiting for one."""
+        self._give_sign_of_life()
         if os.getppid() != self._setup.parent:
             self._stop_at = 0.0  # nobody is left to serve
-        if not self._socket.poll(int(seconds * 1000)):
-            return
+        self._socket.poll(int(seconds * 1000))
         while self._socket.poll(0):
             client, data = self._socket.recv_multipart()
             self._clients.add(client)
             self._answer(client, pickle.loads(data))
+        self._end_waiting()
+
+    def _give_sign_of_life(self) -> None:
+        if self._setup.stage.backend != "uni":  # whose rank is in this process and tells itself
+            with suppress(OSError):  # a full disk, or the folder went with the parent
+                self._heartbeat.beat()
 
     def _serve_or_stop(self) -> None:
         self._serve()
@@ -381,7 +394,8 @@ class StageCore:
             self._send(client, Failure(request.job, error))
             return
         expires = None if request.deadline is None else time.monotonic() + request.deadline
-        job = self._jobs[request.job] = JobState(client, request, expires)
+        calls = CallSequence(request.plan, request.clip)
+        job = self._jobs[request.job] = JobState(client, request, expires, calls)
         job.position = self._scheduler.position(request.job)
         self._send(client, Accepted(request.job, job.position))
 
@@ -391,9 +405,6 @@ class StageCore:
             if job.position != index:
                 job.position = index
                 self._send(job.client, Accepted(entry.name, index))
-
-    def _report(self, job: JobState) -> None:
-        self._send(job.client, ProgressUpdate(job.request.job, job.progress()))
 
     def _become(self, state: str) -> None:
         self._state = state
@@ -408,6 +419,8 @@ class StageCore:
             limit=self._setup.queue.max_waiting,
             restarts=self._restarts,
             loaded=slowest(self._setup.folder),
+            call=self._calling,
+            call_seconds=time.monotonic() - self._call_started if self._calling else 0.0,
         )
 
     def _send_all(self, message: object) -> None:

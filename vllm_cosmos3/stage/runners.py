@@ -7,7 +7,6 @@ of who starts the ranks; nothing above has to know.
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import TimeoutError as StillRunning
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -27,6 +26,7 @@ from vllm_cosmos3.media import Clip
 from vllm_cosmos3.parallel.mesh import check_degrees, close_mesh, init_mesh
 from vllm_cosmos3.progress import Progress, Report
 from vllm_cosmos3.request.plan import Plan
+from vllm_cosmos3.stage.call_sequence import CallSequence
 from vllm_cosmos3.stage.client import StageClient
 from vllm_cosmos3.stage.executor import StageExecutor
 from vllm_cosmos3.stage.worker import StageConfig, is_out_of_memory, public_error
@@ -109,7 +109,7 @@ class LocalRunner:
 
         try:
             with current(pipeline.device):
-                return _drive(call, plan, report, cancelled, clip)
+                return _run_calls(call, plan, report, cancelled, clip)
         except Exception as raised:
             if not is_out_of_memory(raised):
                 raise
@@ -159,8 +159,8 @@ class LauncherRunner:
                 report(progress)
 
         try:
-            output = _drive(call, plan, tell, Event(), clip)
-        except Exception:
+            output = _run_calls(call, plan, tell, Event(), clip)
+        except BaseException:
             if self._executor.healthy:
                 call("drop")
             raise
@@ -172,7 +172,7 @@ class LauncherRunner:
     def raising_together(self, what: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:
+        except BaseException as error:  # of whatever kind: the others wait for the consensus
             self._executor.consensus(public_error(error, what))
             raise
         error_of_another = self._executor.consensus(None)
@@ -223,29 +223,13 @@ def _free_caches() -> None:
         torch.accelerator.empty_cache()
 
 
-def _drive(
+def _run_calls(
     call: Callable[..., Any], plan: Plan, report: Report, cancelled: Event, clip: Clip | None
 ) -> Output:
-    """Make the pipeline's calls one after the other, and tell how far they are."""
-    start = denoising = time.perf_counter()
-
-    def tell(phase: str, step: int) -> None:
-        now = time.perf_counter()
-        eta = (
-            (now - denoising) / step * (plan.steps - step) if phase == "denoise" and step else None
-        )
-        report(Progress(phase=phase, step=step, steps=plan.steps, elapsed=now - start, eta=eta))
-
-    tell("encode", 0)
-    call("encode", plan)
-    denoising = time.perf_counter()
-    tell("denoise", 0)
-    for step in range(plan.steps):
-        if cancelled.is_set():
-            raise Cancelled(f"cancelled after {step} of {plan.steps} steps")
-        call("step")
-        tell("denoise", step + 1)
-    tell("decode", plan.steps)
-    call("decode", clip)
+    """Make the pipeline's calls one after the other; a cancelled request ends between two steps."""
+    calls = CallSequence(plan, clip)
+    while not calls.advance(call, report):
+        if cancelled.is_set() and calls.phase == "denoise":
+            raise Cancelled(f"cancelled after {calls.step} of {plan.steps} steps")
     output: Output = call("finish")
     return output

@@ -15,9 +15,9 @@ import pickle
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +29,7 @@ from vllm_cosmos3.checkpoint.load_progress import counted
 from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.errors import Cosmos3Error, OutOfMemory
 from vllm_cosmos3.parallel.mesh import Mesh, barrier, close_mesh, from_first, init_mesh
+from vllm_cosmos3.stage.heartbeat import Heartbeat
 
 
 class Stage(Protocol):
@@ -57,15 +58,16 @@ class StageConfig:
 
     ``backend`` is a name that vLLM's ParallelConfig.distributed_executor_backend knows: "mp" for
     local processes, "uni" for the calling process, "ray", "external_launcher" under torchrun.
-    In ``scratch``, where it is given, ranks say how much they have loaded.
-    Seconds: ``timeout`` until a call that does not answer is taken for hung, ``grace`` that other
-    ranks have to answer once one has failed.
+    In ``scratch``, where it is given, ranks say how much they have loaded, and that they live.
+    Seconds: ``timeout`` until a call that does not answer is taken for hung, unless ``call_limits``
+    has others for the call's name; ``grace`` that other ranks have to answer once one has failed.
     """
 
     engine: EngineConfig
     stage: str = "vllm_cosmos3.generator.pipeline:Pipeline"
     backend: str = "mp"
     timeout: float = 1800.0
+    call_limits: Mapping[str, float] = field(default_factory=dict)
     grace: float = 2.0
     scratch: Path | None = None
 
@@ -111,11 +113,15 @@ class DiffusionWorker(WorkerBase):
         super().__init__(vllm_config, local_rank, rank, distributed_init_method, is_driver_worker)
         self._config: StageConfig = vllm_config.additional_config["cosmos3"]
         self._states: dict[str, Any] = {}
+        folder = self._config.scratch  # None on another host than the stage's
+        self._folder = folder if folder is not None and folder.is_dir() else None
 
     def init_device(self) -> None:
         """Choose the device and meet the other ranks."""
         if self._config.backend == "mp":
             end_with_parent(os.getppid())
+        if self._folder is not None:
+            Heartbeat(self._folder, str(self.rank)).start()
         parallel = self._config.engine.parallel
         # The executor counts its workers as tensor parallel; from here on the layers count.
         self.parallel_config.tensor_parallel_size = parallel.tensor_parallel_size
@@ -152,10 +158,7 @@ class DiffusionWorker(WorkerBase):
     def load(self) -> None:
         module, name = self._config.stage.split(":")
         stage: type[Stage] = getattr(importlib.import_module(module), name)
-        folder = self._config.scratch
-        if folder is not None and not folder.is_dir():
-            folder = None  # it is on another host
-        with nullcontext() if folder is None else counted(folder, self.rank):
+        with nullcontext() if self._folder is None else counted(self._folder, self.rank):
             self._stage = stage.load(self._config.engine, self._mesh, self.device)
 
     def ping(self, number: int, seconds: float) -> None:
@@ -211,7 +214,7 @@ def set_log_level() -> None:
         logging.getLogger("vllm").setLevel(level.upper())
 
 
-def public_error(error: Exception, method: str) -> Cosmos3Error:
+def public_error(error: BaseException, method: str) -> Cosmos3Error:
     """An error that can cross to another process and be shown to a user."""
     if isinstance(error, Cosmos3Error):
         return error
@@ -224,7 +227,7 @@ def public_error(error: Exception, method: str) -> Cosmos3Error:
     return Cosmos3Error(f"{method} failed: {type(error).__name__}: {error}")
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocator has refused, on any kind of device."""
     return isinstance(
         error, (torch.OutOfMemoryError, MemoryError)

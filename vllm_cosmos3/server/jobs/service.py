@@ -25,7 +25,7 @@ from vllm_cosmos3.server.jobs.journal import Journal
 from vllm_cosmos3.server.jobs.live_jobs import LiveJobs
 from vllm_cosmos3.server.jobs.upsampling import EngineReasoner
 from vllm_cosmos3.server.memory_split import Sizing
-from vllm_cosmos3.server.options import Options
+from vllm_cosmos3.server.options import Options, read_call_limits
 from vllm_cosmos3.stage.client import StageClient
 from vllm_cosmos3.stage.process import Status
 from vllm_cosmos3.stage.scheduler import QueueConfig
@@ -114,6 +114,9 @@ class Service:
         """Why the generator can take no work, as a sentence."""
         if self.stage.error is not None:
             return f"the generator is down: {self.stage.error}"
+        if self.stage.silent:
+            seconds = self.stage.last_sign_of_life()
+            return f"the generator has given no sign of life for {seconds:.0f} s"
         if status.state == "starting":
             return f"the generator is loading: {self.loaded(status)} % of its weights are in place"
         return f"the generator is {status.state}"
@@ -139,6 +142,7 @@ def _start_stage(sizing: Sizing, options: Options) -> StageClient:
             engine=sizing.engine,
             stage=STAGE,
             backend=sizing.engine.distributed_executor_backend or "mp",
+            call_limits=read_call_limits(options.call_limits),
         ),
         QueueConfig(
             # Requests of robots are alike: in turns each of them would take as long as all.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
@@ -22,6 +23,7 @@ from vllm_cosmos3.server.routes.route import Route, service_of
 
 router = APIRouter(route_class=Route, tags=["Cosmos3 server"])
 STARTED = 0  # models have no date of their own
+HEALTH = ThreadPoolExecutor(1, "health")
 
 
 @router.get("/v1/cosmos3/models", responses=responses(Models))
@@ -102,11 +104,15 @@ async def health_of(request: Request) -> Response:
     service = request.app.state.cosmos3
     if service is None:
         return _unready("loading", "the server is starting", None)
-    status = await asyncio.to_thread(service.status)
+    loop = asyncio.get_running_loop()
+    # In a pool of its own: in the common one others may wait for the stage.
+    status = await loop.run_in_executor(HEALTH, service.status)
     report: dict[str, Any] = {
         "surfaces": {"generator": status.state},
         "queue": {"waiting": status.waiting, "running": status.running, "limit": status.limit},
         "restarts": status.restarts,
+        "last_sign_of_life": round(service.stage.last_sign_of_life(), 3),
+        "call": {"name": status.call or None, "seconds": round(status.call_seconds, 3)},
         "guardrails": service.guardrails.state,
     }
     if status.state == "starting":
@@ -121,6 +127,8 @@ async def health_of(request: Request) -> Response:
             return _unready("worker_lost", f"the reasoner is down: {error}", report)
     if service.draining:
         return _unready("draining", "the server is stopping", report)
+    if service.stage.silent:
+        return _unready("worker_lost", service.reason(status), report)
     if status.state != "ready":
         return _unready("loading", service.reason(status), report)
     return JSONResponse({"status": "healthy", **report})
