@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from http import HTTPStatus
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +56,35 @@ def any_titles() -> dict[str, str]:
     import av
 
     return {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+
+
+def http_error(status: HTTPStatus, message: str) -> Exception:
+    """An exception that vLLM's HTTP server answers with ``status``; with 400 where it cannot."""
+    import vllm.exceptions
+
+    graceful = getattr(vllm.exceptions, "GracefulHTTPError", None)
+    return ValueError(message) if graceful is None else graceful(message, status)
+
+
+def image_formats() -> tuple[str, ...] | None:
+    """Pillow's formats that vLLM decodes; None where it does not choose."""
+    import vllm.multimodal.image
+
+    return getattr(vllm.multimodal.image, "ALLOWED_IMAGE_FORMATS", None)
+
+
+class MediaCache(NamedTuple):
+    """vLLM's cache of downloads."""
+
+    get: Callable[[str], bytes | None]
+    put: Callable[[str, bytes], None]
+
+
+def media_cache(connector: Any) -> MediaCache:
+    """The cache of downloads of vLLM's media connector; one that keeps nothing where it has none."""
+    if not hasattr(connector, "_get_cached_bytes"):
+        return MediaCache(lambda _: None, lambda *_: None)
+    return MediaCache(connector._get_cached_bytes, connector._put_cached_bytes)
 
 
 def name_text_architecture(config: Any) -> None:

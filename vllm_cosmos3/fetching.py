@@ -49,11 +49,12 @@ class DownloadTooLarge(FetchError):
 class FetchRule:
     """Which URLs may be fetched: those of ``domains`` (any if empty), at public addresses.
 
-    ``private`` allows private and loopback addresses as well.
+    ``private`` allows private and loopback addresses as well. So many ``redirects`` are followed.
     """
 
     domains: tuple[str, ...] = ()
     private: bool = False
+    redirects: int = REDIRECTS
 
     def check(self, url: str) -> None:
         """Refuse what the resolver does not see: other schemes, other domains, literal addresses.
@@ -105,7 +106,7 @@ async def fetch(
     connector = aiohttp.TCPConnector(resolver=_Resolver(rule), force_close=True)
     try:
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-            for _ in range(REDIRECTS + 1):
+            for _ in range(rule.redirects + 1):
                 rule.check(url)
                 async with session.get(url, allow_redirects=False) as response:
                     if response.status in (301, 302, 303, 307, 308):
@@ -115,7 +116,7 @@ async def fetch(
                         raise FetchError(f"it answered {response.status}")
                     await _read(response, write, max_bytes)
                     return
-        raise FetchError(f"it redirects more than {REDIRECTS} times")
+        raise FetchError(f"it redirects more than {rule.redirects} times")
     except TimeoutError:
         raise FetchError(f"it took more than {seconds:g} seconds") from None
     except (aiohttp.ClientError, _PrivateAddress, ValueError) as error:

@@ -37,10 +37,14 @@ from vllm.multimodal.processing import ProcessorInputs, TimingContext
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.plugin import ARCHITECTURE, register
 from vllm_cosmos3.reasoner.media import patches, video_loader
-from vllm_cosmos3.reasoner.media.clip import RECENT_SAMPLES, Clip, RecentSamples
+from vllm_cosmos3.reasoner.media.video_reader import RECENT_SAMPLES, RecentSamples, VideoReader
 from vllm_cosmos3.reasoner.media.limits import PROCESSOR
 from vllm_cosmos3.reasoner.media.normalisation import normalise_pixels
-from vllm_cosmos3.reasoner.media.patches import PatchingVideoProcessor, patchify, size_after
+from vllm_cosmos3.reasoner.media.patches import (
+    PatchingVideoProcessor,
+    frames_to_patches,
+    size_after,
+)
 from vllm_cosmos3.reasoner.media.processing import check_frames
 
 pytestmark = pytest.mark.parity
@@ -351,7 +355,7 @@ def test_too_much_enlarging_is_refused_before_it_is_done(
     monkeypatch.setattr(model, "max_model_len", tokens)
     assert process("cosmos3", kind, urls, **options)[0] == ids
     monkeypatch.setattr(model, "max_model_len", tokens - 1)
-    monkeypatch.setattr(patches, "patchify", lambda *_, **__: pytest.fail("made pixels"))
+    monkeypatch.setattr(patches, "frames_to_patches", lambda *_, **__: pytest.fail("made pixels"))
     with pytest.raises(
         InvalidRequest, match=f"size is .* become {tokens} tokens, .* {tokens - 1}$"
     ):
@@ -422,7 +426,7 @@ def test_layout_is_the_references(
     clip = torch.randint(0, 256, shape, dtype=torch.uint8)
     if not planes:  # as decoders give them: colours innermost
         clip = clip.contiguous(memory_format=torch.channels_last)
-    ours, grid = patchify(
+    ours, grid = frames_to_patches(
         frames, lambda place: tuple(clip[place]), patch=patch, temporal=2, merge=merge
     )
     theirs, *their_grid = Qwen3VLVideoProcessor().patchify(clip.contiguous()[None], patch, merge, 2)
@@ -447,14 +451,14 @@ def test_only_sampled_frames_are_decoded_and_the_next_time_ahead(
 ) -> None:
     asked: list[int] = []  # how many frames, by the loader and by the processor
     decoded: list[int] = []
-    decode = Clip.decode
+    decode = VideoReader.decode
 
-    def counting(clip: Clip, numbers: Any) -> None:
+    def counting(clip: VideoReader, numbers: Any) -> None:
         decode(clip, numbers)
         asked.append(len(numbers))
         decoded.append(len(clip._decoded))
 
-    monkeypatch.setattr(Clip, "decode", counting)
+    monkeypatch.setattr(VideoReader, "decode", counting)
     recent = RecentSamples()
     for module in (patches, video_loader):
         monkeypatch.setattr(module, "RECENT_SAMPLES", recent)
@@ -472,11 +476,11 @@ def test_the_patches_of_one_clip_are_not_copied(
     made: list[torch.Tensor] = []
 
     def remembered(*args: Any, **kwargs: Any) -> Any:
-        found = patchify(*args, **kwargs)
+        found = frames_to_patches(*args, **kwargs)
         made.append(found[0])
         return found
 
-    monkeypatch.setattr(patches, "patchify", remembered)
+    monkeypatch.setattr(patches, "frames_to_patches", remembered)
     url = data_url(encoded(frames=8), "video/mp4")
     _, pixels, _ = process("cosmos3", "video", [url] * clips)
     assert [type(found) for found in pixels] == [torch.Tensor] * clips
@@ -508,15 +512,15 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
     """vLLM forks its engine where it may, after it has tried the processor out."""
     code = """
 import os, signal, torch
-from vllm_cosmos3.reasoner.media.patches import patchify
+from vllm_cosmos3.reasoner.media.patches import frames_to_patches
 torch.set_num_threads(1)
 planes = (torch.zeros(256, 256, dtype=torch.uint8),) * 3
 for _ in range(2):
-    patchify(8, lambda place: planes, patch=16, temporal=2, merge=2)
+    frames_to_patches(8, lambda place: planes, patch=16, temporal=2, merge=2)
     child = os.fork()
     if child == 0:
         signal.alarm(60)
-        patchify(8, lambda place: planes, patch=16, temporal=2, merge=2)
+        frames_to_patches(8, lambda place: planes, patch=16, temporal=2, merge=2)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
 """

@@ -90,7 +90,7 @@ CASES = {
     "another merge size": Case(
         part=image(),
         options=options(images_kwargs={"merge_size": 1}),
-        says="a key of mm_processor_kwargs.images_kwargs is 'merge_size', must be one of fps,",
+        says="a key of mm_processor_kwargs.images_kwargs is 'merge_size', must be one of min_pixels,",
     ),
     "another temporal patch size": Case(
         part=video,
@@ -142,12 +142,48 @@ CASES = {
         says="image_url size is '1x400', must be at most 200 times as long as wide",
     ),
     "video as image": Case(
-        part=raw("image_url", b"\0\0\0\x18ftypmp42" * 9, "image/png"), says="Failed to load image"
+        part=raw("image_url", b"\0\0\0\x18ftypmp42" * 9, "image/png"),
+        says="must be a complete image, such as PNG, JPEG, WebP, GIF, BMP, TIFF or AVIF (it is of no",
     ),
     "truncated image": Case(
         part=raw("image_url", png(picture())[:200], "image/png"), says="image file is truncated"
     ),
-    "empty video": Case(part=raw("video_url", b"", "video/mp4"), says="Could not open video"),
+    "empty video": Case(
+        part=raw("video_url", b"", "video/mp4"),
+        says="video_url is 'a file of 0 bytes', must be a video, such as MP4, MOV, WebM, MKV, AVI,",
+    ),
+    "a layout of pixels": Case(
+        part=image(),
+        options=options(input_data_format="channels_last"),
+        says="a key of mm_processor_kwargs is 'input_data_format', must be one of fps,",
+    ),
+    "two sizes that contradict": Case(
+        part=image(),
+        options=options(min_pixels=8192, max_pixels=4096),
+        says="mm_processor_kwargs.min_pixels is 8192, must be at most max_pixels, 4096",
+    ),
+    "an unknown way to read": Case(
+        part=video,
+        media=options(video={"frames": 4}),
+        says="a key of media_io_kwargs.video is 'frames', must be one of num_frames, fps,",
+    ),
+    "a mode of pictures": Case(
+        part=image(),
+        media=options(image={"image_mode": "L"}),
+        says="media_io_kwargs.image.image_mode is 'L', must be 'RGB'",
+    ),
+    "a private address": Case(
+        part=lambda _: {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/a.png"}},
+        says="image_url is 'http://127.0.0.1:9/a.png', must be a URL that this server can and may",
+    ),
+    "no base64": Case(
+        part=lambda _: {"type": "image_url", "image_url": {"url": "data:image/png;base64,?!"}},
+        says="image_url is '2 characters', must be base64",
+    ),
+    "another scheme": Case(
+        part=lambda _: {"type": "image_url", "image_url": {"url": "ftp://example.com/a.png"}},
+        says="must be a URL of http, https, data or (where allowed) file",
+    ),
     "file outside": Case(
         part=lambda _: {"type": "image_url", "image_url": {"url": "file:///etc/hostname"}},
         says="--allowed-local-media-path",

@@ -6,12 +6,19 @@ one sentence at the end of the output, instead of a traceback out of a worker.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from vllm_cosmos3.reasoner.media.limits import max_video_fps, max_video_frames, uses_reference
+from vllm_cosmos3.media_budget import media_budget
+from vllm_cosmos3.reasoner.media.limits import (
+    CONNECTOR,
+    max_video_fps,
+    max_video_frames,
+    uses_reference,
+)
 from vllm_cosmos3.reasoner.required_tensors import TEXT, VISION, check_folder, expected_tensors
 
 VIDEO_LOADER = REASONING_PARSER = "cosmos3"
@@ -24,13 +31,15 @@ class ReasonerStartup(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Choose our video loader for this model unless the operator named another."""
+        """Choose our connector and video loader for this model unless the operator named others."""
         max_video_frames()  # a wrong limit should stop the start, not the first request
         max_video_fps()
+        media_budget()
         uses_reference()
         if (multimodal := model_config.multimodal_config) is not None:
             video = multimodal.media_io_kwargs.setdefault("video", {})
-            video.setdefault("video_backend", VIDEO_LOADER)
+            if video.setdefault("video_backend", VIDEO_LOADER) == VIDEO_LOADER:
+                os.environ.setdefault("VLLM_MEDIA_CONNECTOR", CONNECTOR)
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:

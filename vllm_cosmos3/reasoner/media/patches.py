@@ -9,11 +9,11 @@ threads. Normalising is left to the device.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from functools import cache, lru_cache, partial
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -26,12 +26,13 @@ from transformers import (
 from transformers.image_utils import ChannelDimension, SizeDict, infer_channel_dimension_format
 from transformers.video_utils import VideoMetadata
 
-from vllm_cosmos3.reasoner.media.clip import RECENT_SAMPLES, ClipFrames
+from vllm_cosmos3.reasoner.media.video_reader import RECENT_SAMPLES, LazyFrames
 
-Frames: TypeAlias = torch.Tensor | ClipFrames  # [T, 3, H, W] in memory, or still in a file
+Frames: TypeAlias = torch.Tensor | LazyFrames  # [T, 3, H, W] in memory, or still in a file
 Planes = tuple[torch.Tensor, ...]  # red, green and blue of a frame, [H, W] each
 _LONG_NUMBERS = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}  # bytes
 _COPYING, _RESIZING = 2, 4  # threads; more that copy wait for Python's lock, on 4 cores as on 16
+_RESIZING_BYTES = 2**26  # of frames at their own size, in all threads
 _Processor = TypeVar("_Processor")
 
 
@@ -57,6 +58,12 @@ class PatchingProcessor(Qwen3VLProcessor):
         features = self.video_processor(videos, **merged["videos_kwargs"])
         features.pop("video_metadata", None)
         return features
+
+
+class _Layout(TypedDict):
+    patch: int
+    temporal: int
+    merge: int
 
 
 class OfOneClip(torch.Tensor):
@@ -96,7 +103,7 @@ class PatchingImageProcessor(Qwen2VLImageProcessor):
             )
             image = super(Qwen2VLImageProcessor, self).resize(image, size, options["resample"])
         planes = tuple(image[0])
-        return patchify(1, lambda _: planes, **_layout(options))
+        return frames_to_patches(1, lambda _: planes, **_layout(options))
 
 
 class PatchingVideoProcessor(Qwen3VLVideoProcessor):
@@ -128,11 +135,10 @@ class PatchingVideoProcessor(Qwen3VLVideoProcessor):
         """Clips as views [T, 3, H, W] of what was decoded, or as they lie in their files."""
         prepared: list[Frames] = []
         for video in videos:
-            if isinstance(video, ClipFrames) and device is None:
-                video.source.decode(video.numbers)  # in one go, not a frame at a time
+            if isinstance(video, LazyFrames) and device is None:
                 prepared.append(video)
                 continue
-            pixels = video.pixels() if isinstance(video, ClipFrames) else video
+            pixels = video.pixels() if isinstance(video, LazyFrames) else video
             frames = torch.from_numpy(pixels) if isinstance(pixels, np.ndarray) else pixels
             layout = input_data_format or infer_channel_dimension_format(frames)
             if layout == ChannelDimension.LAST:
@@ -162,32 +168,40 @@ class PatchingVideoProcessor(Qwen3VLVideoProcessor):
                 temporal_factor=options["temporal_patch_size"],
                 cap_pixels_per_frame=options.get("cap_pixels_per_frame"),
             )
+        windows = _windows(frames)
         if (size.height, size.width) == (height, width):
-            return patchify(count, partial(_planes, frames), **_layout(options))
+            planes = partial(_planes, frames)
+            return frames_to_patches(count, planes, windows=windows, **_layout(options))
         resize = super(Qwen3VLVideoProcessor, self).resize
 
         def resized(place: int) -> Planes:
             return tuple(resize(_picture(frames, place)[None], size, options["resample"])[0])
 
-        return patchify(count, resized, threads=_RESIZING, **_layout(options))
+        threads = max(1, min(_RESIZING, _RESIZING_BYTES // (3 * height * width)))
+        return frames_to_patches(
+            count, resized, windows=windows, threads=threads, **_layout(options)
+        )
 
 
-def patchify(
+def frames_to_patches(
     count: int,
     planes: Callable[[int], Planes],
     *,
     patch: int,
     temporal: int,
     merge: int,
+    windows: Iterable[range] | None = None,
     threads: int = _COPYING,
 ) -> tuple[torch.Tensor, list[int]]:
     """Patches of ``count`` frames and their grid of times, rows and columns.
 
-    ``planes`` gives a frame by its place, as colours [H, W]; ``threads`` threads call it. A patch is
-    ``temporal`` frames of ``patch`` x ``patch`` pixels in one row, [3, temporal, patch, patch]; the
+    ``planes`` gives a frame by its place, as colours [H, W]; ``threads`` threads call it, for the
+    places of one window after the other. A patch is ``temporal`` frames of ``patch`` x ``patch`` pixels in one row, [3, temporal, patch, patch]; the
     ``merge`` x ``merge`` patches that become one token follow each other. The last frame is repeated
     to fill the last patch.
     """
+    stretches = iter(windows or [range(count)])
+    window: range | None = next(stretches)
     first = planes(0)
     height, width = first[0].shape
     times, rows, columns = -(-count // temporal), height // patch, width // patch
@@ -207,7 +221,11 @@ def patchify(
         for place in places:
             lay_out(place)
 
-    list(_threads(os.getpid()).map(lay_out_each, _shares(times * temporal, threads)))
+    while window is not None:
+        stop = times * temporal if window.stop == count else window.stop
+        shares = _shares(range(window.start, stop), threads)
+        list(_threads(os.getpid()).map(lay_out_each, shares))
+        window = next(stretches, None)
     return out.view(times * rows * columns, -1), [times, rows, columns]
 
 
@@ -217,10 +235,10 @@ def _threads(_process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_RESIZING, thread_name_prefix="patches")
 
 
-def _shares(count: int, parts: int) -> list[range]:
-    """0 to ``count`` in so many parts: a turn for each frame costs more than it gains."""
-    size = -(-count // parts)
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+def _shares(places: range, parts: int) -> list[range]:
+    """So many parts of ``places``: a task for each frame costs more than it gains."""
+    size = -(-len(places) // parts)
+    return [places[start : start + size] for start in range(0, len(places), size)]
 
 
 def _copy_rows(there: torch.Tensor, here: torch.Tensor) -> None:
@@ -239,12 +257,19 @@ def _copy_rows(there: torch.Tensor, here: torch.Tensor) -> None:
 def _shape(frames: Frames) -> tuple[int, int, int]:
     """Number of frames, height, width."""
     count, *size = frames.shape
-    height, width = size[:2] if isinstance(frames, ClipFrames) else size[1:]
+    height, width = size[:2] if isinstance(frames, LazyFrames) else size[1:]
     return count, height, width
 
 
+def _windows(frames: Frames) -> Iterable[range] | None:
+    """The places of frames that are decoded together, ascending."""
+    if isinstance(frames, LazyFrames) and frames.numbers == sorted(frames.numbers):
+        return frames.source.windows(frames.numbers)
+    return None
+
+
 def _planes(frames: Frames, place: int) -> Planes:
-    if not isinstance(frames, ClipFrames):
+    if not isinstance(frames, LazyFrames):
         return tuple(frames[place])
     planes = frames.source.planes(frames.numbers[place])
     return tuple(torch.from_numpy(plane) for plane in planes)
@@ -252,7 +277,7 @@ def _planes(frames: Frames, place: int) -> Planes:
 
 def _picture(frames: Frames, place: int) -> torch.Tensor:
     """A frame [3, H, W] for resizing, which is fastest with colours innermost in memory."""
-    if isinstance(frames, ClipFrames):
+    if isinstance(frames, LazyFrames):
         return torch.from_numpy(frames[place]).permute(2, 0, 1)
     return frames[place]
 
@@ -275,7 +300,7 @@ def size_after(rule: Callable[..., Any], shape: tuple[int, ...], **options: Any)
     return SizeDict(height=height, width=width)
 
 
-def _layout(options: dict[str, Any]) -> dict[str, int]:
+def _layout(options: dict[str, Any]) -> _Layout:
     return {
         "patch": options["patch_size"],
         "temporal": options["temporal_patch_size"],
@@ -283,8 +308,8 @@ def _layout(options: dict[str, Any]) -> dict[str, int]:
     }
 
 
-def _of_class(kind: type[_Processor], processor: Any) -> _Processor:
+def _of_class(subclass: type[_Processor], processor: Any) -> _Processor:
     """A copy of a processor, its settings included, that is of this subclass."""
     changed: _Processor = copy(processor)
-    changed.__class__ = kind
+    changed.__class__ = subclass
     return changed

@@ -16,19 +16,16 @@ from transformers.video_utils import VideoMetadata
 from vllm.model_executor.models.qwen3_vl import Qwen3VLMultiModalProcessor, Qwen3VLProcessingInfo
 from vllm.multimodal.parse import ImageProcessorItems
 
-from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
 from vllm_cosmos3.reasoner.media.limits import max_video_fps, max_video_frames, uses_reference
 from vllm_cosmos3.reasoner.media.patches import PatchingProcessor
+from vllm_cosmos3.reasoner.media.replies import reply_of
 
 _FIELD = "mm_processor_kwargs"
-_SCOPES = {"image": "images_kwargs", "video": "videos_kwargs", "text": "text_kwargs"}
-_COMMON = "fps, num_frames, do_sample_frames, min_pixels, max_pixels or size"
-# These say what the vision encoder of the checkpoint is built for, and on what the operator lets
-# pixels be made; another value ends the engine, or the request in a way that names nothing.
-_BUILT_IN = {"patch_size", "temporal_patch_size", "merge_size", "device"}
+_SCOPES = {"image": "images_kwargs", "video": "videos_kwargs"}
 _OF_EACH_CLIP = {"fps": float, "num_frames": int}  # may be lists of these: one for each clip
 _BOUNDS = ("min_pixels", "max_pixels", "size")
-_ENLARGING = ("min_pixels", "size")
+_ENLARGING = ("min_pixels", "max_pixels", "size")
 _MAX_ASPECT = 200  # of transformers' smart_resize
 _MOST_ENLARGED = 2**24  # pixels; the published processors reduce what is larger
 
@@ -44,16 +41,6 @@ class ReasonerProcessingInfo(Qwen3VLProcessingInfo):
             return super().get_hf_processor(**kwargs)
         return self.ctx.get_hf_processor(PatchingProcessor, **kwargs)
 
-    def known_kwargs(self) -> set[str]:
-        """Names that the processors of this checkpoint take."""
-        processor = self.get_hf_processor()
-        parts = (processor.image_processor, processor.video_processor)
-        names = (part.valid_kwargs.__annotations__ for part in parts)
-        return (
-            set().union(*names, {"min_pixels", "max_pixels", "truncation", *_SCOPES.values()})
-            - _BUILT_IN
-        )
-
 
 class ReasonerProcessor(Qwen3VLMultiModalProcessor):
     """Qwen3-VL's, with the input checked first."""
@@ -61,11 +48,13 @@ class ReasonerProcessor(Qwen3VLMultiModalProcessor):
     def apply(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Process one request; ValueError (HTTP 400) is one short sentence."""
         if inputs.hf_processor_mm_kwargs:
-            check_options(inputs.hf_processor_mm_kwargs, self.info.known_kwargs())
+            check_options(inputs.hf_processor_mm_kwargs)
             inputs.hf_processor_mm_kwargs = _with_lists(inputs.hf_processor_mm_kwargs)
         self._check_media(inputs.mm_data_items, inputs.hf_processor_mm_kwargs)
         try:
             return super().apply(inputs, *args, **kwargs)
+        except Cosmos3Error as error:
+            raise reply_of(error) from None
         except ValueError as error:
             # vLLM's own message here is a dump of the pixels; its cause says what was wrong.
             if error.__cause__ is None or not str(error).startswith("Failed to apply"):
@@ -83,7 +72,7 @@ class ReasonerProcessor(Qwen3VLMultiModalProcessor):
             # They may also come as embeddings, or as the name under which vLLM still has them.
             if isinstance(images, ImageProcessorItems) and images.get(index) is not None:
                 size = images.get_image_size(index)
-                options = _of(merged, "image")
+                options = _options_of("image", merged)
                 check_size("image_url", size.width, size.height, options, processor.image_processor)
                 tokens += self._tokens_if_enlarged(asked, options, size.width, size.height)
         clips = items.get_count("video", strict=False)
@@ -91,7 +80,7 @@ class ReasonerProcessor(Qwen3VLMultiModalProcessor):
             video = items["video"].get(index)
             if not isinstance(video, tuple):  # frames without metadata, or embeddings: offline use
                 continue
-            options = _of(merged, "video")
+            options = _options_of("video", merged)
             for name in _OF_EACH_CLIP:
                 if isinstance(options.get(name), list):
                     options[name] = _one_of_each(name, options[name], index, clips)
@@ -111,7 +100,9 @@ class ReasonerProcessor(Qwen3VLMultiModalProcessor):
         count: int | None = None,
     ) -> int:
         """Tokens of a picture, or a clip of ``count`` frames, 0 if the request enlarges nothing."""
-        if _enlarging_field(asked) is None or not options.get("do_resize", True):
+        if not options.get("do_resize", True):
+            return self._tokens_as_they_are(width, height, count)
+        if _enlarging_field(asked) is None:
             return 0
         # Without their scopes, which older vLLM passes over here.
         bounds = {name: options[name] for name in _BOUNDS if options.get(name) is not None}
@@ -126,6 +117,12 @@ class ReasonerProcessor(Qwen3VLMultiModalProcessor):
                 image_processor=processor.video_processor, num_frames=count, **size
             )
         )
+
+    def _tokens_as_they_are(self, width: int, height: int, count: int | None) -> int:
+        processor = self.info.get_hf_processor().video_processor
+        side = processor.patch_size * processor.merge_size
+        times = -(-(count or 1) // processor.temporal_patch_size)
+        return int(times * (width // side) * (height // side))
 
     def _check_length(self, tokens: int, asked: Mapping[str, Any]) -> None:
         """InvalidRequest where enlarging makes more tokens than the context holds.
@@ -143,24 +140,31 @@ class ReasonerProcessor(Qwen3VLMultiModalProcessor):
             )
 
 
-def check_options(options: Mapping[str, Any], known: set[str], field: str = _FIELD) -> None:
-    """InvalidRequest unless every option is known and its value possible."""
+def check_options(options: Mapping[str, Any], scope: str | None = None) -> None:
+    """InvalidRequest unless every option is known, of a possible value, and followed.
+
+    ``scope`` is one of images_kwargs and videos_kwargs, where the options are those of one.
+    """
+    field = _FIELD if scope is None else f"{_FIELD}.{scope}"
+    known = _RULES.keys() - (_OF_CLIPS if scope == _SCOPES["image"] else set())
     flat: dict[str, Any] = {}
-    scopes = set(_SCOPES.values())
     for name, value in options.items():
-        if name not in known:
-            raise InvalidRequest(f"a key of {field}", name, f"one of {_COMMON}")
-        if name in scopes:
+        if scope is None and name in _SCOPES.values():
             if not isinstance(value, Mapping):
                 raise InvalidRequest(f"{field}.{name}", value, "an object")
-            check_options(value, known - scopes, f"{field}.{name}")
+            check_options(value, name)
             flat |= value
-        else:
+        elif name in known:
+            _check_rule(field, name, value)
             flat[name] = value
-            if name in _RULES:
-                _check_rule(field, name, value)
+        else:
+            possible = f"one of {', '.join(option for option in _RULES if option in known)}"
+            raise InvalidRequest(f"a key of {field}", name, possible)
     if flat.get("fps") is not None and flat.get("num_frames") is not None:
         raise InvalidRequest(f"{field}.num_frames", flat["num_frames"], "left out where fps is set")
+    lowest, highest = flat.get("min_pixels"), flat.get("max_pixels")
+    if lowest is not None and highest is not None and lowest > highest:
+        raise InvalidRequest(f"{field}.min_pixels", lowest, f"at most max_pixels, {highest}")
 
 
 def check_size(
@@ -243,12 +247,14 @@ def _enlarging_field(asked: Mapping[str, Any]) -> tuple[str, Any] | None:
         for name in _ENLARGING:
             if options.get(name) is not None:
                 return f"{field}.{name}", options[name]
+        if options.get("do_resize") is False:
+            return f"{field}.do_resize", False
     return None
 
 
-def _of(merged: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """The options that hold for a picture or clip."""
-    return {**merged, **merged.get(_SCOPES[kind], {})}
+def _options_of(modality: str, merged: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that hold for an image or video."""
+    return {**merged, **merged.get(_SCOPES[modality], {})}
 
 
 def _one_of_each(name: str, values: list[Any], index: int, clips: int) -> Any:
@@ -260,9 +266,9 @@ def _one_of_each(name: str, values: list[Any], index: int, clips: int) -> Any:
 def _with_lists(options: Mapping[str, Any]) -> dict[str, Any]:
     """With lists of the type by which vLLM knows that they are one value for each clip."""
     changed = dict(options)
-    for name, kind in _OF_EACH_CLIP.items():
+    for name, number in _OF_EACH_CLIP.items():
         if isinstance(changed.get(name), list):
-            changed[name] = [kind(value) for value in changed[name]]
+            changed[name] = [number(value) for value in changed[name]]
     scope = _SCOPES["video"]
     if scope in changed:
         changed[scope] = _with_lists(changed[scope])
@@ -296,10 +302,15 @@ def _size(value: Any) -> bool:
     edges = {"shortest_edge", "longest_edge"}
     if not isinstance(value, Mapping) or not value.keys() <= edges:
         return False
-    return all(map(_count, value.values())) and _enlarged(value.get("shortest_edge", 1))
+    if not all(map(_count, value.values())) or not _enlarged(value.get("shortest_edge", 1)):
+        return False
+    return not value.keys() >= edges or value["shortest_edge"] <= value["longest_edge"]
 
 
 _MAY_BE_NULL = {"fps", "num_frames", "size"}
+_OF_CLIPS = {"fps", "num_frames", "do_sample_frames"}
+_FILTERS = {int(number) for number in pil_torch_interpolation_mapping}
+_TRUE_OR_FALSE = (lambda value: isinstance(value, bool)), (lambda: "true or false")
 _RULES: dict[str, tuple[Callable[[Any], bool], Callable[[], str]]] = {
     "fps": (
         lambda value: _number(value) and 0 < value <= max_video_fps(),
@@ -309,20 +320,19 @@ _RULES: dict[str, tuple[Callable[[Any], bool], Callable[[], str]]] = {
         lambda value: _count(value) and 2 <= value <= max_video_frames(),
         lambda: f"a whole number from 2 to {max_video_frames()}",
     ),
-    "do_sample_frames": (lambda value: isinstance(value, bool), lambda: "true or false"),
+    "do_sample_frames": _TRUE_OR_FALSE,
     "min_pixels": (_enlarged, lambda: f"a whole number from 1 to {_MOST_ENLARGED}"),
     "max_pixels": (_count, lambda: "a whole number of at least 1"),
     "size": (
         _size,
         lambda: (
             "an object with shortest_edge and longest_edge in pixels, the first at most "
-            f"{_MOST_ENLARGED}"
+            f"{_MOST_ENLARGED} and the second"
         ),
     ),
+    "do_resize": _TRUE_OR_FALSE,
     "resample": (
-        lambda value: (
-            isinstance(value, str) or (_number(value) and value in pil_torch_interpolation_mapping)
-        ),
-        lambda: f"one of {sorted(map(int, pil_torch_interpolation_mapping))}, Pillow's filters",
+        lambda value: _number(value) and value in _FILTERS,
+        lambda: f"one of {sorted(_FILTERS)}, Pillow's filters",
     ),
 }
