@@ -16,7 +16,9 @@ import torch
 from vllm_cosmos3.checkpoint.synthetic import write_checkpoint
 from vllm_cosmos3.engine_options import EngineConfig, ParallelConfig
 from vllm_cosmos3.errors import CheckpointError
+from vllm_cosmos3.generator import frames, prediction, text
 from vllm_cosmos3.generator import pipeline as pipeline_module
+from vllm_cosmos3.generator.models import modalities
 from vllm_cosmos3.generator.models.text_cache import TextKVCache
 from vllm_cosmos3.generator.output import Output
 from vllm_cosmos3.generator.pipeline import Pipeline
@@ -78,8 +80,9 @@ def vision(output: Output) -> np.ndarray:
 
 
 def test_no_mode_below_the_plan() -> None:
-    source = Path(pipeline_module.__file__).read_text()
-    assert not re.search(r"\bmode\b|is_image|i2v|t2v", source.split('"""', 2)[2])
+    for module in (pipeline_module, prediction, text, frames, modalities):
+        source = Path(str(module.__file__)).read_text()
+        assert not re.search(r"\bmode\b|is_image|i2v|t2v", source.split('"""', 2)[2]), module
 
 
 def test_same_seed_same_bits(pipeline: Pipeline) -> None:
@@ -121,7 +124,7 @@ def test_branches_may_be_evaluated_together_or_one_by_one(
     hook = pipeline.transformer.register_forward_hook(lambda *_: calls.append(1))
     together = run(pipeline, **fields)
     steps = len(calls)
-    monkeypatch.setattr(pipeline_module, "JOINED_TOKENS", 0)
+    monkeypatch.setattr(prediction, "JOINED_TOKENS", 0)
     one_by_one = run(pipeline, **fields)
     hook.remove()
     assert len(calls) - steps == 2 * steps
@@ -138,7 +141,7 @@ def test_forwards_are_recorded_by_how_often_they_are_used(
     """Samples share them, chunks do not."""
     asked: list[int] = []
     monkeypatch.setattr(
-        pipeline_module, "launches_matter", lambda _, steps, *__: bool(asked.append(steps))
+        prediction, "launches_matter", lambda _, steps, *__: bool(asked.append(steps))
     )
     run(pipeline, **fields)
     assert asked == steps
@@ -251,7 +254,7 @@ def test_latents_are_not_decoded(pipeline: Pipeline) -> None:
     decoded: list[object] = []
     hooks = [
         module.register_forward_hook(lambda *_: decoded.append(1))
-        for module in (pipeline.vae.decoder, pipeline.sound.decoder)
+        for module in (pipeline.vae.decoder, pipeline.decoders["sound"].decoder)
     ]
     output = run(pipeline, generate_sound=True)
     for hook in hooks:

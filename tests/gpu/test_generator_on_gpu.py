@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_cosmos3.generator import pipeline as pipeline_module
+from vllm_cosmos3.generator import prediction
 from vllm_cosmos3.generator.pipeline import Pipeline, RequestState
 from vllm_cosmos3.request.planner import make_plan
 from vllm_cosmos3.request.request import from_fields
@@ -114,16 +114,16 @@ def test_a_replayed_graph_equals_launched_kernels(
     """Ten steps, of which the last eight or more are replayed."""
     fields = IMAGE | {"num_inference_steps": 10}
     made: list[int] = []
-    recording = pipeline_module.Recording
+    recording = prediction.Recording
 
     def counting(function: object) -> object:
         made.append(1)
         return recording(function)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(pipeline_module, "Recording", counting)
+    monkeypatch.setattr(prediction, "Recording", counting)
     replayed = latents(pipeline, fields, 10)
     assert made  # few tokens: a graph was recorded
-    monkeypatch.setattr(pipeline_module, "launches_matter", lambda *_: False)
+    monkeypatch.setattr(prediction, "launches_matter", lambda *_: False)
     launched = latents(pipeline, fields, 10)
     assert apart(replayed, launched) <= 5e-3
     other = latents(pipeline, fields | {"seed": 4}, 10)
@@ -141,7 +141,7 @@ def test_every_chunk_of_a_transfer_has_its_own_graph(
         "control_guidance": 2.0, "guidance_scale": 3.0,
     }  # fmt: skip
     replayed = chunks(pipeline, fields)
-    monkeypatch.setattr(pipeline_module, "launches_matter", lambda *_: False)
+    monkeypatch.setattr(prediction, "launches_matter", lambda *_: False)
     launched = chunks(pipeline, fields)
     assert len(launched) == 2
     for one, other in zip(replayed, launched, strict=True):
@@ -169,7 +169,7 @@ def test_branches_side_by_side_equal_one_after_the_other(
 ) -> None:
     """Other matrix shapes round otherwise, hence the margin."""
     together = latents(pipeline, IMAGE, 4)
-    monkeypatch.setattr(pipeline_module, "JOINED_TOKENS", 0)
+    monkeypatch.setattr(prediction, "JOINED_TOKENS", 0)
     assert apart(together, latents(pipeline, IMAGE, 4)) <= 1e-2
 
 

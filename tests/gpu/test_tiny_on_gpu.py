@@ -14,7 +14,7 @@ from generators import create, finished, generator
 from servers import BIN, environment
 
 from vllm_cosmos3 import Cosmos3
-from vllm_cosmos3.generator import pipeline as pipeline_module
+from vllm_cosmos3.generator import prediction
 
 pytestmark = pytest.mark.gpu
 
@@ -57,17 +57,17 @@ def test_graphs_are_replayed_and_equal_launched_kernels(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recordings: list[object] = []
-    recording = pipeline_module.Recording
+    recording = prediction.Recording
 
     def counted(function: object) -> object:
         recordings.append(function)
         return recording(function)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(pipeline_module, "Recording", counted)
+    monkeypatch.setattr(prediction, "Recording", counted)
     with Cosmos3(tiny_checkpoint) as model:
         replayed = model.generate(prompt="a boat", output_type="latent", **VIDEO).latents
         assert recordings
-        monkeypatch.setattr(pipeline_module, "launches_matter", lambda *_: False)
+        monkeypatch.setattr(prediction, "launches_matter", lambda *_: False)
         launched = model.generate(prompt="a boat", output_type="latent", **VIDEO).latents
     assert replayed is not None
     assert launched is not None

@@ -232,12 +232,12 @@ def failing(
     state = pipeline.encode(make_plan(request, pipeline.model, pipeline.tokenizer))
     while not state.done:
         pipeline.step(state)
-    pipeline.sound.decode = broken
+    pipeline.decoders["sound"].decode = broken
     try:
         pipeline.decode(state)
     except OSError as error:
         said = str(error)
-    del pipeline.sound.decode
+    del pipeline.decoders["sound"].decode
     return said, [*videos, run(pipeline, request).video]
 
 

@@ -17,9 +17,10 @@ from vllm_cosmos3.checkpoint.latents import patch_grid
 from vllm_cosmos3.checkpoint.tensors import transformer_tensors
 from vllm_cosmos3.checkpoint.weights import load_weights
 from vllm_cosmos3.engine_options import ParallelConfig
+from vllm_cosmos3.generator.models.modalities import frame_mask
 from vllm_cosmos3.generator.models.transformer import Context, Transformer, weight_table
 from vllm_cosmos3.generator.sampling import positions
-from vllm_cosmos3.generator.sampling.packing import Stream, frame_mask, start_stream
+from vllm_cosmos3.generator.sampling.packing import Stream, start_stream
 from vllm_cosmos3.parallel.attention import make_attend
 from vllm_cosmos3.parallel.mesh import Mesh, close_mesh, init_mesh
 

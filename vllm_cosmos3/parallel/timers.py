@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 AHEAD = 300.0  # milliseconds
+PHASES = (
+    "text",
+    "vae_encode",
+    "denoise",
+    "vae_decode",
+    "sound",
+    "to_cpu",
+)  # that every request has
 
 
 class Timers:
@@ -22,9 +31,7 @@ class Timers:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._spans: list[tuple[str, torch.Event, torch.Event]] = []
-        self._seconds: dict[str, float] = dict.fromkeys(
-            ("text", "vae_encode", "denoise", "vae_decode", "sound", "to_cpu"), 0.0
-        )
+        self._seconds: defaultdict[str, float] = defaultdict(float, dict.fromkeys(PHASES, 0.0))
 
     @contextmanager
     def phase(self, name: str, *, paced: bool = False) -> Iterator[None]:

@@ -155,14 +155,19 @@ def _from_prompt(request: GenerateRequest, model: ModelConfig) -> tuple[Paramete
         lost = _crop_warning(pixels.shape[2], pixels.shape[1], width, height)
         parameters = replace(parameters, warnings=(*parameters.warnings, *lost))
         pixels = media.cover_crop(pixels, height=height, width=width)
+    first = output_streams(parameters, model, pixels)
+    following = (replace(first[0], known=(0,), source=None),)
+    return parameters, [first] + [following] * (request.num_chunks - 1)
+
+
+def output_streams(
+    parameters: Parameters, model: ModelConfig, pixels: media.Pixels | None = None
+) -> tuple[StreamPlan, ...]:
+    """The streams of a video after a prompt and perhaps ``pixels``, and of what belongs to it."""
     vision = _vision_stream(parameters, model, pixels)
-    sound = (
-        []
-        if parameters.sound_duration is None
-        else [_sound_stream(parameters.sound_duration, model)]
-    )
-    following = (replace(vision, known=(0,), source=None),)
-    return parameters, [(vision, *sound)] + [following] * (request.num_chunks - 1)
+    if parameters.sound_duration is None:
+        return (vision,)
+    return vision, _sound_stream(parameters.sound_duration, model)
 
 
 def _with_actions(

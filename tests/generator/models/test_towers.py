@@ -18,6 +18,7 @@ from vllm_cosmos3.checkpoint.config import TransformerConfig, read_config
 from vllm_cosmos3.checkpoint.tensors import parameters, transformer_tensors
 from vllm_cosmos3.checkpoint.weights import choose_kernels, load_dummy_weights, load_weights
 from vllm_cosmos3.engine_options import ParallelConfig
+from vllm_cosmos3.generator.models.modalities import frame_mask
 from vllm_cosmos3.generator.models.transformer import (
     Context,
     Rope,
@@ -30,7 +31,7 @@ from vllm_cosmos3.generator.models.transformer import (
     weight_table,
 )
 from vllm_cosmos3.generator.sampling.guidance import guide
-from vllm_cosmos3.generator.sampling.packing import Stream, frame_mask, start_stream
+from vllm_cosmos3.generator.sampling.packing import Stream, start_stream
 from vllm_cosmos3.generator.sampling.positions import (
     action_positions,
     generation_start,

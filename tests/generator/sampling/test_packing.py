@@ -7,10 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_cosmos3.checkpoint.latents import patch_grid, token_count
+from vllm_cosmos3.generator.models.modalities import frame_mask, timestep_conditioned
 from vllm_cosmos3.generator.sampling.packing import (
     Stream,
-    frame_mask,
-    noisy_tokens,
     patchify,
     start_stream,
     unpatchify,
@@ -55,7 +54,7 @@ def test_given_frames_stay(frames: int, known: set[int]) -> None:
             assert torch.equal(moved.x[:, :, frame], clean[:, :, frame])
         else:
             assert torch.equal(moved.x[:, :, frame], noise[:, :, frame] + 1)
-    per_frame = noisy_tokens(stream, 2).view(frames, -1)
+    per_frame = timestep_conditioned(stream, 2).view(frames, -1)
     assert per_frame.shape[1] == token_count(stream.name, tuple(stream.x.shape), 2) // frames == 6
     assert per_frame.all(1).tolist() == per_frame.any(1).tolist()
     assert per_frame[:, 0].tolist() == [f not in given_frames for f in range(frames)]
@@ -69,7 +68,7 @@ def test_unused_channels_of_an_action_stay_while_its_row_is_noisy() -> None:
         noise
     )
     assert torch.count_nonzero(stream.x[:, 10:]) == torch.count_nonzero(stream.x[0]) == 0
-    assert noisy_tokens(stream, 2).tolist() == [False, True, True, True]
+    assert timestep_conditioned(stream, 2).tolist() == [False, True, True, True]
     assert token_count(stream.name, tuple(stream.x.shape), 2) == 4
 
 
@@ -77,4 +76,4 @@ def test_a_sound_has_one_token_for_each_moment() -> None:
     x, free = torch.randn(64, 9), torch.ones(1, 9, dtype=torch.bool)
     stream = start_stream("sound", noise=x, clean_latent=torch.zeros_like(x), denoise_mask=free)
     assert token_count(stream.name, tuple(stream.x.shape), 2) == 9
-    assert noisy_tokens(stream, 2).shape == (9,)
+    assert timestep_conditioned(stream, 2).shape == (9,)

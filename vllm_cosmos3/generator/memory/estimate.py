@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
-from vllm_cosmos3.checkpoint.config import ModelConfig, SoundConfig
+from vllm_cosmos3.checkpoint.config import ModelConfig
 from vllm_cosmos3.checkpoint.kinds import KINDS
-from vllm_cosmos3.checkpoint.latents import pixel_frames, token_count, vision_shape
+from vllm_cosmos3.checkpoint.latents import pixel_frames, token_count
 from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.generator.memory.ledger import Ledger
 from vllm_cosmos3.generator.memory.vae_activations import decode_peak, encode_peak
 from vllm_cosmos3.generator.memory.weight_bytes import FLOAT32, layer_bytes, loading, weights
+from vllm_cosmos3.generator.models.modalities import MODALITIES, decoders
 from vllm_cosmos3.request.defaults import TEXT_TOKENS, Parameters
 from vllm_cosmos3.request.parameters import resolve
 from vllm_cosmos3.request.plan import Plan
+from vllm_cosmos3.request.planner import output_streams
 from vllm_cosmos3.request.request import GenerateRequest
 
 WORKSPACES = 2**30  # bytes: see the package
@@ -104,14 +105,9 @@ def resolved_parameters(model: ModelConfig, request: GenerateRequest) -> Paramet
 
 def work_with(numbers: Parameters, model: ModelConfig) -> Work:
     """The sizes that these numbers lead to, with long texts."""
-    vision = vision_shape(numbers.num_frames, numbers.height, numbers.width, model.vae)
-    streams = [("vision", vision)]
-    if numbers.sound_duration is not None:
-        config = model.transformer
-        length = math.ceil(numbers.sound_duration * config.sound_latent_fps)
-        streams.append(("sound", (config.sound_dim, length)))
+    streams = tuple((stream.name, stream.shape) for stream in output_streams(numbers, model))
     branches = 1 if numbers.guidance_scale == 1 else 2
-    return Work(streams=tuple(streams), text=(TEXT_TOKENS,) * branches)
+    return Work(streams=streams, text=(TEXT_TOKENS,) * branches)
 
 
 def work_of(plan: Plan) -> Work:
@@ -122,7 +118,7 @@ def work_of(plan: Plan) -> Work:
         sources=tuple(
             stream.source.shape[:3]
             for stream in plan.streams
-            if stream.source is not None and stream.name == "vision"
+            if stream.source is not None and not MODALITIES[stream.name].given_as_latents
         ),
         samples=len(plan.seeds),
         chunks=len(plan.chunks),
@@ -299,20 +295,7 @@ class _Request:
         if not self.fused:  # on a CPU the frames of the chunks before are in the same memory
             peak += (self.work.chunks - 1) * pixels
         phases = {"decode": latents + peak}
-        sound = next((shape for name, shape in self.work.streams if name == "sound"), None)
-        if sound is not None and self.model.sound is not None:
-            phases["sound"] = latents + _sound_peak(self.model.sound, sound[1])
+        for name, decoder in decoders(self.model).items():
+            for shape in (shape for each, shape in self.work.streams if each == name):
+                phases[name] = latents + decoder.nbytes(self.model, shape)
         return phases
-
-
-def _sound_peak(config: SoundConfig, length: int) -> int:
-    """Bytes of decoding ``length`` latents, which takes most in the last block, in float32."""
-    widths = [config.dec_dim * factor for factor in (*config.dec_c_mults[::-1], 1)]
-    peak, samples = 0, length
-    for before, after, stride in zip(widths, widths[1:], config.dec_strides[::-1], strict=False):
-        given, samples = before * samples, samples * stride
-        kernel = before * after * 2 * stride
-        made = after * samples
-        # The input, its snake, twice the kernel, then: own input, one unit's, its inner one, snake.
-        peak = max(peak, given * 3 + made, given * 2 + made + 2 * kernel, given + made * 5)
-    return peak * FLOAT32

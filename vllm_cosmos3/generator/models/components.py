@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vllm_cosmos3.checkpoint.config import ModelConfig
-from vllm_cosmos3.checkpoint.tensors import sound_tensors, transformer_tensors, vae_tensors
+from vllm_cosmos3.checkpoint.tensors import transformer_tensors, vae_tensors
 from vllm_cosmos3.checkpoint.weights import Shapes, Table, check_weights, identity_table
+from vllm_cosmos3.generator.models.modalities import LatentDecoder, decoders
 from vllm_cosmos3.generator.models.transformer import weight_table
 
 
@@ -22,14 +23,19 @@ class Component:
 
 
 def components(model: ModelConfig) -> Iterator[Component]:
-    """What `Pipeline.load` reads."""
+    """What `loading.load_models` reads."""
     transformer, vae = transformer_tensors(model.transformer), vae_tensors(model.vae)
     yield Component(folder="transformer", shapes=transformer, table=weight_table(model.transformer))
     yield Component(folder="vae", shapes=vae, table=identity_table(vae))
-    if model.sound is not None:
-        sound = sound_tensors(model.sound)
-        decoder = {name: shape for name, shape in sound.items() if name.startswith("decoder.")}
-        yield Component(folder="sound_tokenizer", shapes=sound, table=identity_table(decoder))
+    for decoder in decoders(model).values():
+        yield decoder_component(decoder, model)
+
+
+def decoder_component(decoder: LatentDecoder, model: ModelConfig) -> Component:
+    """The part of a checkpoint that decodes a modality."""
+    tensors = decoder.tensors(model)
+    loaded = {name: shape for name, shape in tensors.items() if name.startswith("decoder.")}
+    return Component(folder=decoder.folder, shapes=tensors, table=identity_table(loaded))
 
 
 def loaded_values(model: ModelConfig) -> int:

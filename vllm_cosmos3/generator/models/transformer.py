@@ -40,12 +40,12 @@ from vllm_cosmos3.checkpoint.latents import token_count
 from vllm_cosmos3.checkpoint.tensors import TIME_FREQUENCIES
 from vllm_cosmos3.checkpoint.weights import Target
 from vllm_cosmos3.compat import fused_qk_norm_rope
-from vllm_cosmos3.generator.sampling.packing import (
-    Stream,
-    noisy_tokens,
-    patchify,
-    unpatchify,
+from vllm_cosmos3.generator.models.modalities import (
+    adapter_weights,
+    adapters,
+    timestep_conditioned,
 )
+from vllm_cosmos3.generator.sampling.packing import Stream
 from vllm_cosmos3.generator.sampling.positions import rotary_table, text_positions
 from vllm_cosmos3.parallel.attention import Attend, attend_in_turn
 from vllm_cosmos3.parallel.mesh import (
@@ -141,7 +141,7 @@ class Transformer(nn.Module):
                 self.sequence: Iterable[nn.Module] = tuple(self.layers)
             with device:
                 self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
-                self.adapters = _adapters(config, dtype)
+                self.adapters = adapters(config, dtype)
                 self.time = TimeEmbedding(config)
         self.requires_grad_(requires_grad=False)
 
@@ -198,8 +198,8 @@ class Transformer(nn.Module):
     def _embed(self, stream: Stream, temb_D: Tensor, domain_id: int) -> Tensor:
         """Tokens of a stream; only those with something to denoise are timestep-conditioned."""
         x_SD = self.adapters[stream.name].embed(stream.x.to(self.dtype), domain_id)
-        noisy_S1 = noisy_tokens(stream, self.config.latent_patch_size).unsqueeze(1)
-        return torch.addcmul(x_SD, noisy_S1.to(self.dtype), temb_D)
+        conditioned_S = timestep_conditioned(stream, self.config.latent_patch_size)
+        return torch.addcmul(x_SD, conditioned_S.unsqueeze(1).to(self.dtype), temb_D)
 
     def _velocities(
         self, streams: Sequence[Stream], x_SD: Tensor, domain_id: int
@@ -371,66 +371,6 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(silu(self.linear_1(sinusoid(timestep * self._scale))))
 
 
-class VisionAdapter(nn.Module):
-    """Video latents: a token for each patch."""
-
-    def __init__(self, config: TransformerConfig, dtype: torch.dtype) -> None:
-        super().__init__()
-        self._patch = config.latent_patch_size
-        self.proj_in = nn.Linear(config.patch_latent_dim, config.hidden_size, dtype=dtype)
-        self.proj_out = nn.Linear(config.hidden_size, config.patch_latent_dim, dtype=dtype)
-
-    def embed(self, x: Tensor, _domain_id: int) -> Tensor:
-        return self.proj_in(patchify(x, self._patch))
-
-    def velocity(self, x_SD: Tensor, shape: tuple[int, ...], _domain_id: int) -> Tensor:
-        return unpatchify(self.proj_out(x_SD), shape, self._patch)
-
-
-class SoundAdapter(nn.Module):
-    """Sound latents [C, T]: a token for each moment."""
-
-    def __init__(self, config: TransformerConfig, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.proj_in = nn.Linear(config.sound_dim, config.hidden_size, dtype=dtype)
-        self.proj_out = nn.Linear(config.hidden_size, config.sound_dim, dtype=dtype)
-        self.modality = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype))
-
-    def embed(self, x: Tensor, _domain_id: int) -> Tensor:
-        return self.proj_in(x.T) + self.modality
-
-    def velocity(self, x_SD: Tensor, _shape: tuple[int, ...], _domain_id: int) -> Tensor:
-        return self.proj_out(x_SD).T
-
-
-class ActionAdapter(nn.Module):
-    """Action rows [T, C]: a token for each, through the matrices of the embodiment.
-
-    The matrices are stored [in, out], row-major, one row of the parameter for each embodiment.
-    """
-
-    def __init__(self, config: TransformerConfig, dtype: torch.dtype) -> None:
-        super().__init__()
-        domains, size, width = (
-            config.num_embodiment_domains,
-            config.action_dim,
-            config.hidden_size,
-        )
-        self.weight_in = nn.Parameter(torch.empty(domains, size * width, dtype=dtype))
-        self.bias_in = nn.Parameter(torch.empty(domains, width, dtype=dtype))
-        self.weight_out = nn.Parameter(torch.empty(domains, width * size, dtype=dtype))
-        self.bias_out = nn.Parameter(torch.empty(domains, size, dtype=dtype))
-        self.modality = nn.Parameter(torch.empty(width, dtype=dtype))
-
-    def embed(self, x: Tensor, domain_id: int) -> Tensor:
-        weight = self.weight_in[domain_id].view(x.shape[1], -1)
-        return torch.addmm(self.bias_in[domain_id], x, weight) + self.modality
-
-    def velocity(self, x_SD: Tensor, _shape: tuple[int, ...], domain_id: int) -> Tensor:
-        weight = self.weight_out[domain_id].view(x_SD.shape[1], -1)
-        return torch.addmm(self.bias_out[domain_id], x_SD, weight)
-
-
 def sinusoid(tau: Tensor) -> Tensor:
     """256 values of a float32 scalar: cosines, then sines, of frequencies 1 to 1/10000."""
     half = TIME_FREQUENCIES // 2
@@ -448,11 +388,8 @@ def rotate(x_SHD: Tensor, rope: Rope) -> Tensor:
 
 def weight_table(config: TransformerConfig) -> dict[str, Target]:
     """Where the tensors of ``transformer/`` go. What is not listed here is not needed."""
-    table = {name: Target(parameter) for name, parameter in _OUTER.items()}
-    if config.sound_gen:
-        table |= {name: Target(parameter) for name, parameter in _SOUND.items()}
-    if config.action_gen:
-        table |= {name: Target(parameter) for name, parameter in _ACTION.items()}
+    outer = _OUTER | adapter_weights(config)
+    table = {name: Target(parameter) for name, parameter in outer.items()}
     last = config.num_hidden_layers - 1
     for index in range(config.num_hidden_layers):
         text = _TEXT_LAST if index == last else _TEXT_LAYER
@@ -487,41 +424,13 @@ def _filled(x: Tensor, length: int) -> Tensor:
     return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
 
 
-def _adapters(config: TransformerConfig, dtype: torch.dtype) -> nn.ModuleDict:
-    """The kinds of streams this checkpoint knows, by stream name."""
-    adapters: dict[str, nn.Module] = {"vision": VisionAdapter(config, dtype)}
-    if config.sound_gen:
-        adapters["sound"] = SoundAdapter(config, dtype)
-    if config.action_gen:
-        adapters["action"] = ActionAdapter(config, dtype)
-    return nn.ModuleDict(adapters)
-
-
 _OUTER = {
     "embed_tokens.weight": "understanding.embed_tokens.weight",
     "norm_moe_gen.weight": "norm.weight",
-    "proj_in.weight": "adapters.vision.proj_in.weight",
-    "proj_in.bias": "adapters.vision.proj_in.bias",
-    "proj_out.weight": "adapters.vision.proj_out.weight",
-    "proj_out.bias": "adapters.vision.proj_out.bias",
     "time_embedder.linear_1.weight": "time.linear_1.weight",
     "time_embedder.linear_1.bias": "time.linear_1.bias",
     "time_embedder.linear_2.weight": "time.linear_2.weight",
     "time_embedder.linear_2.bias": "time.linear_2.bias",
-}
-_SOUND = {
-    "audio_proj_in.weight": "adapters.sound.proj_in.weight",
-    "audio_proj_in.bias": "adapters.sound.proj_in.bias",
-    "audio_proj_out.weight": "adapters.sound.proj_out.weight",
-    "audio_proj_out.bias": "adapters.sound.proj_out.bias",
-    "audio_modality_embed": "adapters.sound.modality",
-}
-_ACTION = {
-    "action_proj_in.fc.weight": "adapters.action.weight_in",
-    "action_proj_in.bias.weight": "adapters.action.bias_in",
-    "action_proj_out.fc.weight": "adapters.action.weight_out",
-    "action_proj_out.bias.weight": "adapters.action.bias_out",
-    "action_modality_embed": "adapters.action.modality",
 }
 _Rows = dict[str, tuple[str, str | int | None]]
 _TEXT_LAST: _Rows = {

@@ -2,7 +2,7 @@
 
 ``numpy`` restarts the same generator for every stream, so streams share their leading numbers; this
 is what the models' own framework does. ``torch`` draws the streams from one generator, one after the
-other; this is what diffusers does.
+other, in the order of the shapes that are asked for; this is what diffusers does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 BETWEEN_CHUNKS = 1 << 16  # seeds: more than a request has steps or chunks
-_ORDER = ("vision", "sound", "action")
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -61,6 +60,4 @@ def _numpy(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def _drawn(shapes: Shapes, generator: torch.Generator) -> dict[str, Tensor]:
-    return {
-        name: torch.randn(shapes[name], generator=generator) for name in _ORDER if name in shapes
-    }
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}

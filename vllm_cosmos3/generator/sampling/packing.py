@@ -45,21 +45,6 @@ def start_stream(name: str, *, noise: Tensor, clean_latent: Tensor, denoise_mask
     return stream.apply_clean(noise)
 
 
-def frame_mask(frames: int, known: tuple[int, ...]) -> Tensor:
-    """Denoise mask [1, 1, frames, 1, 1] of a video of which the latent frames ``known`` are given."""
-    mask = torch.ones(frames, dtype=torch.bool)
-    mask[list(known)] = False
-    return mask.view(1, 1, frames, 1, 1)
-
-
-def row_mask(shape: tuple[int, ...], known: tuple[int, ...], channels: int) -> Tensor:
-    """Denoise mask of action rows ``shape`` [T, C]: neither given rows nor more than ``channels``."""
-    mask = torch.ones(shape, dtype=torch.bool)
-    mask[list(known)] = False
-    mask[:, channels:] = False
-    return mask
-
-
 def filled_up(pixels: Tensor, canvas: tuple[int, int] | None) -> Tensor:
     """Pixels [1, 3, T, H, W] at the top left of a canvas of this height and width.
 
@@ -94,11 +79,3 @@ def unpatchify(tokens: Tensor, shape: tuple[int, ...], patch: int) -> Tensor:
         1, shape[1], frames, rows * patch, columns * patch
     )
     return padded[..., : shape[3], : shape[4]]
-
-
-def noisy_tokens(stream: Stream, patch: int) -> Tensor:
-    """Bool [S]: tokens of which at least one value is generated: these are timestep-conditioned."""
-    if stream.name == "vision":
-        frames, rows, columns = patch_grid(tuple(stream.x.shape), patch)
-        return stream.denoise_mask.view(frames, 1).expand(frames, rows * columns).flatten()
-    return stream.denoise_mask.any(dim=0 if stream.name == "sound" else 1)

@@ -1,0 +1,90 @@
+"""Loading of a checkpoint: every model of the generator, as far as it is this rank's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from vllm_cosmos3.checkpoint.config import ModelConfig
+from vllm_cosmos3.checkpoint.weights import load_dummy_weights, load_weights
+from vllm_cosmos3.engine_options import EngineConfig
+from vllm_cosmos3.generator.memory import check_weights, resolve_residency, usual_work
+from vllm_cosmos3.generator.memory.reservation import memory_of
+from vllm_cosmos3.generator.models.components import Component, components
+from vllm_cosmos3.generator.models.modalities import decoders
+from vllm_cosmos3.generator.models.transformer import Transformer
+from vllm_cosmos3.generator.models.vae import VideoVAE
+from vllm_cosmos3.parallel.attention import make_attend
+from vllm_cosmos3.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Models:
+    """The models of a rank, and the ``config`` with every choice made. ``decoders`` by modality."""
+
+    transformer: Transformer
+    vae: VideoVAE
+    decoders: dict[str, nn.Module]
+    config: EngineConfig
+
+
+def load_models(
+    model: ModelConfig, config: EngineConfig, mesh: Mesh, device: torch.device
+) -> Models:
+    """Build and fill all of them.
+
+    Raises:
+        CheckpointError: a file is missing, corrupt or of another architecture.
+        OutOfMemory: the weights do not fit into the device.
+    """
+    usual, limit = usual_work(model), memory_of(device, config.memory_limit)
+    config = resolve_residency(model, config, usual, limit)
+    check_weights(model, config, usual, limit)
+    parts = {part.folder: part for part in components(model)}
+    transformer = _transformer(model, config, mesh, device)
+    _fill(transformer, parts["transformer"], config, device)
+    transformer.rest_on_host(
+        text=config.und_residency == "host", layers=config.enable_layerwise_offload
+    )
+    with device:
+        vae = VideoVAE(model.vae, mesh.world, config.parallel.vae_parallel).to(transformer.dtype)
+    _fill(vae, parts["vae"], config, device)
+    if device.type != "cpu":
+        vae.channels_last()
+    built = {}
+    for name, decoder in decoders(model).items():
+        with device:
+            built[name] = decoder.build(model)
+        _fill(built[name], parts[decoder.folder], config, device)
+    return Models(transformer=transformer, vae=vae, decoders=built, config=config)
+
+
+def _transformer(
+    model: ModelConfig, config: EngineConfig, mesh: Mesh, device: torch.device
+) -> Transformer:
+    dtype, host = getattr(torch, config.dtype), torch.device("cpu")
+    attend = make_attend(
+        config.attention_backend,
+        device=device,
+        dtype=dtype,
+        head_dim=model.transformer.head_dim,
+    )
+    return Transformer(
+        model.transformer,
+        mesh,
+        attend,
+        dtype=dtype,
+        device=device,
+        text_device=host if config.und_residency == "host" else device,
+        layer_device=host if config.enable_layerwise_offload else device,
+    )
+
+
+def _fill(module: nn.Module, part: Component, config: EngineConfig, device: torch.device) -> None:
+    if config.load_format == "dummy":
+        load_dummy_weights(module, part.table, part.shapes, device=device)
+    else:
+        load_weights(module, part.table, config.model / part.folder, part.shapes)
+    module.eval()

@@ -1,0 +1,256 @@
+"""Modalities of the generation tower, a row each: how latents become tokens, and what comes of them.
+
+All that depends on what a stream of latents is stands in `MODALITIES`; the axis of time, which planning
+needs without torch, in `checkpoint.latents.TIME_AXIS`, and the planner says which streams a request has.
+
+Shapes: C channels, T positions in time, h x w latent pixels, S tokens, D values of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vllm_cosmos3.checkpoint.config import ModelConfig, SoundConfig, TransformerConfig
+from vllm_cosmos3.checkpoint.latents import patch_grid
+from vllm_cosmos3.checkpoint.tensors import Tensors, sound_tensors
+from vllm_cosmos3.generator.models.sound import SoundVAE, decode_bytes
+from vllm_cosmos3.generator.sampling import positions
+from vllm_cosmos3.generator.sampling.packing import Stream, patchify, unpatchify
+from vllm_cosmos3.request.plan import Plan, StreamPlan
+
+Positions = Callable[[StreamPlan, float, TransformerConfig], Tensor]
+
+
+class VisionAdapter(nn.Module):
+    """Video latents: a token for each patch."""
+
+    def __init__(self, config: TransformerConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._patch = config.latent_patch_size
+        self.proj_in = nn.Linear(config.patch_latent_dim, config.hidden_size, dtype=dtype)
+        self.proj_out = nn.Linear(config.hidden_size, config.patch_latent_dim, dtype=dtype)
+
+    def embed(self, x: Tensor, _domain_id: int) -> Tensor:
+        return self.proj_in(patchify(x, self._patch))
+
+    def velocity(self, x_SD: Tensor, shape: tuple[int, ...], _domain_id: int) -> Tensor:
+        return unpatchify(self.proj_out(x_SD), shape, self._patch)
+
+
+class SoundAdapter(nn.Module):
+    """Sound latents [C, T]: a token for each moment."""
+
+    def __init__(self, config: TransformerConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.proj_in = nn.Linear(config.sound_dim, config.hidden_size, dtype=dtype)
+        self.proj_out = nn.Linear(config.hidden_size, config.sound_dim, dtype=dtype)
+        self.modality = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype))
+
+    def embed(self, x: Tensor, _domain_id: int) -> Tensor:
+        return self.proj_in(x.T) + self.modality
+
+    def velocity(self, x_SD: Tensor, _shape: tuple[int, ...], _domain_id: int) -> Tensor:
+        return self.proj_out(x_SD).T
+
+
+class ActionAdapter(nn.Module):
+    """Action rows [T, C]: a token for each, through the matrices of the embodiment.
+
+    The matrices are stored [in, out], row-major, one row of the parameter for each embodiment.
+    """
+
+    def __init__(self, config: TransformerConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        domains, size, width = (
+            config.num_embodiment_domains,
+            config.action_dim,
+            config.hidden_size,
+        )
+        self.weight_in = nn.Parameter(torch.empty(domains, size * width, dtype=dtype))
+        self.bias_in = nn.Parameter(torch.empty(domains, width, dtype=dtype))
+        self.weight_out = nn.Parameter(torch.empty(domains, width * size, dtype=dtype))
+        self.bias_out = nn.Parameter(torch.empty(domains, size, dtype=dtype))
+        self.modality = nn.Parameter(torch.empty(width, dtype=dtype))
+
+    def embed(self, x: Tensor, domain_id: int) -> Tensor:
+        weight = self.weight_in[domain_id].view(x.shape[1], -1)
+        return torch.addmm(self.bias_in[domain_id], x, weight) + self.modality
+
+    def velocity(self, x_SD: Tensor, _shape: tuple[int, ...], domain_id: int) -> Tensor:
+        weight = self.weight_out[domain_id].view(x_SD.shape[1], -1)
+        return torch.addmm(self.bias_out[domain_id], x_SD, weight)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentDecoder:
+    """The decoder of a modality, a part of the checkpoint of its own.
+
+    ``folder`` holds ``tensors``, of which those that begin with "decoder." are loaded into what
+    ``build`` makes; its ``decode(latents)`` gives float32 values. ``nbytes`` is the peak of decoding
+    latents of a shape. A checkpoint that is not ``present`` has none.
+    """
+
+    folder: str
+    present: Callable[[ModelConfig], bool]
+    tensors: Callable[[ModelConfig], Tensors]
+    build: Callable[[ModelConfig], nn.Module]
+    nbytes: Callable[[ModelConfig, tuple[int, ...]], int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Modality:
+    """One kind of latents.
+
+    ``adapter`` embeds latents as tokens and reads velocities off them. ``weights`` name its
+    parameters in the checkpoint, if the checkpoint is ``trained`` for it. ``positions`` [3, S] are
+    those of a stream that starts at a time. ``denoise_mask`` is True where a stream is generated,
+    ``conditioned`` [S] which tokens are timestep-conditioned, by that mask, the shape of the latents
+    and the size of a patch. Sources of ``given_as_latents`` streams need no encoder. A ``decoder``
+    makes an output of latents; ``read`` makes one of the latents themselves, None where a request
+    wants none.
+    """
+
+    adapter: type[nn.Module]
+    weights: Mapping[str, str]
+    positions: Positions
+    denoise_mask: Callable[[StreamPlan], Tensor]
+    conditioned: Callable[[Tensor, tuple[int, ...], int], Tensor]
+    trained: Callable[[TransformerConfig], bool] = lambda _: True
+    given_as_latents: bool = False
+    decoder: LatentDecoder | None = None
+    read: Callable[[Plan, Tensor], np.ndarray | None] = lambda _plan, _latents: None
+
+
+def adapters(config: TransformerConfig, dtype: torch.dtype) -> nn.ModuleDict:
+    """The adapters of a checkpoint, by modality."""
+    return nn.ModuleDict(
+        {
+            name: modality.adapter(config, dtype)
+            for name, modality in MODALITIES.items()
+            if modality.trained(config)
+        }
+    )
+
+
+def adapter_weights(config: TransformerConfig) -> dict[str, str]:
+    """Names in ``transformer/`` of the parameters of all `adapters`."""
+    return {
+        theirs: f"adapters.{name}.{ours}"
+        for name, modality in MODALITIES.items()
+        if modality.trained(config)
+        for theirs, ours in modality.weights.items()
+    }
+
+
+def timestep_conditioned(stream: Stream, patch: int) -> Tensor:
+    """Bool [S]: tokens of which at least one value is generated; a ``patch`` has so many a side."""
+    mask, shape = stream.denoise_mask, tuple(stream.x.shape)
+    return MODALITIES[stream.name].conditioned(mask, shape, patch)
+
+
+def decoders(model: ModelConfig) -> dict[str, LatentDecoder]:
+    """The decoders that a checkpoint has, by modality. That of the video has more to it."""
+    found = ((name, modality.decoder) for name, modality in MODALITIES.items())
+    return {name: decoder for name, decoder in found if decoder and decoder.present(model)}
+
+
+def _vision_positions(stream: StreamPlan, start: float, config: TransformerConfig) -> Tensor:
+    grid = patch_grid(stream.shape, config.latent_patch_size)
+    return positions.vision_positions(*grid, start=start, fps=stream.rate, config=config)
+
+
+def _sound_positions(stream: StreamPlan, start: float, config: TransformerConfig) -> Tensor:
+    return positions.sound_positions(stream.length, start=start, config=config)
+
+
+def _action_positions(stream: StreamPlan, start: float, config: TransformerConfig) -> Tensor:
+    return positions.action_positions(
+        stream.length, start=start, fps=stream.rate, first=stream.first_frame, config=config
+    )
+
+
+def frame_mask(frames: int, known: tuple[int, ...]) -> Tensor:
+    """Denoise mask [1, 1, frames, 1, 1] of a video of which the latent frames ``known`` are given."""
+    mask = torch.ones(frames, dtype=torch.bool)
+    mask[list(known)] = False
+    return mask.view(1, 1, frames, 1, 1)
+
+
+def _row_mask(stream: StreamPlan) -> Tensor:
+    """Rows [T, C] without those that are given, and without the channels that carry no number."""
+    mask = torch.ones(stream.shape, dtype=torch.bool)
+    mask[list(stream.known)] = False
+    mask[:, stream.channels :] = False
+    return mask
+
+
+def _patch_tokens(mask: Tensor, shape: tuple[int, ...], patch: int) -> Tensor:
+    frames, rows, columns = patch_grid(shape, patch)
+    return mask.view(frames, 1).expand(frames, rows * columns).flatten()
+
+
+def _sound(model: ModelConfig) -> SoundConfig:
+    assert model.sound is not None  # or its decoder is not present
+    return model.sound
+
+
+def _actions(plan: Plan, latents: Tensor) -> np.ndarray | None:
+    return None if plan.actions is None else plan.actions.read(latents.cpu().numpy())
+
+
+MODALITIES = {  # in the order in which a generator of torch draws their noise
+    "vision": Modality(
+        adapter=VisionAdapter,
+        weights={
+            "proj_in.weight": "proj_in.weight",
+            "proj_in.bias": "proj_in.bias",
+            "proj_out.weight": "proj_out.weight",
+            "proj_out.bias": "proj_out.bias",
+        },
+        positions=_vision_positions,
+        denoise_mask=lambda stream: frame_mask(stream.length, stream.known),
+        conditioned=_patch_tokens,
+    ),
+    "sound": Modality(
+        adapter=SoundAdapter,
+        trained=lambda config: config.sound_gen,
+        weights={
+            "audio_proj_in.weight": "proj_in.weight",
+            "audio_proj_in.bias": "proj_in.bias",
+            "audio_proj_out.weight": "proj_out.weight",
+            "audio_proj_out.bias": "proj_out.bias",
+            "audio_modality_embed": "modality",
+        },
+        positions=_sound_positions,
+        denoise_mask=lambda stream: torch.ones((1, stream.length), dtype=torch.bool),
+        conditioned=lambda mask, _shape, _patch: mask.any(dim=0),
+        decoder=LatentDecoder(
+            folder="sound_tokenizer",
+            present=lambda model: model.sound is not None,
+            tensors=lambda model: sound_tensors(_sound(model)),
+            build=lambda model: SoundVAE(_sound(model), encoder=False),
+            nbytes=lambda model, shape: decode_bytes(_sound(model), shape[1]),
+        ),
+    ),
+    "action": Modality(
+        adapter=ActionAdapter,
+        trained=lambda config: config.action_gen,
+        weights={
+            "action_proj_in.fc.weight": "weight_in",
+            "action_proj_in.bias.weight": "bias_in",
+            "action_proj_out.fc.weight": "weight_out",
+            "action_proj_out.bias.weight": "bias_out",
+            "action_modality_embed": "modality",
+        },
+        positions=_action_positions,
+        denoise_mask=_row_mask,
+        conditioned=lambda mask, _shape, _patch: mask.any(dim=1),
+        given_as_latents=True,
+        read=_actions,
+    ),
+}
