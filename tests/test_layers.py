@@ -21,7 +21,7 @@ LAYERS = [
     {"generator", "plugin"},
     {"stage"},
     {"engine"},
-    {"server.options"},
+    {"server.options", "server.storage"},
     {"server.http"},
     {"server.guardrails", "server.memory_split"},
     {"server.jobs"},

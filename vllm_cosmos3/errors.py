@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 from itertools import islice
 
@@ -114,3 +115,17 @@ class WorkerDied(Cosmos3Error):
     """A worker process ended while it was needed, or does not answer."""
 
     code = "worker_died"
+
+
+class DiskFull(Cosmos3Error):
+    """A file could not be written as there is no room for it."""
+
+    code = "storage_full"
+
+
+def file_error(error: OSError) -> Cosmos3Error:
+    """What a client is told of an error of files: nothing about where they are."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull("there is no room left on the disk of the server")
+    reason = error.strerror or type(error).__name__
+    return Cosmos3Error(f"the server could not read or write a file ({reason})")

@@ -103,7 +103,7 @@ def test_a_file_of_the_server(generator_server: Server, media_folder: Path) -> N
 @pytest.mark.parametrize(
     "host", ["127.0.0.1", "\uff11\uff12\uff17.0.0.1", "127\u30020\u30020\u30021"]
 )
-def test_digits_of_other_scripts_are_digits(host: str) -> None:
+def test_digits_of_other_scripts_are_digits(host: str, tmp_path: Path) -> None:
     asked = ClientRequest(
         fields={},
         server_fields={},
@@ -112,7 +112,7 @@ def test_digits_of_other_scripts_are_digits(host: str) -> None:
     )
 
     async def fetch() -> None:
-        async with media_files(asked, Options()):
+        async with media_files(asked, Options(), tmp_path):
             pass
 
     with pytest.raises(ApiError) as refusal:

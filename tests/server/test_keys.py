@@ -6,7 +6,7 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from vllm_cosmos3.server.http.keys import ApiKeys
+from vllm_cosmos3.server.http.keys import ApiKeys, Keys
 
 
 @pytest.mark.parametrize("prefix", ["", "/proxy"])
@@ -15,7 +15,8 @@ def test_a_prefix_is_no_way_round(prefix: str, key: str | None, status: int) -> 
     app = FastAPI(root_path=prefix)
     app.get("/v1/things")(lambda: "a thing")
     app.get("/health")(lambda: "well")
-    app.add_middleware(ApiKeys, keys=("right",))
+    app.add_middleware(ApiKeys)
+    app.state.cosmos3_keys = Keys(("right",))
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     client = TestClient(app, root_path=prefix)
     for path in {"/v1/things", f"{prefix}/v1/things"}:

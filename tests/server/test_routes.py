@@ -93,14 +93,14 @@ async def test_a_job_deleted_while_the_page_is_read_is_left_out(at: Stored) -> N
     class Deleting(Journal):
         def page(self, **question: Any) -> list[VideoJob] | None:
             jobs = super().page(**question)
-            self.delete("b")
+            self.delete("b", ended=False)
             return jobs
 
     at.finished("a")
     job = VideoJob(id="b", kind="video", model="tiny", prompt="", created=0.0, effective=EFFECTIVE)
     at.journal.add(job)
     at.journal.close()
-    at.use(Deleting(at.journal.storage))
+    at.use(Deleting(at.journal.storage.path))
     async with client(at) as http:
         answer = await http.get("/v1/videos")
     assert answer.status_code == 200
@@ -118,12 +118,12 @@ async def test_a_file_that_goes_before_it_is_opened(
         def folder(self, name: str) -> Path:
             shutil.rmtree(super().folder(name), ignore_errors=True)
             if not known:
-                self.delete(name)
+                self.delete(name, ended=True)
             return super().folder(name)
 
     at.finished("a")
     at.journal.close()
-    at.use(Losing(at.journal.storage))
+    at.use(Losing(at.journal.storage.path))
     async with client(at) as http:
         answer = await http.get("/v1/videos/a/content")
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)

@@ -51,6 +51,9 @@ _REASONS = {
     "--trust-request-mm-kwargs": "lets requests choose their own mm_processor_kwargs, such as fps; "
     "videos stay within {fps:g} fps and {frames} frames",
 }
+# How flags end whose values nobody else should read, and what is shown instead.
+SECRETS = ("-key", "-token", "-password", "-secret")
+HIDDEN = "****"
 _LEFT = (
     "--api-server-count, --renderer-num-workers, --max-num-batched-tokens, caches, media threads and "
     "CUDA graphs of the vision tower are vLLM's defaults: on an H100 none of them gave more requests "
@@ -154,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
     if not _chooses_how_to_read(args.rest):
         environment["VLLM_MEDIA_CONNECTOR"] = CONNECTOR
     shown = [f"{name}={value}" for name, value in environment.items()]
-    print("vllm-cosmos3 serve: running", " ".join([*shown, shlex.join(command)]), flush=True)
+    print("vllm-cosmos3 serve: running", *shown, shlex.join(without_secrets(command)), flush=True)
     for line in reasons(command, args):
         print("vllm-cosmos3 serve:", line, flush=True)
     os.environ.update(environment)
@@ -214,6 +217,19 @@ def stock_command(args: argparse.Namespace, folder: Path | None) -> list[str]:
         if not _given("--tokenizer", rest) and not (folder / "tokenizer_config.json").is_file():
             command += ["--tokenizer", str(folder / "text_tokenizer")]
     return [*command, "--middleware", MEDIA_ERRORS, *rest]
+
+
+def without_secrets(command: Sequence[str]) -> list[str]:
+    """The words of a command with stars for keys, tokens and passwords: logs are read by others."""
+    shown, hides = [], False
+    for word in command:
+        flag, equals, _ = word.partition("=")
+        if flag.startswith("--"):
+            hides = flag.replace("_", "-").endswith(SECRETS)
+            shown.append(f"{flag}={HIDDEN}" if hides and equals else word)
+        else:
+            shown.append(HIDDEN if hides else word)
+    return shown
 
 
 def _chooses_how_to_read(rest: list[str]) -> bool:

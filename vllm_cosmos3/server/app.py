@@ -83,7 +83,7 @@ def make_app(make_service: Callable[[], Service], listen: Listen) -> FastAPI:
     for router in (*routers(), core):
         app.include_router(router)
     if listen.api_keys:
-        app.add_middleware(ApiKeys, keys=listen.api_keys)
+        app.add_middleware(ApiKeys)
     if listen.origins:  # around the keys: a browser may read why it is refused
         app.add_middleware(
             CORSMiddleware, allow_origins=listen.origins, allow_methods=["*"], allow_headers=["*"]

@@ -14,6 +14,7 @@ import signal
 from argparse import Namespace
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from vllm_cosmos3.server.command import announce
 from vllm_cosmos3.server.guardrails import Guardrails
 from vllm_cosmos3.server.http import metrics
 from vllm_cosmos3.server.http.envelope_middleware import EnvelopeMiddleware, wrap
-from vllm_cosmos3.server.http.keys import AnyScheme, Keys
+from vllm_cosmos3.server.http.keys import AnyScheme, ApiKeys, Keys
 from vllm_cosmos3.server.jobs.service import Service
 from vllm_cosmos3.server.jobs.upsampling import EngineReasoner
 from vllm_cosmos3.server.memory_split import sized
@@ -62,7 +63,9 @@ class GeneratorRoutes:
         for path, handler in core.items():
             app.router.add_api_route(path, handler, methods=["GET"], route_class_override=Route)
         # Robots' keys are put into vLLM's form in front of it, which knows ``Bearer`` alone.
-        wrap(app, lambda stack: EnvelopeMiddleware(AnyScheme(stack), OURS))
+        # Ours asks for keys first, as vLLM's takes the root path off anywhere in the path.
+        asking = partial(ApiKeys, unauthorized={"error": "Unauthorized"})
+        wrap(app, lambda stack: EnvelopeMiddleware(AnyScheme(asking(stack)), OURS))
         _settle_at_the_end(app)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 from vllm_cosmos3 import engine_options
 from vllm_cosmos3.errors import InvalidRequest, did_you_mean
 from vllm_cosmos3.request.fields import Spec
+from vllm_cosmos3.server.storage import default_folder
 
 CALLS = ("load", "encode", "step", "decode", "finish")  # of a stage, which its ranks make together
 
@@ -37,8 +37,8 @@ class Options:
         "",
         "jobs",
         "text",
-        "folder of the job journal and of what was made; default: cosmos3-storage in the folder for "
-        "temporary files, which all servers of a machine share",
+        "folder of the job journal and of what was made; default: vllm-cosmos3 in $XDG_STATE_HOME or "
+        "~/.local/state, which all servers of a user share",
     )
     file_ttl: float = _option(
         86_400.0,
@@ -199,7 +199,7 @@ class Options:
         if os.path.expanduser(self.storage_path).startswith("~"):
             raise InvalidRequest("storage_path", self.storage_path, "in the home of a known user")
         if not self.storage_path:
-            object.__setattr__(self, "storage_path", f"{tempfile.gettempdir()}/cosmos3-storage")
+            object.__setattr__(self, "storage_path", str(default_folder()))
         path, checker = self.allowed_local_media_path, self.guardrail_checker
         if path and not Path(path).is_dir():
             raise InvalidRequest("allowed_local_media_path", path, "a folder")

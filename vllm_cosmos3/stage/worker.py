@@ -27,7 +27,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_cosmos3.checkpoint.load_progress import counted
 from vllm_cosmos3.engine_options import EngineConfig
-from vllm_cosmos3.errors import Cosmos3Error, OutOfMemory
+from vllm_cosmos3.errors import Cosmos3Error, OutOfMemory, file_error
 from vllm_cosmos3.parallel.mesh import Mesh, barrier, close_mesh, from_first, init_mesh
 from vllm_cosmos3.stage.heartbeat import Heartbeat
 
@@ -224,6 +224,8 @@ def public_error(error: BaseException, method: str) -> Cosmos3Error:
             f"out of memory in {method} ({reason}); ask for fewer frames or a smaller size, or "
             "start with more ranks or --enable-layerwise-offload"
         )
+    if isinstance(error, OSError):
+        return file_error(error)
     return Cosmos3Error(f"{method} failed: {type(error).__name__}: {error}")
 
 

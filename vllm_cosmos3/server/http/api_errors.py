@@ -6,6 +6,7 @@ vLLM's own routes, whose shape stays vLLM's.
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import uuid
@@ -18,7 +19,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
-from vllm_cosmos3.errors import LONGEST, Cosmos3Error, InvalidRequest, cut
+from vllm_cosmos3.errors import LONGEST, Cosmos3Error, InvalidRequest, cut, file_error
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,9 @@ STATUS = {  # every slug that is not a 400
     "draining": 503,
     "guardrail_error": 503,
     "estimated_wait_exceeds_deadline": 503,
+    "storage_unavailable": 503,
     "deadline_exceeded": 504,
+    "storage_full": 507,
 }
 SERVER_FAILED = "the server failed; its log has the cause"
 # Slugs of the package that are spelled differently in the API.
@@ -135,6 +138,8 @@ def api_error(error: Exception, request: Request) -> Cosmos3Error:
             return RequestFailed("cancelled", "the client went away")
         case RecursionError():
             return ApiError("invalid_value", "the body is nested too deeply")
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):  # of an upload, or what it becomes
+            return file_error(error)
         case _:
             logger.error("%s %s", request.method, request.url.path, exc_info=error)
             return RequestFailed("internal_error", SERVER_FAILED)

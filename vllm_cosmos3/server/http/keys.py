@@ -11,6 +11,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm_cosmos3.server.http.api_errors import error_body
 
 BEARER, API_KEY = "bearer", "api-key"
+SCHEMES = {"http": (BEARER,), "websocket": (BEARER, API_KEY)}  # that are admitted
+# Of vLLM too, some of whose routes stand beside ours.
+GUARDED = ("/v1", "/v2", "/inference", "/cohere")
 
 
 class Keys:
@@ -30,21 +33,26 @@ class Keys:
 
 
 class ApiKeys:
-    """Middleware that asks for a bearer token on everything under /v1, like vLLM's.
+    """Middleware that asks for a key on everything under /v1, like vLLM's.
 
-    The robots' connections are asked by their endpoint.
+    The keys are those of the app's state, which may be known later than its middleware.
+    ``unauthorized`` is the body of a refusal, by default our envelope.
     """
 
-    def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
-        self._app, self._keys = app, Keys(keys)
+    def __init__(self, app: ASGIApp, unauthorized: object = None) -> None:
+        self._app, self._unauthorized = app, unauthorized
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        guarded = scope["type"] == "http" and path_of(scope).startswith("/v1")
-        if guarded and scope["method"] != "OPTIONS" and not self._keys.admit(scope, BEARER):
-            response = refused("the Authorization header must be 'Bearer' and an API key")
-            await response(scope, receive, send)
-        else:
+        if scope["type"] not in SCHEMES or scope.get("method") == "OPTIONS":
             await self._app(scope, receive, send)
+            return
+        # As the path came, and as routes are found by it, whatever the root path is.
+        guarded = any(path.startswith(GUARDED) for path in (scope["path"], path_of(scope)))
+        keys: Keys | None = getattr(scope["app"].state, "cosmos3_keys", None)
+        if not guarded or keys is None or keys.admit(scope, *SCHEMES[scope["type"]]):
+            await self._app(scope, receive, send)
+        else:
+            await refused(scope["type"], self._unauthorized)(scope, receive, send)
 
 
 class AnyScheme:
@@ -63,14 +71,21 @@ class AnyScheme:
 
 
 def path_of(scope: Scope) -> str:
-    """The path by which routes are found: it may come with the prefix of a proxy."""
+    """The path by which routes are found: it may come with the prefix of a proxy.
+
+    As Starlette's router has it, a prefix ends where a slash follows.
+    """
     path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))
+    root: str = scope.get("root_path", "")
+    rest = path.removeprefix(root)
+    return rest if not rest or rest.startswith("/") else path
 
 
-def refused(message: str) -> JSONResponse:
-    """The answer to a request without a key; it may be that to a WebSocket's handshake."""
-    body = error_body("authentication", f"{message} of this server")
+def refused(kind: str, body: object = None) -> JSONResponse:
+    """The response to a request without a key; ``kind`` is http or websocket."""
+    schemes = " or ".join(repr(scheme.title()) for scheme in SCHEMES[kind])
+    message = f"the Authorization header must be {schemes} and an API key of this server"
+    body = body or error_body("authentication", message)
     return JSONResponse(body, 401, {"WWW-Authenticate": "Bearer"})
 
 

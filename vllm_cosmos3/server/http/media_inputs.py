@@ -39,15 +39,17 @@ SCHEMES = "an uploaded file, or a URL of http, https, data or (where allowed) fi
 
 @asynccontextmanager
 async def media_files(
-    asked: ClientRequest, options: Options
+    asked: ClientRequest, options: Options, inputs: Path
 ) -> AsyncIterator[tuple[dict[str, Path], dict[str, str]]]:
     """The references of a request as files, and as what they were given, by image, video and hint.
+
+    The files live in a folder below ``inputs`` until the block ends.
 
     Raises:
         InvalidRequest: not a file or URL, several of a kind, or not to be had.
         ApiError: an address or path that is not allowed, or too many bytes.
     """
-    with TemporaryDirectory(prefix="cosmos3-input-") as folder:
+    with TemporaryDirectory(dir=inputs) as folder:
         files: dict[str, Path] = {}
         names: dict[str, str] = {}
         for index, (name, value) in enumerate(asked.references.items()):

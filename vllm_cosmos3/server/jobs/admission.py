@@ -11,12 +11,13 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from vllm_cosmos3.checkpoint.config import ModelConfig
-from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
 from vllm_cosmos3.request import planner
 from vllm_cosmos3.request.plan import Plan
 from vllm_cosmos3.request.planner import Draft
@@ -151,13 +152,19 @@ class Admission:
             guardrails=report,
             upsampled_prompt=caption,
         )
-        if before is not None:
-            await asyncio.to_thread(continuation.prepare, job, plan, before, self._jobs.journal)
-        other = self._jobs.journal.add(job)
+        journal = self._jobs.journal
+        other = journal.add(job)
         if other is not None:
-            self._jobs.journal.purge(job.id)
             return self._same(other, body)
-        await asyncio.to_thread(self._jobs.submit, job, plan, deadline)
+        try:
+            if before is not None:
+                await asyncio.to_thread(continuation.prepare, job, plan, before, journal)
+                journal.save(job)
+            await asyncio.to_thread(self._jobs.submit, job, plan, deadline)
+        except Exception:
+            with suppress(Cosmos3Error):
+                journal.purge(job.id)
+            raise
         return job
 
     async def plan(self, request: ClientRequest) -> Plan:

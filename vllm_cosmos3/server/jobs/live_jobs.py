@@ -9,23 +9,28 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import sqlite3
 import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
-from vllm_cosmos3.errors import Busy, Cosmos3Error
+from vllm_cosmos3.errors import Busy, Cosmos3Error, file_error
 from vllm_cosmos3.media import Clip
 from vllm_cosmos3.progress import Progress
 from vllm_cosmos3.request.plan import Plan
-from vllm_cosmos3.server.http.api_errors import ApiError, retry_after, slug
+from vllm_cosmos3.server.http.api_errors import SERVER_FAILED, ApiError, retry_after, slug
 from vllm_cosmos3.server.http.metrics import metrics
 from vllm_cosmos3.server.jobs.artifacts import CLIP, RECORD
 from vllm_cosmos3.server.jobs.estimates import ThroughputEstimate
 from vllm_cosmos3.server.jobs.journal import Journal
-from vllm_cosmos3.server.jobs.video_job import COMPLETED, FAILED, RUNNING, VideoJob
+from vllm_cosmos3.server.jobs.video_job import (
+    COMPLETED,
+    FAILED,
+    RUNNING,
+    UnreadableRecord,
+    VideoJob,
+)
 from vllm_cosmos3.server.options import Options
 from vllm_cosmos3.stage.client import StageClient, StageJob
 
@@ -64,7 +69,7 @@ class LiveJobs:
         return len(self._jobs)
 
     def submit(self, job: VideoJob, plan: Plan, deadline: float) -> None:
-        """Hand an accepted job to the stage; nothing is left of one that it refuses.
+        """Hand an accepted job to the stage.
 
         Raises:
             Cosmos3Error: the queue is full, or the stage is gone.
@@ -83,7 +88,6 @@ class LiveJobs:
         except Cosmos3Error as error:
             with self._lock:
                 self._jobs.pop(job.id, None)
-            self.journal.purge(job.id)
             if isinstance(error, Busy):
                 raise self.queue_full(str(error)) from None
             raise
@@ -100,10 +104,12 @@ class LiveJobs:
 
         Raises:
             ApiError: there is none, or no more.
+            UnreadableRecord: it cannot be shown.
         """
         job = self.find(name)
         if job is None:
-            raise ApiError("not_found", f"there is no video {name!r}", param="id")
+            raise self._missing(name)
+        job.public()
         return job
 
     def find(self, name: str) -> VideoJob | None:
@@ -131,10 +137,18 @@ class LiveJobs:
 
     def delete(self, name: str) -> None:
         """Forget a job; if it is not done, the stage stops it with its current step."""
-        job = self.get(name)
-        self.journal.delete(name)
-        if job.ended or name in self._jobs:  # else its own process stops it, and removes the rest
+        job = self.find(name)
+        if job is None and not self.journal.holds(name):
+            raise self._missing(name)
+        ended = job is None or job.ended
+        self.journal.delete(name, ended=ended)
+        if ended or name in self._jobs:  # else its own process stops it, and removes the rest
             self._resolve_deletion(name)
+
+    def _missing(self, name: str) -> Cosmos3Error:
+        if self.journal.holds(name):
+            return UnreadableRecord(name)
+        return ApiError("not_found", f"there is no video {name!r}", param="id")
 
     def estimated_wait(self) -> float:
         """Seconds of work before a new request; 0 if nothing is known."""
@@ -225,8 +239,10 @@ class LiveJobs:
                 folder = self.journal.folder(job.id)
                 record = json.loads((folder / RECORD).read_text())
                 job.bytes = sum(file.stat().st_size for file in folder.iterdir())
-        except (OSError, ValueError) as problem:
-            error = Cosmos3Error(f"the result cannot be read: {problem}")
+        except OSError as problem:
+            error = file_error(problem)
+        except ValueError:
+            error = Cosmos3Error("the result cannot be read")
         with self._lock:
             job.completed = time.time()
             job.eta, job.position = None, None
@@ -243,7 +259,7 @@ class LiveJobs:
             metrics().failure(job.error["code"])
         try:
             self._keep(job)
-        except sqlite3.Error as problem:  # the clock tries again
+        except Cosmos3Error as problem:  # the clock tries again
             logger.error("the end of %s cannot be written: %s", job.id, problem)
         logger.info("%s %s after %.1f s", job.id, job.status, job.completed - job.created)
 
@@ -253,7 +269,7 @@ class LiveJobs:
             self._changed.discard(job.id)
         try:
             self.journal.save(job)
-        except sqlite3.Error:
+        except Cosmos3Error:
             with self._lock:
                 self._changed.add(job.id)
             raise
@@ -266,8 +282,10 @@ class LiveJobs:
         if self.closing:  # however the stage ended it
             job.error = dict(INTERRUPTED)
         else:
-            code = slug(error) if isinstance(error, Cosmos3Error) else "internal_error"
-            job.error = {"code": code, "message": str(error)}
+            if not isinstance(error, Cosmos3Error):
+                logger.error("%s failed", job.id, exc_info=error)
+                error = Cosmos3Error(SERVER_FAILED)
+            job.error = {"code": slug(error), "message": str(error)}
 
     def _complete(self, job: VideoJob, record: Mapping[str, Any]) -> None:
         assert job.completed is not None

@@ -74,8 +74,7 @@ class Service:
 
     async def start(self) -> None:
         """Record what earlier processes left unfinished, and start the clock."""
-        self.jobs.sweep()
-        self._clock.start()
+        await self._clock.start()
 
     async def drain(self) -> None:
         """Take nothing new and wait for what was accepted, as long as the options say."""
@@ -96,9 +95,11 @@ class Service:
 
         Raises:
             ApiError: the server is stopping, or the generator is not up.
+            DiskFull, StorageLost: jobs cannot be kept.
         """
         if self.draining:
             raise ApiError("draining", "the server is stopping", headers={"Retry-After": "30"})
+        self.journal.storage.check()
         status = self.stage.status(0)
         if status.state in ("starting", "failed"):
             raise ApiError("loading", self.reason(status), headers={"Retry-After": "10"})

@@ -11,6 +11,8 @@ from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, computed_field, field_serializer
 
+from vllm_cosmos3.errors import Cosmos3Error
+
 QUEUED: Final = "queued"
 RUNNING: Final = "in_progress"
 COMPLETED: Final = "completed"
@@ -19,6 +21,15 @@ ENDED = (COMPLETED, FAILED)
 
 T = TypeVar("T")
 Internal = Annotated[T, Field(exclude=True)]
+
+
+class UnreadableRecord(Cosmos3Error):
+    """The record of a video is damaged, or of a version that wrote it in another form."""
+
+    code = "not_found"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"the record of video {name!r} cannot be read; DELETE removes it")
 
 
 class ApiModel(BaseModel):
@@ -154,8 +165,15 @@ class VideoJob(ApiModel):
         return json.dumps({**self._unknown, **vars(self)})
 
     def public(self) -> dict[str, Any]:
-        """The video object of OpenAI's API, with our block ``cosmos3``."""
-        return self.model_dump()
+        """The video object of OpenAI's API, with our block ``cosmos3``.
+
+        Raises:
+            UnreadableRecord: it lacks what every video has, or has it in another form.
+        """
+        try:
+            return self.model_dump()
+        except (LookupError, TypeError, ValueError):
+            raise UnreadableRecord(self.id) from None
 
     @field_serializer("usage")
     def _usage(self, usage: dict[str, float]) -> Usage | None:

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from vllm_cosmos3.checkpoint.kinds import ACTION_MODES, KINDS
+from vllm_cosmos3.errors import Cosmos3Error
 from vllm_cosmos3.request.controls import CONTROL_GUIDANCE
 from vllm_cosmos3.request.defaults import DEFAULTS
 from vllm_cosmos3.request.embodiments import EMBODIMENTS
@@ -125,6 +126,10 @@ async def health_of(request: Request) -> Response:
         except Exception as error:  # noqa: BLE001 - vLLM's, and the answer is what it means
             report["surfaces"]["reasoner"] = "failed"
             return _unready("worker_lost", f"the reasoner is down: {error}", report)
+    try:
+        await loop.run_in_executor(HEALTH, service.journal.storage.check)
+    except Cosmos3Error as error:
+        return _unready(error.code, str(error), report)
     if service.draining:
         return _unready("draining", "the server is stopping", report)
     if service.stage.silent:

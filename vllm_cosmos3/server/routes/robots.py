@@ -219,8 +219,7 @@ async def _serve(socket: WebSocket, reply: str) -> None:
     """Let a robot in and serve it, or say why not."""
     state = socket.app.state
     if not state.cosmos3_keys.admit(socket.scope, BEARER, API_KEY):
-        response = refused("the Authorization header must be 'Bearer' or 'Api-Key' and an API key")
-        await socket.send_denial_response(response)
+        await socket.send_denial_response(refused("websocket"))
         return
     await socket.accept()
     service: Service | None = state.cosmos3

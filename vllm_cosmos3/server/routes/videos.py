@@ -270,7 +270,10 @@ async def _create(
         str(local.fields[name]): str(client_request.fields[name])
         for name in FILE_FIELDS & client_request.fields.keys()
     }
-    async with media_files(client_request, service.options) as (media, names):
+    async with media_files(client_request, service.options, service.journal.inputs) as (
+        media,
+        names,
+    ):
         for name, file in media.items():
             file_names[str(file)] = called(client_request.references[names.get(name, name)])
         places = {role: client_request.paths.get(name, name) for role, name in names.items()}
