@@ -24,6 +24,7 @@ from vllm_cosmos3.cli import serve_generator
 from vllm_cosmos3.cli.flags import add_server_flag, given
 from vllm_cosmos3.cli.versions import check_vllm
 from vllm_cosmos3.errors import CheckpointError, InvalidRequest
+from vllm_cosmos3.fetching import PRIVATE_MEDIA
 from vllm_cosmos3.reasoner.media.limits import (
     CONNECTOR,
     DEFAULT_FPS,
@@ -137,6 +138,9 @@ def run(args: argparse.Namespace) -> int:
     if folder is not None and _value_of("--load-format", args.rest) != "dummy":
         check_reasoner(folder)
     _check_port_is_free(args.host, args.port)
+    private = bool(values.get("allow_private_media"))  # for chat as well
+    if args.surface == "reasoner":
+        values.pop("allow_private_media", None)
     if args.surface == "both":
         if folder is None:
             weights = values.get("generator_load_format") != "dummy"
@@ -152,6 +156,7 @@ def run(args: argparse.Namespace) -> int:
     environment = (
         {"VLLM_PLUGINS": os.environ.get("VLLM_PLUGINS", PLUGIN)} if args.surface == "both" else {}
     )
+    environment |= {PRIVATE_MEDIA: "1"} if private else {}
     environment |= {FPS: f"{args.max_video_fps:g}", FRAMES: str(args.max_video_frames)}
     command = stock_command(args, folder)
     if not _chooses_how_to_read(args.rest):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.robots import droid
 from vllm_cosmos3.server.options import Options
+from vllm_cosmos3.server.storage import default_folder, former_default
 
 if TYPE_CHECKING:  # vLLM and the models, which --help should not wait for
     from vllm_cosmos3.server.app import Listen
@@ -115,6 +116,9 @@ def announce(service: Service, surface: str, url: str) -> None:
     if service.model.kind == droid.KIND:
         socket = url.replace("http", "ws", 1).removesuffix("/v1")
         lines["robots"] = f"{socket}/ or {socket}{robots.PATH}"
+    former = former_default()
+    if former is not None and options.storage == default_folder():
+        lines["results of earlier versions"] = f"in {former}; --storage-path {former} serves them"
     for name, value in lines.items():
         sys.stdout.write(f"vllm-cosmos3 serve: {name}: {value}\n")
     sys.stdout.flush()
