@@ -51,7 +51,7 @@ def add_flag(
     flags = (f"--{name.replace('_', '-')}", *also)
     text = f"{spec.help}{f' [{spec.unit}]' if spec.unit else ''}{_range(spec)}"
     if default is not None and default is not False and default != "":
-        number = isinstance(default, int | float)
+        number = isinstance(default, int | float) and default is not True
         text += f" (default: {f'{default:,.15g}' if number else default})"
     text = text.replace("%", "%%")
     if spec.kind == "bool":

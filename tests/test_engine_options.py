@@ -1,0 +1,119 @@
+"""Engine options: one table gives the arguments of Python, the flags, and what the server takes."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import pickle
+from pathlib import Path
+
+import pytest
+
+from vllm_cosmos3 import Cosmos3
+from vllm_cosmos3.cli.flags import add_engine_flags, given
+from vllm_cosmos3.engine_options import DEFAULTS, OPTIONS, EngineConfig, EngineOptions
+from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.server.options import OPTIONS as SERVER
+from vllm_cosmos3.server.options import from_mapping
+
+
+def test_cosmos3_takes_the_documented_arguments() -> None:
+    found = inspect.signature(Cosmos3).parameters
+    assert {name: parameter.default for name, parameter in found.items()} == {
+        "model": inspect.Parameter.empty,
+        "revision": None,
+        "dtype": "bfloat16",
+        "device": None,
+        "tensor_parallel_size": 1,
+        "cfg_parallel_size": 1,
+        "ulysses_degree": 1,
+        "vae_parallel": "halo",
+        "distributed_executor_backend": None,
+        "attention_backend": "auto",
+        "load_format": "auto",
+        "und_residency": "auto",
+        "enable_layerwise_offload": False,
+        "memory_limit": None,
+        "checkpoint_kind": None,
+    }
+    assert found["model"].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    assert found["dtype"].kind is inspect.Parameter.KEYWORD_ONLY
+    for name in OPTIONS:
+        assert f"    {name}: " in str(Cosmos3.__init__.__doc__)
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"dtype": "int8"}, "dtype is 'int8', must be one of bfloat16, float16, float32"),
+        ({"dtype": None}, "dtype is missing, must be one of bfloat16"),
+        ({"tensor_parallel_size": 0}, "must be an integer from 1 to 64"),
+        ({"tensor_parallel_size": "2"}, "tensor_parallel_size is '2', must be an integer"),
+        ({"cfg_parallel_size": 3}, "cfg_parallel_size is 3, must be an integer from 1 to 2"),
+        ({"memory_limit": 0}, "memory_limit is 0, must be a number above 0"),
+        ({"memory_limit": float("nan")}, "memory_limit is nan, must be a number above 0"),
+        ({"enable_layerwise_offload": 1}, "enable_layerwise_offload is 1, must be true or false"),
+        (
+            {"distributed_executor_backend": "slurm"},
+            "must be one of mp, ray, uni, external_launcher",
+        ),
+    ],
+)
+def test_an_option_that_cannot_be(option: dict[str, object], words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words):
+        EngineOptions("/", **option)
+
+
+def test_flags_give_what_python_takes() -> None:
+    parser = argparse.ArgumentParser()
+    add_engine_flags(parser, OPTIONS)
+    assert given(parser.parse_args([]), OPTIONS) == {}
+    flags = "--tp 2 --cfg 2 --ulysses-degree 4 --memory-limit 20.5 --enable-layerwise-offload"
+    assert given(parser.parse_args(flags.split()), OPTIONS) == {
+        "tensor_parallel_size": 2,
+        "cfg_parallel_size": 2,
+        "ulysses_degree": 4,
+        "memory_limit": 20.5,
+        "enable_layerwise_offload": True,
+    }
+
+
+def test_every_option_is_one_of_the_server_unless_vllm_has_it() -> None:
+    names = {option.server or name for name, option in OPTIONS.items() if option.server is not None}
+    assert names <= SERVER.keys()
+    assert {name for name, option in OPTIONS.items() if option.server is None} == {
+        "revision",
+        "device",
+    }
+    values = {
+        "generator_dtype": "float32",
+        "ulysses_degree": 2,
+        "generator_executor_backend": "ray",
+    }
+    assert from_mapping(values).engine == {
+        "dtype": "float32",
+        "ulysses_degree": 2,
+        "distributed_executor_backend": "ray",
+    }
+
+
+def test_the_server_takes_zero_and_nothing_for_what_is_not_set() -> None:
+    values = {"memory_limit": 0, "checkpoint_kind": ""}
+    assert from_mapping(values).engine == {"memory_limit": None, "checkpoint_kind": None}
+
+
+def test_the_server_starts_its_ranks_itself() -> None:
+    with pytest.raises(InvalidRequest, match="must be one of mp, ray, uni") as refused:
+        from_mapping({"generator_executor_backend": "external_launcher"})
+    assert refused.value.field == "generator_executor_backend"
+
+
+def test_a_rank_gets_the_folder_and_the_device_that_were_found() -> None:
+    options = EngineOptions("nvidia/Cosmos3-Nano", ulysses_degree=2, memory_limit=8)
+    config = options.on(Path("/checkpoint"), "cuda:0")
+    assert config == EngineConfig(
+        model=Path("/checkpoint"), device="cuda:0", ulysses_degree=2, memory_limit=8.0
+    )
+    assert config.parallel.world_size == 2
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert {name: getattr(EngineOptions("/"), name) for name in OPTIONS} == DEFAULTS
