@@ -171,15 +171,20 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 def default_negative(folder: Path, names: Sequence[str]) -> str:
     """The first of ``names`` in the checkpoint's ``assets/``, else the one of this package."""
-    for name in names:
-        file = folder / "assets" / name
-        if file.exists():
-            try:
-                return json.dumps(json.loads(file.read_text()))
-            except (OSError, ValueError) as error:
-                raise CheckpointError(f"{file} cannot be read: {error}") from None
-    own = resources.files("vllm_cosmos3").joinpath("data/negative_prompt.json")
-    return json.dumps(json.loads(own.read_text()))
+    file = negative_file(folder, names)
+    if file is None:
+        own = resources.files("vllm_cosmos3").joinpath("data/negative_prompt.json")
+        return json.dumps(json.loads(own.read_text()))
+    try:
+        return json.dumps(json.loads(file.read_text()))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from None
+
+
+def negative_file(folder: Path, names: Sequence[str]) -> Path | None:
+    """The first of ``names`` in the checkpoint's ``assets/``, None if there is none of them."""
+    files = (folder / "assets" / name for name in names)
+    return next((file for file in files if file.exists()), None)
 
 
 def json_object(prompt: str) -> dict[str, Any] | None:

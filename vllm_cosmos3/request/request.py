@@ -51,7 +51,7 @@ class GenerateRequest:
     negative_prompt: str | None = _field(
         kind="text",
         high=2**20,
-        help="what to avoid; omitted: the checkpoint's own for videos, none for images",
+        help="what to avoid; omitted: for videos that of the checkpoint, or else one of this package; none for images",
     )
     image: ImageSource | None = _field(  # noqa: RUF009
         kind="image", help="first frame of the video: a file, bytes, or an RGB picture"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from vllm_cosmos3.checkpoint.config import ModelConfig
+from vllm_cosmos3.request import prompts
+from vllm_cosmos3.request.defaults import DEFAULTS
 from vllm_cosmos3.request.request import SPECS
 
 # Fields that say the same in other words.
@@ -23,13 +25,15 @@ def sources(
 ) -> dict[str, str]:
     """The source of every field that has a value.
 
-    ``given`` are the names in the request. "default" is that of the mode or of the field, or what
-    follows from other fields and from the input.
+    ``given`` are the names in the request. "checkpoint" is what its files say, "default" that of the
+    mode or of the field, or what follows from other fields and from the input.
     """
     asked = set(given)
     for one, other in SPELLINGS:
         asked |= (other if asked & one else set()) | (one if asked & other else set())
-    checkpoint = {"negative_prompt"} if effective["negative_prompt"] else set()
+    mode = str(effective["mode"])
+    negative = DEFAULTS[mode].negative_prompts if mode in DEFAULTS else ()
+    checkpoint = {"negative_prompt"} if prompts.negative_file(model.path, negative) else set()
     if model.distilled:  # to these
         checkpoint |= {"num_inference_steps", "guidance_scale"}
     found = {
