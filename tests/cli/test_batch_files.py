@@ -178,7 +178,36 @@ def test_nothing_starts_while_a_record_is_invalid(
         lines, ("fsp is 1", "num_steps is 999", "vision_path is ", "enable_sound is 'yes'", "top_p is 7.0"), strict=True,
     ):  # fmt: skip
         assert words in line
+    refused = [f"batch_{index}" for index in range(1, 6)]
+    files = ("sample_args.json", "sample_outputs.json")
+    assert tree(file) == [f"{name}/{record}" for name in refused for record in files]
+    for name, line in zip(
+        ("batch_3", "batch_1", "batch_2", "batch_4", "batch_5"), lines, strict=True
+    ):
+        record = outputs(file, name)
+        assert (record["status"], record["outputs"]) == ("error", [])
+        assert line.endswith(record["message"])
+        assert record["args"]["name"] == name
+
+
+def test_a_record_that_is_refused_is_recorded_where_nothing_else_is(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "batch.json"
+    fast = {**FAST, "num_frames": 1, "num_steps": 1}
+    records = [{**fast, "name": "a"}, 7, {**fast, "name": "a", "fps": -1}, {**fast, "name": "../b"}]
+    text = json.dumps([*records, {**fast, "name": "é", "size": "63x64"}])
+    file.write_bytes(b"\xef\xbb\xbf" + text.encode())  # as Windows writes UTF-8
+    assert generate(tiny_checkpoint, file, "--dry-run") == 2
     assert not (tmp_path / "out").exists()
+    assert generate(tiny_checkpoint, file, "--keep-going") == 1
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a", "batch_1", "é"}
+    assert outputs(file, "a")["status"] == "success"
+    assert outputs(file, "batch_1")["args"] == {"name": "batch_1"}
+    assert outputs(file, "é")["message"].startswith(f"{file} record 5 (é): size is '63x64'")
+    file.write_text(json.dumps([{**fast, "name": "a", "fps": -1}]))  # it was made before
+    assert generate(tiny_checkpoint, file, "--resume") == 2
+    assert outputs(file, "a")["status"] == "error"
 
 
 def test_keep_going_past_invalid_and_failing_records(
@@ -188,6 +217,7 @@ def test_keep_going_past_invalid_and_failing_records(
     (tmp_path / "out" / "blocked" / "vision.mp4").mkdir(parents=True)  # cannot be written
     assert generate(tiny_checkpoint, file, "--keep-going") == 1
     assert outputs(file, "good")["status"] == "success"
+    assert "fps is 0" in outputs(file, "bad")["message"]
     failed = outputs(file, "blocked")
     assert (failed["status"], failed["outputs"]) == ("error", [])
     assert "directory" in failed["message"]

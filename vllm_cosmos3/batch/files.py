@@ -12,8 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_cosmos3.batch.records import Entry, Record, make_record, parse_json, placed
+from vllm_cosmos3.batch.records import (
+    Entry,
+    Record,
+    Refused,
+    folder_of,
+    make_record,
+    parse_json,
+    placed,
+)
 from vllm_cosmos3.errors import InvalidRequest
+
+Parser = Callable[[Path, str], Iterator[tuple[str, str, Any]]]
 
 # A prompt file may stand for its record; the caption of a picture implies one frame.
 CAPTIONS: dict[str, dict[str, Any]] = {
@@ -24,10 +34,15 @@ CAPTIONS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """The records of some files in their order, and what is wrong with the others."""
+    """The records of some files in their order, and the others with what is wrong with them."""
 
     records: tuple[Record, ...]
-    problems: tuple[InvalidRequest, ...]
+    refused: tuple[Refused, ...]
+
+    @property
+    def problems(self) -> tuple[InvalidRequest, ...]:
+        """What is wrong with the others."""
+        return tuple(refused.error for refused in self.refused)
 
 
 def read_batch(patterns: Sequence[str], overrides: Mapping[str, Any]) -> Batch:
@@ -37,19 +52,20 @@ def read_batch(patterns: Sequence[str], overrides: Mapping[str, Any]) -> Batch:
     file, its record and its field.
     """
     records: dict[str, Record] = {}
-    problems: list[InvalidRequest] = []
+    refused: list[Refused] = []
     for item in _entries(patterns):
-        if isinstance(item, InvalidRequest):
-            problems.append(item)
+        if isinstance(item, Refused):
+            refused.append(item)
             continue
         try:
             record = make_record(item, overrides)
             _check_names(record, records)
         except InvalidRequest as error:
-            problems.append(placed(item.where, error))
+            error = placed(item.where, error)
+            refused.append(Refused(name=folder_of(item), values=item.values, error=error))
         else:
             records[record.name] = record
-    return Batch(records=tuple(records.values()), problems=tuple(problems))
+    return Batch(records=tuple(records.values()), refused=tuple(refused))
 
 
 def _check_names(record: Record, before: Mapping[str, Record]) -> None:
@@ -61,27 +77,32 @@ def _check_names(record: Record, before: Mapping[str, Record]) -> None:
         raise InvalidRequest("continue_from", source, "the name of a record before this one")
 
 
-def _entries(patterns: Sequence[str]) -> Iterator[Entry | InvalidRequest]:
+def _entries(patterns: Sequence[str]) -> Iterator[Entry | Refused]:
     for file in _files(patterns):
-        if isinstance(file, InvalidRequest):
-            yield file
-            continue
-        parse = _PARSERS.get(file.suffix.lower())
-        if parse is None:
-            yield InvalidRequest("input", str(file), f"a file of type {', '.join(_PARSERS)}")
-            continue
         try:
-            text = file.read_text()
-        except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            yield InvalidRequest("input", str(file), f"a file that can be read ({reason})")
-        except UnicodeDecodeError as error:
-            yield InvalidRequest(
-                "input", str(file), f"UTF-8, which it is not at byte {error.start}"
-            )
+            if isinstance(file, InvalidRequest):
+                raise file
+            parse, text = _opened(file)
+        except InvalidRequest as error:
+            yield Refused(name=None, values={}, error=error)
         else:
             for where, name, value in parse(file, text):
                 yield _entry(file, where, name, value)
+
+
+def _opened(file: Path) -> tuple[Parser, str]:
+    """How to read a file, and its text."""
+    parse = _PARSERS.get(file.suffix.lower())
+    if parse is None:
+        raise InvalidRequest("input", str(file), f"a file of type {', '.join(_PARSERS)}")
+    try:
+        return parse, file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        possible = f"a file that can be read ({reason})"
+    except UnicodeDecodeError as error:
+        possible = f"UTF-8, which it is not at byte {error.start}"
+    raise InvalidRequest("input", str(file), possible)
 
 
 def _files(patterns: Sequence[str]) -> list[Path | InvalidRequest]:
@@ -98,9 +119,12 @@ def _files(patterns: Sequence[str]) -> list[Path | InvalidRequest]:
     return list(found)
 
 
-def _entry(file: Path, where: str, name: str, value: Any) -> Entry | InvalidRequest:
+def _entry(file: Path, where: str, name: str, value: Any) -> Entry | Refused:
     if not isinstance(value, Mapping):
-        return InvalidRequest(where, value, "an object with the fields of a record", "invalid_type")
+        possible = "an object with the fields of a record"
+        error = InvalidRequest(where, value, possible, "invalid_type")
+        named = Entry(where=where, folder=file.parent, name=name, values={})
+        return Refused(name=folder_of(named), values={}, error=error)
     for caption, fields in CAPTIONS.items():
         if caption in value and not value.keys() & {"prompt", "prompt_path", "model_mode"}:
             value = {"prompt": value, **fields}
@@ -143,7 +167,7 @@ def _one_or_list(file: Path, value: Any) -> Iterator[tuple[str, str, Any]]:
         yield f"{file} record {index + 1}", f"{file.stem}_{index}", item
 
 
-_PARSERS: dict[str, Callable[[Path, str], Iterator[tuple[str, str, Any]]]] = {
+_PARSERS: dict[str, Parser] = {
     ".json": _json,
     ".jsonl": _lines,
     ".yaml": _yaml,

@@ -97,6 +97,18 @@ class Record:
         return placed(self.where, error, self.names)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """A record, or a file of them, that cannot be served, and why.
+
+    ``name`` is that of the folder for its results, None where it has none of its own.
+    """
+
+    name: str | None
+    values: Mapping[str, Any]
+    error: InvalidRequest
+
+
 # What an item of a record means in our fields: from the entry, its value and the whole record.
 Reader = Callable[[Entry, Any, Mapping[str, Any]], dict[str, Any]]
 
@@ -149,6 +161,16 @@ def parse_json(text: str) -> Any:
         return f"not JSON: {error}"
     except RecursionError:
         return "not JSON: nested too deeply"
+
+
+def folder_of(entry: Entry) -> str | None:
+    """The folder for the results of an entry, None where its name cannot be one."""
+    name = entry.values.get("name") or entry.name
+    try:
+        check_name(OURS["name"].checked("name", name))
+    except InvalidRequest:
+        return None
+    return str(name)
 
 
 def check_name(name: str) -> None:
@@ -344,7 +366,7 @@ def _text_of(entry: Entry, name: str, value: Any) -> str:
     if is_url(path):
         raise InvalidRequest(name, value, "a file of this machine")
     try:
-        text = Path(path).read_text().strip()
+        text = Path(path).read_text(encoding="utf-8-sig").strip()
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise InvalidRequest(name, value, f"a file that can be read ({reason})") from None

@@ -12,7 +12,7 @@ import shutil
 import sys
 import traceback
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from http.client import HTTPException
@@ -24,7 +24,7 @@ import numpy as np
 
 from vllm_cosmos3 import media
 from vllm_cosmos3.batch.files import read_batch
-from vllm_cosmos3.batch.records import REASONER, Record, is_url
+from vllm_cosmos3.batch.records import REASONER, Record, Refused, is_url
 from vllm_cosmos3.cli.results import generate, sample_folder, write
 from vllm_cosmos3.cli.run_options import RunOptions, open_generator, open_reasoner, planner
 from vllm_cosmos3.cli.terminal import quiet_libraries
@@ -81,13 +81,15 @@ def run(options: RunOptions, overrides: Mapping[str, Any]) -> int:
     plan = planner(engine.model, engine.revision, engine.checkpoint_kind)
     with TemporaryDirectory(prefix="cosmos3-input-") as cache:
         samples, found = _checked(batch.records, plan, Downloads(Path(cache)), options)
-        problems = [*batch.problems, *found]
+        problems = [*batch.refused, *found]
         for problem in problems:
-            print(f"vllm-cosmos3 generate: {problem}", file=sys.stderr)
+            print(f"vllm-cosmos3 generate: {problem.error}", file=sys.stderr)
         if not samples and not problems:
             raise InvalidRequest(
                 "input", " ".join(options.inputs), "files with at least one record"
             )
+        if not options.dry_run:
+            _write_refused(problems, {sample.record.name for sample in samples}, options.out)
         if problems and not options.keep_going:
             return 2
         if options.dry_run:
@@ -162,10 +164,10 @@ def _checked(
     plan: Callable[[GenerateRequest], Plan],
     downloads: Downloads,
     options: RunOptions,
-) -> tuple[list[Sample], list[InvalidRequest]]:
-    """The records that can be served, and what is wrong with the others."""
+) -> tuple[list[Sample], list[Refused]]:
+    """The records that can be served, and the others with what is wrong with them."""
     samples: dict[str, Sample] = {}
-    problems: list[InvalidRequest] = []
+    refused: list[Refused] = []
     wanted = {record.continue_from for record in records}
     for record in records:
         upsampling = None
@@ -178,7 +180,8 @@ def _checked(
                 shown = asked if before is None else replace(asked, image=None)
                 upsampling = question_about(shown, effective, record.upsample)
         except InvalidRequest as error:
-            problems.append(record.placed(error))
+            error = record.placed(error)
+            refused.append(Refused(name=record.name, values=record.fields, error=error))
             continue
         urls = {name: value for name, value in record.fields.items() if is_url(value)}
         samples[record.name] = Sample(
@@ -190,7 +193,7 @@ def _checked(
             continued=record.name in wanted,
             upsampling=upsampling,
         )
-    return list(samples.values()), problems
+    return list(samples.values()), refused
 
 
 def _before(record: Record, samples: Mapping[str, Sample], options: RunOptions) -> Sample | None:
@@ -424,10 +427,21 @@ def _failures(sample: Sample, options: RunOptions) -> Iterator[list[Exception]]:
 
 def _record(sample: Sample, folder: Path, **values: Any) -> None:
     """The two JSON records of a sample that no picture was made for."""
-    arguments = dict(sample.effective)
+    said = {"warnings": list(sample.warnings), "digest": sample.digest}
+    _write_records(folder, dict(sample.effective), **values, **said)
+
+
+def _write_refused(refused: Sequence[Refused], served: Container[str], out: Path) -> None:
+    """The two JSON records of what is not even started, unless another record has the folder."""
+    for item in refused:
+        if item.name is not None and item.name not in served:
+            arguments = {"name": item.name, **item.values}
+            _write_records(sample_folder(out, item.name), arguments, message=str(item.error))
+
+
+def _write_records(folder: Path, arguments: Mapping[str, Any], **values: Any) -> None:
     (folder / ARGUMENTS).write_text(json.dumps(arguments, indent=2, default=str) + "\n")
     record = {"status": "error", "message": "", "args": arguments, "outputs": [], **values}
-    record |= {"warnings": list(sample.warnings), "digest": sample.digest}
     (folder / OUTPUTS).write_text(json.dumps(record, indent=2, default=str) + "\n")
 
 
