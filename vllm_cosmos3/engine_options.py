@@ -8,6 +8,7 @@ here, read where it has its effect.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,17 @@ class ParallelConfig:
     vae_parallel: str = "halo"  # "halo", "tile" or "off"
 
     @property
+    def degrees(self) -> dict[str, int]:
+        """Ranks along each axis of the mesh, from the slowest axis to the fastest."""
+        return {
+            "cfg": self.cfg_parallel_size,
+            "ulysses": self.ulysses_degree,
+            "tp": self.tensor_parallel_size,
+        }
+
+    @property
     def world_size(self) -> int:
-        return self.tensor_parallel_size * self.cfg_parallel_size * self.ulysses_degree
+        return math.prod(self.degrees.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,12 +174,8 @@ class EngineOptions:
 
     @property
     def parallel(self) -> ParallelConfig:
-        return ParallelConfig(
-            tensor_parallel_size=self.tensor_parallel_size,
-            cfg_parallel_size=self.cfg_parallel_size,
-            ulysses_degree=self.ulysses_degree,
-            vae_parallel=self.vae_parallel,
-        )
+        names = (item.name for item in dataclasses.fields(ParallelConfig))
+        return ParallelConfig(**{name: getattr(self, name) for name in names})
 
     def on(self, folder: Path, device: str) -> EngineConfig:
         """The same with the folder and the device that were found for them."""

@@ -8,7 +8,12 @@ from __future__ import annotations
 
 from vllm_cosmos3.checkpoint.config import VAEConfig
 
-TIME_AXIS = {"vision": 2, "sound": 1, "action": 0}  # of the latents of a stream
+TIME_AXIS = {"vision": 2, "sound": 1}  # of the latents of a stream; all others have it first
+
+
+def time_steps(name: str, shape: tuple[int, ...]) -> int:
+    """Positions on the time axis of a stream of latents of this ``shape``."""
+    return shape[TIME_AXIS.get(name, 0)]
 
 
 def latent_frames(frames: int, vae: VAEConfig) -> int:
@@ -42,4 +47,4 @@ def token_count(name: str, shape: tuple[int, ...], patch: int) -> int:
     if name == "vision":
         frames, rows, columns = patch_grid(shape, patch)
         return frames * rows * columns
-    return shape[TIME_AXIS[name]]
+    return time_steps(name, shape)

@@ -123,7 +123,7 @@ def table(
     """What a person reads, in GiB."""
     mesh, (_, shape) = engine.parallel, work.streams[0]
     ranks = f"{mesh.world_size} GPU{'s' if mesh.world_size > 1 else ''}"
-    degrees = f"{mesh.cfg_parallel_size} x {mesh.ulysses_degree} x {mesh.tensor_parallel_size}"
+    axes, degrees = (" x ".join(map(str, part)) for part in zip(*mesh.degrees.items(), strict=True))
     frames, scale = pixel_frames(shape[2], vae), vae.scale_factor_spatial
     rows = [
         *((f"weights: {part}", size) for part, size in memory.weights.items()),
@@ -135,7 +135,7 @@ def table(
         *((f"on the host: {part}", size) for part, size in memory.host.items()),
     ]
     return [
-        f"{name}, {engine.dtype}, on {ranks} (cfg x ulysses x tp: {degrees})",
+        f"{name}, {engine.dtype}, on {ranks} ({axes}: {degrees})",
         f"{shape[4] * scale}x{shape[3] * scale}, {frames} frames, text {' and '.join(map(str, work.text))}"
         f" tokens, text tower on the {engine.und_residency}",
         "",

@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, TypeVar
@@ -57,6 +57,11 @@ class Mesh:
     ulysses: Axis
     tp: Axis
     world: Axis
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """All of them, the world too."""
+        return tuple(getattr(self, item.name) for item in fields(self))
 
 
 def check_degrees(
@@ -140,8 +145,8 @@ def init_mesh(
     # memory would outlive a killed rank.
     tp.mq_broadcaster = None
     return Mesh(
-        cfg=_join("cfg", 0, parallel, local_rank, backend),
-        ulysses=_join("ulysses", 1, parallel, local_rank, backend),
+        cfg=_join("cfg", parallel, local_rank, backend),
+        ulysses=_join("ulysses", parallel, local_rank, backend),
         tp=_axis("tp", tp.world_size, tp.rank_in_group, tp.device_group),
         world=_axis("world", world.world_size, world.rank_in_group, world.device_group),
     )
@@ -162,8 +167,8 @@ def close_mesh(mesh: Mesh) -> None:
     """Leave all groups of ``mesh``, its world included. A new mesh can be made afterwards."""
     from vllm.distributed import parallel_state
 
-    for axis in (mesh.cfg, mesh.ulysses):
-        if axis.group is not None:
+    for axis in mesh.axes:
+        if axis.group is not None and axis not in (mesh.tp, mesh.world):  # which are vLLM's own
             dist.destroy_process_group(axis.group)
     parallel_state.destroy_model_parallel()
     parallel_state.destroy_distributed_environment()
@@ -267,11 +272,11 @@ def _check(field: str, value: int, legal: list[int], reason: str) -> None:
         raise InvalidRequest(field, value, f"{either} {reason}")
 
 
-def _join(name: str, dim: int, parallel: ParallelConfig, local_rank: int, backend: str) -> Axis:
-    """Make the groups along one dimension of the mesh and return this rank's."""
+def _join(name: str, parallel: ParallelConfig, local_rank: int, backend: str) -> Axis:
+    """Make the groups along one axis of the mesh and return this rank's."""
     from vllm.distributed.parallel_state import init_model_parallel_group
 
-    shape = (parallel.cfg_parallel_size, parallel.ulysses_degree, parallel.tensor_parallel_size)
+    shape, dim = tuple(parallel.degrees.values()), list(parallel.degrees).index(name)
     if shape[dim] == 1:
         return _axis(name, 1, 0, None)
     ranks = torch.arange(parallel.world_size).view(shape).movedim(dim, -1)

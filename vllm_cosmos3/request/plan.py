@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vllm_cosmos3.checkpoint.latents import TIME_AXIS
+from vllm_cosmos3.checkpoint.latents import time_steps
 from vllm_cosmos3.request.defaults import Parameters
 
 
@@ -54,7 +54,7 @@ class StreamPlan:
     @property
     def length(self) -> int:
         """Positions on the time axis."""
-        return self.shape[TIME_AXIS[self.name]]
+        return time_steps(self.name, self.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -97,16 +97,11 @@ def announce(service: Service, surface: str, url: str) -> None:
     from vllm_cosmos3.server.routes import robots
 
     options, parallel = service.options, service.sizing.engine.parallel
-    mesh = {
-        "tensor parallel": parallel.tensor_parallel_size,
-        "cfg parallel": parallel.cfg_parallel_size,
-        "ulysses": parallel.ulysses_degree,
-    }
     lines = {
         "models": ", ".join(service.names),
         "checkpoint": service.model.kind,
         "surface": surface,
-        "mesh": ", ".join(f"{name} {size}" for name, size in mesh.items()),
+        "mesh": ", ".join(f"{name} {size}" for name, size in parallel.degrees.items()),
         "memory": str(service.sizing),
         "queue": f"{options.max_queue} requests",
         "storage": str(options.storage),

@@ -163,7 +163,7 @@ class DiffusionWorker(WorkerBase):
 
     def ping(self, number: int, seconds: float) -> None:
         """Raise Cosmos3Error unless all ranks of every axis are at the same collective in time."""
-        for axis in (self._mesh.world, self._mesh.cfg, self._mesh.ulysses, self._mesh.tp):
+        for axis in self._mesh.axes:
             if not barrier(number, axis, self.device, seconds):
                 raise Cosmos3Error(f"the ranks of {axis.name} are out of step")
 

@@ -1,7 +1,7 @@
 """Modalities of the generation tower, a row each: how latents become tokens, and what comes of them.
 
-All that depends on what a stream of latents is stands in `MODALITIES`; the axis of time, which planning
-needs without torch, in `checkpoint.latents.TIME_AXIS`, and the planner says which streams a request has.
+All that depends on what a stream of latents is stands in `MODALITIES`; the planner says which streams a
+request has, and `checkpoint.latents` where an axis of time is not the first.
 
 Shapes: C channels, T positions in time, h x w latent pixels, S tokens, D values of a token.
 """
