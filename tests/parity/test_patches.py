@@ -37,7 +37,6 @@ from vllm.multimodal.processing import ProcessorInputs, TimingContext
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.plugin import ARCHITECTURE, register
 from vllm_cosmos3.reasoner.media import patches, video_loader
-from vllm_cosmos3.reasoner.media.video_reader import RECENT_SAMPLES, RecentSamples, VideoReader
 from vllm_cosmos3.reasoner.media.limits import PROCESSOR
 from vllm_cosmos3.reasoner.media.normalisation import normalise_pixels
 from vllm_cosmos3.reasoner.media.patches import (
@@ -46,6 +45,7 @@ from vllm_cosmos3.reasoner.media.patches import (
     size_after,
 )
 from vllm_cosmos3.reasoner.media.processing import check_frames
+from vllm_cosmos3.reasoner.media.video_reader import RECENT_SAMPLES, RecentSamples, VideoReader
 
 pytestmark = pytest.mark.parity
 

@@ -10,7 +10,6 @@ from transformers import Qwen2VLImageProcessor, Qwen3VLVideoProcessor
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.reasoner.media.processing import check_frames, check_options, check_size
 
-
 # Options of transformers' processors that end the engine, or that nothing here would follow.
 NO_OPTIONS = [
     "input_data_format",

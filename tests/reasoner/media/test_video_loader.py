@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from media_files import clip, encoded, picture, png
+from media_files import clip, picture, png
 from vllm.multimodal.video import Qwen3VLVideoBackend
 
 from vllm_cosmos3.errors import InvalidRequest
