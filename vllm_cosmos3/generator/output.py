@@ -1,4 +1,4 @@
-"""What comes back: pixels, sound and latents of each result, with the record of how they were made.
+"""Output of a request: pixels, sound and latents of each result, and the record of how they were made.
 
 All arrays are numpy, on the host. `Progress` is what callbacks get while a request runs.
 """

@@ -63,7 +63,7 @@ class Conditioning:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class RequestState:
-    """All there is about one request in flight. ``index`` counts steps over all its samples."""
+    """State of one request in flight. ``index`` counts steps over all its samples."""
 
     plan: Plan
     reservation: Reservation
@@ -211,7 +211,7 @@ class Pipeline:
         )
 
     def _known(self, stream: StreamPlan, taken: Tensor | None = None) -> Conditioning:
-        """What is given of a stream: by its source, or the pixels ``taken`` from elsewhere."""
+        """The given part of a stream: by its source, or the pixels ``taken`` from elsewhere."""
         modality = MODALITIES[stream.name]
         clean = torch.zeros(stream.shape, device=self.device)
         if modality.given_as_latents:
@@ -396,7 +396,7 @@ def _shapes(planned: Sequence[StreamPlan]) -> dict[str, tuple[int, ...]]:
 
 
 def _read(plan: Plan, latents: dict[str, Tensor]) -> dict[str, Any]:
-    """What latents are an output themselves, by modality."""
+    """Outputs that are latents themselves, by modality."""
     read = ((name, MODALITIES[name].read(plan, x)) for name, x in latents.items())
     return {name: made for name, made in read if made is not None}
 

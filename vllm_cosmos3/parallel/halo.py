@@ -1,4 +1,4 @@
-"""How a plane of positions is divided among ranks: exact strips, or overlapping tiles.
+"""Division of a plane of positions among ranks: exact strips, or overlapping tiles.
 
 `divide` is the whole plan: the parts of the plane that this rank computes, each with the weight of
 its positions in the sum over all ranks. A strip is exact because a convolution asks its neighbours
@@ -83,7 +83,7 @@ class Strips:
         return out
 
     def added(self, rows: int) -> int:
-        """How many of ``rows`` beyond a border `surround` adds: none where nothing is divided."""
+        """The number of ``rows`` beyond a border that `surround` adds: none where nothing is divided."""
         return rows if self.axis.size > 1 else 0
 
     def padding(self, margin: int) -> tuple[int, int]:

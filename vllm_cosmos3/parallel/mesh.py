@@ -51,7 +51,7 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """Where this process stands. ``world`` holds all ranks, the others one line each through it."""
+    """Position of this process. ``world`` holds all ranks, the others one line each through it."""
 
     cfg: Axis
     ulysses: Axis
@@ -301,7 +301,7 @@ def _unlink_shared_memory(prefix: str) -> None:
 
 @functools.cache
 def _layer_config(tensor_parallel_size: int) -> VllmConfig:
-    """What vLLM's layers read when they are constructed: eager, with vLLM's own kernels."""
+    """Configuration that vLLM's layers read when they are constructed: eager, with vLLM's own kernels."""
     from vllm.config import (
         CompilationConfig,
         CompilationMode,

@@ -1,4 +1,4 @@
-"""The client of the stage: starts its process, submits requests to it and hears how they go.
+"""The client of the stage: starts its process, submits requests to it and follows them.
 
 Safe to use from several threads. If the process ends, what it was serving fails with WorkerDied and
 a new one is started, until ``close``.
@@ -77,8 +77,8 @@ class StageJob:
         self.overdue = math.inf if deadline is None else time.monotonic() + deadline + GRACE_SECONDS
         self.future: Future[Any] = Future()
         self.future.set_running_or_notify_cancel()  # it is ended by the stage alone
-        self.position: int | None = None  # in the queue, as last heard
-        self.progress: Progress | None = None  # as last heard
+        self.position: int | None = None  # in the queue, by its last message
+        self.progress: Progress | None = None  # by its last message
         self._cancel = cancel
         self._report = report
         self._raised: BaseException | None = None  # by report
@@ -238,7 +238,7 @@ class StageClient:
         return self._status.state == "ready" and self.last_sign_of_life() > SILENT_SECONDS
 
     def status(self, timeout: float = 10.0) -> Status:
-        """How the stage is. While its process does not answer, the last thing heard of it."""
+        """Status of the stage. While its process does not answer, the last that it sent."""
         with self._changed:
             if self._error is None and not self._closing and not self.silent:
                 answered = self._answered

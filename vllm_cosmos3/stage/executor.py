@@ -128,7 +128,7 @@ class StageExecutor:
         raise first.error
 
     def consensus(self, error: Cosmos3Error | None) -> Cosmos3Error | None:
-        """What the first of the ranks has to report that has failed outside of a call.
+        """Failure consensus: the error of the first of the ranks that has failed outside of a call.
 
         All ranks that a launcher has started come here between the same two calls.
 

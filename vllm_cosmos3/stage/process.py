@@ -124,7 +124,7 @@ class Status:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What the parent sends on standard input."""
+    """Configuration of a stage process, which its parent sends on standard input."""
 
     stage: StageConfig
     queue: QueueConfig
@@ -337,7 +337,7 @@ class StageCore:
             self._fail(job, error)
 
     def _spool(self, job: JobState) -> Path:
-        """Where rank 0 leaves the result of a request."""
+        """File in which rank 0 leaves the result of a request."""
         return self._setup.folder / job.request.job
 
     def _fail(self, job: JobState, error: Cosmos3Error) -> None:
@@ -364,7 +364,7 @@ class StageCore:
         self._end_waiting()
 
     def _give_sign_of_life(self) -> None:
-        if self._setup.stage.backend != "uni":  # whose rank is in this process and tells itself
+        if self._setup.stage.backend != "uni":  # whose rank is in this process and has its own
             with suppress(OSError):  # a full disk, or the folder went with the parent
                 self._heartbeat.beat()
 
@@ -454,7 +454,7 @@ class StageCore:
 
 
 def address(folder: Path) -> str:
-    """Where the stage that works in ``folder`` is reached."""
+    """Address of the stage that works in ``folder``."""
     return f"ipc://{folder}/stage"
 
 

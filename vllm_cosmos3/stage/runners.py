@@ -1,4 +1,4 @@
-"""Where requests run: in this process, in this process as one rank of several, or in a stage.
+"""Runners of requests: in this process, in this process as one rank of several, or in a stage.
 
 All runners take the plan of a request and give its output. Which one is a question of the mesh and
 of who starts the ranks; nothing above has to know.
@@ -42,7 +42,7 @@ class Runner(Protocol):
     ) -> Output: ...
 
     def raising_together(self, what: str) -> AbstractContextManager[object]:
-        """What is raised inside on one rank is raised on all, which the caller is a rank of."""
+        """A block in which all ranks, of which the caller may be one, raise what one of them raises."""
 
     def close(self) -> None: ...
 
@@ -154,12 +154,12 @@ class LauncherRunner:
         def call(method: str, *args: Any) -> Any:
             return self._executor.call(method, "request", *args)[rank]
 
-        def tell(progress: Progress) -> None:
+        def report_together(progress: Progress) -> None:
             with self.raising_together("progress"):
                 report(progress)
 
         try:
-            output = _run_calls(call, plan, tell, Event(), clip)
+            output = _run_calls(call, plan, report_together, Event(), clip)
         except BaseException:
             if self._executor.healthy:
                 call("drop")

@@ -1,4 +1,4 @@
-"""Which request is served next: a bounded queue, a few residents, and fair turns between them.
+"""Scheduler of requests: a bounded queue, a few residents, and fair turns between them.
 
 Pure bookkeeping: no clock, no process. A resident has its state on the ranks and takes turns, one
 call each. Seconds are estimates of a request's whole work where nothing else is said.
@@ -15,7 +15,7 @@ POLICIES = ("short-first", "fifo")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueConfig:
-    """How requests wait.
+    """Policy and bounds of the queue.
 
     "fifo" serves one after the other. "short-first" lets one long request and others of at most
     ``short_seconds`` of work be resident together: waiting short ones come first, the shortest
@@ -117,7 +117,7 @@ class Scheduler:
         self.resident = [entry for entry in self.resident if entry.name != name]
 
     def position(self, name: str) -> int:
-        """How many requests were before it in the queue; 0 for the first and for residents."""
+        """The number of requests before it in the queue; 0 for the first and for residents."""
         names = [entry.name for entry in self.waiting]
         return names.index(name) if name in names else 0
 

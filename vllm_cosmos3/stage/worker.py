@@ -33,7 +33,7 @@ from vllm_cosmos3.stage.heartbeat import Heartbeat
 
 
 class Stage(Protocol):
-    """What a rank runs. ``load`` makes it; the others are called for one request after another.
+    """Interface of what a rank runs. ``load`` makes it; the others are called for one request after another.
 
     ``encode`` makes the state of a request from its plan, which says in ``steps`` how often
     ``step`` follows; then ``decode``, then ``finish``, whose value on rank 0 is the result, which ``save(path)`` writes to files. What
@@ -54,7 +54,7 @@ class Stage(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageConfig:
-    """What is run on which ranks. ``stage`` is "module:Class" of a `Stage`.
+    """Configuration of a stage: what is run on which ranks. ``stage`` is "module:Class" of a `Stage`.
 
     ``backend`` is a name that vLLM's ParallelConfig.distributed_executor_backend knows: "mp" for
     local processes, "uni" for the calling process, "ray", "external_launcher" under torchrun.

@@ -1,4 +1,4 @@
-"""How much device memory one rank needs, from the configuration alone: no weight, no device.
+"""Device memory of one rank, estimated from the configuration alone: no weight, no device.
 
 Bytes are those that torch's allocator hands out at the same time. On a GPU come on top: the CUDA
 context, workspaces of cuBLAS, cuDNN and NCCL, and what fragmentation wastes. `RESERVE` stands for

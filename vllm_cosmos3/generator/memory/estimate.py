@@ -30,7 +30,7 @@ OTHER_ATTENTION_BYTES = FLOAT32  # of a query head: the logarithm of its sum
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What a request comes to, in sizes.
+    """Sizes of the work of one request.
 
     ``streams`` are names and latent shapes, ``text`` the tokens of each text, ``sources`` the frames,
     height and width of what is encoded for known frames. ``chunks`` are made one after the other,
@@ -69,7 +69,7 @@ class MemoryEstimate:
 
     @property
     def request(self) -> int:
-        """What one request needs beside the weights."""
+        """Bytes of one request beside the weights."""
         return max(self.phases.values())
 
     @property
@@ -79,7 +79,7 @@ class MemoryEstimate:
 
     @property
     def needed(self) -> int:
-        """What a device must have."""
+        """Bytes that a device must have."""
         return self.peak + self.reserve
 
 

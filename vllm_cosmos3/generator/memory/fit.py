@@ -1,4 +1,4 @@
-"""Whether work fits into so many bytes of a device, and what would make it fit."""
+"""Fit of work into the memory of a device, and the options that would make it fit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOST_SUGGESTIONS = 4
 def resolve_residency(
     model: ModelConfig, engine: EngineConfig, work: Work, limit: int | None
 ) -> EngineConfig:
-    """``engine`` with the residency "auto" settled: the host only if ``work`` would not fit otherwise.
+    """``engine`` with the residency "auto" resolved: the host only if ``work`` would not fit otherwise.
 
     ``limit`` are the bytes of one device, or None where memory is no question.
     """

@@ -1,4 +1,4 @@
-"""Which requests a rank has promised memory, and whether there is room for one more.
+"""Reservations of memory on one rank: requests in flight, and the room for one more.
 
 A request is refused before its first allocation, on all ranks or on none: what counts is the room of
 the fullest one. Later estimates can still be wrong, and an error of the allocator then ends that

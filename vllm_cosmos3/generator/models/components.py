@@ -23,7 +23,7 @@ class Component:
 
 
 def components(model: ModelConfig) -> Iterator[Component]:
-    """What `loading.load_models` reads."""
+    """Components that `loading.load_models` reads."""
     transformer, vae = transformer_tensors(model.transformer), vae_tensors(model.vae)
     yield Component(folder="transformer", shapes=transformer, table=weight_table(model.transformer))
     yield Component(folder="vae", shapes=vae, table=identity_table(vae))
@@ -39,7 +39,7 @@ def decoder_component(decoder: LatentDecoder, model: ModelConfig) -> Component:
 
 
 def loaded_values(model: ModelConfig) -> int:
-    """How many values that are."""
+    """Number of values in all of them."""
     return sum(math.prod(part.shapes[name]) for part in components(model) for name in part.table)
 
 

@@ -1,4 +1,4 @@
-"""Texts read lately: their keys and values, for the next request with the same words.
+"""Cache of the keys and values of recent texts, for the next request with the same words.
 
 The negative prompt is the same for most requests, and a prompt for several seeds or sizes.
 """

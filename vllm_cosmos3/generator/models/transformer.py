@@ -78,7 +78,7 @@ class Rope:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TextKV:
-    """What the generation tower needs of a text, by layer: keys and values of this rank's heads.
+    """Keys and values of a text by layer, of this rank's heads, to which generation tokens attend.
 
     Each layer is one tensor [S, 2, h, D]: the keys, normed and rotated, and the values.
     """
@@ -387,7 +387,7 @@ def rotate(x_SHD: Tensor, rope: Rope) -> Tensor:
 
 
 def weight_table(config: TransformerConfig) -> dict[str, Target]:
-    """Where the tensors of ``transformer/`` go. What is not listed here is not needed."""
+    """Parameters that the tensors of ``transformer/`` fill. Tensors not listed here are not needed."""
     outer = _OUTER | adapter_weights(config)
     table = {name: Target(parameter) for name, parameter in outer.items()}
     last = config.num_hidden_layers - 1

@@ -34,7 +34,7 @@ def vision_positions(
 ) -> Tensor:
     """[3, frames * rows * columns] of a latent video's patches, time-major; ``fps`` of its pixels.
 
-    Rows and columns count from 0 in every item.
+    Rows and columns count from 0 in every stream.
     """
     time = _times(frames, start, fps / TEMPORAL_COMPRESSION, TEMPORAL_COMPRESSION, 0, config)
     row = torch.arange(rows, dtype=torch.float32)
@@ -60,7 +60,7 @@ def action_positions(
 
 
 def next_start(positions: Tensor) -> float:
-    """Where an item begins that does not share the positions of the item before it."""
+    """Start of a stream that does not share the positions of the stream before it."""
     return float(math.ceil(float(positions.max())) + 1)
 
 

@@ -1,4 +1,4 @@
-"""Noise schedules: which noise levels a request visits, and the timesteps the transformer is told.
+"""Noise schedules: the noise levels that a request visits, and their timesteps for the transformer.
 
 A schedule is two lists of numbers. Solvers use the noise levels (sigmas) in full precision and are
 indexed by a step counter; the integer timesteps are for the transformer alone, because from about
@@ -22,7 +22,7 @@ TRAIN_TIMESTEPS = 1000  # a timestep is a noise level in thousandths
 class Schedule:
     """``sigmas``: n + 1 descending noise levels in [0, 1], the last one 0; float32 values.
 
-    ``timesteps``: n numbers in [0, 1000], what the transformer is told at each step.
+    ``timesteps``: n numbers in [0, 1000], the transformer's condition at each step.
     """
 
     sigmas: tuple[float, ...]

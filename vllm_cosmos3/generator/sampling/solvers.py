@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SolverState:
-    """What a multistep solver remembers of the steps before. One-step solvers leave it empty."""
+    """Memory of a multistep solver: what it keeps of the steps before. One-step solvers leave it empty."""
 
     estimates: tuple[Tensor, ...] = ()  # of the clean sample, newest first, at most two
     corrected: Tensor | None = None  # the sample the last step started from
