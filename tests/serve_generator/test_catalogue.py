@@ -254,7 +254,7 @@ ROWS = [
     Row(number=76, status=400, code="unsupported", param="num_outputs_per_prompt", send=form(num_outputs_per_prompt=2)),
     Row(number=77, status=400, code="invalid_value", param="n", **image(n=11)),
     Row(number=77, status=400, code="invalid_value", param="n", **image(n=0)),
-    Row(number=79, status=400, code="unsupported", param="response_format", **image(response_format="url")),
+    Row(number=79, status=200, **image(response_format="url")),
     Row(number=80, status=400, code="invalid_value", param="output_format", **image(output_format="gif")),
     Row(number=81, status=400, code="unsupported", param="stream", **image(stream=True)),
     Row(number=82, status=415, code="unsupported_media_type", path=IMAGES, send=form()),
@@ -484,6 +484,26 @@ def test_form_fields_and_json_make_the_same_pixels(generator_server: Server) -> 
     firsts = [read_video(answer, frames=1) for answer in answers]
     assert (firsts[0] == firsts[1]).all()
     assert np.abs(firsts[0].astype(float) - firsts[2]).mean() > 2
+
+
+@pytest.mark.parametrize("form", ["png", "jpeg", "webp"])
+def test_pictures_at_urls(form: str, generator_server: Server) -> None:
+    """They stay, and are deleted, as videos are."""
+    send = image(n=2, response_format="url", output_format=form)["send"]
+    answer = httpx.post(f"{generator_server.url}{IMAGES}", **send, timeout=60).json()
+    urls = [each["url"] for each in answer["data"]]
+    assert len(set(urls)) == 2
+    for url in urls:
+        got = httpx.get(url)
+        assert (got.status_code, got.headers["content-type"]) == (200, f"image/{form}")
+        assert np.asarray(Image.open(io.BytesIO(got.content))).shape == (64, 64, 3)
+        assert httpx.head(url).status_code == 200
+    folder, _, _ = urls[0].rpartition("/")
+    for name in ("9.png", "record.json", "..%2Frecord.json", "0.gif"):
+        assert httpx.get(f"{folder}/{name}").status_code in (404, 410)
+    job = folder.rpartition("/")[2]
+    assert httpx.delete(f"{generator_server.url}{VIDEOS}/{job}").status_code == 200
+    assert httpx.get(urls[0]).status_code == 404
 
 
 def test_compressed_pictures(generator_server: Server) -> None:

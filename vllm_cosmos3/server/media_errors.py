@@ -32,6 +32,7 @@ _SAID = (  # what the errors of libraries say, and what is wrong then
     (r"No module named 'torchcodec'", "media_io_kwargs.video.backend must be installed here"),
     (r"could be decompression bomb", _URL),
     (r"\[Errno \d+\] (No such file|Is a directory|Permission denied)", _URL),
+    (r"Cannot load local files|must be a subpath of the allowed local media path", _URL),
     (r"Cannot connect to host|^\d{3}, message=", _URL),
 )
 

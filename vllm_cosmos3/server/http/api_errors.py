@@ -117,6 +117,11 @@ def error_response(error: Cosmos3Error, status: int | None = None) -> JSONRespon
     status = status or status_of(slug(error))
     if status == HTTPStatus.TOO_MANY_REQUESTS or status == HTTPStatus.SERVICE_UNAVAILABLE:
         headers = {"Retry-After": "5", **headers}
+    if status == HTTPStatus.NOT_IMPLEMENTED:
+        headers = {
+            "x-should-retry": "false",
+            **headers,
+        }  # OpenAI's clients repeat what fails with 5xx
     return JSONResponse(envelope(error), status, headers)
 
 

@@ -14,7 +14,13 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from vllm_cosmos3.errors import cut
 from vllm_cosmos3.server.http.api_errors import ApiError
-from vllm_cosmos3.server.http.request_fields import FormText, nested, parse_json, parse_urlencoded
+from vllm_cosmos3.server.http.request_fields import (
+    FormText,
+    is_media,
+    nested,
+    parse_json,
+    parse_urlencoded,
+)
 from vllm_cosmos3.server.options import Options
 
 JSON, URLENCODED, MULTIPART = KINDS = (
@@ -22,6 +28,7 @@ JSON, URLENCODED, MULTIPART = KINDS = (
     "application/x-www-form-urlencoded",
     "multipart/form-data",
 )
+FILE_TYPES = (b"image/", b"video/", b"application/octet-stream")
 MAX_TEXT = 4 * 2**20  # bytes that are no media: to read them holds all other requests up
 MAX_COMMAS = 2**19  # in them, as long lists take longer than texts
 LEAST_RATE = 1000  # bytes per second, on average after the first --upload-idle seconds
@@ -139,9 +146,20 @@ class Text:
 
 
 class _Parser(MultiPartParser):
-    """Knows whether it has seen the end, which a broken connection or a proxy may cut off."""
+    """Knows whether it has seen the end, which a broken connection or a proxy may cut off.
+
+    A part of a media type is a file, also where its sender gives it no file name.
+    """
 
     complete = False
+
+    def on_headers_finished(self) -> None:
+        part = self._current_part
+        kind = dict(part.item_headers).get(b"content-type", b"").strip().lower()
+        place = part.content_disposition or b""
+        if kind.startswith(FILE_TYPES) and b"filename" not in place:
+            part.content_disposition = place + b'; filename=""'
+        super().on_headers_finished()
 
     def on_end(self) -> None:
         self.complete = True
@@ -189,12 +207,22 @@ def _fields(items: list[tuple[str, UploadFile | str]]) -> dict[str, Any]:
         text.add(name.encode("latin-1"))
         shown = _utf8(name, "the name of a field")
         if isinstance(value, UploadFile):
-            value.filename = (value.filename or "").encode("latin-1").decode(errors="replace")
-            pairs.append((shown, value))
-            continue
-        for piece in _pieces(b'"%s"' % value.encode("latin-1")):
+            if not value.filename and not value.size:
+                value.file.close()
+                continue  # a browser's, where nobody chose a file
+            if is_media(shown):
+                value.filename = (value.filename or "").encode("latin-1").decode(errors="replace")
+                pairs.append((shown, value))
+                continue
+            # Text and JSON that came as a file part, as browsers send a Blob.
+            value.file.seek(0)
+            data = value.file.read(MAX_TEXT + 1)
+            value.file.close()
+        else:
+            data = value.encode("latin-1")
+        for piece in _pieces(b'"%s"' % data):
             text.add(piece)
-        pairs.append((shown, FormText(_utf8(value, cut(shown)))))
+        pairs.append((shown, FormText(_utf8(data.decode("latin-1"), cut(shown)))))
     return nested(pairs)
 
 
@@ -206,5 +234,5 @@ def _utf8(text: str, what: str) -> str:
     try:
         return text.encode("latin-1").decode()
     except UnicodeDecodeError as error:
-        message = f"{what} is not UTF-8 at byte {error.start}"
+        message = f"{what} is not UTF-8 at byte {error.start}; a file has a name or a media type"
         raise ApiError("invalid_value", message) from None

@@ -32,7 +32,7 @@ from vllm_cosmos3.server.http.request_fields import ClientRequest
 from vllm_cosmos3.server.options import Options
 
 URLS = ("image_url", "video_url", "url")  # of a reference that is an object
-SHOWN = 100  # letters of a name or a URL in messages and records
+SHOWN = 100  # characters of a name or a URL in messages and records
 FILE_FIELDS = {"action_path", "action_stats_path"}  # of the validator, which opens them by name
 SCHEMES = "an uploaded file, or a URL of http, https, data or (where allowed) file"
 
@@ -128,7 +128,8 @@ def _data(name: str, url: str) -> bytes:
         if not comma:
             raise ValueError("it has no comma")
         if header.endswith(";base64"):
-            return base64.b64decode(payload, validate=True)
+            lines = unquote_to_bytes("".join(payload.split()))  # as MIME encoders break them
+            return base64.b64decode(lines, validate=True)
         return unquote_to_bytes(payload)
     except (ValueError, binascii.Error) as error:
         raise InvalidRequest(name, url, f"a complete data URL ({error})", "invalid_media") from None
@@ -196,10 +197,11 @@ def _kind(name: str, shown: str, file: Path) -> str:
         raise InvalidRequest(name, "empty", "a picture or a video", "invalid_media")
     try:
         with Image.open(file, formats=IMAGE_FORMATS) as image:
-            return "video" if _moves(image) else "image"
+            # A second picture elsewhere is a preview, a page, or not read as a clip.
+            return "video" if image.format == "GIF" and _moves(image) else "image"
     except Image.DecompressionBombError:
         return "image"  # which the validator refuses with the limit
-    except (OSError, ValueError, SyntaxError):
+    except media.DAMAGED:
         pass
     try:
         next(media.frames_of(file, limit=1, field=name))

@@ -8,6 +8,7 @@ what does not is left as it is for the validator to refuse.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -43,6 +44,8 @@ REFERENCES = (
     "image",
     "video",
 )
+MEDIA_FIELDS = {*REFERENCES, *HINTS, control_fields.PAIR[0]}
+STRUCTURED = ("prompt", "negative_prompt")  # may be an object in JSON, as in batch files
 # What is about the answer and not about the picture.
 SERVER_FIELDS: dict[str, Spec] = {
     "model": Spec(kind="text", help="a served model name"),
@@ -58,7 +61,7 @@ SERVER_FIELDS: dict[str, Spec] = {
     ),
     "truncate_prompt": Spec(kind="bool", help="false refuses prompts that would be cut"),
     "response_format": Spec(
-        kind="choice", choices=("b64_json", "file", "url"), help="of images: base64 or the file"
+        kind="choice", choices=("b64_json", "file", "url"), help="of images: base64, the file itself, or a URL of it"
     ),
     "output_format": Spec(
         kind="choice", choices=("png", "jpeg", "jpg", "webp"), help="of images"
@@ -74,6 +77,15 @@ IGNORED = {
     "return_stage_metrics", "bot_task", "generator_device", "vae_use_slicing", "vae_use_tiling",
     "true_cfg_scale", "guidance_scale_2", "boundary_ratio", "input_fidelity",
 }  # fmt: skip
+NOTHING: tuple[Any, ...] = (
+    False,
+    0,
+    "",
+    "false",
+    "0",
+    [],
+    {},
+)  # what OpenAI's defaults say, written out
 UNSUPPORTED = {
     "stream": "left out: GET /v1/videos/{id}/events streams the progress of a video",
     "partial_images": "left out: GET /v1/videos/{id}/events streams the progress of a video",
@@ -89,6 +101,11 @@ UNSUPPORTED = {
 
 
 _ITEMS = {"ints": "int", "pair": "float", "numbers": "float", "rows": "numbers"}
+
+
+def is_media(name: str) -> bool:
+    """Whether a form field of this name, which may have brackets, is a picture or a clip."""
+    return not MEDIA_FIELDS.isdisjoint(re.split(r"[\[\]]+", name))
 
 
 class FormText(str):
@@ -251,8 +268,8 @@ class _Translation:
         self._control_pair[name] = path, value
 
     def unsupported(self, path: str, name: str, value: Any) -> None:
-        """What other servers do; false and nothing are fine."""
-        if value is not False and value not in ("false", ""):
+        """What other servers do; to ask for none of it is fine."""
+        if value not in NOTHING:
             raise InvalidRequest(path, value, UNSUPPORTED[name], "unsupported")
 
     def of_server(self, path: str, name: str, value: Any) -> None:
@@ -275,6 +292,8 @@ class _Translation:
         """A field of the request itself."""
         if name == "size" and value == "auto":
             return
+        if name in STRUCTURED and isinstance(value, Mapping):
+            value = json.dumps(value, separators=(",", ":"))
         # OpenAI's clients write seconds as text in JSON too.
         text = FormText(value) if name == "seconds" and isinstance(value, str) else value
         self._put(self._fields, name, _typed(text, SPECS[name].kind), path)

@@ -132,7 +132,7 @@ class Admission:
             plan = await self._with_prompts(draft, upsampled)
             report = await self.judge(upsampled)
         job = VideoJob(
-            id=f"video_{uuid.uuid4().hex}",
+            id=f"{'image' if submission.kind == 'image' else 'video'}_{uuid.uuid4().hex}",
             kind=submission.kind,
             model=self._names[0],
             prompt=request.fields.get("prompt") or "",

@@ -16,7 +16,9 @@ from vllm_cosmos3.server.http.request_fields import (
     IGNORED,
     IMAGE_ONLY,
     NESTED,
+    NOTHING,
     SERVER_FIELDS,
+    STRUCTURED,
     UNSUPPORTED,
     VIDEO_ONLY,
 )
@@ -131,6 +133,8 @@ def _object(names: Set[str], server: Set[str], **changes: Schema) -> Schema:
     for name, change in changes.items():
         fields[name] |= change
     fields["prompt"]["description"] += "; it or prompt_token_ids is needed"
+    for name in STRUCTURED:
+        fields[name]["type"] += ["object"]
     if "seconds" in fields:  # which OpenAI's clients write as text
         fields["seconds"]["type"] += ["string"]
     for name, meant in ALIASES.items():
@@ -142,7 +146,7 @@ def _object(names: Set[str], server: Set[str], **changes: Schema) -> Schema:
     for name in sorted(IGNORED):
         fields[name] = {"description": "accepted with a warning: it has no effect on this model"}
     for name, possible in UNSUPPORTED.items():
-        fields[name] = {"enum": [False, "false", "", None], "description": f"must be {possible}"}
+        fields[name] = {"enum": [*NOTHING, None], "description": f"must be {possible}"}
     return {"type": "object", "properties": fields, "additionalProperties": False}
 
 

@@ -36,8 +36,11 @@ class VideoDeleted(ApiModel):
 class Picture(ApiModel):
     """A picture."""
 
-    b64_json: str | None = Field(description="the file in base64")
-    url: str | None = Field(description="null")
+    b64_json: str | None = Field(description="the file in base64, unless response_format is url")
+    url: str | None = Field(
+        description="where the file is, with response_format=url; like videos it asks for a key, is kept"
+        " for --file-ttl seconds, and counts towards --storage-quota"
+    )
     revised_prompt: str | None = Field(description="the prompt that the reasoner wrote")
 
 
@@ -78,6 +81,8 @@ class ErrorEnvelope(ApiModel):
 
 
 VideoId = Annotated[str, Path(description="id of the video, as POST /v1/videos told it")]
+ImageId = Annotated[str, Path(description="id of the pictures, as their URLs have it")]
+PictureName = Annotated[str, Path(description="such as 0.png")]
 ModelName = Annotated[str, Path(description="one of the served names")]
 Cursor = Annotated[str | None, Query(description="go on after the video of this id")]
 Limit = Annotated[str, Query(include_in_schema=False)]  # read as text, for errors of our own

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import re
 import zipfile
 from pathlib import Path
 from typing import Literal
@@ -18,11 +19,21 @@ from vllm_cosmos3.server.http.api_errors import ApiError
 from vllm_cosmos3.server.http.body import read_body
 from vllm_cosmos3.server.http.request_fields import IMAGE, translate
 from vllm_cosmos3.server.jobs.admission import Submission
-from vllm_cosmos3.server.jobs.video_job import Usage
+from vllm_cosmos3.server.jobs.journal import Journal
+from vllm_cosmos3.server.jobs.video_job import COMPLETED, Usage, VideoJob
 from vllm_cosmos3.server.openapi.requests import image_request
-from vllm_cosmos3.server.openapi.responses import Picture, Pictures, errors, responses
+from vllm_cosmos3.server.openapi.responses import (
+    ImageId,
+    Picture,
+    PictureName,
+    Pictures,
+    errors,
+    file_responses,
+    responses,
+)
 from vllm_cosmos3.server.routes.route import Route, service_of
-from vllm_cosmos3.server.routes.videos import result
+from vllm_cosmos3.server.routes.videos import result, stored_file
+from vllm_cosmos3.server.storage import bytes_in
 
 router = APIRouter(route_class=Route, tags=["Cosmos3 images"])
 Format = Literal["png", "jpeg", "webp"]
@@ -40,14 +51,16 @@ async def generate(request: Request) -> Response:
         possible = "left out: pictures are made from text; POST /v1/videos takes a first frame"
         raise InvalidRequest(name, "given", possible, "unsupported")
     shape = client_request.server_fields.get("response_format", "b64_json")
-    if shape == "url":
-        raise InvalidRequest("response_format", shape, "b64_json or file", "unsupported")
     form = FORMATS[client_request.server_fields.get("output_format", "png")]
     quality = client_request.server_fields.get("output_compression", 95)
     job = await service.admission.create(
         Submission(kind="image", request=client_request, deadline=service.options.sync_deadline)
     )
     job = await result(service, request, job)
+    if shape == "url":
+        names = await asyncio.to_thread(_kept, service.journal, job, form, quality)
+        urls = [str(request.url_for("picture", image_id=job.id, name=name)) for name in names]
+        return _pictures(job, form, [{"b64_json": None, "url": url} for url in urls])
     folder = service.journal.folder(job.id)
     try:
         pictures = [
@@ -57,15 +70,17 @@ async def generate(request: Request) -> Response:
         service.jobs.delete(job.id)
     if shape == "file":
         return _as_file(job.id, pictures, form)
+    texts = [base64.b64encode(picture).decode() for picture in pictures]
+    return _pictures(job, form, [{"b64_json": text, "url": None} for text in texts])
+
+
+def _pictures(job: VideoJob, form: Format, places: list[dict[str, str | None]]) -> Response:
+    """The answer with pictures, each as text or as a URL."""
     answer = Pictures(
         created=job.created_at,
         data=[
-            Picture(
-                b64_json=base64.b64encode(picture).decode(),
-                url=None,
-                revised_prompt=job.upsampled_prompt,
-            )
-            for picture in pictures
+            Picture.model_validate({**each, "revised_prompt": job.upsampled_prompt})
+            for each in places
         ],
         output_format=form,
         size=job.effective["size"],
@@ -73,6 +88,22 @@ async def generate(request: Request) -> Response:
         cosmos3=job.cosmos3,
     )
     return JSONResponse(answer.model_dump())
+
+
+@router.head("/v1/images/{image_id}/{name}", include_in_schema=False)
+@router.get(
+    "/v1/images/{image_id}/{name}",
+    response_class=Response,
+    responses=file_responses("image/png", "image/jpeg", "image/webp"),
+)
+async def picture(request: Request, image_id: ImageId, name: PictureName) -> Response:
+    """A picture that was asked for with response_format=url."""
+    service = service_of(request)
+    job = service.jobs.find(image_id)
+    known = re.fullmatch(rf"\d+\.({'|'.join({*FORMATS.values()})})", name, re.ASCII)
+    if job is None or job.kind != "image" or job.status != COMPLETED or known is None:
+        raise ApiError("not_found", f"there is no picture {f'{image_id}/{name}'!r}", param="id")
+    return stored_file(service, job, name, media_type=f"image/{known[1]}")
 
 
 @router.post(
@@ -97,6 +128,18 @@ async def vary(request: Request) -> Response:
     """Not offered."""
     message = "there are no variations; POST /v1/images/generations with n and seed makes several"
     raise ApiError("not_implemented", message)
+
+
+def _kept(journal: Journal, job: VideoJob, form: Format, quality: int) -> list[str]:
+    """Names of the pictures in this format, which stay with their job until they expire."""
+    folder, names = journal.folder(job.id), []
+    for name in job.files:
+        names.append(f"{Path(name).stem}.{form}")
+        if names[-1] != name:
+            (folder / names[-1]).write_bytes(_encoded(folder / name, form, quality))
+    job.bytes = bytes_in(folder)
+    journal.save(job)
+    return names
 
 
 def _encoded(file: Path, form: Format, quality: int) -> bytes:

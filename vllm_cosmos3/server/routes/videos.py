@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -189,12 +190,21 @@ async def content(request: Request, video_id: VideoId, variant: Variant = "video
     if job.status != COMPLETED:
         raise ApiError("not_ready", f"the video is {job.status}", headers={"Retry-After": "1"})
     name, kind = VARIANTS[variant]
-    file = service.journal.folder(job.id) / name
+    suffix = Path(name).suffix
+    return stored_file(service, job, name, media_type=kind, filename=f"{job.id}{suffix}")
+
+
+def stored_file(service: Service, job: VideoJob, name: str, **options: Any) -> Response:
+    """A file of a completed job.
+
+    Raises:
+        ApiError: it expired, or its job was deleted.
+    """
     if not job.removed and (job.expires or 0) >= time.time():
         with suppress(FileNotFoundError):
-            return StoredFile(file, media_type=kind, filename=f"{job.id}{file.suffix}")
-    service.jobs.get(job.id)  # by its owner, which is another answer
-    raise ApiError("expired", "the video was deleted, by its age or to make room")
+            return StoredFile(service.journal.folder(job.id) / name, **options)
+    service.jobs.get(job.id)  # deleted by its owner, which is another answer
+    raise ApiError("expired", "the file was deleted, by its age or to make room")
 
 
 @router.get(
