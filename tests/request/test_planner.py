@@ -97,7 +97,7 @@ def test_karras_needs_the_numbers_of_the_checkpoint(
     robot = {"action_mode": "policy", "domain_name": "umi", "image": PICTURE}
     for fields in ({}, {"num_frames": 1}, {"edge": clip}, robot):
         given = {"size": "96x64", "schedule": "karras", **fields}
-        assert plan(model, tokenizer, **given).schedule == "karras"
+        assert plan(model, tokenizer, **given).parameters.schedule == "karras"
         with pytest.raises(InvalidRequest, match="must be native or diffusers") as refusal:
             plan(without, tokenizer, **given)
         assert (refusal.value.field, refusal.value.code) == ("schedule", "unsupported_by_model")
