@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import struct
 import subprocess
@@ -22,7 +23,8 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
 from vllm_cosmos3 import media
-from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.errors import Busy, InvalidRequest, Unsupported
+from vllm_cosmos3.media_budget import MediaBudget
 
 TAG_ORIENTATION = 274
 
@@ -394,19 +396,22 @@ def test_of_variable_frame_rate_the_stored_frames_count(tmp_path: Path) -> None:
     assert blues(media.read_video(path, frames=3, keep="last")) == [2, 3, 4]
 
 
-@pytest.mark.parametrize(
-    ("matrix", "turns"), [((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)]
-)
-def test_rotated_video_is_upright(
-    video: bytes, matrix: tuple[int, int, int, int], turns: int
-) -> None:
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("turns", range(4))
+def test_turned_and_mirrored_video_is_upright(video: bytes, turns: int, mirrored: bool) -> None:
+    matrix = {0: (1, 0, 0, 1), -1: (0, 1, -1, 0), 2: (-1, 0, 0, -1), 1: (0, -1, 1, 0)}[
+        turns if turns < 3 else -1
+    ]
+    if mirrored:  # from left to right, before it is turned
+        matrix = (-matrix[0], -matrix[1], *matrix[2:])
     a, b, c, d = (value << 16 for value in matrix)
     place = video.index(b"tkhd") + 44
     turned = (
         video[:place] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + video[place + 36 :]
     )
-    upright = media.read_video(turned, frames=2)
-    assert np.array_equal(upright, np.rot90(media.read_video(video, frames=2), turns, axes=(1, 2)))
+    upright, stored = media.read_video(turned, frames=2), media.read_video(video, frames=2)
+    stored = stored[:, :, ::-1] if mirrored else stored
+    assert np.array_equal(upright, np.rot90(stored, turns, axes=(1, 2)))
 
 
 @pytest.mark.parametrize("limit", [1, 3, 1000])
@@ -451,7 +456,7 @@ def test_empty_and_uneven_lists_are_refused() -> None:
     with pytest.raises(InvalidRequest, match="at least one frame"):
         media.read_video([], frames=1)
     with pytest.raises(InvalidRequest, match="one size"):
-        media.read_video([clip(1, 8, 8)[0], clip(1, 8, 9)[0]], frames=1)
+        media.read_video([clip(1, 8, 8)[0], clip(1, 8, 9)[0]], frames=2)
 
 
 def test_too_many_frames_are_refused(video: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -514,3 +519,186 @@ def test_cover_crop_agrees_with_torchvision(
 def test_cover_crop_of_the_right_size_changes_nothing() -> None:
     frames = np.random.default_rng(0).integers(0, 255, (2, 32, 48, 3), dtype=np.uint8)
     assert np.array_equal(media.cover_crop(frames, height=32, width=48), frames)
+
+
+# Pictures as cameras, phones and tools write them.
+
+BOAT = Image.fromarray(clip(1, 48, 64)[0])
+OTHER = Image.new("RGB", (64, 48), "red")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("MPO", {"append_images": [OTHER.resize((32, 24))], "quality": 95}),
+        ("WEBP", {"append_images": [OTHER, BOAT], "lossless": True}),
+        ("PNG", {"append_images": [OTHER]}),
+        ("TIFF", {"append_images": [OTHER, OTHER]}),
+        ("AVIF", {"append_images": [OTHER], "quality": 100}),
+        ("GIF", {"append_images": []}),
+        ("AVIF", {"append_images": [], "quality": 100}),
+    ],
+)
+def test_of_several_pictures_the_first_is_taken(kind: str, options: dict[str, object]) -> None:
+    file = encoded(BOAT, kind, save_all=True, **options)
+    assert not media.is_clip(file, field="image")
+    assert distance(media.read_image(file), np.array(BOAT)) < 3
+
+
+def test_a_gif_that_moves_and_films_are_clips(video: bytes) -> None:
+    moving = encoded(BOAT, "GIF", save_all=True, append_images=[OTHER])
+    assert media.is_clip(moving, field="image")
+    assert media.is_clip(video, field="image")
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"heix", b"mif1", b"avif"])
+@pytest.mark.parametrize("read", [media.read_image, media.is_clip])
+def test_pictures_of_phones_that_are_not_read_are_named(brand: bytes, read: object) -> None:
+    file = b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1" + brand + b"\0" * 99
+    with pytest.raises(InvalidRequest, match=r"PNG, JPEG, WebP, AVIF, .*HEIC") as refused:
+        read(file, field="image_reference")  # type: ignore[operator]
+    assert refused.value.code == "invalid_media"
+
+
+@pytest.mark.parametrize(
+    "data", [b"\xff\x0a garbage", b"RIFF\0\0\0\0WEBPVP8 ", b"GIF89a", b"II*\0"]
+)
+def test_what_is_no_picture_and_no_clip_is_refused(data: bytes) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        media.is_clip(data, field="image_reference") or media.read_image(data)
+    assert refused.value.code == "invalid_media"
+
+
+# Files are whole or not there.
+
+
+def test_an_old_file_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "v.mp4"
+    path.write_bytes(b"old")
+
+    def cancel() -> None:
+        with media.VideoWriter(path, fps=24) as writer:
+            writer.write(clip(3, 32, 32))
+            assert path.read_bytes() == b"old"
+            raise ValueError("cancelled")
+
+    with pytest.raises(ValueError, match="cancelled"):
+        cancel()
+    assert [file.name for file in tmp_path.iterdir()] == ["v.mp4"]
+    assert path.read_bytes() == b"old"
+    media.write_video(path, clip(3, 32, 32), fps=24)
+    assert len(media.read_video(path, frames=9)) == 3
+    assert [file.name for file in tmp_path.iterdir()] == ["v.mp4"]
+
+
+@pytest.mark.parametrize(
+    "name", ["a:b.mp4", "caf\udce9.mp4", "%d?#.mp4", "x" * 251 + ".mp4", "-y.mp4", "a b\n.mp4"]
+)
+def test_files_have_any_legal_name(tmp_path: Path, name: str) -> None:
+    for folder in (tmp_path, tmp_path / "pipe:1"):
+        folder.mkdir(exist_ok=True)
+        media.write_video(folder / name, clip(2, 32, 32), fps=24)
+        assert len(media.read_video(folder / name, frames=9)) == 2
+        media.join_videos(folder / name, folder / name, folder / "joined.mp4", fps=24)
+        assert len(media.read_video(folder / "joined.mp4", frames=9)) == 4
+        media.write_image(folder / "p.png", clip(1, 8, 8)[0])
+
+
+def test_a_link_goes_on_being_one(tmp_path: Path) -> None:
+    (tmp_path / "link.png").symlink_to(tmp_path / "p.png")
+    media.write_image(tmp_path / "link.png", clip(1, 8, 8)[0])
+    assert (tmp_path / "link.png").is_symlink()
+    assert media.read_image(tmp_path / "p.png").shape == (8, 8, 3)
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "v.mp4").mkdir()
+    for path in (tmp_path / "v.mp4", tmp_path / "none" / "v.mp4"):
+        with pytest.raises(OSError, match=r"v\.mp4"):
+            media.write_video(path, clip(2, 32, 32), fps=24)
+    assert (tmp_path / "v.mp4").is_dir()
+
+
+@pytest.mark.parametrize("size", [(192, 320), (48, 64), (208, 336)])
+def test_the_same_frames_make_the_same_file(tmp_path: Path, size: tuple[int, int]) -> None:
+    height, width = size
+    y, x = np.mgrid[0:height, 0:width]
+    levels = [((x + 10 * t) % 256, (2 * y + 5 * t) % 256, (x * y // 50 + 20 * t) % 256) for t in range(9)]  # fmt: skip
+    frames = np.stack([np.stack(each, -1) for each in levels]).astype(np.uint8)
+    made = set()
+    for _ in range(8):
+        media.write_video(tmp_path / "v.mp4", frames, fps=24)
+        made.add((tmp_path / "v.mp4").read_bytes())
+    assert len(made) == 1
+
+
+def test_a_clip_with_b_frames_is_joined_to_one_like_it(tmp_path: Path) -> None:
+    """As earlier versions have made them."""
+    for name, b_frames in (("old", True), ("like", True), ("new", False)):
+        media.write_video(tmp_path / name, clip(9, 48, 64), fps=24, b_frames=b_frames)
+        assert media.has_b_frames(tmp_path / name) == b_frames
+    assert media.join_videos(tmp_path / "old", tmp_path / "like", tmp_path / "all", fps=24) == 18
+    with pytest.raises(Unsupported):
+        media.join_videos(tmp_path / "old", tmp_path / "new", tmp_path / "all", fps=24)
+
+
+# Decoded bytes are asked for first.
+
+
+def test_what_is_decoded_is_reserved_before_and_given_back(video: bytes, tmp_path: Path) -> None:
+    large = encoded(Image.new("L", (4096, 4096)))
+    budget = MediaBudget(per_request=2**20, total=2**21)
+    for source in ([large], [tmp_path / "large.png"]):
+        (tmp_path / "large.png").write_bytes(large)
+        with pytest.raises(
+            InvalidRequest, match=r"256 MiB when decoded.* at most 1 MiB"
+        ) as refused:
+            next(media.frames_of(source, limit=1, field="image", lease=budget.lease()))  # type: ignore[arg-type]
+        assert (refused.value.field, refused.value.code) == ("image", "payload_too_large")
+    with budget.lease() as lease:
+        frames = media.frames_of(video, limit=3, lease=lease)
+        next(frames)
+        assert budget.used >= 48 * 64 * 3
+        frames.close()  # type: ignore[attr-defined]
+        assert budget.used == 0
+
+
+def test_other_requests_may_hold_the_memory(video: bytes) -> None:
+    budget = MediaBudget(per_request=2**20, total=2**20)
+    with budget.lease() as other:
+        other.reserve(2**20 - 1000, "video")
+        with pytest.raises(Busy, match="send it again"):
+            next(media.frames_of(video, limit=1, lease=budget.lease()))
+    next(media.frames_of(video, limit=1, lease=budget.lease()))
+
+
+def test_frames_that_were_looked_at_are_not_kept(tmp_path: Path) -> None:
+    """PyAV's side data would keep each, until garbage is collected."""
+    media.write_video(tmp_path / "v.mp4", clip(40, 48, 64), fps=24)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in media.frames_of(tmp_path / "v.mp4", limit=99):
+            pass
+        kept = [thing for thing in gc.get_objects() if type(thing) is av.VideoFrame]
+    finally:
+        gc.enable()
+    assert len(kept) <= 1
+
+
+def test_a_large_picture_takes_no_copies(tmp_path: Path) -> None:
+    """At most 12 bytes for each pixel, of which Pillow has four and the array three."""
+    Image.new("RGB", (6000, 6000), (1, 2, 3)).save(tmp_path / "a.png")
+    code = """if True:
+        import resource, sys, torch
+        from vllm_cosmos3 import media
+        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        media.cover_crop(media.read_image(sys.argv[1])[None, :64, :64], height=32, width=32)
+        before = peak()
+        media.cover_crop(media.read_image(sys.argv[2])[None], height=192, width=320)
+        print(peak() - before)
+    """
+    Image.new("RGB", (64, 64)).save(tmp_path / "small.png")
+    command = [sys.executable, "-c", code, str(tmp_path / "small.png"), str(tmp_path / "a.png")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=HANG)
+    assert int(done.stdout) < 12 * 6000 * 6000

@@ -7,6 +7,15 @@ import errno
 from collections.abc import Iterable
 from itertools import islice
 
+# Names that other programs have for fields of ours, which are spelled unlike them.
+SYNONYMS = {
+    "aspect_ratio": "size", "audio": "generate_sound", "batch_size": "n", "cfg": "guidance_scale",
+    "cfg_scale": "guidance_scale", "count": "n", "dimensions": "size", "duration": "seconds",
+    "duration_seconds": "seconds", "first_frame": "image", "frames": "num_frames", "length": "seconds",
+    "negative": "negative_prompt", "num_images": "n", "num_videos": "n", "resolution": "size",
+    "sampler": "schedule", "steps": "num_inference_steps", "text": "prompt",
+    "video_length": "num_frames",
+}  # fmt: skip
 LONGEST = 80  # characters that a message repeats of what was given
 
 
@@ -52,6 +61,9 @@ def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     ``cutoff`` is how alike they have to be, from 0 to 1. A name of thousands of characters, which
     would take seconds to compare, is like none.
     """
+    known = list(known)
+    if (same := SYNONYMS.get(name)) in known:
+        return f"did you mean {same}?"
     near = difflib.get_close_matches(name[: LONGEST + 1], known, n=1, cutoff=cutoff)
     return f"did you mean {near[0]}?" if near else ""
 

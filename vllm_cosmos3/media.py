@@ -1,23 +1,27 @@
 """Pictures and clips in and out: what users send becomes uint8 RGB arrays, and those become files.
 
-Out: MP4 with H.264 and AAC, PNG, JPEG, WebP. In: everything that Pillow and FFmpeg read from the
-formats listed below, upright, without transparency, with a limit on its size; anything else is an
-InvalidRequest of the field it came from. Nothing here knows of tensors or models, and no file is
-ever opened by name from inside another file.
+Out: MP4 with H.264 and AAC, PNG, JPEG, WebP, under a temporary name until they are whole. In:
+everything that Pillow and FFmpeg read from the formats listed below, upright, without transparency,
+with a limit on its size; anything else is an InvalidRequest of the field it came from. Whoever reads
+reserves the decoded bytes of a `Lease` first. Nothing here knows of tensors or models, and no file
+is ever opened by name from inside another file.
 
 Shape suffixes: T frames, H height, W width, C channels (RGB), 2 stereo channels, N samples.
 """
 
 from __future__ import annotations
 
+import errno
 import io
 import math
+import os
 import struct
+import uuid
 import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
@@ -27,28 +31,37 @@ from typing import IO, Literal
 
 import av
 import numpy as np
+from av.sidedata.sidedata import Type as SideData
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from vllm_cosmos3.compat import any_titles
 from vllm_cosmos3.errors import InvalidRequest, Unsupported
+from vllm_cosmos3.media_budget import Lease, media_budget
 
 Pixels = NDArray[np.uint8]  # [H, W, 3] or [T, H, W, 3]
 ImageSource = str | Path | bytes | Image.Image | Pixels
 VideoSource = str | Path | bytes | Pixels | Sequence[ImageSource]
 
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
 # FFmpeg's names. A list, since some of its formats (playlists) open further files and URLs.
 VIDEO_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts"
-AN_IMAGE = "a complete PNG, JPEG, WebP, GIF, BMP or TIFF image"
+AN_IMAGE = "a complete PNG, JPEG, WebP, AVIF, GIF, BMP or TIFF image"
 A_VIDEO = "a complete MP4, MOV, WebM, MKV, AVI, GIF or MPEG-TS video"
 
+HEIF_BRANDS = tuple(b"heic heix heim heis hevc hevx mif1 msf1 avif avis".split())
+HEIF = "it is a HEIC or HEIF picture, which this version does not read"
 MAX_PIXELS = 2**26  # of one picture. Larger ones are taken for decompression bombs
 MAX_RATIO = (
     20  # of the longer to the shorter side: covering a canvas enlarges a thin line without end
 )
 MAX_FRAMES = 18_000  # that are decoded to find the last ones: ten minutes at 30 frames a second
 WAITING_CHUNKS = 4  # of frames between the one who makes them and the encoder
+STRIP = 256  # rows of a picture that are converted at once
+# Bytes for each pixel while it is decoded and resized. Of a picture: four in Pillow, four while it is
+# turned, the array, a channel in float32. Of a clip: up to 16 pictures that a decoder refers to,
+# each of 1.5 bytes, and the same array and channel.
+PICTURE_BYTES, CLIP_BYTES = 16, 32
 
 # What decoders raise on damaged input. Warnings count where a process turns them into errors.
 DAMAGED = (
@@ -67,19 +80,41 @@ DAMAGED = (
 )
 
 
+def is_clip(source: str | Path | bytes, *, field: str) -> bool:
+    """Whether an encoded file is a clip: what FFmpeg reads, and of pictures only a GIF that moves.
+
+    Others with several pictures are read as their first one: previews of cameras (MPO), animated
+    WebP and PNG, pages of TIFF.
+
+    Raises:
+        InvalidRequest: it is neither a picture nor a clip.
+    """
+    try:
+        with _opened(source) as file, Image.open(file, formats=IMAGE_FORMATS) as image:
+            return image.format == "GIF" and _moves(image)
+    except Image.DecompressionBombError:
+        return False  # which `read_image` refuses with the limit
+    except DAMAGED:
+        next(frames_of(source, limit=1, field=field))
+        return True
+
+
+def _moves(image: Image.Image) -> bool:
+    """Whether there is a second frame. Counting all takes as long as there are many."""
+    try:
+        image.seek(1)
+    except EOFError:
+        return False
+    return True
+
+
 def read_image(source: ImageSource, *, field: str = "image") -> Pixels:
     """One picture, uint8 [H, W, 3]: a path, encoded bytes, a Pillow image or a uint8 array.
 
     Upright by its EXIF orientation, transparency laid over white, 16 bits rounded to 8, the first
     picture of an animation. InvalidRequest of ``field`` if it is damaged, too large or too thin.
     """
-    if isinstance(source, np.ndarray):
-        return _checked_array(source, 3, field)
-    with _decoding(source, field, AN_IMAGE):
-        if isinstance(source, Image.Image):
-            return _rgb(source, field)
-        with _opened(source) as file, Image.open(file, formats=IMAGE_FORMATS) as image:
-            return _rgb(image, field)
+    return next(frames_of([source], limit=1, field=field))
 
 
 def read_video(
@@ -91,46 +126,69 @@ def read_video(
 ) -> Pixels:
     """The first or last ``frames`` of a clip, or all of a shorter one: uint8 [T, H, W, 3].
 
-    ``source`` is a path, encoded bytes, a uint8 array or a sequence of pictures.
-    The stored frames, whatever their timing, upright by the display matrix.
-    InvalidRequest of ``field`` if it is damaged, empty, too large or too long.
+    As `frames_of`, whose frames have one size here.
     """
-    if isinstance(source, np.ndarray):
-        clip = list(_checked_array(source, 4, field))
-    elif isinstance(source, str | Path | bytes):
-        clip = _decoded(source, frames, keep, field)
-    else:
-        clip = [read_image(image, field=field) for image in source]
-    if not clip:
-        raise InvalidRequest(field, _described(source), "a video with at least one frame")
-    if len({frame.shape for frame in clip}) > 1:
-        raise InvalidRequest(field, _described(source), "frames of one size")
-    return np.stack(clip[:frames] if keep == "first" else clip[-frames:])
+    with media_budget().lease() as lease:
+        clip: list[Pixels] = []
+        for frame in frames_of(source, limit=frames, keep=keep, field=field, lease=lease):
+            lease.reserve(2 * frame.nbytes, field)  # here and in the array
+            clip.append(frame)
+        if len({frame.shape for frame in clip}) > 1:
+            raise InvalidRequest(field, _described(source), "frames of one size")
+        return np.stack(clip)
 
 
-def frames_of(source: VideoSource, *, limit: int, field: str = "video") -> Iterator[Pixels]:
-    """The first ``limit`` frames of a clip one after the other, so that a long one fits in memory.
+def frames_of(
+    source: VideoSource,
+    *,
+    limit: int,
+    keep: Literal["first", "last"] = "first",
+    field: str = "video",
+    lease: Lease | None = None,
+) -> Iterator[Pixels]:
+    """The first or last ``limit`` frames of a clip one after the other, uint8 [H, W, 3].
 
-    As `read_video`, but that frames may differ in size; errors come with the frame that has them.
+    ``source`` is a path, encoded bytes, a uint8 array or a sequence of pictures. The stored frames,
+    whatever their timing, upright by the display matrix; they may differ in size. What a frame takes
+    while it is decoded and resized is reserved of ``lease`` until the next one is asked for.
+
+    Raises:
+        InvalidRequest: of ``field``, with the frame that is damaged, too large or too thin, or as
+            the clip is empty or too long.
+        Busy: other requests hold the memory that it needs.
     """
-    empty = True
-    for frame in islice(_each(source, field), limit):
-        empty = False
-        yield frame
-    if empty:
-        raise InvalidRequest(field, _described(source), "a video with at least one frame")
+    with media_budget().lease() if lease is None else nullcontext(lease) as held:
+        skipped = max(0, _length(source, field, held) - limit) if keep == "last" else 0
+        empty = True
+        for frame in islice(_each(source, field, held, skipped), limit):
+            empty = False
+            yield frame
+        if empty:
+            raise InvalidRequest(field, _described(source), "a video with at least one frame")
 
 
-def _each(source: VideoSource, field: str) -> Iterator[Pixels]:
+def _length(source: VideoSource, field: str, lease: Lease) -> int:
+    """Frames of a clip, of which none is kept."""
+    if not isinstance(source, str | Path | bytes):
+        return len(source)
+    with _decoding(source, field, A_VIDEO), _stored_frames(source, field, lease) as frames:
+        return sum(1 for _ in frames)
+
+
+def _each(source: VideoSource, field: str, lease: Lease, skipped: int) -> Iterator[Pixels]:
+    """The frames of a clip after the first ``skipped``."""
     if isinstance(source, np.ndarray):
-        yield from _checked_array(source, 4, field)
+        yield from _checked_array(source, 4, field)[skipped:]
     elif isinstance(source, str | Path | bytes):
-        with _decoding(source, field, A_VIDEO), _stored_frames(source, field) as frames:
-            for frame in frames:
-                yield _upright(frame)
+        with _decoding(source, field, A_VIDEO), _stored_frames(source, field, lease) as frames:
+            matrix = None
+            for frame in islice(frames, skipped, None):
+                matrix = matrix or _display_matrix(frame)
+                yield _upright(frame, matrix)
     else:
-        for image in source:
-            yield read_image(image, field=field)
+        for image in source[skipped:]:
+            with _picture(image, field, lease) as pixels:
+                yield pixels
 
 
 def rate_of(source: VideoSource, *, field: str = "video") -> float | None:
@@ -153,18 +211,13 @@ def cover_crop(frames: Pixels, *, height: int, width: int) -> Pixels:
     Bilinear with antialiasing and rounded to whole levels, as the model's own pipelines prepare
     pictures.
     """
-    import torch  # here, so that a request can be checked without it
-    import torch.nn.functional as F
-
     scale = max(width / frames.shape[2], height / frames.shape[1])
     size = [math.ceil(scale * side) for side in frames.shape[1:3]]
     top, left = round((size[0] - height) / 2), round((size[1] - width) / 2)
     out = np.empty((len(frames), height, width, 3), np.uint8)
     for frame, target in zip(frames, out, strict=True):
-        x = torch.from_numpy(np.ascontiguousarray(frame)).movedim(2, 0)[None].float()
-        x = F.interpolate(x, size=size, mode="bilinear", antialias=True)
-        x = x[0, :, top : top + height, left : left + width].round().clamp(0, 255)
-        target[:] = x.movedim(0, 2).numpy()
+        for channel, resized in enumerate(_resized(frame, size, "bilinear")):
+            target[..., channel] = resized[top : top + height, left : left + width]
     return out
 
 
@@ -175,9 +228,6 @@ def fit_inside(frames: Pixels, *, height: int, width: int) -> tuple[Pixels, tupl
     enlarged. The rest mirrors them, or repeats their last row and column where it is larger than
     they are.
     """
-    import torch
-    import torch.nn.functional as F
-
     scale = min(width / frames.shape[2], height / frames.shape[1], 1.0)
     rows, columns = (max(1, int(scale * side + 0.5)) for side in frames.shape[1:3])
     down, right = height - rows, width - columns
@@ -185,11 +235,23 @@ def fit_inside(frames: Pixels, *, height: int, width: int) -> tuple[Pixels, tupl
     out = np.empty((len(frames), height, width, 3), np.uint8)
     for frame, target in zip(frames, out, strict=True):
         if (rows, columns) != frame.shape[:2]:
-            x = torch.from_numpy(np.ascontiguousarray(frame)).movedim(2, 0)[None].float()
-            x = F.interpolate(x, size=(rows, columns), mode="bicubic", antialias=True)
-            frame = x[0].round().clamp(0, 255).movedim(0, 2).numpy().astype(np.uint8)  # noqa: PLW2901
+            frame = np.stack([*_resized(frame, (rows, columns), "bicubic")], axis=2)  # noqa: PLW2901
         target[:] = np.pad(frame, ((0, down), (0, right), (0, 0)), mode)
     return out, (rows, columns)
+
+
+def _resized(frame: Pixels, size: Sequence[int], mode: str) -> Iterator[Pixels]:
+    """The three channels of a frame at another height and width, uint8, one after the other.
+
+    With antialiasing, in float32: of a whole frame that would be twelve bytes for each pixel.
+    """
+    import torch  # here, so that a request can be checked without it
+    import torch.nn.functional as F
+
+    for channel in range(3):
+        x = torch.from_numpy(np.ascontiguousarray(frame[..., channel]))[None, None].float()
+        x = F.interpolate(x, size=tuple(size), mode=mode, antialias=True)[0, 0]
+        yield x.round_().clamp_(0, 255).numpy().astype(np.uint8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,7 +267,8 @@ class VideoWriter:
 
     ``with VideoWriter(path, fps=24) as video: video.write(frames)``. Encoding happens on a thread,
     so that `write` returns at once until a few chunks wait. H.264 in yuv420p with BT.709 colours,
-    AAC at 256 kbit/s. Leaving with an exception deletes the file.
+    AAC at 256 kbit/s. The file has a temporary name beside ``path`` until it is whole; leaving with
+    an exception deletes it, and what was there before stays.
     """
 
     def __init__(
@@ -216,12 +279,16 @@ class VideoWriter:
         sound: NDArray[np.float32] | None = None,
         sample_rate: int = 48_000,
         crf: int = 18,
+        b_frames: bool = False,
     ) -> None:
         """``sound`` [2, N] in [-1, 1] is needed from the beginning, since an MP4 is interleaved.
 
-        ``crf`` is the quality of x264, 0 (lossless) to 51; ``fps`` may be fractional.
+        ``crf`` is the quality of x264, 0 (lossless) to 51; ``fps`` may be fractional. ``b_frames``
+        are for clips that are joined to one that has them: with them x264 makes other files of
+        equal frames at times.
         """
-        self._path, self._fps, self._crf = Path(path), frame_rate(fps), crf
+        self._fps = frame_rate(fps)
+        self._options = {"crf": str(crf), **({} if b_frames else {"bf": "0"})}
         self._sound, self._sample_rate = sound, sample_rate
         self._frames = 0
         self._pending: deque[Future[None]] = deque()
@@ -231,7 +298,10 @@ class VideoWriter:
             raise Unsupported(
                 "this PyAV was built without libx264 and cannot write H.264"
             ) from None
-        self._container = av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"})
+        with ExitStack() as stack:
+            part = stack.enter_context(replacing(path))
+            self._container = _new_mp4(part)
+            self._file = stack.pop_all()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mp4")
 
     def __enter__(self) -> VideoWriter:
@@ -248,14 +318,15 @@ class VideoWriter:
 
     def close(self) -> None:
         """Encode what waits and finish the file. Raises what the encoder raised."""
-        try:
-            while self._pending:
-                self._pending.popleft().result()
-            if self._frames:
-                self._container.mux(self._video.encode(None))
-        finally:
-            self._thread.shutdown(cancel_futures=True)
-            self._container.close()
+        with self._file:
+            try:
+                while self._pending:
+                    self._pending.popleft().result()
+                if self._frames:
+                    self._container.mux(self._video.encode(None))
+            finally:
+                self._thread.shutdown(cancel_futures=True)
+                self._container.close()
 
     def __exit__(
         self,
@@ -263,16 +334,13 @@ class VideoWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is not None:
-            self._pending.clear()
-            self._thread.shutdown(cancel_futures=True)
-        whole = False
-        try:
+        if kind is None:
             self.close()
-            whole = kind is None
-        finally:
-            if not whole:
-                self._path.unlink(missing_ok=True)
+            return
+        self._thread.shutdown(cancel_futures=True)
+        with suppress(av.FFmpegError, OSError):
+            self._container.close()
+        self._file.__exit__(kind, error, trace)
 
     def _encode(self, frames: Pixels) -> None:
         height, width = frames.shape[1:3]
@@ -290,7 +358,7 @@ class VideoWriter:
         """Declare both streams, then hand over all sound: the muxer puts it between the frames."""
         self._video = self._container.add_stream("libx264", rate=self._fps)
         self._video.height, self._video.width, self._video.pix_fmt = height, width, "yuv420p"
-        self._video.options = {"crf": str(self._crf)}
+        self._video.options = self._options
         coder = self._video.codec_context
         coder.color_primaries = coder.color_trc = coder.colorspace = 1  # BT.709
         coder.color_range = 1  # 16 to 235
@@ -315,10 +383,19 @@ def write_video(
     sound: NDArray[np.float32] | None = None,
     sample_rate: int = 48_000,
     crf: int = 18,
+    b_frames: bool = False,
 ) -> None:
     """A whole clip at once; see `VideoWriter`."""
-    with VideoWriter(path, fps=fps, sound=sound, sample_rate=sample_rate, crf=crf) as video:
+    with VideoWriter(
+        path, fps=fps, sound=sound, sample_rate=sample_rate, crf=crf, b_frames=b_frames
+    ) as video:
         video.write(frames)
+
+
+def has_b_frames(path: str | Path) -> bool:
+    """Whether frames of a clip refer to later ones, as in those of earlier versions."""
+    with av.open(f"file:{path}") as container:
+        return bool(container.streams.video[0].codec_context.has_b_frames)
 
 
 def join_videos(first: str | Path, second: str | Path, path: str | Path, *, fps: float) -> int:
@@ -329,11 +406,11 @@ def join_videos(first: str | Path, second: str | Path, path: str | Path, *, fps:
     Raises:
         Unsupported: they were encoded differently.
     """
-    options = {"movflags": "+faststart"}
     with (
-        av.open(str(first)) as before,
-        av.open(str(second)) as after,
-        av.open(str(path), "w", format="mp4", options=options) as joined,
+        replacing(path) as part,
+        av.open(f"file:{first}") as before,
+        av.open(f"file:{second}") as after,
+        _new_mp4(part) as joined,
     ):
         start, rest = before.streams.video[0], after.streams.video[0]
         if start.codec_context.extradata != rest.codec_context.extradata:
@@ -354,6 +431,33 @@ def join_videos(first: str | Path, second: str | Path, path: str | Path, *, fps:
                 packet.stream = places[start]
                 joined.mux(packet)
     return frames
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A name for a new file beside ``path``, whose place it takes when all is well.
+
+    Until then, and if anything is raised, ``path`` is what it was.
+
+    Raises:
+        OSError: there is no such folder, or a folder or device of that name.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise IsADirectoryError(errno.EISDIR, "not the name of a file", str(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    part = target.with_name(f".{uuid.uuid4().hex}.part")
+    try:
+        yield part
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _new_mp4(path: Path) -> av.container.OutputContainer:
+    """An empty MP4. FFmpeg would take a name with a colon for a URL."""
+    return av.open(f"file:{path}", "w", format="mp4", options={"movflags": "+faststart"})
 
 
 def frame_rate(fps: float) -> Fraction:
@@ -384,7 +488,8 @@ def write_image(path: str | Path, image: Pixels, *, quality: int = 95) -> None:
     kind = kinds.get(Path(path).suffix.lower())
     if kind is None:
         raise InvalidRequest("path", str(path), f"a name that ends in {', '.join(kinds)}")
-    Path(path).write_bytes(encode_image(image, kind, quality=quality))
+    with replacing(path) as part:
+        part.write_bytes(encode_image(image, kind, quality=quality))
 
 
 def thumbnail(image: Pixels, *, side: int = 320) -> bytes:
@@ -394,60 +499,116 @@ def thumbnail(image: Pixels, *, side: int = 320) -> bytes:
     return encode_image(np.array(small), "webp", quality=80)
 
 
-def _rgb(image: Image.Image, field: str) -> Pixels:
-    _check_size(image.width, image.height, field)
-    image = ImageOps.exif_transpose(image)
+@contextmanager
+def _picture(source: ImageSource, field: str, lease: Lease) -> Iterator[Pixels]:
+    """One picture, whose bytes stay reserved for as long as it is looked at."""
+    if isinstance(source, np.ndarray):
+        yield _checked_array(source, 3, field)
+        return
+    with ExitStack() as reserved:
+        with _decoding(source, field, AN_IMAGE), _image(source) as image:
+            _check_size(image.width, image.height, field)
+            size = image.width * image.height * PICTURE_BYTES
+            reserved.enter_context(lease.during(size, field))
+            pixels = _rgb(image)
+        yield pixels
+
+
+@contextmanager
+def _image(source: str | Path | bytes | Image.Image) -> Iterator[Image.Image]:
+    if isinstance(source, Image.Image):
+        yield source
+        return
+    with _opened(source) as file, Image.open(file, formats=IMAGE_FORMATS) as image:
+        yield image
+
+
+def _rgb(image: Image.Image) -> Pixels:
+    """A picture as an array, strip by strip: Pillow's copies take four bytes for each pixel."""
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for top in range(0, image.height, STRIP):
+        strip = image.crop((0, top, image.width, min(top + STRIP, image.height)))
+        pixels[top : top + STRIP] = _levels(strip)
+    return pixels
+
+
+def _levels(image: Image.Image) -> NDArray[np.uint8]:
+    """Levels [H, W, 3] or [H, W, 1] of an upright picture."""
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
         levels = np.asarray(image).astype(np.float64) / 257
-        return np.repeat(levels.round().clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
+        return levels.round().clip(0, 255).astype(np.uint8)[..., None]
     if image.mode == "F":
         raise ValueError("no range is known for floating point levels")
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
         white = Image.new("RGBA", image.size, "white")
         white.alpha_composite(image.convert("RGBA"))
         image = white
-    return np.array(image.convert("RGB"))
-
-
-def _decoded(source: str | Path | bytes, count: int, keep: str, field: str) -> list[Pixels]:
-    """The first or last ``count`` frames of an encoded video, or all of a shorter one."""
-    kept: deque[av.VideoFrame] = deque(maxlen=count)
-    with _decoding(source, field, A_VIDEO), _stored_frames(source, field) as frames:
-        for frame in frames:
-            kept.append(frame)
-            if keep == "first" and len(kept) == count:
-                break
-        return [_upright(frame) for frame in kept]
+    return np.asarray(image.convert("RGB"))
 
 
 @contextmanager
-def _stored_frames(source: str | Path | bytes, field: str) -> Iterator[Iterator[av.VideoFrame]]:
+def _stored_frames(
+    source: str | Path | bytes, field: str, lease: Lease
+) -> Iterator[Iterator[av.VideoFrame]]:
     """The frames of an encoded video, decoded as they are asked for."""
+    if _is_heif(source):  # FFmpeg would read its tiles
+        raise InvalidRequest(field, _described(source), f"{AN_IMAGE} ({HEIF})", "invalid_media")
     options = {"format_whitelist": VIDEO_FORMATS}
     with _opened(source) as file, av.open(file, options=options, **any_titles()) as container:
         if not container.streams.video:
             possible = "a file with a video track"
             raise InvalidRequest(field, _described(source), possible, "invalid_media")
-        yield _intact(container, field)
+        yield _intact(container, field, lease)
 
 
-def _intact(container: av.container.InputContainer, field: str) -> Iterator[av.VideoFrame]:
-    seen = 0
-    for packet in container.demux(video=0):
-        if packet.is_corrupt:
-            raise ValueError("a packet is cut short")
-        for frame in packet.decode():
-            _check_size(frame.width, frame.height, field)
-            seen += 1
-            if seen > MAX_FRAMES:
-                raise InvalidRequest(field, f"{seen} frames long", f"at most {MAX_FRAMES}")
-            yield frame
+def _intact(
+    container: av.container.InputContainer, field: str, lease: Lease
+) -> Iterator[av.VideoFrame]:
+    coder = container.streams.video[0].codec_context
+    seen, declared = 0, coder.width * coder.height
+    with ExitStack() as reserved:
+        if declared:
+            _check_size(coder.width, coder.height, field)
+            reserved.enter_context(lease.during(declared * CLIP_BYTES, field))
+        for packet in container.demux(video=0):
+            if packet.is_corrupt:
+                raise ValueError("a packet is cut short")
+            for frame in packet.decode():
+                _check_size(frame.width, frame.height, field)
+                if frame.width * frame.height > declared:
+                    more = frame.width * frame.height - declared
+                    reserved.enter_context(lease.during(more * CLIP_BYTES, field))
+                    declared += more
+                seen += 1
+                if seen > MAX_FRAMES:
+                    raise InvalidRequest(field, f"{seen} frames long", f"at most {MAX_FRAMES}")
+                yield frame
 
 
-def _upright(frame: av.VideoFrame) -> Pixels:
-    """RGB, turned as the display matrix says: ``rotation`` is in degrees counterclockwise."""
+def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
+    """Numbers a, b, c, d of a display matrix: a pixel x, y is shown at a x + c y, b x + d y.
+
+    Of one frame of a clip alone: PyAV's side data would keep each frame until garbage is collected.
+    """
+    try:
+        matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
+    except ValueError:  # of other side data, of a kind that PyAV does not know
+        matrix = None
+    a, b, _, c, d = (
+        (1, 0, 0, 0, 1) if matrix is None else map(int, np.frombuffer(matrix, "=i4")[:5])
+    )
+    return a, b, c, d
+
+
+def _upright(frame: av.VideoFrame, matrix: tuple[int, int, int, int]) -> Pixels:
+    """RGB, turned and mirrored as its display matrix says, to the nearest right angle."""
     pixels: Pixels = frame.to_ndarray(format="rgb24")
-    return np.rot90(pixels, round(frame.rotation / 90))
+    a, b, c, d = matrix
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        pixels, a, d = pixels.swapaxes(0, 1), c, b
+    return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
 @contextmanager
@@ -474,9 +635,16 @@ def _decoding(source: object, field: str, possible: str) -> Iterator[None]:
 def _reason(error: BaseException, source: object) -> str:
     """What a decoder says, without the name of the file: a server's is not for its users."""
     if isinstance(error, UnidentifiedImageError):
-        return "it is of no such format"
+        return HEIF if _is_heif(source) else "it is of no such format"
     text = getattr(error, "strerror", None) or str(error)
     return text.replace(repr(str(source)), "it")
+
+
+def _is_heif(source: object) -> bool:
+    """Whether it begins as pictures of phones do, in a box format that MP4 shares."""
+    with _opened(source) as file:
+        head = file.read(12)
+    return head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS
 
 
 def _opened(source: object) -> IO[bytes]:

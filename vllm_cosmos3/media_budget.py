@@ -28,7 +28,7 @@ class MediaBudget:
     def __init__(self, *, per_request: int, total: int) -> None:
         self.per_request, self.total = per_request, total
         self._used = 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may give back meanwhile
 
     @property
     def used(self) -> int:
@@ -68,7 +68,12 @@ class Lease:
     def __init__(self, budget: MediaBudget) -> None:
         self._budget = budget
         self._held = 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may give back meanwhile
+
+    @property
+    def per_request(self) -> int:
+        """Bytes that it may hold at most."""
+        return self._budget.per_request
 
     def reserve(self, size: int, field: str) -> None:
         """Ask for ``size`` more bytes before the media of ``field`` is decoded into them.

@@ -223,13 +223,23 @@ def test_any_size_up_to_the_largest_area(
 ) -> None:
     fields = {"width": width, "height": height, "num_frames": 29, "allow_untrained_size": allow}
     trained = any((width, height) in each for each in sizes.TRAINED_SIZES.values())
-    if width * height > sizes.MAX_AREA and not allow:
+    if sizes.is_too_large(width, height) and not allow:
         error = refusal(model, **fields)
         assert (error.field, error.code) == ("size", "too_large")
         return
     p = parameters.resolve(from_fields({"prompt": "a", **fields}), model)
     assert (p.width, p.height) == (width, height)
     assert any("not a trained one" in warning for warning in p.warnings) != trained
+
+
+@pytest.mark.parametrize("size", ["1024x1536", "1536x1024", "1792x1024", "1024x1792"])
+@pytest.mark.parametrize("frames", [1, 49])
+def test_sizes_that_openai_lists_are_made_with_a_warning(
+    model: ModelConfig, size: str, frames: int
+) -> None:
+    p = parameters.resolve(GenerateRequest(prompt="a", size=size, num_frames=frames), model)
+    assert f"{p.width}x{p.height}" == size
+    assert any(f"size {size} is not a trained one" in warning for warning in p.warnings)
 
 
 @given(st.integers(2, 500), st.sampled_from([(320, 192), (832, 480), (1280, 720)]))

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
+import re
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.request.request import MAX_SEED, OF_TRANSFER, SPECS, GenerateRequest, from_fields
+from vllm_cosmos3.request.sizes import is_too_large
 
 NOT_INTEGERS = [True, 1.5, "12", [12], b"1"]
 NOT_NUMBERS = [True, "1", [1.0], float("nan"), float("inf"), 1j, 10**400, -(10**400)]
@@ -239,3 +242,57 @@ def test_sizes_are_multiples_of_16(width: int, height: int) -> None:
         GenerateRequest(prompt="a", size=f"{width}x{height}")
     nearest = caught.value.possible.rsplit(" ", 1)[1]
     assert GenerateRequest(prompt="a", size=nearest).size == nearest
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.integers(1, 9000), st.integers(1, 9000), st.booleans(), st.booleans())
+def test_a_size_that_a_refusal_proposes_is_accepted(
+    width: int, height: int, untrained: bool, whole: bool
+) -> None:
+    fields: dict[str, Any] = {"size": f"{width}x{height}"}
+    if not whole and min(width, height) >= 16:
+        fields = {"width": width, "height": height}
+    fields |= {"prompt": "a", "allow_untrained_size": untrained}
+    possible = ""
+    try:
+        GenerateRequest(**fields)
+    except InvalidRequest as error:
+        possible = error.possible
+    for proposed in re.findall(r"(\d+)x(\d+)$", possible):
+        sides = int(proposed[0]), int(proposed[1])
+        GenerateRequest(**{**fields, "size": None, "width": sides[0], "height": sides[1]})
+        assert untrained or not is_too_large(*sides)
+
+
+@pytest.mark.parametrize(
+    ("given_size", "proposed"),
+    [
+        ("1920x1080", "1360x768"),
+        ("1080x1920", "768x1360"),
+        ("854x480", "848x480"),
+        ("0x0", "16x16"),
+        ("2050x2050", "1024x1024"),
+    ],
+)
+def test_sizes_that_are_proposed(given_size: str, proposed: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"such as {proposed}"):
+        GenerateRequest(prompt="a", size=given_size)
+
+
+@pytest.mark.parametrize("name", ["prompt", "negative_prompt"])
+@pytest.mark.parametrize(
+    "caption", [{"subjects": [{"description": "a paper boat"}]}, {"scène": "été"}, {"a": None}]
+)
+def test_a_structured_prompt_may_be_an_object(name: str, caption: dict[str, Any]) -> None:
+    request = GenerateRequest(**{"prompt": "a", name: caption})
+    assert json.loads(getattr(request, name)) == caption
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("duration", "seconds"), ("cfg_scale", "guidance_scale"), ("frames", "num_frames"),
+     ("steps", "num_inference_steps"), ("num_images", "n"), ("negative_promt", "negative_prompt")],
+)  # fmt: skip
+def test_names_of_other_programs_are_understood(name: str, meant: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"did you mean {meant}"):
+        from_fields({"prompt": "a", name: 4})

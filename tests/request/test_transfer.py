@@ -17,7 +17,8 @@ from vllm_cosmos3.checkpoint.config import ModelConfig, read_config
 from vllm_cosmos3.engine import Cosmos3
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.generator.sampling.noise import initial_noise
-from vllm_cosmos3.request import prompts, transfer
+from vllm_cosmos3.media_budget import MediaBudget
+from vllm_cosmos3.request import planner, prompts
 from vllm_cosmos3.request.controls import PRESETS
 from vllm_cosmos3.request.plan import Plan
 from vllm_cosmos3.request.planner import make_plan
@@ -257,7 +258,8 @@ def test_what_does_not_fit_is_named(
 def test_a_control_too_long_for_memory_is_refused(
     model: ModelConfig, tokenizer: prompts.Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfer, "MAX_BYTES", 10 * 96 * 64 * 3)
+    budget = MediaBudget(per_request=10 * 96 * 64 * 3, total=100 * 96 * 64 * 3)
+    monkeypatch.setattr(planner, "media_budget", lambda: budget)
     with pytest.raises(InvalidRequest, match="at most 10 frames long at 96x64") as refusal:
         plan(model, tokenizer, edge=clip(11), size="96x64")
     assert (refusal.value.field, refusal.value.code) == ("edge.control", "too_large")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from vllm_cosmos3.checkpoint.config import read_config
 from vllm_cosmos3.cli import main
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.reasoner.offline import sampling_params
+from vllm_cosmos3.request.plan import Plan
 from vllm_cosmos3.request.planner import make_plan
 from vllm_cosmos3.request.prompts import Facts, load_tokenizer, positive_text
 from vllm_cosmos3.request.questions import Question, question_of
@@ -28,13 +31,12 @@ from vllm_cosmos3.request.upsample import (
 
 VIDEO = Facts(num_frames=189, fps=24, height=720, width=1280, aspect_ratio="16,9")
 IMAGE = Facts(num_frames=1, fps=24, height=960, width=960, aspect_ratio="1,1")
-EFFECTIVE = {
-    "num_frames": 189,
-    "num_video_frames_per_chunk": None,
-    "fps": 24.0,
-    "height": 720,
-    "width": 1280,
-}
+
+
+@pytest.fixture(scope="module")
+def planned(tiny_checkpoint: Path) -> Callable[[GenerateRequest], Plan]:
+    model, tokenizer = read_config(tiny_checkpoint), load_tokenizer(tiny_checkpoint)
+    return lambda request: make_plan(request, model, tokenizer)
 
 
 def example(schema: dict[str, Any]) -> Any:
@@ -100,24 +102,26 @@ def test_answers_become_compact_prompts() -> None:
             caption_of(text, complete=complete)
 
 
-def test_what_a_request_is_asked_for() -> None:
-    picture = np.zeros((8, 8, 3), np.uint8)
-    question = question_about(GenerateRequest(prompt="a", image=picture), EFFECTIVE, {})
+def test_what_a_request_is_asked_for(planned: Callable[[GenerateRequest], Plan]) -> None:
+    picture = np.zeros((64, 64, 3), np.uint8)
+    request = GenerateRequest(prompt="a", image=picture, size="64x64", num_frames=25)
+    question = question_about(request, planned(request), {})
     assert question is not None
     assert question.image is picture
-    clip = np.arange(9, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
-    request = GenerateRequest(prompt="a", video=clip, condition_video_keep="last")
-    known = EFFECTIVE | {"condition_frame_indexes_vision": [0, 1]}
-    question = question_about(request, known, {})
+    clip = np.arange(9, dtype=np.uint8)[:, None, None, None] * np.ones((1, 64, 64, 3), np.uint8)
+    request = replace(request, image=None, video=clip, condition_video_keep="last")
+    question = question_about(request, planned(request), {})
     assert question is not None
     assert (np.asarray(question.image) == 4).all()  # the first of the last five
-    assert question_about(GenerateRequest(prompt='{"context": "x"}'), EFFECTIVE, {}) is None
+    request = GenerateRequest(prompt='{"context": "x"}')
+    plan = planned(request)
+    assert question_about(request, plan, {}) is None
     for fields in (
         {"prompt_token_ids": [1]},
         {"prompt": "a", "action_mode": "policy", "image": picture, "domain_name": "av"},
     ):
         with pytest.raises(InvalidRequest, match="upsample_prompt"):
-            question_about(GenerateRequest(**fields), EFFECTIVE, {})  # type: ignore[arg-type]
+            question_about(GenerateRequest(**fields), plan, {})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -134,7 +138,7 @@ def test_the_reasoner_is_told_the_length_that_the_model_is_told(
     tokenizer = load_tokenizer(tiny_checkpoint)
     request = from_fields({"prompt": "a boat", **fields})
     plan = make_plan(request, read_config(tiny_checkpoint), tokenizer)
-    question = question_about(request, plan.effective, {})
+    question = question_about(request, plan, {})
     assert question is not None
     assert f"{seconds} seconds long at 24 frames a second" in question.prompt
     assert f"The video is {seconds} seconds long and is of 24 FPS." in tokenizer.decode(
@@ -152,7 +156,7 @@ def test_of_a_transfer_the_frames_that_it_takes_over_are_shown(
         "size": "64x48", "num_first_chunk_conditional_frames": taken,
     })  # fmt: skip
     plan = make_plan(request, read_config(tiny_checkpoint), load_tokenizer(tiny_checkpoint))
-    question = question_about(request, plan.effective, {})
+    question = question_about(request, plan, {})
     assert question is not None
     if taken is None:  # nothing of the result is known
         assert question.image is None
@@ -160,8 +164,9 @@ def test_of_a_transfer_the_frames_that_it_takes_over_are_shown(
         assert (np.asarray(question.image) == 1).all()
 
 
-def test_a_prompt_of_brackets_is_a_text() -> None:
-    question = question_about(GenerateRequest(prompt="[" * 100_000), EFFECTIVE, {})
+def test_a_prompt_of_brackets_is_a_text(planned: Callable[[GenerateRequest], Plan]) -> None:
+    request = GenerateRequest(prompt="[" * 100_000)
+    question = question_about(request, planned(request), {})
     assert question is not None
     assert "[" * 100_000 in question.prompt
 

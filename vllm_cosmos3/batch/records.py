@@ -384,8 +384,7 @@ def _text(field: str) -> Reader:
     """A prompt, which may stand as an object: the model reads its compact JSON."""
 
     def read(_: Entry, value: Any, __: Mapping[str, Any]) -> dict[str, Any]:
-        structured = isinstance(value, Mapping)
-        return {field: json.dumps(value, separators=(",", ":")) if structured else value}
+        return {field: prompts.as_text(value)}
 
     return read
 

@@ -30,7 +30,7 @@ from vllm_cosmos3.cli.run_options import RunOptions, open_generator, open_reason
 from vllm_cosmos3.cli.terminal import quiet_libraries
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
 from vllm_cosmos3.request.controls import HINTS
-from vllm_cosmos3.request.questions import Question, question_of
+from vllm_cosmos3.request.questions import QUESTION, Question, question_of
 from vllm_cosmos3.request.request import GenerateRequest, from_fields
 from vllm_cosmos3.request.upsample import caption_of, question_about
 
@@ -174,11 +174,11 @@ def _checked(
         try:
             fields = {name: downloads.local(name, x) for name, x in record.fields.items()}
             before = _before(record, samples, options)
-            asked, effective, warnings = _settled(record, fields, before, plan)
-            if record.upsample is not None and isinstance(asked, GenerateRequest):
+            asked, planned = _planned(record, fields, before, plan)
+            if record.upsample is not None and isinstance(asked, GenerateRequest) and planned:
                 # The frame of another record is not made yet: there is nothing to show.
                 shown = asked if before is None else replace(asked, image=None)
-                upsampling = question_about(shown, effective, record.upsample)
+                upsampling = question_about(shown, planned, record.upsample)
         except InvalidRequest as error:
             error = record.placed(error)
             refused.append(Refused(name=record.name, values=record.fields, error=error))
@@ -187,8 +187,8 @@ def _checked(
         samples[record.name] = Sample(
             record=record,
             asked=asked,
-            effective={"name": record.name, **effective, **urls},
-            warnings=(*record.warnings, *warnings),
+            effective={"name": record.name, **_effective(asked, planned), **urls},
+            warnings=(*record.warnings, *(planned.warnings if planned else ())),
             digest=_digest(record, fields, before, options),
             continued=record.name in wanted,
             upsampling=upsampling,
@@ -212,27 +212,33 @@ def _before(record: Record, samples: Mapping[str, Sample], options: RunOptions) 
     return before
 
 
-def _settled(
+def _planned(
     record: Record,
     fields: Mapping[str, Any],
     before: Sample | None,
     plan: Callable[[GenerateRequest], Plan],
-) -> tuple[GenerateRequest | Question, dict[str, Any], tuple[str, ...]]:
-    """The request or question of a record, every parameter of it, and warnings."""
+) -> tuple[GenerateRequest, Plan] | tuple[Question, None]:
+    """The request of a record and its plan, or its question."""
     if record.kind == REASONER:
         question = question_of(fields)
         if question.image is not None:  # a broken one should not wait for the reasoner
             media.read_image(question.image)
         if question.video is not None:
             media.read_video(question.video, frames=1)
-        names = [name for name in question.__dataclass_fields__ if name != "schema"]
-        return question, {"mode": REASONER} | {n: getattr(question, n) for n in names}, ()
+        return question, None
     if before is not None:  # a picture of the right size stands for the frame to come
         shape = (before.effective["height"], before.effective["width"], 3)
         fields = {**fields, "image": np.zeros(shape, np.uint8)}
     request = from_fields(fields)
-    planned = plan(request)
-    return request, dict(planned.effective), planned.warnings
+    return request, plan(request)
+
+
+def _effective(asked: GenerateRequest | Question, plan: Plan | None) -> dict[str, Any]:
+    """Every parameter of a request or a question."""
+    if plan is not None:
+        return dict(plan.effective)
+    names = [name for name in QUESTION if name != "schema"]
+    return {"mode": REASONER} | {name: getattr(asked, name) for name in names}
 
 
 def _digest(

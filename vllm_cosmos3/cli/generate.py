@@ -163,7 +163,7 @@ def _upsampled(request: GenerateRequest, plan: Plan, options: RunOptions) -> Gen
     """The request with the prompt that the reasoner writes, if the flags ask for one."""
     from vllm_cosmos3.request.upsample import caption_of, question_about
 
-    question = question_about(request, plan.effective, {}) if options.upsample_prompt else None
+    question = question_about(request, plan, {}) if options.upsample_prompt else None
     if question is None:
         return request
     print("upsample", file=sys.stderr)

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     questions = {}
     for index, prompt in enumerate(captions):
         request = from_fields({"prompt": prompt, **fields})
-        question = question_about(request, plan(request).effective, sampling)
+        question = question_about(request, plan(request), sampling)
         if question is None:
             captions[index] = json.dumps(json.loads(prompt), separators=(",", ":"))
         else:

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vllm_cosmos3 import media
 from vllm_cosmos3.checkpoint.config import ModelConfig
 from vllm_cosmos3.checkpoint.kinds import check_mode
-from vllm_cosmos3.checkpoint.latents import latent_frames, pixel_frames
+from vllm_cosmos3.checkpoint.latents import latent_frames
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.request.embodiments import VIEWS, Embodiment, find_embodiment
 from vllm_cosmos3.request.plan import ActionRows, StreamPlan
@@ -171,26 +170,6 @@ def resolve_action(request: GenerateRequest, model: ModelConfig) -> Action | Non
         offset=offset,
         warnings=tuple(warnings),
     )
-
-
-def observation(request: GenerateRequest, action: Action, model: ModelConfig) -> media.Pixels:
-    """The frames that the model sees, uint8 [T, H, W, 3]: one, or all of the chunk.
-
-    Raises:
-        InvalidRequest: they cannot be read, or are too few.
-    """
-    if request.image is not None:
-        return media.read_image(request.image)[None]
-    assert request.video is not None  # _check_inputs has seen to it
-    needed = pixel_frames(action.known_frames[-1] + 1, model.vae)
-    frames = media.read_video(
-        request.video, frames=action.num_frames if action.mode.video else 1,
-        keep=request.condition_video_keep,
-    )  # fmt: skip
-    if action.mode.video and len(frames) < action.num_frames:
-        possible = f"at least {action.num_frames} frames long for {action.chunk_size} actions"
-        raise InvalidRequest("video", f"{len(frames)} frames", possible)
-    return frames[:needed]
 
 
 def action_stream(action: Action, model: ModelConfig, chunk: int = 0) -> StreamPlan:

@@ -29,8 +29,10 @@ from vllm_cosmos3.request.sizes import (
     MAX_TRAINED_FRAMES,
     MIN_TRAINED_FRAMES,
     TRAINED_FPS,
-    TRAINED_SIZES,
+    is_too_large,
+    is_trained,
     nearest_size,
+    nearest_trained,
     tier_of,
 )
 from vllm_cosmos3.request.transfer import Transfer
@@ -177,16 +179,13 @@ def _size(request: GenerateRequest, default: Defaults) -> tuple[int, int]:
 
 
 def _check_area(request: GenerateRequest, width: int, height: int) -> list[str]:
-    if any((width, height) in sizes for sizes in TRAINED_SIZES.values()):
+    if is_trained(width, height):
         return []
-    if width * height > MAX_AREA and not request.allow_untrained_size:
-        possible = f"at most {MAX_AREA:,} pixels, such as 1360x768, or allow_untrained_size set"
+    nearest = "x".join(map(str, nearest_trained(width, height)))
+    if is_too_large(width, height) and not request.allow_untrained_size:
+        possible = f"at most {MAX_AREA:,} pixels, such as {nearest}, or allow_untrained_size set"
         raise InvalidRequest("size", f"{width}x{height}", possible, "too_large")
-    nearest = min(
-        TRAINED_SIZES[tier_of(width, height)],
-        key=lambda size: abs(math.log(size[0] / size[1]) - math.log(width / height)),
-    )
-    return [f"size {width}x{height} is not a trained one; the nearest is {nearest[0]}x{nearest[1]}"]
+    return [f"size {width}x{height} is not a trained one; the nearest is {nearest}"]
 
 
 def _check_fps(request: GenerateRequest, fps: float) -> list[str]:

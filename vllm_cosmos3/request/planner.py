@@ -1,15 +1,16 @@
 """Planner: from a request to its plan, the only place where a mode means anything.
 
-A mode is a row of `defaults.DEFAULTS` and a condition: which latent frames are known, and from what pixels.
+A mode is a row of `defaults.DEFAULTS`, which says which latent frames are known.
 Numbers are resolved in `parameters`. Everything is checked before a weight is touched.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 
 import numpy as np
 
@@ -17,11 +18,13 @@ from vllm_cosmos3 import media
 from vllm_cosmos3.checkpoint.config import ModelConfig
 from vllm_cosmos3.checkpoint.latents import pixel_frames, vision_shape
 from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.media_budget import Lease, media_budget
 from vllm_cosmos3.request import actions, prompts
 from vllm_cosmos3.request import transfer as transfers
 from vllm_cosmos3.request.actions import Action
 from vllm_cosmos3.request.controls import HINTS
 from vllm_cosmos3.request.defaults import Parameters
+from vllm_cosmos3.request.inputs import input_frames, resized
 from vllm_cosmos3.request.parameters import (
     fitting,
     of_all_chunks,
@@ -64,14 +67,15 @@ def make_plan(request: GenerateRequest, model: ModelConfig, tokenizer: prompts.T
 def make_draft(request: GenerateRequest, model: ModelConfig) -> Draft:
     """The part of `make_plan` that is the same for every prompt: numbers and pixels."""
     action = actions.resolve_action(request, model)
-    transfer = transfers.resolve_transfer(request, model, partial(fitting, request))
-    if action is not None:
-        parameters, chunks = _with_actions(request, model, action)
-    elif transfer is not None:
-        parameters = resolve_transfer(request, model, transfer)
-        chunks = list(transfers.chunk_streams(transfer, model))
-    else:
-        parameters, chunks = _from_prompt(request, model)
+    with media_budget().lease() as lease:
+        transfer = transfers.resolve_transfer(request, model, partial(fitting, request), lease)
+        if action is not None:
+            parameters, chunks = _with_actions(request, model, action, lease)
+        elif transfer is not None:
+            parameters = resolve_transfer(request, model, transfer)
+            chunks = list(transfers.chunk_streams(transfer, model))
+        else:
+            parameters, chunks = _from_prompt(request, model, lease)
     return Draft(
         request=request,
         model=model,
@@ -108,53 +112,16 @@ def with_prompts(draft: Draft, tokenizer: prompts.Tokenizer) -> Plan:
     )
 
 
-# The conditions: known latent frames become pixels.
-
-
-def _nothing(_: GenerateRequest, __: Parameters, ___: ModelConfig) -> np.ndarray | None:
-    return None
-
-
-def _image(request: GenerateRequest, _: Parameters, __: ModelConfig) -> np.ndarray | None:
-    assert request.image is not None  # so says its mode
-    return media.read_image(request.image)[None]
-
-
-def _video(
-    request: GenerateRequest, parameters: Parameters, model: ModelConfig
-) -> np.ndarray | None:
-    """The pixels under the latent frames up to the last known one: the encoder looks back only."""
-    assert request.video is not None  # so says its mode
-    needed = pixel_frames(parameters.condition_frame_indexes_vision[-1] + 1, model.vae)
-    frames = media.read_video(request.video, frames=needed, keep=request.condition_video_keep)
-    if len(frames) < needed:
-        last = parameters.condition_frame_indexes_vision[-1]
-        possible = f"at least {needed} frames long for condition_frame_indexes_vision up to {last}"
-        raise InvalidRequest("video", f"{len(frames)} frames", possible)
-    return frames
-
-
-Condition = Callable[[GenerateRequest, Parameters, ModelConfig], np.ndarray | None]
-CONDITIONS: dict[str, Condition] = {
-    "text2image": _nothing,
-    "text2video": _nothing,
-    "image2video": _image,
-    "video2video": _video,
-}
-
-
 # Streams.
 
 
-def _from_prompt(request: GenerateRequest, model: ModelConfig) -> tuple[Parameters, Streams]:
+def _from_prompt(
+    request: GenerateRequest, model: ModelConfig, lease: Lease
+) -> tuple[Parameters, Streams]:
     """A video after a prompt and perhaps pixels, in chunks that continue each other, with sound."""
     parameters = resolve(request, model)
-    width, height = parameters.width, parameters.height
-    pixels = CONDITIONS[parameters.mode](request, parameters, model)
-    if pixels is not None:
-        lost = _crop_warning(pixels.shape[2], pixels.shape[1], width, height)
-        parameters = replace(parameters, warnings=(*parameters.warnings, *lost))
-        pixels = media.cover_crop(pixels, height=height, width=width)
+    pixels, warnings = _known_pixels(request, parameters, model, lease)
+    parameters = replace(parameters, warnings=(*parameters.warnings, *warnings))
     first = output_streams(parameters, model, pixels)
     following = (replace(first[0], known=(0,), source=None),)
     return parameters, [first] + [following] * (request.num_chunks - 1)
@@ -164,52 +131,78 @@ def output_streams(
     parameters: Parameters, model: ModelConfig, pixels: media.Pixels | None = None
 ) -> tuple[StreamPlan, ...]:
     """The streams of a video after a prompt and perhaps ``pixels``, and of what belongs to it."""
-    vision = _vision_stream(parameters, model, pixels)
-    if parameters.sound_duration is None:
-        return (vision,)
-    return vision, _sound_stream(parameters.sound_duration, model)
-
-
-def _with_actions(
-    request: GenerateRequest, model: ModelConfig, action: Action
-) -> tuple[Parameters, Streams]:
-    """A robot's view and its actions, chunk by chunk."""
-    frames = actions.observation(request, action, model)
-    parameters = resolve_action(request, model, action, (frames.shape[2], frames.shape[1]))
-    canvas = _canvas_stream(frames, parameters, model)
-    first = (canvas, actions.action_stream(action, model))
-    later = [
-        (replace(canvas, source=None), actions.action_stream(action, model, chunk))
-        for chunk in range(1, request.num_chunks)
-    ]
-    return parameters, [first, *later]
-
-
-def _vision_stream(
-    parameters: Parameters, model: ModelConfig, pixels: media.Pixels | None
-) -> StreamPlan:
-    return StreamPlan(
+    vision = StreamPlan(
         name="vision",
         shape=vision_shape(parameters.num_frames, parameters.height, parameters.width, model.vae),
         rate=parameters.fps,
         known=parameters.condition_frame_indexes_vision,
         source=pixels,
     )
+    if parameters.sound_duration is None:
+        return (vision,)
+    return vision, _sound_stream(parameters.sound_duration, model)
 
 
-def _canvas_stream(frames: media.Pixels, parameters: Parameters, model: ModelConfig) -> StreamPlan:
-    """A video of which only what the pictures cover of their canvas is kept."""
-    pixels, (height, width) = media.fit_inside(
-        frames, height=parameters.height, width=parameters.width
-    )
-    return StreamPlan(
+def _known_pixels(
+    request: GenerateRequest, parameters: Parameters, model: ModelConfig, lease: Lease
+) -> tuple[media.Pixels | None, list[str]]:
+    """The pixels under the latent frames up to the last known one, and a warning where they are cut.
+
+    No more of them: the encoder looks back only.
+    """
+    known = parameters.condition_frame_indexes_vision
+    height, width = parameters.height, parameters.width
+    if not known:
+        return None, []
+    needed = pixel_frames(known[-1] + 1, model.vae)
+    frames = input_frames(request, limit=needed, lease=lease)
+    first = next(frames)
+    fit = partial(media.cover_crop, height=height, width=width)
+    pixels = resized(chain([first], frames), fit, (needed, height, width), lease)
+    if len(pixels) < needed:
+        possible = (
+            f"at least {needed} frames long for condition_frame_indexes_vision up to {known[-1]}"
+        )
+        raise InvalidRequest("video", f"{len(pixels)} frames", possible)
+    return pixels, _crop_warning(first.shape[1], first.shape[0], width, height)
+
+
+def _with_actions(
+    request: GenerateRequest, model: ModelConfig, action: Action, lease: Lease
+) -> tuple[Parameters, Streams]:
+    """A robot's view and its actions, chunk by chunk.
+
+    The view is a video of which only what the pictures cover of their canvas is kept.
+    """
+    length = action.num_frames if action.mode.video else 1
+    frames = input_frames(request, limit=length, lease=lease)
+    first = next(frames)
+    parameters = resolve_action(request, model, action, (first.shape[1], first.shape[0]))
+    height, width = parameters.height, parameters.width
+    needed = pixel_frames(action.known_frames[-1] + 1, model.vae)
+    _, (rows, columns) = media.fit_inside(first[None], height=height, width=width)
+
+    def fit(frame: media.Pixels) -> media.Pixels:
+        return media.fit_inside(frame, height=height, width=width)[0]
+
+    pixels = resized(chain([first], frames), fit, (needed, height, width), lease)
+    seen = len(pixels) + sum(1 for _ in frames)
+    if seen < length:
+        possible = f"at least {length} frames long for {action.chunk_size} actions"
+        raise InvalidRequest("video", f"{seen} frames", possible)
+    view = StreamPlan(
         name="vision",
-        shape=vision_shape(parameters.num_frames, height, width, model.vae),
+        shape=vision_shape(parameters.num_frames, rows, columns, model.vae),
         rate=parameters.fps,
         known=parameters.condition_frame_indexes_vision,
         source=pixels,
-        canvas=(parameters.height, parameters.width),
+        canvas=(height, width),
     )
+    later = [
+        (replace(view, source=None), actions.action_stream(action, model, chunk))
+        for chunk in range(1, request.num_chunks)
+    ]
+    return parameters, [(view, actions.action_stream(action, model)), *later]
 
 
 def _crop_warning(width: int, height: int, to_width: int, to_height: int) -> list[str]:

@@ -187,6 +187,16 @@ def negative_file(folder: Path, names: Sequence[str]) -> Path | None:
     return next((file for file in files if file.exists()), None)
 
 
+def as_text(prompt: Any) -> Any:
+    """A prompt that stands as an object, as compact JSON; anything else as it is."""
+    if not isinstance(prompt, Mapping):
+        return prompt
+    try:
+        return json.dumps(prompt, separators=(",", ":"))
+    except (TypeError, ValueError, RecursionError):  # no JSON, which the validator refuses
+        return prompt
+
+
 def json_object(prompt: str) -> dict[str, Any] | None:
     """The caption that a prompt is; None if it is a text."""
     try:

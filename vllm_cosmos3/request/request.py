@@ -16,6 +16,8 @@ from vllm_cosmos3.errors import InvalidRequest, did_you_mean
 from vllm_cosmos3.request.controls import HINTS, Hint
 from vllm_cosmos3.request.embodiments import VIEWS
 from vllm_cosmos3.request.fields import Spec
+from vllm_cosmos3.request.prompts import as_text
+from vllm_cosmos3.request.sizes import proposed_size
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,7 +48,9 @@ class GenerateRequest:
     """
 
     prompt: str | None = _field(
-        kind="text", high=2**20, help="what to show: plain text, or a structured JSON caption"
+        kind="text",
+        high=2**20,
+        help="what to show: plain text, or a structured JSON caption, as text or as an object",
     )
     negative_prompt: str | None = _field(
         kind="text",
@@ -345,6 +349,8 @@ class GenerateRequest:
     )
 
     def __post_init__(self) -> None:
+        for name in ("prompt", "negative_prompt"):
+            object.__setattr__(self, name, as_text(getattr(self, name)))
         for name, spec in SPECS.items():
             value = getattr(self, name)
             if value is not None:
@@ -442,13 +448,14 @@ def _check_size(request: GenerateRequest) -> None:
             raise InvalidRequest("size", request.size, possible, "too_large")
     if width is None or height is None:
         return
-    near_width, near_height = (max(16, round(side / 16) * 16) for side in (width, height))
-    if request.size is not None and (width, height) != (near_width, near_height):
-        possible = f"multiples of 16, such as {near_width}x{near_height}"
-        raise InvalidRequest("size", request.size, possible)
-    for name, side, near in (("width", width, near_width), ("height", height, near_height)):
-        if side != near:
-            raise InvalidRequest(name, side, f"a multiple of 16, such as {near}")
+    if all(side and side % 16 == 0 for side in (width, height)):
+        return
+    near = proposed_size(width, height, untrained=request.allow_untrained_size)
+    shown = "x".join(map(str, near))
+    if request.size is not None:
+        raise InvalidRequest("size", request.size, f"multiples of 16, such as {shown}")
+    name, side = ("width", width) if width % 16 else ("height", height)
+    raise InvalidRequest(name, side, f"a multiple of 16, such as that of {shown}")
 
 
 def _check_conditions(request: GenerateRequest) -> None:

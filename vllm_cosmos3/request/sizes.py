@@ -13,6 +13,8 @@ TRAINED_SIZES = {  # tier: (width, height) for each of ASPECT_RATIOS
     768: ((1024, 1024), (1184, 880), (880, 1184), (1360, 768), (768, 1360)),
 }
 MAX_AREA = max(width * height for sizes in TRAINED_SIZES.values() for width, height in sizes)
+# Larger ones that OpenAI's API lists: its clients' users choose from these.
+LISTED_SIZES = {(1024, 1536), (1536, 1024), (1024, 1792), (1792, 1024)}
 MIN_TRAINED_FRAMES = 24
 MAX_TRAINED_FRAMES = {256: 400, 480: 300, 704: 200, 720: 200, 768: 200}
 TRAINED_FPS = (10, 30)
@@ -21,6 +23,30 @@ TRAINED_FPS = (10, 30)
 def nearest_size(tier: int, width: int, height: int) -> tuple[int, int]:
     """The trained width and height of a tier whose shape is nearest to that of a picture."""
     return min(TRAINED_SIZES[tier], key=lambda size: abs(size[1] / size[0] - height / width))
+
+
+def is_trained(width: int, height: int) -> bool:
+    """Whether the models were trained with this size."""
+    return any((width, height) in sizes for sizes in TRAINED_SIZES.values())
+
+
+def is_too_large(width: int, height: int) -> bool:
+    """Whether a size is beyond what is made of an untrained one without being allowed to."""
+    return width * height > MAX_AREA and (width, height) not in LISTED_SIZES
+
+
+def nearest_trained(width: int, height: int) -> tuple[int, int]:
+    """The trained width and height of about this area whose shape is nearest."""
+    sizes = TRAINED_SIZES[tier_of(width, height)]
+    return min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - math.log(width / height)))
+
+
+def proposed_size(width: int, height: int, *, untrained: bool) -> tuple[int, int]:
+    """The nearest width and height that a request may have; ``untrained`` allows larger ones."""
+    near_width, near_height = (max(16, round(side / 16) * 16) for side in (width, height))
+    if is_too_large(near_width, near_height) and not untrained:
+        return nearest_trained(width, height)
+    return near_width, near_height
 
 
 def tier_of(width: int, height: int) -> int:

@@ -21,6 +21,7 @@ from vllm_cosmos3.checkpoint.kinds import check_mode
 from vllm_cosmos3.checkpoint.latents import latent_frames, round_frames, vision_shape
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.media import Pixels, VideoSource
+from vllm_cosmos3.media_budget import Lease
 from vllm_cosmos3.request.controls import CONTROL_GUIDANCE, PRESET_OF, Hint
 from vllm_cosmos3.request.plan import StreamPlan
 from vllm_cosmos3.request.request import SPECS, GenerateRequest
@@ -29,7 +30,6 @@ FPS = 24.0
 SLOWEST, FASTEST = SPECS["fps"].low, SPECS["fps"].high
 TOLERANCE = 0.01  # of the fastest rate, which clips state inexactly
 WITHOUT_CONTROLS = 1  # the branch of guidance that sees none; 0 has all, 2 the negative prompt
-MAX_BYTES = 4 * 2**30  # of all controls of a request: they travel to the ranks as pixels
 EDGES = {  # thresholds of Canny's hysteresis
     "none": (20, 50),
     "very_low": (20, 50),
@@ -96,7 +96,7 @@ class Transfer:
     """
 
     controls: dict[str, Hint]
-    clips: tuple[Pixels, ...]
+    clips: tuple[Frames, ...]
     start: Pixels | None
     side_by_side: tuple[Pixels, ...]  # shown with the result
     width: int
@@ -128,10 +128,13 @@ class Transfer:
         }
 
 
+Frames = list[Pixels]  # of one size [H, W, 3]: an array of all would hold them twice for a moment
 Fit = Callable[[int, int], tuple[int, int]]  # the size of the output for that of the input
 
 
-def resolve_transfer(request: GenerateRequest, model: ModelConfig, fit: Fit) -> Transfer | None:
+def resolve_transfer(
+    request: GenerateRequest, model: ModelConfig, fit: Fit, lease: Lease
+) -> Transfer | None:
     """The controls and chunks of a transfer, its clips read; None for other requests.
 
     Length, size and frame rate are those of the video, or of the first control. Where that is faster
@@ -154,9 +157,9 @@ def resolve_transfer(request: GenerateRequest, model: ModelConfig, fit: Fit) -> 
         raise InvalidRequest(field, f"{rate:.3g} frames a second", possible)
     every = max(1, math.ceil(rate / FASTEST - TOLERANCE))
     fps = min(rate / every, FASTEST)
-    picture = next(media.frames_of(source, limit=1, field=field))
+    picture = next(media.frames_of(source, limit=1, field=field, lease=lease))
     width, height = fit(picture.shape[1], picture.shape[0])
-    read = _Reader(request, width, height, _limit(request, fps) or default.limit, every)
+    read = _Reader(request, width, height, _limit(request, fps) or default.limit, every, lease)
     clips = tuple(read.control(name) for name in request.controls)
     chunks = _chunks(request, model, len(clips[0]), default.chunk)
     start = _start(request, read, chunks)
@@ -168,7 +171,9 @@ def resolve_transfer(request: GenerateRequest, model: ModelConfig, fit: Fit) -> 
         controls=request.controls,
         clips=clips,
         start=start,
-        side_by_side=tuple(clip[padded(len(clip), chunks.total)[: chunks.total]] for clip in shown),
+        side_by_side=tuple(
+            _picked(clip, padded(len(clip), chunks.total)[: chunks.total]) for clip in shown
+        ),
         width=width,
         height=height,
         fps=fps,
@@ -276,36 +281,46 @@ class _Reader:
     """Reads clips at the size of the output, each once: of its frames one of ``every`` so many."""
 
     def __init__(
-        self, request: GenerateRequest, width: int, height: int, limit: int, every: int
+        self,
+        request: GenerateRequest,
+        width: int,
+        height: int,
+        limit: int,
+        every: int,
+        lease: Lease,
     ) -> None:
         self._request, self._size = request, (width, height)
-        self._limit, self._every = limit, every
-        self._most = MAX_BYTES // (width * height * 3 * len(request.controls))
-        self._clips: dict[str | None, Pixels] = {}
+        self._limit, self._every, self._lease = limit, every, lease
+        self._most = lease.per_request // (width * height * 3 * len(request.controls))
+        self._clips: dict[str | None, Frames] = {}
 
-    def control(self, name: str) -> Pixels:
-        """The clip that shows a hint, [T, H, W, 3]."""
+    def control(self, name: str) -> Frames:
+        """The clip that shows a control."""
         hint = self._request.controls[name]
         if hint.control is not None:
             return self.clip(name)
-        return np.stack([COMPUTE[name](frame, hint.preset) for frame in self.clip(None)])
+        frames = self.clip(None)
+        self._lease.reserve(sum(frame.nbytes for frame in frames), name)
+        return [COMPUTE[name](frame, hint.preset) for frame in frames]
 
-    def clip(self, name: str | None) -> Pixels:
-        """The clip of a hint as it came; of None the user's video."""
+    def clip(self, name: str | None) -> Frames:
+        """The clip of a control as it came; of None the user's video."""
         if name not in self._clips:
             source, field = _source(self._request, name)
-            self._clips[name] = np.stack(list(self._frames(source, field)))
+            self._clips[name] = list(self._frames(source, field))
         return self._clips[name]
 
     def _frames(self, source: VideoSource, field: str) -> Iterator[Pixels]:
         width, height = self._size
-        stored = media.frames_of(source, limit=self._limit * self._every, field=field)
+        limit = self._limit * self._every
+        stored = media.frames_of(source, limit=limit, field=field, lease=self._lease)
         for index, frame in enumerate(islice(stored, 0, None, self._every)):
             if index == self._most:
                 possible = (
                     f"at most {self._most} frames long at {width}x{height}, or cut by max_frames"
                 )
                 raise InvalidRequest(field, "longer", possible, "too_large")
+            self._lease.reserve(width * height * 3, field)
             yield media.cover_crop(frame[None], height=height, width=width)[0]
 
 
@@ -339,17 +354,21 @@ def _start(request: GenerateRequest, read: _Reader, chunks: Chunks) -> Pixels | 
     asked = request.num_first_chunk_conditional_frames or 0
     if not asked:
         return None
-    start = read.clip(None)[: min(asked, chunks.frames)]
+    start = np.stack(read.clip(None)[: min(asked, chunks.frames)])
     if len(start) == chunks.frames and chunks.count == 1:
         possible = f"below {chunks.frames}, the frames of the only chunk: else nothing is made"
         raise InvalidRequest("num_first_chunk_conditional_frames", asked, possible)
     return start
 
 
-def _window(clip: Pixels, window: slice, chunks: Chunks) -> Pixels:
+def _window(clip: Frames, window: slice, chunks: Chunks) -> Pixels:
     """What one chunk sees of a control: mirrored at its end where that comes too soon."""
     order = padded(len(clip), chunks.total)[window]
-    return clip[[order[place] for place in padded(len(order), chunks.frames)]]
+    return _picked(clip, [order[place] for place in padded(len(order), chunks.frames)])
+
+
+def _picked(clip: Frames, places: Iterable[int]) -> Pixels:
+    return np.stack([clip[place] for place in places])
 
 
 def _thinned(field: str, rate: float, every: int) -> list[str]:
@@ -360,7 +379,7 @@ def _thinned(field: str, rate: float, every: int) -> list[str]:
     ]
 
 
-def _warnings(request: GenerateRequest, clips: tuple[Pixels, ...]) -> Iterator[str]:
+def _warnings(request: GenerateRequest, clips: tuple[Frames, ...]) -> Iterator[str]:
     for name, clip in zip(request.controls, clips, strict=True):
         if len(clip) < len(clips[0]):
             yield (

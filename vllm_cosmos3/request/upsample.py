@@ -10,10 +10,9 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from vllm_cosmos3 import media
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
+from vllm_cosmos3.request.plan import Plan
 from vllm_cosmos3.request.prompts import Facts, json_object
 from vllm_cosmos3.request.questions import QUESTION, Question
 from vllm_cosmos3.request.request import GenerateRequest
@@ -62,11 +61,11 @@ The picture above is the first frame of the clip. Describe what it shows as it i
 
 
 def question_about(
-    request: GenerateRequest, effective: Mapping[str, Any], sampling: Mapping[str, Any]
+    request: GenerateRequest, plan: Plan, sampling: Mapping[str, Any]
 ) -> Question | None:
     """What to ask for the structured prompt of a request; None if its prompt is structured.
 
-    ``effective`` are the request's resolved parameters, ``sampling`` replaces some of `SAMPLING`.
+    ``plan`` is that of the request, ``sampling`` replaces some of `SAMPLING`.
 
     Raises:
         InvalidRequest: the request has no prompt to upsample, or one whose form is fixed.
@@ -79,6 +78,7 @@ def question_about(
         raise InvalidRequest("upsample_prompt", "true", possible, "unsupported_combination")
     if json_object(request.prompt) is not None:
         return None
+    effective: Mapping[str, Any] = plan.effective
     facts = Facts(  # the prompt is that of a chunk
         num_frames=effective["num_video_frames_per_chunk"] or effective["num_frames"],
         fps=effective["fps"],
@@ -87,20 +87,17 @@ def question_about(
         aspect_ratio=None,
     )
     return upsampling_question(
-        request.prompt, facts, image=_first_frame(request, effective), sampling=sampling
+        request.prompt, facts, image=_first_frame(request, plan), sampling=sampling
     )
 
 
-def _first_frame(request: GenerateRequest, effective: Mapping[str, Any]) -> ImageSource | None:
+def _first_frame(request: GenerateRequest, plan: Plan) -> ImageSource | None:
     """The first frame where it is given: a control says where things are, not what they look like."""
-    if request.video is None:
+    given = plan.streams[-1].source if request.controls else plan.streams[0].source
+    if request.video is None or given is None:
         return request.image
-    if request.controls:
-        taken = effective["num_first_chunk_conditional_frames"]
-        return next(media.frames_of(request.video, limit=1)) if taken else None
-    frames = 4 * max(effective["condition_frame_indexes_vision"]) + 1
-    clip = media.read_video(request.video, frames=frames, keep=request.condition_video_keep)
-    return np.asarray(clip[0])
+    keep = request.condition_video_keep
+    return next(media.frames_of(request.video, limit=len(given), keep=keep))
 
 
 def upsampling_question(

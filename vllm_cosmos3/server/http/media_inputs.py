@@ -19,13 +19,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
 
-from PIL import Image
 from starlette.datastructures import UploadFile
 
 from vllm_cosmos3 import media
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.fetching import FetchError, FetchRule, fetch
-from vllm_cosmos3.media import IMAGE_FORMATS
 from vllm_cosmos3.request.controls import HINTS
 from vllm_cosmos3.server.http.api_errors import ApiError
 from vllm_cosmos3.server.http.request_fields import ClientRequest
@@ -123,14 +121,16 @@ async def _store(name: str, source: Any, file: Path, options: Options) -> None:
 
 
 def _data(name: str, url: str) -> bytes:
+    """The bytes of a data URL, read as browsers do: base64 may have line breaks and no padding."""
     header, comma, payload = url.partition(",")
     try:
         if not comma:
             raise ValueError("it has no comma")
-        if header.endswith(";base64"):
-            lines = unquote_to_bytes("".join(payload.split()))  # as MIME encoders break them
-            return base64.b64decode(lines, validate=True)
-        return unquote_to_bytes(payload)
+        data = unquote_to_bytes(payload)
+        if header.rstrip().lower().endswith(";base64"):
+            data = b"".join(data.split()).rstrip(b"=")
+            return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
+        return data
     except (ValueError, binascii.Error) as error:
         raise InvalidRequest(name, url, f"a complete data URL ({error})", "invalid_media") from None
 
@@ -196,24 +196,6 @@ def _kind(name: str, shown: str, file: Path) -> str:
     if file.stat().st_size == 0:
         raise InvalidRequest(name, "empty", "a picture or a video", "invalid_media")
     try:
-        with Image.open(file, formats=IMAGE_FORMATS) as image:
-            # A second picture elsewhere is a preview, a page, or not read as a clip.
-            return "video" if image.format == "GIF" and _moves(image) else "image"
-    except Image.DecompressionBombError:
-        return "image"  # which the validator refuses with the limit
-    except media.DAMAGED:
-        pass
-    try:
-        next(media.frames_of(file, limit=1, field=name))
+        return "video" if media.is_clip(file, field=name) else "image"
     except InvalidRequest as error:
         raise InvalidRequest(name, shown, error.possible, error.code) from None
-    return "video"
-
-
-def _moves(image: Image.Image) -> bool:
-    """Whether there is a second frame. Counting all takes as long as there are many."""
-    try:
-        image.seek(1)
-    except EOFError:
-        return False
-    return True

@@ -18,6 +18,7 @@ from urllib.parse import parse_qsl
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest, brief, did_you_mean
 from vllm_cosmos3.request.controls import HINTS
 from vllm_cosmos3.request.fields import FRAMEWORK_NAMES, Spec
+from vllm_cosmos3.request.prompts import as_text
 from vllm_cosmos3.request.request import SPECS
 from vllm_cosmos3.server.http import control_fields, json_text
 from vllm_cosmos3.server.http.api_errors import ApiError
@@ -292,8 +293,8 @@ class _Translation:
         """A field of the request itself."""
         if name == "size" and value == "auto":
             return
-        if name in STRUCTURED and isinstance(value, Mapping):
-            value = json.dumps(value, separators=(",", ":"))
+        if name in STRUCTURED:
+            value = as_text(value)
         # OpenAI's clients write seconds as text in JSON too.
         text = FormText(value) if name == "seconds" and isinstance(value, str) else value
         self._put(self._fields, name, _typed(text, SPECS[name].kind), path)

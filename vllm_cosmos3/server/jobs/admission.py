@@ -209,7 +209,7 @@ class Admission:
         if self._reasoner is None:
             possible = "false or left out: this server was started without the reasoner"
             raise InvalidRequest("upsample_prompt", "true", possible, "unsupported")
-        question = await asyncio.to_thread(question_about, draft.request, plan.effective, {})
+        question = await asyncio.to_thread(question_about, draft.request, plan, {})
         if question is None:
             return None
         self.upsampling += 1

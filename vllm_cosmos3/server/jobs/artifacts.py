@@ -122,7 +122,8 @@ def _write_clip(
         chosen = frames[_spread(len(frames))]
     else:  # the first frame is its last one
         _cut(before, frames.shape[2], fps)
-        media.write_video(folder / REST, frames[1:], fps=fps)
+        b_frames = media.has_b_frames(before)
+        media.write_video(folder / REST, frames[1:], fps=fps, b_frames=b_frames)
         count = media.join_videos(before, folder / REST, folder / CLIP, fps=fps)
         for part in (before, folder / REST):
             part.unlink()
