@@ -15,7 +15,7 @@ from typing import Any
 
 from vllm_cosmos3.errors import InvalidRequest, did_you_mean
 from vllm_cosmos3.request import prompts
-from vllm_cosmos3.request.controls import HINTS
+from vllm_cosmos3.request.controls import CONTROLS
 from vllm_cosmos3.request.fields import FRAMEWORK_NAMES, Spec
 from vllm_cosmos3.request.questions import SAMPLING
 from vllm_cosmos3.request.request import SPECS
@@ -267,7 +267,7 @@ def _follow_mode(mode: str | None, fields: dict[str, Any], names: dict[str, str]
 
 def _follows(values: Mapping[str, Any]) -> bool:
     """Whether a record has a control; false is none."""
-    return any(values.get(hint, False) is not False for hint in HINTS)
+    return any(values.get(name, False) is not False for name in CONTROLS)
 
 
 # Names that say the same in different ways: a record that uses one drops the others' defaults.
@@ -311,7 +311,7 @@ def _sorted(
         if field in fields:
             ours[field] = spec.checked(names.get(field, field), fields.pop(field))
     before = ours.get("continue_from")
-    for source in ("image", "video", *HINTS):
+    for source in ("image", "video", *CONTROLS):
         if before is not None and fields.get(source) not in (None, False):
             possible = f"left out, as {names.get(source, source)} is given"
             raise InvalidRequest("continue_from", before, possible, "conflict")
@@ -499,7 +499,7 @@ def _video_quality(_: Entry, value: Any, __: Mapping[str, Any]) -> dict[str, Any
     return {"crf": int(51 * (1 - quality / 10))}
 
 
-def _hint(name: str) -> Reader:
+def _control(name: str) -> Reader:
     """A control of transfer: true, a clip, or an object with its clip and its weight."""
 
     def read(entry: Entry, value: Any, _: Mapping[str, Any]) -> dict[str, Any]:
@@ -546,7 +546,7 @@ READERS: dict[str, Reader] = {
     "negative_prompt_keep_metadata": _keep_metadata,
     "normalize_cfg": _normalize,
     "video_save_quality": _video_quality,
-    **{name: _hint(name) for name in HINTS},
+    **{name: _control(name) for name in CONTROLS},
 }
 # Latents are arrays, which these files do not hold, and what comes back is a file.
 KNOWN = {

@@ -29,7 +29,7 @@ from vllm_cosmos3.cli.results import generate, sample_folder, write
 from vllm_cosmos3.cli.run_options import RunOptions, open_generator, open_reasoner, planner
 from vllm_cosmos3.cli.terminal import quiet_libraries
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
-from vllm_cosmos3.request.controls import HINTS
+from vllm_cosmos3.request.controls import CONTROLS
 from vllm_cosmos3.request.questions import QUESTION, Question, question_of
 from vllm_cosmos3.request.request import GenerateRequest, from_fields
 from vllm_cosmos3.request.upsample import caption_of, question_about
@@ -44,7 +44,7 @@ AT_ONCE = 64  # questions, whose pictures are in memory together
 ARGUMENTS, OUTPUTS, TEXT = "sample_args.json", "sample_outputs.json", "reasoner_text.txt"
 LAST = "last.png"  # the last frame of a video that another record continues
 START = "continued_frame"  # in the outputs: the hash of the frame that the video starts from
-FILES = ("image", "video", "action_path", "action_stats_path", *HINTS)  # fields that name files
+FILES = ("image", "video", "action_path", "action_stats_path", *CONTROLS)  # fields that name files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -57,9 +57,9 @@ def add_flag(
     if spec.kind == "bool":
         action = argparse.BooleanOptionalAction
         group.add_argument(*flags, action=action, default=None, help=text)
-    elif spec.kind == "hint":
+    elif spec.kind == "control":
         metavar = "FILE|JSON"
-        group.add_argument(*flags, nargs="?", const=True, type=_hint, metavar=metavar, help=text)
+        group.add_argument(*flags, nargs="?", const=True, type=_control, metavar=metavar, help=text)
     else:
         metavar = metavar or METAVARS.get(spec.kind) or f"{{{','.join(map(str, spec.choices))}}}"
         group.add_argument(*flags, type=PARSERS.get(spec.kind, str), metavar=metavar, help=text)
@@ -111,7 +111,7 @@ def _numbers(text: str) -> list[float | str]:
     return [_number(part) for part in text.split(",")]
 
 
-def _hint(text: str) -> Any:
+def _control(text: str) -> Any:
     """A file, or an object that says more; the flag alone is true."""
     return _rows(text) if text.lstrip().startswith("{") else text
 

@@ -1,4 +1,4 @@
-"""Control hints of a transfer: the five signals a video can follow, and what a request says of each.
+"""Controls of a transfer: the five signals a video can follow, and what a request says of each.
 
 The presets and the strengths of guidance are those that the model was tuned with. No pixels here:
 `transfer` computes and reads them.
@@ -17,7 +17,7 @@ from vllm_cosmos3.errors import InvalidRequest
 if TYPE_CHECKING:
     from vllm_cosmos3.media import VideoSource
 
-HINTS = ("edge", "blur", "depth", "seg", "wsm")  # in the order of the sequence
+CONTROLS = ("edge", "blur", "depth", "seg", "wsm")  # in the order of the sequence
 COMPUTED = ("edge", "blur")  # from the video itself, where no control is given
 PRESETS = ("none", "very_low", "low", "medium", "high", "very_high")
 PRESET_OF = {"edge": "preset_edge_threshold", "blur": "preset_blur_strength"}
@@ -25,26 +25,26 @@ CONTROL_GUIDANCE = {"edge": 1.5, "blur": 1.5, "depth": 1.5, "seg": 2.0, "wsm": 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Hint:
+class Control:
     """One control signal of a request.
 
-    ``control`` is the clip that shows it, or None where it is computed from the request's video.
-    ``weight`` counts against those of the other hints. ``preset`` is how strongly edges are
+    ``clip`` shows it, or None where it is computed from the request's video.
+    ``weight`` counts against those of the other controls. ``preset`` is how strongly edges are
     filtered or how much is blurred.
     """
 
-    control: VideoSource | None = None
+    clip: VideoSource | None = None
     weight: float = 1.0
     preset: str = "medium"
 
 
-def hint_of(name: str, value: Any) -> Hint | None:
-    """The hint that a field stands for: true, a clip, or an object of its parts; false is none.
+def control_of(name: str, value: Any) -> Control | None:
+    """The control that a field stands for: true, a clip, or an object of its parts; false is none.
 
     Raises:
         InvalidRequest: a part is unknown, of the wrong type or out of range.
     """
-    if value is False or isinstance(value, Hint):
+    if value is False or isinstance(value, Control):
         return value or None
     if value is True:
         value = {}
@@ -58,19 +58,19 @@ def hint_of(name: str, value: Any) -> Hint | None:
         if part not in parts:
             possible = f"left out: {name} has {', '.join(parts)}"
             raise InvalidRequest(f"{name}.{part}", value[part], possible, "unknown_parameter")
-    control, path = value.get("control"), value.get("control_path")
-    if control is not None and path is not None:
+    clip, path = value.get("control"), value.get("control_path")
+    if clip is not None and path is not None:
         possible = f"left out, as {name}.control is given"
         raise InvalidRequest(f"{name}.control_path", path, possible, "conflict")
-    control = path if control is None else control
-    if isinstance(control, (bool, Real, Mapping)):
+    clip = path if clip is None else clip
+    if isinstance(clip, (bool, Real, Mapping)):
         possible = "a file, bytes, a list of PIL images or a uint8 array [T,H,W,3]"
-        raise InvalidRequest(f"{name}.control", control, possible, "invalid_type")
-    if control is None and name not in COMPUTED:
+        raise InvalidRequest(f"{name}.control", clip, possible, "invalid_type")
+    if clip is None and name not in COMPUTED:
         possible = "a clip that shows it: only edge and blur are computed from the video"
         raise InvalidRequest(f"{name}.control", None, possible, "missing_required")
-    return Hint(
-        control=control,
+    return Control(
+        clip=clip,
         weight=_weight(name, value.get("control_weight")),
         preset=_preset(name, value.get(PRESET_OF.get(name, ""))),
     )

@@ -1,6 +1,6 @@
-"""The bodies that actions belong to: one row each, with the layout of its action vector.
+"""Embodiments that actions belong to: one row each, with the layout of its action vector.
 
-An action row says how a body gets from one frame to the next. Most are built from the same blocks:
+An action row says how an embodiment gets from one frame to the next. Most are built from the same blocks:
 a pose is a translation (3) and the first two columns of a rotation matrix (6), both relative to the
 frame before (see `poses`); a gripper is one number. Domain ids and widths are those of the models'
 training; frame rate, chunk and view are those of the data that the models were trained or shown
@@ -27,7 +27,7 @@ VIEWS = {  # label: the sentence of the training captions, word for word
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Embodiment:
-    """One body.
+    """One embodiment.
 
     ``domain_id`` chooses the matrices of the transformer, ``raw_action_dim`` is the width of an
     action row (None: it depends on the data set, and the request has to say), ``other_widths`` are

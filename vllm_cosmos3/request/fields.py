@@ -12,7 +12,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from vllm_cosmos3.errors import InvalidRequest
-from vllm_cosmos3.request.controls import hint_of
+from vllm_cosmos3.request.controls import control_of
 
 FRAMEWORK_NAMES = {  # of the Cosmos Framework, for our fields
     "num_steps": "num_inference_steps",
@@ -27,7 +27,7 @@ FRAMEWORK_NAMES = {  # of the Cosmos Framework, for our fields
 class Spec:
     """What one field accepts, as data: its kind, range and unit, and a sentence for the help.
 
-    ``kind`` is text, int, float, bool, choice, size, ints, pair, numbers, rows, hint, image, video
+    ``kind`` is text, int, float, bool, choice, size, ints, pair, numbers, rows, control, image, video
     or arrays. ``low`` and ``high`` are inclusive, except that ``above`` makes ``low`` exclusive.
     """
 
@@ -58,8 +58,8 @@ class Spec:
         """``value`` in its normal form; InvalidRequest if the field cannot have it."""
         if self.kind == "rows":
             return _rows(name, value)
-        if self.kind == "hint":
-            return hint_of(name, value)
+        if self.kind == "control":
+            return control_of(name, value)
         normal = _NORMAL[self.kind](value)
         if normal is None:
             raise InvalidRequest(name, value, self.possible, "invalid_type")
@@ -185,7 +185,7 @@ _POSSIBLE = {
     "pair": "two numbers",
     "numbers": "a list of finite numbers",
     "rows": "a list of rows of finite numbers, all of one length",
-    "hint": "true, a video, or an object",
+    "control": "true, a video, or an object",
     "image": "a file, bytes, a PIL image or a uint8 array [H,W,3]",
     "video": "a file, bytes, a list of PIL images or a uint8 array [T,H,W,3]",
     "arrays": "a mapping of stream names to arrays",

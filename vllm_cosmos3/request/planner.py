@@ -22,7 +22,7 @@ from vllm_cosmos3.media_budget import Lease, media_budget
 from vllm_cosmos3.request import actions, prompts
 from vllm_cosmos3.request import transfer as transfers
 from vllm_cosmos3.request.actions import Action
-from vllm_cosmos3.request.controls import HINTS
+from vllm_cosmos3.request.controls import CONTROLS
 from vllm_cosmos3.request.defaults import Parameters
 from vllm_cosmos3.request.inputs import input_frames, resized
 from vllm_cosmos3.request.parameters import (
@@ -348,7 +348,7 @@ def _effective(
         values["negative_prompt"] = negative
     values["image"] = _shown(request.image)
     values["video"] = _shown(request.video)
-    values |= dict.fromkeys(HINTS)
+    values |= dict.fromkeys(CONTROLS)
     values |= {} if draft.action is None else draft.action.effective()
     values |= {} if draft.transfer is None else draft.transfer.effective()
     values["latents"] = sorted(request.latents) if request.latents else None

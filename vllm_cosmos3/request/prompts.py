@@ -1,4 +1,4 @@
-"""From a prompt to token ids: facts about the output are added to the text, then the chat frame.
+"""From a prompt to token ids: facts about the output are added to the text, then the chat template.
 
 The sentences and their order are those the model was trained with. A prompt that is a JSON caption
 gets the facts as keys instead.
@@ -24,8 +24,8 @@ SYSTEM_TRANSFER = (
     " and control signals (edge maps, blur, depth, or segmentation)."
 )
 FOLLOW = (
-    "Follow the {hints} control video precisely: shape, contour, silhouette, position, and motion of"
-    " every visible structure must align with the {hints} signal at every frame."
+    "Follow the {controls} control video precisely: shape, contour, silhouette, position, and motion of"
+    " every visible structure must align with the {controls} signal at every frame."
 )
 DURATION = "The video is {duration:.1f} seconds long and is of {fps:.0f} FPS."
 DURATION_INVERSE = "The video is not {duration:.1f} seconds long and is not of {fps:.0f} FPS."
@@ -109,9 +109,9 @@ def action_text(
     return json.dumps(_with_facts(caption, replace(facts, aspect_ratio=shape)))
 
 
-def following(text: str, hints: Sequence[str]) -> str:
+def following(text: str, controls: Sequence[str]) -> str:
     """A prompt with its facts, and the sentence on the controls that the video follows."""
-    return f"{text.rstrip()} {FOLLOW.format(hints=', '.join(hints))}"
+    return f"{text.rstrip()} {FOLLOW.format(controls=', '.join(controls))}"
 
 
 def negative_text(
@@ -133,9 +133,9 @@ def negative_text(
 def encode(
     text: str, tokenizer: Tokenizer, *, system: str | None, limit: int
 ) -> tuple[tuple[int, ...], int]:
-    """Token ids of ``text`` in its chat frame, at most ``limit``, and how many were before the cut.
+    """Token ids of ``text`` in the chat template, at most ``limit``, and how many were before the cut.
 
-    The cut is at the end of the text; the frame, the assistant's header and the two closing
+    The cut is at the end of the text; the template, the assistant's header and the two closing
     tokens always stay.
     """
     messages = [{"role": "system", "content": system}] if system is not None else []

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from vllm_cosmos3.errors import InvalidRequest, did_you_mean
-from vllm_cosmos3.request.controls import HINTS, Hint
+from vllm_cosmos3.request.controls import CONTROLS, Control
 from vllm_cosmos3.request.embodiments import VIEWS
 from vllm_cosmos3.request.fields import Spec
 from vllm_cosmos3.request.prompts import as_text
@@ -103,7 +103,7 @@ class GenerateRequest:
         kind="rows", help="actions that were carried out before the first frame"
     )
     action_state: tuple[float, ...] | None = _field(
-        kind="numbers", help="state of the body at the first frame, for models trained with one"
+        kind="numbers", help="state of the robot at the first frame, for models trained with one"
     )
     action_stats_path: str | None = _field(
         kind="text",
@@ -129,24 +129,24 @@ class GenerateRequest:
         choices=(256, 480, 704, 720),
         help="tier of sizes, of which the one nearest in shape to the input is taken",
     )
-    edge: Hint | None = _field(  # noqa: RUF009
-        kind="hint",
+    edge: Control | None = _field(  # noqa: RUF009
+        kind="control",
         help="follow the edges of a control clip, or of the video, if true; an object has control,"
         " control_path, control_weight and preset_edge_threshold (none to very_high)",
     )
-    blur: Hint | None = _field(  # noqa: RUF009
-        kind="hint",
+    blur: Control | None = _field(  # noqa: RUF009
+        kind="control",
         help="follow a blurred clip, or the video blurred, if true; an object has control,"
         " control_path, control_weight and preset_blur_strength (none to very_high)",
     )
-    depth: Hint | None = _field(  # noqa: RUF009
-        kind="hint", help="follow a clip of depths, or an object with one"
+    depth: Control | None = _field(  # noqa: RUF009
+        kind="control", help="follow a clip of depths, or an object with one"
     )
-    seg: Hint | None = _field(  # noqa: RUF009
-        kind="hint", help="follow a clip of segments, or an object with one"
+    seg: Control | None = _field(  # noqa: RUF009
+        kind="control", help="follow a clip of segments, or an object with one"
     )
-    wsm: Hint | None = _field(  # noqa: RUF009
-        kind="hint", help="follow a clip of world-scenario maps, or an object with one"
+    wsm: Control | None = _field(  # noqa: RUF009
+        kind="control", help="follow a clip of world-scenario maps, or an object with one"
     )
     control_guidance: float | None = _field(
         kind="float",
@@ -318,13 +318,13 @@ class GenerateRequest:
         low=64,
         high=32768,
         unit="tokens",
-        help="longest prompt with its chat frame; the text is cut at its end, never the frame",
+        help="longest prompt with its chat template; the text is cut at its end, never the template",
     )
     prompt_token_ids: tuple[int, ...] | None = _field(
         kind="ints",
         low=0,
         high=2**31,
-        help="token ids of the whole prompt with its chat frame, instead of the text",
+        help="token ids of the whole prompt with its chat template, instead of the text",
     )
     negative_prompt_token_ids: tuple[int, ...] | None = _field(
         kind="ints",
@@ -369,10 +369,10 @@ class GenerateRequest:
             raise InvalidRequest("seed", self.seed, f"at most {MAX_SEED} minus n, plus one")
 
     @property
-    def controls(self) -> dict[str, Hint]:
+    def controls(self) -> dict[str, Control]:
         """The control signals of a transfer, in the order of their clips in the sequence."""
-        given = {name: getattr(self, name) for name in HINTS}
-        return {name: hint for name, hint in given.items() if hint is not None}
+        given = {name: getattr(self, name) for name in CONTROLS}
+        return {name: control for name, control in given.items() if control is not None}
 
     @property
     def mode(self) -> str:
@@ -527,16 +527,16 @@ NOT_OF_TRANSFER = ("action_mode", "image", "condition_frame_indexes_vision")
 
 
 def _check_transfer(request: GenerateRequest) -> None:
-    hints = request.controls
-    if not hints:
+    controls = request.controls
+    if not controls:
         for name in OF_TRANSFER:
             if (value := getattr(request, name)) is not None:
-                possible = f"left out, or given with one of {', '.join(HINTS)}"
+                possible = f"left out, or given with one of {', '.join(CONTROLS)}"
                 raise InvalidRequest(name, value, possible, "conflict")
         return
     for name in NOT_OF_TRANSFER:
         if (value := getattr(request, name)) is not None:
-            possible = f"left out, as {next(iter(hints))} makes this a transfer"
+            possible = f"left out, as {next(iter(controls))} makes this a transfer"
             raise InvalidRequest(name, value, possible, "unsupported_combination")
     if request.condition_video_keep != "first":
         possible = "first, or left out: a transfer follows its clips from their beginning"
@@ -550,12 +550,12 @@ def _check_transfer(request: GenerateRequest) -> None:
         name = "generate_sound" if request.generate_sound else "num_frames"
         possible = "left out, as a transfer makes a video without sound"
         raise InvalidRequest(name, getattr(request, name), possible, "unsupported_combination")
-    for name, hint in hints.items():
-        if hint.control is None and request.video is None:
+    for name, control in controls.items():
+        if control.clip is None and request.video is None:
             possible = f"a clip, or video given, of which the {name} is computed"
             raise InvalidRequest(f"{name}.control", None, possible, "missing_required")
-    if sum(hint.weight for hint in hints.values()) == 0:
-        name = f"{next(iter(hints))}.control_weight"
+    if sum(control.weight for control in controls.values()) == 0:
+        name = f"{next(iter(controls))}.control_weight"
         raise InvalidRequest(name, 0.0, "above 0 for at least one of the controls")
     if request.num_first_chunk_conditional_frames and request.video is None:
         value = request.num_first_chunk_conditional_frames

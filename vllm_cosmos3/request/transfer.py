@@ -22,7 +22,7 @@ from vllm_cosmos3.checkpoint.latents import latent_frames, round_frames, vision_
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.media import Pixels, VideoSource
 from vllm_cosmos3.media_budget import Lease
-from vllm_cosmos3.request.controls import CONTROL_GUIDANCE, PRESET_OF, Hint
+from vllm_cosmos3.request.controls import CONTROL_GUIDANCE, PRESET_OF, Control
 from vllm_cosmos3.request.plan import StreamPlan
 from vllm_cosmos3.request.request import SPECS, GenerateRequest
 
@@ -63,9 +63,9 @@ class Default:
 ANY, WSM = Default(), Default(limit=101, chunk=101, fps=10.0, guidance=1.0)
 
 
-def default_of(hints: Iterable[str]) -> Default:
-    """What a request with these hints takes for the fields that it leaves out."""
-    return WSM if [*hints] == ["wsm"] else ANY
+def default_of(controls: Iterable[str]) -> Default:
+    """What a request with these controls takes for the fields that it leaves out."""
+    return WSM if [*controls] == ["wsm"] else ANY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +95,7 @@ class Transfer:
     ``start`` are the frames of the user's video that the first chunk takes over.
     """
 
-    controls: dict[str, Hint]
+    controls: dict[str, Control]
     clips: tuple[Frames, ...]
     start: Pixels | None
     side_by_side: tuple[Pixels, ...]  # shown with the result
@@ -113,9 +113,9 @@ class Transfer:
     def effective(self) -> dict[str, object]:
         """The fields of the request with their final values, as JSON values."""
         controls: dict[str, object] = {
-            name: {"control_weight": hint.weight}
-            | ({PRESET_OF[name]: hint.preset} if hint.control is None else {})
-            for name, hint in self.controls.items()
+            name: {"control_weight": control.weight}
+            | ({PRESET_OF[name]: control.preset} if control.clip is None else {})
+            for name, control in self.controls.items()
         }
         return {
             **controls,
@@ -196,7 +196,7 @@ def chunk_streams(transfer: Transfer, model: ModelConfig) -> tuple[tuple[StreamP
     shape = vision_shape(chunks.frames, transfer.height, transfer.width, vae)
     target = StreamPlan(name="vision", shape=shape, rate=transfer.fps)
     everything = tuple(range(target.length))
-    weights = np.array([hint.weight for hint in transfer.controls.values()])
+    weights = np.array([control.weight for control in transfer.controls.values()])
     shares = weights / weights.max()  # before the sum, which could be more than a number holds
     shares = shares / shares.sum()
     out = []
@@ -269,8 +269,8 @@ def _shrunk(size: tuple[int, int], factor: int) -> tuple[int, int]:
 
 
 def _source(request: GenerateRequest, name: str | None) -> tuple[VideoSource, str]:
-    """The clip of a hint and its field; of None, or where there is none, the user's video."""
-    control = None if name is None else request.controls[name].control
+    """The clip of a control and its field; of None, or where there is none, the user's video."""
+    control = None if name is None else request.controls[name].clip
     if control is not None:
         return control, f"{name}.control"
     assert request.video is not None  # the request has seen to it
@@ -296,12 +296,12 @@ class _Reader:
 
     def control(self, name: str) -> Frames:
         """The clip that shows a control."""
-        hint = self._request.controls[name]
-        if hint.control is not None:
+        control = self._request.controls[name]
+        if control.clip is not None:
             return self.clip(name)
         frames = self.clip(None)
         self._lease.reserve(sum(frame.nbytes for frame in frames), name)
-        return [COMPUTE[name](frame, hint.preset) for frame in frames]
+        return [COMPUTE[name](frame, control.preset) for frame in frames]
 
     def clip(self, name: str | None) -> Frames:
         """The clip of a control as it came; of None the user's video."""
@@ -338,7 +338,7 @@ def _limit(request: GenerateRequest, fps: float) -> int | None:
 def _chunks(request: GenerateRequest, model: ModelConfig, total: int, most: int) -> Chunks:
     if total == 1:
         first = next(iter(request.controls))
-        field = "video" if request.controls[first].control is None else f"{first}.control"
+        field = "video" if request.controls[first].clip is None else f"{first}.control"
         raise InvalidRequest(field, "one frame", "a clip of at least two")
     per_chunk = request.num_video_frames_per_chunk or min(most, total)
     frames = round_frames(per_chunk, model.vae)
@@ -386,7 +386,7 @@ def _warnings(request: GenerateRequest, clips: tuple[Frames, ...]) -> Iterator[s
                 f"{name} has {len(clip)} frames and {next(iter(request.controls))} {len(clips[0])}: it is"
                 " played back from its end"
             )
-    computed = any(hint.control is None for hint in request.controls.values())
+    computed = any(control.clip is None for control in request.controls.values())
     if (
         request.video is not None
         and not computed

@@ -1,7 +1,7 @@
 """Control clips of a transfer in an HTTP body: what is a file travels as one, the rest as a field.
 
 ``edge=true``, ``depth=URL``, ``depth={"control_path": PATH, "control_weight": 2}``, an upload under
-the name of the hint, and ``control_reference`` with ``control_type`` all say the same thing.
+the name of the control, and ``control_reference`` with ``control_type`` all say the same thing.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from vllm_cosmos3.errors import InvalidRequest
-from vllm_cosmos3.request.controls import HINTS, PRESET_OF
+from vllm_cosmos3.request.controls import CONTROLS, PRESET_OF
 from vllm_cosmos3.server.http import json_text
 from vllm_cosmos3.server.http.api_errors import ApiError
 
-PAIR = ("control_reference", "control_type")  # one upload and which hint it shows
+PAIR = ("control_reference", "control_type")  # one upload and which control it shows
 SOURCES = ("control", "control_path")
 TRUTH = {"true": True, "false": False}
 
 
 def split(path: str, name: str, value: Any) -> tuple[Any, str, Any]:
-    """What the validator gets for a hint, and where its clip stood, and the clip or None.
+    """What the validator gets for a control, and where its clip stood, and the clip or None.
 
     Raises:
         InvalidRequest: an object that is not JSON, or that names two clips.
@@ -42,7 +42,7 @@ def split(path: str, name: str, value: Any) -> tuple[Any, str, Any]:
 
 
 def paired(pair: Mapping[str, tuple[str, Any]]) -> tuple[str, str, Any] | None:
-    """Hint, path and clip of ``control_reference`` with ``control_type``; None if neither is given.
+    """Control, path and clip of ``control_reference`` with ``control_type``; None if neither is given.
 
     Raises:
         InvalidRequest: one without the other, or another type.
@@ -53,10 +53,10 @@ def paired(pair: Mapping[str, tuple[str, Any]]) -> tuple[str, str, Any] | None:
         if name not in pair:
             possible = f"given together with {other}"
             raise InvalidRequest(name, None, possible, "missing_required")
-    (path, clip), (type_path, hint) = (pair[name] for name in PAIR)
-    if hint not in HINTS:
-        raise InvalidRequest(type_path, hint, f"one of {', '.join(HINTS)}")
-    return str(hint), path, clip
+    (path, clip), (type_path, name) = (pair[name] for name in PAIR)
+    if name not in CONTROLS:
+        raise InvalidRequest(type_path, name, f"one of {', '.join(CONTROLS)}")
+    return str(name), path, clip
 
 
 def joined(fields: Mapping[str, Any], media: Mapping[str, Path]) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def joined(fields: Mapping[str, Any], media: Mapping[str, Path]) -> dict[str, An
         parts = fields.get(name)
         out[name] = (
             {**(parts if isinstance(parts, Mapping) else {}), "control": file}
-            if name in HINTS
+            if name in CONTROLS
             else file
         )
     return out

@@ -24,7 +24,7 @@ from starlette.datastructures import UploadFile
 from vllm_cosmos3 import media
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.fetching import FetchError, FetchRule, fetch
-from vllm_cosmos3.request.controls import HINTS
+from vllm_cosmos3.request.controls import CONTROLS
 from vllm_cosmos3.server.http.api_errors import ApiError
 from vllm_cosmos3.server.http.request_fields import ClientRequest
 from vllm_cosmos3.server.options import Options
@@ -39,7 +39,7 @@ SCHEMES = "an uploaded file, or a URL of http, https, data or (where allowed) fi
 async def media_files(
     asked: ClientRequest, options: Options, inputs: Path
 ) -> AsyncIterator[tuple[dict[str, Path], dict[str, str]]]:
-    """The references of a request as files, and as what they were given, by image, video and hint.
+    """The references of a request as files, and as what they were given, by image, video and control.
 
     The files live in a folder below ``inputs`` until the block ends.
 
@@ -52,7 +52,7 @@ async def media_files(
         names: dict[str, str] = {}
         for index, (name, value) in enumerate(asked.references.items()):
             file = Path(folder) / str(index)
-            if name in HINTS:  # a clip, whatever is in it
+            if name in CONTROLS:  # a clip, whatever is in it
                 path = asked.paths.get(f"{name}.control", f"{name}.control")
                 await _store(path, _as_url(_only(path, value)), file, options)
                 files[name] = file

@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest, brief, did_you_mean
-from vllm_cosmos3.request.controls import HINTS
+from vllm_cosmos3.request.controls import CONTROLS
 from vllm_cosmos3.request.fields import FRAMEWORK_NAMES, Spec
 from vllm_cosmos3.request.prompts import as_text
 from vllm_cosmos3.request.request import SPECS
@@ -255,7 +255,7 @@ class _Translation:
         self._put(self._references, name, value, path)
 
     def control(self, path: str, name: str, value: Any) -> None:
-        """A hint of a transfer, with or without its clip."""
+        """A control of a transfer, with or without its clip."""
         parts, place, clip = control_fields.split(path, name, value)
         if self._wanted == IMAGE and parts is not False:
             possible = "left out: pictures are made from text; POST /v1/videos follows controls"
@@ -265,7 +265,7 @@ class _Translation:
             self._references[name], self._paths[f"{name}.control"] = clip, place
 
     def half_of_control(self, path: str, name: str, value: Any) -> None:
-        """A clip without its hint, or the name of that hint."""
+        """A clip without its control, or the name of that control."""
         self._control_pair[name] = path, value
 
     def unsupported(self, path: str, name: str, value: Any) -> None:
@@ -307,7 +307,7 @@ class _Translation:
         self._paths.setdefault(name, path)
 
     def _join_control_pair(self) -> None:
-        """A control that came as a file and its type is the hint of that name."""
+        """A control that came as a file and its type is the control of that name."""
         found = control_fields.paired(self._control_pair)
         if found is None:
             return
@@ -347,7 +347,7 @@ HANDLERS: dict[str, Callable[[_Translation, str, str, Any], None]] = {
     **dict.fromkeys(SERVER_FIELDS, _Translation.of_server),
     **dict.fromkeys(UNSUPPORTED, _Translation.unsupported),
     **dict.fromkeys(control_fields.PAIR, _Translation.half_of_control),
-    **dict.fromkeys(HINTS, _Translation.control),
+    **dict.fromkeys(CONTROLS, _Translation.control),
     **dict.fromkeys(REFERENCES, _Translation.reference),
 }
 

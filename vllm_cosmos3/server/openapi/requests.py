@@ -7,7 +7,7 @@ import math
 from collections.abc import Set
 from typing import Any
 
-from vllm_cosmos3.request.controls import HINTS
+from vllm_cosmos3.request.controls import CONTROLS
 from vllm_cosmos3.request.fields import Spec
 from vllm_cosmos3.request.request import OF_TRANSFER, SPECS, GenerateRequest
 from vllm_cosmos3.server.http.request_fields import (
@@ -39,7 +39,7 @@ _TYPES: dict[str, Schema] = {
         "items": {"type": "array", "items": {"type": "number"}, "minItems": 1},
         "minItems": 1,
     },
-    "hint": {"type": ["boolean", "string", "object"]},
+    "control": {"type": ["boolean", "string", "object"]},
 }
 KEY = (
     "Idempotency-Key",
@@ -59,7 +59,7 @@ _WAYS = (
     " video_url or url"
 )
 _IMAGE_FIELDS_NOT = {
-    *HINTS, *OF_TRANSFER, "num_chunks",
+    *CONTROLS, *OF_TRANSFER, "num_chunks",
     "seconds", "generate_sound", "sound_duration",
     "condition_frame_indexes_vision", "condition_video_keep", "action_mode", "domain_name",
     "domain_id", "raw_action_dim", "action_chunk_size", "action", "action_path", "action_history",
@@ -85,7 +85,7 @@ def video_request(*headers: tuple[str, str]) -> Schema:
     fields["control_type"] = {
         "description": "what kind of control the clip in control_reference is",
         "type": ["string", "null"],
-        "enum": [*HINTS, None],
+        "enum": [*CONTROLS, None],
     }
     kinds = ("multipart/form-data", "application/json", "application/x-www-form-urlencoded")
     return {**_body(schema, kinds), "parameters": [_header(*each) for each in headers]}
