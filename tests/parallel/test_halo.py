@@ -100,8 +100,9 @@ def test_one_strip_gets_no_rows_and_leaves_all_borders_to_the_convolution() -> N
     expected = torch.cat([past, x], dim=2)
     assert torch.equal(part.strips.surround(x, 1, 1, past), expected)
     assert part.strips.padding(1) == (1, 1)
-    gathered = torch.randn(2, 12, 5)
-    assert torch.equal(part.strips.gather(gathered, 3), gathered)
+    plane = torch.randn(2, 5, 3, 4)
+    assert torch.equal(part.strips.gather(plane), plane)
+    assert torch.equal(part.strips.own(plane), plane)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
@@ -141,16 +142,15 @@ def test_neighbours_rows_are_found(
         assert torch.equal(result, expected)
 
 
-def gathered(mesh: Mesh, x: Tensor) -> Tensor:
+def gathered(mesh: Mesh, x: Tensor) -> tuple[Tensor, bool]:
     own, strips = own_strip(mesh, x, 1)
-    row = own.shape[4] if strips.dim == 3 else own.shape[3]
-    return strips.gather(own[0].flatten(2).movedim(0, 2), row)
+    plane = strips.gather(own[0])
+    return plane, torch.equal(strips.own(plane), own[0])
 
 
 @pytest.mark.parametrize(("height", "width"), [(7, 5), (5, 7)])
-def test_gather_has_every_position_once(ranks: Ranks, height: int, width: int) -> None:
+def test_gather_gives_the_plane_and_own_the_strip(ranks: Ranks, height: int, width: int) -> None:
     x = torch.arange(2.0 * 3 * height * width).view(1, 2, 3, height, width)
-    everything = x[0].flatten(2).movedim(0, 2)
-    for result in ranks(ParallelConfig(ulysses_degree=3), gathered, x):
-        assert result.shape == everything.shape
-        assert torch.equal(result.sort(dim=1).values, everything)
+    for plane, again in ranks(ParallelConfig(ulysses_degree=3), gathered, x):
+        assert torch.equal(plane, x[0])
+        assert again

@@ -91,14 +91,22 @@ class Strips:
         missing = margin - self.added(margin)
         return (missing, margin) if self.dim == 3 else (margin, missing)
 
-    def gather(self, x_BSC: Tensor, positions: int) -> Tensor:
-        """Every strip's positions, [B, sum of S, C], where one row of the plane has ``positions``."""
+    def gather(self, x_BChw: Tensor) -> Tensor:
+        """The coarsest plane [B, C, H, W], of which every rank has its strip."""
         if self.axis.size == 1:
-            return x_BSC
-        sizes = [(stop - start) * positions for start, stop in self.spans]
-        padded = F.pad(x_BSC, (0, 0, 0, max(sizes) - x_BSC.shape[1])).contiguous()
-        parts = all_gather(padded, self.axis)
-        return torch.cat([part[:, :size] for part, size in zip(parts, sizes, strict=True)], dim=1)
+            return x_BChw
+        dim, sizes = self.dim - 1, [stop - start for start, stop in self.spans]
+        missing = max(sizes) - x_BChw.shape[dim]
+        padded = F.pad(x_BChw, (0, missing) if dim == 3 else (0, 0, 0, missing))
+        parts = zip(all_gather(padded, self.axis), sizes, strict=True)
+        return torch.cat([part.narrow(dim, 0, size) for part, size in parts], dim=dim)
+
+    def own(self, x_BCHW: Tensor) -> Tensor:
+        """This rank's strip of the coarsest plane: the inverse of `gather`."""
+        if self.axis.size == 1:
+            return x_BCHW
+        start, stop = self.spans[self.axis.rank]
+        return x_BCHW.narrow(self.dim - 1, start, stop - start)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

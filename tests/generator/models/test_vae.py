@@ -167,6 +167,24 @@ def test_every_rank_gets_the_result_of_one(
             assert (ours - alone).abs().max() <= BOUND
 
 
+def frames_in_half_precision(mesh: Mesh | None, folder: Path, latents: Tensor) -> Tensor:
+    axis = WHOLE if mesh is None else mesh.world
+    return to_frames(whole(load.__wrapped__(folder, axis, "halo").bfloat16().decode(latents)))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(("height", "width"), [(12, 20), (20, 12), (5, 7)], ids=str)
+def test_pixels_on_several_ranks_are_those_of_one(
+    ranks: Ranks, tiny_checkpoint_fp32: Path, size: int, height: int, width: int
+) -> None:
+    """Every level, in the dtype that requests have. The latents are as large as a random model's."""
+    latents = 4 * noise(1, 48, 7, height, width)
+    expected = frames_in_half_precision(None, tiny_checkpoint_fp32, latents)
+    mesh = ParallelConfig(ulysses_degree=size)
+    for frames in ranks(mesh, frames_in_half_precision, tiny_checkpoint_fp32, latents):
+        assert torch.equal(frames, expected)
+
+
 def tiled_both_ways(mesh: Mesh, folder: Path, latents: Tensor, pixels: Tensor) -> list[Tensor]:
     return both_ways(mesh, folder, "tile", latents, pixels)
 

@@ -335,7 +335,11 @@ class ResidualBlock(nn.Module):
 
 
 class FrameAttention(nn.Module):
-    """Residual attention of one head among the positions of a frame, of all strips together."""
+    """Residual attention of one head among the positions of a frame, of all strips together.
+
+    On a CPU every rank computes the whole frame: torch's kernel rounds by how many queries there
+    are, and pixels would differ from those of one rank.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -344,16 +348,21 @@ class FrameAttention(nn.Module):
         self.proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x_BCThw: Tensor, strips: Strips) -> Tensor:
-        channels, frames, height, width = x_BCThw.shape[1:]
-        x_TChw = self.norm(x_BCThw.transpose(1, 2).flatten(0, 1))
-        qkv_TsC = self.to_qkv(x_TChw).flatten(2).transpose(1, 2)
-        q_TsC, kv_TsC = qkv_TsC.split([channels, 2 * channels], dim=2)
-        row = width if strips.dim == 3 else height
-        k_TSC, v_TSC = strips.gather(kv_TsC, row).chunk(2, dim=2)
+        channels, frames = x_BCThw.shape[1:3]
+        qkv_TChw = self.to_qkv(self.norm(x_BCThw.transpose(1, 2).flatten(0, 1)))
+        q_TChw, kv_TChw = qkv_TChw.split([channels, 2 * channels], dim=1)
+        if q_TChw.is_cpu:
+            q_TChw = strips.gather(q_TChw)
+        kv_TCHW = strips.gather(kv_TChw)
+        q_TSC, k_TSC, v_TSC = (
+            x.flatten(2).transpose(1, 2) for x in (q_TChw, *kv_TCHW.chunk(2, dim=1))
+        )
         # One head: the batch of frames takes the place of the heads.
-        out_TsC = F.scaled_dot_product_attention(q_TsC[None], k_TSC[None], v_TSC[None])[0]
-        out_TChw = self.proj(out_TsC.transpose(1, 2).unflatten(2, (height, width)))
-        return x_BCThw + out_TChw.unflatten(0, (-1, frames)).transpose(1, 2)
+        out_TSC = F.scaled_dot_product_attention(q_TSC[None], k_TSC[None], v_TSC[None])[0]
+        out_TChw = out_TSC.transpose(1, 2).unflatten(2, q_TChw.shape[2:])
+        if q_TChw.is_cpu:
+            out_TChw = strips.own(out_TChw)
+        return x_BCThw + self.proj(out_TChw).unflatten(0, (-1, frames)).transpose(1, 2)
 
 
 class CausalConv3d(nn.Conv3d):
