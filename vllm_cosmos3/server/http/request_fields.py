@@ -45,7 +45,7 @@ REFERENCES = (
     "image",
     "video",
 )
-MEDIA_FIELDS = {*REFERENCES, *HINTS, control_fields.PAIR[0]}
+MEDIA_FIELDS = {*REFERENCES, *CONTROLS, control_fields.PAIR[0]}
 STRUCTURED = ("prompt", "negative_prompt")  # may be an object in JSON, as in batch files
 # What is about the answer and not about the picture.
 SERVER_FIELDS: dict[str, Spec] = {
