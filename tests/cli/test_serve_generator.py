@@ -68,20 +68,20 @@ def test_the_port_is_taken(
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--ulysses-degree", "3"], "ulysses_degree is 3, must be 1, 2 or 4"),
+        (["--ulysses-degree", "3"], "--ulysses-degree is 3, must be 1, 2 or 4"),
         (["--generator-tensor-parallel-size", "8"], "4 key-value heads"),
-        (["--cfg-parallel-size", "3"], "cfg_parallel_size is 3, must be an integer from 1 to 2"),
-        (["--guardrail-checker", "nope"], "guardrail_checker is 'nope', must be module:Class"),
+        (["--cfg-parallel-size", "3"], "--cfg-parallel-size is 3, must be an integer from 1 to 2"),
+        (["--guardrail-checker", "nope"], "--guardrail-checker is 'nope', must be module:Class"),
         (["--host", "192.0.2.1"], "--host is '192.0.2.1', must be an address of this machine ("),
         (["--host", "no.such.invalid"], "--host is 'no.such.invalid', must be an address of"),
-        (["--max-queue", "0"], "max_queue is 0, must be an integer from 1 to"),
-        (["--call-limits", "step=0"], "call_limits is 'step=0', must be NAME=SECONDS joined by"),
+        (["--max-queue", "0"], "--max-queue is 0, must be an integer from 1 to"),
+        (["--call-limits", "step=0"], "--call-limits is 'step=0', must be NAME=SECONDS joined by"),
         (["--call-limits", "walk=3"], "where NAME is one of load, encode, step, decode, finish"),
-        (["--checkpoint-kind", "distilled-t2i"], "checkpoint_kind is 'distilled-t2i'"),
-        (["--attention-backend", "none"], "attention_backend is 'none', must be one of auto"),
+        (["--checkpoint-kind", "distilled-t2i"], "--checkpoint-kind is 'distilled-t2i'"),
+        (["--attention-backend", "none"], "--attention-backend is 'none', must be one of auto"),
         (
             ["--storage-path", "~nosuchuser/a"],
-            "storage_path is '~nosuchuser/a', must be in the home",
+            "--storage-path is '~nosuchuser/a', must be in the home",
         ),
         (["--memory-limit", "0.0001"], "for its weights alone, and may use 0.1 MiB; "),
     ],
@@ -116,7 +116,7 @@ def test_jobs_cannot_be_kept(
         folder = folder if what == "a file" else folder / "below"
     argv = (str(tiny_checkpoint), "--surface", surface, "--port", "0")
     line = refused(capsys, *argv, "--storage-path", str(folder))
-    assert line.startswith("storage_path is '/")
+    assert line.startswith("--storage-path is '/")
     assert line.endswith(f", must be a folder that can keep jobs and files ({reason})")
 
 
@@ -125,7 +125,7 @@ def test_jobs_cannot_be_kept(
     [
         (
             ["--allowed-local-media-path", "/nope"],
-            "allowed_local_media_path is '/nope', must be a folder",
+            "--allowed-local-media-path is '/nope', must be a folder",
         ),
         (["--ssl-keyfile", "key"], "--ssl-certfile is missing, must be given with --ssl-keyfile"),
         (["--ssl-certfile", "none"], "(No such file or directory)"),

@@ -10,9 +10,10 @@ import os
 from pathlib import Path
 
 from vllm_cosmos3.checkpoint.config import ModelConfig, read_config
-from vllm_cosmos3.errors import CheckpointError
+from vllm_cosmos3.errors import CheckpointError, did_you_mean
 
 CONFIGURATION = ["*.json", "*.txt", "*.jinja"]
+PUBLISHED = ("nvidia/Cosmos3-Nano", "nvidia/Cosmos3-Super", "nvidia/Cosmos3-Nano-Policy-DROID")
 
 
 def resolve(model: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
@@ -30,6 +31,9 @@ def resolve(model: str | Path, revision: str | None = None, *, weights: bool = T
             raise CheckpointError(f"{folder} is a folder, revision {revision!r} needs a repository")
         return folder
     name = str(model)
+    if "/" not in name:  # the hub has models without an owner, but none of Cosmos 3
+        problem = f"{name} is neither a folder nor a repository id such as {PUBLISHED[0]}"
+        raise CheckpointError(problem + _hint(name))
     snapshot = _download(name, revision, CONFIGURATION)
     patterns = _weight_patterns(read_config(snapshot))
     if not weights:
@@ -74,4 +78,10 @@ def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
         )
     except (errors.HfHubHTTPError, OSError) as error:
         problem = f"{name} cannot be downloaded: {str(error).strip().splitlines()[0]}"
-    raise CheckpointError(problem)
+    raise CheckpointError(problem + _hint(name))
+
+
+def _hint(name: str) -> str:
+    """The published name that a name may have been meant to be, as the end of a sentence."""
+    near = "" if name in PUBLISHED else did_you_mean(name, PUBLISHED)
+    return f"; {near}" if near else ""

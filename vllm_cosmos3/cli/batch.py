@@ -28,6 +28,7 @@ from vllm_cosmos3.batch.records import REASONER, Record, Refused, is_url
 from vllm_cosmos3.cli.results import generate, sample_folder, write
 from vllm_cosmos3.cli.run_options import RunOptions, open_generator, open_reasoner, planner
 from vllm_cosmos3.cli.terminal import quiet_libraries
+from vllm_cosmos3.cli.versions import check_vllm
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
 from vllm_cosmos3.request.controls import CONTROLS
 from vllm_cosmos3.request.questions import QUESTION, Question, question_of
@@ -96,6 +97,7 @@ def run(options: RunOptions, overrides: Mapping[str, Any]) -> int:
             _say(samples, samples)
             print(json.dumps([dict(sample.effective) for sample in samples], indent=2))
             return 1 if problems else 0
+        check_vllm()
         for sample in samples:  # an unwritable place should fail before minutes of work
             sample_folder(options.out, sample.record.name)
         todo = _unfinished(samples, options) if options.resume else samples

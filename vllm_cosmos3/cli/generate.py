@@ -20,6 +20,7 @@ from vllm_cosmos3.cli.flags import add_engine_flags, add_flag, given, integer
 from vllm_cosmos3.cli.results import check_file, generate, sample_folder, write
 from vllm_cosmos3.cli.run_options import RunOptions, open_generator, open_reasoner, planner
 from vllm_cosmos3.cli.terminal import quiet_libraries
+from vllm_cosmos3.cli.versions import check_vllm
 from vllm_cosmos3.engine_options import OPTIONS, EngineOptions
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.request.request import SPECS, GenerateRequest, from_fields
@@ -91,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(dict(plan.effective), indent=2))
         _warn(plan.warnings)
         return 0
+    check_vllm()
     folder = sample_folder(options.out, options.name)
     if options.timings_json is not None:
         check_file("timings_json", options.timings_json)

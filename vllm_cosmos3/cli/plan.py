@@ -20,6 +20,7 @@ from vllm_cosmos3.checkpoint.latents import pixel_frames
 from vllm_cosmos3.checkpoint.synthetic.files import SIZES, published_files
 from vllm_cosmos3.cli.flags import add_engine_flags, given
 from vllm_cosmos3.engine_options import OPTIONS, EngineConfig, EngineOptions
+from vllm_cosmos3.errors import InvalidRequest, did_you_mean
 from vllm_cosmos3.request.defaults import TEXT_TOKENS
 from vllm_cosmos3.request.fields import Spec
 from vllm_cosmos3.request.request import SPECS
@@ -82,6 +83,13 @@ def run(args: argparse.Namespace) -> int:
 def known_model(name: str, revision: str | None = None, kind: str | None = None) -> ModelConfig:
     """The configuration of a checkpoint, or the published one of a size."""
     if name not in WITHOUT_CHECKPOINT or Path(name).exists():
+        near = (
+            ""
+            if "/" in name or Path(name).exists()
+            else did_you_mean(name.lower(), WITHOUT_CHECKPOINT)
+        )
+        if near:
+            raise InvalidRequest("model", name, f"a folder, a repository, nano or super; {near}")
         found = resolve(name, revision, weights=False)
         return read_config(found, kind)
     size = SIZES[name]

