@@ -1,0 +1,55 @@
+"""What is given away: a wheel with the whole package, and a source archive that can build and test it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("vllm_cosmos3", "tools", "tests", "docs", "examples", "benchmarks", "requirements")
+BUILD = "from setuptools import build_meta as b; b.build_sdist('..'); b.build_wheel('..')"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the archives, and the sources that they were built from in ``src``."""
+    folder = tmp_path_factory.mktemp("built")
+    source = folder / "src"
+    source.mkdir()
+    caches = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for part in PARTS:
+        shutil.copytree(ROOT / part, source / part, ignore=caches)
+    for file in ROOT.iterdir():
+        if file.is_file() and file.name not in (".gitignore", ".git"):
+            shutil.copy(file, source)
+    subprocess.run([sys.executable, "-c", BUILD], cwd=source, check=True, capture_output=True)
+    for made in ("build", "vllm_cosmos3.egg-info"):
+        shutil.rmtree(source / made, ignore_errors=True)
+    return folder
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    package = {name for name in files(built / "src") if name.startswith("vllm_cosmos3/")}
+    assert names == package
+    assert "vllm_cosmos3/py.typed" in names
+
+
+def test_the_source_archive_holds_what_make_needs(built: Path) -> None:
+    (archive,) = built.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {member.name.split("/", 1)[1] for member in opened if member.isfile()}
+    assert files(built / "src") - names <= {"MANIFEST.in"}
+    assert {"Makefile", "Dockerfile", "requirements/cpu-0.32.0.txt", "tools/setup.py"} <= names
