@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 from pathlib import Path
@@ -76,6 +77,35 @@ def test_the_architecture_has_a_line_for_every_room() -> None:
     folders = {f"{path.parent.relative_to(package)}/" for path in package.rglob("__init__.py")}
     loose = {path.name for path in package.glob("*.py")}
     assert table == (folders - {"./"}) | (loose - {"__init__.py", "__main__.py"})
+
+
+WALK = (
+    TEXT["docs/architecture.md"]
+    .partition("## A video request, step by step")[2]
+    .partition("\n## ")[0]
+)
+
+
+def defined(path: Path) -> set[str]:
+    """Functions and classes of a module, and Class.method."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            inner = [n for n in node.body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+            names |= {f"{node.name}.{each.name}" for each in inner}
+    return names
+
+
+def test_the_walk_of_a_video_request_is_short_and_its_names_exist() -> None:
+    steps = re.findall(r"^\d+\. \*\*.*\]\(\.\./(\S+)\)", WALK, re.MULTILINE)
+    assert 15 <= len(steps) == len(set(steps)) <= 20
+    named = re.findall(r"\]\(\.\./(\S+\.py)\)((?:,? `[\w.]+`)+)", WALK)
+    assert len(named) >= len(steps) + 10
+    for path, names in named:
+        missing = set(re.findall(r"`([\w.]+)`", names)) - defined(ROOT / path)
+        assert not missing, f"{path} has no {missing}"
 
 
 def test_compared_versions_are_those_of_the_makefile() -> None:
