@@ -72,6 +72,14 @@ def image_formats() -> tuple[str, ...] | None:
     return getattr(vllm.multimodal.image, "ALLOWED_IMAGE_FORMATS", None)
 
 
+def is_shadow_cache(processed: Any) -> bool:
+    """Whether a cache of processed media holds only the names of what the engine has."""
+    module = first_module(("vllm.multimodal.cache.lru", "vllm.multimodal.cache"))
+    names = ("LruKeyReplicatedSenderCache", "MultiModalProcessorSenderCache")
+    known = tuple(getattr(module, name) for name in names if hasattr(module, name))
+    return isinstance(processed, known)
+
+
 class MediaCache(NamedTuple):
     """vLLM's cache of downloads."""
 

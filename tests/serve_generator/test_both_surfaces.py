@@ -78,6 +78,27 @@ def test_pictures(server: Server) -> None:
     assert base64.b64decode(picture.data[0].b64_json or "").startswith(b"\x89PNG")
 
 
+def test_an_engine_that_stands_still_is_told(server: Server) -> None:
+    names = {path: path.read_text() for path in Path("/proc").glob("[0-9]*/comm") if path.is_file()}
+    group = os.getpgid(server.pid)
+    (engine,) = (
+        int(path.parent.name)
+        for path, name in names.items()
+        if name.startswith("VLLM::EngineCor") and os.getpgid(int(path.parent.name)) == group
+    )
+    os.kill(engine, signal.SIGSTOP)
+    try:
+        eventually(lambda: health(server)["reasoner_last_sign_of_life"] > 2)
+    finally:
+        os.kill(engine, signal.SIGCONT)
+    eventually(lambda: health(server)["reasoner_last_sign_of_life"] < 2)
+
+
+def health(server: Server) -> dict[str, float]:
+    report: dict[str, float] = httpx.get(f"{server.url}/health/ready", headers=KEY).json()
+    return report
+
+
 def test_the_reasoner_writes_the_prompt(server: Server) -> None:
     body = {"prompt": "a boat", "upsample_prompt": True, **PICTURE}
     answer = httpx.post(f"{server.url}/v1/images/generations", json=body, headers=KEY, timeout=HANG)

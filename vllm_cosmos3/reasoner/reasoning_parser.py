@@ -24,7 +24,7 @@ class Cosmos3ReasoningParser(ReasoningParser):
         self._start_id = self.vocab.get(START)
         self._end_id = self.vocab.get(END)
         self._turn_id = self.vocab.get("<|im_start|>")
-        self._decided = False  # whether the stream has come to its content
+        self._in_content = False  # whether the stream has come to its content
 
     @property
     def reasoning_start_str(self) -> str:
@@ -51,8 +51,8 @@ class Cosmos3ReasoningParser(ReasoningParser):
         delta_token_ids: Sequence[int],
     ) -> Any:
         """What the new text adds to reasoning and content, or None while that is open."""
-        before, now = _settled(previous_text), _settled(current_text)
-        self._decided = self._decided or bool(now[1]) or END in current_text
+        before, now = _split(previous_text), _split(current_text)
+        self._in_content = self._in_content or bool(now[1]) or END in current_text
         reasoning, content = (new[len(old) :] for old, new in zip(before, now, strict=True))
         if not reasoning and not content:
             return None
@@ -60,7 +60,7 @@ class Cosmos3ReasoningParser(ReasoningParser):
 
     def get_streaming_fallback_content(self, text: str, request: object) -> str:
         """Called at the end of a stream: text held back because it could have become a tag."""
-        return text if _settled(text) == ("", "") and not text.lstrip().startswith(START) else ""
+        return text if _split(text) == ("", "") and not text.lstrip().startswith(START) else ""
 
     def is_reasoning_end(self, input_ids: Sequence[int]) -> bool:
         """Whether the current turn has closed its reasoning; earlier turns do not count."""
@@ -75,7 +75,7 @@ class Cosmos3ReasoningParser(ReasoningParser):
         self, input_ids: Sequence[int], delta_ids: Iterable[int]
     ) -> bool:
         """Whether the stream has come to its content."""
-        return self._decided or self._end_id in delta_ids
+        return self._in_content or self._end_id in delta_ids
 
     def extract_content_ids(self, input_ids: list[int]) -> list[int]:
         """Tokens after the reasoning."""
@@ -91,7 +91,7 @@ class Cosmos3ReasoningParser(ReasoningParser):
         return (ids.index(self._end_id) if self._end_id in ids else len(ids)) - 1
 
 
-def _settled(text: str) -> tuple[str, str]:
+def _split(text: str) -> tuple[str, str]:
     """Reasoning and content of a partial answer, without what could still become a tag."""
     body = text.lstrip()
     if START.startswith(body):  # also the empty text

@@ -25,6 +25,7 @@ from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.fetching import PRIVATE_MEDIA
 from vllm_cosmos3.server.app import routers, show_log
 from vllm_cosmos3.server.command import announce
+from vllm_cosmos3.server.engine_heartbeat import EngineHeartbeat
 from vllm_cosmos3.server.guardrails import Guardrails
 from vllm_cosmos3.server.http import metrics
 from vllm_cosmos3.server.http.envelope_middleware import EnvelopeMiddleware, wrap
@@ -55,7 +56,7 @@ class GeneratorRoutes:
     def attach_router(self, app: FastAPI) -> None:
         """Add our routes, and our truth about /health and /v1/models where vLLM lets us."""
         metrics.metrics()
-        app.state.cosmos3 = app.state.cosmos3_engine = None
+        app.state.cosmos3 = app.state.cosmos3_engine = app.state.cosmos3_heartbeat = None
         app.state.cosmos3_sessions = robots.Sessions()
         for router in routers():
             app.include_router(router)
@@ -96,6 +97,8 @@ class GeneratorRoutes:
             EngineReasoner(engine_client, sizing.model.path),
         )
         announce(state.cosmos3, "both: /v1/chat/completions and all others of vLLM, /v1/images/generations, /v1/videos", _url(args))  # fmt: skip
+        state.cosmos3_heartbeat = EngineHeartbeat(engine_client)
+        state.cosmos3_heartbeat.start()
         await state.cosmos3.start()
 
 
@@ -133,8 +136,10 @@ def _settle_at_the_end(app: FastAPI) -> None:
     async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
         async with inner(app) as state:
             service: Service = app.state.cosmos3  # vLLM deletes the state on its way out
+            heartbeat: EngineHeartbeat = app.state.cosmos3_heartbeat
             _drain_on_sigterm(service)
             yield state
+        heartbeat.stop()
         await service.close()
 
     app.router.lifespan_context = lifespan

@@ -19,8 +19,7 @@ from vllm import envs
 from vllm.multimodal.media import ImageMediaIO, MediaWithBytes, VideoMediaIO
 
 from vllm_cosmos3.compat import image_formats
-from vllm_cosmos3.errors import InvalidRequest
-from vllm_cosmos3.media import DAMAGED
+from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
 from vllm_cosmos3.media_budget import Lease, media_budget
 from vllm_cosmos3.reasoner.media.limits import max_video_frames
 from vllm_cosmos3.reasoner.media.video_loader import ALL
@@ -73,9 +72,9 @@ class PictureIO(ImageMediaIO):
                 self._request.lease.reserve(pixels * KEPT, IMAGE)
                 with self._request.lease.during(pixels * WORKING, IMAGE):
                     loaded = self._scaled(image, data) or super().load_bytes(data)
-        except InvalidRequest:
+        except (Cosmos3Error, MemoryError):
             raise
-        except (Image.DecompressionBombError, *DAMAGED) as error:
+        except Exception as error:  # noqa: BLE001  # whatever a decoder raises
             raise _damaged(IMAGE, data, AN_IMAGE, error) from None
         loaded.media.info["cosmos3"] = self._request  # reserved as long as it lives
         return loaded
@@ -123,9 +122,9 @@ class ClipIO(VideoMediaIO):
         options = {**self.kwargs, "evenly": True} if self._evenly else self.kwargs
         try:
             found = self.video_loader.load_bytes(data, num_frames=self.num_frames, **options)
-        except InvalidRequest:
+        except (Cosmos3Error, MemoryError):
             raise
-        except DAMAGED as error:
+        except Exception as error:  # noqa: BLE001  # whatever a decoder raises
             raise _damaged(VIDEO, data, "a video", error) from None
         return MediaWithBytes(found, data)
 
@@ -142,7 +141,7 @@ class ClipIO(VideoMediaIO):
             frames = super().load_base64(media_type, data)
         except InvalidRequest as error:
             raise InvalidRequest(VIDEO, error.value, error.possible, error.code) from None
-        except DAMAGED as error:
+        except Exception as error:  # noqa: BLE001  # whatever a decoder raises
             raise _damaged(VIDEO, data.encode(), "JPEG pictures of one size", error) from None
         pixels, metadata = frames.media
         kept = pixels.view(_Frames)

@@ -20,6 +20,7 @@ from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
 from vllm_cosmos3.reasoner.media.limits import max_video_fps, max_video_frames, uses_reference
 from vllm_cosmos3.reasoner.media.patches import PatchingProcessor
 from vllm_cosmos3.reasoner.media.replies import reply_of
+from vllm_cosmos3.reasoner.media.sent_items import SentItemsCache
 
 _FIELD = "mm_processor_kwargs"
 _SCOPES = {"image": "images_kwargs", "video": "videos_kwargs"}
@@ -51,11 +52,15 @@ class ReasonerProcessor(Qwen3VLMultiModalProcessor):
             check_options(inputs.hf_processor_mm_kwargs)
             inputs.hf_processor_mm_kwargs = _with_lists(inputs.hf_processor_mm_kwargs)
         self._check_media(inputs.mm_data_items, inputs.hf_processor_mm_kwargs)
+        holder = inputs if hasattr(inputs, "cache") else self  # up to vLLM 0.30
+        holder.cache = SentItemsCache.around(holder.cache)
         try:
             return super().apply(inputs, *args, **kwargs)
         except Cosmos3Error as error:
             raise reply_of(error) from None
         except ValueError as error:
+            if isinstance(error.__cause__, Cosmos3Error):
+                raise reply_of(error.__cause__) from None
             # vLLM's own message here is a dump of the pixels; its cause says what was wrong.
             if error.__cause__ is None or not str(error).startswith("Failed to apply"):
                 raise

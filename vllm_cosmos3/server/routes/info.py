@@ -121,11 +121,18 @@ async def health_of(request: Request) -> Response:
     engine = request.app.state.cosmos3_engine
     if engine is not None:
         report["surfaces"]["reasoner"] = "ready"
+        heartbeat = request.app.state.cosmos3_heartbeat
+        report["reasoner_last_sign_of_life"] = round(heartbeat.last_sign_of_life(), 3)
         try:
             await engine.check_health()
         except Exception as error:  # noqa: BLE001 - vLLM's, and the answer is what it means
             report["surfaces"]["reasoner"] = "failed"
             return _unready("worker_lost", f"the reasoner is down: {error}", report)
+        if heartbeat.silent:
+            report["surfaces"]["reasoner"] = "silent"
+            seconds = heartbeat.last_sign_of_life()
+            reason = f"the reasoner's engine has given no sign of life for {seconds:.0f} s"
+            return _unready("worker_lost", reason, report)
     try:
         await loop.run_in_executor(HEALTH, service.journal.storage.check)
     except Cosmos3Error as error:
