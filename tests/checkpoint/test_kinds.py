@@ -16,7 +16,7 @@ from vllm_cosmos3.checkpoint.kinds import KINDS
 from vllm_cosmos3.checkpoint.synthetic import write_checkpoint
 from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.errors import CheckpointError, InvalidRequest, Unsupported
-from vllm_cosmos3.request.parameters import resolve
+from vllm_cosmos3.request.parameters import prompt_parameters
 from vllm_cosmos3.request.planner import make_plan
 from vllm_cosmos3.request.prompts import load_tokenizer
 from vllm_cosmos3.request.request import GenerateRequest
@@ -138,19 +138,19 @@ def test_distilled_checkpoints_have_their_own_steps_and_scale(
     folders: dict[str, Path], field: str
 ) -> None:
     model = read_config(folders["distilled-i2v"])
-    parameters = resolve(GenerateRequest(prompt="a", image=PICTURE), model)
+    parameters = prompt_parameters(GenerateRequest(prompt="a", image=PICTURE), model)
     assert (parameters.num_inference_steps, parameters.guidance_scale) == (4, 1.0)
     with pytest.raises(InvalidRequest, match="distilled to 4 steps") as refusal:
-        resolve(GenerateRequest(prompt="a", image=PICTURE, **{field: 7}), model)
+        prompt_parameters(GenerateRequest(prompt="a", image=PICTURE, **{field: 7}), model)
     assert refusal.value.field == field
 
 
 def test_what_a_distilled_checkpoint_does_not_use_is_told(folders: dict[str, Path]) -> None:
     model = read_config(folders["distilled-t2i"])
     plain = {"prompt": "a", "num_frames": 1}
-    assert resolve(GenerateRequest(**plain), model).warnings == ()
+    assert prompt_parameters(GenerateRequest(**plain), model).warnings == ()
     unused = {"flow_shift": 5.0, "negative_prompt": "b", "schedule": "karras", "negative_metadata_mode": "none"}  # fmt: skip
-    warnings = resolve(GenerateRequest(**plain, **unused), model).warnings
+    warnings = prompt_parameters(GenerateRequest(**plain, **unused), model).warnings
     assert {warning.split()[0] for warning in warnings} == unused.keys()
     base = read_config(folders["base"])
-    assert resolve(GenerateRequest(**plain, **unused), base).warnings == ()
+    assert prompt_parameters(GenerateRequest(**plain, **unused), base).warnings == ()

@@ -58,7 +58,7 @@ def plan(model: ModelConfig, tokenizer: prompts.Tokenizer, **fields: Any) -> Pla
 
 def refusal(model: ModelConfig, **fields: Any) -> InvalidRequest:
     with pytest.raises(InvalidRequest) as caught:
-        parameters.resolve(from_fields({"prompt": "a boat", **fields}), model)
+        parameters.prompt_parameters(from_fields({"prompt": "a boat", **fields}), model)
     return caught.value
 
 
@@ -82,7 +82,7 @@ def test_defaults(
     shift: float,
     known: tuple[int, ...],
 ) -> None:
-    p = parameters.resolve(from_fields({"prompt": "a", **fields}), model)
+    p = parameters.prompt_parameters(from_fields({"prompt": "a", **fields}), model)
     assert (f"{p.width}x{p.height}", p.num_frames, p.fps) == (size, frames, 24.0)
     assert (p.num_inference_steps, p.guidance_scale, p.flow_shift) == (steps, guidance, shift)
     assert p.condition_frame_indexes_vision == known
@@ -227,7 +227,7 @@ def test_any_size_up_to_the_largest_area(
         error = refusal(model, **fields)
         assert (error.field, error.code) == ("size", "too_large")
         return
-    p = parameters.resolve(from_fields({"prompt": "a", **fields}), model)
+    p = parameters.prompt_parameters(from_fields({"prompt": "a", **fields}), model)
     assert (p.width, p.height) == (width, height)
     assert any("not a trained one" in warning for warning in p.warnings) != trained
 
@@ -237,7 +237,9 @@ def test_any_size_up_to_the_largest_area(
 def test_sizes_that_openai_lists_are_made_with_a_warning(
     model: ModelConfig, size: str, frames: int
 ) -> None:
-    p = parameters.resolve(GenerateRequest(prompt="a", size=size, num_frames=frames), model)
+    p = parameters.prompt_parameters(
+        GenerateRequest(prompt="a", size=size, num_frames=frames), model
+    )
     assert f"{p.width}x{p.height}" == size
     assert any(f"size {size} is not a trained one" in warning for warning in p.warnings)
 
@@ -251,7 +253,7 @@ def test_frame_limits(model: ModelConfig, frames: int, size: tuple[int, int]) ->
         if round_frames(frames, model.vae) > round_frames(limit, model.vae):
             assert refusal(model, **fields).field == "num_frames"
         fields["allow_untrained_size"] = True
-    p = parameters.resolve(from_fields({"prompt": "a", **fields}), model)
+    p = parameters.prompt_parameters(from_fields({"prompt": "a", **fields}), model)
     assert p.num_frames == round_frames(frames, model.vae)
     assert any("rounded up" in warning for warning in p.warnings) == (frames % 4 != 1)
 
@@ -261,7 +263,7 @@ def test_seconds(model: ModelConfig, seconds: float, fps: float) -> None:
     request = from_fields(
         {"prompt": "a", "seconds": seconds, "fps": fps, "allow_untrained_size": True}
     )
-    p = parameters.resolve(request, model)
+    p = parameters.prompt_parameters(request, model)
     assert p.num_frames % 4 == 1
     assert p.num_frames >= max(5, seconds * fps - 1e-3)
     assert p.num_frames <= max(5, math.ceil(seconds * fps) + 3)
@@ -269,7 +271,7 @@ def test_seconds(model: ModelConfig, seconds: float, fps: float) -> None:
 
 def test_seconds_and_frames_must_agree(model: ModelConfig) -> None:
     agreed = from_fields({"prompt": "a", "seconds": 4, "num_frames": 97})
-    assert parameters.resolve(agreed, model).num_frames == 97
+    assert parameters.prompt_parameters(agreed, model).num_frames == 97
     error = refusal(model, seconds=4, num_frames=25)
     assert (error.field, error.code) == ("seconds", "conflict")
     assert refusal(model, seconds=60).field == "seconds"
@@ -278,7 +280,7 @@ def test_seconds_and_frames_must_agree(model: ModelConfig) -> None:
 @pytest.mark.parametrize(("fps", "warned"), [(9.9, True), (10, False), (30, False), (31, True)])
 def test_fps_outside_the_trained_range_warns(model: ModelConfig, fps: float, warned: bool) -> None:
     request = from_fields({"prompt": "a", "fps": fps, "num_frames": 29})
-    assert any("fps" in w for w in parameters.resolve(request, model).warnings) == warned
+    assert any("fps" in w for w in parameters.prompt_parameters(request, model).warnings) == warned
 
 
 def test_known_frames_must_fit(model: ModelConfig) -> None:

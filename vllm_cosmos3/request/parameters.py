@@ -45,7 +45,7 @@ OF_GUIDANCE = (  # and of nothing else
 )
 
 
-def resolve(request: GenerateRequest, model: ModelConfig) -> Parameters:
+def prompt_parameters(request: GenerateRequest, model: ModelConfig) -> Parameters:
     """The parameters of an image or a video from a prompt. Reads no file and needs no tokenizer.
 
     Raises:
@@ -72,7 +72,7 @@ def resolve(request: GenerateRequest, model: ModelConfig) -> Parameters:
     return _parameters(request, model, default, warnings)
 
 
-def resolve_action(
+def action_parameters(
     request: GenerateRequest, model: ModelConfig, action: Action, picture: tuple[int, int]
 ) -> Parameters:
     """The same for a request with actions about a ``picture`` of this width and height.
@@ -97,7 +97,7 @@ def resolve_action(
     return _parameters(request, model, default, warnings)
 
 
-def resolve_transfer(
+def transfer_parameters(
     request: GenerateRequest, model: ModelConfig, transfer: Transfer
 ) -> Parameters:
     """The same for a transfer, whose size, length and rate are those of its clips."""

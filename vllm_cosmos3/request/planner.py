@@ -26,11 +26,11 @@ from vllm_cosmos3.request.controls import CONTROLS
 from vllm_cosmos3.request.defaults import Parameters
 from vllm_cosmos3.request.inputs import input_frames, resized
 from vllm_cosmos3.request.parameters import (
+    action_parameters,
     fitting,
     of_all_chunks,
-    resolve,
-    resolve_action,
-    resolve_transfer,
+    prompt_parameters,
+    transfer_parameters,
 )
 from vllm_cosmos3.request.plan import Plan, StreamPlan
 from vllm_cosmos3.request.request import SPECS, GenerateRequest
@@ -59,7 +59,7 @@ def make_plan(request: GenerateRequest, model: ModelConfig, tokenizer: prompts.T
     """The plan of a request. Opens and resizes its image or video; touches no weight.
 
     Raises:
-        InvalidRequest: as `resolve`, and for media that cannot be read, and for wrong token ids.
+        InvalidRequest: as `prompt_parameters`, and for media that cannot be read, and for wrong token ids.
     """
     return with_prompts(make_draft(request, model), tokenizer)
 
@@ -72,7 +72,7 @@ def make_draft(request: GenerateRequest, model: ModelConfig) -> Draft:
         if action is not None:
             parameters, chunks = _with_actions(request, model, action, lease)
         elif transfer is not None:
-            parameters = resolve_transfer(request, model, transfer)
+            parameters = transfer_parameters(request, model, transfer)
             chunks = list(transfers.chunk_streams(transfer, model))
         else:
             parameters, chunks = _from_prompt(request, model, lease)
@@ -119,7 +119,7 @@ def _from_prompt(
     request: GenerateRequest, model: ModelConfig, lease: Lease
 ) -> tuple[Parameters, Streams]:
     """A video after a prompt and perhaps pixels, in chunks that continue each other, with sound."""
-    parameters = resolve(request, model)
+    parameters = prompt_parameters(request, model)
     pixels, warnings = _known_pixels(request, parameters, model, lease)
     parameters = replace(parameters, warnings=(*parameters.warnings, *warnings))
     first = output_streams(parameters, model, pixels)
@@ -177,7 +177,7 @@ def _with_actions(
     length = action.num_frames if action.mode.video else 1
     frames = input_frames(request, limit=length, lease=lease)
     first = next(frames)
-    parameters = resolve_action(request, model, action, (first.shape[1], first.shape[0]))
+    parameters = action_parameters(request, model, action, (first.shape[1], first.shape[0]))
     height, width = parameters.height, parameters.width
     needed = pixel_frames(action.known_frames[-1] + 1, model.vae)
     _, (rows, columns) = media.fit_inside(first[None], height=height, width=width)

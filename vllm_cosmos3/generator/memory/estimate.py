@@ -15,7 +15,7 @@ from vllm_cosmos3.generator.memory.vae_activations import decode_peak, encode_pe
 from vllm_cosmos3.generator.memory.weight_bytes import FLOAT32, layer_bytes, loading, weights
 from vllm_cosmos3.generator.models.modalities import MODALITIES, decoders
 from vllm_cosmos3.request.defaults import TEXT_TOKENS, Parameters
-from vllm_cosmos3.request.parameters import resolve
+from vllm_cosmos3.request.parameters import prompt_parameters
 from vllm_cosmos3.request.plan import Plan
 from vllm_cosmos3.request.planner import output_streams
 from vllm_cosmos3.request.request import GenerateRequest
@@ -87,7 +87,7 @@ def usual_work(model: ModelConfig, request: GenerateRequest | None = None) -> Wo
     """The sizes of a request with long texts: of the largest default, if no other is given.
 
     Raises:
-        InvalidRequest: as `parameters.resolve`.
+        InvalidRequest: as `prompt_parameters`.
     """
     if request is None:
         images = KINDS[model.kind].modes == ("text2image",)
@@ -100,7 +100,7 @@ def resolved_parameters(model: ModelConfig, request: GenerateRequest) -> Paramet
 
     All kinds take the same memory for the same sizes; a video of text stands for the others.
     """
-    return resolve(request, replace(model, kind="base"))
+    return prompt_parameters(request, replace(model, kind="base"))
 
 
 def work_with(numbers: Parameters, model: ModelConfig) -> Work:
