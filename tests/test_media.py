@@ -651,7 +651,7 @@ def test_what_is_decoded_is_reserved_before_and_given_back(video: bytes, tmp_pat
     for source in ([large], [tmp_path / "large.png"]):
         (tmp_path / "large.png").write_bytes(large)
         with pytest.raises(
-            InvalidRequest, match=r"256 MiB when decoded.* at most 1 MiB"
+            InvalidRequest, match=r"192 MiB when decoded.* at most 1 MiB"
         ) as refused:
             next(media.frames_of(source, limit=1, field="image", lease=budget.lease()))  # type: ignore[arg-type]
         assert (refused.value.field, refused.value.code) == ("image", "payload_too_large")
@@ -702,3 +702,16 @@ def test_a_large_picture_takes_no_copies(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, str(tmp_path / "small.png"), str(tmp_path / "a.png")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=HANG)
     assert int(done.stdout) < 12 * 6000 * 6000
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("source", [(513, 40), (700, 1023), (257, 300), (16, 300)])
+@pytest.mark.parametrize("target", [(192, 320), (17, 33), (720, 720)])
+def test_strips_are_resized_as_the_whole(
+    source: tuple[int, int], target: tuple[int, int], mode: str
+) -> None:
+    frame = np.random.RandomState(0).randint(0, 256, (*source, 3), dtype=np.uint8)
+    x = torch.from_numpy(frame).movedim(2, 0)[None].float()
+    whole = torch.nn.functional.interpolate(x, size=target, mode=mode, antialias=True)
+    ours = np.stack([*media._resized(frame, target, mode)], axis=2)
+    assert np.array_equal(ours, whole[0].round().clamp(0, 255).movedim(0, 2).numpy())

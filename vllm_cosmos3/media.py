@@ -59,9 +59,9 @@ MAX_FRAMES = 18_000  # that are decoded to find the last ones: ten minutes at 30
 WAITING_CHUNKS = 4  # of frames between the one who makes them and the encoder
 STRIP = 256  # rows of a picture that are converted at once
 # Bytes for each pixel while it is decoded and resized. Of a picture: four in Pillow, four while it is
-# turned, the array, a channel in float32. Of a clip: up to 16 pictures that a decoder refers to,
-# each of 1.5 bytes, and the same array and channel.
-PICTURE_BYTES, CLIP_BYTES = 16, 32
+# turned, three in the array. Of a clip: up to 16 pictures that a decoder refers to, each of 1.5
+# bytes, one in RGB, the array.
+PICTURE_BYTES, CLIP_BYTES = 12, 32
 
 # What decoders raise on damaged input. Warnings count where a process turns them into errors.
 DAMAGED = (
@@ -243,14 +243,21 @@ def fit_inside(frames: Pixels, *, height: int, width: int) -> tuple[Pixels, tupl
 def _resized(frame: Pixels, size: Sequence[int], mode: str) -> Iterator[Pixels]:
     """The three channels of a frame at another height and width, uint8, one after the other.
 
-    With antialiasing, in float32: of a whole frame that would be twelve bytes for each pixel.
+    With antialiasing, in float32, which would take twelve bytes for each pixel of a whole frame: rows
+    are resized in strips, then columns. Torch takes the axes in this order too, so no bit differs.
     """
     import torch  # here, so that a request can be checked without it
     import torch.nn.functional as F
 
+    def resize(x: torch.Tensor, height: int) -> torch.Tensor:
+        return F.interpolate(x, size=(height, size[1]), mode=mode, antialias=True)
+
     for channel in range(3):
-        x = torch.from_numpy(np.ascontiguousarray(frame[..., channel]))[None, None].float()
-        x = F.interpolate(x, size=tuple(size), mode=mode, antialias=True)[0, 0]
+        strips = []
+        for top in range(0, len(frame), STRIP):
+            strip = np.ascontiguousarray(frame[top : top + STRIP, :, channel])
+            strips.append(resize(torch.from_numpy(strip)[None, None].float(), len(strip)))
+        x = resize(torch.cat(strips, dim=2), size[0])[0, 0]
         yield x.round_().clamp_(0, 255).numpy().astype(np.uint8)
 
 
