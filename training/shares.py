@@ -1,0 +1,51 @@
+"""The share of prompts that clips confirm, by attribute, with a 95 % interval."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+_Z = 1.959964  # of a two-sided 95 % interval
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """``right`` of ``asked``, with Wilson's interval."""
+
+    right: int
+    asked: int
+
+    @property
+    def value(self) -> float:
+        return self.right / self.asked
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        n, p = self.asked, self.value
+        middle = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+        half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n * n))
+        return max(0.0, middle - half), min(1.0, middle + half)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.value:.3f} [{low:.3f}, {high:.3f}] of {self.asked}"
+
+
+def confirmed_shares(results: Iterable[Mapping[str, bool]]) -> dict[str, Share]:
+    """Share of prompts confirmed by attribute. An attribute counts where a prompt asks for it."""
+    right: Counter[str] = Counter()
+    asked: Counter[str] = Counter()
+    for result in results:
+        asked.update(result.keys())
+        right.update(name for name, value in result.items() if value)
+    return {name: Share(right[name], asked[name]) for name in asked}
+
+
+def shares_by_kind(
+    kinds: Iterable[str], results: Iterable[Mapping[str, bool]], attribute: str = "all"
+) -> dict[str, Share]:
+    """The share of ``attribute`` for each kind of scene."""
+    rows = zip(kinds, results, strict=True)
+    return confirmed_shares({kind: result[attribute]} for kind, result in rows)
