@@ -1,0 +1,155 @@
+"""A complete checkpoint folder, in the published layout, from trained parts.
+
+``python -m training.export FOLDER [PARTS ...]``
+
+PARTS are folders with any of ``transformer-*.safetensors``, ``vision-*.safetensors``,
+``vae.safetensors`` with ``vae.json``, ``sound.safetensors``, ``tokenizer.json``; later ones win. What
+is in none of them is drawn at random; adapters of sound and actions are zero, sound is silence. Runs where the package
+is installed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+
+from training.package import (
+    Tensors,
+    drawn,
+    expected,
+    layout,
+    write_index,
+    write_shards,
+    write_tokenizers,
+)
+from training.tokenizer import ROWS, train_demo_tokenizer
+from training.transformer import Shape
+from training.vision import VisionShape
+
+PREFIX = "diffusion_pytorch_model"
+_SHAPE, _VISION = Shape(), VisionShape()
+# The reasoner must see a clip as large as it is: 17 frames of 320x192 and 49 of 256x256 fit.
+SIZE: dict[str, Any] = {
+    "hidden_size": _SHAPE.hidden,
+    "layers": _SHAPE.layers,
+    "heads": _SHAPE.heads,
+    "kv_heads": _SHAPE.kv_heads,
+    "head_dim": _SHAPE.head_dim,
+    "rope_axes": _SHAPE.axes,
+    "intermediate_size": _SHAPE.intermediate,
+    "vocab_size": ROWS,
+    "vision_depth": _VISION.depth,
+    "vision_hidden": _VISION.width,
+    "vision_heads": _VISION.heads,
+    "vision_intermediate": _VISION.intermediate,
+    "vision_positions": _VISION.side**2,
+    "vision_deepstack": _VISION.deepstack,
+    "image_pixels": (4096, 65536),
+    "video_pixels": (4096, 262144),
+    "vae_base": 8,
+    "vae_decoder_base": 16,
+    "sound_decoder_dim": 4,
+    "sound_encoder_dim": 4,
+}
+
+
+def export(folder: Path, parts: Sequence[Path] = ()) -> None:
+    """Write the folder; nothing of what was in it before is kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = _tokenizer(parts)
+    write_tokenizers(tokenizer, folder)
+    template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    files = layout(SIZE, ROWS, tokenizer) | {"chat_template.json": {"chat_template": template}}
+    for name, contents in _changed(files, _facts(parts)).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+    shapes = expected(folder)
+    tensors = {
+        name: _tensors(name, shapes[name], prefix, parts)
+        for name, prefix in (
+            ("transformer", "transformer"),
+            ("vision_encoder", "vision"),
+            ("vae", "vae"),
+            ("sound_tokenizer", "sound"),
+        )
+    }
+    towers, vision = tensors["transformer"], tensors["vision_encoder"]
+    where = _root(write_shards(folder / "transformer", PREFIX, towers, 2), "transformer")
+    where |= _root(write_shards(folder / "vision_encoder", "model", vision, 1), "vision_encoder")
+    write_index(folder / "model.safetensors.index.json", where, {**towers, **vision})
+    for name in ("vae", "sound_tokenizer"):
+        write_shards(folder / name, PREFIX, tensors[name], 1)
+
+
+def _root(shards: dict[str, str], name: str) -> dict[str, str]:
+    return {tensor: f"{name}/{file}" for tensor, file in shards.items()}
+
+
+def _tokenizer(parts: Sequence[Path]) -> Tokenizer:
+    for part in reversed(parts):
+        if (part / "tokenizer.json").exists():
+            return Tokenizer.from_file(str(part / "tokenizer.json"))
+    return train_demo_tokenizer()
+
+
+def _facts(parts: Sequence[Path]) -> dict[str, Any]:
+    """What is known of the autoencoder's latents."""
+    for part in reversed(parts):
+        if (part / "vae.json").exists():
+            facts: dict[str, Any] = json.loads((part / "vae.json").read_text())
+            return facts
+    return {}
+
+
+def _changed(files: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """The published files with what differs here: a base of the angles, the latents' statistics."""
+    transformer, root, vae = (
+        files[name] for name in ("transformer/config.json", "config.json", "vae/config.json")
+    )
+    text = {**root["text_config"], "rope_theta": _SHAPE.theta}
+    return files | {
+        "transformer/config.json": {**transformer, "rope_theta": _SHAPE.theta},
+        "config.json": {**root, "text_config": text},
+        "vae/config.json": {
+            **vae,
+            "latents_mean": facts.get("mean", vae["latents_mean"]),
+            "latents_std": facts.get("std", vae["latents_std"]),
+        },
+        # Of the package's own negative prompt, 1,856 tokens, nothing was ever trained.
+        "assets/negative_prompt.json": {},
+    }
+
+
+def _tensors(
+    name: str, shapes: dict[str, tuple[int, ...]], prefix: str, parts: Sequence[Path]
+) -> Tensors:
+    dtype = torch.float32 if name == "sound_tokenizer" else torch.bfloat16
+    tensors = drawn(shapes, dtype)
+    if name == "transformer":
+        for key in tensors:
+            if key.startswith(("action_", "audio_")):
+                tensors[key] = torch.zeros_like(tensors[key])
+    if name == "sound_tokenizer":  # silence, where sound was never trained
+        tensors["decoder.conv2.weight_g"] = torch.zeros_like(tensors["decoder.conv2.weight_g"])
+    trained: Tensors = {}
+    for part in parts:
+        for file in sorted(part.glob(f"{prefix}*.safetensors")):
+            trained |= load_file(file)
+    for key, value in trained.items():
+        if shapes.get(key) != tuple(value.shape):
+            raise SystemExit(f"{name}: {key} {tuple(value.shape)}, must be {shapes.get(key)}")
+    print(f"{name}: {len(trained)} of {len(tensors)} tensors trained")
+    return tensors | {key: value.to(dtype) for key, value in trained.items()}
+
+
+if __name__ == "__main__":
+    export(Path(sys.argv[1]), [Path(part) for part in sys.argv[2:]])
+    for file in sorted(Path(sys.argv[1]).rglob("*.safetensors")):
+        print(f"{file.stat().st_size / 2**20:7.2f} MiB  {file.relative_to(sys.argv[1])}")

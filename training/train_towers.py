@@ -1,0 +1,276 @@
+"""Training of both towers and the vision encoder: flow matching on latents, and chats about clips.
+
+Both losses are in the same steps, so that the towers agree by construction. Noise levels are those
+of the product's own schedule. ``--init`` goes on from weights, with a new warm-up.
+
+``python -m training.train_towers OUT VAE_FOLDER TOKENIZER_JSON --seconds 600``
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from training.contact_sheet import write_sheet
+from training.judging import PROMPTS, Setting, generated, judge, judge_reasoner
+from training.optimisation import Kind, Plan, train
+from training.pools import Codec, Drawn, Pool, draw, make_pool
+from training.rendering import Packed, render
+from training.scenes import Canvas
+from training.transformer import Shape, Transformer, compile_layers, uncompile_layers
+from training.vision import ChatFrame, Chats, VisionEncoder, VisionShape, hidden_states
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+UNTRAINED = ("action_", "audio_")
+SHARDS = {"transformer": 2, "vision": 1}  # files of less than 16 MiB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flow:
+    """How noise, given frames and dropped prompts are drawn, and what an error weighs."""
+
+    shift: float = 8.0
+    dropped: float = 0.1
+    empty: float = 0.3  # of the dropped
+    one_given: float = 0.25
+    two_given: float = 0.05
+    things: float = 3.0  # additional weight where something is and the noise level shows it
+
+
+def flow_loss(
+    model: Transformer, pool: Pool, batch: int, flow: Flow, *, structured: bool
+) -> Tensor:
+    """Error of the velocity of a batch of clips."""
+    device = pool.latents.device
+    (ids, lengths), (none, none_lengths) = (
+        (pool.structured, pool.none_structured) if structured else (pool.plain, pool.none)
+    )
+    with torch.no_grad():
+        index = (torch.rand(batch, device=device) * len(pool.latents)).long()
+        clean = pool.latents[index].float()
+        u = (torch.arange(batch, device=device) + torch.rand(batch, device=device)) / batch
+        sigma = flow.shift * u / (1 + (flow.shift - 1) * u)
+        given = torch.rand(batch, 1, device=device)
+        frame = torch.arange(clean.shape[1], device=device)
+        known = (given < flow.one_given) & (frame == 0) | (given < flow.two_given) & (frame == 1)
+        drop = torch.rand(batch, device=device) < flow.dropped
+        other = pool.which[index] * 2 + (torch.rand(batch, device=device) < flow.empty)
+        text = torch.where(drop[:, None], none[other], ids[index])
+        length = torch.where(drop, none_lengths[other], lengths[index])
+        noise = torch.randn_like(clean)
+        free = (~known).float()[:, :, None, None]
+        s = sigma[:, None, None, None]
+        x = clean + (free * s).unsqueeze(-1) * (noise - clean)
+        # Where the noise hides whether something is there, a weight would draw things into the mean.
+        shown = ((0.8 - s) / 0.2).clamp(0, 1)
+        weight = free * (1 + flow.things * shown * pool.things[index])
+    with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+        texts = model.understand(text)
+        v = model.velocity(x, (sigma * 1000).floor(), known, texts, length, pool.fps[index])
+    error = (v - (noise - clean)).square().mean(-1)
+    return (error * weight).sum() / weight.sum()
+
+
+def chat_loss(
+    model: Transformer,
+    vision: VisionEncoder,
+    chats: Chats,
+    clips: Packed,
+    canvas: Canvas,
+    batch: int,
+) -> Tensor:
+    """Cross entropy of the tokens of answers about a batch of clips, of which four frames are seen."""
+    device = chats.ids.device
+    with torch.no_grad():
+        index = (torch.rand(batch, device=device) * len(chats.ids)).long()
+        pixels = render(clips.take(index), canvas.height, canvas.width)
+        ids, slot, target = chats.ids[index], chats.slot[index], chats.target[index]
+        places = chats.places[:, index]
+    with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+        out = model.lm_head(hidden_states(model, vision, pixels, ids, slot, places))
+    loss = nn.functional.cross_entropy(
+        out[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+    )
+    wanted = target[:, :-1].flatten().float()
+    return (loss * wanted).sum() / wanted.sum()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Parts:
+    """Everything that a run works with."""
+
+    model: Transformer
+    vision: VisionEncoder
+    codec: Codec
+    tokenizer: Tokenizer
+    pool: Pool
+    chats: Chats
+    clips: Packed
+    frame: ChatFrame
+
+
+def assemble(a: argparse.Namespace, drawn: Drawn, canvas: Canvas) -> Parts:
+    """Models, new or from weights, and the data that they learn from."""
+    began = time.time()
+    tokenizer = Tokenizer.from_file(a.tokenizer)
+    codec = Codec(Path(a.vae), a.encoder, a.decoder, DEVICE)
+    pool = make_pool(drawn, canvas, codec, tokenizer)
+    frame = ChatFrame(tokenizer, canvas)
+    packed = frame.pack(drawn.asked, drawn.rates, seed=a.first)
+    chats = Chats(*(getattr(packed, n).to(DEVICE) for n in Chats.__slots__))
+    shape = Shape(layers=a.layers, intermediate=a.intermediate)
+    model = Transformer(shape).to(DEVICE)
+    model.ignore_channels(codec.used)
+    vision = VisionEncoder(VisionShape(out=shape.hidden), canvas).to(DEVICE)
+    started = {k: v.float() for file in a.init for k, v in load_file(file).items()}
+    if started:
+        model.load_state_dict({k: started[k] for k in model.state_dict()})
+        vision.load_state_dict({k: started[k] for k in vision.state_dict()})
+    for name, p in model.named_parameters():
+        p.requires_grad_(not name.startswith(UNTRAINED))
+    print(
+        f"{len(pool.latents)} clips encoded in {time.time() - began:.1f} s, latents "
+        f"{tuple(pool.latents.shape)} std {pool.latents[:4096].float().std():.3f}, texts of "
+        f"{pool.plain[0].shape[1]} and {pool.structured[0].shape[1]} tokens, chats of "
+        f"{chats.ids.shape[1]}, {pool.things.float().mean():.3f} of the positions occupied, "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters",
+        flush=True,
+    )
+    clips = drawn.packed.frames(frame.frames).to(DEVICE)
+    return Parts(model, vision, codec, tokenizer, pool, chats, clips, frame)
+
+
+def losses(parts: Parts, a: argparse.Namespace, held: Tensor) -> list[Kind]:
+    """The kinds of steps; ``held`` keeps the flow's and the chats' last loss."""
+    flow = Flow(shift=a.shift, things=a.things)
+
+    def plain() -> Tensor:
+        flowed = flow_loss(parts.model, parts.pool, a.batch, flow, structured=False)
+        held[0].copy_(flowed.detach())
+        if not a.chats:
+            return flowed
+        chatted = chat_loss(
+            parts.model, parts.vision, parts.chats, parts.clips, parts.pool.canvas, a.chats
+        )
+        held[1].copy_(chatted.detach())
+        return flowed + 0.2 * chatted
+
+    def structured() -> Tensor:
+        return flow_loss(parts.model, parts.pool, a.batch, flow, structured=True)
+
+    kinds = [Kind(plain)]
+    return [*kinds, Kind(structured, a.structured_every)] if a.structured_every else kinds
+
+
+def named(parts: Parts) -> list[tuple[str, nn.Parameter]]:
+    """All parameters, the vision encoder's after a prefix."""
+    vision = [(f"vision.{n}", p) for n, p in parts.vision.named_parameters()]
+    return [*parts.model.named_parameters(), *vision]
+
+
+def main() -> None:
+    a = arguments()
+    began = time.time()
+    out = Path(a.out)
+    out.mkdir(parents=True, exist_ok=True)
+    canvas = Canvas(*a.size)
+    drawn = draw(a.first, a.pool, canvas, grown=a.grown, workers=a.workers)
+    print(f"{a.pool} scenes in {time.time() - began:.1f} s", flush=True)
+    torch.manual_seed(a.first + 1)
+    torch.backends.cudnn.benchmark = True
+    parts = assemble(a, drawn, canvas)
+    if a.compile:
+        compile_layers(parts.model, flexible=a.flexible)
+    held = torch.zeros(2, device=DEVICE)
+    plan = Plan(
+        seconds=a.seconds, steps=a.steps, rate=a.rate, muon_rate=a.muon_rate, hold=a.hold,
+        warmup=a.warmup, ema=a.ema, label="towers", every=a.every,
+    )  # fmt: skip
+    log = train(named(parts), losses(parts, a, held), plan, lambda: save(parts, out))
+    uncompile_layers(parts.model)
+    save(parts, out)
+    flowed, chatted = held.tolist()
+    log |= {"flow_loss": flowed, "chat_loss": chatted, "arguments": vars(a)}
+    print(f"flow {flowed:.4f}, chats {chatted:.4f}, {time.time() - began:.0f} s", flush=True)
+    with torch.no_grad():  # judged as they are stored
+        for _, p in named(parts):
+            p.copy_(p.to(torch.bfloat16).float())
+    report(parts, a, out, log)
+    print(f"towers done after {time.time() - began:.0f} s", flush=True)
+
+
+def report(parts: Parts, a: argparse.Namespace, out: Path, log: dict[str, object]) -> None:
+    """Scores and a contact sheet; what is known is written after each."""
+    scores: dict[str, object] = {}
+    log["scores"] = scores
+    for setting in map(Setting.read, a.settings):
+        scores[str(setting)] = judge(parts, setting, a.judged)
+        print(f"{setting}: {json.dumps(scores[str(setting)])}", flush=True)
+        (out / "towers.json").write_text(json.dumps(log))
+    clips = generated(parts, [(text, 12) for text in PROMPTS], Setting.read(a.settings[0]), seed=1)
+    write_sheet(clips.cpu().numpy(), out / "sheet.png")
+    log["reasoner"] = judge_reasoner(parts, a.judged)
+    print(f"reasoner: {json.dumps(log['reasoner'])}", flush=True)
+    (out / "towers.json").write_text(json.dumps(log))
+
+
+def save(parts: Parts, out: Path) -> None:
+    """The weights in bfloat16."""
+    for name, module in (("transformer", parts.model), ("vision", parts.vision)):
+        tensors = {k: v.to(torch.bfloat16).contiguous() for k, v in module.state_dict().items()}
+        names, count = sorted(tensors), SHARDS[name]
+        for i in range(count):
+            shard = {n: tensors[n] for n in names[i::count]}
+            save_file(shard, out / f"{name}-{i}.safetensors", {"format": "pt"})
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add: Callable[..., object] = p.add_argument
+    add("out")
+    add("vae", help="folder with vae.safetensors and vae.json")
+    add("tokenizer", help="tokenizer.json")
+    add("--size", type=int, nargs=3, default=(320, 192, 17), help="width height frames")
+    add("--seconds", type=float, default=600)
+    add("--steps", type=int, help="at most")
+    add("--init", nargs="*", default=[], help="safetensors to start from")
+    add("--first", type=int, default=0, help="seed of the first scene")
+    add("--pool", type=int, default=98304, help="clips")
+    add("--grown", action="store_true", help="all kinds of scenes")
+    add("--batch", type=int, default=256, help="clips in a step")
+    add("--chats", type=int, default=24, help="questions in a step; 0: no reasoner")
+    add("--structured-every", type=int, default=12, help="steps between those with JSON captions")
+    add("--rate", type=float, default=1.2e-3)
+    add("--muon-rate", type=float, default=4e-3, help="0: AdamW for everything")
+    add("--hold", type=float, default=0.2, help="share of the run at the full rate")
+    add("--warmup", type=int, default=300)
+    add("--ema", type=float, default=0.999)
+    add("--shift", type=float, default=8.0)
+    add("--things", type=float, default=3.0)
+    add("--layers", type=int, default=7)
+    add("--intermediate", type=int, default=384)
+    add("--encoder", type=int, default=8)
+    add("--decoder", type=int, default=16)
+    add("--judged", type=int, default=768)
+    add("--every", type=int, default=1000)
+    add("--workers", type=int, default=12 if DEVICE == "cuda" else 1)
+    add("--compile", action="store_true")
+    add("--flexible", action="store_true", help="attention as a Triton kernel")
+    add(
+        "--settings", nargs="*", help="guidance,steps,shift,given frames",
+        default=["3,16,10,0", "6,35,10,0", "3,16,3,0", "3,16,10,1", "6,35,10,1", "1,16,10,0"],
+    )  # fmt: skip
+    return p.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()
