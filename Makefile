@@ -1,6 +1,6 @@
 # `make` lists the targets. Each first runs `make setup`, which does nothing when nothing changed.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-compat soak lint bench bench-aiperf
+.PHONY: help setup demo serve test test-compat soak lint bench bench-aiperf train-demo
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -57,6 +57,9 @@ bench-aiperf: setup $(TINY)/model_index.json ## the same load sent by aiperf, wh
 	@$(SETUP) --folder .venv-aiperf --device aiperf
 	@$(BIN)/python benchmarks/reasoner.py --serve $(TINY) \
 	  --client .venv-aiperf/bin/aiperf --tokenizer $(TINY) $(BENCH)
+
+train-demo: ## say how the demo checkpoint is trained on one GPU, command by command
+	@cat training/README.md
 
 $(TINY)/model_index.json: | setup
 	@$(BIN)/vllm-cosmos3 make-checkpoint $(TINY)
