@@ -133,4 +133,11 @@ def to_bytes(pixels: Tensor) -> Tensor:
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
+def true_clip(scene: Scene, frames: Sequence[int] | None = None) -> Tensor:
+    """The world's own clip of a scene, or some frames of it, uint8 [T, H, W, 3]."""
+    canvas = scene.canvas
+    packed = pack([scene]).frames(range(canvas.frames) if frames is None else frames)
+    return to_bytes(render(packed, canvas.height, canvas.width))[0]
+
+
 assert set(_SPOTS) == set(MATERIALS)

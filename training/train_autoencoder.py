@@ -94,6 +94,9 @@ def main() -> None:
     vae = Autoencoder(a.encoder, a.decoder, a.used).to(DEVICE)
     if a.init:
         vae.load_state_dict({k: v.float() for k, v in load_file(a.init).items()})
+    if a.decoder_only:
+        for module in (vae.encoder, vae.quant_conv):
+            module.requires_grad_(requires_grad=False)
     logs = []
     phases = (
         ("windows", a.windows, a.rate, 0.0, 0.5 * a.noise, a.batch),
@@ -213,6 +216,11 @@ def _arguments() -> argparse.Namespace:
     p.add_argument("--judged", type=int, default=256)
     p.add_argument("--every", type=int, default=500)
     p.add_argument("--init", help="weights to start from")
+    p.add_argument(
+        "--decoder-only",
+        action="store_true",
+        help="leave the latents, and what was trained on them",
+    )
     p.add_argument("--compile", action="store_true")
     return p.parse_args()
 

@@ -136,7 +136,7 @@ def assemble(a: argparse.Namespace, drawn: Drawn, canvas: Canvas) -> Parts:
         model.load_state_dict({k: started[k] for k in model.state_dict()})
         vision.load_state_dict({k: started[k] for k in vision.state_dict()})
     for name, p in model.named_parameters():
-        p.requires_grad_(not name.startswith(UNTRAINED))
+        p.requires_grad_(not (a.vision_only or name.startswith(UNTRAINED)))
     print(
         f"{len(pool.latents)} clips encoded in {time.time() - began:.1f} s, latents "
         f"{tuple(pool.latents.shape)} std {pool.latents[:4096].float().std():.3f}, texts of "
@@ -153,20 +153,25 @@ def losses(parts: Parts, a: argparse.Namespace, held: Tensor) -> list[Kind]:
     """The kinds of steps; ``held`` keeps the flow's and the chats' last loss."""
     flow = Flow(shift=a.shift, things=a.things)
 
+    def chatting() -> Tensor:
+        chatted = chat_loss(
+            parts.model, parts.vision, parts.chats, parts.clips, parts.pool.canvas, a.chats
+        )
+        held[1].copy_(chatted.detach())
+        return chatted
+
     def plain() -> Tensor:
         flowed = flow_loss(parts.model, parts.pool, a.batch, flow, structured=False)
         held[0].copy_(flowed.detach())
         if not a.chats:
             return flowed
-        chatted = chat_loss(
-            parts.model, parts.vision, parts.chats, parts.clips, parts.pool.canvas, a.chats
-        )
-        held[1].copy_(chatted.detach())
-        return flowed + 0.2 * chatted
+        return flowed + 0.2 * chatting()
 
     def structured() -> Tensor:
         return flow_loss(parts.model, parts.pool, a.batch, flow, structured=True)
 
+    if a.vision_only:
+        return [Kind(chatting)]
     kinds = [Kind(plain)]
     return [*kinds, Kind(structured, a.structured_every)] if a.structured_every else kinds
 
@@ -263,6 +268,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--judged", type=int, default=768)
     add("--every", type=int, default=1000)
     add("--workers", type=int, default=12 if DEVICE == "cuda" else 1)
+    add("--vision-only", action="store_true", help="chats alone, and leave both towers")
     add("--compile", action="store_true")
     add("--flexible", action="store_true", help="attention as a Triton kernel")
     add(

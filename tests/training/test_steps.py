@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from training import train_autoencoder, train_towers
 from training.export import export
@@ -54,8 +55,20 @@ def test_training_goes_on_from_weights(parts: Path, tmp_path: Path) -> None:
     files = [str(f) for f in sorted(parts.glob("transformer-*")) + sorted(parts.glob("vision-*"))]
     call(train_towers, str(tmp_path), str(parts), str(parts / "tokenizer.json"), *SMALL,
          "--pool", "4", "--batch", "2", "--chats", "2", "--judged", "1", "--settings",
-         "3,1,10,0", "--workers", "1", "--init", *files)  # fmt: skip
-    assert (tmp_path / "transformer-1.safetensors").exists()
+         "3,1,10,0", "--workers", "1", "--vision-only", "--init", *files)  # fmt: skip
+    towers, vision = "transformer-1.safetensors", "vision-0.safetensors"
+    assert (tmp_path / towers).read_bytes() == (parts / towers).read_bytes()
+    assert (tmp_path / vision).read_bytes() != (parts / vision).read_bytes()
+
+
+def test_the_decoder_goes_on_alone(parts: Path, tmp_path: Path) -> None:
+    call(train_autoencoder, str(tmp_path), *SMALL, "--windows", "60", "--clips", "0",
+         "--window", "32", "48", "5", "--batch", "2", "--pool", "4", "--judged", "1",
+         "--decoder-only", "--init", str(parts / "vae.safetensors"))  # fmt: skip
+    before, after = (load_file(f / "vae.safetensors") for f in (parts, tmp_path))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any(name.startswith("decoder.") for name in changed)
+    assert not any(name.startswith(("encoder.", "quant_conv.")) for name in changed)
 
 
 def test_the_folder_is_complete(parts: Path, tmp_path: Path) -> None:

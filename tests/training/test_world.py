@@ -138,4 +138,4 @@ def test_shares_have_wilsons_interval() -> None:
     assert shares == {"colour": Share(1, 2), "tone": Share(1, 1)}
     low, high = Share(90, 100).interval
     assert (round(low, 4), round(high, 4)) == (0.8256, 0.9448)
-    assert Share(10, 10).interval[1] == 1.0
+    assert Share(10, 10).interval[1] == pytest.approx(1.0)
