@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +130,7 @@ def train(
             torch._foreach_add_(average, change)
             held[index].copy_(loss.detach())
 
-    runs: list[Callable[[], None]] = [lambda i=i: step(i) for i in range(len(kinds))]
+    runs: list[Callable[[], None]] = [partial(step, index) for index in range(len(kinds))]
     began = time.time()
     if cuda:
         runs = _captured(step, len(kinds), params)

@@ -7,7 +7,7 @@ positions start where each text really ends.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -38,6 +38,10 @@ class Shape:
     action: int = 64
     sound: int = 64
     sound_fps: float = 25.0
+
+
+# Queries, keys, values, real lengths of the texts, and how many of the keys are text.
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
 
 class RMSNorm(nn.Module):
@@ -119,8 +123,8 @@ class Layer(nn.Module):
         """The text tower's part, and its keys and values [B, h, S, D]."""
         q, k, v = self.self_attn.qkv(self.input_layernorm(x), table, generating=False)
         share = q.shape[1] // k.shape[1]
-        wide = (y.repeat_interleave(share, 1) for y in (k, v))
-        out = F.scaled_dot_product_attention(q, *wide, is_causal=True)
+        wide_k, wide_v = (y.repeat_interleave(share, 1) for y in (k, v))
+        out = F.scaled_dot_product_attention(q, wide_k, wide_v, is_causal=True)
         x = x + self.self_attn.to_out(out.transpose(1, 2).flatten(2))
         return x + self.mlp(self.post_attention_layernorm(x)), k, v
 
@@ -130,7 +134,7 @@ class Layer(nn.Module):
         table: tuple[Tensor, Tensor],
         text: tuple[Tensor, Tensor],
         lengths: Tensor,
-        attend: object,
+        attend: Attend,
     ) -> Tensor:
         """The generation tower's part; its tokens see the text and each other."""
         q, k, v = self.self_attn.qkv(self.input_layernorm_moe_gen(x), table, generating=True)
@@ -148,8 +152,8 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, text: int) -
     mask = mask.masked_fill(hidden, float("-inf"))
     mask = mask[:, None, None].expand(-1, -1, q.shape[2], -1)
     share = q.shape[1] // k.shape[1]
-    wide = (y.repeat_interleave(share, 1) for y in (k, v))
-    return F.scaled_dot_product_attention(q, *wide, attn_mask=mask)
+    wide_k, wide_v = (y.repeat_interleave(share, 1) for y in (k, v))
+    return F.scaled_dot_product_attention(q, wide_k, wide_v, attn_mask=mask)
 
 
 def attend_flexibly(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, text: int) -> Tensor:
