@@ -1,6 +1,6 @@
 """Clips show what was asked for: the checker of the demo world sees it in their pixels.
 
-Bounds hold for three seeds; shares of many more prompts are measured by ``benchmarks/truth.py``.
+Bounds are below the shares of many more prompts, which ``benchmarks/truth.py`` measures.
 """
 
 from __future__ import annotations
