@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-
-from vllm_cosmos3 import checkpoint as writer
 from vllm_cosmos3.checkpoint.files import Size, published_files
 from vllm_cosmos3.checkpoint.tokenizer import (
     PLAIN,
@@ -18,7 +16,6 @@ from vllm_cosmos3.checkpoint.tokenizer import (
     train_tokenizer,
     write_tokenizer,
 )
-from vllm_cosmos3.checkpoint.weights import draw
 from vllm_cosmos3.config import read_config, read_vision_config
 from vllm_cosmos3.inventory import (
     sound_tensors,
@@ -26,6 +23,9 @@ from vllm_cosmos3.inventory import (
     vae_tensors,
     vision_tensors,
 )
+
+from vllm_cosmos3 import checkpoint as writer
+from vllm_cosmos3.checkpoint.weights import draw
 
 SPECIAL_MARKUP, MARKUP = SPECIAL, (*SPECIAL, *PLAIN)
 plain_tokenizer = train_tokenizer
