@@ -90,7 +90,7 @@ def test_auto_finds_a_backend_on_the_cpu() -> None:
 
 
 def test_an_unknown_backend_lists_the_known_ones() -> None:
-    with pytest.raises(InvalidRequest, match="attention_backend is 'fast', must be auto, flash or"):
+    with pytest.raises(InvalidRequest, match="'fast', must be one of auto, flash, sdpa"):
         make_attend("fast", device=CPU, dtype=torch.float32, head_dim=32)
 
 
