@@ -683,7 +683,7 @@ def test_frames_that_were_looked_at_are_not_kept(tmp_path: Path) -> None:
         kept = [thing for thing in gc.get_objects() if type(thing) is av.VideoFrame]
     finally:
         gc.enable()
-    assert len(kept) <= 1
+    assert len(kept) <= 2  # the last one and its conversion
 
 
 def test_a_large_picture_takes_no_copies(tmp_path: Path) -> None:

@@ -8,24 +8,24 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from vllm_cosmos3.checkpoint.files import Size, published_files
-from vllm_cosmos3.checkpoint.tokenizer import (
+
+from vllm_cosmos3.checkpoint import synthetic as writer
+from vllm_cosmos3.checkpoint.config import read_config, read_vision_config
+from vllm_cosmos3.checkpoint.synthetic.files import Size, published_files
+from vllm_cosmos3.checkpoint.synthetic.random_weights import draw
+from vllm_cosmos3.checkpoint.synthetic.tokenizer import (
     PLAIN,
     SPECIAL,
     token_ids,
     train_tokenizer,
     write_tokenizer,
 )
-from vllm_cosmos3.config import read_config, read_vision_config
-from vllm_cosmos3.inventory import (
+from vllm_cosmos3.checkpoint.tensors import (
     sound_tensors,
     transformer_tensors,
     vae_tensors,
     vision_tensors,
 )
-
-from vllm_cosmos3 import checkpoint as writer
-from vllm_cosmos3.checkpoint.weights import draw
 
 SPECIAL_MARKUP, MARKUP = SPECIAL, (*SPECIAL, *PLAIN)
 plain_tokenizer = train_tokenizer

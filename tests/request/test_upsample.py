@@ -207,7 +207,7 @@ def test_structured_prompts_stay(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--prompt", "a", "--top-p", "3"], "top_p is 3.0, must be a number above 0 up to 1"),
+        (["--prompt", "a", "--top-p", "3"], "--top-p is 3.0, must be a number above 0 up to 1"),
         (["--prompt", "a", "--size", "1x1"], "size is '1x1'"),
         (["--prompt", "a", "--image", "/none.png"], "image is '/none.png'"),
         (["--prompt", " "], "prompt is ' '"),

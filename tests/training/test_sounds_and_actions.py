@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from vllm_cosmos3.embodiments import find_embodiment
 
 from training.actions import EMBODIMENT, WIDTH, path_of, rows_of
 from training.scenes import GROWN, MATERIALS, Scene, draw_scene
 from training.sounds import PITCHES, RATE, sound_of, tones_in
+from vllm_cosmos3.request.embodiments import find_embodiment
 
 
 def scenes(kind: str, count: int = 8) -> list[Scene]:

@@ -8,7 +8,6 @@ import random
 import pytest
 import torch
 from tokenizers import Tokenizer
-from vllm_cosmos3.prompts import Facts, encode, negative_text, positive_text
 
 from training.captions import canonical, draw_caption
 from training.observing import confirm_all, observe
@@ -18,6 +17,7 @@ from training.rendering import pack, render, to_bytes
 from training.scenes import GROWN, Canvas, draw_scene
 from training.shares import Share, confirmed_shares
 from training.tokenizer import ROWS, train_demo_tokenizer
+from vllm_cosmos3.request.prompts import Facts, encode, negative_text, positive_text
 
 CANVASES = (Canvas(), Canvas(256, 256, 25, 12), Canvas(192, 320, 9, 8))
 
