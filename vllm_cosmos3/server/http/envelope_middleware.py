@@ -101,7 +101,7 @@ def _error(status: int, scope: Scope, headers: dict[str, Any], reason: str) -> A
         416: ("range_not_satisfiable", "the range is outside of the file"),
     }.get(status, ("invalid_value", f"{path} cannot be served like this{reason and ': '}{reason}"))  # fmt: skip
     if status == 401:
-        headers = {"WWW-Authenticate": "Bearer", **headers}
+        headers["www-authenticate"] = "Bearer"  # once, whoever has said it already
     elif status == 405:
         headers.pop("allow", None)
         headers["Allow"] = _allowed(scope)
