@@ -55,7 +55,8 @@ def _takes(
         load.__signature__ = signature  # type: ignore[attr-defined]
         lines = [f"    {name}: {option.spec.help}." for name, option in OPTIONS.items()]
         model = (
-            "    model: a checkpoint folder in the published layout, or a Hugging Face repository."
+            "    model: a checkpoint folder in the published layout, a Hugging Face repository, or a"
+            " short name such as demo."
         )
         load.__doc__ = "\n".join(["Load a checkpoint.\n", "Args:", model, *lines])
         return load

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_cosmos3.checkpoint.hub import resolve
+from vllm_cosmos3.checkpoint import hub as hub_module
+from vllm_cosmos3.checkpoint.hub import SHORT_NAMES, full_name, resolve
 from vllm_cosmos3.checkpoint.synthetic import write_checkpoint
 from vllm_cosmos3.errors import CheckpointError
 
@@ -167,6 +168,38 @@ def test_a_folder_is_itself(tiny_checkpoint: Path) -> None:
         resolve(tiny_checkpoint, "fp8")
 
 
+@pytest.mark.parametrize("name", SHORT_NAMES)
+def test_a_short_name_is_what_it_stands_for(name: str) -> None:
+    assert full_name(name) == str(SHORT_NAMES[name])
+    assert full_name(f"./{name}") == f"./{name}"
+
+
+def test_the_demo_is_a_folder_of_the_clone() -> None:
+    assert resolve("demo") == Path(__file__).parents[2] / "checkpoints" / "demo"
+
+
+def test_a_checkpoint_in_a_folder_of_that_name_comes_first(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()  # such as the folder of `make demo`, which holds no checkpoint
+    assert resolve("demo") == SHORT_NAMES["demo"]
+    (tmp_path / "demo").rmdir()
+    (tmp_path / "demo").symlink_to(tiny_checkpoint)
+    assert resolve("demo").resolve() == tiny_checkpoint.resolve()
+
+
+def test_an_installed_package_says_where_the_demo_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_module, "CLONE", tmp_path)
+    monkeypatch.setitem(SHORT_NAMES, "demo", tmp_path / "checkpoints" / "demo")
+    with pytest.raises(
+        CheckpointError, match=r"demo is the folder checkpoints/demo of this .* clone"
+    ):
+        resolve("demo")
+
+
 def test_configuration_comes_before_weights(hub: Hub) -> None:
     kind, folder = hub.resolve("team/tiny")
     assert (kind, Path(folder).name) == ("ok", COMMIT)
@@ -228,6 +261,11 @@ def test_a_token_opens_private_repositories(hub: Hub) -> None:
             "team/broken",
             None,
             "team/broken is not a folder, not complete in the Hugging Face cache",
+        ),
+        (
+            "dem",
+            None,
+            "dem is neither a folder nor a repository id such as nvidia/Cosmos3-Nano; did you mean demo?",
         ),
         ("./no/such/folder", None, "model is './no/such/folder', must be an existing folder"),
         ("~nosuchuser/folder", None, "model is '~nosuchuser/folder', must be an existing folder"),

@@ -1,5 +1,7 @@
 """Where a checkpoint is: a folder as it stands, or a Hugging Face repository in the ordinary cache.
 
+Some have a short name, in the table `SHORT_NAMES`.
+
 The configuration comes first and is read before any weights are asked for: a checkpoint that cannot
 be run costs kilobytes, not tens of gigabytes.
 """
@@ -13,11 +15,38 @@ from vllm_cosmos3.checkpoint.config import ModelConfig, read_config
 from vllm_cosmos3.errors import CheckpointError, did_you_mean
 
 CONFIGURATION = ["*.json", "*.txt", "*.jinja"]
+PARTS = ("transformer", "vision_encoder")  # folders, of which a checkpoint has at least one
+CLONE = Path(__file__).parents[2]  # nothing of it is there beside an installed wheel
+# Short names wherever a checkpoint is named: for a folder of the clone, or a repository of the hub.
+SHORT_NAMES: dict[str, Path | str] = {"demo": CLONE / "checkpoints" / "demo"}
 PUBLISHED = ("nvidia/Cosmos3-Nano", "nvidia/Cosmos3-Super", "nvidia/Cosmos3-Nano-Policy-DROID")
 
 
+def full_name(model: str | Path) -> str:
+    """The folder or repository that a short name stands for; every other name as it is.
+
+    A checkpoint in a folder of that name comes first.
+    Raises CheckpointError where the folder is one of a clone, and this is no clone.
+    """
+    name = str(model)
+    if name not in SHORT_NAMES or is_checkpoint(Path(name)):
+        return name
+    place = SHORT_NAMES[name]
+    if isinstance(place, Path) and not is_checkpoint(place):
+        raise CheckpointError(
+            f"{name} is the folder {place.relative_to(CLONE)} of this project's repository, which is "
+            "not part of the installed package: clone the repository and name that folder"
+        )
+    return str(place)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder looks like a checkpoint in the published layout."""
+    return any((folder / part).is_dir() for part in PARTS)
+
+
 def resolve(model: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
-    """The folder of ``model``, which is a folder or a repository such as ``nvidia/Cosmos3-Nano``.
+    """The folder of ``model``: a folder, a repository such as ``nvidia/Cosmos3-Nano``, a short name.
 
     Of a repository the generator's files are downloaded, unless the cache has them, with the token
     of ``hf auth login`` or ``HF_TOKEN``, or without ``weights`` only what describes the model.
@@ -25,12 +54,12 @@ def resolve(model: str | Path, revision: str | None = None, *, weights: bool = T
     Raises CheckpointError with the fix where there is no such model or it cannot be reached, and
     whatever read_config raises.
     """
-    folder = Path(os.path.expanduser(model))  # leaves a user that nobody knows as it is
+    name = full_name(model)
+    folder = Path(os.path.expanduser(name))  # leaves a user that nobody knows as it is
     if folder.is_dir():
         if revision is not None:
             raise CheckpointError(f"{folder} is a folder, revision {revision!r} needs a repository")
         return folder
-    name = str(model)
     if "/" not in name:  # the hub has models without an owner, but none of Cosmos 3
         problem = f"{name} is neither a folder nor a repository id such as {PUBLISHED[0]}"
         raise CheckpointError(problem + _hint(name))
@@ -82,6 +111,6 @@ def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
 
 
 def _hint(name: str) -> str:
-    """The published name that a name may have been meant to be, as the end of a sentence."""
-    near = "" if name in PUBLISHED else did_you_mean(name, PUBLISHED)
+    """The name that a name may have been meant to be, as the end of a sentence."""
+    near = "" if name in PUBLISHED else did_you_mean(name, (*PUBLISHED, *SHORT_NAMES))
     return f"; {near}" if near else ""

@@ -45,7 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "       %(prog)s MODEL --input FILE... --out DIR [options]"
     )
     parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help="checkpoint folder or Hugging Face repository"
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="checkpoint folder, Hugging Face repository, or demo",
     )
     parser.add_argument(
         "--checkpoint", "--checkpoint-path", dest="checkpoint", metavar="MODEL", help="the same"

@@ -41,7 +41,9 @@ LENGTH = Spec(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", metavar="MODEL", help="checkpoint folder, Hugging Face repository, nano or super"
+        "model",
+        metavar="MODEL",
+        help="checkpoint folder, Hugging Face repository, demo, nano or super",
     )
     add_engine_flags(parser, [name for name in OPTIONS if name not in WITHOUT_MEMORY])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cuda, or cpu for what torch allocates there (default: cuda)")  # fmt: skip

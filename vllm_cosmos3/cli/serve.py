@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_cosmos3.checkpoint.config import read_json
-from vllm_cosmos3.checkpoint.hub import resolve
+from vllm_cosmos3.checkpoint.hub import full_name, is_checkpoint, resolve
 from vllm_cosmos3.cli import serve_generator
 from vllm_cosmos3.cli.flags import add_server_flag, given
 from vllm_cosmos3.cli.versions import check_vllm
@@ -79,7 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = f"{serve_generator.web_parser().format_help()}\n{_EPILOG}"
     parser.usage = "vllm-cosmos3 serve CKPT [--surface reasoner|generator|both] [flags]"
     parser.allow_abbrev = False  # an abbreviation of ours may be the name of a flag of vLLM
-    parser.add_argument("checkpoint", metavar="CKPT", help="folder, or repository id on the hub")
+    parser.add_argument(
+        "checkpoint", metavar="CKPT", help="folder, repository id on the hub, or demo"
+    )
     parser.add_argument(
         "--surface",
         choices=("reasoner", "generator", "both"),
@@ -122,6 +124,7 @@ def run(args: argparse.Namespace) -> int:
     """Check, print the stock command, run it in this process. Returns its exit status."""
     check_vllm()
     values = given(args, OPTIONS)
+    _expand(args)
     if args.surface == "generator":
         _check_port_is_free(args.host, args.port)
         _local_folder(args.checkpoint)
@@ -274,11 +277,20 @@ def root_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _expand(args: argparse.Namespace) -> None:
+    """Put what a short name stands for in its place; requests name it, or the repository."""
+    short, args.checkpoint = args.checkpoint, full_name(args.checkpoint)
+    flag = "--served-model-name"
+    if args.checkpoint != short and not _given(flag, args.rest):
+        names = [short] if is_checkpoint(Path(args.checkpoint)) else [short, args.checkpoint]
+        args.rest = [flag, *names, *args.rest]
+
+
 def _local_folder(checkpoint: str) -> Path | None:
     """The checkpoint as a folder, None for a repository id."""
     folder = Path(os.path.expanduser(checkpoint))  # leaves a user that nobody knows as it is
     if folder.is_dir():
-        if not any((folder / part).is_dir() for part in ("transformer", "vision_encoder")):
+        if not is_checkpoint(folder):
             raise CheckpointError(
                 f"{folder} is not a Cosmos 3 checkpoint: it has no transformer/ folder"
             )

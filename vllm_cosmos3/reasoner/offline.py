@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_cosmos3 import media
 from vllm_cosmos3.checkpoint.config import read_json
-from vllm_cosmos3.checkpoint.hub import resolve
+from vllm_cosmos3.checkpoint.hub import full_name, resolve
 from vllm_cosmos3.closing import Closing
 from vllm_cosmos3.errors import Cosmos3Error
 from vllm_cosmos3.reasoner.root_config import ARCHITECTURE
@@ -42,7 +42,7 @@ class Reasoner(Closing):
             (answer,) = reasoner.ask([Question(prompt="What is in the picture?", image="a.png")])
 
     Args:
-        model: a checkpoint folder, or a Hugging Face repository.
+        model: a checkpoint folder, a Hugging Face repository, or a short name such as ``demo``.
         revision: branch, tag or commit of the repository.
         dtype, tensor_parallel_size, load_format: as vLLM's.
         enforce_eager: start sooner and answer more slowly: for a question or two.
@@ -69,7 +69,7 @@ class Reasoner(Closing):
         folder = resolve(model, revision, weights=False)
         try:
             self._llm: Any = LLM(
-                model=str(model),
+                model=full_name(model),
                 revision=revision,
                 dtype=dtype,  # type: ignore[arg-type, unused-ignore]
                 tensor_parallel_size=tensor_parallel_size,
