@@ -58,7 +58,7 @@ def assert_failed_together(met: dict[int, list[str]]) -> None:
     assert met[0][1::2] == met[1][1::2] == ["served"] * 4
     size, clip, progress, plan = met[0][::2]
     assert size.startswith("OutOfMemory: the request needs")
-    assert clip.startswith("Cosmos3Error: decode failed: IsADirectoryError")
+    assert clip.startswith("Cosmos3Error: a file could not be read or written (Is a directory")
     assert progress == "Cosmos3Error: progress failed: KeyError: 'enough'"
     assert plan.startswith("InvalidRequest: image is")
     assert met[1][::2] == [size, clip, "KeyError: 'enough'", plan]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -58,7 +59,7 @@ class Trap:
     def __reduce__(self) -> tuple[object, ...]:
         if self.fault == "deadly":
             os.kill(os.getpid(), signal.SIGKILL)
-        raise OSError("No space left on device")
+        raise OSError(errno.EIO, "Input/output error", "/a/folder")
 
 
 def _refuse(_: bytes) -> None:

@@ -138,6 +138,6 @@ class DiskFull(Cosmos3Error):
 def file_error(error: OSError) -> Cosmos3Error:
     """What a client is told of an error of files: nothing about where they are."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskFull("there is no room left on the disk of the server")
+        return DiskFull("no space left on the disk")
     reason = error.strerror or type(error).__name__
-    return Cosmos3Error(f"the server could not read or write a file ({reason})")
+    return Cosmos3Error(f"a file could not be read or written ({reason})")

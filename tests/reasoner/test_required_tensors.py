@@ -14,10 +14,10 @@ from vllm_cosmos3.checkpoint.tensors import transformer_tensors, vision_tensors
 from vllm_cosmos3.errors import CheckpointError
 from vllm_cosmos3.reasoner.required_tensors import (
     Expected,
-    arriving,
     check_folder,
     expected_tensors,
     is_generator,
+    only_expected,
 )
 from vllm_cosmos3.reasoner.root_config import assemble
 
@@ -132,7 +132,7 @@ def test_tensors_are_sorted_as_they_arrive() -> None:
     stream = {"a": (2,), "proj_in.weight": (9,), "zzz": (1,), "b": (3,)}
     unknown: list[str] = []
     weights = ((name, Tensor(shape)) for name, shape in stream.items())
-    assert [name for name, _ in arriving(weights, expected, unknown)] == ["a", "b"]
+    assert [name for name, _ in only_expected(weights, expected, unknown)] == ["a", "b"]
     assert unknown == ["zzz"]
 
 
@@ -141,4 +141,4 @@ def test_stream_that_ends_early_is_refused() -> None:
     with pytest.raises(
         CheckpointError, match=r"^b is missing in transformer/ .* and 1 more tensor$"
     ):
-        list(arriving([("a", Tensor((2,)))], expected, []))
+        list(only_expected([("a", Tensor((2,)))], expected, []))

@@ -27,7 +27,7 @@ GENERATOR, REASONER = "generator", "reasoner"  # who serves a record
 
 ALIASES = FRAMEWORK_NAMES | {"num_outputs": "n", "image_save_quality": "quality"}
 # What a mode says of a record: which vision_path it needs, and what follows from it.
-MODES: dict[str, tuple[str | None, dict[str, Any]]] = {
+MODEL_MODES: dict[str, tuple[str | None, dict[str, Any]]] = {
     "text2image": (None, {"num_frames": 1}),
     "text2video": (None, {}),
     "image2video": ("image", {}),
@@ -129,8 +129,8 @@ def make_record(entry: Entry, overrides: Mapping[str, Any]) -> Record:
     """
     values, warnings = _with_defaults(entry)
     mode = values.get("model_mode")
-    if mode is not None and (not isinstance(mode, str) or mode not in MODES):
-        raise InvalidRequest("model_mode", mode, f"one of {', '.join(MODES)}")
+    if mode is not None and (not isinstance(mode, str) or mode not in MODEL_MODES):
+        raise InvalidRequest("model_mode", mode, f"one of {', '.join(MODEL_MODES)}")
     fields: dict[str, Any] = {}
     names: dict[str, str] = {}
     for name, value in values.items():
@@ -251,7 +251,7 @@ def _follow_mode(mode: str | None, fields: dict[str, Any], names: dict[str, str]
     """Check a record's mode against its inputs, and add what the mode implies."""
     if mode is None or mode == "reasoner":
         return
-    wanted, implied = MODES[mode]
+    wanted, implied = MODEL_MODES[mode]
     given = next((kind for kind in ("image", "video", "continue_from") if kind in fields), None)
     if wanted is not None and given is None and not _follows(fields):
         raise InvalidRequest("vision_path", None, f"the {wanted} of {mode}", "missing_required")
@@ -417,7 +417,7 @@ def _vision(entry: Entry, value: Any, values: Mapping[str, Any]) -> dict[str, An
     path = _file(entry, "vision_path", value)
     suffix = Path(path.split("?")[0]).suffix.lower()
     kind = "image" if suffix in IMAGES else "video" if suffix in VIDEOS else None
-    kind = kind or MODES.get(values.get("model_mode", ""), (None, {}))[0]
+    kind = kind or MODEL_MODES.get(values.get("model_mode", ""), (None, {}))[0]
     if kind is None:
         possible = f"a name that ends in {', '.join((*IMAGES, *VIDEOS))}"
         raise InvalidRequest("vision_path", value, possible)

@@ -49,14 +49,14 @@ FILES = ("image", "video", "action_path", "action_stats_path", *CONTROLS)  # fie
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Sample:
+class BatchSample:
     """A checked record: what to ask whom, what it comes to as JSON, and the mark of its results.
 
     ``continued`` says whether another record starts from its last frame.
     """
 
     record: Record
-    asked: GenerateRequest | Question
+    request: GenerateRequest | Question
     effective: Mapping[str, Any]
     warnings: tuple[str, ...]
     digest: str
@@ -64,7 +64,7 @@ class Sample:
     upsampling: Question | None  # to be asked for the prompt before the generator is
 
 
-class Stopped(Exception):
+class BatchAborted(Exception):
     """A record failed, and nobody asked to go on."""
 
 
@@ -108,7 +108,7 @@ def run(options: RunOptions, overrides: Mapping[str, Any]) -> int:
     return 0 if done == total else 1
 
 
-def _serve(samples: Sequence[Sample], options: RunOptions) -> int:
+def _serve(samples: Sequence[BatchSample], options: RunOptions) -> int:
     """Make the results of all samples. Returns how many have them now."""
     questions = [sample for sample in samples if sample.record.kind == REASONER]
     requests = [sample for sample in samples if sample.record.kind != REASONER]
@@ -122,7 +122,7 @@ def _serve(samples: Sequence[Sample], options: RunOptions) -> int:
                     requests = _upsampled(reasoner, requests, options)
             for made in _generated(requests, options):
                 served += made
-    except Stopped:
+    except BatchAborted:
         print("stopped at the first failure; --keep-going goes on", file=sys.stderr)
     return served
 
@@ -166,9 +166,9 @@ def _checked(
     plan: Callable[[GenerateRequest], Plan],
     downloads: Downloads,
     options: RunOptions,
-) -> tuple[list[Sample], list[Refused]]:
+) -> tuple[list[BatchSample], list[Refused]]:
     """The records that can be served, and the others with what is wrong with them."""
-    samples: dict[str, Sample] = {}
+    samples: dict[str, BatchSample] = {}
     refused: list[Refused] = []
     wanted = {record.continue_from for record in records}
     for record in records:
@@ -176,20 +176,20 @@ def _checked(
         try:
             fields = {name: downloads.local(name, x) for name, x in record.fields.items()}
             before = _before(record, samples, options)
-            asked, planned = _planned(record, fields, before, plan)
-            if record.upsample is not None and isinstance(asked, GenerateRequest) and planned:
+            request, planned = _planned(record, fields, before, plan)
+            if record.upsample is not None and isinstance(request, GenerateRequest) and planned:
                 # The frame of another record is not made yet: there is nothing to show.
-                shown = asked if before is None else replace(asked, image=None)
+                shown = request if before is None else replace(request, image=None)
                 upsampling = question_about(shown, planned, record.upsample)
         except InvalidRequest as error:
             error = record.placed(error)
             refused.append(Refused(name=record.name, values=record.fields, error=error))
             continue
         urls = {name: value for name, value in record.fields.items() if is_url(value)}
-        samples[record.name] = Sample(
+        samples[record.name] = BatchSample(
             record=record,
-            asked=asked,
-            effective={"name": record.name, **_effective(asked, planned), **urls},
+            request=request,
+            effective={"name": record.name, **_effective(request, planned), **urls},
             warnings=(*record.warnings, *(planned.warnings if planned else ())),
             digest=_digest(record, fields, before, options),
             continued=record.name in wanted,
@@ -198,7 +198,9 @@ def _checked(
     return list(samples.values()), refused
 
 
-def _before(record: Record, samples: Mapping[str, Sample], options: RunOptions) -> Sample | None:
+def _before(
+    record: Record, samples: Mapping[str, BatchSample], options: RunOptions
+) -> BatchSample | None:
     """The sample whose last frame a record starts from."""
     if record.continue_from is None:
         return None
@@ -217,7 +219,7 @@ def _before(record: Record, samples: Mapping[str, Sample], options: RunOptions) 
 def _planned(
     record: Record,
     fields: Mapping[str, Any],
-    before: Sample | None,
+    before: BatchSample | None,
     plan: Callable[[GenerateRequest], Plan],
 ) -> tuple[GenerateRequest, Plan] | tuple[Question, None]:
     """The request of a record and its plan, or its question."""
@@ -235,16 +237,16 @@ def _planned(
     return request, plan(request)
 
 
-def _effective(asked: GenerateRequest | Question, plan: Plan | None) -> dict[str, Any]:
+def _effective(request: GenerateRequest | Question, plan: Plan | None) -> dict[str, Any]:
     """Every parameter of a request or a question."""
     if plan is not None:
         return dict(plan.effective)
     names = [name for name in QUESTION if name != "schema"]
-    return {"mode": REASONER} | {name: getattr(asked, name) for name in names}
+    return {"mode": REASONER} | {name: getattr(request, name) for name in names}
 
 
 def _digest(
-    record: Record, fields: Mapping[str, Any], before: Sample | None, options: RunOptions
+    record: Record, fields: Mapping[str, Any], before: BatchSample | None, options: RunOptions
 ) -> str:
     """What makes the results of two runs the same, seeds that are drawn apart.
 
@@ -283,16 +285,16 @@ def _plain(value: object) -> str:
     return str(value)
 
 
-def _unfinished(samples: Sequence[Sample], options: RunOptions) -> list[Sample]:
+def _unfinished(samples: Sequence[BatchSample], options: RunOptions) -> list[BatchSample]:
     """The samples that an earlier run has not left the results of, and those that continue them."""
-    todo: dict[str, Sample] = {}
+    todo: dict[str, BatchSample] = {}
     for sample in samples:
         if sample.record.continue_from in todo or not _finished(options, sample):
             todo[sample.record.name] = sample
     return list(todo.values())
 
 
-def _finished(options: RunOptions, sample: Sample) -> bool:
+def _finished(options: RunOptions, sample: BatchSample) -> bool:
     """Whether an earlier run has left the results of this very record."""
     folder = options.out / sample.record.name
     try:
@@ -308,7 +310,7 @@ def _finished(options: RunOptions, sample: Sample) -> bool:
     return start is None or done.get(START) == _hash_of(start)
 
 
-def _start(options: RunOptions, sample: Sample) -> Path | None:
+def _start(options: RunOptions, sample: BatchSample) -> Path | None:
     """The frame that a sample starts from, as another one has left it."""
     before = sample.record.continue_from
     if before is None or sample.record.kind == REASONER:
@@ -319,22 +321,24 @@ def _start(options: RunOptions, sample: Sample) -> Path | None:
 # The results.
 
 
-def _asked(reasoner: Reasoner, questions: Sequence[Question]) -> list[Answer | Exception]:
+def _ask(reasoner: Reasoner, questions: Sequence[Question]) -> list[Answer | Exception]:
     """The answer to each question, or why there is none: a bad question spoils no other."""
     try:
         return list(reasoner.ask(questions))
     except Exception as error:  # noqa: BLE001 - of one of them, it does not say which
         if len(questions) == 1:
             return [error]
-    return [answer for question in questions for answer in _asked(reasoner, [question])]
+    return [answer for question in questions for answer in _ask(reasoner, [question])]
 
 
-def _answered(reasoner: Reasoner, samples: Sequence[Sample], options: RunOptions) -> Iterator[bool]:
+def _answered(
+    reasoner: Reasoner, samples: Sequence[BatchSample], options: RunOptions
+) -> Iterator[bool]:
     """Ask the reasoner everything, many questions at once; whether each has its answer."""
     for start in range(0, len(samples), AT_ONCE):
         some = samples[start : start + AT_ONCE]
-        questions = [sample.asked for sample in some if isinstance(sample.asked, Question)]
-        for sample, answer in zip(some, _asked(reasoner, questions), strict=True):
+        questions = [sample.request for sample in some if isinstance(sample.request, Question)]
+        for sample, answer in zip(some, _ask(reasoner, questions), strict=True):
             with _failures(sample, options) as failed:
                 if isinstance(answer, Exception):
                     raise answer
@@ -342,29 +346,31 @@ def _answered(reasoner: Reasoner, samples: Sequence[Sample], options: RunOptions
             yield not failed
 
 
-def _upsampled(reasoner: Reasoner, samples: Sequence[Sample], options: RunOptions) -> list[Sample]:
+def _upsampled(
+    reasoner: Reasoner, samples: Sequence[BatchSample], options: RunOptions
+) -> list[BatchSample]:
     """The samples with the prompts that the reasoner writes, without those that it cannot write."""
     wanted = {s.record.name: s.upsampling for s in samples if s.upsampling is not None}
     if not wanted:
         return list(samples)
     print(f"upsample {len(wanted)} prompts", file=sys.stderr)
-    answers = dict(zip(wanted, _asked(reasoner, list(wanted.values())), strict=True))
+    answers = dict(zip(wanted, _ask(reasoner, list(wanted.values())), strict=True))
     written = []
     for sample in samples:
         if sample.upsampling is None:
             written.append(sample)
             continue
         with _failures(sample, options):
-            assert isinstance(sample.asked, GenerateRequest)  # so says its kind
+            assert isinstance(sample.request, GenerateRequest)  # so says its kind
             answer = answers[sample.record.name]
             if isinstance(answer, Exception):
                 raise answer
             prompt = caption_of(answer.text, complete=answer.complete)
-            written.append(replace(sample, asked=replace(sample.asked, prompt=prompt)))
+            written.append(replace(sample, request=replace(sample.request, prompt=prompt)))
     return written
 
 
-def _write_answer(sample: Sample, answer: Answer, options: RunOptions) -> None:
+def _write_answer(sample: BatchSample, answer: Answer, options: RunOptions) -> None:
     folder = sample_folder(options.out, sample.record.name)
     (folder / TEXT).write_text(answer.text)
     content = {"text": answer.text, "tokens": answer.tokens, "complete": answer.complete}
@@ -372,7 +378,7 @@ def _write_answer(sample: Sample, answer: Answer, options: RunOptions) -> None:
     print(f"{folder / TEXT}  {answer.tokens} tokens")
 
 
-def _generated(samples: Sequence[Sample], options: RunOptions) -> Iterator[bool]:
+def _generated(samples: Sequence[BatchSample], options: RunOptions) -> Iterator[bool]:
     """Load the generator once and make everything; whether each has its pictures."""
     if not samples:
         return
@@ -384,8 +390,8 @@ def _generated(samples: Sequence[Sample], options: RunOptions) -> Iterator[bool]
             yield not failed
 
 
-def _generate(model: Cosmos3, sample: Sample, options: RunOptions) -> None:
-    assert isinstance(sample.asked, GenerateRequest)  # so says its kind
+def _generate(model: Cosmos3, sample: BatchSample, options: RunOptions) -> None:
+    assert isinstance(sample.request, GenerateRequest)  # so says its kind
     record = sample.record
     own = replace(
         options,
@@ -397,7 +403,7 @@ def _generate(model: Cosmos3, sample: Sample, options: RunOptions) -> None:
     folder = sample_folder(options.out, record.name)
     for name in (OUTPUTS, LAST):  # of an earlier run
         (folder / name).unlink(missing_ok=True)
-    request, mark = sample.asked, {"digest": sample.digest}
+    request, mark = sample.request, {"digest": sample.digest}
     if (start := _start(options, sample)) is not None:
         request = replace(request, image=media.read_image(start, field="continue_from"))
         mark[START] = _hash_of(start)
@@ -413,11 +419,11 @@ def _generate(model: Cosmos3, sample: Sample, options: RunOptions) -> None:
 
 
 @contextmanager
-def _failures(sample: Sample, options: RunOptions) -> Iterator[list[Exception]]:
+def _failures(sample: BatchSample, options: RunOptions) -> Iterator[list[Exception]]:
     """What goes wrong inside is recorded in the folder of this sample, and given as a list.
 
     Raises:
-        Stopped: something went wrong and the user did not ask to go on.
+        BatchAborted: something went wrong and the user did not ask to go on.
     """
     failed: list[Exception] = []
     try:
@@ -430,10 +436,10 @@ def _failures(sample: Sample, options: RunOptions) -> Iterator[list[Exception]]:
         _record(sample, folder, status="error", message=message, stack_trace=stack)
         print(f"vllm-cosmos3 generate: {sample.record.where}: {message}", file=sys.stderr)
         if not options.keep_going:
-            raise Stopped from error
+            raise BatchAborted from error
 
 
-def _record(sample: Sample, folder: Path, **values: Any) -> None:
+def _record(sample: BatchSample, folder: Path, **values: Any) -> None:
     """The two JSON records of a sample that no picture was made for."""
     said = {"warnings": list(sample.warnings), "digest": sample.digest}
     _write_records(folder, dict(sample.effective), **values, **said)
@@ -453,13 +459,13 @@ def _write_records(folder: Path, arguments: Mapping[str, Any], **values: Any) ->
     (folder / OUTPUTS).write_text(json.dumps(record, indent=2, default=str) + "\n")
 
 
-def _say(samples: Sequence[Sample], todo: Sequence[Sample]) -> None:
+def _say(samples: Sequence[BatchSample], todo: Sequence[BatchSample]) -> None:
     for sample in todo:
         _warn(sample, sample.warnings)
     if len(todo) < len(samples):
         print(f"{len(samples) - len(todo)} of {len(samples)} records are finished", file=sys.stderr)
 
 
-def _warn(sample: Sample, warnings: Sequence[str]) -> None:
+def _warn(sample: BatchSample, warnings: Sequence[str]) -> None:
     for warning in warnings:
         print(f"warning: {sample.record.where}: {warning}", file=sys.stderr)

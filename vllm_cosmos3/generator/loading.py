@@ -21,7 +21,7 @@ from vllm_cosmos3.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Models:
+class LoadedModels:
     """The models of a rank, and the ``config`` with every choice made. ``decoders`` by modality."""
 
     transformer: Transformer
@@ -32,7 +32,7 @@ class Models:
 
 def load_models(
     model: ModelConfig, config: EngineConfig, mesh: Mesh, device: torch.device
-) -> Models:
+) -> LoadedModels:
     """Build and fill all of them.
 
     Raises:
@@ -58,7 +58,7 @@ def load_models(
         with device:
             built[name] = decoder.build(model)
         _fill(built[name], parts[decoder.folder], config, device)
-    return Models(transformer=transformer, vae=vae, decoders=built, config=config)
+    return LoadedModels(transformer=transformer, vae=vae, decoders=built, config=config)
 
 
 def _transformer(

@@ -24,7 +24,7 @@ from vllm_cosmos3.checkpoint.config import ModelConfig, read_config
 from vllm_cosmos3.checkpoint.latents import pixel_frames
 from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.generator.frames import on_host, shown_frames, written
-from vllm_cosmos3.generator.loading import Models, load_models
+from vllm_cosmos3.generator.loading import LoadedModels, load_models
 from vllm_cosmos3.generator.memory import work_of
 from vllm_cosmos3.generator.memory.estimate import TEXT_BYTES
 from vllm_cosmos3.generator.memory.reservation import MemoryBudget, Reservation
@@ -94,7 +94,7 @@ class Pipeline:
         self,
         model: ModelConfig,
         tokenizer: prompts.Tokenizer,
-        models: Models,
+        models: LoadedModels,
         mesh: Mesh,
         device: torch.device,
     ) -> None:

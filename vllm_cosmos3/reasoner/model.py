@@ -27,9 +27,9 @@ from vllm_cosmos3.reasoner.required_tensors import (
     GENERATOR,
     TEXT,
     VISION,
-    arriving,
     expected_tensors,
     is_generator,
+    only_expected,
 )
 
 logger = init_logger(f"vllm.{__name__}")
@@ -87,7 +87,7 @@ class Cosmos3ReasonerForConditionalGeneration(Qwen3VLForConditionalGeneration):
         built = {folder for folder, part in parts.items() if any(True for _ in part.parameters())}
         expected = {name: e for name, e in self._expected.items() if e.folder in built}
         unknown: list[str] = []
-        loaded = super().load_weights(arriving(weights, expected, unknown))
+        loaded = super().load_weights(only_expected(weights, expected, unknown))
         unknown = [name for name in unknown if name not in self._expected]
         if unknown:
             logger.warning(

@@ -86,7 +86,7 @@ def check_folder(folder: Path, expected: Mapping[str, Expected]) -> None:
         check_shape(name, shape, where, str(shard))
 
 
-def arriving(
+def only_expected(
     weights: Iterable[tuple[str, _Tensor]], expected: Mapping[str, Expected], unknown: list[str]
 ) -> Iterator[tuple[str, _Tensor]]:
     """Pass on the expected tensors; raise at the end if one did not come.

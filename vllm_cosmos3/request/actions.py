@@ -112,12 +112,7 @@ def resolve_action(request: GenerateRequest, model: ModelConfig) -> Action | Non
         InvalidRequest: the fields contradict each other, the embodiment or the checkpoint.
     """
     if request.action_mode is None:
-        for name in WITHOUT_MODE:
-            if (value := getattr(request, name)) is not None:
-                if name == "image_size" and request.controls:
-                    continue
-                possible = "left out, or given with action_mode"
-                raise InvalidRequest(name, value, possible, "conflict")
+        _check_without_mode(request)
         return None
     check_mode(model.kind, request.mode)
     mode = MODE_INPUTS[request.action_mode]
@@ -130,42 +125,30 @@ def resolve_action(request: GenerateRequest, model: ModelConfig) -> Action | Non
     channels = _channels(request, embodiment, given, model)
     chunk_size = _chunk_size(request, embodiment, given)
     _check_frames(request, model, mode, chunk_size)
-    scale, offset = _units(request, channels)
+    units = scale, offset = _units(request, channels)
     chunk, warnings = _chunk(given, chunk_size * request.num_chunks)
-    together = model.vae.scale_factor_temporal
-    known = tuple(range(latent_frames(chunk_size + 1, model.vae))) if mode.video else (0,)
-    if early := chunk_size % together:
+    if early := chunk_size % model.vae.scale_factor_temporal:
         warnings.append(
-            f"action_chunk_size {chunk_size} is not a multiple of {together}: the video ends"
-            f" {early} frames early"
+            f"action_chunk_size {chunk_size} is not a multiple of {model.vae.scale_factor_temporal}:"
+            f" the video ends {early} frames early"
         )
+    known = range(latent_frames(chunk_size + 1, model.vae)) if mode.video else (0,)
     view_point = request.view_point or embodiment.view_point
     state = None if request.action_state is None else (request.action_state,)
-
-    def inside(name: str, rows: Rows | None) -> np.ndarray:
-        with np.errstate(over="ignore", invalid="ignore"):
-            matrix: np.ndarray = (_matrix(name, rows, channels) - offset) / scale
-        if rows is not None and not np.isfinite(matrix).all():
-            row, column = np.argwhere(~np.isfinite(matrix))[0]
-            possible = "within the range of float32, in the units of the model as well"
-            raise InvalidRequest(name, rows[row][column], possible)
-        return matrix
-
     chunk_name = "action" if request.action_path is None else "action_path"
-
     return Action(
         mode=mode,
         embodiment=embodiment,
         channels=channels,
         chunk_size=chunk_size,
-        known_frames=known,
+        known_frames=tuple(known),
         view_point=view_point,
         view=" ".join(filter(None, (VIEWS[view_point], request.view_description))),
         image_size=request.image_size or embodiment.image_size,
         fps=request.fps or embodiment.fps,
-        history=inside("action_history", request.action_history),
-        state=inside("action_state", state),
-        chunk=None if chunk is None else inside(chunk_name, chunk),
+        history=_normalized("action_history", request.action_history, *units),
+        state=_normalized("action_state", state, *units),
+        chunk=None if chunk is None else _normalized(chunk_name, chunk, *units),
         scale=scale,
         offset=offset,
         warnings=tuple(warnings),
@@ -209,6 +192,14 @@ def too_long(request: GenerateRequest, size: int, most: int, where: str = "") ->
 
 
 # The rules that join several fields.
+
+
+def _check_without_mode(request: GenerateRequest) -> None:
+    for name in WITHOUT_MODE:
+        value = getattr(request, name)
+        if value is None or (name == "image_size" and request.controls):
+            continue
+        raise InvalidRequest(name, value, "left out, or given with action_mode", "conflict")
 
 
 def _check_model(request: GenerateRequest, model: ModelConfig) -> None:
@@ -388,6 +379,17 @@ def _units(request: GenerateRequest, channels: int) -> tuple[np.ndarray, np.ndar
     if method == "meanstd":
         return np.maximum(second, SMALLEST_SCALE), first
     return np.maximum(second / 2 - first / 2, SMALLEST_SCALE / 2), first / 2 + second / 2
+
+
+def _normalized(name: str, rows: Rows | None, scale: np.ndarray, offset: np.ndarray) -> np.ndarray:
+    """Rows of a field in the model's units: float32 [N, channels], N = 0 without the field."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        matrix: np.ndarray = (_matrix(name, rows, len(scale)) - offset) / scale
+    if rows is not None and not np.isfinite(matrix).all():
+        row, column = np.argwhere(~np.isfinite(matrix))[0]
+        possible = "within the range of float32, in the units of the model as well"
+        raise InvalidRequest(name, rows[row][column], possible)
+    return matrix
 
 
 def _statistic(path: str, values: object, name: str, channels: int) -> np.ndarray:

@@ -96,7 +96,7 @@ class Transfer:
     """
 
     controls: dict[str, Control]
-    clips: tuple[Frames, ...]
+    clips: tuple[ControlFrames, ...]
     start: Pixels | None
     side_by_side: tuple[Pixels, ...]  # shown with the result
     width: int
@@ -128,7 +128,9 @@ class Transfer:
         }
 
 
-Frames = list[Pixels]  # of one size [H, W, 3]: an array of all would hold them twice for a moment
+ControlFrames = list[
+    Pixels
+]  # of one size [H, W, 3]: an array of all would hold them twice for a moment
 Fit = Callable[[int, int], tuple[int, int]]  # the size of the output for that of the input
 
 
@@ -292,9 +294,9 @@ class _Reader:
         self._request, self._size = request, (width, height)
         self._limit, self._every, self._lease = limit, every, lease
         self._most = lease.per_request // (width * height * 3 * len(request.controls))
-        self._clips: dict[str | None, Frames] = {}
+        self._clips: dict[str | None, ControlFrames] = {}
 
-    def control(self, name: str) -> Frames:
+    def control(self, name: str) -> ControlFrames:
         """The clip that shows a control."""
         control = self._request.controls[name]
         if control.clip is not None:
@@ -303,7 +305,7 @@ class _Reader:
         self._lease.reserve(sum(frame.nbytes for frame in frames), name)
         return [COMPUTE[name](frame, control.preset) for frame in frames]
 
-    def clip(self, name: str | None) -> Frames:
+    def clip(self, name: str | None) -> ControlFrames:
         """The clip of a control as it came; of None the user's video."""
         if name not in self._clips:
             source, field = _source(self._request, name)
@@ -361,13 +363,13 @@ def _start(request: GenerateRequest, read: _Reader, chunks: Chunks) -> Pixels | 
     return start
 
 
-def _window(clip: Frames, window: slice, chunks: Chunks) -> Pixels:
+def _window(clip: ControlFrames, window: slice, chunks: Chunks) -> Pixels:
     """What one chunk sees of a control: mirrored at its end where that comes too soon."""
     order = padded(len(clip), chunks.total)[window]
     return _picked(clip, [order[place] for place in padded(len(order), chunks.frames)])
 
 
-def _picked(clip: Frames, places: Iterable[int]) -> Pixels:
+def _picked(clip: ControlFrames, places: Iterable[int]) -> Pixels:
     return np.stack([clip[place] for place in places])
 
 
@@ -379,7 +381,7 @@ def _thinned(field: str, rate: float, every: int) -> list[str]:
     ]
 
 
-def _warnings(request: GenerateRequest, clips: tuple[Frames, ...]) -> Iterator[str]:
+def _warnings(request: GenerateRequest, clips: tuple[ControlFrames, ...]) -> Iterator[str]:
     for name, clip in zip(request.controls, clips, strict=True):
         if len(clip) < len(clips[0]):
             yield (

@@ -145,7 +145,7 @@ def caption_of(text: str, *, complete: bool) -> str:
     Raises:
         UpsamplingFailed: the answer was cut before it was whole.
     """
-    # The grammar of strings lets pass what JSON does not: control characters, halves of letters.
+    # The grammar of strings lets pass what JSON does not: control characters, lone surrogates.
     legible = "".join(character for character in text if " " <= character != "\ufffd")
     caption = json_object(legible)
     if caption is None:

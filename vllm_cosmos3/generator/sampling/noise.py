@@ -15,11 +15,11 @@ from torch import Tensor
 
 BETWEEN_CHUNKS = 1 << 16  # seeds: more than a request has steps or chunks
 
-Shapes = Mapping[str, tuple[int, ...]]
+LatentShapes = Mapping[str, tuple[int, ...]]
 
 
 def initial_noise(
-    shapes: Shapes, *, seed: int, rule: str, chunk: int = 0, fresh: int = 0
+    shapes: LatentShapes, *, seed: int, rule: str, chunk: int = 0, fresh: int = 0
 ) -> dict[str, Tensor]:
     """Standard normal noise for each stream name in ``shapes``. ``seed`` in [0, 2**32).
 
@@ -32,7 +32,7 @@ def initial_noise(
 
 
 def step_noise(
-    shapes: Shapes, *, seed: int, rule: str, index: int, chunk: int = 0, fresh: int = 0
+    shapes: LatentShapes, *, seed: int, rule: str, index: int, chunk: int = 0, fresh: int = 0
 ) -> dict[str, Tensor]:
     """The noise that a stochastic solver adds at step ``index``, one of ``fresh``, of a ``chunk``.
 
@@ -46,7 +46,7 @@ def step_noise(
     return _after(shapes, seed, chunk * (1 + fresh) + 1 + index)
 
 
-def _after(shapes: Shapes, seed: int, draws: int) -> dict[str, Tensor]:
+def _after(shapes: LatentShapes, seed: int, draws: int) -> dict[str, Tensor]:
     """What torch's generator draws after so many others of the same shapes."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(draws):
@@ -59,5 +59,5 @@ def _numpy(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.from_numpy(drawn.astype(np.float32))
 
 
-def _drawn(shapes: Shapes, generator: torch.Generator) -> dict[str, Tensor]:
+def _drawn(shapes: LatentShapes, generator: torch.Generator) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}

@@ -67,9 +67,9 @@ class ReasonerProcessor(Qwen3VLMultiModalProcessor):
             reason = " ".join(str(error.__cause__).split())[:200]
             raise ValueError(f"The image or video cannot be processed: {reason}") from None
 
-    def _check_media(self, items: Any, asked: Mapping[str, Any]) -> None:
+    def _check_media(self, items: Any, mm_kwargs: Mapping[str, Any]) -> None:
         """InvalidRequest where pictures and clips cannot be what is asked, or become too many tokens."""
-        merged = self.info.ctx.get_merged_mm_kwargs(asked)
+        merged = self.info.ctx.get_merged_mm_kwargs(mm_kwargs)
         processor = self.info.get_hf_processor()
         tokens = 0
         for index in range(items.get_count("image", strict=False)):
@@ -79,7 +79,7 @@ class ReasonerProcessor(Qwen3VLMultiModalProcessor):
                 size = images.get_image_size(index)
                 options = _options_of("image", merged)
                 check_size("image_url", size.width, size.height, options, processor.image_processor)
-                tokens += self._tokens_if_enlarged(asked, options, size.width, size.height)
+                tokens += self._tokens_if_enlarged(mm_kwargs, options, size.width, size.height)
         clips = items.get_count("video", strict=False)
         for index in range(clips):
             video = items["video"].get(index)
@@ -93,12 +93,12 @@ class ReasonerProcessor(Qwen3VLMultiModalProcessor):
             height, width = frames.shape[1:3]
             check_size("video_url", width, height, options, processor.video_processor)
             count = check_frames(len(frames), metadata, options, processor.video_processor)
-            tokens += self._tokens_if_enlarged(asked, options, width, height, count)
-        self._check_length(tokens, asked)
+            tokens += self._tokens_if_enlarged(mm_kwargs, options, width, height, count)
+        self._check_length(tokens, mm_kwargs)
 
     def _tokens_if_enlarged(
         self,
-        asked: Mapping[str, Any],
+        mm_kwargs: Mapping[str, Any],
         options: Mapping[str, Any],
         width: int,
         height: int,
@@ -107,7 +107,7 @@ class ReasonerProcessor(Qwen3VLMultiModalProcessor):
         """Tokens of a picture, or a clip of ``count`` frames, 0 if the request enlarges nothing."""
         if not options.get("do_resize", True):
             return self._tokens_as_they_are(width, height, count)
-        if _enlarging_field(asked) is None:
+        if _enlarging_field(mm_kwargs) is None:
             return 0
         # Without their scopes, which older vLLM passes over here.
         bounds = {name: options[name] for name in _BOUNDS if options.get(name) is not None}
@@ -129,14 +129,14 @@ class ReasonerProcessor(Qwen3VLMultiModalProcessor):
         times = -(-(count or 1) // processor.temporal_patch_size)
         return int(times * (width // side) * (height // side))
 
-    def _check_length(self, tokens: int, asked: Mapping[str, Any]) -> None:
+    def _check_length(self, tokens: int, mm_kwargs: Mapping[str, Any]) -> None:
         """InvalidRequest where enlarging makes more tokens than the context holds.
 
         vLLM says so as well, of any request, but only when it has made all the pixels.
         """
         most = self.info.ctx.model_config.max_model_len
         kept = 1 - (self.info.ctx.get_mm_config().video_pruning_rate or 0)
-        enlarging = _enlarging_field(asked)
+        enlarging = _enlarging_field(mm_kwargs)
         if enlarging is not None and tokens * kept > most:
             raise InvalidRequest(
                 *enlarging,
@@ -244,11 +244,11 @@ def _check_count(count: int, total: int, processor: Any) -> None:
     raise InvalidRequest(f"{_FIELD}.num_frames", count, possible)
 
 
-def _enlarging_field(asked: Mapping[str, Any]) -> tuple[str, Any] | None:
+def _enlarging_field(mm_kwargs: Mapping[str, Any]) -> tuple[str, Any] | None:
     """The option that may make pictures larger, and its value."""
     for scope in (None, *_SCOPES.values()):
         field = _FIELD if scope is None else f"{_FIELD}.{scope}"
-        options = asked if scope is None else asked.get(scope, {})
+        options = mm_kwargs if scope is None else mm_kwargs.get(scope, {})
         for name in _ENLARGING:
             if options.get(name) is not None:
                 return f"{field}.{name}", options[name]

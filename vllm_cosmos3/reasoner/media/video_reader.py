@@ -26,7 +26,9 @@ from vllm_cosmos3.compat import any_titles
 from vllm_cosmos3.errors import Busy, InvalidRequest
 from vllm_cosmos3.media_budget import media_budget
 
-Sample = Callable[[int, float], Sequence[int]]  # (frames of a clip, its rate) -> their numbers
+FrameSampler = Callable[
+    [int, float], Sequence[int]
+]  # (frames of a clip, its rate) -> their numbers
 
 FIELD = "video_url"
 A_VIDEO = "a video, such as MP4, MOV, WebM, MKV, AVI, GIF or MPEG-TS"
@@ -418,9 +420,9 @@ class RecentSamples:
     def __init__(self, size: int = 4) -> None:
         self._size = size
         self._lock = threading.Lock()
-        self._samples: OrderedDict[Hashable, Sample] = OrderedDict()
+        self._samples: OrderedDict[Hashable, FrameSampler] = OrderedDict()
 
-    def note(self, key: Hashable, sample: Sample) -> None:
+    def note(self, key: Hashable, sample: FrameSampler) -> None:
         """A request sampled in this way; equal ways have equal keys."""
         with self._lock:
             self._samples[key] = sample

@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_cosmos3.errors import cut
 
-HALF = re.compile(r"\\u[dD][89a-fA-F]")  # perhaps of a pair, which is a letter
+HALF = re.compile(r"\\u[dD][89a-fA-F]")  # perhaps of a pair, which is one character
 
 
 class Misread(ValueError):

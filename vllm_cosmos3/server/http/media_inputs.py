@@ -37,7 +37,7 @@ SCHEMES = "an uploaded file, or a URL of http, https, data or (where allowed) fi
 
 @asynccontextmanager
 async def media_files(
-    asked: ClientRequest, options: Options, inputs: Path
+    request: ClientRequest, options: Options, inputs: Path
 ) -> AsyncIterator[tuple[dict[str, Path], dict[str, str]]]:
     """The references of a request as files, and as what they were given, by image, video and control.
 
@@ -50,14 +50,14 @@ async def media_files(
     with TemporaryDirectory(dir=inputs) as folder:
         files: dict[str, Path] = {}
         names: dict[str, str] = {}
-        for index, (name, value) in enumerate(asked.references.items()):
+        for index, (name, value) in enumerate(request.references.items()):
             file = Path(folder) / str(index)
             if name in CONTROLS:  # a clip, whatever is in it
-                path = asked.paths.get(f"{name}.control", f"{name}.control")
+                path = request.paths.get(f"{name}.control", f"{name}.control")
                 await _store(path, _as_url(_only(path, value)), file, options)
                 files[name] = file
                 continue
-            path = asked.paths.get(name, name)
+            path = request.paths.get(name, name)
             await _store(path, _only(path, value), file, options)
             kind = await asyncio.to_thread(_kind, path, called(value), file)
             if kind in files:
@@ -135,18 +135,18 @@ def _data(name: str, url: str) -> bytes:
         raise InvalidRequest(name, url, f"a complete data URL ({error})", "invalid_media") from None
 
 
-def local_files(asked: ClientRequest, options: Options) -> ClientRequest:
+def local_files(request: ClientRequest, options: Options) -> ClientRequest:
     """The same request with its JSON files as absolute paths that this server may read.
 
     Raises:
         ApiError: one of them is not there.
     """
     paths = {
-        name: str(allowed_path(asked.paths.get(name, name), asked.fields[name], options))
-        for name in FILE_FIELDS & asked.fields.keys()
-        if isinstance(asked.fields[name], str)
+        name: str(allowed_path(request.paths.get(name, name), request.fields[name], options))
+        for name in FILE_FIELDS & request.fields.keys()
+        if isinstance(request.fields[name], str)
     }
-    return replace(asked, fields={**asked.fields, **paths})
+    return replace(request, fields={**request.fields, **paths})
 
 
 def allowed_path(name: str, url: str, options: Options) -> Path:

@@ -258,7 +258,7 @@ for _path in ("edits", "extensions", "characters"):
         response_class=Response,
         responses=errors(501, "Not offered"),
     )
-    async def absent(request: Request) -> Response:
+    async def not_offered(request: Request) -> Response:
         """Not offered."""
         message = "this is not offered; POST /v1/videos with input_reference continues a clip"
         raise ApiError("not_implemented", message)
