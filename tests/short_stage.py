@@ -12,9 +12,9 @@ EVERYWHERE, LAST_RANK = 1001, 1002  # seeds of requests that fail so, in their s
 class ShortPipeline(Pipeline):
     """Fails as torch's allocator does, after what the step has allocated so far."""
 
-    def step(self, state: RequestState) -> None:
+    def step(self, state: RequestState) -> int:
         last = self.mesh.world.rank == self.mesh.world.size - 1
         seed = state.plan.seeds[0]
         if state.index == 1 and (seed == EVERYWHERE or (seed == LAST_RANK and last)):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        super().step(state)
+        return super().step(state)

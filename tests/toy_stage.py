@@ -93,11 +93,12 @@ class Toy:
         self._moment(plan, "encode")
         return ToyState(plan)
 
-    def step(self, state: ToyState) -> None:
+    def step(self, state: ToyState) -> int:
         self._moment(state.plan, f"step {state.index}")
         time.sleep(state.plan.seconds)
         state.total += self._sum()
         state.index += 1
+        return 0
 
     def decode(self, state: ToyState, clip: object) -> None:
         self._moment(state.plan, "decode")

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 class Progress:
     """Where a request stands. ``eta`` are the seconds the phase still takes, None if unknown.
 
-    ``phase`` is encode, denoise or decode; ``step`` of ``steps`` are done; ``elapsed`` seconds
-    have passed since the request was started.
+    ``phase`` is encode, denoise or decode; ``step`` of ``steps`` are done, of which ``reused`` were
+    taken from the step cache; ``elapsed`` seconds have passed since the request was started.
     """
 
     phase: str
@@ -19,6 +19,7 @@ class Progress:
     steps: int
     elapsed: float
     eta: float | None
+    reused: int = 0
 
 
 Report = Callable[[Progress], None]

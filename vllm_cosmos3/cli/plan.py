@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-frames", type=int, default=189, metavar="N", help="1 for an image (default: 189)")  # fmt: skip
     parser.add_argument("--guidance-scale", type=float, metavar="X", help="1: no negative prompt (default: of the checkpoint)")  # fmt: skip
     parser.add_argument("--generate-sound", action="store_true", help="with sound")
+    parser.add_argument("--step-cache", choices=SPECS["step_cache"].choices, default="none", help="sea: keep what SeaCache reuses (default: none)")  # fmt: skip
     parser.add_argument("--text-tokens", type=int, default=TEXT_TOKENS, metavar="N", help=f"of each prompt (default: {TEXT_TOKENS:,})")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes")
 
@@ -117,6 +118,7 @@ def work_of(args: argparse.Namespace, model: ModelConfig) -> Work:
         num_frames=args.num_frames,
         guidance_scale=args.guidance_scale,
         generate_sound=args.generate_sound,
+        step_cache=args.step_cache,
         allow_untrained_size=True,
     )
     length = LENGTH.checked("text_tokens", args.text_tokens)

@@ -105,6 +105,7 @@ def write(
         "warnings": list(output.warnings),
         "timings": dict(timings),
         "peak_memory_bytes": output.peak_memory,
+        "reused_steps": output.reused_steps,
     }
     (folder / "sample_args.json").write_text(json.dumps(arguments, indent=2) + "\n")
     (folder / "sample_outputs.json").write_text(json.dumps(record, indent=2) + "\n")
@@ -115,6 +116,8 @@ def write(
     for file in files[len(output.samples) :]:
         print(f"{file}  actions")
     print("\n".join(f"{name:>12} {seconds:10.3f} s" for name, seconds in timings.items()))
+    if output.reused_steps:
+        print(f"{'reused':>12} {output.reused_steps:6} steps of the step cache")
     print(f" peak memory {output.peak_memory / 2**30:10.3f} GiB")
 
 

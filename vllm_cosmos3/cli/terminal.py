@@ -52,6 +52,7 @@ def progress_shown(*, terminal: bool) -> Iterator[Callable[[Progress], None]]:
 
     form = (
         "{desc:8}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
+        "{postfix}"
     )
     with tqdm(desc="encode", total=1, unit="step", bar_format=form, dynamic_ncols=True) as bar:
 
@@ -60,6 +61,8 @@ def progress_shown(*, terminal: bool) -> Iterator[Callable[[Progress], None]]:
             bar.set_description_str(progress.phase, refresh=False)
             if progress.phase == "denoise" and progress.step == 0:
                 bar.unpause()  # the time left is that of the steps alone
+            if progress.reused:
+                bar.set_postfix_str(f"{progress.reused} reused", refresh=False)
             bar.update(progress.step - bar.n)
             bar.refresh()
 

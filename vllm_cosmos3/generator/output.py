@@ -60,7 +60,7 @@ class Output:
 
     ``peak_memory`` are the most bytes that were in use on the device of rank 0, weights included:
     by this request if it ran alone, and else since the first of those in flight with it began. On
-    a CPU it is the peak of the process so far.
+    a CPU it is the peak of the process so far. ``reused_steps`` were taken from the step cache.
     """
 
     samples: tuple[Sample, ...]
@@ -70,6 +70,7 @@ class Output:
     effective: Mapping[str, object] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     peak_memory: int = 0
+    reused_steps: int = 0
 
     @property
     def video(self) -> np.ndarray | None:

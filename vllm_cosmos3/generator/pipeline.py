@@ -36,6 +36,7 @@ from vllm_cosmos3.generator.output import Output, Sample
 from vllm_cosmos3.generator.prediction import Predictor
 from vllm_cosmos3.generator.sampling.guidance import (
     Scales,
+    branches_needed,
     branches_of_rank,
     guidance_per_step,
     guide,
@@ -74,6 +75,7 @@ class RequestState:
     contexts: dict[int, Context]  # by branch
     predictor: Predictor
     index: int = 0
+    reused: int = 0  # steps that were not computed
     known: tuple[Conditioning, ...] = ()  # by stream, like all tuples below
     streams: tuple[Stream, ...] = ()
     solver: tuple[SolverState, ...] = ()
@@ -158,8 +160,11 @@ class Pipeline:
         )
 
     @torch.inference_mode()
-    def step(self, state: RequestState) -> None:
-        """One denoising step of one sample. The first step of a sample draws its noise."""
+    def step(self, state: RequestState) -> int:
+        """One denoising step of one sample. The first step of a sample draws its noise.
+
+        Returns how many steps of the request were reused so far rather than computed.
+        """
         plan = state.plan
         place, index = divmod(state.index, plan.parameters.num_inference_steps)
         sample, chunk = divmod(place, len(plan.chunks))
@@ -174,6 +179,7 @@ class Pipeline:
             streams = zip(plan.streams, state.streams, strict=True)
             state.denoised.append({stream.name: now.x for stream, now in streams})
             state.streams, state.solver = (), ()
+        return state.reused
 
     @torch.inference_mode()
     def decode(self, state: RequestState, clip: Clip | None = None) -> None:
@@ -206,6 +212,7 @@ class Pipeline:
             sample_rate=self._sample_rate,
             timings=timings,
             effective=state.plan.effective,
+            reused_steps=state.reused,
             warnings=(*state.plan.warnings, *idle_ranks(state.guidance, self.mesh.cfg)),
             peak_memory=peak_memory(self.device),
         )
@@ -276,8 +283,7 @@ class Pipeline:
             )
             for stream, known in zip(planned, state.known, strict=True)
         )
-        if plan.later_chunks:  # what is free of the streams is part of a forward, and changes
-            state.predictor.clear()
+        state.predictor.start(fresh=bool(plan.later_chunks))
         state.solver = tuple(SolverState() for stream in planned if stream.generated)
 
     def _advance(self, state: RequestState, seed: int, chunk: int, index: int) -> None:
@@ -287,9 +293,13 @@ class Pipeline:
         moving = [place for place, stream in enumerate(planned) if stream.generated]
         if not moving:  # the whole chunk is given, for a later one to go on from
             return
-        predict = partial(state.predictor.predict, state.streams, moving, state.timesteps[index])
+        scales, timestep = state.guidance[index], state.timesteps[index]
+        needed = branches_needed(scales)
+        reused = state.predictor.decide(state.streams, index, schedule.sigmas[index], needed)
+        state.reused += reused.issuperset(needed)
+        predict = partial(state.predictor.predict, state.streams, moving, timestep, index, reused)
         latents = tuple(state.streams[place].x for place in moving)
-        velocities = guide(predict, state.guidance[index], self.mesh.cfg, latents)
+        velocities = guide(predict, scales, self.mesh.cfg, latents)
         solver = SOLVERS[plan.solver]
         fresh: dict[str, Tensor] = {}
         if solver.draws_noise:

@@ -1,4 +1,4 @@
-"""Predicted velocities of a request: which branches of guidance are evaluated together, and recorded."""
+"""Predicted velocities of a request: which branches of guidance are evaluated together, recorded, reused."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
+from vllm_cosmos3.checkpoint.latents import token_count
 from vllm_cosmos3.generator.models.transformer import Context, Transformer, join
 from vllm_cosmos3.generator.sampling.packing import Stream
+from vllm_cosmos3.generator.sampling.step_cache import Reuse
 from vllm_cosmos3.parallel.graphs import Recording, launches_matter
 from vllm_cosmos3.parallel.mesh import Axis
 from vllm_cosmos3.request.plan import Plan
 
 JOINED_TOKENS = 2048  # of all branches, up to which one forward is faster than one for each
 
+Branches = tuple[int, ...]
 Forward = Callable[..., Sequence[tuple[Tensor, ...]]]  # of the timestep and each stream's x
+NONE: frozenset[int] = frozenset()
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -24,7 +29,7 @@ class Predictor:
     """The transformer for one request, with the ``contexts`` of this rank's branches.
 
     A forward for some branches is made once, as it may be a recorded CUDA graph: unless layers rest
-    on the host, ``offloaded``, whose weights move.
+    on the host, ``offloaded``, whose weights move. ``start`` begins a sample, or a chunk of one.
     """
 
     transformer: Transformer
@@ -32,46 +37,103 @@ class Predictor:
     contexts: Mapping[int, Context]
     world: Axis
     offloaded: bool
-    _forwards: dict[tuple[int, ...], Forward] = field(default_factory=dict)
+    _forwards: dict[Branches, Forward] = field(default_factory=dict)
+    _reuse: Reuse | None = None
+
+    def start(self, *, fresh: bool) -> None:
+        """Begin with new noise; ``fresh`` if what is given of the streams has changed as well."""
+        if fresh:
+            self._forwards.clear()
+        policy, steps = self.plan.parameters.reuse, self.plan.parameters.num_inference_steps
+        self._reuse = None if policy is None else Reuse(policy=policy, steps=steps)
+
+    def decide(
+        self, streams: Sequence[Stream], index: int, sigma: float, needed: Branches
+    ) -> frozenset[int]:
+        """Those of all branches that step ``index`` needs whose layers are not run but reused."""
+        if self._reuse is None:
+            return NONE
+        moving = [s.x for s in streams if s.name == "vision" and bool(s.denoise_mask.any())]
+        return self._reuse.decide(index, sigma, moving, list(self._groups(needed)))
 
     def predict(
         self,
         streams: Sequence[Stream],
         moving: Sequence[int],
         timestep: Tensor,
+        index: int,
+        reused: frozenset[int],
         branches: Sequence[int],
     ) -> list[tuple[Tensor, ...]]:
-        """The velocities of the streams at the places ``moving``, by branch."""
+        """The velocities of the streams at the places ``moving``, by branch.
+
+        ``reused`` is what ``decide`` has said of step ``index``.
+        """
         found: dict[int, tuple[Tensor, ...]] = {}
         for group in self._groups(branches):
             seen = self.plan.seen(group[0])
             xs = (streams[place].x for place in seen)
-            made = self._forward(streams, group)(timestep, *xs)
+            evaluate = self._reused if reused.issuperset(group) else self._computed
+            made = evaluate(streams, group, index, timestep, *xs)
             for branch, velocities in zip(group, made, strict=True):
                 named = zip(seen, velocities, strict=True)
                 found[branch] = tuple(v for place, v in named if place in moving)
         return [found[branch] for branch in branches]
 
     def clear(self) -> None:
-        """Forget all forwards: what is given of the streams is part of them, and changes."""
+        """Forget everything about the sample."""
         self._forwards.clear()
+        self._reuse = None
 
-    def _groups(self, branches: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    def _groups(self, branches: Sequence[int]) -> Iterator[Branches]:
         """Branches that are evaluated together: of the same streams, and where the tokens are few."""
+        patch = self.transformer.config.latent_patch_size
         alike: dict[tuple[int, ...], list[int]] = {}
         for branch in branches:
             alike.setdefault(self.plan.seen(branch), []).append(branch)
         for group in alike.values():
-            tokens = self.contexts[group[0]].rope.length
+            seen = (self.plan.streams[place] for place in self.plan.seen(group[0]))
+            tokens = sum(token_count(stream.name, stream.shape, patch) for stream in seen)
             size = len(group) if tokens * len(group) <= JOINED_TOKENS else 1
             for first in range(0, len(group), size):
                 yield tuple(group[first : first + size])
 
-    def _forward(self, streams: Sequence[Stream], branches: tuple[int, ...]) -> Forward:
+    def _computed(
+        self, streams: Sequence[Stream], branches: Branches, index: int, *changing: Tensor
+    ) -> Sequence[tuple[Tensor, ...]]:
+        forward = self._forward(streams, branches)
+        if self._reuse is None:
+            return forward(*changing)
+        *velocities, (residual_sD,) = forward(*changing)
+        parts = residual_sD.chunk(len(branches))
+        for branch, part in zip(branches, parts, strict=True):
+            self._reuse.record(branch, index, part)
+        return velocities
+
+    def _reused(
+        self, streams: Sequence[Stream], branches: Branches, index: int, *changing: Tensor
+    ) -> Sequence[tuple[Tensor, ...]]:
+        assert self._reuse is not None  # which has decided so
+        residuals = [self._reuse.residual(branch, index) for branch in branches]
+        given = self._given(streams, branches)
+        return _continue(self.transformer, *given, torch.cat(residuals), *changing)
+
+    def _given(
+        self, streams: Sequence[Stream], branches: Branches
+    ) -> tuple[list[Stream], Context, int]:
+        """What stays the same from step to step."""
+        context = join([self.contexts[branch] for branch in branches])
+        return (
+            [streams[place] for place in self.plan.seen(branches[0])],
+            context,
+            self.plan.domain_id,
+        )
+
+    def _forward(self, streams: Sequence[Stream], branches: Branches) -> Forward:
         if branches not in self._forwards:
-            context = join([self.contexts[branch] for branch in branches])
-            seen = [streams[place] for place in self.plan.seen(branches[0])]
-            forward = partial(_evaluate, self.transformer, seen, context, self.plan.domain_id)
+            seen, context, domain_id = self._given(streams, branches)
+            evaluate = _evaluate if self._reuse is None else _evaluate_with_residual
+            forward = partial(evaluate, self.transformer, seen, context, domain_id)
             tokens = context.rope.table.shape[0]
             # Of several chunks each has forwards of its own.
             whole = not self.plan.later_chunks
@@ -92,6 +154,40 @@ def _evaluate(
     *xs: Tensor,
 ) -> tuple[tuple[Tensor, ...], ...]:
     """The transformer as a function of what changes from step to step."""
-    now = [replace(stream, x=x) for stream, x in zip(streams, xs, strict=True)]
+    now = _moved(streams, xs)
     velocities: tuple[tuple[Tensor, ...], ...] = transformer(now, context, timestep, domain_id)
     return velocities
+
+
+def _evaluate_with_residual(
+    transformer: Transformer,
+    streams: Sequence[Stream],
+    context: Context,
+    domain_id: int,
+    timestep: Tensor,
+    *xs: Tensor,
+) -> tuple[tuple[Tensor, ...], ...]:
+    """The same, and last what the layers have added, [B s, D]."""
+    now = _moved(streams, xs)
+    x_sD = transformer.embed(now, context, timestep, domain_id)
+    y_sD = transformer.run_layers(x_sD.clone(), context)
+    return *transformer.velocities(now, context, y_sD, domain_id), (y_sD - x_sD,)
+
+
+def _continue(
+    transformer: Transformer,
+    streams: Sequence[Stream],
+    context: Context,
+    domain_id: int,
+    residual_sD: Tensor,
+    timestep: Tensor,
+    *xs: Tensor,
+) -> tuple[tuple[Tensor, ...], ...]:
+    """The same without the layers, which are taken to add ``residual_sD``."""
+    now = _moved(streams, xs)
+    x_sD = transformer.embed(now, context, timestep, domain_id)
+    return transformer.velocities(now, context, x_sD + residual_sD, domain_id)
+
+
+def _moved(streams: Sequence[Stream], xs: Sequence[Tensor]) -> list[Stream]:
+    return [replace(stream, x=x) for stream, x in zip(streams, xs, strict=True)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from vllm_cosmos3.request.step_cache import StepCache
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Defaults:
@@ -32,12 +34,29 @@ class Parameters(Defaults):
     guidance_interval: tuple[float, float] | None
     control_guidance: float | None  # None: no controls
     control_guidance_interval: tuple[float, float] | None
+    reuse: StepCache | None  # None: every step is computed
     warnings: tuple[str, ...]
 
     @property
     def seconds(self) -> float:
         """Length of the video."""
         return self.num_frames / self.fps
+
+    @property
+    def step_cache(self) -> str:
+        return "none" if self.reuse is None else "sea"
+
+    @property
+    def step_cache_threshold(self) -> float | None:
+        return self.reuse and self.reuse.threshold
+
+    @property
+    def step_cache_max_reused(self) -> int | None:
+        return self.reuse and self.reuse.max_reused
+
+    @property
+    def step_cache_order(self) -> int | None:
+        return self.reuse and self.reuse.order
 
 
 _VIDEO = Defaults(

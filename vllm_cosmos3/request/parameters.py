@@ -35,6 +35,7 @@ from vllm_cosmos3.request.sizes import (
     nearest_trained,
     tier_of,
 )
+from vllm_cosmos3.request.step_cache import StepCache
 from vllm_cosmos3.request.transfer import Transfer
 
 OF_GUIDANCE = (  # and of nothing else
@@ -43,6 +44,11 @@ OF_GUIDANCE = (  # and of nothing else
     "negative_metadata_mode",
     "guidance_interval",
 )
+OF_STEP_CACHE = {  # field of `StepCache` -> of the request
+    "threshold": "step_cache_threshold",
+    "max_reused": "step_cache_max_reused",
+    "order": "step_cache_order",
+}
 
 
 def prompt_parameters(request: GenerateRequest, model: ModelConfig) -> Parameters:
@@ -147,7 +153,8 @@ def _parameters(
         guidance_interval=request.guidance_interval,
         control_guidance=control_guidance,
         control_guidance_interval=request.control_guidance_interval,
-        warnings=(*warnings, *_without_effect(request, model, guidance)),
+        reuse=_reuse(request),
+        warnings=(*warnings, *_without_effect(request, model, guidance), *_without_cache(request)),
     )
 
 
@@ -284,6 +291,21 @@ def _without_effect(request: GenerateRequest, model: ModelConfig, guidance: floa
     unused += ["flow_shift"] if request.flow_shift is not None else []
     unused += ["schedule"] if request.schedule != "native" else []
     return [f"{name} has no effect on a distilled checkpoint" for name in unused]
+
+
+def _reuse(request: GenerateRequest) -> StepCache | None:
+    """The step cache, with what the request leaves open."""
+    if request.step_cache != "sea":
+        return None
+    given = {part: getattr(request, name) for part, name in OF_STEP_CACHE.items()}
+    return StepCache(**{part: value for part, value in given.items() if value is not None})
+
+
+def _without_cache(request: GenerateRequest) -> list[str]:
+    if request.step_cache == "sea":
+        return []
+    unused = [name for name in OF_STEP_CACHE.values() if getattr(request, name) is not None]
+    return [f"{name} has no effect without step_cache=sea" for name in unused]
 
 
 def _check_known(

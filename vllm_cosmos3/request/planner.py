@@ -76,6 +76,7 @@ def make_draft(request: GenerateRequest, model: ModelConfig) -> Draft:
             chunks = list(transfers.chunk_streams(transfer, model))
         else:
             parameters, chunks = _from_prompt(request, model, lease)
+    parameters = _without_idle_cache(parameters, chunks)
     return Draft(
         request=request,
         model=model,
@@ -113,6 +114,15 @@ def with_prompts(draft: Draft, tokenizer: prompts.Tokenizer) -> Plan:
 
 
 # Streams.
+
+
+def _without_idle_cache(parameters: Parameters, chunks: Streams) -> Parameters:
+    """No step cache where no video is generated, which it follows."""
+    generated = any(s.name == "vision" and s.generated for streams in chunks for s in streams)
+    if parameters.reuse is None or generated:
+        return parameters
+    sentence = "step_cache has no effect, as the whole video is given"
+    return replace(parameters, reuse=None, warnings=(*parameters.warnings, sentence))
 
 
 def _from_prompt(

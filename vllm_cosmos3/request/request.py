@@ -254,6 +254,29 @@ class GenerateRequest:
         high=1000,
         help="lowest and highest timestep with guidance, both included; omitted: all",
     )
+    step_cache: str | None = _field(
+        kind="choice",
+        choices=("none", "sea"),
+        help="sea: where little changes from step to step, reuse what the layers added in the steps"
+        " before (SeaCache): faster, not exact; omitted: none",
+    )
+    step_cache_threshold: float | None = _field(
+        kind="float",
+        low=0,
+        high=10,
+        help="relative change that may add up until a step is computed again; larger reuses more;"
+        " omitted: 0.25",
+    )
+    step_cache_max_reused: int | None = _field(
+        kind="int", low=1, high=200, unit="steps", help="reused in a row at most; omitted: 2"
+    )
+    step_cache_order: int | None = _field(
+        kind="int",
+        low=0,
+        high=1,
+        help="0 reuses the last computed step as it is, 1 continues the last two linearly;"
+        " omitted: 1",
+    )
     flow_shift: float | None = _field(
         kind="float",
         low=0.01,

@@ -14,13 +14,13 @@ class CallSequence:
 
     def __init__(self, plan: Any, clip: Any = None) -> None:
         self.plan, self.clip = plan, clip
-        self.phase, self.step = "encode", 0
+        self.phase, self.step, self._reused = "encode", 0, 0
         self._started = self._phase_started = 0.0
 
     def advance(self, call: Callable[..., Any], report: Report) -> bool:
         """Make the next call and report; whether ``finish`` alone is left, which gives the result.
 
-        ``call`` takes the name of a call and its arguments.
+        ``call`` takes the name of a call and its arguments, and gives what it returns.
         """
         if self.phase == "encode":
             self._started = time.monotonic()
@@ -28,7 +28,7 @@ class CallSequence:
             call("encode", self.plan)
             self._enter("denoise")
         elif self.phase == "denoise":
-            call("step")
+            self._reused = call("step")
             self.step += 1
             if self.step == self.plan.steps:
                 report(self.progress())
@@ -45,7 +45,12 @@ class CallSequence:
         if self.phase == "denoise" and self.step:
             eta = (now - self._phase_started) / self.step * (steps - self.step)
         return Progress(
-            phase=self.phase, step=self.step, steps=steps, elapsed=now - self._started, eta=eta
+            phase=self.phase,
+            step=self.step,
+            steps=steps,
+            elapsed=now - self._started,
+            eta=eta,
+            reused=self._reused,
         )
 
     def _enter(self, phase: str) -> None:

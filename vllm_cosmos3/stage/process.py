@@ -229,8 +229,8 @@ class StageCore:
         """The next call of this request, and what its owner is told of it."""
         name = job.request.job
 
-        def call(method: str, *args: Any) -> None:
-            self._call(method, name, *args)
+        def call(method: str, *args: Any) -> Any:
+            return self._call(method, name, *args)[0]
 
         def report(progress: Progress) -> None:
             self._send(job.client, ProgressUpdate(name, progress))

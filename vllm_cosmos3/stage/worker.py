@@ -36,7 +36,7 @@ class Stage(Protocol):
     """Interface of what a rank runs. ``load`` makes it; the others are called for one request after another.
 
     ``encode`` makes the state of a request from its plan, which says in ``steps`` how often
-    ``step`` follows; then ``decode``, then ``finish``, whose value on rank 0 is the result, which ``save(path)`` writes to files. What
+    ``step`` follows, which returns how many of them were reused so far; then ``decode``, then ``finish``, whose value on rank 0 is the result, which ``save(path)`` writes to files. What
     ``decode`` makes may go to ``clip`` meanwhile, if the request has one.
     """
 
@@ -45,7 +45,7 @@ class Stage(Protocol):
 
     def encode(self, plan: Any) -> Any: ...
 
-    def step(self, state: Any) -> None: ...
+    def step(self, state: Any) -> int: ...
 
     def decode(self, state: Any, clip: Any) -> None: ...
 
@@ -172,8 +172,8 @@ class DiffusionWorker(WorkerBase):
             plan = from_first(plan)  # each rank has made its own, perhaps with a random seed
         self._states[job] = self._stage.encode(plan)
 
-    def step(self, job: str) -> None:
-        self._stage.step(self._states[job])
+    def step(self, job: str) -> int:
+        return self._stage.step(self._states[job])
 
     def decode(self, job: str, clip: Any = None) -> None:
         self._stage.decode(self._states[job], clip)

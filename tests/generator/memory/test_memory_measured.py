@@ -33,6 +33,10 @@ REQUESTS: list[tuple[str, dict[str, Any]]] = [
     ("bfloat16", {"size": "256x256", "num_frames": 1}),
     (
         "bfloat16",
+        {**VIDEO, "num_inference_steps": 5, "step_cache": "sea", "step_cache_threshold": 10.0},
+    ),
+    (
+        "bfloat16",
         {
             "action_mode": "policy",
             "domain_name": "av",

@@ -34,7 +34,8 @@ class Work:
 
     ``streams`` are names and latent shapes, ``text`` the tokens of each text, ``sources`` the frames,
     height and width of what is encoded for known frames. ``chunks`` are made one after the other,
-    and all but the last are decoded while the request goes on.
+    and all but the last are decoded while the request goes on. ``residuals`` are the outputs of the
+    layers that a step cache keeps, of all branches of guidance.
     """
 
     streams: tuple[tuple[str, tuple[int, ...]], ...]
@@ -43,6 +44,7 @@ class Work:
     samples: int = 1
     chunks: int = 1
     decoded: bool = True
+    residuals: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,11 +109,13 @@ def work_with(numbers: Parameters, model: ModelConfig) -> Work:
     """The sizes that these numbers lead to, with long texts."""
     streams = tuple((stream.name, stream.shape) for stream in output_streams(numbers, model))
     branches = 1 if numbers.guidance_scale == 1 else 2
-    return Work(streams=streams, text=(TEXT_TOKENS,) * branches)
+    kept = numbers.reuse.kept if numbers.reuse else 0
+    return Work(streams=streams, text=(TEXT_TOKENS,) * branches, residuals=kept * branches)
 
 
 def work_of(plan: Plan) -> Work:
     """The sizes of a planned request."""
+    reuse = plan.parameters.reuse
     return Work(
         streams=tuple((stream.name, stream.shape) for stream in plan.streams),
         text=tuple(map(len, dict.fromkeys(plan.token_ids))),  # branches may share one
@@ -123,6 +127,7 @@ def work_of(plan: Plan) -> Work:
         samples=len(plan.seeds),
         chunks=len(plan.chunks),
         decoded=plan.decoded,
+        residuals=reuse.kept * len(plan.token_ids) if reuse else 0,
     )
 
 
@@ -193,7 +198,15 @@ class _Request:
     def held(self) -> int:
         """Between two steps: text, what is known, the latents, and the solver's three of them."""
         done = (self.work.samples * self.work.chunks - 1) * self.latents
-        return self.context + self.latents * 5 + done
+        return self.context + self.latents * 5 + done + self._residuals
+
+    @property
+    def _residuals(self) -> int:
+        """What the step cache keeps of this rank's branches, and the filtered latents."""
+        if not self.work.residuals:
+            return 0
+        count = -(-self.work.residuals // self.parallel.cfg_parallel_size)
+        return count * self.own_tokens * self.config.hidden_size * self.element_size + self.latents
 
     def phases(self) -> dict[str, int]:
         phases = {"text": self._text(), "denoise": self._denoise()}
@@ -244,6 +257,9 @@ class _Request:
         width = config.hidden_size * self.element_size
         ledger.take(self.tokens * width)  # all tokens, of which this rank takes its own
         ledger.moment(2 * self.tokens * width)  # gathered at the end
+        if self.work.residuals:  # spectra of the latents; input and output of the layers
+            ledger.moment(8 * self.latents)
+            ledger.take(2 * own * width)
         self._layer(ledger, own, max(self.text) + self.tokens)
         return ledger.peak
 

@@ -182,17 +182,34 @@ class Transformer(nn.Module):
         ``timestep`` is a float32 scalar in [0, 1000] on the device, ``domain_id`` the embodiment of
         the actions.
         """
-        branches, rope = len(context.texts), context.rope
+        x_sD = self.run_layers(self.embed(streams, context, timestep, domain_id), context)
+        return self.velocities(streams, context, x_sD, domain_id)
+
+    def embed(
+        self, streams: Sequence[Stream], context: Context, timestep: Tensor, domain_id: int = 0
+    ) -> Tensor:
+        """What enters the layers: [B s, D], this rank's tokens of each branch."""
         temb_D = self.time(timestep).to(self.dtype)
         x_SD = torch.cat([self._embed(stream, temb_D, domain_id) for stream in streams])
-        x_sD, residual_sD = shard_sequence(x_SD, self._ulysses).repeat(branches, 1), None
+        return shard_sequence(x_SD, self._ulysses).repeat(len(context.texts), 1)
+
+    def run_layers(self, x_sD: Tensor, context: Context) -> Tensor:
+        """What leaves the layers, normed. They may write over ``x_sD``."""
+        residual_sD = None
         for layer, *texts in zip(self.sequence, *(t.layers for t in context.texts), strict=True):
-            attend = partial(self._attend_all, texts, rope)
-            x_sD, residual_sD = layer(x_sD, residual_sD, rope, attend)
+            attend = partial(self._attend_all, texts, context.rope)
+            x_sD, residual_sD = layer(x_sD, residual_sD, context.rope, attend)
         x_sD, _ = self.norm(x_sD, residual_sD)
+        return x_sD
+
+    def velocities(
+        self, streams: Sequence[Stream], context: Context, x_sD: Tensor, domain_id: int = 0
+    ) -> tuple[tuple[Tensor, ...], ...]:
+        """The velocities of each branch from what has left the layers."""
+        length = context.rope.length
         return tuple(
-            self._velocities(streams, gather_sequence(x, self._ulysses, rope.length), domain_id)
-            for x in x_sD.chunk(branches)
+            self._velocities(streams, gather_sequence(x, self._ulysses, length), domain_id)
+            for x in x_sD.chunk(len(context.texts))
         )
 
     def _embed(self, stream: Stream, temb_D: Tensor, domain_id: int) -> Tensor:

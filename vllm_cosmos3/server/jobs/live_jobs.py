@@ -226,6 +226,7 @@ class LiveJobs:
             job.progress = max(job.progress, int(low + (high - low) * share))
             if progress.phase == "denoise":
                 job.step, job.eta = progress.step, progress.eta
+                job.reused_steps = progress.reused
                 if progress.step:
                     self._throughput.observe_partial(job.work, share, progress.elapsed)
             self._changed.add(job.id)

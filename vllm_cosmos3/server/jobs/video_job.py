@@ -83,6 +83,7 @@ class Details(ApiModel):
     phase: str = Field(description="queued, encode, denoise, decode or done")
     step: int = Field(ge=0, description="denoising steps done")
     num_steps: int = Field(description="denoising steps of the whole")
+    reused_steps: int = Field(description="of those done, taken from the step cache")
     eta_s: float | None = Field(
         description="until the phase is done [seconds]; null while nothing is known"
     )
@@ -124,6 +125,7 @@ class VideoJob(ApiModel):
     phase: Internal[str] = "queued"
     step: Internal[int] = 0
     num_steps: Internal[int] = 0
+    reused_steps: Internal[int] = 0
     work: Internal[float] = 0.0  # what it costs: see estimates
     eta: Internal[float | None] = None  # seconds
     position: Internal[int | None] = None
@@ -278,6 +280,7 @@ class VideoJob(ApiModel):
             phase=self.phase,
             step=self.step,
             num_steps=self.num_steps,
+            reused_steps=self.reused_steps,
             eta_s=self.eta,
             timings_s=self.timings,
             peak_memory_mb=self.peak_memory_mb,
