@@ -48,15 +48,15 @@ class Parameters(Defaults):
 
     @property
     def step_cache_threshold(self) -> float | None:
-        return self.reuse and self.reuse.threshold
+        return None if self.reuse is None else self.reuse.threshold
 
     @property
     def step_cache_max_reused(self) -> int | None:
-        return self.reuse and self.reuse.max_reused
+        return None if self.reuse is None else self.reuse.max_reused
 
     @property
     def step_cache_order(self) -> int | None:
-        return self.reuse and self.reuse.order
+        return None if self.reuse is None else self.reuse.order
 
 
 _VIDEO = Defaults(
