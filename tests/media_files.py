@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Container
+import threading
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 
 import av
 import numpy as np
 from PIL import Image
+
+
+@contextmanager
+def file_server(folder: Path) -> Iterator[str]:
+    """The address of a server of the files of a folder."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 def picture(width: int = 128, height: int = 96, seed: int = 0) -> Image.Image:

@@ -14,13 +14,16 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import torch
 from limits import HANG
+from media_files import file_server
 from PIL import Image
 from safetensors.numpy import load_file
 
 from vllm_cosmos3 import Cosmos3, GenerateRequest, Output
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
 from vllm_cosmos3.generator.output import Progress
+from vllm_cosmos3.media import Clip
 
 SMALL: dict[str, Any] = {"size": "96x64", "num_frames": 9, "num_inference_steps": 2, "seed": 1}
 
@@ -62,8 +65,72 @@ def test_a_list_is_checked_before_it_runs(model: Cosmos3) -> None:
     with pytest.raises(InvalidRequest, match="seed is -1"):
         model.generate([good, {**good, "seed": -1}], progress=seen.append)
     assert not seen
-    with pytest.raises(InvalidRequest, match="as a list was given"):
-        model.generate([good], fps=12)  # type: ignore[call-overload]
+    with pytest.raises(InvalidRequest, match="for a single request"):
+        model.generate([good], clip=Clip(path=Path("clip.mp4")))  # type: ignore[call-overload]
+
+
+def test_a_list_shares_the_fields_given_by_name(model: Cosmos3) -> None:
+    picture = SMALL | {"num_frames": 1}
+    prompts = ["a boat", "a harbour"]
+    listed = model.generate(prompts, **picture)
+    assert [output.effective["prompt"] for output in listed] != [prompts[0]] * 2
+    by_name: Any = model.generate(prompt=prompts, **picture)  # as pipelines of diffusers take it
+    requests: list[Any] = [{"prompt": "a boat", "seed": 7}, GenerateRequest(prompt="a harbour")]
+    mixed = model.generate(requests, **picture)
+    for output, prompt in zip(listed, prompts, strict=True):
+        alone = model(prompt, **picture).frames
+        for other in (output, by_name[prompts.index(prompt)], mixed[prompts.index(prompt)]):
+            assert (other.frames == alone).all()
+
+
+def test_names_of_other_libraries(model: Cosmos3) -> None:
+    fields: dict[str, Any] = {"size": "96x64", "num_frames": 9, "seed": 1}
+    foreign: dict[str, Any] = {"num_steps": 2, "guidance": 2.0, "frame_rate": 12}
+    plan = model.plan("a boat", **fields, **foreign)
+    assert plan.parameters.num_inference_steps == 2
+    assert plan.parameters.guidance_scale == 2.0
+    assert plan.parameters.fps == 12
+    with pytest.raises(InvalidRequest, match="given as seed=N"):
+        model.plan("a boat", generator=torch.Generator())  # type: ignore[call-arg]
+
+
+def test_a_picture_as_each_library_has_it(model: Cosmos3, tmp_path: Path) -> None:
+    levels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
+    Image.fromarray(levels).save(tmp_path / "first.png")
+    tensor = torch.from_numpy(levels)
+    sources: list[Any] = [
+        tmp_path / "first.png",
+        Image.fromarray(levels),
+        levels / 255,
+        (levels / 255).astype(np.float32),
+        tensor,
+        tensor.permute(2, 0, 1),
+        tensor.permute(2, 0, 1).float() / 255,
+    ]
+    with file_server(tmp_path) as url:
+        sources.append(f"{url}/first.png")
+        plans = [model.plan("a boat", image=source, **SMALL) for source in sources]
+    for plan in plans:
+        assert (plan.chunks[0][0].source == levels).all()
+    with pytest.raises(InvalidRequest, match="image is 'floats from -1 to 1', must be floats"):
+        model.plan("a boat", image=tensor.float() / 127.5 - 1, **SMALL)
+
+
+def test_bars_are_shown_when_asked_for(
+    tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Cosmos3.from_pretrained(
+        tiny_checkpoint, device="cpu", torch_dtype=torch.bfloat16, progress=True
+    ) as model:
+        model.generate("a boat", **SMALL)
+        lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+        last = {line.split()[0]: line for line in lines if line.strip()}
+        assert list(last) == ["load", "encode", "denoise", "decode"]
+        assert all("100%" in line for line in last.values())
+        model.generate("a boat", **SMALL, progress=False)
+        assert capsys.readouterr().err == ""
+        model.generate(["a boat"], **SMALL)
+        assert "requests100%" in capsys.readouterr().err.replace(" ", "")
 
 
 def test_progress(model: Cosmos3) -> None:

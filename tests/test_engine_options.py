@@ -34,7 +34,9 @@ def test_cosmos3_takes_the_documented_arguments() -> None:
         "und_residency": "auto",
         "enable_layerwise_offload": False,
         "memory_limit": None,
+        "gpu_memory_utilization": None,
         "checkpoint_kind": None,
+        "progress": None,
     }
     assert found["model"].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
     assert found["dtype"].kind is inspect.Parameter.KEYWORD_ONLY
@@ -52,6 +54,8 @@ def test_cosmos3_takes_the_documented_arguments() -> None:
         ({"cfg_parallel_size": 3}, "cfg_parallel_size is 3, must be an integer from 1 to 2"),
         ({"memory_limit": 0}, "memory_limit is 0, must be a number above 0"),
         ({"memory_limit": float("nan")}, "memory_limit is nan, must be a number above 0"),
+        ({"gpu_memory_utilization": 1.5}, "must be a number above 0 up to 1"),
+        ({"gpu_memory_utilization": 0.5, "memory_limit": 8}, "left out, as memory_limit is given"),
         ({"enable_layerwise_offload": 1}, "enable_layerwise_offload is 1, must be true or false"),
         (
             {"distributed_executor_backend": "slurm"},
@@ -75,6 +79,16 @@ def test_flags_give_what_python_takes() -> None:
         "ulysses_degree": 4,
         "memory_limit": 20.5,
         "enable_layerwise_offload": True,
+    }
+
+
+def test_a_fraction_of_a_device_is_a_limit() -> None:
+    config = EngineConfig(model=Path("/"), device="cuda", gpu_memory_utilization=0.5)
+    assert config.limited(80 * 2**30).memory_limit == 40
+    with pytest.raises(InvalidRequest, match="left out on a CPU"):
+        config.limited(None)
+    assert from_mapping({"generator_gpu_memory_utilization": 0.4}).engine == {
+        "gpu_memory_utilization": 0.4
     }
 
 

@@ -13,10 +13,10 @@ PACKAGE = Path(__file__).parents[1] / "vllm_cosmos3"
 # A row a room, from the bottom up. A name is a folder with all that is in it, or one module; the longest
 # name that fits counts. Within a row imports may go both ways, but never in a circle.
 LAYERS = [
-    {"version", "errors", "progress", "closing", "compat", "media_budget"},
+    {"version", "errors", "progress", "bars", "closing", "compat", "media_budget"},
     {"media", "fetching", "poses", "checkpoint"},
     {"request", "engine_options", "parallel", "robots"},
-    {"batch", "generator.output", "generator.sampling"},
+    {"batch", "generator.formats", "generator.output", "generator.sampling"},
     {"generator.models", "reasoner"},
     {"generator.memory"},
     {"generator", "plugin"},

@@ -266,8 +266,14 @@ def test_animation_gives_its_first_picture() -> None:
 def test_arrays_and_pillow_images_pass() -> None:
     assert np.array_equal(media.read_image(PICTURE), PICTURE)
     assert np.array_equal(media.read_image(Image.fromarray(PICTURE)), PICTURE)
-    with pytest.raises(InvalidRequest, match=r"frame is 'float32 \[6, 10, 3\]'"):
+    assert np.array_equal(media.read_image(PICTURE.astype(np.float32) / 255), PICTURE)
+    assert np.array_equal(media.read_image(PICTURE.transpose(2, 0, 1)), PICTURE)
+    with pytest.raises(
+        InvalidRequest, match=r"frame is .floats from 0 to .*must be floats from 0 to 1"
+    ):
         media.read_image(PICTURE.astype(np.float32), field="frame")
+    with pytest.raises(InvalidRequest, match=r"frame is 'int64 \[6, 10, 3\]'"):
+        media.read_image(PICTURE.astype(np.int64), field="frame")
 
 
 def png_header(width: int, height: int) -> bytes:

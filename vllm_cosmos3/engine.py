@@ -11,40 +11,65 @@ import asyncio
 import inspect
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, overload
+from tempfile import TemporaryDirectory
+from typing import Any, Concatenate, ParamSpec, Unpack, overload
 
 import torch
 
+from vllm_cosmos3 import bars
+from vllm_cosmos3.batch.downloads import Downloads, is_url
 from vllm_cosmos3.checkpoint.config import read_config
 from vllm_cosmos3.checkpoint.hub import resolve
 from vllm_cosmos3.closing import Closing
-from vllm_cosmos3.engine_options import OPTIONS, EngineOptions
+from vllm_cosmos3.engine_options import DEFAULTS, OPTIONS, EngineOptions
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
+from vllm_cosmos3.generator.models.components import loaded_values
 from vllm_cosmos3.generator.output import Output, Progress, Report, Sample
 from vllm_cosmos3.media import Clip
 from vllm_cosmos3.parallel.attention import check_backend
+from vllm_cosmos3.request.controls import CONTROLS
+from vllm_cosmos3.request.fields import with_arguments
+from vllm_cosmos3.request.foreign_names import own_names
+from vllm_cosmos3.request.keywords import Keywords
 from vllm_cosmos3.request.plan import Plan
 from vllm_cosmos3.request.planner import make_plan
 from vllm_cosmos3.request.prompts import load_tokenizer
-from vllm_cosmos3.request.request import GenerateRequest, from_fields
+from vllm_cosmos3.request.request import FIELD_DEFAULTS, SPECS, GenerateRequest, from_fields
 from vllm_cosmos3.stage.runners import Runner, make_runner
 
 __all__ = ["Cosmos3", "Output", "Progress", "Sample"]
 
-Request = GenerateRequest | Mapping[str, Any]
+Request = GenerateRequest | Mapping[str, Any] | str  # a string is a prompt
+Shown = Report | bool | None  # what is done with the progress: told, shown or not, shown if seen
+# Fields that name files, which may be URLs.
+FILES = ("image", "video", *CONTROLS, "action_path", "action_stats_path")
 P = ParamSpec("P")
 
 
+@dataclass(frozen=True, slots=True)
+class _Options(EngineOptions):
+    """`EngineOptions`, and what Python alone takes."""
+
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dtype, torch.dtype):
+            object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
+        super(_Options, self).__post_init__()
+
+
 def _takes(
-    options: Callable[P, EngineOptions],
-) -> Callable[[Callable[[Cosmos3, EngineOptions], None]], Callable[Concatenate[Cosmos3, P], None]]:
+    options: Callable[P, _Options],
+) -> Callable[[Callable[[Cosmos3, _Options], None]], Callable[Concatenate[Cosmos3, P], None]]:
     """Make an ``__init__`` that takes the arguments of the options of one that takes the options."""
 
     def decorated(
-        init: Callable[[Cosmos3, EngineOptions], None],
+        init: Callable[[Cosmos3, _Options], None],
     ) -> Callable[Concatenate[Cosmos3, P], None]:
         def load(self: Cosmos3, /, *args: P.args, **arguments: P.kwargs) -> None:
             init(self, options(*args, **arguments))
@@ -53,12 +78,8 @@ def _takes(
         self_first = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]
         signature = signature.replace(parameters=[*self_first, *signature.parameters.values()])
         load.__signature__ = signature  # type: ignore[attr-defined]
-        lines = [f"    {name}: {option.spec.help}." for name, option in OPTIONS.items()]
-        model = (
-            "    model: a checkpoint folder in the published layout, a Hugging Face repository, or a"
-            " short name such as demo."
-        )
-        load.__doc__ = "\n".join(["Load a checkpoint.\n", "Args:", model, *lines])
+        specs = {name: option.spec for name, option in OPTIONS.items()}
+        load.__doc__ = with_arguments(init.__doc__, specs, DEFAULTS)
         return load
 
     return decorated
@@ -77,76 +98,103 @@ class Cosmos3(Closing):
         InvalidRequest: an option has a value that cannot be served here.
     """
 
-    @_takes(EngineOptions)
-    def __init__(self, options: EngineOptions) -> None:
+    @_takes(_Options)
+    def __init__(self, options: _Options) -> None:
+        """Load a checkpoint.
+
+        ``model`` is a folder in the published layout, a Hugging Face repository, or a short name
+        such as demo. ``progress`` is
+        whether bars show how far loading and requests are; by default they do on a terminal and in
+        a notebook.
+        """
         start = time.perf_counter()
         check_backend(options.attention_backend)
         self.device = _device(options.device)
         config = options.on(resolve(options.model, options.revision), str(self.device))
+        config = config.limited(_memory_of(self.device))
         self._model = read_config(config.model, config.checkpoint_kind)
         self._tokenizer = load_tokenizer(config.model)
-        self._runner: Runner | None = make_runner(config)
+        self._shows = bars.are_seen() if options.progress is None else options.progress
+        loading = bars.loading_bar(loaded_values(self._model)) if self._shows else _silent()
+        with loading as loaded:
+            self._runner: Runner | None = make_runner(config, loaded)
         self._lock = threading.Lock()  # one request at a time, also from several threads
         self.load_seconds = time.perf_counter() - start
 
-    @overload
-    def generate(
-        self, requests: Sequence[Request], *, progress: Report | None = None
-    ) -> list[Output]: ...
+    @classmethod
+    def from_pretrained(cls, model: str | Path, **options: Any) -> Cosmos3:
+        """`Cosmos3` by the name of other libraries; ``torch_dtype`` is ``dtype``."""
+        if "torch_dtype" in options:
+            options["dtype"] = options.pop("torch_dtype")
+        return cls(model, **options)
 
     @overload
-    def generate(
+    def generate(  # type: ignore[overload-overlap] # a string is a sequence of strings, too
         self,
-        requests: Request | str | None = None,
+        requests: Request | None = None,
         *,
-        progress: Report | None = None,
+        progress: Shown = None,
         clip: Clip | None = None,
-        **fields: Any,
+        **fields: Unpack[Keywords],
     ) -> Output: ...
 
+    @overload
+    def generate(
+        self, requests: Sequence[Request], *, progress: Shown = None, **fields: Unpack[Keywords]
+    ) -> list[Output]: ...
+
     def generate(
         self,
-        requests: Request | str | Sequence[Request] | None = None,
+        requests: Request | Sequence[Request] | None = None,
         *,
-        progress: Report | None = None,
+        progress: Shown = None,
         clip: Clip | None = None,
         **fields: Any,
     ) -> Output | list[Output]:
-        """Run one request, given by its fields, or a list of requests.
+        """Run one request, given by its fields, or several.
 
-        ``requests`` is a `GenerateRequest`, a mapping of its fields, a prompt, or a list of the
-        first two. All of a list are checked before the first one runs. ``progress`` is called
-        after every step; what it raises ends the request. The video of a single request is written
-        to ``clip`` while it is decoded; `Output.save` to the same path then has nothing to do, as
-        long as the file is there.
+        ``requests`` is a prompt, a mapping of fields or a `GenerateRequest`, or a list of those,
+        which gives a list of outputs; so does a list of prompts as ``prompt``. Fields given by name
+        hold for all of a list, instead of its own, and all are checked before the first one runs.
+        Pictures and clips are files, URLs, bytes, pictures of Pillow, arrays or tensors.
+
+        Bars show the progress on a terminal and in a notebook, unless ``progress`` is False. It may
+        be a function, which is called after every step; what it raises ends the request. The video
+        of a single request is written to ``clip`` while it is decoded; `Output.save` to the same
+        path then has nothing to do, as long as the file is there.
+
+        Names of diffusers, vLLM-Omni and the Cosmos Framework are taken for ours where they mean
+        the same, such as ``num_steps`` and ``num_videos_per_prompt``.
 
         Raises:
             InvalidRequest: a field has a value that cannot be served.
         """
-        return self._generate(requests, fields, progress or _ignore, threading.Event(), clip)
+        return self._generate(requests, fields, progress, threading.Event(), clip)
+
+    __call__ = generate  # as pipelines of diffusers are called
 
     async def agenerate(
         self,
-        requests: Request | str | Sequence[Request] | None = None,
+        requests: Request | Sequence[Request] | None = None,
         *,
-        progress: Report | None = None,
-        **fields: Any,
+        progress: Shown = None,
+        **fields: Unpack[Keywords],
     ) -> Output | list[Output]:
         """`generate` without blocking the event loop; cancelling it stops at the next step.
 
         ``progress`` is called in another thread.
         """
         cancelled = threading.Event()
-        work = asyncio.to_thread(self._generate, requests, fields, progress or _ignore, cancelled)
+        work = asyncio.to_thread(self._generate, requests, fields, progress, cancelled)
         try:
             return await work
         finally:
             cancelled.set()
 
-    def plan(self, requests: Request | str | None = None, /, **fields: Any) -> Plan:
+    def plan(self, requests: Request | None = None, /, **fields: Unpack[Keywords]) -> Plan:
         """What a request comes to, without running it: checks it whole."""
         self._open()
-        return make_plan(_request(requests, fields), self._model, self._tokenizer)
+        return self._planned(_Asked(requests, fields))
 
     def close(self) -> None:
         """Free the models and their memory, and end their processes. Waits for a running request."""
@@ -162,27 +210,48 @@ class Cosmos3(Closing):
 
     def _generate(
         self,
-        requests: Request | str | Sequence[Request] | None,
+        requests: Request | Sequence[Request] | None,
         fields: Mapping[str, Any],
-        report: Report,
+        progress: Shown,
         cancelled: threading.Event,
         clip: Clip | None = None,
     ) -> Output | list[Output]:
+        prompts = fields.get("prompt")
+        if requests is None and isinstance(prompts, list | tuple):
+            requests = [{"prompt": prompt} for prompt in prompts]
+            fields = {name: value for name, value in fields.items() if name != "prompt"}
         several = isinstance(requests, Sequence) and not isinstance(requests, str)
-        if several and fields:
-            name = next(iter(fields))
-            raise InvalidRequest(name, fields[name], "part of each request, as a list was given")
         if several and clip is not None:
             raise InvalidRequest("clip", str(clip.path), "for a single request")
         if clip is not None:  # another process writes it, in a working directory of its own
             clip = replace(clip, path=Path(clip.path).resolve())
-        given = list(requests) if several else [_request(requests, fields)]  # type: ignore[arg-type]
+        given = requests if several else [requests]
+        asked = [_Asked(one, fields) for one in given]  # type: ignore[union-attr, arg-type]
         with self._lock:
             runner = self._open()
             with runner.raising_together("the request"):
-                plans = [self.plan(_request(item, {})) for item in given]
-            outputs = [self._run(runner, plan, report, cancelled, clip) for plan in plans]
+                plans = [self._planned(one) for one in asked]
+            outputs = []
+            for reporting, plan in zip(
+                self._reports(progress, plans, several=several), plans, strict=False
+            ):
+                with reporting as report:
+                    outputs.append(self._run(runner, plan, report, cancelled, clip))
         return outputs if several else outputs[0]
+
+    def _planned(self, asked: _Asked) -> Plan:
+        with asked.request() as request:
+            return make_plan(request, self._model, self._tokenizer)
+
+    def _reports(
+        self, progress: Shown, plans: Sequence[Plan], *, several: bool
+    ) -> Iterator[AbstractContextManager[Report]]:
+        """What is told the progress of each request."""
+        if callable(progress):
+            return repeat(nullcontext(progress))
+        if not (self._shows if progress is None else progress):
+            return repeat(nullcontext(_ignore))
+        return bars.each_of(len(plans)) if several else iter([bars.request_bars()])
 
     def _run(
         self,
@@ -199,12 +268,30 @@ class Cosmos3(Closing):
         return replace(output, timings=timings)
 
 
-def _request(given: Request | str | None, fields: Mapping[str, Any]) -> GenerateRequest:
-    if isinstance(given, GenerateRequest):
-        return replace(given, **fields) if fields else given
-    if isinstance(given, str):
-        return from_fields({"prompt": given, **fields})
-    return from_fields({**(given or {}), **fields})
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A request as it was given, and the fields that were given by name."""
+
+    given: Request | None
+    fields: Mapping[str, Any]
+
+    @contextmanager
+    def request(self) -> Iterator[GenerateRequest]:
+        """The request; files behind its URLs are there within the block."""
+        fields = own_names(self.fields)
+        with TemporaryDirectory(prefix="cosmos3-input-") as folder:
+            downloads = Downloads(Path(folder))
+            if isinstance(self.given, GenerateRequest):
+                urls = {name: getattr(self.given, name) for name in FILES}
+                fields = {**{name: x for name, x in urls.items() if is_url(x)}, **fields}
+            else:
+                given = {"prompt": self.given} if isinstance(self.given, str) else self.given
+                fields = {**own_names(given or {}), **fields}
+            media = {name: downloads.local(name, fields[name]) for name in FILES if name in fields}
+            if isinstance(self.given, GenerateRequest):
+                yield replace(self.given, **{**fields, **media}) if fields else self.given
+            else:
+                yield from_fields({**fields, **media})
 
 
 def _device(name: str | None) -> torch.device:
@@ -222,5 +309,20 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
+def _memory_of(device: torch.device) -> int | None:
+    """Bytes of a device; None where nobody counts."""
+    from vllm.platforms import current_platform
+
+    return None if device.type == "cpu" else int(current_platform.get_device_total_memory())
+
+
 def _ignore(_: Progress) -> None:
     return None
+
+
+def _silent() -> AbstractContextManager[Callable[[int], None]]:
+    return nullcontext(lambda _: None)
+
+
+for _method in (Cosmos3.generate, Cosmos3.agenerate):
+    _method.__doc__ = with_arguments(_method.__doc__, SPECS, FIELD_DEFAULTS)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_cosmos3.checkpoint.kinds import KINDS
+from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.request.fields import Spec
 
 
@@ -89,12 +90,12 @@ class EngineOptions:
         server="generator_dtype",
         kind="choice",
         choices=("bfloat16", "float16", "float32"),
-        help="of weights and activations; the solver's state is always float32",
+        help="dtype of weights and activations",
     )
     device: str | None = _option(
         server=None,
         kind="text",
-        help="such as cuda, cuda:1 or cpu; default: what vLLM is built for",
+        help="device, e.g. cuda, cuda:1 or cpu (default: that of vLLM)",
     )
     tensor_parallel_size: int = _option(
         1,
@@ -103,7 +104,7 @@ class EngineOptions:
         kind="int",
         low=1,
         high=64,
-        help="ranks that share each layer; divides the key-value heads",
+        help="tensor-parallel ranks",
     )
     cfg_parallel_size: int = _option(
         1,
@@ -111,24 +112,24 @@ class EngineOptions:
         kind="int",
         low=1,
         high=2,
-        help="2: the two branches of guidance side by side",
+        help="CFG-parallel ranks; 2: both guidance branches in parallel",
     )
     ulysses_degree: int = _option(
-        1, kind="int", low=1, high=64, help="ranks that share the sequence of tokens"
+        1, kind="int", low=1, high=64, help="Ulysses sequence-parallel ranks"
     )
     vae_parallel: str = _option(
         "halo",
         kind="choice",
         choices=("halo", "tile", "off"),
-        help="how ranks share the VAE; tile takes less memory and is not exact",
+        help="how ranks share the VAE; tile needs less memory but is not exact",
     )
     distributed_executor_backend: str | None = _option(
         server="generator_executor_backend",
-        served={"choices": ("mp", "ray", "uni"), "help": "who starts the ranks; default: mp"},
+        served={"choices": ("mp", "ray", "uni"), "help": "how ranks are started (default: mp)"},
         kind="choice",
         choices=("mp", "ray", "uni", "external_launcher"),
-        help="who starts the ranks: ray for several hosts, external_launcher under torchrun, where "
-        "only rank 0 gets results; default: mp for several ranks",
+        help="how ranks are started: ray for several hosts, external_launcher under torchrun, where "
+        "only rank 0 gets results (default: mp for several ranks)",
     )
     attention_backend: str = _option("auto", kind="text", help="attention kernel")
     load_format: str = _option(
@@ -136,37 +137,51 @@ class EngineOptions:
         server="generator_load_format",
         kind="choice",
         choices=("auto", "dummy"),
-        help="dummy: random weights, where only the time matters",
+        help="dummy: random weights, to measure speed only",
     )
     und_residency: str = _option(
         "auto",
         kind="choice",
         choices=("auto", "gpu", "host"),
-        help="where the text tower rests: gpu, host (it visits the device to read the texts of a "
-        "request), or auto: the host only if a default video would not fit otherwise",
+        help="text tower on the gpu, or offloaded to the host and copied to the GPU layer by layer while a "
+        "prompt is encoded; auto: host only if needed",
     )
     enable_layerwise_offload: bool = _option(
         False,  # noqa: FBT003 - a default
         kind="bool",
-        help="generation layers rest on the host and visit the device at every step, each while the "
-        "one before it computes",
+        help="keep generation layers in CPU memory and copy each to the GPU at every step while the "
+        "previous one computes",
     )
     memory_limit: float | None = _option(
-        served={"above": False, "help": "that each rank may use; 0, the default: what is free"},
+        served={"above": False, "help": "GPU memory limit per rank; 0: all free memory"},
         kind="float",
         low=0,
         above=True,
         high=1e4,
         unit="GiB",
-        help="that each rank may use of its device; default: what is free",
+        help="GPU memory limit per rank (default: all free memory)",
+    )
+    gpu_memory_utilization: float | None = _option(
+        server="generator_gpu_memory_utilization",
+        served={"above": False},
+        kind="float",
+        low=0,
+        above=True,
+        high=1,
+        help="fraction of GPU memory to use; alternative to memory_limit",
     )
     checkpoint_kind: str | None = _option(
-        kind="text", help=f"{', '.join(KINDS)}; default: what the files say"
+        kind="text",
+        help=f"kind of checkpoint: {', '.join(KINDS)} (default: detected from its files)",
     )
 
     def __post_init__(self) -> None:
         if self.device is not None:
             object.__setattr__(self, "device", str(self.device))  # of torch, too
+        if self.gpu_memory_utilization is not None and self.memory_limit is not None:
+            possible = "left out, as memory_limit is given"
+            value = self.gpu_memory_utilization
+            raise InvalidRequest("gpu_memory_utilization", value, possible, "conflict")
         for name, option in OPTIONS.items():
             value = getattr(self, name)
             if value is not None or DEFAULTS[name] is not None:
@@ -179,7 +194,8 @@ class EngineOptions:
 
     def on(self, folder: Path, device: str) -> EngineConfig:
         """The same with the folder and the device that were found for them."""
-        return EngineConfig(**{**dataclasses.asdict(self), "model": folder, "device": device})
+        options = {name: getattr(self, name) for name in OPTIONS}
+        return EngineConfig(**{**options, "model": folder, "device": device})
 
 
 OPTIONS: dict[str, Option] = {
@@ -198,3 +214,18 @@ class EngineConfig(EngineOptions):
 
     model: Path
     device: str = "cpu"
+
+    def limited(self, device_bytes: int | None) -> EngineConfig:
+        """The same with a fraction of the memory of a device as a limit. None: nobody counts it.
+
+        Raises:
+            InvalidRequest: there is a fraction, and nobody counts.
+        """
+        fraction = self.gpu_memory_utilization
+        if fraction is None:
+            return self
+        if device_bytes is None:
+            possible = "left out on a CPU, or memory_limit given"
+            raise InvalidRequest("gpu_memory_utilization", fraction, possible, "conflict")
+        gib = fraction * device_bytes / 2**30
+        return dataclasses.replace(self, gpu_memory_utilization=None, memory_limit=gib)

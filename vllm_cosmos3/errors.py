@@ -31,7 +31,8 @@ class InvalidRequest(Cosmos3Error, ValueError):
     ``field`` is the public name, ``value`` what was given (None reads as missing), ``possible``
     what would be accepted, as the end of the sentence "... must be". ``code`` says what kind of
     mistake it is: ``invalid_value``, ``invalid_type``, ``missing_required``, ``conflict``,
-    ``too_large``, ``unsupported_by_model``, ...
+    ``too_large``, ``unsupported_by_model``, ... With ``unknown_parameter`` the field itself is the
+    mistake, and ``possible`` a hint, if there is one.
     """
 
     def __init__(
@@ -39,7 +40,11 @@ class InvalidRequest(Cosmos3Error, ValueError):
     ) -> None:
         self.field, self.value, self.possible, self.code = field, value, possible, code
         shown = "missing" if value is None else brief(value)
-        super().__init__(f"{field} is {shown}, must be {possible}")
+        message = f"{field} is {shown}, must be {possible}"
+        if code == "unknown_parameter":  # there is nothing wrong with the value
+            place, colon, name = field.rpartition(": ")
+            message = f"{place}{colon}unknown field {name}{f'; {possible}' if possible else ''}"
+        super().__init__(message)
 
     def __reduce__(self) -> tuple[type[InvalidRequest], tuple[str, object, str, str]]:
         return type(self), (self.field, self.value, self.possible, self.code)

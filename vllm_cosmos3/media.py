@@ -1,7 +1,7 @@
 """Pictures and clips in and out: what users send becomes uint8 RGB arrays, and those become files.
 
-Out: MP4 with H.264 and AAC, PNG, JPEG, WebP, under a temporary name until they are whole. In:
-everything that Pillow and FFmpeg read from the formats listed below, upright, without transparency,
+Out: MP4 with H.264 and AAC, WebM with VP9 and Opus, PNG, JPEG, WebP, under a temporary name until
+they are whole. In: everything that Pillow and FFmpeg read from the formats listed below, upright, without transparency,
 with a limit on its size; anything else is an InvalidRequest of the field it came from. Whoever reads
 reserves the decoded bytes of a `Lease` first. Nothing here knows of tensors or models, and no file
 is ever opened by name from inside another file.
@@ -19,7 +19,7 @@ import struct
 import uuid
 import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Literal
+from typing import IO, Any, Literal, Protocol, cast
 
 import av
 import numpy as np
@@ -39,9 +39,20 @@ from vllm_cosmos3.compat import any_titles
 from vllm_cosmos3.errors import InvalidRequest, Unsupported
 from vllm_cosmos3.media_budget import Lease, media_budget
 
+
+class Tensor(Protocol):
+    """A tensor of torch, which is not imported here."""
+
+    def detach(self) -> Any: ...
+    def __len__(self) -> int: ...
+
+
 Pixels = NDArray[np.uint8]  # [H, W, 3] or [T, H, W, 3]
-ImageSource = str | Path | bytes | Image.Image | Pixels
-VideoSource = str | Path | bytes | Pixels | Sequence[ImageSource]
+# Arrays and tensors are uint8, or floats from 0 to 1, with their three channels last or before H, W.
+Levels = NDArray[np.uint8] | NDArray[np.floating[Any]] | Tensor
+Encoded = str | Path | bytes | Image.Image
+ImageSource = Encoded | Levels
+VideoSource = str | Path | bytes | Levels | Sequence[ImageSource]
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
 # FFmpeg's names. A list, since some of its formats (playlists) open further files and URLs.
@@ -109,7 +120,7 @@ def _moves(image: Image.Image) -> bool:
 
 
 def read_image(source: ImageSource, *, field: str = "image") -> Pixels:
-    """One picture, uint8 [H, W, 3]: a path, encoded bytes, a Pillow image or a uint8 array.
+    """One picture, uint8 [H, W, 3]: a path, encoded bytes, a Pillow image, an array or a tensor.
 
     Upright by its EXIF orientation, transparency laid over white, 16 bits rounded to 8, the first
     picture of an animation. InvalidRequest of ``field`` if it is damaged, too large or too thin.
@@ -148,7 +159,7 @@ def frames_of(
 ) -> Iterator[Pixels]:
     """The first or last ``limit`` frames of a clip one after the other, uint8 [H, W, 3].
 
-    ``source`` is a path, encoded bytes, a uint8 array or a sequence of pictures. The stored frames,
+    ``source`` is a path, encoded bytes, an array, a tensor or a sequence of pictures. The stored frames,
     whatever their timing, upright by the display matrix; they may differ in size. What a frame takes
     while it is decoded and resized is reserved of ``lease`` until the next one is asked for.
 
@@ -177,16 +188,16 @@ def _length(source: VideoSource, field: str, lease: Lease) -> int:
 
 def _each(source: VideoSource, field: str, lease: Lease, skipped: int) -> Iterator[Pixels]:
     """The frames of a clip after the first ``skipped``."""
-    if isinstance(source, np.ndarray):
-        yield from _checked_array(source, 4, field)[skipped:]
-    elif isinstance(source, str | Path | bytes):
+    if isinstance(source, str | Path | bytes):
         with _decoding(source, field, A_VIDEO), _stored_frames(source, field, lease) as frames:
             matrix = None
             for frame in islice(frames, skipped, None):
                 matrix = matrix or _display_matrix(frame)
                 yield _upright(frame, matrix)
+    elif (array := _as_array(source)) is not None:
+        yield from map(_as_uint8, _checked_array(array, 4, field)[skipped:])
     else:
-        for image in source[skipped:]:
+        for image in cast("Sequence[ImageSource]", source)[skipped:]:
             with _picture(image, field, lease) as pixels:
                 yield pixels
 
@@ -269,12 +280,33 @@ class Clip:
     crf: int = 18
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Container:
+    """A kind of file, the encoders of its two tracks, and what the first of them is told."""
+
+    format: str
+    video: str
+    audio: str
+    options: Mapping[str, str]
+    muxer: Mapping[str, str]
+
+
+MP4 = Container(
+    format="mp4", video="libx264", audio="aac", options={}, muxer={"movflags": "+faststart"}
+)
+# No bit rate: the quality alone counts. Slower settings gain little at these sizes.
+WEBM = Container(
+    format="webm", video="libvpx-vp9", audio="libopus",
+    options={"b": "0", "row-mt": "1", "cpu-used": "4"}, muxer={},
+)  # fmt: skip
+
+
 class VideoWriter:
-    """An MP4 that grows while its frames are still being made.
+    """An MP4, or a WebM by its name, that grows while its frames are still being made.
 
     ``with VideoWriter(path, fps=24) as video: video.write(frames)``. Encoding happens on a thread,
-    so that `write` returns at once until a few chunks wait. H.264 in yuv420p with BT.709 colours,
-    AAC at 256 kbit/s. The file has a temporary name beside ``path`` until it is whole; leaving with
+    so that `write` returns at once until a few chunks wait. H.264 or VP9 in yuv420p with BT.709
+    colours, AAC or Opus at 256 kbit/s. The file has a temporary name beside ``path`` until it is whole; leaving with
     an exception deletes it, and what was there before stays.
     """
 
@@ -290,26 +322,28 @@ class VideoWriter:
     ) -> None:
         """``sound`` [2, N] in [-1, 1] is needed from the beginning, since an MP4 is interleaved.
 
-        ``crf`` is the quality of x264, 0 (lossless) to 51; ``fps`` may be fractional. ``b_frames``
-        are for clips that are joined to one that has them: with them x264 makes other files of
-        equal frames at times.
+        ``crf`` is the quality of the encoder, 0 (lossless in H.264) to 51; ``fps`` may be
+        fractional. ``b_frames`` are for clips that are joined to one that has them: with them x264
+        makes other files of equal frames at times.
         """
         self._fps = frame_rate(fps)
-        self._options = {"crf": str(crf), **({} if b_frames else {"bf": "0"})}
+        self._kind = WEBM if Path(path).suffix.lower() == ".webm" else MP4
+        plain = {} if b_frames or self._kind is WEBM else {"bf": "0"}
+        self._options = {"crf": str(crf), **plain, **self._kind.options}
         self._sound, self._sample_rate = sound, sample_rate
         self._frames = 0
         self._pending: deque[Future[None]] = deque()
         try:
-            av.Codec("libx264", "w")
+            av.Codec(self._kind.video, "w")
         except av.codec.codec.UnknownCodecError:
             raise Unsupported(
-                "this PyAV was built without libx264 and cannot write H.264"
+                f"this PyAV was built without {self._kind.video} and cannot write {self._kind.format}"
             ) from None
         with ExitStack() as stack:
             part = stack.enter_context(replacing(path))
-            self._container = _new_mp4(part)
+            self._container = _new_file(part, self._kind)
             self._file = stack.pop_all()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mp4")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -363,7 +397,7 @@ class VideoWriter:
 
     def _start(self, height: int, width: int) -> None:
         """Declare both streams, then hand over all sound: the muxer puts it between the frames."""
-        self._video = self._container.add_stream("libx264", rate=self._fps)
+        self._video = self._container.add_stream(self._kind.video, rate=self._fps)
         self._video.height, self._video.width, self._video.pix_fmt = height, width, "yuv420p"
         self._video.options = self._options
         coder = self._video.codec_context
@@ -371,7 +405,9 @@ class VideoWriter:
         coder.color_range = 1  # 16 to 235
         if self._sound is None:
             return
-        audio = self._container.add_stream("aac", rate=self._sample_rate, layout="stereo")
+        audio = self._container.add_stream(
+            self._kind.audio, rate=self._sample_rate, layout="stereo"
+        )
         audio.bit_rate = 256_000
         samples = np.ascontiguousarray(self._sound, np.float32)
         # One frame from time zero: the delay of the encoder goes into the edit list.
@@ -417,7 +453,7 @@ def join_videos(first: str | Path, second: str | Path, path: str | Path, *, fps:
         replacing(path) as part,
         av.open(f"file:{first}") as before,
         av.open(f"file:{second}") as after,
-        _new_mp4(part) as joined,
+        _new_file(part, MP4) as joined,
     ):
         start, rest = before.streams.video[0], after.streams.video[0]
         if start.codec_context.extradata != rest.codec_context.extradata:
@@ -462,9 +498,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def _new_mp4(path: Path) -> av.container.OutputContainer:
-    """An empty MP4. FFmpeg would take a name with a colon for a URL."""
-    return av.open(f"file:{path}", "w", format="mp4", options={"movflags": "+faststart"})
+def _new_file(path: Path, kind: Container) -> av.container.OutputContainer:
+    """An empty file. FFmpeg would take a name with a colon for a URL."""
+    return av.open(f"file:{path}", "w", format=kind.format, options=dict(kind.muxer))
 
 
 def frame_rate(fps: float) -> Fraction:
@@ -509,11 +545,11 @@ def thumbnail(image: Pixels, *, side: int = 320) -> bytes:
 @contextmanager
 def _picture(source: ImageSource, field: str, lease: Lease) -> Iterator[Pixels]:
     """One picture, whose bytes stay reserved for as long as it is looked at."""
-    if isinstance(source, np.ndarray):
-        yield _checked_array(source, 3, field)
+    if (array := _as_array(source)) is not None:
+        yield _as_uint8(_checked_array(array, 3, field))
         return
     with ExitStack() as reserved:
-        with _decoding(source, field, AN_IMAGE), _image(source) as image:
+        with _decoding(source, field, AN_IMAGE), _image(cast("Encoded", source)) as image:
             _check_size(image.width, image.height, field)
             size = image.width * image.height * PICTURE_BYTES
             reserved.enter_context(lease.during(size, field))
@@ -522,7 +558,7 @@ def _picture(source: ImageSource, field: str, lease: Lease) -> Iterator[Pixels]:
 
 
 @contextmanager
-def _image(source: str | Path | bytes | Image.Image) -> Iterator[Image.Image]:
+def _image(source: Encoded) -> Iterator[Image.Image]:
     if isinstance(source, Image.Image):
         yield source
         return
@@ -674,13 +710,38 @@ def _check_size(width: int, height: int, field: str) -> None:
         )
 
 
-def _checked_array(array: Pixels, dims: int, field: str) -> Pixels:
-    if array.dtype != np.uint8 or array.ndim != dims or array.shape[-1] != 3 or not array.size:
+def _as_array(source: object) -> NDArray[Any] | None:
+    """An array, or a tensor as one on the host; None for anything else."""
+    if isinstance(source, np.ndarray):
+        return source
+    if not hasattr(source, "detach"):
+        return None
+    tensor = source.detach().cpu()
+    array: NDArray[Any] = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    return array
+
+
+def _checked_array(array: NDArray[Any], dims: int, field: str) -> NDArray[Any]:
+    """The array with its channels last; InvalidRequest if it holds no pictures."""
+    if array.ndim == dims and array.shape[-1] != 3 == array.shape[-3]:
+        array = np.moveaxis(array, -3, -1)
+    floats = np.issubdtype(array.dtype, np.floating)
+    levels = array.dtype == np.uint8 or floats
+    if not levels or array.ndim != dims or array.shape[-1] != 3 or not array.size:
         shape = "[T, H, W, 3]" if dims == 4 else "[H, W, 3]"
         given = f"{array.dtype} {list(array.shape)}"
-        raise InvalidRequest(field, given, f"a uint8 array {shape}")
+        possible = f"an array {shape}, uint8 or floats from 0 to 1"
+        raise InvalidRequest(field, given, possible, "invalid_type")
     _check_size(array.shape[-2], array.shape[-3], field)
+    if floats and not (array.min() >= 0 and array.max() <= 1):  # also of nan
+        given = f"floats from {array.min():g} to {array.max():g}"
+        raise InvalidRequest(field, given, "floats from 0 to 1, or uint8")
     return array
+
+
+def _as_uint8(frame: NDArray[Any]) -> Pixels:
+    """Levels of 0 to 255, to which floats from 0 to 1 are rounded."""
+    return frame if frame.dtype == np.uint8 else np.rint(frame * 255).astype(np.uint8)
 
 
 def _described(source: object) -> str:

@@ -130,7 +130,7 @@ def test_distilled_checkpoints_have_no_guidance_to_share(
 ) -> None:
     config = EngineConfig(model=folders[kind], cfg_parallel_size=2)
     with pytest.raises(InvalidRequest, match="a distilled checkpoint has no guidance"):
-        make_runner(config)
+        make_runner(config, print)
 
 
 @pytest.mark.parametrize("field", ["num_inference_steps", "guidance_scale"])

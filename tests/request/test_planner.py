@@ -193,7 +193,8 @@ def test_too_short_a_video(model: ModelConfig, tokenizer: prompts.Tokenizer) -> 
         ("image", np.zeros((4, 4), np.uint8)),
         ("video", b"not a video"),
         ("video", "/nowhere/a.mp4"),
-        ("video", np.zeros((5, 16, 16, 3), np.float32)),
+        ("video", np.zeros((5, 16, 16, 3), np.int64)),
+        ("video", np.full((5, 16, 16, 3), np.nan, np.float32)),
     ],
 )
 def test_unreadable_media(

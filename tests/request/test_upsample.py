@@ -229,5 +229,5 @@ def test_limits_in_the_help_are_whole_numbers(capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit):
         main(["upsample", "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "1 to 1000000 (default" in said
+    assert "(default: 20,000)" in said
     assert "e+0" not in said

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_cosmos3.batch.downloads import is_url
 from vllm_cosmos3.errors import InvalidRequest, did_you_mean
 from vllm_cosmos3.request import prompts
 from vllm_cosmos3.request.controls import CONTROLS
@@ -146,11 +147,6 @@ def make_record(entry: Entry, overrides: Mapping[str, Any]) -> Record:
     return _sorted(entry, mode, fields, names, warnings)
 
 
-def is_url(value: object) -> bool:
-    """Whether a value is a URL that has to be fetched."""
-    return isinstance(value, str) and value.lower().startswith(("http://", "https://"))
-
-
 def parse_json(text: str) -> Any:
     """The value of a JSON text, or what is wrong as a sentence: callers want objects."""
     try:
@@ -193,9 +189,9 @@ def _with_defaults(entry: Entry) -> tuple[dict[str, Any], list[str]]:
     given = {str(name): value for name, value in entry.values.items() if value is not None}
     for name, value in given.items():
         if name not in KNOWN:
-            hint = did_you_mean(name, KNOWN) or "there is no such field"
+            hint = did_you_mean(name, KNOWN)
             shown = name if name.isprintable() else repr(name)
-            raise InvalidRequest(shown, value, f"left out; {hint}", "unknown_parameter")
+            raise InvalidRequest(shown, value, hint, "unknown_parameter")
     if "defaults_file" not in given:
         return given, []
     defaults = parse_json(_text_of(entry, "defaults_file", given["defaults_file"]))

@@ -27,6 +27,23 @@ def count(values: int) -> None:
 
 
 @contextmanager
+def told(report: Callable[[int], None]) -> Iterator[None]:
+    """Tell ``report`` the sum of what `count` is told within the block, in this thread."""
+    total = 0
+
+    def tell(values: int) -> None:
+        nonlocal total
+        total += values
+        report(total)
+
+    token = _tell.set(tell)
+    try:
+        yield
+    finally:
+        _tell.reset(token)
+
+
+@contextmanager
 def counted(folder: Path, rank: int) -> Iterator[None]:
     """Leave what `count` is told within the block in ``folder``, for `slowest` to read.
 

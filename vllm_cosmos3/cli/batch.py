@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import sys
 import traceback
-import urllib.request
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -23,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vllm_cosmos3 import media
+from vllm_cosmos3.batch.downloads import Downloads, is_url
 from vllm_cosmos3.batch.files import read_batch
-from vllm_cosmos3.batch.records import REASONER, Record, Refused, is_url
+from vllm_cosmos3.batch.records import REASONER, Record, Refused
 from vllm_cosmos3.cli.results import generate, sample_folder, write
 from vllm_cosmos3.cli.run_options import RunOptions, open_generator, open_reasoner, planner
 from vllm_cosmos3.cli.terminal import quiet_libraries
@@ -40,7 +38,6 @@ if TYPE_CHECKING:
     from vllm_cosmos3.reasoner.offline import Answer, Reasoner
     from vllm_cosmos3.request.plan import Plan
 
-FETCH_SECONDS = 60.0  # without a byte until a URL is given up
 AT_ONCE = 64  # questions, whose pictures are in memory together
 ARGUMENTS, OUTPUTS, TEXT = "sample_args.json", "sample_outputs.json", "reasoner_text.txt"
 LAST = "last.png"  # the last frame of a video that another record continues
@@ -128,37 +125,6 @@ def _serve(samples: Sequence[BatchSample], options: RunOptions) -> int:
 
 
 # Before a weight is loaded.
-
-
-class Downloads:
-    """Files of URLs, each fetched once, in a folder that somebody else deletes."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._known: dict[str, Path] = {}
-
-    def local(self, field: str, value: Any) -> Any:
-        """A value with files instead of its URLs."""
-        if isinstance(value, Mapping):
-            return {name: self.local(f"{field}.{name}", item) for name, item in value.items()}
-        return self.file(field, value) if is_url(value) else value
-
-    def file(self, field: str, url: str) -> str:
-        """The file of ``url``; InvalidRequest of ``field`` if it cannot be had."""
-        if url not in self._known:
-            path = self._folder / f"{len(self._known)}{Path(url.split('?')[0]).suffix}"
-            try:
-                with (
-                    urllib.request.urlopen(url, timeout=FETCH_SECONDS) as answer,
-                    path.open("wb") as file,
-                ):
-                    shutil.copyfileobj(answer, file)
-            except (OSError, ValueError, HTTPException) as error:
-                reason = " ".join(str(getattr(error, "reason", error)).split())
-                possible = f"a URL that can be fetched ({reason})"
-                raise InvalidRequest(field, url, possible, "fetch_failed") from None
-            self._known[url] = path
-        return str(self._known[url])
 
 
 def _checked(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from vllm_cosmos3.engine import Cosmos3, Output, Sample
+
+PER_STEP = "per_step"  # the timing of one step, which is a part of denoise
 
 
 def sample_folder(out: Path, name: str) -> Path:
@@ -69,7 +71,7 @@ def generate(
     phases = dict(output.timings)
     del phases["model_load"]
     total = phases.pop("total") + seconds
-    return output, files, {**phases, "encode": seconds, "total": total}
+    return output, files, {**phases, "save": seconds, "total": total}
 
 
 def write(
@@ -112,13 +114,22 @@ def write(
     if options.timings_json:
         options.timings_json.write_text(json.dumps(dict(timings), indent=2) + "\n")
     for file, sample in zip(files, output.samples, strict=False):
-        print(f"{file}  {_described(output, sample)}")
+        print(f"{file}  {sample.described(output.fps, output.sample_rate)}")
     for file in files[len(output.samples) :]:
         print(f"{file}  actions")
-    print("\n".join(f"{name:>12} {seconds:10.3f} s" for name, seconds in timings.items()))
+    print("\n".join(_table(timings)))
     if output.reused_steps:
-        print(f"{'reused':>12} {output.reused_steps:6} steps of the step cache")
-    print(f" peak memory {output.peak_memory / 2**30:10.3f} GiB")
+        print(f"{'reused':12} {output.reused_steps:6} steps of the step cache")
+    print(f"{'peak memory':12} {output.peak_memory / 2**30:10.3f} GiB")
+
+
+def _table(timings: Mapping[str, float]) -> Iterator[str]:
+    """Seconds by phase, which add up; those of one step are indented under all of them."""
+    for name, seconds in timings.items():
+        if name != PER_STEP:
+            yield f"{name:12} {seconds:10.3f} s"
+        if name == "denoise" and PER_STEP in timings:
+            yield f"  {PER_STEP:10} {timings[PER_STEP]:10.3f} s"
 
 
 def _content(output: Output, sample: Sample) -> dict[str, object]:
@@ -137,19 +148,6 @@ def _picture(output: Output, sample: Sample) -> dict[str, object]:
     if sample.image is not None:
         return {"width": sample.image.shape[1], "height": sample.image.shape[0]}
     return {"latents": {name: list(x.shape) for name, x in _latents(sample).items()}}
-
-
-def _described(output: Output, sample: Sample) -> str:
-    """The same in words."""
-    seed = f"seed {sample.seed}"
-    if sample.video is not None:
-        frames, height, width, _ = sample.video.shape
-        sound = "" if sample.sound is None else f" with sound at {output.sample_rate} Hz"
-        length = f"{frames} frames at {output.fps:g} fps, {frames / output.fps:.2f} s"
-        return f"{width}x{height}, {length}{sound}, {seed}"
-    if sample.image is not None:
-        return f"{sample.image.shape[1]}x{sample.image.shape[0]}, {seed}"
-    return ", ".join([*(f"{name} {list(x.shape)}" for name, x in _latents(sample).items()), seed])
 
 
 def _latents(sample: Sample) -> Mapping[str, np.ndarray]:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from vllm_cosmos3.bars import request_bars
 from vllm_cosmos3.progress import Progress
 
 
@@ -35,7 +36,7 @@ def quiet_libraries() -> Iterator[None]:
 
 @contextmanager
 def progress_shown(*, terminal: bool) -> Iterator[Callable[[Progress], None]]:
-    """A bar with steps and the time left on a terminal; one line per phase in a log."""
+    """A bar for each phase on a terminal; one line per phase in a log."""
     if not terminal:
         seen: set[str] = set()
 
@@ -48,22 +49,5 @@ def progress_shown(*, terminal: bool) -> Iterator[Callable[[Progress], None]]:
         yield line
         return
 
-    from tqdm import tqdm
-
-    form = (
-        "{desc:8}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
-        "{postfix}"
-    )
-    with tqdm(desc="encode", total=1, unit="step", bar_format=form, dynamic_ncols=True) as bar:
-
-        def move(progress: Progress) -> None:
-            bar.total = progress.steps
-            bar.set_description_str(progress.phase, refresh=False)
-            if progress.phase == "denoise" and progress.step == 0:
-                bar.unpause()  # the time left is that of the steps alone
-            if progress.reused:
-                bar.set_postfix_str(f"{progress.reused} reused", refresh=False)
-            bar.update(progress.step - bar.n)
-            bar.refresh()
-
+    with request_bars() as move:
         yield move

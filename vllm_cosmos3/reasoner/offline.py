@@ -44,8 +44,10 @@ class Reasoner(Closing):
     Args:
         model: a checkpoint folder, a Hugging Face repository, or a short name such as ``demo``.
         revision: branch, tag or commit of the repository.
-        dtype, tensor_parallel_size, load_format: as vLLM's.
-        enforce_eager: start sooner and answer more slowly: for a question or two.
+        dtype: that of weights and activations, as vLLM's.
+        tensor_parallel_size: GPUs that share each layer, as vLLM's.
+        load_format: dummy makes random weights, as vLLM's.
+        enforce_eager: no CUDA graphs: faster start, slower answers.
         max_model_len: longest question with its answer, in tokens.
 
     Raises:

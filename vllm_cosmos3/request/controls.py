@@ -56,7 +56,7 @@ def control_of(name: str, value: Any) -> Control | None:
     parts += [PRESET_OF[name]] if name in PRESET_OF else []
     for part in value:
         if part not in parts:
-            possible = f"left out: {name} has {', '.join(parts)}"
+            possible = f"{name} has {', '.join(parts)}"
             raise InvalidRequest(f"{name}.{part}", value[part], possible, "unknown_parameter")
     clip, path = value.get("control"), value.get("control_path")
     if clip is not None and path is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from inspect import cleandoc
 from numbers import Integral, Real
 from typing import Any
 
@@ -54,6 +55,19 @@ class Spec:
         bounds = f"above {self.low:g} up to" if self.above else f"from {_plain(self.low)} to"
         return f" {bounds} {_plain(self.high)}{f' {self.unit}' if self.unit else ''}"
 
+    def sentence(self, default: object = None) -> str:
+        """The help as a sentence, with the unit, the range and the default."""
+        facts = []
+        if self.kind in ("int", "float") and self.high <= 1e6 and not self.choices:
+            low = f"above {_plain(self.low)}" if self.above else _plain(self.low)
+            facts.append(" ".join(f"{low} to {_plain(self.high)} {self.unit}".split()))
+        elif self.unit:
+            facts.append(f"in {self.unit}")
+        if default is not None and default is not False:
+            facts.append(f"default {default}")
+        more = f" ({'; '.join(facts)})" if facts else ""
+        return f"{self.help[0].upper()}{self.help[1:]}{more}."
+
     def checked(self, name: str, value: Any) -> Any:
         """``value`` in its normal form; InvalidRequest if the field cannot have it."""
         if self.kind == "rows":
@@ -76,6 +90,14 @@ class Spec:
     def _within(self, number: float) -> bool:
         low = self.low < number if self.above else self.low <= number
         return low and number <= self.high  # false for nan
+
+
+def with_arguments(
+    docstring: str | None, specs: Mapping[str, Spec], defaults: Mapping[str, Any]
+) -> str:
+    """A docstring that goes on with a line for each argument, for `help`."""
+    lines = [f"    {name}: {spec.sentence(defaults[name])}" for name, spec in specs.items()]
+    return "\n".join([cleandoc(docstring or ""), "", "Args:", *lines, ""])
 
 
 # The normal form of one value of each kind; None where the value is of another kind.
@@ -186,8 +208,8 @@ _POSSIBLE = {
     "numbers": "a list of finite numbers",
     "rows": "a list of rows of finite numbers, all of one length",
     "control": "true, a video, or an object",
-    "image": "a file, bytes, a PIL image or a uint8 array [H,W,3]",
-    "video": "a file, bytes, a list of PIL images or a uint8 array [T,H,W,3]",
+    "image": "a file, bytes, a PIL image, or an array or tensor [H,W,3] (uint8, or floats from 0 to 1)",
+    "video": "a file, bytes, a list of PIL images, or an array or tensor [T,H,W,3] (uint8, or floats from 0 to 1)",
     "arrays": "a mapping of stream names to arrays",
 }
 

@@ -83,6 +83,6 @@ def question_of(fields: Mapping[str, Any]) -> Question:
     """A question from field names and values; an unknown name is refused with the nearest one."""
     for name in fields:
         if name not in QUESTION:
-            hint = did_you_mean(name, QUESTION) or "there is no such field"
-            raise InvalidRequest(name, fields[name], f"left out; {hint}", "unknown_parameter")
+            hint = did_you_mean(name, QUESTION)
+            raise InvalidRequest(name, fields[name], hint, "unknown_parameter")
     return Question(**fields)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from vllm_cosmos3.errors import InvalidRequest, did_you_mean
 from vllm_cosmos3.request.controls import CONTROLS, Control
 from vllm_cosmos3.request.embodiments import VIEWS
-from vllm_cosmos3.request.fields import Spec
+from vllm_cosmos3.request.fields import Spec, with_arguments
 from vllm_cosmos3.request.prompts import as_text
 from vllm_cosmos3.request.sizes import proposed_size
 
@@ -50,24 +50,24 @@ class GenerateRequest:
     prompt: str | None = _field(
         kind="text",
         high=2**20,
-        help="what to show: plain text, or a structured JSON caption, as text or as an object",
+        help="what to show: plain text, or a structured JSON caption",
     )
     negative_prompt: str | None = _field(
         kind="text",
         high=2**20,
-        help="what to avoid; omitted: for videos that of the checkpoint, or else one of this package; none for images",
+        help="what to avoid (default: for videos the checkpoint's own or, if it has none, that of this package; for images none)",
     )
     image: ImageSource | None = _field(  # noqa: RUF009
-        kind="image", help="first frame of the video: a file, bytes, or an RGB picture"
+        kind="image", help="picture used as the first frame of the video"
     )
     video: VideoSource | None = _field(  # noqa: RUF009
-        kind="video", help="clip to continue: a file, bytes, or RGB frames"
+        kind="video", help="clip to continue"
     )
     condition_frame_indexes_vision: tuple[int, ...] | None = _field(
         kind="ints",
         low=0,
         high=1000,
-        help="latent frames taken from the video (index k needs 4k+1 frames of it)",
+        help="latent frames taken from the video (k needs 4k+1 frames)",
     )
     condition_video_keep: Literal["first", "last"] = _field(
         default="first",
@@ -78,147 +78,156 @@ class GenerateRequest:
     action_mode: str | None = _field(
         kind="choice",
         choices=("forward_dynamics", "inverse_dynamics", "policy"),
-        help="forward_dynamics: from a picture and actions to a video; inverse_dynamics: from a"
-        " video to its actions; policy: from a picture and an instruction to actions and a video",
+        help="forward_dynamics: picture and actions to video; inverse_dynamics: video to actions;"
+        " policy: picture and instruction to actions and video",
     )
     domain_name: str | None = _field(
         kind="text", high=100, help="embodiment of the actions, such as av, umi or droid_lerobot"
     )
     domain_id: int | None = _field(
-        kind="int", low=0, high=1000, help="its number, instead of the name"
+        kind="int",
+        low=0,
+        high=1000,
+        help="numeric id of the embodiment; alternative to domain_name",
     )
     raw_action_dim: int | None = _field(
-        kind="int", low=1, high=1000, help="numbers in an action; omitted: those of the embodiment"
+        kind="int", low=1, high=1000, help="numbers in one action (default: of the embodiment)"
     )
     action_chunk_size: int | None = _field(
-        kind="int", low=1, high=1000, help="actions, one for each frame of the video but the first"
+        kind="int",
+        low=1,
+        high=1000,
+        help="number of actions, one for each frame but the first",
     )
     action: tuple[tuple[float, ...], ...] | None = _field(
-        kind="rows", help="the actions of forward_dynamics: a list of rows"
+        kind="rows", help="action rows of forward_dynamics"
     )
     action_path: str | None = _field(
-        kind="text", high=4096, help="file with those rows as JSON, instead"
+        kind="text", high=4096, help="file with the action rows as JSON; alternative to action"
     )
     action_history: tuple[tuple[float, ...], ...] | None = _field(
-        kind="rows", help="actions that were carried out before the first frame"
+        kind="rows", help="actions carried out before the first frame"
     )
     action_state: tuple[float, ...] | None = _field(
-        kind="numbers", help="state of the robot at the first frame, for models trained with one"
+        kind="numbers", help="robot state at the first frame, for models trained with one"
     )
     action_stats_path: str | None = _field(
         kind="text",
         high=4096,
-        help="file of statistics as JSON: actions are then in its units, else as the model sees them",
+        help="file of action statistics as JSON, for actions in physical units",
     )
     action_normalization: str = _field(
         default="minmax",
         kind="choice",
         choices=("minmax", "meanstd", "quantile", "quantile_rot"),
-        help="which of the statistics the model was trained with",
+        help="normalization the model was trained with",
     )
     view_point: str | None = _field(
         kind="choice",
         choices=tuple(VIEWS),
-        help="where the camera is; omitted: that of the embodiment",
+        help="camera position (default: of the embodiment)",
     )
     view_description: str | None = _field(
-        kind="text", high=2**12, help="more on the cameras, after the sentence on the view"
+        kind="text",
+        high=2**12,
+        help="description of the cameras, after the sentence on the view",
     )
     image_size: int | None = _field(
         kind="int",
         choices=(256, 480, 704, 720),
-        help="tier of sizes, of which the one nearest in shape to the input is taken",
+        help="resolution tier, with the size nearest in shape to the input",
     )
     edge: Control | None = _field(  # noqa: RUF009
         kind="control",
-        help="follow the edges of a control clip, or of the video, if true; an object has control,"
-        " control_path, control_weight and preset_edge_threshold (none to very_high)",
+        help="follow the edges of this clip, or (true) of the video; as an object: control_path,"
+        " control_weight, preset_edge_threshold (none to very_high)",
     )
     blur: Control | None = _field(  # noqa: RUF009
         kind="control",
-        help="follow a blurred clip, or the video blurred, if true; an object has control,"
-        " control_path, control_weight and preset_blur_strength (none to very_high)",
+        help="follow this blurred clip, or (true) the blurred video; as an object: control_path,"
+        " control_weight, preset_blur_strength (none to very_high)",
     )
     depth: Control | None = _field(  # noqa: RUF009
-        kind="control", help="follow a clip of depths, or an object with one"
+        kind="control", help="follow a depth clip; as an object: control_path, control_weight"
     )
     seg: Control | None = _field(  # noqa: RUF009
-        kind="control", help="follow a clip of segments, or an object with one"
+        kind="control", help="follow a segmentation clip; as an object likewise"
     )
     wsm: Control | None = _field(  # noqa: RUF009
-        kind="control", help="follow a clip of world-scenario maps, or an object with one"
+        kind="control",
+        help="follow a clip of world-scenario maps; as an object likewise",
     )
     control_guidance: float | None = _field(
         kind="float",
         low=0,
         high=20,
-        help="strength of the controls; omitted: 1, or what suits the only one",
+        help="guidance scale of the controls (default: by control)",
     )
     control_guidance_interval: tuple[float, float] | None = _field(
         kind="pair",
         low=0,
         high=1000,
-        help="lowest and highest timestep at which it holds, both included; omitted: all",
+        help="lowest and highest timestep with control guidance (default: all)",
     )
     control_attention: str | None = _field(
         kind="choice",
         choices=("averaged", "full"),
-        help="of several controls: the video attends to each in turn and the weighted mean counts,"
-        " as trained (default); or to all at once, as diffusers does",
+        help="with several controls - averaged: attend to each control separately and average by weight, as"
+        " trained (default); full: attend to all at once, as diffusers",
     )
     num_video_frames_per_chunk: int | None = _field(
         kind="int",
         low=2,
         high=401,
         unit="frames",
-        help="length of the chunks that a long transfer is made in; omitted: at most 93 (wsm: 101)",
+        help="frames per chunk of a long transfer (default: at most 93; wsm: 101)",
     )
     num_conditional_frames: int | None = _field(
         kind="int",
         low=0,
         high=400,
         unit="frames",
-        help="that a chunk takes over from the one before it; omitted: 1",
+        help="frames reused from the end of the previous chunk (default: 1)",
     )
     num_first_chunk_conditional_frames: int | None = _field(
         kind="int",
         low=0,
         high=400,
         unit="frames",
-        help="that the first chunk takes over from the video; omitted: none",
+        help="frames reused from the video in the first chunk (default: 0)",
     )
     max_frames: int | None = _field(
         kind="int",
         low=2,
         high=18_000,
         unit="frames",
-        help="of a control that are followed at most; omitted: 5000",
+        help="most frames used of a control clip (default: 5000)",
     )
     share_vision_temporal_positions: bool | None = _field(
-        kind="bool", help="controls and video lie at the same times; omitted: yes"
+        kind="bool", help="same temporal positions for controls and video (default: true)"
     )
     emphasize_control_in_prompt: bool | None = _field(
-        kind="bool", help="end the prompt with a sentence on the controls; omitted: yes"
+        kind="bool", help="append a sentence on the controls (default: true)"
     )
     show_control_condition: bool | None = _field(
-        kind="bool", help="put the controls to the left of the video"
+        kind="bool", help="show the controls to the left of the video"
     )
-    show_input: bool | None = _field(kind="bool", help="put the input video on the very left")
+    show_input: bool | None = _field(kind="bool", help="show the input video on the far left")
     size: str | None = _field(
-        kind="size", help="WIDTHxHEIGHT in pixels, multiples of 16, instead of the two"
+        kind="size", help="output size, e.g. 1280x720; replaces width and height"
     )
     height: int | None = _field(
-        kind="int", low=16, high=65536, unit="pixels", help="height, a multiple of 16"
+        kind="int", low=16, high=65536, unit="pixels", help="height in pixels, a multiple of 16"
     )
     width: int | None = _field(
-        kind="int", low=16, high=65536, unit="pixels", help="width, a multiple of 16"
+        kind="int", low=16, high=65536, unit="pixels", help="width in pixels, a multiple of 16"
     )
     num_frames: int | None = _field(
         kind="int",
         low=1,
         high=100_000,
         unit="frames",
-        help="length, rounded up to 4k+1; 1 makes an image",
+        help="number of frames, rounded up to 4k+1; 1 makes an image",
     )
     seconds: float | None = _field(
         kind="float",
@@ -226,7 +235,7 @@ class GenerateRequest:
         above=True,
         high=600,
         unit="seconds",
-        help="length, instead of num_frames",
+        help="length; alternative to num_frames",
     )
     num_chunks: int = _field(
         default=1,
@@ -234,10 +243,14 @@ class GenerateRequest:
         low=1,
         high=100,
         unit="chunks",
-        help="of num_frames each, every one from the last frame of the one before",
+        help="consecutive chunks, each from the last frame of the one before",
     )
     fps: float | None = _field(
-        kind="float", low=1, high=60, unit="frames per second", help="frame rate"
+        kind="float",
+        low=1,
+        high=60,
+        unit="frames per second",
+        help="frame rate in frames per second",
     )
     num_inference_steps: int | None = _field(
         kind="int", low=1, high=200, unit="steps", help="denoising steps"
@@ -246,13 +259,13 @@ class GenerateRequest:
         kind="float",
         low=0,
         high=20,
-        help="strength of classifier-free guidance; 1 is none and takes half the time",
+        help="classifier-free guidance; 1 turns it off and halves the time",
     )
     guidance_interval: tuple[float, float] | None = _field(
         kind="pair",
         low=0,
         high=1000,
-        help="lowest and highest timestep with guidance, both included; omitted: all",
+        help="lowest and highest timestep with guidance (default: all)",
     )
     step_cache: str | None = _field(
         kind="choice",
@@ -281,59 +294,63 @@ class GenerateRequest:
         kind="float",
         low=0.01,
         high=100,
-        help="shift of the noise schedule; larger spends more steps on structure",
+        help="noise schedule shift; larger spends more steps on structure",
     )
     schedule: str = _field(
         default="native",
         kind="choice",
         choices=("native", "diffusers", "karras"),
-        help="noise levels: the reference's own, or the flow or Karras schedule of diffusers; karras needs sigma_min and sigma_max in the checkpoint",
+        help="noise schedule: that of the reference, or the flow or Karras schedule of diffusers (karras needs sigma_min and sigma_max in the checkpoint)",
     )
     seed: int | None = _field(
-        kind="int", low=0, high=MAX_SEED, help="of the initial noise; omitted: random"
+        kind="int", low=0, high=MAX_SEED, help="seed of the initial noise (default: random)"
     )
     noise: str = _field(
         default="numpy",
         kind="choice",
         choices=("numpy", "torch"),
-        help="how the seed becomes noise: the reference's rule, or a torch generator",
+        help="how noise is drawn from the seed: numpy as in the reference, or a torch generator",
     )
     n: int = _field(
-        default=1, kind="int", low=1, high=10, help="results per request, of seeds seed to seed+n-1"
+        default=1,
+        kind="int",
+        low=1,
+        high=10,
+        help="results per request, with seeds seed to seed+n-1",
     )
     generate_sound: bool = _field(
-        default=False, kind="bool", help="make a synchronized sound track"
+        default=False, kind="bool", help="generate a synchronized sound track"
     )
     sound_duration: float | None = _field(
         kind="float",
         low=0.04,
         high=600,
         unit="seconds",
-        help="length of the sound; omitted: that of the video",
+        help="length of the sound (default: that of the video)",
     )
     use_resolution_template: bool = _field(
-        default=True, kind="bool", help="end plain prompts with a sentence on the resolution"
+        default=True, kind="bool", help="append the resolution sentence to plain prompts"
     )
     use_duration_template: bool = _field(
         default=True,
         kind="bool",
-        help="end plain video prompts with a sentence on length and frame rate",
+        help="append the duration sentence to plain video prompts",
     )
     negative_metadata_mode: str | None = _field(
         kind="choice",
         choices=("none", "same", "inverse"),
-        help="what the negative prompt says of size and length: nothing, the same, the opposite;"
-        " omitted: the same, with actions nothing",
+        help="size and length in the negative prompt: none, the same, or the inverse (default: same; with"
+        " actions none)",
     )
     use_system_prompt: bool = _field(
-        default=False, kind="bool", help="put the model's system sentence before the prompt"
+        default=False, kind="bool", help="put the model's system prompt before the prompt"
     )
     prompt_format: str = _field(
         default="auto",
         kind="choice",
         choices=("auto", "plain", "json"),
-        help="plain: end the prompt with sentences on size and length; json: write them into the"
-        " JSON caption; auto: json for a prompt that is a JSON object",
+        help="where size and length go - plain: sentences appended to the prompt; json: keys of the JSON"
+        " caption; auto: json if the prompt is a JSON object",
     )
     max_sequence_length: int = _field(
         default=4096,
@@ -341,30 +358,30 @@ class GenerateRequest:
         low=64,
         high=32768,
         unit="tokens",
-        help="longest prompt with its chat template; the text is cut at its end, never the template",
+        help="maximum prompt length in tokens; longer text is truncated",
     )
     prompt_token_ids: tuple[int, ...] | None = _field(
         kind="ints",
         low=0,
         high=2**31,
-        help="token ids of the whole prompt with its chat template, instead of the text",
+        help="token ids of prompt and chat template; alternative to prompt",
     )
     negative_prompt_token_ids: tuple[int, ...] | None = _field(
         kind="ints",
         low=0,
         high=2**31,
-        help="token ids of the whole negative prompt, instead of the text",
+        help="the same for negative_prompt",
     )
     allow_untrained_size: bool = _field(
         default=False,
         kind="bool",
-        help="accept larger or longer outputs than the model was trained for",
+        help="accept larger or longer outputs than trained for",
     )
     output_type: str = _field(
         default="pixels",
         kind="choice",
         choices=("pixels", "latent"),
-        help="decoded pixels and sound, or the latents alone",
+        help="decoded pixels and sound, or latents only",
     )
     latents: Mapping[str, np.ndarray | torch.Tensor] | None = _field(
         kind="arrays",
@@ -417,14 +434,18 @@ SPECS: dict[str, Spec] = {
 _NEVER_NONE = {
     item.name for item in dataclasses.fields(GenerateRequest) if item.default is not None
 }
+FIELD_DEFAULTS: dict[str, Any] = {
+    item.name: item.default for item in dataclasses.fields(GenerateRequest)
+}
+GenerateRequest.__doc__ = with_arguments(GenerateRequest.__doc__, SPECS, FIELD_DEFAULTS)
 
 
 def from_fields(fields: Mapping[str, Any]) -> GenerateRequest:
     """A request from field names and values; an unknown name is refused with the nearest one."""
     for name in fields:
         if name not in SPECS:
-            hint = did_you_mean(name, SPECS) or "there is no such field"
-            raise InvalidRequest(name, fields[name], f"left out; {hint}", "unknown_parameter")
+            hint = did_you_mean(name, SPECS)
+            raise InvalidRequest(name, fields[name], hint, "unknown_parameter")
     return GenerateRequest(**fields)
 
 

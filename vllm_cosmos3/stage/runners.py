@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from vllm_cosmos3.checkpoint.config import read_config
+from vllm_cosmos3.checkpoint.load_progress import told
 from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.errors import Cancelled, InvalidRequest, Unsupported
 from vllm_cosmos3.generator.memory.reservation import lift_limit
@@ -32,6 +33,7 @@ from vllm_cosmos3.stage.executor import StageExecutor
 from vllm_cosmos3.stage.worker import StageConfig, is_out_of_memory, public_error
 
 PATIENCE = 30.0  # seconds until ranks that nobody can replace are given up
+LOOK_SECONDS = 0.2  # between two looks at how far a stage has loaded
 
 
 class Runner(Protocol):
@@ -47,9 +49,10 @@ class Runner(Protocol):
     def close(self) -> None: ...
 
 
-def make_runner(config: EngineConfig) -> Runner:
+def make_runner(config: EngineConfig, loaded: Callable[[int], None]) -> Runner:
     """Load the checkpoint on every rank of the mesh.
 
+    ``loaded`` is told how many values of the weights are in place, those of the slowest rank.
     ``distributed_executor_backend`` is vLLM's word for who starts the ranks: "uni" (default for one
     rank), "mp" (default for several), "ray", or "external_launcher" where torchrun has started them.
 
@@ -64,13 +67,15 @@ def make_runner(config: EngineConfig) -> Runner:
     model = read_config(config.model, config.checkpoint_kind)
     check_degrees(config.parallel, model.transformer, guided=not model.distilled, devices=devices)
     if backend == "uni" and config.parallel.world_size == 1:
-        return LocalRunner(config)
+        with told(loaded):
+            return LocalRunner(config)
     if torch.device(config.device).index:
         possible = "without a number, as each rank has a device of its own"
         raise InvalidRequest("device", config.device, possible)
     if backend == "external_launcher":
-        return LauncherRunner(StageConfig(engine=config, backend=backend, grace=PATIENCE))
-    return StageRunner(StageConfig(engine=config, backend=backend))
+        with told(loaded):
+            return LauncherRunner(StageConfig(engine=config, backend=backend, grace=PATIENCE))
+    return StageRunner(StageConfig(engine=config, backend=backend), loaded)
 
 
 class LocalRunner:
@@ -186,13 +191,21 @@ class LauncherRunner:
 class StageRunner:
     """Ranks in processes of their own, behind the stage process."""
 
-    def __init__(self, stage: StageConfig) -> None:
+    def __init__(self, stage: StageConfig, loaded: Callable[[int], None]) -> None:
         self._client = StageClient(stage)
         try:
-            self._client.wait_ready()
+            while not self._ready():
+                loaded(self._client.status(LOOK_SECONDS).loaded)
         except BaseException:
             self._client.close()
             raise
+
+    def _ready(self) -> bool:
+        try:
+            self._client.wait_ready(LOOK_SECONDS)
+        except TimeoutError:
+            return False
+        return True
 
     def run(self, plan: Plan, report: Report, cancelled: Event, clip: Clip | None = None) -> Output:
         job = self._client.submit(plan, report=report, clip=clip)
