@@ -6,10 +6,7 @@ import json
 import os
 import shutil
 import subprocess
-import threading
 from collections.abc import Iterator, Sequence
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +14,14 @@ import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
 from limits import HANG
-from media_files import clip
+from media_files import clip, file_server
 from PIL import Image
 from servers import BIN, environment
 
+from vllm_cosmos3.batch.downloads import Downloads
 from vllm_cosmos3.batch.files import read_batch
-from vllm_cosmos3.cli import _parser, main
-from vllm_cosmos3.cli.batch import Downloads, _asked, _checked
+from vllm_cosmos3.cli import main, whole_parser
+from vllm_cosmos3.cli.batch import _asked, _checked
 from vllm_cosmos3.cli.generate import run_options
 from vllm_cosmos3.cli.run_options import planner
 from vllm_cosmos3.engine import Cosmos3
@@ -327,11 +325,8 @@ def web(tmp_path: Path) -> Iterator[str]:
     folder = tmp_path / "web"
     folder.mkdir()
     Image.new("RGB", (64, 64), "teal").save(folder / "first.png")
-    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with file_server(folder) as url:
+        yield url
 
 
 def test_urls(
@@ -377,7 +372,7 @@ def test_no_frame_is_shown_that_is_not_made_yet(tiny_checkpoint: Path, tmp_path:
         {"name": "b", "continue_from": "a", "upsample_prompt": True},
     )
     command = ["generate", str(tiny_checkpoint), "--dry-run"]
-    options = run_options(_parser("generate")[0].parse_args(command))
+    options = run_options(whole_parser(["generate"]).parse_args(command))
     samples, problems = _checked(
         read_batch([str(file)], {}).records, planner(tiny_checkpoint), Downloads(tmp_path), options
     )

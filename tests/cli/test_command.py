@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from servers import BIN
 
 from vllm_cosmos3.cli import main
 from vllm_cosmos3.version import __version__
@@ -34,7 +36,10 @@ GENERATE = "generate CKPT --prompt a --out OUT"
         (f"{GENERATE} --cfg 3", "--cfg is 3, must be an integer from 1 to 2"),
         (f"{GENERATE} --memory-limit 0", "--memory-limit is 0"),
         (f"{GENERATE} --image-type gif", "--image-type is 'gif', must be one of"),
-        (f'{GENERATE} --edge {{"weight":1}}', "--edge.weight is 1"),
+        (
+            f'{GENERATE} --edge {{"weight":1}}',
+            "unknown field --edge.weight; edge has control, control_path, control_weight",
+        ),
         (
             "plan nanno",
             "model is 'nanno', must be a folder, a repository, nano or super; did you mean nano?",
@@ -43,6 +48,12 @@ GENERATE = "generate CKPT --prompt a --out OUT"
             "plan Super",
             "model is 'Super', must be a folder, a repository, nano or super; did you mean super?",
         ),
+        (f"{GENERATE} --frames 9", "unknown flag --frames; did you mean --num-frames?"),
+        (
+            f"{GENERATE} --num-infer 9",
+            "unknown flag --num-infer; did you mean --num-inference-steps?",
+        ),
+        (f"{GENERATE} extra", "unexpected argument 'extra'"),
         ("plan nano --gpu-memory 0", "--gpu-memory is 0"),
         ("plan nano --tp 3", "--tp is 3, must be 1, 2, 4 or 8"),
         ("upsample CKPT --prompt a --fps 0", "--fps is 0"),
@@ -69,6 +80,37 @@ def test_an_error_names_the_flag_as_it_was_typed(
     assert main([places.get(word, word) for word in command.split()]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"vllm-cosmos3 {command.split()[0]}: {words}")
+
+
+def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generat", "--prompt", "a"]) == 2
+    assert (
+        capsys.readouterr().err == "vllm-cosmos3: unknown command generat; did you mean generate?\n"
+    )
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_knows_commands_and_flags(
+    shell: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    for word in ("make-checkpoint", "--num-inference-steps", "--storage-quota"):
+        assert word.removeprefix("--") in script
+
+
+def test_completion_works_in_bash() -> None:
+    program = """
+eval "$(vllm-cosmos3 completion bash)"
+COMP_WORDS=(vllm-cosmos3 generate --num-inf) COMP_CWORD=2
+_shtab_vllm_cosmos3
+echo "${COMPREPLY[@]}"
+"""
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    ran = subprocess.run(
+        ["bash", "-c", program], capture_output=True, text=True, check=False, env=environment
+    )
+    assert ran.stdout.split() == ["--num-inference-steps"], ran.stderr
 
 
 @pytest.mark.parametrize(

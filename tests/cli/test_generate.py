@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from servers import BIN, environment
 
 from vllm_cosmos3.cli import main
+from vllm_cosmos3.cli.generate import BESIDE, EXAMPLES, HEADINGS
 from vllm_cosmos3.cli.terminal import progress_shown
 from vllm_cosmos3.media import write_video
 from vllm_cosmos3.request.request import SPECS
@@ -24,7 +27,7 @@ from vllm_cosmos3.request.request import SPECS
 FAST = ["--size", "96x64", "--num-inference-steps", "2", "--seed", "3"]
 PHASES = [
     "model_load", "text", "vae_encode", "denoise", "vae_decode", "sound", "to_cpu", "per_step",
-    "encode", "total",
+    "save", "total",
 ]  # fmt: skip
 
 
@@ -88,7 +91,7 @@ def test_transfer(
     assert known["depth"] == {"control_weight": 3.0}
     printed = capsys.readouterr()
     assert "288x64, 6 frames at 12 fps" in printed.out
-    assert "checkpoint: base" in printed.err
+    assert re.search(r"tiny \(base\), cpu, bfloat16, loaded in [\d.]+ s", printed.err)
 
 
 def test_images(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -179,13 +182,52 @@ def test_a_reader_that_has_gone_is_no_traceback(vllm_cache: Path) -> None:
         assert process.wait(HANG) == 141
 
 
-def test_help_has_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_has_every_field(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     with pytest.raises(SystemExit) as done:
         generate("--help")
     assert done.value.code == 0
     text = capsys.readouterr().out
     for name in SPECS:
         assert f"--{name.replace('_', '-')}" in text
+    lines = text.splitlines()
+    assert len(lines) <= 200
+    assert max(map(len, lines)) <= 100
+    assert {heading for heading in HEADINGS.values() if f"\n{heading}:\n" in text} == set(
+        HEADINGS.values()
+    )
+
+
+def test_headings_are_of_fields_in_their_order() -> None:
+    assert list(HEADINGS) == [name for name in SPECS if name in HEADINGS]
+    assert next(iter(SPECS)) in HEADINGS
+    assert BESIDE.keys() <= SPECS.keys()
+
+
+def examples(help_text: str) -> list[list[str]]:
+    """The commands under "examples:", as words."""
+    lines = help_text.partition("examples:\n")[2].splitlines()
+    return [shlex.split(line) for line in lines if line.strip()]
+
+
+@pytest.mark.parametrize("command", examples(EXAMPLES), ids=lambda words: words[-1])
+def test_examples_of_the_help(
+    command: list[str], tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (96, 64), "teal").save("a.png")
+    write_video("street.mp4", np.zeros((5, 64, 96, 3), np.uint8), fps=12)
+    Path("records").mkdir()
+    Path("records/a.jsonl").write_text('{"name": "first", "prompt": "a boat"}\n')
+    assert command[:3] == ["vllm-cosmos3", "generate", "nvidia/Cosmos3-Nano"]
+    small = ["--num-inference-steps", "1"]
+    small += [] if "--edge" in command else ["--size", "96x64"]
+    small += [] if {"--edge", "--seconds"} & set(command) else ["--num-frames", "5"]
+    small += ["--fps", "1"] if "--seconds" in command else []
+    assert generate(tiny_checkpoint, *command[3:], *small) == 0
+    assert [file.name for file in tmp_path.rglob("vision*")] in (["vision.mp4"], ["vision.jpg"])
 
 
 @pytest.mark.parametrize(

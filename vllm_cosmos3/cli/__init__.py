@@ -12,41 +12,47 @@ import io
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
+from vllm_cosmos3.cli.config_file import expanded
+from vllm_cosmos3.cli.flags import Help, UnknownFlag
+from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest, did_you_mean
 from vllm_cosmos3.version import __version__
 
 COMMANDS = {
-    "serve": "serve both surfaces, or one, behind an OpenAI-compatible API",
+    "serve": "start an OpenAI-compatible server (chat, images, videos)",
     "generate": "make images and videos from a prompt, offline",
-    "upsample": "let the reasoner write a structured prompt for the generator",
-    "make-checkpoint": "write a small random checkpoint in the published layout",
-    "plan": "print the memory per GPU for a checkpoint and a mesh",
+    "upsample": "expand a short prompt into the structured JSON prompt the generator was trained on",
+    "plan": "estimate GPU memory before loading anything",
     "doctor": "check this machine and print what to fix",
+    "make-checkpoint": "write a small random checkpoint in the published layout",
+    "completion": "print a completion script for a shell",
 }
 
 
-def _parser(
-    chosen: str | None,
-) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser | None, Any]:
-    """The parser of the command, and of the chosen subcommand with its module."""
+def whole_parser(chosen: Iterable[str]) -> argparse.ArgumentParser:
+    """The parser of the command, with the flags of the ``chosen`` subcommands."""
     parser = argparse.ArgumentParser(
         prog="vllm-cosmos3", description="Serve NVIDIA Cosmos 3 on stock vLLM."
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    found, module = None, None
     for name, summary in COMMANDS.items():
         sub = commands.add_parser(
-            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}."
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            formatter_class=Help,
+            allow_abbrev=False,  # a shorter word may be a flag of a later version, or of vLLM
         )
-        if name == chosen:
-            module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
-            module.add_arguments(sub)
-            found = sub
-    return parser, found, module
+        if name in chosen:
+            _module(name).add_arguments(sub)
+    return parser
+
+
+def _module(command: str) -> Any:
+    return importlib.import_module(f"{__name__}.{command.replace('-', '_')}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,28 +64,46 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     _write_anything()
     chosen = next((a for a in argv if not a.startswith("-")), None)
-    parser, sub, module = _parser(chosen)
-    args, rest = parser.parse_known_args(argv)
-    if rest:
-        if not getattr(module, "TAKES_REST", False):
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        args.rest = rest
+    if chosen is not None and chosen not in COMMANDS:
+        near = did_you_mean(chosen, COMMANDS)
+        hint = near or f"the commands are {', '.join(COMMANDS)}"
+        print(f"vllm-cosmos3: unknown command {chosen}; {hint}", file=sys.stderr)
+        return 2
+    parser = whole_parser([] if chosen is None else [chosen])
+    if chosen is None:
+        parser.parse_args(argv)
+    assert chosen is not None  # else argparse has answered
+    module, sub = _module(chosen), subparser(parser, chosen)
     try:
+        words = argv[argv.index(chosen) + 1 :]
+        if getattr(module, "TAKES_CONFIG", False):
+            words = expanded(words, sub)
+        args, rest = parser.parse_known_args([*argv[: argv.index(chosen) + 1], *words])
+        if rest and not getattr(module, "TAKES_REST", False):
+            raise UnknownFlag(rest[0], sub)
+        args.rest = rest
         status = int(module.run(args))
         sys.stdout.flush()
         return status
     except InvalidRequest as error:
-        assert sub is not None  # as its module has run
-        return _failed(args.command, with_flags(error, sub, argv), 2)
+        return _failed(chosen, with_flags(error, sub, argv), 2)
     except Cosmos3Error as error:
-        return _failed(args.command, error, 2)
+        return _failed(chosen, error, 2)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # whoever read our output has gone, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 141
     except OSError as error:
-        return _failed(args.command, _reason(error), 1)
+        return _failed(chosen, _reason(error), 1)
+
+
+def subparser(parser: argparse.ArgumentParser, command: str) -> argparse.ArgumentParser:
+    """The parser of one subcommand."""
+    assert parser._subparsers is not None
+    choices: Any = parser._subparsers._group_actions[0].choices
+    found: argparse.ArgumentParser = choices[command]
+    return found
 
 
 def with_flags(

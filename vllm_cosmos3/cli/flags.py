@@ -7,16 +7,59 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import shutil
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from vllm_cosmos3.cli.units import bytes_of, gib_of, seconds_of, shown_bytes, shown_seconds
 from vllm_cosmos3.engine_options import DEFAULTS, OPTIONS
+from vllm_cosmos3.errors import Cosmos3Error, did_you_mean
 from vllm_cosmos3.request.fields import Spec
 
+WIDTH = 100  # columns of the help, and no more on wider terminals
 METAVARS = {
     "text": "TEXT", "int": "N", "float": "X", "size": "WxH", "ints": "I,J,...", "pair": "LOW,HIGH",
     "numbers": "X,Y,...", "rows": "JSON", "image": "FILE", "video": "FILE", "arrays": "FILE.safetensors",
 }  # fmt: skip
+
+
+class Help(argparse.HelpFormatter):
+    """Help within 100 columns, with the texts of flags near their names, and epilogs as written."""
+
+    def __init__(self, prog: str, **keywords: Any) -> None:
+        width = min(WIDTH, shutil.get_terminal_size().columns - 2)
+        super().__init__(prog, max_help_position=36, width=width)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(f"{indent}{line}" for line in text.splitlines())
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, argparse.BooleanOptionalAction):
+            yes, no = action.option_strings[0], action.option_strings[-1]
+            return ", ".join([*(o for o in action.option_strings if not o.startswith("--no-")), no.replace(yes[2:], "...")])  # fmt: skip
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        value = self._format_args(action, action.metavar or action.dest.upper())  # type: ignore[arg-type]
+        return f"{', '.join(action.option_strings)} {value}"
+
+
+class UnknownFlag(Cosmos3Error):
+    """A flag, or a word, that a command does not have, with the nearest one that it has."""
+
+    def __init__(self, word: str, parser: argparse.ArgumentParser, of: str = "") -> None:
+        flag = word.partition("=")[0]
+        if not flag.startswith("-"):
+            super().__init__(f"unexpected argument {word!r}{of}")
+            return
+        flags = [option for action in parser._actions for option in action.option_strings]
+        field = did_you_mean(flag.lstrip("-").replace("-", "_"), _fields(flags))
+        near = re.sub(r"mean (\w+)", lambda found: f"mean --{found[1].replace('_', '-')}", field)
+        super().__init__(f"unknown flag {flag}{of}{f'; {near}' if near else ''}")
+
+
+def _fields(flags: Iterable[str]) -> list[str]:
+    return [flag[2:].replace("-", "_") for flag in flags if flag.startswith("--")]
 
 
 def add_engine_flags(group: argparse._ActionsContainer, names: Iterable[str]) -> None:
@@ -49,10 +92,9 @@ def add_flag(
     ``default`` is that of the field, for the help.
     """
     flags = (f"--{name.replace('_', '-')}", *also)
-    text = f"{spec.help}{f' [{spec.unit}]' if spec.unit else ''}{_range(spec)}"
+    text = spec.help + _range(spec)
     if default is not None and default is not False and default != "":
-        number = isinstance(default, int | float) and default is not True
-        text += f" (default: {f'{default:,.15g}' if number else default})"
+        text += f" (default: {_shown(default, spec)})"
     text = text.replace("%", "%%")
     if spec.kind == "bool":
         action = argparse.BooleanOptionalAction
@@ -61,8 +103,10 @@ def add_flag(
         metavar = "FILE|JSON"
         group.add_argument(*flags, nargs="?", const=True, type=_control, metavar=metavar, help=text)
     else:
-        metavar = metavar or METAVARS.get(spec.kind) or f"{{{','.join(map(str, spec.choices))}}}"
-        group.add_argument(*flags, type=PARSERS.get(spec.kind, str), metavar=metavar, help=text)
+        metavar = UNITS.get(spec.unit, metavar or METAVARS.get(spec.kind))
+        metavar = metavar or f"{{{','.join(map(str, spec.choices))}}}"
+        parse = UNIT_PARSERS.get(spec.unit) or PARSERS.get(spec.kind, str)
+        group.add_argument(*flags, type=parse, metavar=metavar, help=text)
 
 
 def given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
@@ -75,10 +119,21 @@ def _last_word(name: str) -> str:
 
 
 def _range(spec: Spec) -> str:
-    if spec.kind not in ("int", "float") or spec.high > 1e6:
+    if spec.kind not in ("int", "float") or spec.high > 1000 or spec.choices:
         return ""
     low = f"above {spec.low:.10g}" if spec.above else f"{spec.low:.10g}"
     return f", {low} to {spec.high:.10g}"
+
+
+def _shown(default: object, spec: Spec) -> object:
+    """A default as a person would write it."""
+    if isinstance(default, bool):
+        return "yes"
+    if not isinstance(default, int | float):
+        return default
+    if spec.unit == "bytes":
+        return shown_bytes(default)
+    return shown_seconds(default) if spec.unit == "seconds" else f"{default:,.15g}"
 
 
 def integer(text: str) -> int | str:
@@ -123,4 +178,10 @@ PARSERS: dict[str, Callable[[str], Any]] = {
     "pair": _numbers,
     "numbers": _numbers,
     "rows": _rows,
+}
+UNITS = {"bytes": "SIZE", "GiB": "GIB", "seconds": "TIME"}
+UNIT_PARSERS: dict[str, Callable[[str], Any]] = {
+    "bytes": bytes_of,
+    "GiB": gib_of,
+    "seconds": seconds_of,
 }

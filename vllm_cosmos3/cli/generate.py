@@ -14,7 +14,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_cosmos3.cli import batch
+from vllm_cosmos3.cli import batch, config_file
 from vllm_cosmos3.cli.defaults_table import defaults_table
 from vllm_cosmos3.cli.flags import add_engine_flags, add_flag, given, integer
 from vllm_cosmos3.cli.results import check_file, generate, sample_folder, write
@@ -28,6 +28,7 @@ from vllm_cosmos3.request.request import SPECS, GenerateRequest, from_fields
 if TYPE_CHECKING:
     from vllm_cosmos3.request.plan import Plan
 
+TAKES_CONFIG = True
 # What scripts for phyai call our flags.
 SPELLINGS = {
     "num_inference_steps": ("--steps",),
@@ -37,6 +38,24 @@ SPELLINGS = {
     "action_path": ("--action-file",),
 }
 KARRAS = {"true": "karras", "false": "diffusers"}
+# Headings of the help, each with the first of its fields, which are in this order in the request.
+HEADINGS = {
+    "prompt": "prompt and inputs",
+    "action_mode": "actions of robots and vehicles",
+    "edge": "transfer: a video that follows control clips",
+    "size": "size and length",
+    "num_inference_steps": "sampling",
+    "generate_sound": "sound",
+    "use_resolution_template": "how prompts are written and read",
+    "allow_untrained_size": "advanced",
+}
+EXAMPLES = """\
+examples:
+  vllm-cosmos3 generate nvidia/Cosmos3-Nano --prompt "A paper boat drifts down a stream" --out boat
+  vllm-cosmos3 generate nvidia/Cosmos3-Nano --image a.png --prompt "It sails" --seconds 4 -o sea
+  vllm-cosmos3 generate nvidia/Cosmos3-Nano --video street.mp4 --edge --prompt "In snow" --out snow
+  vllm-cosmos3 generate nvidia/Cosmos3-Nano --input 'records/*.jsonl' --out results --resume
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,40 +63,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "%(prog)s MODEL --prompt TEXT --out DIR [options]\n"
         "       %(prog)s MODEL --input FILE... --out DIR [options]"
     )
-    parser.add_argument(
+    parser.epilog = EXAMPLES
+    add = parser.add_argument
+    add(
         "model",
         nargs="?",
         metavar="MODEL",
         help="checkpoint folder, Hugging Face repository, or demo",
     )
-    parser.add_argument(
-        "--checkpoint", "--checkpoint-path", dest="checkpoint", metavar="MODEL", help="the same"
-    )
-    batch = parser.add_argument_group("many requests from files")
-    batch.add_argument("-i", "--input", nargs="+", metavar="FILE", help="JSON, JSONL or YAML files or globs with records of the Cosmos Framework; flags of a request hold for all of them")  # fmt: skip
-    batch.add_argument("--resume", action="store_true", help="skip the records that --out has the results of")  # fmt: skip
-    batch.add_argument("--keep-going", action="store_true", help="go on after a record that is invalid or fails")  # fmt: skip
-    out = parser.add_argument_group("output")
-    out.add_argument("-o", "--out", "--output-dir", dest="out", type=Path, metavar="DIR", help="where to write DIR/NAME/...")  # fmt: skip
-    out.add_argument("--name", default="sample", help="folder of this sample (default: sample)")
-    out.add_argument("--crf", type=integer, metavar="N", help="H.264 quality, 0 (lossless) to 51 (default: 18)")  # fmt: skip
-    out.add_argument("--image-type", metavar="TYPE", help="png, jpg or webp (default: png; jpg with --input)")  # fmt: skip
-    out.add_argument("--image-quality", type=integer, metavar="N", help="of jpg and webp, 0 to 100 (default: 95)")  # fmt: skip
-    out.add_argument(
-        "--timings-json", type=Path, metavar="FILE", help="also write the timings here"
-    )
-    out.add_argument("--dry-run", action="store_true", help="check the request, print every resolved parameter as JSON, load no weights")  # fmt: skip
-    out.add_argument("--print-defaults", action="store_true", help="print the defaults of every mode and exit")  # fmt: skip
+    add("--checkpoint", "--checkpoint-path", dest="checkpoint", metavar="MODEL", help="alias of MODEL")  # fmt: skip
+    config_file.add_flag(parser)
+    add = parser.add_argument_group("output").add_argument
+    add("-o", "--out", "--output-dir", dest="out", type=Path, metavar="DIR", help="folder for the results, written to DIR/NAME/")  # fmt: skip
+    add("--name", default="sample", help="folder of this sample (default: sample)")
+    add("--crf", type=integer, metavar="N", help="H.264 quality, 0 (lossless) to 51 (default: 18)")
+    add("--image-type", metavar="TYPE", help="png, jpg or webp (default: png; jpg with --input)")
+    add("--image-quality", type=integer, metavar="N", help="JPEG/WebP quality, 0 to 100 (default: 95)")  # fmt: skip
+    add("--timings-json", type=Path, metavar="FILE", help="also write the timings to this file")
+    add("--dry-run", action="store_true", help="check the request, print its parameters as JSON, load no weights")  # fmt: skip
+    add("--print-defaults", action="store_true", help="print the defaults of every mode and exit")
+    add = parser.add_argument_group("batch files").add_argument
+    add("-i", "--input", nargs="+", metavar="FILE", help="JSON, JSONL or YAML files (or globs) of records; flags of a request apply to all")  # fmt: skip
+    add("--resume", action="store_true", help="skip records whose results already exist in --out")
+    add("--keep-going", action="store_true", help="continue after a record that is invalid or fails")  # fmt: skip
+    group: argparse._ActionsContainer = parser
+    for item in fields(GenerateRequest):
+        if item.name in HEADINGS:
+            group = parser.add_argument_group(HEADINGS[item.name])
+        also = SPELLINGS.get(item.name, ())
+        add_flag(group, item.name, SPECS[item.name], item.default, also=also)
+        for add_more in BESIDE.get(item.name, ()):
+            add_more(group)
     run = parser.add_argument_group("model and device")
     add_engine_flags(run, OPTIONS)
-    run.add_argument("--enforce-eager", action="store_true", help="of the reasoner: start sooner and answer more slowly")  # fmt: skip
-    request = parser.add_argument_group("request")
-    for item in fields(GenerateRequest):
-        also = SPELLINGS.get(item.name, ())
-        add_flag(request, item.name, SPECS[item.name], item.default, also=also)
-    request.add_argument("--upsample-prompt", action="store_true", help="let the checkpoint's reasoner write the structured prompt first")  # fmt: skip
-    request.add_argument("--use-karras-sigmas", dest="schedule", type=lambda text: KARRAS.get(text.lower(), text), metavar="{true,false}", help="--schedule karras or diffusers")  # fmt: skip
-    request.add_argument("--no-prompt-metadata", action="store_true", help="neither of the two sentences at the end of plain prompts")  # fmt: skip
+    run.add_argument("--enforce-eager", action="store_true", help="run the reasoner without CUDA graphs: faster start, slower answers")  # fmt: skip
+
+
+def _upsample_flag(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--upsample-prompt", action="store_true", help="let the reasoner expand the prompt into a structured one first")  # fmt: skip
+
+
+def _karras_flag(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--use-karras-sigmas", dest="schedule", type=lambda text: KARRAS.get(text.lower(), text), metavar="{true,false}", help="alias of --schedule karras or diffusers")  # fmt: skip
+
+
+def _metadata_flag(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--no-prompt-metadata", action="store_true", help="do not append the sentences on resolution and duration")  # fmt: skip
+
+
+BESIDE = {  # flags that are no fields, after the field that they belong to
+    "negative_prompt": (_upsample_flag,),
+    "schedule": (_karras_flag,),
+    "use_duration_template": (_metadata_flag,),
+}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -103,7 +141,9 @@ def run(args: argparse.Namespace) -> int:
         written = _upsampled(request, plan, options)
     original_prompt = None if written is request else request.prompt
     with quiet_libraries(), open_generator(engine) as model:
-        print(f"checkpoint: {plan.effective['checkpoint_kind']}", file=sys.stderr)
+        kind = plan.effective["checkpoint_kind"]
+        facts = f"{engine.model} ({kind}), {model.device}, {engine.dtype}"
+        print(f"{facts}, loaded in {model.load_seconds:.3g} s", file=sys.stderr)
         output, files, timings = generate(model, written, options, folder)
         load = model.load_seconds
         timings = {"model_load": load, **timings, "total": load + timings["total"]}
@@ -115,7 +155,8 @@ def run(args: argparse.Namespace) -> int:
 
 def run_options(args: argparse.Namespace) -> RunOptions:
     """The flags but for the fields of a request, checked."""
-    from vllm_cosmos3.generator.output import CRF, IMAGE_SUFFIXES, QUALITY
+    from vllm_cosmos3.generator.formats import IMAGE_SUFFIXES
+    from vllm_cosmos3.generator.output import CRF, QUALITY
 
     model = args.model or args.checkpoint
     if model is None:

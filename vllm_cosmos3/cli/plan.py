@@ -29,6 +29,13 @@ if TYPE_CHECKING:  # torch, which --help should not wait for
     from vllm_cosmos3.generator.memory import MemoryEstimate, Work
 
 GIB = 2**30
+PHASES = {  # of the estimate; the largest peak counts
+    "text": "reading text",
+    "encode": "encoding inputs",
+    "denoise": "denoising",
+    "decode": "decoding",
+    "sound": "decoding sound",
+}
 WITHOUT_CHECKPOINT = ("nano", "super")
 WITHOUT_MEMORY = ("device", "attention_backend", "distributed_executor_backend")  # of the options
 GPU_MEMORY = Spec(
@@ -48,12 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_flags(parser, [name for name in OPTIONS if name not in WITHOUT_MEMORY])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cuda, or cpu for what torch allocates there (default: cuda)")  # fmt: skip
     parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="memory of one GPU (default: 80)")  # fmt: skip
-    parser.add_argument("--size", default="1280x720", metavar="WxH", help="of the picture (default: 1280x720)")  # fmt: skip
-    parser.add_argument("--num-frames", type=int, default=189, metavar="N", help="1 for an image (default: 189)")  # fmt: skip
-    parser.add_argument("--guidance-scale", type=float, metavar="X", help="1: no negative prompt (default: of the checkpoint)")  # fmt: skip
-    parser.add_argument("--generate-sound", action="store_true", help="with sound")
+    parser.add_argument("--size", default="1280x720", metavar="WxH", help="output size (default: 1280x720)")  # fmt: skip
+    parser.add_argument("--num-frames", type=int, default=189, metavar="N", help="number of frames; 1 for an image (default: 189)")  # fmt: skip
+    parser.add_argument("--guidance-scale", type=float, metavar="X", help="guidance scale; 1: no negative prompt (default: of the checkpoint)")  # fmt: skip
+    parser.add_argument("--generate-sound", action="store_true", help="include a sound track")
     parser.add_argument("--step-cache", choices=SPECS["step_cache"].choices, default="none", help="sea: keep what SeaCache reuses (default: none)")  # fmt: skip
-    parser.add_argument("--text-tokens", type=int, default=TEXT_TOKENS, metavar="N", help=f"of each prompt (default: {TEXT_TOKENS:,})")  # fmt: skip
+    parser.add_argument("--text-tokens", type=int, default=TEXT_TOKENS, metavar="N", help=f"length of each prompt in tokens (default: {TEXT_TOKENS:,})")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes")
 
 
@@ -70,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
     check_degrees(engine.parallel, model.transformer, guided=not model.distilled)
     work = work_of(args, model)
     gpu = GPU_MEMORY.checked("gpu_memory", args.gpu_memory)
+    engine = engine.limited(round(gpu * GIB))
     limit = round(min(gpu, engine.memory_limit or gpu) * GIB)
     engine = resolve_residency(model, engine, work, limit)
     memory = estimate(model, engine, work)
@@ -141,7 +149,10 @@ def table(
         *((f"weights: {part}", size) for part, size in memory.weights.items()),
         ("all weights", memory.resident),
         ("start, at its peak", memory.loading),
-        *((f"weights and {phase}", memory.resident + n) for phase, n in memory.phases.items()),
+        *(
+            (f"peak while {PHASES[phase]}", memory.resident + n)
+            for phase, n in memory.phases.items()
+        ),
         ("reserve: CUDA, workspaces", memory.reserve),
         ("needed", memory.needed),
         *((f"on the host: {part}", size) for part, size in memory.host.items()),
@@ -161,7 +172,7 @@ def verdict(needed: int, limit: int, advice: list[tuple[str, int]]) -> list[str]
     """Whether it fits, and what to change."""
     if needed <= limit:
         return [f"fits in {limit / GIB:g} GiB"]
-    lines = [f"does not fit in {limit / GIB:g} GiB: {(needed - limit) / GIB:.2f} GiB are missing"]
+    lines = [f"does not fit in {limit / GIB:g} GiB: needs {needed / GIB:.2f} GiB"]
     lines += [f"would fit with {flags}: {size / GIB:.2f} GiB" for flags, size in advice]
     return lines if advice else [*lines, "ask for fewer frames or a smaller size"]
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from vllm_cosmos3.checkpoint.config import read_json
 from vllm_cosmos3.checkpoint.hub import full_name, is_checkpoint, resolve
-from vllm_cosmos3.cli import serve_generator
+from vllm_cosmos3.cli import config_file, serve_generator
 from vllm_cosmos3.cli.flags import add_server_flag, given
 from vllm_cosmos3.cli.versions import check_vllm
 from vllm_cosmos3.errors import CheckpointError, InvalidRequest
@@ -38,13 +38,13 @@ from vllm_cosmos3.reasoner.root_config import ARCHITECTURE
 from vllm_cosmos3.server.command import share_beside
 from vllm_cosmos3.server.options import ONE_PROCESS, OPTIONS, SHARED, from_mapping
 
-TAKES_REST = True
+TAKES_REST = TAKES_CONFIG = True
 
 PLUGIN = "cosmos3"  # name of our entry points, which VLLM_PLUGINS can switch off
 DEFAULT_PORT = 8000  # vLLM's
 MEDIA_ERRORS = "vllm_cosmos3.server.media_errors.MediaErrors"  # 400 for what cannot be fetched
 
-# Why a flag of vLLM is on unless the user says otherwise, and what was measured and left as it is.
+# Why a flag of vLLM is on unless the user says otherwise.
 _REASONS = {
     "--mm-encoder-tp-mode": "each tensor-parallel rank encodes whole pictures and clips, which needs "
     "no exchange in the vision tower",
@@ -55,16 +55,11 @@ _REASONS = {
 # How flags end whose values nobody else should read, and what is shown instead.
 SECRETS = ("-key", "-token", "-password", "-secret")
 HIDDEN = "****"
-_LEFT = (
-    "--api-server-count, --renderer-num-workers, --max-num-batched-tokens, caches, media threads and "
-    "CUDA graphs of the vision tower are vLLM's defaults: on an H100 none of them gave more requests "
-    "a second than one run differs from the next (docs/numbers.md)"
-)
 
 _EPILOG = """\
 Every other flag is passed on to vLLM, for example --tensor-parallel-size 4, --max-model-len 32768,
 --enforce-eager (starts sooner, runs slower), --allowed-local-media-path /data (for file:// URLs),
---reasoning-parser cosmos3 (splits off what stands between <think> and </think>) or
+--reasoning-parser cosmos3 (moves the text between <think> and </think> to `reasoning`) or
 --load-format dummy. Put the checkpoint first.
 
   vllm-cosmos3 serve nvidia/Cosmos3-Nano
@@ -75,18 +70,17 @@ Every other flag is passed on to vLLM, for example --tensor-parallel-size 4, --m
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that are ours, in groups, and those of vLLM that need a word."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = f"{serve_generator.web_parser().format_help()}\n{_EPILOG}"
     parser.usage = "vllm-cosmos3 serve CKPT [--surface reasoner|generator|both] [flags]"
-    parser.allow_abbrev = False  # an abbreviation of ours may be the name of a flag of vLLM
     parser.add_argument(
-        "checkpoint", metavar="CKPT", help="folder, repository id on the hub, or demo"
+        "checkpoint", metavar="CKPT", help="checkpoint folder, Hugging Face repository, or demo"
     )
+    config_file.add_flag(parser)
     parser.add_argument(
         "--surface",
         choices=("reasoner", "generator", "both"),
         default="both",
-        help="what to serve: chat, pictures and videos, or both on one port (default: both)",
+        help="what to serve: chat, images and videos, or both on one port (default: both)",
     )
     parser.add_argument(
         "--host", metavar="ADDRESS", help="address to listen on (default: all of this machine)"
@@ -107,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=DEFAULT_FRAMES,
         metavar="N",
-        help="frames decoded of one video; longer ones are thinned evenly (default: %(default)s)",
+        help="most frames decoded of one video; longer videos are subsampled evenly (default: %(default)s)",
     )
     groups: dict[str, argparse._ArgumentGroup] = {}
     for name, (group, spec, default) in OPTIONS.items():
@@ -248,11 +242,11 @@ def _chooses_how_to_read(rest: list[str]) -> bool:
 
 
 def reasons(command: Sequence[str], args: argparse.Namespace) -> list[str]:
-    """Why the flags are there that are ours, and why others are not."""
+    """Why the flags are there that are ours."""
     ours = [flag for flag in _REASONS if flag in command and not _given(flag, args.rest)]
     found = [f"{flag}: {_REASONS[flag]}" for flag in ours]
     limits = {"fps": args.max_video_fps, "frames": args.max_video_frames}
-    return [line.format(**limits) for line in (*found, _LEFT)]
+    return [line.format(**limits) for line in found]
 
 
 def check_reasoner(folder: Path) -> None:

@@ -11,18 +11,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_cosmos3.checkpoint.hub import resolve
-from vllm_cosmos3.cli.flags import add_engine_flags, add_server_flag, given
-from vllm_cosmos3.errors import InvalidRequest, did_you_mean
+from vllm_cosmos3.cli.flags import Help, add_engine_flags, add_server_flag, given
+from vllm_cosmos3.errors import Cosmos3Error, did_you_mean
 from vllm_cosmos3.server.options import ENGINE, OPTIONS, SHARED, from_mapping
 
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")  # of uvicorn
 # Engine options that have a flag of vLLM.
-VLLM_NAMES = ("revision", "device", "tensor_parallel_size", "dtype", "load_format")
+VLLM_NAMES = (
+    "revision", "device", "tensor_parallel_size", "dtype", "load_format", "gpu_memory_utilization",
+)  # fmt: skip
 
 
 def web_parser() -> argparse.ArgumentParser:
     """The flags that vLLM has too, for a server without a reasoner."""
     out = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, add_help=False)
+    out.formatter_class = Help
     web = out.add_argument_group("flags of vLLM that --surface generator takes as well")
     web.add_argument("--served-model-name", nargs="+", default=[], metavar="NAME", help="names that requests may use (default: CKPT)")  # fmt: skip
     web.add_argument("--api-key", nargs="+", default=None, metavar="KEY", help="bearer tokens that /v1 asks for (default: VLLM_API_KEY)")  # fmt: skip
@@ -30,8 +33,8 @@ def web_parser() -> argparse.ArgumentParser:
     web.add_argument("--ssl-keyfile", metavar="FILE", help="private key of the certificate")
     web.add_argument("--ssl-certfile", metavar="FILE", help="certificate, for https")
     web.add_argument("--root-path", default="", metavar="PATH", help="path that a proxy strips")
-    web.add_argument("--uvicorn-log-level", default="info", choices=LOG_LEVELS, help="of the web server (default: info)")  # fmt: skip
-    web.add_argument("--disable-uvicorn-access-log", action="store_true", help="no line for each request")  # fmt: skip
+    web.add_argument("--uvicorn-log-level", default="info", choices=LOG_LEVELS, help="log level of the web server (default: info)")  # fmt: skip
+    web.add_argument("--disable-uvicorn-access-log", action="store_true", help="do not log each request")  # fmt: skip
     add_engine_flags(web, VLLM_NAMES)
     for name in SHARED:
         add_server_flag(web, name, OPTIONS[name].spec, OPTIONS[name].default)
@@ -45,7 +48,9 @@ def run(checkpoint: str, host: str | None, port: int, values: Mapping[str, Any],
     """
     args, unknown = web_parser().parse_known_args(rest)
     if unknown:
-        raise InvalidRequest(unknown[0], "given", _hint(unknown[0]))
+        raise Cosmos3Error(
+            f"unknown flag {unknown[0].partition('=')[0]} for --surface generator; {_hint(unknown[0])}"
+        )
     shared = given(args, (*VLLM_NAMES, *SHARED))
     engine = {ours: shared.pop(name) for ours, name in ENGINE.items() if name in shared}
     for ours, value in engine.items():  # the error should name the flag that was given
@@ -78,5 +83,4 @@ def _hint(flag: str) -> str:
     known = [option for action in web_parser()._actions for option in action.option_strings]
     known += [f"--{name.replace('_', '-')}" for name in OPTIONS]
     near = did_you_mean(flag.split("=")[0], known, cutoff=0.8)
-    hint = near or "vLLM's flags are for --surface both or reasoner"
-    return f"left out: --surface generator has no such flag; {hint}"
+    return near or "vLLM's flags are for --surface both or reasoner"

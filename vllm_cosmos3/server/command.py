@@ -105,7 +105,9 @@ def announce(service: Service, surface: str, url: str) -> None:
         "memory": str(service.sizing),
         "queue": f"{options.max_queue} requests",
         "storage": str(options.storage),
-        "guardrails": f"{service.guardrails.state} {service.guardrails.reason}".strip(),
+        "guardrails": ": ".join(
+            filter(None, (service.guardrails.state, service.guardrails.reason))
+        ),
         "url": f"{url} (the generator loads now; /health/ready is 200 when it can work)",
     }
     if service.model.kind == droid.KIND:
@@ -116,4 +118,12 @@ def announce(service: Service, surface: str, url: str) -> None:
         lines["results of earlier versions"] = f"in {former}; --storage-path {former} serves them"
     for name, value in lines.items():
         sys.stdout.write(f"vllm-cosmos3 serve: {name}: {value}\n")
+    sys.stdout.flush()
+    chat = "chat, " if surface.startswith("both") else ""
+    shown = url.removesuffix("/v1").replace("//0.0.0.0:", "//127.0.0.1:")
+    service.when_ready = lambda: _ready(f"{shown} ({chat}images, videos)")
+
+
+def _ready(what: str) -> None:
+    sys.stdout.write(f"vllm-cosmos3 serve: ready: {what}\n")
     sys.stdout.flush()

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 # Tells the workers which checker is active. vLLM hands what begins with VLLM_ on, to Ray's too.
 CHECKER = "VLLM_COSMOS3_GUARDRAIL_CHECKER"
+PACKAGE = "cosmos_guardrail"
 FrameCheck = Callable[[Pixels], tuple[Pixels, dict[str, Any]]]
 
 
@@ -48,7 +49,7 @@ class CosmosGuardrail:
     """
 
     def __init__(self) -> None:
-        module = importlib.import_module("cosmos_guardrail")
+        module = importlib.import_module(PACKAGE)
         checker = module.CosmosSafetyChecker()
         self._text, self._video = checker.text_guardrail, checker.video_guardrail
         if not self._text.safety_models or not self._video.postprocessors:
@@ -100,6 +101,10 @@ class Guardrails:
             self.state = "unavailable"
             cause = f"{type(error).__name__}: {error}".splitlines()[0]
             self.reason = f"{options.guardrail_checker} cannot be used ({cause})"
+            if isinstance(error, ModuleNotFoundError) and error.name == PACKAGE:
+                self.reason = (
+                    "package cosmos-guardrail is not installed (pip install cosmos-guardrail)"
+                )
             if options.guardrails == "required":
                 raise Cosmos3Error(
                     f"--guardrails required, but {self.reason}; install cosmos-guardrail with its "

@@ -47,8 +47,8 @@ class Sizing:
     def __str__(self) -> str:
         """Of the memory, for the operator."""
         weights, request = self.memory.resident, self.memory.request
-        where = "rank" if self.device is None else f"device of {_gib(self.device)}"
-        text = f"{_gib(weights)} of weights and up to {_gib(request)} for a default request on each {where}"
+        where = "rank" if self.device is None else f"GPU of {_gib(self.device)}"
+        text = f"{_gib(weights)} of weights and up to {_gib(request)} for a default request per {where}"
         if self.limit is None:
             return text
         if self.limit != self.device:
@@ -70,6 +70,7 @@ def sized(folder: Path, options: Options, device: str) -> Sizing:
     model = read_config(folder, engine.checkpoint_kind)
     check_backend(engine.attention_backend)
     count, size = devices(options, device)
+    engine = engine.limited(size)
     limit = size if engine.memory_limit is None else round(engine.memory_limit * GIB)
     local = engine.distributed_executor_backend != "ray"
     check_degrees(

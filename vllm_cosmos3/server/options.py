@@ -37,14 +37,14 @@ class Options:
         "",
         "jobs",
         "text",
-        "folder of the job journal and of what was made; default: vllm-cosmos3 in $XDG_STATE_HOME or "
-        "~/.local/state, which all servers of a user share",
+        "folder of the job journal and the results (default: vllm-cosmos3 in $XDG_STATE_HOME or "
+        "~/.local/state, shared by all servers of a user)",
     )
     file_ttl: float = _option(
         86_400.0,
         "jobs",
         "float",
-        "until a result is deleted",
+        "how long results are kept",
         unit="seconds",
         low=0,
         above=True,
@@ -54,7 +54,7 @@ class Options:
         604_800.0,
         "jobs",
         "float",
-        "until the record of a job is deleted as well",
+        "how long records of jobs are kept",
         unit="seconds",
         low=0,
         above=True,
@@ -64,17 +64,19 @@ class Options:
         100 * 2**30,
         "jobs",
         "int",
-        "of all results; the oldest are deleted",
+        "maximum total size of stored results; the oldest are deleted first",
         unit="bytes",
         low=1,
         high=2**60,
     )
-    max_queue: int = _option(32, "load", "int", "requests that wait", low=1, high=100_000)
+    max_queue: int = _option(
+        32, "load", "int", "maximum number of waiting requests; more get 429", low=1, high=100_000
+    )
     max_queue_gpu_seconds: float = _option(
         86_400.0,
         "load",
         "float",
-        "estimated work that waits",
+        "maximum estimated GPU time of waiting work; more get 429",
         unit="seconds",
         low=0,
         above=True,
@@ -84,7 +86,7 @@ class Options:
         3_600.0,
         "load",
         "float",
-        "that a request may take, waiting included",
+        "time limit per request, queueing included",
         unit="seconds",
         low=0,
         above=True,
@@ -94,7 +96,7 @@ class Options:
         600.0,
         "load",
         "float",
-        "that a request to /v1/videos/sync or for images may take",
+        "time limit per request to /v1/videos/sync and /v1/images, queueing included",
         unit="seconds",
         low=0,
         above=True,
@@ -104,7 +106,7 @@ class Options:
         600.0,
         "load",
         "float",
-        "that requests may go on after SIGTERM",
+        "time accepted requests get to finish after SIGTERM",
         unit="seconds",
         low=0,
         high=1e6,
@@ -113,7 +115,7 @@ class Options:
         512 * 2**20,
         "inputs",
         "int",
-        "of one request or of one fetched file",
+        "maximum size of a request body, and of one fetched file",
         unit="bytes",
         low=1024,
         high=2**40,
@@ -122,7 +124,7 @@ class Options:
         30.0,
         "inputs",
         "float",
-        "without a byte until an upload is given up",
+        "idle time after which an upload is aborted",
         unit="seconds",
         low=0,
         above=True,
@@ -132,62 +134,61 @@ class Options:
         30.0,
         "inputs",
         "float",
-        "until fetching a URL is given up",
+        "time limit for fetching a URL",
         unit="seconds",
         low=0,
         above=True,
         high=3600,
     )
     robot_action_space: str = _option(
-        "joint_pos", "inputs", "choice", "what the policy was trained to move: joints, or (midtrain)"
-        " the end effector", choices=("joint_pos", "midtrain"),
+        "joint_pos", "inputs", "choice", "action space the policy was trained in: joints, or (midtrain) the end effector", choices=("joint_pos", "midtrain"),
     )  # fmt: skip
     robot_openpi_idle_timeout: float = _option(
         0.0,
         "inputs",
         "float",
-        "without a message until a robot's WebSocket is closed; 0: never",
+        "idle time after which a robot's WebSocket is closed; 0: never",
         unit="seconds",
         low=0,
         high=1e6,
     )
     allowed_local_media_path: str = _option(
-        "", "inputs", "text", "folder that file:// URLs may read; default: none"
+        "", "inputs", "text", "folder that file:// URLs may read (default: none)"
     )
     allowed_media_domains: str = _option(
         "",
         "inputs",
         "text",
-        "hosts that URLs may name, such as a.com,b.org; default: every public one",
+        "hosts that URLs may name, e.g. a.com,b.org (default: every public one)",
     )
     allow_private_media: bool = _option(
         False,  # noqa: FBT003 - a default
         "inputs",
         "bool",
-        "fetch from private and loopback addresses as well",
+        "also fetch from private and loopback addresses",
     )
     guardrails: str = _option(
-        "auto", "guardrails", "choice", "auto: when installed; required: or do not start; off",
+        "auto", "guardrails", "choice", "auto: on if installed; required: refuse to start without; off",
         choices=("auto", "required", "off"),
     )  # fmt: skip
     guardrail_checker: str = _option(
         "vllm_cosmos3.server.guardrails:CosmosGuardrail",
         "guardrails",
         "text",
-        "module:Class that checks prompts and frames",
+        "class that checks prompts and frames, as module:Class",
     )
     call_limits: str = _option(
         "",
         "load",
         "text",
-        "seconds that one call of the ranks may take by its name (load, encode, step, decode, finish), such as"
-        " step=120,decode=900; ranks that take longer are replaced. Default: 1800 each",
+        "time limit in seconds of each call to the ranks (load, encode, step, decode, finish), e.g."
+        " step=120,decode=900; ranks that take longer are replaced (default: 1800 each)",
     )
     generator_devices: str = _option(
         "",
         "generator",
         "text",
-        "devices of the generator, such as 1,2,3; default: all that are visible",
+        "devices of the generator, e.g. 1,2,3 (default: all visible ones)",
     )
     engine: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -262,9 +263,9 @@ def from_mapping(values: Mapping[str, Any]) -> Options:
     engine: dict[str, Any] = {}
     for name, value in values.items():
         if name not in OPTIONS:
-            near = did_you_mean(name, OPTIONS)
-            hint = f"left out; {near}" if near else f"one of {', '.join(OPTIONS)}"
-            raise InvalidRequest(f"additional-config.cosmos3.{name}", value, hint)
+            hint = did_you_mean(name, OPTIONS) or f"there are {', '.join(OPTIONS)}"
+            field = f"additional-config.cosmos3.{name}"
+            raise InvalidRequest(field, value, hint, "unknown_parameter")
         if name in ENGINE:
             _, spec, default = OPTIONS[name]
             checked = spec.checked(name, value)

@@ -18,31 +18,35 @@ class Metrics:
 
     def __init__(self) -> None:
         # With several API processes each has its own queue; the page then shows the sum.
-        self.waiting = Gauge("cosmos3:queue_depth", "requests that wait", multiprocess_mode="sum")
-        self.limit = Gauge("cosmos3:queue_limit", "requests that may wait", multiprocess_mode="sum")
-        self.running = Gauge(
-            "cosmos3:requests_running", "requests on the ranks", multiprocess_mode="sum"
+        self.waiting = Gauge("cosmos3:queue_depth", "requests waiting", multiprocess_mode="sum")
+        self.limit = Gauge(
+            "cosmos3:queue_limit", "most requests that may wait", multiprocess_mode="sum"
         )
-        self.stored = Gauge("cosmos3:stored_bytes", "bytes of all results", multiprocess_mode="max")
+        self.running = Gauge(
+            "cosmos3:requests_running", "requests running on the ranks", multiprocess_mode="sum"
+        )
+        self.stored = Gauge(
+            "cosmos3:stored_bytes", "bytes of stored results", multiprocess_mode="max"
+        )
         self.peak = Gauge(
-            "cosmos3:peak_memory_bytes", "most memory a request took", multiprocess_mode="max"
+            "cosmos3:peak_memory_bytes",
+            "peak memory of a request in bytes",
+            multiprocess_mode="max",
         )
         self.rejected = Counter(
-            "cosmos3:requests_rejected", "requests that were refused, by code", ["reason"]
+            "cosmos3:requests_rejected", "requests refused, by code", ["reason"]
         )
-        self.completed = Counter(
-            "cosmos3:requests_completed", "requests that were served", ["kind"]
-        )
-        self.cancelled = Counter("cosmos3:requests_cancelled", "requests that were cancelled")
-        self.wasted = Counter(
-            "cosmos3:cancelled_gpu_seconds", "what the ranks went on with after a cancel"
-        )
+        self.completed = Counter("cosmos3:requests_completed", "requests completed", ["kind"])
+        self.cancelled = Counter("cosmos3:requests_cancelled", "requests cancelled")
+        self.wasted = Counter("cosmos3:cancelled_gpu_seconds", "seconds of work after a cancel")
         self.failed = Counter("cosmos3:requests_failed", "accepted requests that failed", ["code"])
         self.expired = Counter("cosmos3:jobs_expired", "results deleted by age or quota")
-        self.frames = Counter("cosmos3:output_frames", "frames made")
-        self.step = Histogram("cosmos3:step_seconds", "one denoising step", buckets=STEP_BUCKETS)
+        self.frames = Counter("cosmos3:output_frames", "frames generated")
+        self.step = Histogram(
+            "cosmos3:step_seconds", "seconds per denoising step", buckets=STEP_BUCKETS
+        )
         self.phase = Histogram(
-            "cosmos3:phase_seconds", "phases of a request", ["phase"], buckets=BUCKETS
+            "cosmos3:phase_seconds", "seconds per phase of a request", ["phase"], buckets=BUCKETS
         )
         for reason in ("queue_full", "invalid_value", "draining", "loading"):
             self.rejected.labels(reason)

@@ -276,8 +276,8 @@ class _Translation:
     def of_server(self, path: str, name: str, value: Any) -> None:
         """What is about the answer and not about the picture."""
         for wanted, others, possible in (
-            (VIDEO, IMAGE_ONLY, "left out: it is of images"),
-            (IMAGE, VIDEO_ONLY, "left out: it is of videos"),
+            (VIDEO, IMAGE_ONLY, "it is for images only"),
+            (IMAGE, VIDEO_ONLY, "it is for videos only"),
         ):
             if self._wanted == wanted and name in others:
                 raise InvalidRequest(path, value, possible, "unknown_parameter")
@@ -365,15 +365,13 @@ def _flat(body: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
         out += [(f"{name}.{key}", str(key), item) for key, item in (more or {}).items()]
     for path, _, value in out:
         if not path.isprintable():
-            raise InvalidRequest(
-                ascii(path), value, "left out: there is no such field", "unknown_parameter"
-            )
+            raise InvalidRequest(ascii(path), value, "", "unknown_parameter")
     return [(path, name, value) for path, name, value in out if value is not None]
 
 
 def _hint(name: str) -> str:
     known = [*(HANDLERS.keys() - IGNORED - UNSUPPORTED.keys()), *ALIASES, *NESTED]
-    return f"left out; {did_you_mean(name, known) or 'there is no such field'}"
+    return did_you_mean(name, known)
 
 
 def _typed(value: Any, kind: str) -> Any:

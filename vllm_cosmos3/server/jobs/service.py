@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Callable
 
 from vllm_cosmos3.generator.models.components import loaded_values
 from vllm_cosmos3.request import prompts
@@ -71,6 +72,7 @@ class Service:
             ranks=ranks,
         )
         self._clock = Clock(self._tick, self.jobs.sweep)
+        self.when_ready: Callable[[], None] = _nothing  # called once
 
     async def start(self) -> None:
         """Record what earlier processes left unfinished, and start the clock."""
@@ -131,7 +133,13 @@ class Service:
 
     def _tick(self) -> None:
         self.jobs.write_changes()
-        self.status()
+        if self.status().state == "ready":
+            self.when_ready, tell = _nothing, self.when_ready
+            tell()
+
+
+def _nothing() -> None:
+    return None
 
 
 def _start_stage(sizing: Sizing, options: Options) -> StageClient:
