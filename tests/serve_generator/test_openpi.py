@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
 from limits import HANG
 from robots import KEY, PATH, Refused, Robot, observation, robot
 from servers import Server
@@ -296,3 +298,22 @@ def test_health_and_the_page_of_the_route(robot_server: Server) -> None:
         in robot_server.log.read_text()
     )
     assert PATH in httpx.get(f"{robot_server.url}/openapi.json").json()["paths"]
+
+
+def test_a_policy_of_lerobot(robot_server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    path = ROOT / "examples" / "lerobot" / "lerobot_policy.py"
+    example = runpy.run_path(str(path), run_name="example")
+    policy = example["Cosmos3Policy"](robot_server.url.replace("http", "ws"), steps=2)
+    batch: dict[str, Any] = {name: torch.ones(1, 3, 90, 160) / 2 for name in example["CAMERAS"]}
+    batch |= {"observation.state": torch.zeros(1, 8), "task": ["pick it up"]}
+    episodes = []
+    for _ in range(2):
+        policy.reset()
+        episodes.append([policy.select_action(batch) for _ in range(3)])
+    for first, second in zip(*episodes, strict=True):
+        assert (tuple(first.shape), first.dtype) == ((1, 8), torch.float32)
+        assert (first == second).all()  # a reset restarts the seeds
+    policy.reset()
+    with pytest.raises(RuntimeError, match="observation/joint_position"):
+        policy.select_action(batch | {"observation.state": torch.zeros(1, 3)})
