@@ -1,6 +1,6 @@
 # `make` lists the targets. Each first runs `make setup`, which does nothing when nothing changed.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-compat soak lint bench bench-aiperf train-demo
+.PHONY: help setup demo serve test test-compat soak lint docs bench bench-aiperf train-demo
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -45,10 +45,14 @@ soak: setup $(TINY)/model_index.json ## kill workers 50 times, then send 2000 re
 	@$(BIN)/python tests/soak_media.py $(TINY)
 	@$(BIN)/python benchmarks/reasoner.py --serve $(TINY) $(SOAK)
 
-lint: setup ## ruff, its formatter, and mypy
+lint: setup ## ruff, its formatter, mypy, and a strict build of the documents
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/mkdocs build --quiet --strict
+
+docs: setup ## build the documentation site into site/
+	@$(BIN)/mkdocs build --strict
 
 bench: setup $(TINY)/model_index.json ## measure the reasoner under load (BENCH= changes the load)
 	@$(BIN)/python benchmarks/reasoner.py --serve $(TINY) $(BENCH)

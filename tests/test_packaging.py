@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+from email import message_from_bytes
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("vllm_cosmos3", "tools", "tests", "docs", "examples", "benchmarks", "requirements")
+PARTS = (
+    "vllm_cosmos3",
+    "tools",
+    "tests",
+    "docs",
+    "examples",
+    "integrations",
+    "benchmarks",
+    "requirements",
+)
 BUILD = "from setuptools import build_meta as b; b.build_sdist('..'); b.build_wheel('..')"
 
 
@@ -45,6 +56,21 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
     package = {name for name in files(built / "src") if name.startswith("vllm_cosmos3/")}
     assert names == package
     assert "vllm_cosmos3/py.typed" in names
+
+
+def test_the_metadata_say_who_and_where_with_absolute_links(built: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith("METADATA")]
+        metadata = message_from_bytes(archive.read(name))
+    assert {"Author", "Keywords", "Classifier", "Project-URL", "License-Expression"} <= set(
+        metadata
+    )
+    text = metadata.get_payload()
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(links) > 20
+    assert all(link.startswith("https://") for link in links)
+    assert "/raw/main/checkpoints/demo/clips.png" in text
 
 
 def test_the_source_archive_holds_what_make_needs(built: Path) -> None:

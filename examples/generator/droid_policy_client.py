@@ -32,4 +32,4 @@ for step in range(2):
     answer = policy.infer(observation | {"prompt": prompt, "session_id": "an episode"})
     actions = answer["actions"]  # [32, 8]: joint positions [rad] and the gripper, 15 a second
     print(f"{step}: {actions.shape} in {answer['server_timing']['infer_ms']:.0f} ms")
-    joints, gripper = actions[-1, :7], actions[-1, 7:]  # a real robot goes there by and by
+    joints, gripper = actions[-1, :7], actions[-1, 7:]  # a real robot moves there
