@@ -7,6 +7,7 @@ vllm-cosmos3 serve nvidia/Cosmos3-Nano-Policy-DROID --surface generator
 import os
 import sys
 from collections import deque
+from contextlib import ExitStack
 
 import msgspec
 import numpy as np
@@ -29,7 +30,9 @@ class Cosmos3Policy:
     def __init__(self, url: str, steps: int = 16) -> None:
         key = os.environ.get("VLLM_API_KEY")
         headers = {"Authorization": f"Api-Key {key}"} if key else None
-        self._socket = connect(url, max_size=None, additional_headers=headers)
+        connection = connect(url, max_size=None, additional_headers=headers)
+        self._open = ExitStack()
+        self._socket = self._open.enter_context(connection)
         self.metadata = _decoded(self._socket.recv())
         self._steps, self._actions = steps, deque()
 
@@ -43,6 +46,10 @@ class Cosmos3Policy:
         """Begin a new episode."""
         self._actions.clear()
         self._send({"endpoint": "reset"})
+
+    def close(self) -> None:
+        """End the connection."""
+        self._open.close()
 
     def _ask(self, batch: dict) -> np.ndarray:
         """The actions [32, 8] of one observation. Pictures are floats [1, 3, H, W] from 0 to 1."""
@@ -87,3 +94,4 @@ if __name__ == "__main__":
     batch |= {"observation.state": torch.zeros(1, 8), "task": [sys.argv[2]]}
     for step in range(3):
         print(step, policy.select_action(batch).numpy().round(3).tolist())
+    policy.close()

@@ -317,3 +317,4 @@ def test_a_policy_of_lerobot(robot_server: Server, monkeypatch: pytest.MonkeyPat
     policy.reset()
     with pytest.raises(RuntimeError, match="observation/joint_position"):
         policy.select_action(batch | {"observation.state": torch.zeros(1, 3)})
+    policy.close()

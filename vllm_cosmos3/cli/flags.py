@@ -29,7 +29,7 @@ class Help(argparse.HelpFormatter):
 
     def __init__(self, prog: str, **keywords: Any) -> None:
         width = min(WIDTH, shutil.get_terminal_size().columns - 2)
-        super().__init__(prog, max_help_position=36, width=width)
+        super().__init__(prog, max_help_position=40, width=width)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return "\n".join(f"{indent}{line}" for line in text.splitlines())
@@ -119,7 +119,7 @@ def _last_word(name: str) -> str:
 
 
 def _range(spec: Spec) -> str:
-    if spec.kind not in ("int", "float") or spec.high > 1000 or spec.choices:
+    if spec.kind not in ("int", "float") or spec.high > 200 or spec.choices:
         return ""
     low = f"above {spec.low:.10g}" if spec.above else f"{spec.low:.10g}"
     return f", {low} to {spec.high:.10g}"

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from vllm_cosmos3.request.plan import Plan
 
 TAKES_CONFIG = True
-# What scripts for phyai call our flags.
+# What scripts for phyai call our flags. Those that are no other spelling are not in the help.
 SPELLINGS = {
     "num_inference_steps": ("--steps",),
     "generate_sound": ("--sound",),
@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="checkpoint folder, Hugging Face repository, or demo",
     )
-    add("--checkpoint", "--checkpoint-path", dest="checkpoint", metavar="MODEL", help="alias of MODEL")  # fmt: skip
+    add("--checkpoint", "--checkpoint-path", dest="checkpoint", metavar="MODEL", help=argparse.SUPPRESS)  # fmt: skip
     config_file.add_flag(parser)
     add = parser.add_argument_group("output").add_argument
     add("-o", "--out", "--output-dir", dest="out", type=Path, metavar="DIR", help="folder for the results, written to DIR/NAME/")  # fmt: skip
@@ -104,7 +104,7 @@ def _upsample_flag(group: argparse._ActionsContainer) -> None:
 
 
 def _karras_flag(group: argparse._ActionsContainer) -> None:
-    group.add_argument("--use-karras-sigmas", dest="schedule", type=lambda text: KARRAS.get(text.lower(), text), metavar="{true,false}", help="alias of --schedule karras or diffusers")  # fmt: skip
+    group.add_argument("--use-karras-sigmas", dest="schedule", type=lambda text: KARRAS.get(text.lower(), text), metavar="{true,false}", help=argparse.SUPPRESS)  # fmt: skip
 
 
 def _metadata_flag(group: argparse._ActionsContainer) -> None:

@@ -21,8 +21,7 @@ class Keywords(TypedDict, total=False):
     """What to show: plain text, or a structured JSON caption."""
 
     negative_prompt: str | Mapping[str, object] | None
-    """What to avoid (default: for videos the checkpoint's own or, if it has none, that of this
-    package; for images none)."""
+    """What to avoid (default: for videos that of the checkpoint, or one of this package)."""
 
     image: ImageSource | None
     """Picture used as the first frame of the video."""
@@ -37,14 +36,14 @@ class Keywords(TypedDict, total=False):
     """Which end of the video supplies those frames (default first)."""
 
     action_mode: Literal["forward_dynamics", "inverse_dynamics", "policy"] | None
-    """Forward_dynamics: picture and actions to video; inverse_dynamics: video to actions; policy:
-    picture and instruction to actions and video."""
+    """Forward_dynamics: actions to video; inverse_dynamics: video to actions; policy: both from an
+    instruction."""
 
     domain_name: str | None
-    """Embodiment of the actions, such as av, umi or droid_lerobot."""
+    """Embodiment of the actions, e.g. av, umi or droid_lerobot."""
 
     domain_id: int | None
-    """Numeric id of the embodiment; alternative to domain_name (0 to 1000)."""
+    """Id of the embodiment; alternative to domain_name (0 to 1000)."""
 
     raw_action_dim: int | None
     """Numbers in one action (default: of the embodiment) (1 to 1000)."""
@@ -56,16 +55,16 @@ class Keywords(TypedDict, total=False):
     """Action rows of forward_dynamics."""
 
     action_path: str | None
-    """File with the action rows as JSON; alternative to action."""
+    """Action rows in a JSON file; alternative to action."""
 
     action_history: Sequence[Sequence[float]] | Array | None
     """Actions carried out before the first frame."""
 
     action_state: Sequence[float] | Array | None
-    """Robot state at the first frame, for models trained with one."""
+    """Robot state at the first frame, if the model has one."""
 
     action_stats_path: str | None
-    """File of action statistics as JSON, for actions in physical units."""
+    """Statistics as JSON, for actions in physical units."""
 
     action_normalization: Literal["minmax", "meanstd", "quantile", "quantile_rot"]
     """Normalization the model was trained with (default minmax)."""
@@ -84,7 +83,7 @@ class Keywords(TypedDict, total=False):
     """Camera position (default: of the embodiment)."""
 
     view_description: str | None
-    """Description of the cameras, after the sentence on the view."""
+    """Description of the cameras."""
 
     image_size: Literal[256, 480, 704, 720] | None
     """Resolution tier, with the size nearest in shape to the input."""
@@ -170,6 +169,19 @@ class Keywords(TypedDict, total=False):
 
     guidance_interval: Sequence[float] | None
     """Lowest and highest timestep with guidance (default: all)."""
+
+    step_cache: Literal["none", "sea"] | None
+    """Sea: reuse steps in which little changes (SeaCache): faster, not exact (default: none)."""
+
+    step_cache_threshold: float | None
+    """Change that adds up until a step is computed; larger reuses more (default: 0.25) (0 to
+    10)."""
+
+    step_cache_max_reused: int | None
+    """Most steps reused in a row (default: 2) (1 to 200 steps)."""
+
+    step_cache_order: int | None
+    """0 repeats the last computed step, 1 extrapolates the last two (default: 1) (0 to 1)."""
 
     flow_shift: float | None
     """Noise schedule shift; larger spends more steps on structure (0.01 to 100)."""

@@ -55,7 +55,7 @@ class GenerateRequest:
     negative_prompt: str | None = _field(
         kind="text",
         high=2**20,
-        help="what to avoid (default: for videos the checkpoint's own or, if it has none, that of this package; for images none)",
+        help="what to avoid (default: for videos that of the checkpoint, or one of this package)",
     )
     image: ImageSource | None = _field(  # noqa: RUF009
         kind="image", help="picture used as the first frame of the video"
@@ -78,17 +78,17 @@ class GenerateRequest:
     action_mode: str | None = _field(
         kind="choice",
         choices=("forward_dynamics", "inverse_dynamics", "policy"),
-        help="forward_dynamics: picture and actions to video; inverse_dynamics: video to actions;"
-        " policy: picture and instruction to actions and video",
+        help="forward_dynamics: actions to video; inverse_dynamics: video to actions; policy: both"
+        " from an instruction",
     )
     domain_name: str | None = _field(
-        kind="text", high=100, help="embodiment of the actions, such as av, umi or droid_lerobot"
+        kind="text", high=100, help="embodiment of the actions, e.g. av, umi or droid_lerobot"
     )
     domain_id: int | None = _field(
         kind="int",
         low=0,
         high=1000,
-        help="numeric id of the embodiment; alternative to domain_name",
+        help="id of the embodiment; alternative to domain_name",
     )
     raw_action_dim: int | None = _field(
         kind="int", low=1, high=1000, help="numbers in one action (default: of the embodiment)"
@@ -103,18 +103,18 @@ class GenerateRequest:
         kind="rows", help="action rows of forward_dynamics"
     )
     action_path: str | None = _field(
-        kind="text", high=4096, help="file with the action rows as JSON; alternative to action"
+        kind="text", high=4096, help="action rows in a JSON file; alternative to action"
     )
     action_history: tuple[tuple[float, ...], ...] | None = _field(
         kind="rows", help="actions carried out before the first frame"
     )
     action_state: tuple[float, ...] | None = _field(
-        kind="numbers", help="robot state at the first frame, for models trained with one"
+        kind="numbers", help="robot state at the first frame, if the model has one"
     )
     action_stats_path: str | None = _field(
         kind="text",
         high=4096,
-        help="file of action statistics as JSON, for actions in physical units",
+        help="statistics as JSON, for actions in physical units",
     )
     action_normalization: str = _field(
         default="minmax",
@@ -130,7 +130,7 @@ class GenerateRequest:
     view_description: str | None = _field(
         kind="text",
         high=2**12,
-        help="description of the cameras, after the sentence on the view",
+        help="description of the cameras",
     )
     image_size: int | None = _field(
         kind="int",
@@ -270,25 +270,22 @@ class GenerateRequest:
     step_cache: str | None = _field(
         kind="choice",
         choices=("none", "sea"),
-        help="sea: where little changes from step to step, reuse what the layers added in the steps"
-        " before (SeaCache): faster, not exact; omitted: none",
+        help="sea: reuse steps in which little changes (SeaCache): faster, not exact (default: none)",
     )
     step_cache_threshold: float | None = _field(
         kind="float",
         low=0,
         high=10,
-        help="relative change that may add up until a step is computed again; larger reuses more;"
-        " omitted: 0.25",
+        help="change that adds up until a step is computed; larger reuses more (default: 0.25)",
     )
     step_cache_max_reused: int | None = _field(
-        kind="int", low=1, high=200, unit="steps", help="reused in a row at most; omitted: 2"
+        kind="int", low=1, high=200, unit="steps", help="most steps reused in a row (default: 2)"
     )
     step_cache_order: int | None = _field(
         kind="int",
         low=0,
         high=1,
-        help="0 reuses the last computed step as it is, 1 continues the last two linearly;"
-        " omitted: 1",
+        help="0 repeats the last computed step, 1 extrapolates the last two (default: 1)",
     )
     flow_shift: float | None = _field(
         kind="float",
