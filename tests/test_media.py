@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import re
 import struct
 import subprocess
 import sys
@@ -492,6 +493,15 @@ def test_damaged_video_is_read_or_refused(video: bytes, flips: list[tuple[float,
         frames = media.read_video(bytes(data), frames=30)
         assert frames.dtype == np.uint8
         assert 0 < len(frames) <= 30
+
+
+def test_a_codec_that_nobody_knows(video: bytes) -> None:
+    _, entry = (
+        at.start() for at in re.finditer(b"avc1", video[:1024])
+    )  # after the brand of the file
+    unknown = video[:entry] + b"zzzz" + video[entry + 4 :]
+    with pytest.raises(InvalidRequest, match="a video track that can be decoded"):
+        media.read_video(unknown, frames=20)
 
 
 # Sizes

@@ -600,8 +600,9 @@ def _stored_frames(
         raise InvalidRequest(field, _described(source), f"{AN_IMAGE} ({HEIF})", "invalid_media")
     options = {"format_whitelist": VIDEO_FORMATS}
     with _opened(source) as file, av.open(file, options=options, **any_titles()) as container:
-        if not container.streams.video:
-            possible = "a file with a video track"
+        # A track whose codec FFmpeg does not know has no decoder.
+        if not container.streams.video or container.streams.video[0].codec_context is None:
+            possible = "a file with a video track that can be decoded"
             raise InvalidRequest(field, _described(source), possible, "invalid_media")
         yield _intact(container, field, lease)
 
