@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 from generators import SMALL, create, eventually, finished, generator, refuses
+from limits import HANG
 from servers import BIN, Server, free_port, run_to_end
 
 from vllm_cosmos3.server.jobs.journal import Journal
@@ -24,8 +26,12 @@ pytestmark = pytest.mark.serve
 LONG = {"size": "256x256", "num_frames": 61, "num_inference_steps": 200, "guidance_scale": 1}
 
 
+def get(server: Server, path: str) -> httpx.Response:
+    return httpx.get(f"{server.url}{path}", timeout=HANG)
+
+
 def job_of(server: Server, job: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = httpx.get(f"{server.url}/v1/videos/{job['id']}").json()
+    found: dict[str, Any] = get(server, f"/v1/videos/{job['id']}").json()
     return found
 
 
@@ -36,13 +42,13 @@ def stored(journal: Journal, job: dict[str, Any]) -> VideoJob:
 
 
 def content(server: Server, job: dict[str, Any]) -> httpx.Response:
-    return httpx.get(f"{server.url}/v1/videos/{job['id']}/content")
+    return get(server, f"/v1/videos/{job['id']}/content")
 
 
 def continuing(server: Server, job: dict[str, Any]) -> tuple[int, str]:
     """How a request to go on from a video is refused."""
     body = {"prompt": "a boat", **SMALL, "continue_from": job["id"]}
-    answer = httpx.post(f"{server.url}/v1/videos", json=body)
+    answer = httpx.post(f"{server.url}/v1/videos", json=body, timeout=HANG)
     return answer.status_code, answer.json()["error"]["code"]
 
 
@@ -69,23 +75,29 @@ def test_jobs_outlive_servers(tiny_checkpoint: Path, vllm_cache: Path, tmp_path:
         continued = finished(first, create(first, **SMALL, continue_from=done["id"]))
         assert (continued["status"], continued["num_frames"]) == ("completed", 9)
         assert continuing(first, cut) == (409, "job_failed")
-        assert httpx.delete(f"{first.url}/v1/videos/{continued['id']}").status_code == 200
+        assert (
+            httpx.delete(f"{first.url}/v1/videos/{continued['id']}", timeout=HANG).status_code
+            == 200
+        )
 
         second = start(stack, "--drain-seconds", "1")
         shared = create(first, **LONG)
         eventually(lambda: job_of(second, shared)["cosmos3"]["step"] > 0)
-        listed = httpx.get(f"{second.url}/v1/videos").json()["data"]
+        listed = get(second, "/v1/videos").json()["data"]
         assert [job["id"] for job in listed] == [shared["id"], waiting["id"], cut["id"], done["id"]]
-        assert httpx.delete(f"{second.url}/v1/videos/{shared['id']}").status_code == 200
-        assert httpx.get(f"{first.url}/v1/videos/{shared['id']}").status_code == 404
-        eventually(lambda: httpx.get(f"{first.url}/health").json()["queue"]["running"] == 0)
+        assert (
+            httpx.delete(f"{second.url}/v1/videos/{shared['id']}", timeout=HANG).status_code == 200
+        )
+        assert get(first, f"/v1/videos/{shared['id']}").status_code == 404
+        eventually(lambda: get(first, "/health").json()["queue"]["running"] == 0)
         eventually(lambda: not (tmp_path / "storage" / "files" / shared["id"]).exists())
-        assert "cosmos3:requests_cancelled_total 1.0" in httpx.get(f"{first.url}/metrics").text
+        assert "cosmos3:requests_cancelled_total 1.0" in get(first, "/metrics").text
 
         last = create(first, **LONG | {"num_inference_steps": 30})
         os.kill(first.pid, signal.SIGTERM)
-        eventually(lambda: httpx.get(f"{first.url}/health").status_code == 503)
-        answer = httpx.post(f"{first.url}/v1/videos", json={"prompt": "a boat", **SMALL})
+        eventually(lambda: get(first, "/health").status_code == 503)
+        body = {"prompt": "a boat", **SMALL}
+        answer = httpx.post(f"{first.url}/v1/videos", json=body, timeout=HANG)
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")
         assert int(answer.headers["retry-after"]) > 0
         assert job_of(first, last)["status"] in ("queued", "in_progress")
@@ -120,12 +132,12 @@ def test_loading_is_told_and_files_expire_by_age_and_quota(
     heard: list[dict[str, Any]] = []
 
     def listen(server: Server) -> None:
-        assert httpx.get(f"{server.url}/health/live").status_code == 200
-        answer = httpx.get(f"{server.url}/health")
+        assert get(server, "/health/live").status_code == 200
+        answer = get(server, "/health")
         if answer.status_code == 503:
             heard.append(answer.json())
 
-    flags = ["--file-ttl", "8", "--storage-quota", "90000", "--load-format", "dummy"]
+    flags = ["--file-ttl", "3600", "--storage-quota", "90000", "--load-format", "dummy"]
     flags += ["--guardrails", "off"]
     with generator(wide, tmp_path, vllm_cache, *flags, while_starting=listen) as server:
         loaded = [report["loaded_percent"] for report in heard]
@@ -135,20 +147,28 @@ def test_loading_is_told_and_files_expire_by_age_and_quota(
         assert f"{loaded[-1]} % of its weights" in heard[-1]["reason"]
         first = finished(server, create(server, **SMALL))
         assert content(server, first).status_code == 200
-        assert httpx.get(f"{server.url}/health").json()["guardrails"] == "disabled"
+        assert get(server, "/health").json()["guardrails"] == "disabled"
         assert first["cosmos3"]["guardrails"] == {"requested": None, "effective": "disabled"}
         jobs = [finished(server, create(server, **SMALL)) for _ in range(3)]
-        # Four results are more than the quota, so the oldest goes; age takes the others.
+        # Four results are more than the quota, so the oldest goes.
         eventually(lambda: content(server, first).status_code == 410)
-        assert content(server, jobs[-1]).status_code == 200
-        eventually(lambda: content(server, jobs[-1]).status_code == 410)
-        answer = content(server, first)
-        assert answer.json()["error"]["code"] == "expired"
-        assert continuing(server, first) == (410, "expired")
-        kept = job_of(server, first)
-        assert kept["status"] == "completed"
-        assert kept["expires_at"] <= time.time()
-        assert httpx.delete(f"{server.url}/v1/videos/{first['id']}").status_code == 200
+        last = jobs[-1]
+        assert content(server, last).status_code == 200
+        assert last["expires_at"] - last["completed_at"] in (3600, 3601)  # in whole seconds
+        with closing(
+            sqlite3.connect(tmp_path / "storage" / "jobs.sqlite", timeout=HANG)
+        ) as journal:
+            journal.execute("update jobs set expires = ? where id = ?", (time.time(), last["id"]))
+            journal.commit()  # as if an hour had gone by
+        eventually(lambda: content(server, last).status_code == 410)
+        for gone in (first, last):
+            assert content(server, gone).json()["error"]["code"] == "expired"
+            assert continuing(server, gone) == (410, "expired")
+            kept = job_of(server, gone)
+            assert kept["status"] == "completed"
+            assert kept["expires_at"] <= time.time()
+        url = f"{server.url}/v1/videos/{first['id']}"
+        assert httpx.delete(url, timeout=HANG).status_code == 200
 
 
 def widened(checkpoint: Path, folder: Path, **changes: int) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,6 +38,30 @@ def refused(data: bytes, kind: str = JSON) -> ApiError:
     with pytest.raises(ApiError) as caught:
         read(data, kind)
     return caught.value
+
+
+@pytest.mark.parametrize("sent", [True, False])
+def test_a_client_is_not_slow_because_the_server_is(sent: bool) -> None:
+    """Nothing else of this process runs while it is held up, and the body comes meanwhile, or does not."""
+
+    async def read_late() -> dict[str, Any]:
+        came = asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            await came.wait()
+            return {"type": "http.request", "body": b'{"seed": 1}', "more_body": False}
+
+        loop = asyncio.get_running_loop()
+        loop.call_soon(time.sleep, 0.3)
+        loop.call_later(0.05 if sent else 60, came.set)
+        scope = {"type": "http", "method": "POST", "headers": [(b"content-type", JSON.encode())]}
+        return await read_body(Request(scope, receive), Options(upload_idle=0.1))
+
+    if sent:
+        assert asyncio.run(read_late()) == {"seed": 1}
+    else:
+        with pytest.raises(ApiError, match="came"):
+            asyncio.run(read_late())
 
 
 def closed(upload: UploadFile) -> int | None:
