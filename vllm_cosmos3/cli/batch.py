@@ -28,6 +28,7 @@ from vllm_cosmos3.cli.run_options import RunOptions, open_generator, open_reason
 from vllm_cosmos3.cli.terminal import quiet_libraries
 from vllm_cosmos3.cli.versions import check_vllm
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
+from vllm_cosmos3.files import write_text
 from vllm_cosmos3.request.controls import CONTROLS
 from vllm_cosmos3.request.questions import QUESTION, Question, question_of
 from vllm_cosmos3.request.request import GenerateRequest, from_fields
@@ -338,7 +339,7 @@ def _upsampled(
 
 def _write_answer(sample: BatchSample, answer: Answer, options: RunOptions) -> None:
     folder = sample_folder(options.out, sample.record.name)
-    (folder / TEXT).write_text(answer.text)
+    write_text(folder / TEXT, answer.text)
     content = {"text": answer.text, "tokens": answer.tokens, "complete": answer.complete}
     _record(sample, folder, status="success", outputs=[{"content": content, "files": [TEXT]}])
     print(f"{folder / TEXT}  {answer.tokens} tokens")
@@ -381,7 +382,7 @@ def _generate(model: Cosmos3, sample: BatchSample, options: RunOptions) -> None:
         write(own, folder, output, files, timings, original_prompt)
         _warn(sample, [text for text in output.warnings if text not in sample.warnings])
         done = json.loads((folder / OUTPUTS).read_text())
-        (folder / OUTPUTS).write_text(json.dumps(done | mark, indent=2) + "\n")
+        write_text(folder / OUTPUTS, json.dumps(done | mark, indent=2) + "\n")
 
 
 @contextmanager
@@ -420,9 +421,9 @@ def _write_refused(refused: Sequence[Refused], served: Container[str], out: Path
 
 
 def _write_records(folder: Path, arguments: Mapping[str, Any], **values: Any) -> None:
-    (folder / ARGUMENTS).write_text(json.dumps(arguments, indent=2, default=str) + "\n")
+    write_text(folder / ARGUMENTS, json.dumps(arguments, indent=2, default=str) + "\n")
     record = {"status": "error", "message": "", "args": arguments, "outputs": [], **values}
-    (folder / OUTPUTS).write_text(json.dumps(record, indent=2, default=str) + "\n")
+    write_text(folder / OUTPUTS, json.dumps(record, indent=2, default=str) + "\n")
 
 
 def _say(samples: Sequence[BatchSample], todo: Sequence[BatchSample]) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from vllm_cosmos3.cli.run_options import RunOptions
 from vllm_cosmos3.cli.terminal import progress_shown
 from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.files import write_text
 from vllm_cosmos3.request.request import GenerateRequest
 
 if TYPE_CHECKING:
@@ -109,10 +110,10 @@ def write(
         "peak_memory_bytes": output.peak_memory,
         "reused_steps": output.reused_steps,
     }
-    (folder / "sample_args.json").write_text(json.dumps(arguments, indent=2) + "\n")
-    (folder / "sample_outputs.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_text(folder / "sample_args.json", json.dumps(arguments, indent=2) + "\n")
+    write_text(folder / "sample_outputs.json", json.dumps(record, indent=2) + "\n")
     if options.timings_json:
-        options.timings_json.write_text(json.dumps(dict(timings), indent=2) + "\n")
+        write_text(options.timings_json, json.dumps(dict(timings), indent=2) + "\n")
     for file, sample in zip(files, output.samples, strict=False):
         print(f"{file}  {sample.described(output.fps, output.sample_rate)}")
     for file in files[len(output.samples) :]:

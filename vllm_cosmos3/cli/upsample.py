@@ -16,6 +16,7 @@ from vllm_cosmos3.cli.run_options import planner
 from vllm_cosmos3.cli.terminal import quiet_libraries
 from vllm_cosmos3.cli.versions import check_vllm
 from vllm_cosmos3.engine_options import OPTIONS
+from vllm_cosmos3.files import write_text
 from vllm_cosmos3.request.request import SPECS, from_fields
 from vllm_cosmos3.request.upsample import SAMPLING, SAMPLING_SPECS, caption_of, question_about
 
@@ -79,5 +80,5 @@ def run(args: argparse.Namespace) -> int:
     if args.out is None:
         print(text, end="")
     else:
-        args.out.write_text(text)
+        write_text(args.out, text)
     return 0

@@ -20,6 +20,7 @@ from PIL import Image
 
 from vllm_cosmos3 import media
 from vllm_cosmos3.errors import InvalidRequest, Unsupported
+from vllm_cosmos3.files import replacing, write_text
 from vllm_cosmos3.generator.formats import (
     CLIP_FORMATS,
     FRAMES,
@@ -260,7 +261,8 @@ class Output:
                 from safetensors.numpy import save_file
 
                 arrays = {name: np.ascontiguousarray(x) for name, x in sample.latents.items()}
-                save_file(arrays, path)
+                with replacing(path) as part:
+                    save_file(arrays, part)
                 return [path]
         actions = () if sample.action is None else ACTION_SUFFIXES
         names = ", ".join((*possible, *actions))
@@ -277,4 +279,4 @@ def _holds(clip: media.Clip, path: Path, crf: int) -> bool:
 
 
 def _write_rows(path: Path, rows: np.ndarray) -> None:
-    path.write_text(json.dumps(rows.tolist()) + "\n")
+    write_text(path, json.dumps(rows.tolist()) + "\n")
