@@ -7,12 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
+from limits import HANG
 from media_files import clip, data_url, picture, png
 from servers import Server
 
 from vllm_cosmos3.compat import has_serve_flag
+from vllm_cosmos3.server.engine_heartbeat import SILENT_SECONDS
 
 pytestmark = pytest.mark.serve
 
@@ -175,6 +178,13 @@ def test_cosmos3_serve_prints_the_stock_command(reasoner_server_tp2: Server) -> 
     assert f" vllm serve {reasoner_server_tp2.model} " in log
     warned = "--trust-request-mm-kwargs: lets requests choose" in log
     assert warned == has_serve_flag("trust-request-mm-kwargs")
+
+
+def test_cosmos3_serve_tells_when_its_engine_last_answered(reasoner_server_tp2: Server) -> None:
+    for path in ("/health", "/health/ready"):
+        report = httpx.get(f"{reasoner_server_tp2.url}{path}", timeout=HANG)
+        assert report.json()["surfaces"] == {"reasoner": "ready"}
+        assert 0 <= report.json()["reasoner_last_sign_of_life"] < SILENT_SECONDS
 
 
 def test_cosmos3_serve_bounds_the_rate(reasoner_server_tp2: Server, two_seconds: Path) -> None:

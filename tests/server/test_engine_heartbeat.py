@@ -6,9 +6,12 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
+from fastapi import FastAPI
+from starlette.testclient import TestClient
 
 from vllm_cosmos3.server import engine_heartbeat
 from vllm_cosmos3.server.engine_heartbeat import EngineHeartbeat
+from vllm_cosmos3.server.reasoner_health import ReasonerHealth
 
 
 class Engine:
@@ -17,6 +20,11 @@ class Engine:
     def __init__(self) -> None:
         self.running = asyncio.Event()
         self.asked = asyncio.Event()
+        self.dead = False
+
+    async def check_health(self) -> None:
+        if self.dead:
+            raise RuntimeError("it ended")
 
     async def is_sleeping(self) -> bool:
         self.asked.set()
@@ -45,3 +53,28 @@ def test_the_age_of_the_last_answer(monkeypatch: pytest.MonkeyPatch) -> None:
         heartbeat.stop()
 
     asyncio.run(life())
+
+
+@pytest.mark.parametrize("path", ["/health", "/health/ready"])
+def test_health_of_a_reasoner_alone(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(engine_heartbeat, "time", SimpleNamespace(monotonic=lambda: now))
+    app, engine = FastAPI(root_path="/proxy"), Engine()
+    app.get("/health")(lambda: "vLLM's")
+    app.get("/other")(lambda: "another")
+    app.add_middleware(ReasonerHealth)
+    app.state.engine_client = engine
+    with TestClient(app) as client:
+        well = client.get(path)
+        assert (well.status_code, well.json()["surfaces"]) == (200, {"reasoner": "ready"})
+        assert well.json()["reasoner_last_sign_of_life"] == 0
+        now += engine_heartbeat.SILENT_SECONDS + 1  # the engine has not answered meanwhile
+        silent = client.get(f"/proxy{path}")
+        assert (silent.status_code, silent.json()["error"]["code"]) == (503, "worker_lost")
+        assert "no sign of life for 31 s" in silent.json()["reason"]
+        assert silent.json()["surfaces"] == {"reasoner": "silent"}
+        engine.dead = True
+        dead = client.get(path)
+        assert (dead.status_code, dead.json()["surfaces"]) == (503, {"reasoner": "failed"})
+        assert client.get("/health/live").json() == {"status": "alive"}
+        assert client.get("/other").json() == "another"

@@ -42,7 +42,12 @@ TAKES_REST = TAKES_CONFIG = True
 
 PLUGIN = "cosmos3"  # name of our entry points, which VLLM_PLUGINS can switch off
 DEFAULT_PORT = 8000  # vLLM's
-MEDIA_ERRORS = "vllm_cosmos3.server.media_errors.MediaErrors"  # 400 for what cannot be fetched
+# 400 for what cannot be fetched; what the generator's routes bring along where it is served as well.
+MEDIA_ERRORS = "vllm_cosmos3.server.media_errors.MediaErrors"
+OF_REASONER_ALONE = (
+    "vllm_cosmos3.server.http.keys.ReasonerKeys",
+    "vllm_cosmos3.server.reasoner_health.ReasonerHealth",
+)
 
 # Why a flag of vLLM is on unless the user says otherwise.
 _REASONS = {
@@ -218,7 +223,9 @@ def stock_command(args: argparse.Namespace, folder: Path | None) -> list[str]:
             command += ["--config-format", "cosmos3"]
         if not _given("--tokenizer", rest) and not (folder / "tokenizer_config.json").is_file():
             command += ["--tokenizer", str(folder / "text_tokenizer")]
-    return [*command, "--middleware", MEDIA_ERRORS, *rest]
+    for layer in (MEDIA_ERRORS, *(OF_REASONER_ALONE if args.surface == "reasoner" else ())):
+        command += ["--middleware", layer]
+    return [*command, *rest]
 
 
 def without_secrets(command: Sequence[str]) -> list[str]:

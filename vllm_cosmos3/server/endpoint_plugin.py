@@ -29,7 +29,7 @@ from vllm_cosmos3.server.engine_heartbeat import EngineHeartbeat
 from vllm_cosmos3.server.guardrails import Guardrails
 from vllm_cosmos3.server.http import metrics
 from vllm_cosmos3.server.http.envelope_middleware import EnvelopeMiddleware, wrap
-from vllm_cosmos3.server.http.keys import AnyScheme, ApiKeys, Keys
+from vllm_cosmos3.server.http.keys import VLLM_UNAUTHORIZED, AnyScheme, ApiKeys, keys_of
 from vllm_cosmos3.server.jobs.service import Service
 from vllm_cosmos3.server.jobs.upsampling import EngineReasoner
 from vllm_cosmos3.server.memory_split import sized
@@ -65,7 +65,7 @@ class GeneratorRoutes:
             app.router.add_api_route(path, handler, methods=["GET"], route_class_override=Route)
         # Robots' keys are put into vLLM's form in front of it, which knows ``Bearer`` alone.
         # Ours asks for keys first, as vLLM's takes the root path off anywhere in the path.
-        asking = partial(ApiKeys, unauthorized={"error": "Unauthorized"})
+        asking = partial(ApiKeys, unauthorized=VLLM_UNAUTHORIZED)
         wrap(app, lambda stack: EnvelopeMiddleware(AnyScheme(asking(stack)), OURS))
         _settle_at_the_end(app)
 
@@ -86,8 +86,7 @@ class GeneratorRoutes:
             os.environ[PRIVATE_MEDIA] = "1"  # chat's media are fetched in this process
         names = args.served_model_name or [args.model]
         sizing = sized(_folder(args), options, config.device_config.device_type)
-        keys = args.api_key or [os.environ.get("VLLM_API_KEY", "")]
-        state.cosmos3_keys = Keys(tuple(key for key in keys if key))
+        state.cosmos3_keys = keys_of(args)
         state.cosmos3_engine = engine_client
         state.cosmos3 = Service(
             sizing,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import secrets
+from argparse import Namespace
 
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -14,6 +16,7 @@ BEARER, API_KEY = "bearer", "api-key"
 SCHEMES = {"http": (BEARER,), "websocket": (BEARER, API_KEY)}  # that are admitted
 # Of vLLM too, some of whose routes stand beside ours.
 GUARDED = ("/v1", "/v2", "/inference", "/cohere")
+VLLM_UNAUTHORIZED = {"error": "Unauthorized"}  # what vLLM answers without a key
 
 
 class Keys:
@@ -48,11 +51,38 @@ class ApiKeys:
             return
         # As the path came, and as routes are found by it, whatever the root path is.
         guarded = any(path.startswith(GUARDED) for path in (scope["path"], path_of(scope)))
-        keys: Keys | None = getattr(scope["app"].state, "cosmos3_keys", None)
+        keys = self._keys(scope)
         if not guarded or keys is None or keys.admit(scope, *SCHEMES[scope["type"]]):
             await self._app(scope, receive, send)
         else:
             await refused(scope["type"], self._unauthorized)(scope, receive, send)
+
+    def _keys(self, scope: Scope) -> Keys | None:
+        found: Keys | None = getattr(scope["app"].state, "cosmos3_keys", None)
+        return found
+
+
+class ReasonerKeys(ApiKeys):
+    """The same for vLLM's app without a generator: ``--middleware``, in front of vLLM's own.
+
+    That one takes the root path off without regard to slashes: where it is "/", no key is asked for.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        super().__init__(app, VLLM_UNAUTHORIZED)
+
+    def _keys(self, scope: Scope) -> Keys:
+        state = scope["app"].state
+        if not hasattr(state, "cosmos3_keys"):
+            state.cosmos3_keys = keys_of(state.args)
+        keys: Keys = state.cosmos3_keys
+        return keys
+
+
+def keys_of(args: Namespace) -> Keys:
+    """The keys that ``vllm serve`` was given, by its flag or in the environment."""
+    keys = args.api_key or [os.environ.get("VLLM_API_KEY", "")]
+    return Keys(tuple(key for key in keys if key))
 
 
 class AnyScheme:

@@ -17,6 +17,7 @@ from vllm_cosmos3.request.defaults import DEFAULTS
 from vllm_cosmos3.request.embodiments import EMBODIMENTS
 from vllm_cosmos3.request.sizes import MAX_TRAINED_FRAMES, TRAINED_SIZES
 from vllm_cosmos3.robots import droid
+from vllm_cosmos3.server.engine_heartbeat import EngineHeartbeat
 from vllm_cosmos3.server.http.api_errors import error_body
 from vllm_cosmos3.server.jobs.service import Service
 from vllm_cosmos3.server.openapi.responses import Models, responses
@@ -104,7 +105,7 @@ async def health_of(request: Request) -> Response:
     """200 when every served surface can take work, else 503 with the reason."""
     service = request.app.state.cosmos3
     if service is None:
-        return _unready("loading", "the server is starting", None)
+        return unready("loading", "the server is starting", None)
     loop = asyncio.get_running_loop()
     # In a pool of its own: in the common one others may wait for the stage.
     status = await loop.run_in_executor(HEALTH, service.status)
@@ -120,32 +121,42 @@ async def health_of(request: Request) -> Response:
         report["loaded_percent"] = service.loaded(status)
     engine = request.app.state.cosmos3_engine
     if engine is not None:
-        report["surfaces"]["reasoner"] = "ready"
-        heartbeat = request.app.state.cosmos3_heartbeat
-        report["reasoner_last_sign_of_life"] = round(heartbeat.last_sign_of_life(), 3)
-        try:
-            await engine.check_health()
-        except Exception as error:  # noqa: BLE001 - vLLM's, and the answer is what it means
-            report["surfaces"]["reasoner"] = "failed"
-            return _unready("worker_lost", f"the reasoner is down: {error}", report)
-        if heartbeat.silent:
-            report["surfaces"]["reasoner"] = "silent"
-            seconds = heartbeat.last_sign_of_life()
-            reason = f"the reasoner's engine has given no sign of life for {seconds:.0f} s"
-            return _unready("worker_lost", reason, report)
+        reason = await reasoner_trouble(engine, request.app.state.cosmos3_heartbeat, report)
+        if reason is not None:
+            return unready("worker_lost", reason, report)
     try:
         await loop.run_in_executor(HEALTH, service.journal.storage.check)
     except Cosmos3Error as error:
-        return _unready(error.code, str(error), report)
+        return unready(error.code, str(error), report)
     if service.draining:
-        return _unready("draining", "the server is stopping", report)
+        return unready("draining", "the server is stopping", report)
     if service.stage.silent:
-        return _unready("worker_lost", service.reason(status), report)
+        return unready("worker_lost", service.reason(status), report)
     if status.state != "ready":
-        return _unready("loading", service.reason(status), report)
+        return unready("loading", service.reason(status), report)
     return JSONResponse({"status": "healthy", **report})
 
 
-def _unready(code: str, reason: str, report: dict[str, Any] | None) -> JSONResponse:
+async def reasoner_trouble(
+    engine: Any, heartbeat: EngineHeartbeat, report: dict[str, Any]
+) -> str | None:
+    """Why the reasoner can take no work, None if it can; its part of the report is filled in."""
+    surfaces = report["surfaces"]
+    surfaces["reasoner"] = "ready"
+    report["reasoner_last_sign_of_life"] = round(heartbeat.last_sign_of_life(), 3)
+    try:
+        await engine.check_health()
+    except Exception as error:  # noqa: BLE001 - vLLM's, and the answer is what it means
+        surfaces["reasoner"] = "failed"
+        return f"the reasoner is down: {error}"
+    if heartbeat.silent:
+        surfaces["reasoner"] = "silent"
+        seconds = heartbeat.last_sign_of_life()
+        return f"the reasoner's engine has given no sign of life for {seconds:.0f} s"
+    return None
+
+
+def unready(code: str, reason: str, report: dict[str, Any] | None) -> JSONResponse:
+    """503 with the reason, and the report of what is known."""
     body = {"status": "unhealthy", "reason": reason, **(report or {}), **error_body(code, reason)}
     return JSONResponse(body, 503, {"Retry-After": "5"})
