@@ -101,6 +101,13 @@ class Lease:
         finally:
             self._give_back(size)
 
+    def moved(self) -> Lease:
+        """The same reservations in a lease of their own, which outlives this one's block."""
+        other = Lease(self._budget)
+        with self._lock:
+            other._held, self._held = self._held, 0
+        return other
+
     def release(self) -> None:
         """Give all bytes back."""
         self._give_back(self._held)

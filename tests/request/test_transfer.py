@@ -269,6 +269,35 @@ def test_a_control_too_long_for_memory_is_refused(
     )
 
 
+def test_what_chunks_see_is_a_part_of_the_clip_or_reserved(
+    model: ModelConfig, tokenizer: prompts.Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clip that is mirrored at its end is copied for that chunk, and a short one for all."""
+    frame = 96 * 64 * 3
+    fields = {"edge": clip(12), "size": "96x64", "num_video_frames_per_chunk": 5}
+
+    def planned(frames: int, **more: Any) -> Plan:
+        budget = MediaBudget(per_request=frames * frame, total=100 * frame)
+        monkeypatch.setattr(planner, "media_budget", lambda: budget)
+        found = plan(model, tokenizer, **fields, **more)
+        assert budget.used == 0
+        return found
+
+    p = planned(12 + 5)
+    assert p.pixel_bytes == 3 * 5 * frame
+    for part, (first, last) in zip(p.chunks, ((0, 5), (4, 9)), strict=False):
+        assert (part[0].source == fields["edge"][first:last]).all()
+    short: dict[str, Any] = {"seg": clip(3)}
+    for frames, more, field in (
+        (12 + 5 - 1, {}, "edge"),
+        (12 + 3 + 5 + 3 * 5 - 1, short, "seg"),
+        (12 + 3 + 12 - 1, {**short, "show_control_condition": True}, "show_control_condition"),
+    ):
+        with pytest.raises(InvalidRequest) as refusal:
+            planned(frames, **more)
+        assert (refusal.value.field, refusal.value.code) == (field, "payload_too_large")
+
+
 def test_length_by_seconds_and_overlap_of_one_chunk(
     model: ModelConfig, tokenizer: prompts.Tokenizer
 ) -> None:

@@ -13,6 +13,7 @@ import pytest
 from limits import HANG
 
 from vllm_cosmos3.errors import Cosmos3Error
+from vllm_cosmos3.media_budget import MediaBudget
 from vllm_cosmos3.server.http.request_fields import ClientRequest
 from vllm_cosmos3.server.jobs.estimates import ThroughputEstimate
 from vllm_cosmos3.server.jobs.inference import Inference
@@ -39,9 +40,14 @@ def test_an_end_that_cannot_be_written_is_written_later(tmp_path: Path) -> None:
     jobs = LiveJobs(journal, cast("Any", stage), Options(), ThroughputEstimate(), ranks=1)
     job = VideoJob(id="a", kind="video", model="m", prompt="", created=0.0)
     journal.add(job)
-    jobs.submit(job, cast("Any", None), 60.0)
+    budget = MediaBudget(per_request=100, total=100)
+    with budget.lease() as pixels:
+        pixels.reserve(60, "size")
+        jobs.submit(job, cast("Any", None), 60.0, pixels)
+    assert budget.used == 60  # while it waits and runs
     journal.locked = True
     stage.future.set_exception(Cosmos3Error("no"))
+    assert budget.used == 0
     assert jobs.current(job).status == FAILED  # shown while it is not written
     assert len(jobs) == 1
     with pytest.raises(StorageLost):

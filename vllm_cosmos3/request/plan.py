@@ -120,6 +120,13 @@ class Plan:
         """Calls of the pipeline's ``step`` that the request takes."""
         return self.parameters.num_inference_steps * len(self.chunks) * len(self.seeds)
 
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes of the pixels that it carries until the request has ended."""
+        sources = [stream.source for chunk in self.chunks for stream in chunk]
+        arrays = [*(each for each in sources if each is not None), *self.side_by_side]
+        return sum(array.nbytes for array in arrays)
+
     def seen(self, branch: int) -> tuple[int, ...]:
         """Places of the streams that a branch of guidance has in its sequence."""
         return tuple(

@@ -73,7 +73,7 @@ def make_draft(request: GenerateRequest, model: ModelConfig) -> Draft:
             parameters, chunks = _with_actions(request, model, action, lease)
         elif transfer is not None:
             parameters = transfer_parameters(request, model, transfer)
-            chunks = list(transfers.chunk_streams(transfer, model))
+            chunks = list(transfers.chunk_streams(transfer, model, lease))
         else:
             parameters, chunks = _from_prompt(request, model, lease)
     parameters = _without_idle_cache(parameters, chunks)

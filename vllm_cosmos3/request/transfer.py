@@ -9,7 +9,8 @@ Shape suffixes: T frames, H height, W width, C channels (RGB).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -96,7 +97,7 @@ class Transfer:
     """
 
     controls: dict[str, Control]
-    clips: tuple[ControlFrames, ...]
+    clips: tuple[Pixels, ...]
     start: Pixels | None
     side_by_side: tuple[Pixels, ...]  # shown with the result
     width: int
@@ -128,9 +129,6 @@ class Transfer:
         }
 
 
-ControlFrames = list[
-    Pixels
-]  # of one size [H, W, 3]: an array of all would hold them twice for a moment
 Fit = Callable[[int, int], tuple[int, int]]  # the size of the output for that of the input
 
 
@@ -164,9 +162,10 @@ def resolve_transfer(
     read = _Reader(request, width, height, _limit(request, fps) or default.limit, every, lease)
     clips = tuple(read.control(name) for name in request.controls)
     chunks = _chunks(request, model, len(clips[0]), default.chunk)
-    start = _start(request, read, chunks)
-    shown = [read.clip(None)] if request.show_input else []
-    shown += clips if request.show_control_condition else []
+    start = _start(request, read, chunks, lease)
+    shown = [("show_input", read.clip(None))] if request.show_input else []
+    if request.show_control_condition:
+        shown += [("show_control_condition", clip) for clip in clips]
     only = CONTROL_GUIDANCE[first] if len(clips) == 1 else 1.0
     scale, control = request.guidance_scale, request.control_guidance
     return Transfer(
@@ -174,7 +173,8 @@ def resolve_transfer(
         clips=clips,
         start=start,
         side_by_side=tuple(
-            _picked(clip, padded(len(clip), chunks.total)[: chunks.total]) for clip in shown
+            _picked(clip, padded(len(clip), chunks.total)[: chunks.total], name, lease)
+            for name, clip in shown
         ),
         width=width,
         height=height,
@@ -189,10 +189,13 @@ def resolve_transfer(
     )
 
 
-def chunk_streams(transfer: Transfer, model: ModelConfig) -> tuple[tuple[StreamPlan, ...], ...]:
+def chunk_streams(
+    transfer: Transfer, model: ModelConfig, lease: Lease
+) -> tuple[tuple[StreamPlan, ...], ...]:
     """The streams of each chunk: the controls, then the video that follows them.
 
     What a chunk takes over from the one before is known when that is made: its ``source`` is None.
+    What the others show is reserved of ``lease``.
     """
     vae, chunks = model.vae, transfer.chunks
     shape = vision_shape(chunks.frames, transfer.height, transfer.width, vae)
@@ -208,12 +211,14 @@ def chunk_streams(transfer: Transfer, model: ModelConfig) -> tuple[tuple[StreamP
             replace(
                 target,
                 known=everything,
-                source=_window(clip, window, chunks),
+                source=_window(clip, window, chunks, name, lease),
                 hidden_in_branches=(WITHOUT_CONTROLS,),
                 control_weight=float(share) if transfer.averaged else None,
                 positions_after=place > 0 and not transfer.shared_times,
             )
-            for place, (clip, share) in enumerate(zip(transfer.clips, shares, strict=True))
+            for place, (name, clip, share) in enumerate(
+                zip(transfer.controls, transfer.clips, shares, strict=True)
+            )
         ]
         start = transfer.start if index == 0 else None
         taken = chunks.overlap if index else len(() if start is None else start)
@@ -294,22 +299,25 @@ class _Reader:
         self._request, self._size = request, (width, height)
         self._limit, self._every, self._lease = limit, every, lease
         self._most = lease.per_request // (width * height * 3 * len(request.controls))
-        self._clips: dict[str | None, ControlFrames] = {}
+        self._clips: dict[str | None, Pixels] = {}
 
-    def control(self, name: str) -> ControlFrames:
+    def control(self, name: str) -> Pixels:
         """The clip that shows a control."""
         control = self._request.controls[name]
         if control.clip is not None:
             return self.clip(name)
-        frames = self.clip(None)
-        self._lease.reserve(sum(frame.nbytes for frame in frames), name)
-        return [COMPUTE[name](frame, control.preset) for frame in frames]
+        clip = self.clip(None)
+        self._lease.reserve(clip.nbytes, name)
+        computed = np.empty_like(clip)
+        for frame, out in zip(clip, computed, strict=True):
+            out[:] = COMPUTE[name](frame, control.preset)
+        return computed
 
-    def clip(self, name: str | None) -> ControlFrames:
+    def clip(self, name: str | None) -> Pixels:
         """The clip of a control as it came; of None the user's video."""
         if name not in self._clips:
             source, field = _source(self._request, name)
-            self._clips[name] = list(self._frames(source, field))
+            self._clips[name] = _joined(deque(self._frames(source, field)))
         return self._clips[name]
 
     def _frames(self, source: VideoSource, field: str) -> Iterator[Pixels]:
@@ -324,6 +332,14 @@ class _Reader:
                 raise InvalidRequest(field, "longer", possible, "too_large")
             self._lease.reserve(width * height * 3, field)
             yield media.cover_crop(frame[None], height=height, width=width)[0]
+
+
+def _joined(frames: deque[Pixels]) -> Pixels:
+    """Frames of one size as an array. Each is given up when it is in there: none is held twice."""
+    clip = np.empty((len(frames), *frames[0].shape), np.uint8)
+    for place in clip:
+        place[:] = frames.popleft()
+    return clip
 
 
 def _limit(request: GenerateRequest, fps: float) -> int | None:
@@ -351,26 +367,34 @@ def _chunks(request: GenerateRequest, model: ModelConfig, total: int, most: int)
     return Chunks(total=total, frames=frames, overlap=overlap)
 
 
-def _start(request: GenerateRequest, read: _Reader, chunks: Chunks) -> Pixels | None:
+def _start(request: GenerateRequest, read: _Reader, chunks: Chunks, lease: Lease) -> Pixels | None:
     """The frames of the user's video that begin the first chunk: all of it, if others follow."""
     asked = request.num_first_chunk_conditional_frames or 0
     if not asked:
         return None
-    start = np.stack(read.clip(None)[: min(asked, chunks.frames)])
+    clip = read.clip(None)
+    places = range(min(asked, chunks.frames, len(clip)))
+    start = _picked(clip, places, "num_first_chunk_conditional_frames", lease)
     if len(start) == chunks.frames and chunks.count == 1:
         possible = f"below {chunks.frames}, the frames of the only chunk: else nothing is made"
         raise InvalidRequest("num_first_chunk_conditional_frames", asked, possible)
     return start
 
 
-def _window(clip: ControlFrames, window: slice, chunks: Chunks) -> Pixels:
+def _window(clip: Pixels, window: slice, chunks: Chunks, field: str, lease: Lease) -> Pixels:
     """What one chunk sees of a control: mirrored at its end where that comes too soon."""
     order = padded(len(clip), chunks.total)[window]
-    return _picked(clip, [order[place] for place in padded(len(order), chunks.frames)])
+    places = [order[place] for place in padded(len(order), chunks.frames)]
+    return _picked(clip, places, field, lease)
 
 
-def _picked(clip: ControlFrames, places: Iterable[int]) -> Pixels:
-    return np.stack([clip[place] for place in places])
+def _picked(clip: Pixels, places: Sequence[int], field: str, lease: Lease) -> Pixels:
+    """Frames of a clip: a part of it where they follow each other, else a copy that is reserved first."""
+    first = places[0]
+    if [*places] == [*range(first, first + len(places))]:
+        return clip[first : first + len(places)]
+    lease.reserve(len(places) * clip[0].nbytes, field)
+    return clip[[*places]]
 
 
 def _thinned(field: str, rate: float, every: int) -> list[str]:
@@ -381,7 +405,7 @@ def _thinned(field: str, rate: float, every: int) -> list[str]:
     ]
 
 
-def _warnings(request: GenerateRequest, clips: tuple[ControlFrames, ...]) -> Iterator[str]:
+def _warnings(request: GenerateRequest, clips: tuple[Pixels, ...]) -> Iterator[str]:
     for name, clip in zip(request.controls, clips, strict=True):
         if len(clip) < len(clips[0]):
             yield (

@@ -18,6 +18,7 @@ from typing import Any
 
 from vllm_cosmos3.checkpoint.config import ModelConfig
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
+from vllm_cosmos3.media_budget import Lease, media_budget
 from vllm_cosmos3.request import planner
 from vllm_cosmos3.request.plan import Plan
 from vllm_cosmos3.request.planner import Draft
@@ -107,13 +108,14 @@ class Admission:
         try:
             body = await asyncio.to_thread(submission.digest)
             known = self._known(body, submission)
-            return known or await self._accept(submission, body)
+            with media_budget().lease() as pixels:
+                return known or await self._accept(submission, body, pixels)
         except InvalidRequest as error:
             raise request.placed(submission.renamed(error)) from None
         except ApiError as error:
             raise request.placed(error) from None
 
-    async def _accept(self, submission: Submission, body: str) -> VideoJob:
+    async def _accept(self, submission: Submission, body: str, pixels: Lease) -> VideoJob:
         request, media, deadline = submission.request, submission.media, submission.deadline
         self._check_model(request.server_fields.get("model"))
         self.check_open()
@@ -124,6 +126,7 @@ class Admission:
             request, media = continuation.continue_from(request, media, before, self._jobs.journal)
         draft = await self._draft(request, media)
         plan = await self._with_prompts(draft, request)
+        pixels.reserve(plan.pixel_bytes, "size")  # while its prompt is written, waits and runs
         report = await self.judge(request)
         caption = await self._caption(request, draft, plan, deadline)
         if caption is not None:
@@ -160,7 +163,7 @@ class Admission:
             if before is not None:
                 await asyncio.to_thread(continuation.prepare, job, plan, before, journal)
                 journal.save(job)
-            await asyncio.to_thread(self._jobs.submit, job, plan, deadline)
+            await asyncio.to_thread(self._jobs.submit, job, plan, deadline, pixels)
         except Exception:
             with suppress(Cosmos3Error):
                 journal.purge(job.id)

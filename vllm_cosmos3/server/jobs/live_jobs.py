@@ -17,6 +17,7 @@ from typing import Any
 
 from vllm_cosmos3.errors import Busy, Cosmos3Error, file_error
 from vllm_cosmos3.media import Clip
+from vllm_cosmos3.media_budget import Lease
 from vllm_cosmos3.progress import Progress
 from vllm_cosmos3.request.plan import Plan
 from vllm_cosmos3.server.http.api_errors import SERVER_FAILED, ApiError, retry_after, slug
@@ -68,8 +69,10 @@ class LiveJobs:
     def __len__(self) -> int:
         return len(self._jobs)
 
-    def submit(self, job: VideoJob, plan: Plan, deadline: float) -> None:
+    def submit(self, job: VideoJob, plan: Plan, deadline: float, pixels: Lease) -> None:
         """Hand an accepted job to the stage.
+
+        ``pixels`` are the reservations for those of the plan, which are the job's from now on.
 
         Raises:
             Cosmos3Error: the queue is full, or the stage is gone.
@@ -93,6 +96,8 @@ class LiveJobs:
             raise
         with self._lock:
             self._stage_jobs[job.id] = stage_job
+        kept = pixels.moved()
+        stage_job.future.add_done_callback(lambda _: kept.release())
         stage_job.future.add_done_callback(lambda future: self._finish(job, future))
 
     def current(self, job: VideoJob) -> VideoJob:
