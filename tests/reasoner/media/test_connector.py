@@ -65,11 +65,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @contextmanager
-def serving(*, status: int = 200, body: bytes = b"", location: str = "") -> Iterator[str]:
-    """URL of a server on this machine that gives one answer."""
+def serving(
+    *, status: int = 200, body: bytes = b"", location: str = "", asked: list[str] | None = None
+) -> Iterator[str]:
+    """URL of a server on this machine that gives one answer. ``asked`` are the paths of requests."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            if asked is not None:
+                asked.append(self.path)
             here = status if self.path == "/first" else 200
             self.send_response(here)
             if location and self.path == "/first":
@@ -196,6 +200,19 @@ def test_urls_of_this_network_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
             assert "a URL that this server can and may fetch" in refusal("image", here)
         monkeypatch.setenv(PRIVATE_MEDIA, "1")
         assert fetch("image", url).size == picture().size
+
+
+def test_other_media_of_this_network_are_refused_too() -> None:
+    """Whichever of vLLM's ways a URL comes by."""
+    asked: list[str] = []
+    with serving(asked=asked) as url:
+        one = connector()
+        for fetch_it in (one.fetch_audio, lambda u: asyncio.run(one.fetch_audio_async(u))):
+            with pytest.raises(ValueError, match=r"audio_url is .* can and may fetch"):
+                fetch_it(url)
+        for kind in ("image", "video"):
+            refusal(kind, url)
+    assert not asked
 
 
 def test_every_redirect_is_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,7 @@ from vllm_cosmos3.reasoner.media.replies import reply_of
 
 # A parameter of the type may hold a comma, as in "data:video/mp4;codecs=avc1,mp4a;base64,".
 _BASE64 = re.compile(r"data:([^,;]*)(?:;.*?)?;base64,", re.IGNORECASE)
+AUDIO = "audio_url"
 LONGEST_TYPE = 1000  # characters before the content of a data URL
 _SCHEMES = "a URL of http, https, data or (where allowed) file"
 
@@ -77,6 +78,17 @@ class Cosmos3Connector(MediaConnector):
     async def fetch_video_async(self, video_url: str, **_: Any) -> Any:
         seconds = envs.VLLM_VIDEO_FETCH_TIMEOUT
         return await self._load_async(VIDEO, video_url, self._clips(), seconds)
+
+    # What vLLM's other ways come to, such as sounds: no model here hears them, but they are fetched.
+
+    def load_from_url(self, url: str, media_io: Any, *, fetch_timeout: int | None = None) -> Any:
+        return self._load(AUDIO, url, media_io, fetch_timeout or envs.VLLM_AUDIO_FETCH_TIMEOUT)
+
+    async def load_from_url_async(
+        self, url: str, media_io: Any, *, fetch_timeout: int | None = None
+    ) -> Any:
+        seconds = fetch_timeout or envs.VLLM_AUDIO_FETCH_TIMEOUT
+        return await self._load_async(AUDIO, url, media_io, seconds)
 
     def _pictures(self) -> PictureIO:
         return PictureIO(self._request, **self.media_io_kwargs.get("image", {}))
