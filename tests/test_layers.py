@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "vllm_cosmos3"
 # A row a room, from the bottom up. A name is a folder with all that is in it, or one module; the longest
 # name that fits counts. Within a row imports may go both ways, but never in a circle.
 LAYERS = [
-    {"version", "errors", "progress", "bars", "closing", "compat", "media_budget"},
+    {"version", "errors", "progress", "bars", "closing", "compat", "media_budget", "files"},
     {"media", "fetching", "poses", "checkpoint"},
     {"request", "engine_options", "parallel", "robots"},
     {"batch", "generator.formats", "generator.output", "generator.sampling"},
@@ -22,7 +22,7 @@ LAYERS = [
     {"generator", "plugin"},
     {"stage"},
     {"engine"},
-    {"server.options", "server.storage"},
+    {"server.options", "server.storage", "server.engine_heartbeat"},
     {"server.http"},
     {"server.guardrails", "server.memory_split"},
     {"server.jobs"},
@@ -33,6 +33,7 @@ LAYERS = [
 ]
 NO_TORCH = {
     "errors",
+    "files",
     "poses",
     "checkpoint.config",
     "checkpoint.hub",

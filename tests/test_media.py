@@ -567,9 +567,39 @@ def test_a_gif_that_moves_and_films_are_clips(video: bytes) -> None:
     assert media.is_clip(video, field="image")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"tile_size": 64}, {"chroma": 444}, {"save_all": True, "append_images": [OTHER]}],
+    ids=str,
+)
+def test_pictures_of_phones(options: dict[str, object]) -> None:
+    """HEIC, whole or in tiles as cameras write it, also beside others."""
+    picture = BOAT.resize((160, 120))
+    file = encoded(picture, "HEIF", quality=95, **options)
+    assert not media.is_clip(file, field="image")
+    assert distance(media.read_image(file), np.array(picture)) < 3
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT_FROM)
+def test_pictures_of_phones_are_upright(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[TAG_ORIENTATION] = orientation
+    file = encoded(BOAT, "HEIF", quality=95, exif=exif.tobytes())
+    assert distance(media.read_image(file), UPRIGHT_FROM[orientation](np.array(BOAT))) < 3
+
+
+def test_a_picture_of_another_size_than_it_says_is_refused() -> None:
+    file = encoded(BOAT, "HEIF", quality=95)
+    at = file.index(b"ispe") + 8
+    lying = file.replace(file[at : at + 8], struct.pack(">II", 32, 32))
+    with pytest.raises(InvalidRequest) as refused:
+        media.read_image(lying)
+    assert refused.value.code == "invalid_media"
+
+
 @pytest.mark.parametrize("brand", [b"heic", b"heix", b"mif1", b"avif"])
 @pytest.mark.parametrize("read", [media.read_image, media.is_clip])
-def test_pictures_of_phones_that_are_not_read_are_named(brand: bytes, read: object) -> None:
+def test_pictures_of_phones_that_are_damaged_are_named(brand: bytes, read: object) -> None:
     file = b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1" + brand + b"\0" * 99
     with pytest.raises(InvalidRequest, match=r"PNG, JPEG, WebP, AVIF, .*HEIC") as refused:
         read(file, field="image_reference")  # type: ignore[operator]

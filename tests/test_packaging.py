@@ -23,8 +23,30 @@ PARTS = (
     "integrations",
     "benchmarks",
     "requirements",
+    "training",
 )
 BUILD = "from setuptools import build_meta as b; b.build_sdist('..'); b.build_wheel('..')"
+# What `make setup` does in a folder, but that pip gets no further than to its files.
+SET_UP = """
+import sys
+from pathlib import Path
+from setuptools import build_meta
+sys.path.insert(0, "tools")
+import setup
+
+class Pip:
+    def install(self, *arguments):
+        for word in arguments:
+            path = word.partition("[")[0]
+            if path.startswith("/"):
+                assert Path(path).exists(), path
+                print(Path(path).name)
+
+setup._install_cpu(Pip(), "0.32.0")
+for device in setup.PYTHONS:
+    setup._stamp(Path(".venv"), device, "0.32.0", "python")
+build_meta.prepare_metadata_for_build_wheel(".")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +101,21 @@ def test_the_source_archive_holds_what_make_needs(built: Path) -> None:
         names = {member.name.split("/", 1)[1] for member in opened if member.isfile()}
     assert files(built / "src") - names <= {"MANIFEST.in"}
     assert {"Makefile", "Dockerfile", "requirements/cpu-0.32.0.txt", "tools/setup.py"} <= names
+
+
+def test_the_source_archive_is_set_up_like_a_clone(built: Path, tmp_path: Path) -> None:
+    (archive,) = built.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        opened.extractall(tmp_path, filter="data")
+    (folder,) = tmp_path.iterdir()
+    command = [sys.executable, "-c", SET_UP]
+    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert {"cpu-0.32.0.txt", folder.name} <= set(ran.stdout.split())
+    for target in ("setup", "demo", "serve", "soak", "lint"):
+        shown = subprocess.run(
+            ["make", "-n", target], cwd=folder, capture_output=True, text=True, check=False
+        )
+        assert shown.returncode == 0, shown.stderr
+    listed = subprocess.run(["make", "train-demo"], cwd=folder, capture_output=True, check=False)
+    assert listed.returncode == 0, listed.stderr

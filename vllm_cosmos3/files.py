@@ -21,7 +21,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
-        raise IsADirectoryError(errno.EISDIR, "not the name of a file", str(path))
+        raise IsADirectoryError(errno.EISDIR, "Is a directory or a device, not a file", str(path))
     if not target.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     part = target.with_name(f".{uuid.uuid4().hex}.part")

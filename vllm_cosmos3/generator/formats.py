@@ -10,6 +10,7 @@ from PIL import Image
 
 from vllm_cosmos3 import media
 from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.files import replacing
 from vllm_cosmos3.media import Pixels
 
 CLIP_SUFFIXES = (".mp4", ".webm")
@@ -78,7 +79,7 @@ def _write_gif(path: Path, video: Pixels, fps: float) -> None:
     """An animation without end. Its times are hundredths of a second, which sum up to the length."""
     ends = [round(100 * index / fps) for index in range(len(video) + 1)]
     first, *others = map(Image.fromarray, video)
-    with media.replacing(path) as part:
+    with replacing(path) as part:
         first.save(
             part,
             "GIF",
@@ -90,5 +91,5 @@ def _write_gif(path: Path, video: Pixels, fps: float) -> None:
 
 
 def _write_array(path: Path, pixels: Pixels) -> None:
-    with media.replacing(path) as part, part.open("wb") as file:
+    with replacing(path) as part, part.open("wb") as file:
         np.save(file, pixels)

@@ -26,7 +26,8 @@ from vllm_cosmos3.reasoner.media.video_loader import ALL
 from vllm_cosmos3.reasoner.media.video_loader import NAME as LOADER
 
 IMAGE, VIDEO = "image_url", "video_url"  # the parts of a message
-AN_IMAGE = "a complete image, such as PNG, JPEG, WebP, GIF, BMP, TIFF or AVIF"
+AN_IMAGE = "a complete image, such as PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF or HEIC"
+HEIF = "HEIF"  # Pillow's name for HEIC, which vLLM does not read
 JPEG_FRAMES = "video/jpeg"  # vLLM's way to send frames: JPEG files with commas between
 KEPT, WORKING = 4, 12  # bytes a pixel, of Pillow's RGB and of what is made on the way to it
 RAW_FRAMES = 8  # bytes a pixel of frames as pictures: both as such and stacked
@@ -66,12 +67,12 @@ class PictureIO(ImageMediaIO):
             Busy: other requests hold the memory that it takes.
         """
         try:
-            with Image.open(BytesIO(data), formats=image_formats()) as image:
+            with Image.open(BytesIO(data), formats=_formats()) as image:
                 pixels = image.width * image.height
                 self._check(image.width, image.height)
                 self._request.lease.reserve(pixels * KEPT, IMAGE)
                 with self._request.lease.during(pixels * WORKING, IMAGE):
-                    loaded = self._scaled(image, data) or super().load_bytes(data)
+                    loaded = self._loaded(image, data) or super().load_bytes(data)
         except (Cosmos3Error, MemoryError):
             raise
         except Exception as error:  # noqa: BLE001  # whatever a decoder raises
@@ -88,9 +89,11 @@ class PictureIO(ImageMediaIO):
         if 0 < most < width * height:
             raise InvalidRequest(IMAGE, f"a picture of {width}x{height}", f"at most {most} pixels")
 
-    @staticmethod
-    def _scaled(image: Image.Image, data: bytes) -> Any:
-        """Grey of more than 8 bits, which Pillow would cut off at 255; None for others."""
+    def _loaded(self, image: Image.Image, data: bytes) -> Any:
+        """HEIC, and grey of more than 8 bits, which Pillow would cut off at 255; None for others."""
+        if image.format == HEIF:
+            image.load()
+            return MediaWithBytes(self._convert_image_mode(image), data)
         if image.mode == "F":
             raise InvalidRequest(
                 IMAGE,
@@ -102,6 +105,12 @@ class PictureIO(ImageMediaIO):
         levels = np.asarray(ImageOps.exif_transpose(image)).astype(np.float32) / 257
         grey = Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
         return MediaWithBytes(grey.convert("RGB"), data)
+
+
+def _formats() -> tuple[str, ...] | None:
+    """Pillow's formats that are read; None where vLLM does not choose."""
+    formats = image_formats()
+    return None if formats is None else (*formats, HEIF)
 
 
 class ClipIO(VideoMediaIO):
