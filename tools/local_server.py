@@ -128,7 +128,8 @@ def _healthy(url: str) -> bool:
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
     """Ask the group to end, then insist. Workers end with the launcher or with their group."""
-    for wish, patience in ((signal.SIGINT, 20), (signal.SIGTERM, 10), (signal.SIGKILL, 10)):
+    # Not SIGINT, which a shell lets background commands and all that they start ignore.
+    for wish, patience in ((signal.SIGTERM, 30), (signal.SIGKILL, 10)):
         try:
             os.killpg(process.pid, wish)
         except ProcessLookupError:
