@@ -120,8 +120,8 @@ def whole() -> list[bytes]:
         encoded(codec="libx264", container="h264", frames=9),
         animation([picture(48, 32, seed) for seed in range(4)]),
     ]
-    one, two = picture(48, 32, 1), picture(48, 32, 2)
-    several: dict[str, Any] = {"save_all": True, "append_images": [two]}
+    one = picture(48, 32, 1)
+    several = {"save_all": True}
     kinds: list[tuple[Image.Image, str, dict[str, Any]]] = [
         (one, "PNG", {}), (one.convert("P"), "PNG", {"transparency": 0}), (one.convert("I;16"), "PNG", {}),
         (one, "PNG", several), (one, "JPEG", {"progressive": True}), (one.convert("CMYK"), "JPEG", {}),
@@ -130,12 +130,15 @@ def whole() -> list[bytes]:
         (one, "GIF", {}), (one, "BMP", {}), (one, "TIFF", {"compression": "tiff_lzw"}), (one, "TIFF", several),
         (one.convert("LAB"), "TIFF", {"compression": "tiff_adobe_deflate"}),
     ]  # fmt: skip
-    return clips + [_saved(image.copy(), kind, **options) for image, kind, options in kinds]
+    return clips + [_saved(image, kind, options) for image, kind, options in kinds]
 
 
-def _saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+def _saved(image: Image.Image, kind: str, options: dict[str, Any]) -> bytes:
+    """A file with this picture, with ``save_all`` one with another behind it."""
+    if "save_all" in options:
+        options = {**options, "append_images": [picture(48, 32, 2)]}
     file = io.BytesIO()
-    image.save(file, kind, **options)
+    image.copy().save(file, kind, **options)  # a copy, as options of one format stay in a picture
     return file.getvalue()
 
 
