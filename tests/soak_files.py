@@ -73,7 +73,8 @@ def _read(data: bytes) -> Iterator[str]:
                 read(data)
         except Exception as error:  # noqa: BLE001 - that is what is looked for
             yield f"{name}: {type(error).__name__}: {error}"
-        gc.collect()
+        if media_budget().used:
+            gc.collect()
         if media_budget().used:
             yield f"{name}: {media_budget().used} bytes were not given back"
             media_budget.cache_clear()
