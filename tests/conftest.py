@@ -87,6 +87,14 @@ def tiny_checkpoint_fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_checkpoint_fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same checkpoint as its FP8 revision would be, the rest in float32."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny-fp8"
+    write_checkpoint(folder, dtype="float32", quantization="fp8")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
     """Runs a function on every rank of a mesh: ``ranks(parallel, function, *args)``."""
     pool = Ranks()

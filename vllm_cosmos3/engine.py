@@ -23,7 +23,6 @@ import torch
 
 from vllm_cosmos3 import bars
 from vllm_cosmos3.batch.downloads import Downloads, is_url
-from vllm_cosmos3.checkpoint.config import read_config
 from vllm_cosmos3.checkpoint.hub import resolve
 from vllm_cosmos3.closing import Closing
 from vllm_cosmos3.engine_options import DEFAULTS, OPTIONS, EngineOptions
@@ -112,7 +111,7 @@ class Cosmos3(Closing):
         self.device = _device(options.device)
         config = options.on(resolve(options.model, options.revision), str(self.device))
         config = config.limited(_memory_of(self.device))
-        self._model = read_config(config.model, config.checkpoint_kind)
+        self._model = config.read_model()
         self._tokenizer = load_tokenizer(config.model)
         self._shows = bars.are_seen() if options.progress is None else options.progress
         loading = bars.loading_bar(loaded_values(self._model)) if self._shows else _silent()

@@ -13,7 +13,9 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from vllm_cosmos3.checkpoint.config import ModelConfig, read_config
 from vllm_cosmos3.checkpoint.kinds import KINDS
+from vllm_cosmos3.checkpoint.quantization import MODES, ON_THE_FLY, Quantization
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.request.fields import Spec
 
@@ -132,6 +134,28 @@ class EngineOptions:
         "only rank 0 gets results (default: mp for several ranks)",
     )
     attention_backend: str = _option("auto", kind="text", help="attention kernel")
+    quantization: str | None = _option(
+        server="generator_quantization",
+        kind="choice",
+        choices=("none", "fp8"),
+        help="fp8: FP8 weights, quantized while loading if the checkpoint is not; not exact "
+        "(default: as the checkpoint is stored)",
+    )
+    fp8_first_steps: int | None = _option(
+        kind="int",
+        low=0,
+        high=200,
+        unit="steps",
+        help="first steps without FP8 activations (default: the checkpoint's, else 3)",
+    )
+    fp8_last_steps: int | None = _option(
+        kind="int", low=0, high=200, unit="steps", help="last steps, likewise"
+    )
+    fp8_text: str | None = _option(
+        kind="choice",
+        choices=MODES,
+        help="FP8 activations in the text tower: native, or none: a16 (default: the checkpoint's, else a16)",
+    )
     load_format: str = _option(
         "auto",
         server="generator_load_format",
@@ -192,12 +216,37 @@ class EngineOptions:
         names = (item.name for item in dataclasses.fields(ParallelConfig))
         return ParallelConfig(**{name: getattr(self, name) for name in names})
 
+    def quantized(self, model: ModelConfig) -> ModelConfig:
+        """The same checkpoint with the quantization that the options choose.
+
+        Raises:
+            InvalidRequest: the checkpoint cannot be loaded so.
+        """
+        found = model.quantization
+        if self.quantization == "none" and found is not None:
+            possible = "fp8 or left out: this checkpoint holds FP8 weights"
+            raise InvalidRequest("quantization", self.quantization, possible)
+        if self.quantization == "fp8" and found is None:
+            found = Quantization(stored=False) if model.distilled else ON_THE_FLY
+        changes = {part: getattr(self, name) for name, part in OF_FP8.items()}
+        changes = {part: value for part, value in changes.items() if value is not None}
+        if found is None and changes:
+            name = next(name for name, part in OF_FP8.items() if part in changes)
+            possible = "left out, or given with quantization=fp8"
+            raise InvalidRequest(name, getattr(self, name), possible, "conflict")
+        return replace(model, quantization=found and replace(found, **changes))
+
     def on(self, folder: Path, device: str) -> EngineConfig:
         """The same with the folder and the device that were found for them."""
         options = {name: getattr(self, name) for name in OPTIONS}
         return EngineConfig(**{**options, "model": folder, "device": device})
 
 
+OF_FP8 = {  # options -> fields of `Quantization`
+    "fp8_first_steps": "first_steps",
+    "fp8_last_steps": "last_steps",
+    "fp8_text": "text",
+}
 OPTIONS: dict[str, Option] = {
     item.name: item.metadata["option"]
     for item in dataclasses.fields(EngineOptions)
@@ -229,3 +278,11 @@ class EngineConfig(EngineOptions):
             raise InvalidRequest("gpu_memory_utilization", fraction, possible, "conflict")
         gib = fraction * device_bytes / 2**30
         return dataclasses.replace(self, gpu_memory_utilization=None, memory_limit=gib)
+
+    def read_model(self) -> ModelConfig:
+        """What the checkpoint says of itself, with what the options change.
+
+        Raises:
+            CheckpointError: as `read_config`.
+        """
+        return self.quantized(read_config(self.model, self.checkpoint_kind))

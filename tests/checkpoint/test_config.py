@@ -188,7 +188,7 @@ def test_wrong_values_are_named(
         (TRANSFORMER, {"backbone_type": "nemotron"}, "Cosmos3 Edge"),
         (SCHEDULER, {"_class_name": "Cosmos3EdgeUniPCMultistepScheduler"}, "Cosmos3 Edge"),
         ("model_index.json", {"_class_name": "Cosmos3EdgePipeline"}, "Cosmos3 Edge"),
-        (TRANSFORMER, {"quantization_config": {"quant_method": "modelopt"}}, "quantized weights"),
+        (TRANSFORMER, {"quantization_config": {"quant_method": "modelopt"}}, "quant_algo None"),
         (TRANSFORMER, {"attention_bias": True}, "attention_bias is True"),
         (VAE, {"is_residual": False}, "is_residual is False"),
         (SOUND, {"activation": "elu"}, "activation is 'elu'"),

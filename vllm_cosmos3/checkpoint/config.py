@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vllm_cosmos3.checkpoint.kinds import KINDS, check_kind, kind_of
+from vllm_cosmos3.checkpoint.quantization import Quantization, read_quantization
 from vllm_cosmos3.errors import CheckpointError, Unsupported
 
 Config = TypeVar("Config")
@@ -126,6 +127,7 @@ class ModelConfig:
     """A whole checkpoint folder. ``sound`` is None where the checkpoint makes no sound.
 
     ``kind`` is one of `kinds.KINDS`, and says which modes the checkpoint was made for.
+    ``quantization`` is None where matrices are loaded as they are.
     """
 
     path: Path
@@ -134,6 +136,7 @@ class ModelConfig:
     vae: VAEConfig
     scheduler: SchedulerConfig
     sound: SoundConfig | None
+    quantization: Quantization | None
 
     @property
     def distilled(self) -> bool:
@@ -147,14 +150,15 @@ def read_config(folder: Path, kind: str | None = None) -> ModelConfig:
     ``kind`` replaces the kind that the files tell.
 
     Raises CheckpointError that names all missing keys of a file, Unsupported for checkpoints that
-    are recognised but cannot be run, such as FP8 weights and the Edge architecture, and
+    are recognised but cannot be run, such as 4-bit weights and the Edge architecture, and
     InvalidRequest for a ``kind`` that the checkpoint cannot be.
     """
     found = read_kind(folder)
     _refuse_unsupported(folder, found)
     if kind is not None:
         check_kind(kind, found)
-    transformer = _read_transformer(folder / "transformer" / "config.json")
+    file = folder / "transformer" / "config.json"
+    transformer, quantization = _read_transformer(file), read_quantization(folder, read_json(file))
     sound = folder / "sound_tokenizer" / "config.json"
     config = ModelConfig(
         path=folder,
@@ -163,6 +167,7 @@ def read_config(folder: Path, kind: str | None = None) -> ModelConfig:
         vae=_read_vae(folder / "vae" / "config.json"),
         scheduler=_read_scheduler(folder),
         sound=_read_sound(sound) if transformer.sound_gen else None,
+        quantization=quantization,
     )
     _check_agreement(config)
     return config
@@ -210,11 +215,6 @@ def _refuse_unsupported(folder: Path, kind: str) -> None:
         raise Unsupported(
             f"{folder} is a Cosmos3 Edge checkpoint, which this version cannot generate with; "
             "use Cosmos3-Nano or Cosmos3-Super"
-        )
-    if read_json(folder / "transformer" / "config.json").get("quantization_config"):
-        raise Unsupported(
-            f"{folder} holds quantized weights (quantization_config in transformer/config.json), "
-            "which this version cannot run; use the bfloat16 revision"
         )
 
 

@@ -42,6 +42,20 @@ def transformer_tensors(cfg: TransformerConfig) -> Tensors:
     return tensors
 
 
+def layer_matrices(tensors: Tensors) -> Tensors:
+    """The matrices in the layers of both towers, which FP8 checkpoints hold as F8_E4M3."""
+    return {n: s for n, s in tensors.items() if n.startswith("layers.") and len(s) == 2}
+
+
+def scale_tensors(tensors: Tensors) -> Tensors:
+    """What an FP8 checkpoint has beside each of them: a float32 scale of itself and of its input."""
+    return {
+        f"{name.removesuffix('weight')}{scale}": ()
+        for name in layer_matrices(tensors)
+        for scale in ("weight_scale", "input_scale")
+    }
+
+
 def vision_tensors(cfg: VisionConfig) -> Tensors:
     """``vision_encoder/``: the Qwen3-VL vision transformer that the reasoner sees with."""
     width, merged = cfg.hidden_size, cfg.hidden_size * cfg.spatial_merge_size**2

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ STEM = "diffusion_pytorch_model"  # of the weight files of every component
 # What published exports carry beside their own tensors: position embeddings of an abandoned design,
 # and the state of quantizers that were never applied.
 _IGNORED = re.compile(r"^action_pos_embed\.|\.(input|weight|output)_quantizer\.")
+SCALES = (".weight_scale", ".input_scale")  # of FP8 matrices: scalars
 _ALIASED = re.compile(r"^((?:action|audio)_modality_embed)\.weight$")
 
 
@@ -42,6 +43,12 @@ class Target:
 
 
 Table = Mapping[str, Target]
+Prepare = Callable[[str, Target, Tensor], Iterable[tuple[Target, Tensor]]]
+
+
+def as_it_is(_: str, target: Target, tensor: Tensor) -> Iterable[tuple[Target, Tensor]]:
+    """The preparation of tensors that need none."""
+    return [(target, tensor)]
 
 
 def identity_table(shapes: Shapes) -> dict[str, Target]:
@@ -49,41 +56,58 @@ def identity_table(shapes: Shapes) -> dict[str, Target]:
     return {name: Target(name) for name in shapes}
 
 
-def load_weights(module: nn.Module, table: Table, folder: Path, shapes: Shapes) -> None:
+def load_weights(
+    module: nn.Module,
+    table: Table,
+    folder: Path,
+    shapes: Shapes,
+    fp8: Collection[str] = (),
+    prepare: Prepare = as_it_is,
+) -> None:
     """Fill ``module`` from the shards in ``folder``.
 
     ``shapes`` lists every tensor that the folder may hold, ``table`` those of them that are
-    needed. Raises one CheckpointError that names what is missing, unexpected or of another shape.
+    needed, ``fp8`` those that are F8_E4M3. ``prepare`` makes of a tensor and its target what is
+    loaded. Raises one CheckpointError that names what is missing, unexpected, of another shape or type.
     """
-    _fill(module, table, _read(folder, table, shapes))
+    _fill(module, table, _read(folder, table, shapes, fp8), prepare)
 
 
-def check_weights(table: Table, folder: Path, shapes: Shapes) -> None:
+def check_weights(table: Table, folder: Path, shapes: Shapes, fp8: Collection[str] = ()) -> None:
     """Read the headers of the shards alone, and raise what `load_weights` would."""
     with ExitStack() as stack:
         shards = [stack.enter_context(_open(path)) for path in _shard_files(folder)]
-        _check(folder, shards, table, shapes)
+        _check(folder, shards, table, shapes, fp8)
 
 
 def load_dummy_weights(
-    module: nn.Module, table: Table, shapes: Shapes, *, device: torch.device, seed: int = 0
+    module: nn.Module,
+    table: Table,
+    shapes: Shapes,
+    *,
+    device: torch.device,
+    seed: int = 0,
+    prepare: Prepare = as_it_is,
 ) -> None:
     """Fill ``module`` with reproducible noise that keeps activations near one.
 
     Norms are one, biases zero, matrices uniform with variance 1 / inputs. Each tensor has its own
     generator on ``device``, so every rank of a mesh gets its part of the same weights.
     """
-    _fill(module, table, ((name, _dummy(name, shapes[name], device, seed)) for name in table))
+    drawn = ((name, _dummy(name, shapes[name], device, seed)) for name in table)
+    _fill(module, table, drawn, prepare)
 
 
-def _fill(module: nn.Module, table: Table, tensors: Iterable[tuple[str, Tensor]]) -> None:
+def _fill(
+    module: nn.Module, table: Table, tensors: Iterable[tuple[str, Tensor]], prepare: Prepare
+) -> None:
     """Hand each tensor to its parameter's own loader, which knows how the parameter is sharded."""
     parameters = dict(module.named_parameters())
     for name, tensor in tensors:
-        target = table[name]
-        parameter = parameters[target.parameter]
-        load: Any = getattr(parameter, "weight_loader", _copy)  # set by vLLM's layers
-        load(parameter, tensor, *(() if target.part is None else (target.part,)))
+        for target, value in prepare(name, table[name], tensor):
+            parameter = parameters[target.parameter]
+            load: Any = getattr(parameter, "weight_loader", _copy)  # set by vLLM's layers
+            load(parameter, value, *(() if target.part is None else (target.part,)))
         load_progress.count(tensor.numel())
     choose_kernels(module)
 
@@ -101,11 +125,13 @@ def _copy(parameter: Tensor, tensor: Tensor) -> None:
     parameter.data.copy_(tensor)
 
 
-def _read(folder: Path, table: Table, shapes: Shapes) -> Iterator[tuple[str, Tensor]]:
+def _read(
+    folder: Path, table: Table, shapes: Shapes, fp8: Collection[str]
+) -> Iterator[tuple[str, Tensor]]:
     """The tensors of ``table``, shard by shard, each mapped from its file while it is used."""
     with ExitStack() as stack:
         shards = [(path, stack.enter_context(_open(path))) for path in _shard_files(folder)]
-        _check(folder, [shard for _, shard in shards], table, shapes)
+        _check(folder, [shard for _, shard in shards], table, shapes, fp8)
         for path, shard in shards:
             for stored in shard.keys():  # noqa: SIM118 a safetensors file is not iterable
                 if (name := _name(stored)) in table:
@@ -143,14 +169,20 @@ def _corrupt(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{path} is truncated or corrupt: {error}")
 
 
-def _check(folder: Path, shards: list[Any], table: Table, shapes: Shapes) -> None:
+def _check(
+    folder: Path, shards: list[Any], table: Table, shapes: Shapes, fp8: Collection[str]
+) -> None:
     """Compare the headers with what is expected; all that is wrong goes into one sentence."""
-    found = {
-        _name(stored): tuple(shard.get_slice(stored).get_shape())
+    headers = {
+        _name(stored): shard.get_slice(stored)
         for shard in shards
         for stored in shard.keys()  # noqa: SIM118
         if not _IGNORED.search(stored)
     }
+    found = {name: tuple(header.get_shape()) for name, header in headers.items()}
+    # The scale of a matrix is written with one dimension or with none.
+    found |= {name: () for name, shape in found.items() if name.endswith(SCALES) and shape == (1,)}
+    types = {name: headers[name].get_dtype() for name in shapes.keys() & found.keys()}
     shared = shapes.keys() & found.keys()
     problems = [
         _listed("missing", sorted(table.keys() - found.keys())),
@@ -163,9 +195,23 @@ def _check(folder: Path, shards: list[Any], table: Table, shapes: Shapes) -> Non
                 if found[name] != tuple(shapes[name])
             ],
         ),
+        _listed(
+            "of another type",
+            [
+                f"{name} {types[name]} instead of {_expected_type(name, fp8)}"
+                for name in sorted(shared)
+                if not re.fullmatch(_expected_type(name, fp8).replace(", ", "|"), types[name])
+            ],
+        ),
     ]
     if any(problems):
         raise CheckpointError(f"tensors in {folder} are {'; '.join(filter(None, problems))}")
+
+
+def _expected_type(name: str, fp8: Collection[str]) -> str:
+    if name in fp8:
+        return "F8_E4M3"
+    return "F32" if name.endswith(SCALES) else "BF16, F16, F32"
 
 
 def _listed(what: str, items: list[str], most: int = 8) -> str:

@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_cosmos3.checkpoint.config import ModelConfig, VAEConfig, read_config
+from vllm_cosmos3.checkpoint.config import ModelConfig, read_config
 from vllm_cosmos3.checkpoint.hub import resolve
 from vllm_cosmos3.checkpoint.latents import pixel_frames
 from vllm_cosmos3.checkpoint.synthetic.files import SIZES, published_files
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     options = EngineOptions(
         args.model, device=args.device, **given(args, OPTIONS.keys() - {"device"})
     )
-    model = known_model(args.model, options.revision, options.checkpoint_kind)
+    model = options.quantized(known_model(args.model, options.revision, options.checkpoint_kind))
     engine = options.on(model.path, args.device)
     check_degrees(engine.parallel, model.transformer, guided=not model.distilled)
     work = work_of(args, model)
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(record(memory, engine, work, limit, advice), indent=2))
     else:
-        print("\n".join(table(args.model, memory, engine, work, model.vae)))
+        print("\n".join(table(args.model, memory, engine, work, model)))
         print("\n".join(verdict(memory.needed, limit, advice)))
     return 0 if fits else 1
 
@@ -138,13 +138,14 @@ def work_of(args: argparse.Namespace, model: ModelConfig) -> Work:
 
 
 def table(
-    name: str, memory: MemoryEstimate, engine: EngineConfig, work: Work, vae: VAEConfig
+    name: str, memory: MemoryEstimate, engine: EngineConfig, work: Work, model: ModelConfig
 ) -> list[str]:
     """What a person reads, in GiB."""
     mesh, (_, shape) = engine.parallel, work.streams[0]
     ranks = f"{mesh.world_size} GPU{'s' if mesh.world_size > 1 else ''}"
     axes, degrees = (" x ".join(map(str, part)) for part in zip(*mesh.degrees.items(), strict=True))
-    frames, scale = pixel_frames(shape[2], vae), vae.scale_factor_spatial
+    frames, scale = pixel_frames(shape[2], model.vae), model.vae.scale_factor_spatial
+    quantized = f" and {model.quantization.scheme}" if model.quantization else ""
     rows = [
         *((f"weights: {part}", size) for part, size in memory.weights.items()),
         ("all weights", memory.resident),
@@ -158,7 +159,7 @@ def table(
         *((f"on the host: {part}", size) for part, size in memory.host.items()),
     ]
     return [
-        f"{name}, {engine.dtype}, on {ranks} ({axes}: {degrees})",
+        f"{name}, {engine.dtype}{quantized}, on {ranks} ({axes}: {degrees})",
         f"{shape[4] * scale}x{shape[3] * scale}, {frames} frames, text {' and '.join(map(str, work.text))}"
         f" tokens, text tower on the {engine.und_residency}",
         "",

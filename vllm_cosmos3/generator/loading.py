@@ -14,6 +14,7 @@ from vllm_cosmos3.generator.memory import check_weights, resolve_residency, usua
 from vllm_cosmos3.generator.memory.reservation import memory_of
 from vllm_cosmos3.generator.models.components import Component, components
 from vllm_cosmos3.generator.models.modalities import decoders
+from vllm_cosmos3.generator.models.quantization import check_device, preparation
 from vllm_cosmos3.generator.models.transformer import Transformer
 from vllm_cosmos3.generator.models.vae import VideoVAE
 from vllm_cosmos3.parallel.attention import make_attend
@@ -40,24 +41,25 @@ def load_models(
         OutOfMemory: the weights do not fit into the device.
     """
     usual, limit = usual_work(model), memory_of(device, config.memory_limit)
+    check_device(model.quantization, device)
     config = resolve_residency(model, config, usual, limit)
     check_weights(model, config, usual, limit)
     parts = {part.folder: part for part in components(model)}
     transformer = _transformer(model, config, mesh, device)
-    _fill(transformer, parts["transformer"], config, device)
+    _fill(transformer, parts["transformer"], model, config, device)
     transformer.rest_on_host(
         text=config.und_residency == "host", layers=config.enable_layerwise_offload
     )
     with device:
         vae = VideoVAE(model.vae, mesh.world, config.parallel.vae_parallel).to(transformer.dtype)
-    _fill(vae, parts["vae"], config, device)
+    _fill(vae, parts["vae"], model, config, device)
     if device.type != "cpu":
         vae.channels_last()
     built = {}
     for name, decoder in decoders(model).items():
         with device:
             built[name] = decoder.build(model)
-        _fill(built[name], parts[decoder.folder], config, device)
+        _fill(built[name], parts[decoder.folder], model, config, device)
     return LoadedModels(transformer=transformer, vae=vae, decoders=built, config=config)
 
 
@@ -77,14 +79,24 @@ def _transformer(
         attend,
         dtype=dtype,
         device=device,
+        quantization=model.quantization,
         text_device=host if config.und_residency == "host" else device,
         layer_device=host if config.enable_layerwise_offload else device,
     )
 
 
-def _fill(module: nn.Module, part: Component, config: EngineConfig, device: torch.device) -> None:
-    if config.load_format == "dummy":
-        load_dummy_weights(module, part.table, part.shapes, device=device)
+def _fill(
+    module: nn.Module,
+    part: Component,
+    model: ModelConfig,
+    config: EngineConfig,
+    device: torch.device,
+) -> None:
+    dummy = config.load_format == "dummy"
+    prepare = preparation(model.quantization, part.matrices, part.shapes, device, dummy=dummy)
+    if dummy:
+        load_dummy_weights(module, part.table, part.shapes, device=device, prepare=prepare)
     else:
-        load_weights(module, part.table, config.model / part.folder, part.shapes)
+        folder, fp8 = config.model / part.folder, part.fp8_in(model)
+        load_weights(module, part.table, folder, part.shapes, fp8, prepare)
     module.eval()

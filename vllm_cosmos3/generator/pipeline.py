@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_cosmos3.checkpoint.config import ModelConfig, read_config
+from vllm_cosmos3.checkpoint.config import ModelConfig
 from vllm_cosmos3.checkpoint.latents import pixel_frames
 from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.generator.frames import on_host, shown_frames, written
@@ -115,7 +115,7 @@ class Pipeline:
             OutOfMemory: the weights do not fit into the device.
         """
         device = torch.device(device)
-        model = read_config(config.model, config.checkpoint_kind)
+        model = config.read_model()
         tokenizer = prompts.load_tokenizer(config.model)
         return cls(model, tokenizer, load_models(model, config, mesh, device), mesh, device)
 
@@ -293,6 +293,7 @@ class Pipeline:
         moving = [place for place, stream in enumerate(planned) if stream.generated]
         if not moving:  # the whole chunk is given, for a later one to go on from
             return
+        self._set_precision(index, plan.parameters.num_inference_steps)
         scales, timestep = state.guidance[index], state.timesteps[index]
         needed = branches_needed(scales)
         reused = state.predictor.decide(state.streams, index, schedule.sigmas[index], needed)
@@ -319,6 +320,13 @@ class Pipeline:
             streams[place] = stream.apply_clean(x)
             remembered.append(after)
         state.streams, state.solver = tuple(streams), tuple(remembered)
+
+    def _set_precision(self, index: int, steps: int) -> None:
+        """That of the generation layers in this step: requests take turns between two steps."""
+        quantization = self.model.quantization
+        self.transformer.precision.native = quantization is None or quantization.native(
+            index, steps
+        )
 
     # Decoding.
 

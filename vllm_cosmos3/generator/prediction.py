@@ -37,7 +37,7 @@ class Predictor:
     contexts: Mapping[int, Context]
     world: Axis
     offloaded: bool
-    _forwards: dict[Branches, Forward] = field(default_factory=dict)
+    _forwards: dict[tuple[Branches, bool], Forward] = field(default_factory=dict)
     _reuse: Reuse | None = None
 
     def start(self, *, fresh: bool) -> None:
@@ -130,7 +130,8 @@ class Predictor:
         )
 
     def _forward(self, streams: Sequence[Stream], branches: Branches) -> Forward:
-        if branches not in self._forwards:
+        key = branches, self.transformer.precision.native
+        if key not in self._forwards:
             seen, context, domain_id = self._given(streams, branches)
             evaluate = _evaluate if self._reuse is None else _evaluate_with_residual
             forward = partial(evaluate, self.transformer, seen, context, domain_id)
@@ -141,8 +142,8 @@ class Predictor:
             recorded = not self.offloaded and launches_matter(
                 tokens, steps, self.world, self.transformer.device
             )
-            self._forwards[branches] = Recording(forward) if recorded else forward
-        return self._forwards[branches]
+            self._forwards[key] = Recording(forward) if recorded else forward
+        return self._forwards[key]
 
 
 def _evaluate(

@@ -353,6 +353,7 @@ def _effective(
     values: dict[str, object] = {"mode": parameters.mode, "checkpoint_kind": model.kind}
     for name in SPECS:
         values[name] = getattr(parameters if hasattr(parameters, name) else request, name)
+    values["quantization"] = model.quantization and model.quantization.record()
     values["size"] = f"{parameters.width}x{parameters.height}"
     if request.negative_prompt_token_ids is None:
         values["negative_prompt"] = negative

@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from vllm_cosmos3.checkpoint.config import ModelConfig, read_config
+from vllm_cosmos3.checkpoint.config import ModelConfig
 from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.errors import InvalidRequest, OutOfMemory
 from vllm_cosmos3.generator.memory import (
@@ -67,7 +67,7 @@ def sized(folder: Path, options: Options, device: str) -> Sizing:
         OutOfMemory: its weights do not fit into a device.
     """
     engine = engine_of(folder, options, device)
-    model = read_config(folder, engine.checkpoint_kind)
+    model = engine.read_model()
     check_backend(engine.attention_backend)
     count, size = devices(options, device)
     engine = engine.limited(size)

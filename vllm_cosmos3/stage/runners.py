@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 import torch
 
-from vllm_cosmos3.checkpoint.config import read_config
 from vllm_cosmos3.checkpoint.load_progress import told
 from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.errors import Cancelled, InvalidRequest, Unsupported
@@ -64,7 +63,7 @@ def make_runner(config: EngineConfig, loaded: Callable[[int], None]) -> Runner:
     backend = backend or ("uni" if config.parallel.world_size == 1 else "mp")
     here = backend in ("uni", "mp") and torch.device(config.device).type != "cpu"
     devices = torch.accelerator.device_count() if here else None
-    model = read_config(config.model, config.checkpoint_kind)
+    model = config.read_model()
     check_degrees(config.parallel, model.transformer, guided=not model.distilled, devices=devices)
     if backend == "uni" and config.parallel.world_size == 1:
         with told(loaded):

@@ -65,15 +65,22 @@ REQUESTS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+FP8: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"quantization": "fp8"}, VIDEO),
+    ({"quantization": "fp8", "fp8_first_steps": 0, "fp8_last_steps": 0}, VIDEO),
+]
+
+
 def peaks(folder: Path) -> list[tuple[int, int]]:
     """Of each request in turn, from the first weight on: measured and planned.
 
     On a CPU vLLM packs matrices into memory of oneDNN, which torch does not see. So the weights are
     counted by their parameters, which another test compares with the plan byte by byte.
     """
-    model, mesh, found = read_config(folder), init_mesh(ParallelConfig()), []
-    for dtype, fields in REQUESTS:
-        config = EngineConfig(model=folder, dtype=dtype, und_residency="gpu")
+    mesh, found = init_mesh(ParallelConfig()), []
+    for options, fields in [*(({"dtype": dtype}, fields) for dtype, fields in REQUESTS), *FP8]:
+        config = EngineConfig(model=folder, und_residency="gpu", **options)
+        model = config.read_model()
         with LiveTensors() as live:
             pipeline = Pipeline.load(config, mesh, "cpu")
             seen = live.now
@@ -92,10 +99,10 @@ def peaks(folder: Path) -> list[tuple[int, int]]:
 
 
 def test_the_plan_is_within_a_tenth_of_the_peak(tiny_checkpoint: Path) -> None:
-    for (_, fields), (measured, planned) in zip(
-        REQUESTS, in_new_process(peaks, tiny_checkpoint), strict=True
+    for (options, fields), (measured, planned) in zip(
+        [*REQUESTS, *FP8], in_new_process(peaks, tiny_checkpoint), strict=True
     ):
-        assert abs(planned - measured) <= 0.1 * measured, (fields, measured, planned)
+        assert abs(planned - measured) <= 0.1 * measured, (options, fields, measured, planned)
 
 
 SHAPE = (1, 48, 4, 13, 22)  # an odd plane that two ranks cannot divide evenly
@@ -126,12 +133,14 @@ def test_decoding_on_two_ranks(tiny_checkpoint: Path, parallel: str, ranks: Rank
     assert abs(planned - measured) <= 0.1 * measured
 
 
-def parameter_bytes(mesh: Mesh, folder: Path) -> dict[str, int]:
+def parameter_bytes(mesh: Mesh, folder: Path, quantization: str | None) -> dict[str, int]:
     """Of this rank, as vLLM's layers allocate them."""
-    config = read_config(folder).transformer
+    checkpoint = EngineConfig(model=folder, quantization=quantization).read_model()
+    config = checkpoint.transformer
     cpu, dtype = torch.device("cpu"), torch.bfloat16
     attend = make_attend("sdpa", device=cpu, dtype=dtype, head_dim=config.head_dim)
-    model = Transformer(config, mesh, attend, dtype=dtype, device=cpu)
+    own = {"quantization": checkpoint.quantization}
+    model = Transformer(config, mesh, attend, dtype=dtype, device=cpu, **own)
     sizes = {name: p.nbytes for name, p in model.named_parameters()}
     parts = {
         "generation": [n for n in sizes if n.startswith("layers.")],
@@ -146,13 +155,23 @@ def parameter_bytes(mesh: Mesh, folder: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_weights_are_those_of_the_layers(tiny_checkpoint: Path, tp: int, ranks: Ranks) -> None:
-    (measured, *_) = ranks(
-        ParallelConfig(tensor_parallel_size=tp), parameter_bytes, tiny_checkpoint
-    )
-    model = read_config(tiny_checkpoint)
+@pytest.mark.parametrize(
+    ("checkpoint", "quantization"),
+    [("tiny_checkpoint", None), ("tiny_checkpoint", "fp8"), ("tiny_checkpoint_fp8", None)],
+)
+def test_weights_are_those_of_the_layers(
+    request: pytest.FixtureRequest,
+    checkpoint: str,
+    quantization: str | None,
+    tp: int,
+    ranks: Ranks,
+) -> None:
+    folder = request.getfixturevalue(checkpoint)
+    parallel = ParallelConfig(tensor_parallel_size=tp)
+    (measured, *_) = ranks(parallel, parameter_bytes, folder, quantization)
+    model = EngineConfig(model=folder, quantization=quantization).read_model()
     planned = weights(model, tensor_parallel_size=tp, element_size=2)
-    layer = layer_bytes(model.transformer, tensor_parallel_size=tp, element_size=2)
+    layer = layer_bytes(model, tensor_parallel_size=tp, element_size=2)
     assert measured == {
         "layer": layer,
         **{part: planned[part] for part in measured if part != "layer"},

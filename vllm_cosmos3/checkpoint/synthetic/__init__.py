@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from vllm_cosmos3.checkpoint.config import read_config, read_vision_config
-from vllm_cosmos3.checkpoint.synthetic.files import SIZES, published_files
-from vllm_cosmos3.checkpoint.synthetic.random_weights import draw
+from vllm_cosmos3.checkpoint.synthetic.files import SIZES, published_files, with_fp8
+from vllm_cosmos3.checkpoint.synthetic.random_weights import draw, in_fp8
 from vllm_cosmos3.checkpoint.synthetic.tokenizer import (
     spoken_ids,
     token_ids,
@@ -42,6 +42,7 @@ def write_checkpoint(
     kind: str = "base",
     seed: int = 0,
     dtype: str = "bfloat16",
+    quantization: str = "none",
     weights: bool = True,
     force: bool = False,
 ) -> None:
@@ -50,7 +51,8 @@ def write_checkpoint(
     ``size`` is one of SIZES and ``kind`` one of `kinds.KINDS`; tiny alone can
     have weights, and Edge cannot.
     ``dtype`` is that of the transformers and the video autoencoder. The sound autoencoder is always
-    float32, as published. Without ``weights`` only the configuration and the tokenizer are written.
+    float32, as published. With the ``quantization`` fp8 the matrices of the layers are FP8, as in the
+    published revisions of that name. Without ``weights`` only the configuration and the tokenizer are written.
     A folder that holds something other than a checkpoint is replaced only with ``force``.
     """
     if weights and size != "tiny":
@@ -68,6 +70,8 @@ def write_checkpoint(
     tokens = tokenizer.get_vocab_size(with_added_tokens=True)
     vocab_size = chosen.vocab_size or -(-tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     files = published_files(chosen, kind, vocab_size, token_ids(tokenizer), dtype)
+    if quantization == "fp8":
+        files = with_fp8(files, kind)
     for name, contents in files.items():
         _write_json(folder / name, contents)
     if weights:
@@ -94,6 +98,8 @@ def _write_weights(folder: Path, seed: int, dtype: torch.dtype, spoken: list[int
     prefix = "diffusion_pytorch_model"
     transformer = draw(transformer_tensors(config.transformer), seed, dtype)
     transformer["lm_head.weight"] *= _rows(spoken, config.transformer.vocab_size, others=0.25)
+    if config.quantization is not None:
+        transformer = in_fp8(transformer)
     shards = _write_shards(folder / "transformer", prefix, transformer, TRANSFORMER_SHARDS)
     vision = draw(vision_tensors(read_vision_config(folder)), seed, dtype)
     encoder = _write_shards(folder / "vision_encoder", "model", vision, 1)

@@ -114,6 +114,45 @@ def published_files(
     return _CHANGED[kind](files) if kind in _CHANGED else files
 
 
+def with_fp8(files: dict[str, Json], kind: str) -> dict[str, Json]:
+    """The files of an FP8 revision: the quantization, and for video checkpoints its step policy."""
+    dynamic = {"dynamic": False, "num_bits": 8, "type": "float"}
+    groups = {"targets": ["Linear"], "weights": dynamic, "input_activations": dynamic}
+    root: Json = {
+        "quant_method": "modelopt",
+        "quant_algo": "FP8",
+        "quant_type": "FP8_FP8",
+        "weight_only": False,
+        "producer": {"name": "modelopt", "version": "0.43.0"},
+        "config_groups": {"group_0": groups},
+        "ignore": _UNQUANTIZED,
+    }
+    steps = {"count": 3, "mode": "a16"}
+    policy = {
+        "schema_version": 1,
+        "type": "first_last_n",
+        "index_space": "denoising_loop_iteration",
+        "scope": ["transformer"],
+        "default_mode": "native",
+        "first_steps": steps,
+        "last_steps": steps,
+        "overlap": "a16",
+        "reasoner": "a16",
+    }
+    runtime = {} if KINDS[kind].distilled else {"runtime": {"diffusion_step_policy": policy}}
+    transformer = files["transformer/config.json"]
+    return files | {
+        "hf_quant_config.json": root,
+        "transformer/config.json": {**transformer, "quantization_config": root | runtime},
+    }
+
+
+_UNQUANTIZED = [
+    "proj_in", "proj_out", "time_embedder*", "audio_proj_in", "audio_proj_out", "action_proj_in",
+    "action_proj_out", "lm_head", "model.visual*", "visual*",
+]  # fmt: skip
+
+
 def _policy(files: dict[str, Json]) -> dict[str, Json]:
     """A policy has the files of a base checkpoint and is told by its name. It makes no sound."""
     name = {"_name_or_path": "random/Cosmos3-Policy-DROID"}

@@ -12,7 +12,10 @@ from fnmatch import fnmatch
 
 import torch
 
-from vllm_cosmos3.checkpoint.tensors import Tensors
+from vllm_cosmos3.checkpoint.tensors import Tensors, layer_matrices
+
+LARGEST = 448.0  # of E4M3
+INPUT = 6.0  # largest value that a calibration finds in the activations
 
 # Pattern of a name -> (mean, standard deviation). What matches none is a matrix or a kernel.
 _SCALES: tuple[tuple[str, float, float], ...] = (
@@ -45,6 +48,22 @@ def draw(tensors: Tensors, seed: int, dtype: torch.dtype) -> dict[str, torch.Ten
             kernel = values[name.removesuffix("g") + "v"]
             norm.mul_(0.2).add_(1).mul_(kernel.flatten(1).norm(dim=1).view_as(norm))
     return {name: value.to(dtype) for name, value in values.items()}
+
+
+def in_fp8(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same with the matrices of the layers in FP8, their scales, and ModelOpt's copies of those."""
+    matrices = layer_matrices({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    found = dict(tensors)
+    for name in matrices:
+        largest, module = tensors[name].float().abs().max(), name.removesuffix(".weight")
+        scale, inputs = largest / LARGEST, torch.tensor(INPUT)
+        found[name] = (tensors[name].float() / scale).to(torch.float8_e4m3fn)
+        found[f"{module}.weight_scale"] = scale
+        found[f"{module}.input_scale"] = inputs / LARGEST
+        found[f"{module}.weight_quantizer._amax"] = largest.clone()
+        found[f"{module}.weight_quantizer._scale"] = scale.clone()
+        found[f"{module}.input_quantizer._amax"] = inputs.clone()
+    return found
 
 
 def _draw(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:

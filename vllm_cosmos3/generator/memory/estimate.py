@@ -169,7 +169,7 @@ class _Request:
         self.latents = sum(prod(shape) for _, shape in work.streams) * FLOAT32
         self.text = sorted(work.text, reverse=True)[:: self.parallel.cfg_parallel_size]
         self.layer = layer_bytes(
-            self.config,
+            model,
             tensor_parallel_size=self.parallel.tensor_parallel_size,
             element_size=element_size,
         )
@@ -272,7 +272,9 @@ class _Request:
         key = tokens * config.num_key_value_heads * config.head_dim * self.element_size // tp
         inner = tokens * config.intermediate_size * self.element_size // tp
         with ledger.scope():
-            ledger.take(2 * width, query + 2 * key)  # hidden states and residual
+            ledger.take(2 * width)  # hidden states and residual
+            self._quantized(ledger, width, config.hidden_size * (query + 2 * key) // tokens)
+            ledger.take(query + 2 * key)
             if not self.fused:
                 ledger.take(2 * width, query + key)  # normed, and turned
                 ledger.moment(tokens * config.hidden_size * FLOAT32 * 2)
@@ -286,10 +288,25 @@ class _Request:
                 )
             reduced = width if tp > 1 else 0
             ledger.take(width + reduced)
+            self._quantized(ledger, width, config.hidden_size * 2 * inner // tokens)
             ledger.take(2 * inner)
             ledger.take(inner)
             ledger.give(2 * inner)
+            self._quantized(ledger, inner, config.hidden_size * inner // tokens)
             ledger.take(width + reduced)
+
+    def _quantized(self, ledger: Ledger, activations: int, matrix: int) -> None:
+        """Beside a product with an FP8 matrix: its input in FP8, or the matrix as it was.
+
+        Both are given as the bytes that they have unquantized.
+        """
+        if self.model.quantization is None:
+            return
+        values = activations // self.element_size
+        # Without the kernel that quantizes: in float32, scaled, and FP8.
+        ledger.moment(values if self.fused else values * (2 * FLOAT32 + 1))
+        values = matrix // self.element_size
+        ledger.moment(values * FLOAT32, matrix)
 
     def _decode(self) -> dict[str, int]:
         latents = self.work.samples * self.work.chunks * self.latents

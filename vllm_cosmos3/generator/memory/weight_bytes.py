@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from math import prod
 
-from vllm_cosmos3.checkpoint.config import ModelConfig, TransformerConfig
+from vllm_cosmos3.checkpoint.config import ModelConfig
 from vllm_cosmos3.checkpoint.tensors import (
     Tensors,
+    layer_matrices,
     parameters,
     sound_tensors,
     transformer_tensors,
@@ -20,6 +21,9 @@ _GENERATION = re.compile(r"^layers\.\d+\..*(moe_gen|add)")
 _LAYER = re.compile(r"^layers\.")
 _TEXT_LAST = ("input_layernorm.", "self_attn.to_k.", "self_attn.to_v.", "self_attn.norm_k.")
 _NOT_LOADED = ("lm_head.", "norm.")
+_ROW_PARALLEL = re.compile(r"(to_out|to_add_out|down_proj)\.weight$")  # inputs are divided
+_FIRST_OF_JOINED = re.compile(r"(to_q|add_q_proj|to_out|to_add_out|gate_proj|down_proj)\.weight$")
+_QUANTIZING = 2 * FLOAT32 + 1  # bytes of a value, at the peak: in float32, scaled, and FP8
 
 
 def weights(model: ModelConfig, *, tensor_parallel_size: int, element_size: int) -> dict[str, int]:
@@ -33,12 +37,11 @@ def weights(model: ModelConfig, *, tensor_parallel_size: int, element_size: int)
     for name, shape in transformer_tensors(config).items():
         if name.startswith(_NOT_LOADED):
             continue
-        size = prod(shape) * element_size
         if _GENERATION.search(name):
-            parts["generation"] += size // tp if len(shape) > 1 else size
+            parts["generation"] += _of_layer(model, name, shape, tp, element_size)
         elif _LAYER.search(name):
             if not name.startswith(last) or name.removeprefix(last).startswith(_TEXT_LAST):
-                parts["understanding"] += size // tp if len(shape) > 1 else size
+                parts["understanding"] += _of_layer(model, name, shape, tp, element_size)
         elif name.startswith("embed_tokens."):
             rows = -(-shape[0] // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
             parts["embedding"] += rows // tp * shape[1] * element_size
@@ -52,13 +55,30 @@ def weights(model: ModelConfig, *, tensor_parallel_size: int, element_size: int)
     return parts
 
 
-def layer_bytes(config: TransformerConfig, *, tensor_parallel_size: int, element_size: int) -> int:
+def layer_bytes(model: ModelConfig, *, tensor_parallel_size: int, element_size: int) -> int:
     """Bytes of one whole layer of either tower on one rank."""
-    tensors = transformer_tensors(config)
-    first = {name: s for name, s in tensors.items() if name.startswith("layers.0.")}
-    tower = [shape for name, shape in first.items() if _GENERATION.search(name)]
-    divided = sum(prod(shape) for shape in tower if len(shape) > 1) // tensor_parallel_size
-    return (divided + sum(prod(shape) for shape in tower if len(shape) == 1)) * element_size
+    return sum(
+        _of_layer(model, name, shape, tensor_parallel_size, element_size)
+        for name, shape in transformer_tensors(model.transformer).items()
+        if name.startswith("layers.0.") and _GENERATION.search(name)
+    )
+
+
+def _of_layer(
+    model: ModelConfig, name: str, shape: tuple[int, ...], tp: int, element_size: int
+) -> int:
+    """Bytes of a tensor of a layer on one rank, with its scales."""
+    if len(shape) == 1:
+        return prod(shape) * element_size
+    if model.quantization is None:
+        return prod(shape) // tp * element_size
+    config = model.transformer
+    scales = shape[0] if _ROW_PARALLEL.search(name) else shape[0] // tp
+    last = (
+        f"layers.{config.num_hidden_layers - 1}.self_attn.to_k.weight"  # joined with values alone
+    )
+    scales += model.quantization.stored and (name == last or bool(_FIRST_OF_JOINED.search(name)))
+    return prod(shape) // tp + scales * FLOAT32
 
 
 def loading(model: ModelConfig, parts: dict[str, int], *, element_size: int, dummy: bool) -> int:
@@ -73,13 +93,9 @@ def loading(model: ModelConfig, parts: dict[str, int], *, element_size: int, dum
 
     towers = ("understanding", "embedding", "generation", "adapters")
     base = sum(parts.get(name, 0) for name in towers)
-    peak = base + drawn(
-        {
-            name: shape
-            for name, shape in transformer_tensors(model.transformer).items()
-            if not name.startswith(_NOT_LOADED)
-        }
-    )
+    tensors = transformer_tensors(model.transformer)
+    loaded = {name: s for name, s in tensors.items() if not name.startswith(_NOT_LOADED)}
+    peak = base + max(drawn(loaded), _quantizing(model, loaded, element_size, dummy=dummy))
     built = parts["video autoencoder"]
     cast = built * FLOAT32 // element_size
     tensors = vae_tensors(model.vae)
@@ -89,6 +105,14 @@ def loading(model: ModelConfig, parts: dict[str, int], *, element_size: int, dum
         sound = parts["sound autoencoder"]
         peak = max(peak, base + sound + drawn(_sound_decoder(model)))
     return peak
+
+
+def _quantizing(model: ModelConfig, tensors: Tensors, element_size: int, *, dummy: bool) -> int:
+    """Bytes beside the weights while the largest matrix is quantized; none if the files hold FP8."""
+    if model.quantization is None or (model.quantization.stored and not dummy):
+        return 0
+    largest = max(prod(shape) for shape in layer_matrices(tensors).values())
+    return largest * (_QUANTIZING + (0 if dummy or element_size == FLOAT32 else element_size))
 
 
 def _sound_decoder(model: ModelConfig) -> Tensors:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 
 from vllm_cosmos3.checkpoint.config import TransformerConfig
 from vllm_cosmos3.checkpoint.latents import token_count
+from vllm_cosmos3.checkpoint.quantization import Quantization
 from vllm_cosmos3.checkpoint.tensors import TIME_FREQUENCIES
 from vllm_cosmos3.checkpoint.weights import Target
 from vllm_cosmos3.compat import fused_qk_norm_rope
@@ -45,6 +47,7 @@ from vllm_cosmos3.generator.models.modalities import (
     adapters,
     timestep_conditioned,
 )
+from vllm_cosmos3.generator.models.quantization import Fp8Layers, Precision, layers_of
 from vllm_cosmos3.generator.sampling.packing import Stream
 from vllm_cosmos3.generator.sampling.positions import rotary_table, text_positions
 from vllm_cosmos3.parallel.attention import Attend, attend_in_turn
@@ -113,7 +116,8 @@ def join(contexts: Sequence[Context]) -> Context:
 class Transformer(nn.Module):
     """Both towers and the adapters of each kind of latent.
 
-    ``text_device`` and ``layer_device`` are where the weights of the understanding tower and of the
+    The matrices of the layers are FP8 where there is a ``quantization``; ``precision`` is then the mode
+    of the generation layers. ``text_device`` and ``layer_device`` are where the weights of the understanding tower and of the
     generation layers are, if not on ``device`` with everything else; see `rest_on_host`.
     """
 
@@ -125,6 +129,7 @@ class Transformer(nn.Module):
         *,
         dtype: torch.dtype,
         device: torch.device,
+        quantization: Quantization | None = None,
         text_device: torch.device | None = None,
         layer_device: torch.device | None = None,
     ) -> None:
@@ -132,12 +137,16 @@ class Transformer(nn.Module):
         self.config, self.dtype, self.device = config, dtype, device
         self._attend, self._ulysses = attend, mesh.ulysses
         fused = fused_qk_norm_rope(config.head_dim, dtype, device)
+        self.precision = Precision()
+        text = Precision(native=quantization is not None and quantization.text == "native")
+        quantized = layers_of(quantization)
         with building_layers(mesh):
             with text_device or device:
-                self.understanding = Understanding(config, mesh.ulysses, attend, dtype, fused)
+                parts = dtype, fused, quantized(text)
+                self.understanding = Understanding(config, mesh.ulysses, attend, *parts)
             with layer_device or device:
-                count = config.num_hidden_layers
-                self.layers = nn.ModuleList(Layer(config, dtype, fused) for _ in range(count))
+                count, parts = config.num_hidden_layers, (dtype, fused, quantized(self.precision))
+                self.layers = nn.ModuleList(Layer(config, *parts) for _ in range(count))
                 self.sequence: Iterable[nn.Module] = tuple(self.layers)
             with device:
                 self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
@@ -262,6 +271,7 @@ class Understanding(nn.Module):
         attend: Attend,
         dtype: torch.dtype,
         fused: Callable[..., None] | None,
+        quantized: Fp8Layers | None,
     ) -> None:
         super().__init__()
         self._ulysses, self._attend = ulysses, attend
@@ -269,9 +279,9 @@ class Understanding(nn.Module):
             config.vocab_size, config.hidden_size, params_dtype=dtype
         )
         self.layers = nn.ModuleList(
-            Layer(config, dtype, fused) for _ in range(config.num_hidden_layers - 1)
+            Layer(config, dtype, fused, quantized) for _ in range(config.num_hidden_layers - 1)
         )
-        self.last = LastLayer(config, dtype)
+        self.last = LastLayer(config, dtype, quantized)
         self.sequence: Iterable[nn.Module] = (self.embed_tokens, *self.layers, self.last)
 
     def forward(self, ids_S: Tensor, rope: Rope) -> tuple[Tensor, ...]:
@@ -306,16 +316,26 @@ class Understanding(nn.Module):
 class Layer(nn.Module):
     """One layer of either tower; ``attend`` says what its tokens see.
 
-    ``fused`` norms and rotates queries and keys in place; without it torch's operations do.
+    ``fused`` norms and rotates queries and keys in place; without it torch's operations do. Matrices
+    are ``quantized``, or of the ``dtype``.
     """
 
     def __init__(
-        self, config: TransformerConfig, dtype: torch.dtype, fused: Callable[..., None] | None
+        self,
+        config: TransformerConfig,
+        dtype: torch.dtype,
+        fused: Callable[..., None] | None,
+        quantized: Fp8Layers | None,
     ) -> None:
         super().__init__()
         width, head, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        plain = {"bias": False, "params_dtype": dtype, "return_bias": False}
+        plain: dict[str, Any] = {
+            "bias": False,
+            "params_dtype": dtype,
+            "return_bias": False,
+            "quant_config": quantized,
+        }
         self._fused = fused
         self.input_norm = RMSNorm(width, eps, dtype=dtype)
         self.qkv = QKVParallelLinear(width, head, heads, kv_heads, **plain)
@@ -359,13 +379,20 @@ class Layer(nn.Module):
 class LastLayer(nn.Module):
     """The part of the last text layer that the generation tower sees."""
 
-    def __init__(self, config: TransformerConfig, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: TransformerConfig, dtype: torch.dtype, quantized: Fp8Layers | None
+    ) -> None:
         super().__init__()
         keys = config.num_key_value_heads * config.head_dim
         self._head_dim = config.head_dim
         self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.kv = MergedColumnParallelLinear(
-            config.hidden_size, [keys] * 2, bias=False, params_dtype=dtype, return_bias=False
+            config.hidden_size,
+            [keys] * 2,
+            bias=False,
+            params_dtype=dtype,
+            return_bias=False,
+            quant_config=quantized,
         )
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype)
 

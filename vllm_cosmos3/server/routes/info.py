@@ -61,12 +61,14 @@ def capability(service: Service) -> dict[str, Any]:
         for mode in KINDS[service.model.kind].modes
         if mode in (*DEFAULTS, "transfer", *actions)
     ]
+    quantization = service.model.quantization
     embodiments = EMBODIMENTS if set(ACTION_MODES) & set(modes) else ()
     return {
         "family": "cosmos3",
         "checkpoint_kind": service.model.kind,
         "modes": modes,
         "sound": service.model.sound is not None,
+        "quantization": quantization and quantization.record(),
         "resolutions": {
             str(tier): [f"{width}x{height}" for width, height in sizes]
             for tier, sizes in TRAINED_SIZES.items()
