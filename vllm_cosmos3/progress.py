@@ -22,4 +22,12 @@ class Progress:
     reused: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preview:
+    """Small picture of a video in the making: a JPEG of the estimate after ``step`` steps."""
+
+    step: int
+    jpeg: bytes
+
+
 Report = Callable[[Progress], None]

@@ -30,7 +30,7 @@ from vllm_cosmos3.errors import (
     OutOfMemory,
     WorkerDied,
 )
-from vllm_cosmos3.progress import Progress
+from vllm_cosmos3.progress import Preview, Progress
 from vllm_cosmos3.stage.client import StageClient, StageJob
 from vllm_cosmos3.stage.scheduler import QueueConfig
 
@@ -59,6 +59,15 @@ def test_a_result_comes_back_with_progress(client: StageClient) -> None:
     times = [p.elapsed for p in heard]
     assert times == sorted(times)
     assert [p.eta is None for p in heard] == [True, True, False, False, False, True]
+
+
+def test_previews_are_made_between_steps_on_all_ranks(client: StageClient) -> None:
+    shown: list[Preview] = []
+    job = client.submit(ToyPlan(steps=24), show=shown.append)
+    assert job.result(HANG).total == 2 * 24  # as without
+    steps = [preview.step for preview in shown]
+    assert steps == [2 * place for place in range(1, 12)]
+    assert [preview.jpeg for preview in shown] == [bytes([step]) for step in steps]
 
 
 def test_a_result_can_be_saved_by_the_worker(client: StageClient, tmp_path: Path) -> None:

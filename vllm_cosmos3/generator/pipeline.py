@@ -34,6 +34,7 @@ from vllm_cosmos3.generator.models.transformer import Context
 from vllm_cosmos3.generator.models.vae import to_frames, to_pixels
 from vllm_cosmos3.generator.output import Output, Sample
 from vllm_cosmos3.generator.prediction import Predictor
+from vllm_cosmos3.generator.preview import reduced, seconds_and_jpeg
 from vllm_cosmos3.generator.sampling.guidance import (
     Scales,
     branches_needed,
@@ -87,6 +88,11 @@ class RequestState:
     def done(self) -> bool:
         """Whether every step of every sample was made."""
         return self.index == self.plan.steps
+
+    @property
+    def place(self) -> int:
+        """Chunks that are denoised, of all samples."""
+        return self.index // self.plan.parameters.num_inference_steps
 
 
 class Pipeline:
@@ -166,7 +172,7 @@ class Pipeline:
         Returns how many steps of the request were reused so far rather than computed.
         """
         plan = state.plan
-        place, index = divmod(state.index, plan.parameters.num_inference_steps)
+        place, index = state.place, state.index % plan.parameters.num_inference_steps
         sample, chunk = divmod(place, len(plan.chunks))
         if index == 0 and plan.later_chunks:
             self._take_over(state, chunk)
@@ -180,6 +186,21 @@ class Pipeline:
             state.denoised.append({stream.name: now.x for stream, now in streams})
             state.streams, state.solver = (), ()
         return state.reused
+
+    @torch.inference_mode()
+    def preview(self, state: RequestState) -> tuple[float, bytes] | None:
+        """Seconds and a JPEG: one frame of the estimated video, decoded small, on the first rank.
+
+        None where no video is generated, or nothing of it is estimated yet. Its memory is part of what
+        is reserved for the decoding of the whole.
+        """
+        planned = state.plan.chunks[state.place % len(state.plan.chunks)]
+        moving = (place for place, stream in enumerate(planned) if stream.generated)
+        for place, solver in zip(moving, state.solver, strict=False):
+            if planned[place].name == "vision" and solver.estimates:
+                clean = state.streams[place].apply_clean(solver.estimates[0]).x
+                return seconds_and_jpeg(self.vae, reduced(clean), self.mesh.world)
+        return None
 
     @torch.inference_mode()
     def decode(self, state: RequestState, clip: Clip | None = None) -> None:

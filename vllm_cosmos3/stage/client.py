@@ -29,7 +29,7 @@ from typing import Any
 import zmq
 
 from vllm_cosmos3.errors import Cosmos3Error, DeadlineExceeded, WorkerDied
-from vllm_cosmos3.progress import Progress, Report
+from vllm_cosmos3.progress import Preview, Progress, Report
 from vllm_cosmos3.stage.executor import check_backend
 from vllm_cosmos3.stage.heartbeat import silence
 from vllm_cosmos3.stage.process import (
@@ -37,6 +37,7 @@ from vllm_cosmos3.stage.process import (
     Cancel,
     Done,
     Failure,
+    PreviewUpdate,
     ProgressUpdate,
     Setup,
     Status,
@@ -72,6 +73,7 @@ class StageJob:
         cancel: Callable[[str], None],
         report: Report | None,
         deadline: float | None,
+        show: Callable[[Preview], None] | None = None,
     ) -> None:
         self.name = name
         self.overdue = math.inf if deadline is None else time.monotonic() + deadline + GRACE_SECONDS
@@ -81,6 +83,7 @@ class StageJob:
         self.progress: Progress | None = None  # by its last message
         self._cancel = cancel
         self._report = report
+        self._show = show
         self._raised: BaseException | None = None  # by report
         self._accepted: Future[None] = Future()
 
@@ -106,6 +109,9 @@ class StageJob:
             case ProgressUpdate(progress=progress):
                 self.progress = progress
                 self._report_progress(progress)
+            case PreviewUpdate(preview=preview):
+                if self._show is not None:
+                    self._show(preview)
             case Done(value=value):
                 self._take(value)
             case Failure(error=error):
@@ -196,17 +202,19 @@ class StageClient:
         clip: Any = None,
         deadline: float | None = None,
         report: Report | None = None,
+        show: Callable[[Preview], None] | None = None,
     ) -> StageJob:
         """Queue a request, which is a plan of the stage.
 
         ``seconds`` estimate its work. With ``save`` rank 0 writes the result there; ``clip`` is
-        handed to the stage's decode. ``deadline`` are the seconds it may take, waiting included. ``report`` is called in another thread.
+        handed to the stage's decode. ``deadline`` are the seconds it may take, waiting included. ``report`` is called in another thread,
+        as is ``show`` with previews, which are made if it is given.
 
         Raises:
             Busy: the queue is full, or the stage is stopping.
             Cosmos3Error: the stage is gone, or does not answer.
         """
-        job = StageJob(uuid.uuid4().hex, self._cancel, report, deadline)
+        job = StageJob(uuid.uuid4().hex, self._cancel, report, deadline, show)
         with self._changed:
             self._check_open()
             self._jobs[job.name] = job
@@ -218,6 +226,7 @@ class StageClient:
                     save=save,
                     clip=clip,
                     deadline=deadline,
+                    preview=show is not None,
                 ),
                 job.name,
             )
@@ -320,7 +329,7 @@ class StageClient:
                 with self._changed:
                     self._error = error
                     self._changed.notify_all()
-            case Accepted(job=name) | ProgressUpdate(job=name):
+            case Accepted(job=name) | ProgressUpdate(job=name) | PreviewUpdate(job=name):
                 if name in self._jobs:
                     self._jobs[name]._handle(message)
             case Done(job=name) | Failure(job=str(name)):

@@ -33,10 +33,11 @@ from vllm_cosmos3.errors import (
     OutOfMemory,
     WorkerDied,
 )
-from vllm_cosmos3.progress import Progress
+from vllm_cosmos3.progress import Preview, Progress
 from vllm_cosmos3.stage import heartbeat
 from vllm_cosmos3.stage.call_sequence import CallSequence
 from vllm_cosmos3.stage.executor import StageExecutor
+from vllm_cosmos3.stage.preview_pace import PreviewPace
 from vllm_cosmos3.stage.scheduler import QueueConfig, Scheduler
 from vllm_cosmos3.stage.worker import StageConfig, end_with_parent, set_log_level
 
@@ -58,6 +59,7 @@ class Submit:
     save: Path | None = None
     clip: Any = None  # for the stage's decode
     deadline: float | None = None
+    preview: bool = False  # between steps, as `PreviewPace` allows
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,12 @@ class Accepted:
 class ProgressUpdate:
     job: str
     progress: Progress
+
+
+@dataclass(frozen=True, slots=True)
+class PreviewUpdate:
+    job: str
+    preview: Preview
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +149,7 @@ class JobState:
     request: Submit
     expires: float | None
     calls: CallSequence
+    pace: PreviewPace
     attempts: int = 0
     cancelled: bool = False
     position: int = -1
@@ -168,6 +177,7 @@ class StageCore:
         self._state = "starting"
         self._restarts = 0
         self._calling, self._call_started = "", 0.0
+        self._preview_seconds = 0.0  # that the last one took
         self._stop_at: float | None = None  # set once draining
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 2000)
@@ -236,8 +246,24 @@ class StageCore:
             self._send(job.client, ProgressUpdate(name, progress))
 
         job.attempts += job.calls.phase == "encode"
+        phase, start = job.calls.phase, time.monotonic()
         if job.calls.advance(call, report):
             self._finish(job)
+        elif phase == job.calls.phase == "denoise":
+            job.pace.stepped(time.monotonic() - start)
+            if job.request.preview and job.pace.due(self._preview_seconds):
+                self._preview(job)
+
+    def _preview(self, job: JobState) -> None:
+        """A call like the others, which all ranks make at the same place."""
+        name = job.request.job
+        (made, *_) = self._call("preview", name)
+        if made is None:  # there is nothing to see
+            job.pace.previewed(0.0)
+        else:
+            self._preview_seconds, jpeg = made
+            job.pace.previewed(self._preview_seconds)
+            self._send(job.client, PreviewUpdate(name, Preview(step=job.calls.step, jpeg=jpeg)))
 
     def _finish(self, job: JobState) -> None:
         name, request = job.request.job, job.request
@@ -395,7 +421,8 @@ class StageCore:
             return
         expires = None if request.deadline is None else time.monotonic() + request.deadline
         calls = CallSequence(request.plan, request.clip)
-        job = self._jobs[request.job] = JobState(client, request, expires, calls)
+        pace = PreviewPace(request.plan.steps)
+        job = self._jobs[request.job] = JobState(client, request, expires, calls, pace)
         job.position = self._scheduler.position(request.job)
         self._send(client, Accepted(request.job, job.position))
 

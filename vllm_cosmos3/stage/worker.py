@@ -37,7 +37,8 @@ class Stage(Protocol):
 
     ``encode`` makes the state of a request from its plan, which says in ``steps`` how often
     ``step`` follows, which returns how many of them were reused so far; then ``decode``, then ``finish``, whose value on rank 0 is the result, which ``save(path)`` writes to files. What
-    ``decode`` makes may go to ``clip`` meanwhile, if the request has one.
+    ``decode`` makes may go to ``clip`` meanwhile, if the request has one. Between two steps ``preview``
+    may be called, whose value on rank 0 is a JPEG of what is coming and the seconds that it took.
     """
 
     @classmethod
@@ -46,6 +47,8 @@ class Stage(Protocol):
     def encode(self, plan: Any) -> Any: ...
 
     def step(self, state: Any) -> int: ...
+
+    def preview(self, state: Any) -> tuple[float, bytes] | None: ...
 
     def decode(self, state: Any, clip: Any) -> None: ...
 
@@ -174,6 +177,9 @@ class DiffusionWorker(WorkerBase):
 
     def step(self, job: str) -> int:
         return self._stage.step(self._states[job])
+
+    def preview(self, job: str) -> tuple[float, bytes] | None:
+        return self._stage.preview(self._states[job])
 
     def decode(self, job: str, clip: Any = None) -> None:
         self._stage.decode(self._states[job], clip)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from ranks import Ranks
 from torch import Tensor
 
@@ -22,6 +24,7 @@ from vllm_cosmos3.generator.models.vae import (
     to_frames,
     to_pixels,
 )
+from vllm_cosmos3.generator.preview import reduced, seconds_and_jpeg
 from vllm_cosmos3.parallel.halo import WHOLE, divide
 from vllm_cosmos3.parallel.mesh import Axis, Mesh
 
@@ -183,6 +186,27 @@ def test_pixels_on_several_ranks_are_those_of_one(
     mesh = ParallelConfig(ulysses_degree=size)
     for frames in ranks(mesh, frames_in_half_precision, tiny_checkpoint_fp32, latents):
         assert torch.equal(frames, expected)
+
+
+def preview_of(mesh: Mesh | None, folder: Path, mode: str, latents: Tensor) -> bytes | None:
+    axis = WHOLE if mesh is None else mesh.world
+    found = seconds_and_jpeg(load.__wrapped__(folder, axis, mode), reduced(latents), axis)
+    return None if found is None else found[1]
+
+
+@pytest.mark.parametrize("mode", ["halo", "tile", "off"])
+def test_a_preview_is_the_same_on_several_ranks(
+    ranks: Ranks, tiny_checkpoint_fp32: Path, mode: str
+) -> None:
+    latents = noise(1, 48, 7, 12, 40)
+    assert reduced(latents).shape == (1, 48, 1, 4, 13)
+    expected = preview_of(None, tiny_checkpoint_fp32, mode, latents)
+    assert expected is not None
+    assert Image.open(BytesIO(expected)).size == (208, 64)
+    for size in (2, 3):
+        mesh = ParallelConfig(ulysses_degree=size)
+        found = ranks(mesh, preview_of, tiny_checkpoint_fp32, mode, latents)
+        assert found == [expected, *[None] * (size - 1)]
 
 
 def tiled_both_ways(mesh: Mesh, folder: Path, latents: Tensor, pixels: Tensor) -> list[Tensor]:

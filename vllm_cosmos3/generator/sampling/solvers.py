@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SolverState:
-    """Memory of a multistep solver: what it keeps of the steps before. One-step solvers leave it empty."""
+    """Memory of a solver: what it keeps of the steps before. One-step solvers keep an estimate, to show."""
 
     estimates: tuple[Tensor, ...] = ()  # of the clean sample, newest first, at most two
     corrected: Tensor | None = None  # the sample the last step started from
@@ -73,6 +73,7 @@ def sde(
 ) -> tuple[Tensor, SolverState]:
     """Distilled checkpoints: estimate the clean sample and noise it afresh to the next level."""
     estimate = x - sigmas[index] * velocity
+    state = SolverState(estimates=(estimate,))
     level = sigmas[index + 1]
     if level == 0 or noise is None:
         return estimate, state

@@ -57,6 +57,9 @@ SERVER_FIELDS: dict[str, Spec] = {
     "continue_from": Spec(
         kind="text", high=200, help="id of a finished video, which this one goes on from"
     ),
+    "preview": Spec(
+        kind="bool", help="small pictures of the video in the making, among its events"
+    ),
     "upsample_prompt": Spec(
         kind="bool", help="let the reasoner write the structured prompt first"
     ),
@@ -71,7 +74,7 @@ SERVER_FIELDS: dict[str, Spec] = {
         kind="int", low=0, high=100, help="quality of JPEG and WebP images"
     ),
 }  # fmt: skip
-VIDEO_ONLY = {"continue_from"}
+VIDEO_ONLY = {"continue_from", "preview"}
 IMAGE_ONLY = {"response_format", "output_format", "output_compression"}
 IGNORED = {
     "user", "quality", "style", "moderation", "background", "metadata", "safety_identifier",

@@ -98,6 +98,11 @@ class Admission:
         self._guardrails, self._reasoner = guardrails, reasoner
         self._planners = asyncio.Semaphore(PLANNERS)
 
+    @property
+    def shows_previews(self) -> bool:
+        """Whether frames may be seen before they were judged, which no guardrail allows."""
+        return self._guardrails.state != "active"
+
     async def create(self, submission: Submission) -> VideoJob:
         """Accept a request, or find the job of the same request that was accepted before.
 
@@ -151,7 +156,7 @@ class Admission:
                 for name, value in plan.effective.items()
             },
             sources=sources(named, plan.effective, self._model, upsampled=caption is not None),
-            warnings=[*request.warnings, *plan.warnings],
+            warnings=[*request.warnings, *plan.warnings, *self._no_preview(request)],
             guardrails=report,
             upsampled_prompt=caption,
         )
@@ -163,7 +168,8 @@ class Admission:
             if before is not None:
                 await asyncio.to_thread(continuation.prepare, job, plan, before, journal)
                 journal.save(job)
-            await asyncio.to_thread(self._jobs.submit, job, plan, deadline, pixels)
+            show = bool(request.server_fields.get("preview")) and self.shows_previews
+            await asyncio.to_thread(self._jobs.submit, job, plan, deadline, pixels, preview=show)
         except Exception:
             with suppress(Cosmos3Error):
                 journal.purge(job.id)
@@ -186,6 +192,11 @@ class Admission:
             self._tokenizer,
             requested=request.server_fields.get("guardrails"),
         )
+
+    def _no_preview(self, request: ClientRequest) -> list[str]:
+        """A warning, where a preview is asked for that guardrails would have to check."""
+        vain = request.server_fields.get("preview") and not self.shows_previews
+        return ["preview has no effect: the guardrails check finished videos"] if vain else []
 
     async def _draft(self, request: ClientRequest, media: Mapping[str, Any]) -> Draft:
         """The request with all of its values checked and its media read."""

@@ -101,6 +101,10 @@ class ServedPipeline(Pipeline):
             clip.path.parent.mkdir(parents=True, exist_ok=True)
         super().decode(state, clip)
 
+    def preview(self, state: RequestState) -> tuple[float, bytes] | None:
+        """Nothing where frames are to be checked before anybody sees them."""
+        return None if frame_check() else super().preview(state)
+
     def finish(self, state: RequestState) -> Any:
         return Artifacts(super().finish(state))
 

@@ -18,7 +18,7 @@ from typing import Any
 from vllm_cosmos3.errors import Busy, Cosmos3Error, file_error
 from vllm_cosmos3.media import Clip
 from vllm_cosmos3.media_budget import Lease
-from vllm_cosmos3.progress import Progress
+from vllm_cosmos3.progress import Preview, Progress
 from vllm_cosmos3.request.plan import Plan
 from vllm_cosmos3.server.http.api_errors import SERVER_FAILED, ApiError, retry_after, slug
 from vllm_cosmos3.server.http.metrics import metrics
@@ -63,14 +63,17 @@ class LiveJobs:
         self._throughput = throughput
         self._jobs: dict[str, VideoJob] = {}  # not ended
         self._stage_jobs: dict[str, StageJob] = {}
+        self._previews: dict[str, Preview] = {}  # the latest of those that are running
         self._changed: set[str] = set()  # not yet in the journal
-        self._lock = threading.Lock()  # of the three above
+        self._lock = threading.Lock()  # of the four above
 
     def __len__(self) -> int:
         return len(self._jobs)
 
-    def submit(self, job: VideoJob, plan: Plan, deadline: float, pixels: Lease) -> None:
-        """Hand an accepted job to the stage.
+    def submit(
+        self, job: VideoJob, plan: Plan, deadline: float, pixels: Lease, *, preview: bool = False
+    ) -> None:
+        """Hand an accepted job to the stage, with or without previews.
 
         ``pixels`` are the reservations for those of the plan, which are the job's from now on.
 
@@ -87,6 +90,7 @@ class LiveJobs:
                 clip=Clip(path=self.journal.folder(job.id) / CLIP),
                 deadline=deadline,
                 report=lambda progress: self._advance(job, progress),
+                show=(lambda made: self._show(job, made)) if preview else None,
             )
         except Cosmos3Error as error:
             with self._lock:
@@ -103,6 +107,10 @@ class LiveJobs:
     def current(self, job: VideoJob) -> VideoJob:
         """The job as it is in memory, if it is one of this process."""
         return self._jobs.get(job.id, job)
+
+    def preview(self, name: str) -> Preview | None:
+        """The latest preview of a job that runs in this process."""
+        return self._previews.get(name)
 
     def get(self, name: str) -> VideoJob:
         """A job of any process.
@@ -236,6 +244,11 @@ class LiveJobs:
                     self._throughput.observe_partial(job.work, share, progress.elapsed)
             self._changed.add(job.id)
 
+    def _show(self, job: VideoJob, preview: Preview) -> None:
+        with self._lock:
+            if not job.ended:
+                self._previews[job.id] = preview
+
     def _finish(self, job: VideoJob, future: Future[Any]) -> None:
         """Record the end of a job. Whatever goes wrong with that is the end of the job too."""
         error = future.exception()
@@ -260,6 +273,7 @@ class LiveJobs:
                 self._complete(job, record)
             job.expires = job.completed + self._options.file_ttl
             self._stage_jobs.pop(job.id, None)
+            self._previews.pop(job.id, None)
             self._changed.add(job.id)
         if job.error is not None:
             metrics().failure(job.error["code"])

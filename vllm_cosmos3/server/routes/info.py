@@ -28,7 +28,9 @@ STARTED = 0  # models have no date of their own
 HEALTH = ThreadPoolExecutor(1, "health")
 
 
-@router.get("/v1/cosmos3/models", responses=responses(Models))
+@router.get(
+    "/v1/cosmos3/models", summary="Show what the models can do", responses=responses(Models)
+)
 async def capabilities(request: Request) -> Response:
     """The served models with what they can do."""
     return JSONResponse(models(service_of(request)))
@@ -80,6 +82,7 @@ def capability(service: Service) -> dict[str, Any]:
         "robot": _robot(service) if service.model.kind == droid.KIND else None,
         "guardrails": service.guardrails.state,
         "prompt_upsampling": service.reasoner is not None,
+        "preview": service.admission.shows_previews,
         "queue_limit": service.options.max_queue,
     }
 
@@ -91,13 +94,13 @@ def _robot(service: Service) -> dict[str, Any]:
     return {**told, "action_shape": shape, "actions_per_second": droid.FPS}
 
 
-@router.get("/health/live")
+@router.get("/health/live", summary="Check whether the process answers")
 async def live() -> Response:
     """The process answers."""
     return JSONResponse({"status": "alive"})
 
 
-@router.get("/health/ready")
+@router.get("/health/ready", summary="Check whether every surface is ready")
 async def ready(request: Request) -> Response:
     """Every surface can take work, or why not."""
     return await health_of(request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -15,6 +16,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.progress import Preview
 from vllm_cosmos3.server.http.api_errors import ApiError, RequestFailed, retry_after
 from vllm_cosmos3.server.http.body import read_body
 from vllm_cosmos3.server.http.file_response import StoredFile
@@ -36,7 +38,6 @@ from vllm_cosmos3.server.openapi.responses import (
     VideoDeleted,
     VideoId,
     VideoPage,
-    errors,
     file_responses,
     responses,
 )
@@ -50,7 +51,12 @@ POLL_SECONDS = 0.1  # between looks at a job whose events are streamed
 HEARTBEAT_SECONDS = 15.0  # of silence until an empty event keeps proxies from closing the stream
 
 
-@router.post("/v1/videos", openapi_extra=video_request(KEY, PREFER), responses=responses(VideoJob))
+@router.post(
+    "/v1/videos",
+    summary="Create a video",
+    openapi_extra=video_request(KEY, PREFER),
+    responses=responses(VideoJob),
+)
 async def create(request: Request) -> Response:
     """Queue a video. ``Prefer: wait=N`` answers when it is done, or after N seconds."""
     service, client_request = service_of(request), await _client_request(request)
@@ -60,6 +66,7 @@ async def create(request: Request) -> Response:
 
 @router.post(
     "/v1/videos/sync",
+    summary="Create a video and wait for it",
     openapi_extra=video_request(KEY),
     response_class=Response,
     responses=file_responses("video/mp4"),
@@ -127,7 +134,12 @@ async def result(service: Service, request: Request, job: VideoJob) -> VideoJob:
     return job
 
 
-@router.get("/v1/videos", openapi_extra={"parameters": [LIMIT]}, responses=responses(VideoPage))
+@router.get(
+    "/v1/videos",
+    summary="List videos",
+    openapi_extra={"parameters": [LIMIT]},
+    responses=responses(VideoPage),
+)
 async def page(
     request: Request, after: Cursor = None, limit: Limit = "20", order: Order = "desc"
 ) -> Response:
@@ -155,7 +167,7 @@ async def page(
     return JSONResponse(found_page.model_dump())
 
 
-@router.get("/v1/videos/{video_id}", responses=responses(VideoJob))
+@router.get("/v1/videos/{video_id}", summary="Look up a video", responses=responses(VideoJob))
 async def retrieve(request: Request, video_id: VideoId) -> Response:
     """A job as it is. A failed one is an ordinary answer, with its error in it."""
     service = service_of(request)
@@ -164,7 +176,9 @@ async def retrieve(request: Request, video_id: VideoId) -> Response:
     return JSONResponse(job.public(), headers=headers)
 
 
-@router.delete("/v1/videos/{video_id}", responses=responses(VideoDeleted))
+@router.delete(
+    "/v1/videos/{video_id}", summary="Cancel or delete a video", responses=responses(VideoDeleted)
+)
 async def delete(request: Request, video_id: VideoId) -> Response:
     """Delete a video; if it is not done, stop making it."""
     service_of(request).jobs.delete(video_id)
@@ -174,6 +188,7 @@ async def delete(request: Request, video_id: VideoId) -> Response:
 @router.head("/v1/videos/{video_id}/content", include_in_schema=False)
 @router.get(
     "/v1/videos/{video_id}/content",
+    summary="Download a video",
     response_class=Response,
     responses=file_responses("video/mp4", "image/webp"),
 )
@@ -209,11 +224,16 @@ def stored_file(service: Service, job: VideoJob, name: str, **options: Any) -> R
 
 @router.get(
     "/v1/videos/{video_id}/events",
+    summary="Watch a video in the making",
     response_class=Response,
     responses=file_responses("text/event-stream", schema=TEXT),
 )
 async def events(request: Request, video_id: VideoId) -> Response:
-    """Server-sent events: ``progress`` with the job whenever it has advanced, then its end."""
+    """Server-sent events: ``progress`` with the job whenever it has advanced, then its end.
+
+    Of a job with ``preview`` also ``preview``: ``image`` is a JPEG in base64 of what is coming after
+    ``step`` steps. They are made as long as they take 2 % of the time at most.
+    """
     service = service_of(request)
     job = service.jobs.get(video_id)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
@@ -224,6 +244,7 @@ async def events(request: Request, video_id: VideoId) -> Response:
 
 @router.post(
     "/v1/videos/{video_id}/remix",
+    summary="Repeat a video with another prompt",
     openapi_extra=remix_request(KEY, PREFER),
     responses=responses(VideoJob),
 )
@@ -252,12 +273,7 @@ async def remix(request: Request, video_id: VideoId) -> Response:
 
 for _path in ("edits", "extensions", "characters"):
 
-    @router.post(
-        f"/v1/videos/{_path}",
-        status_code=501,
-        response_class=Response,
-        responses=errors(501, "Not offered"),
-    )
+    @router.post(f"/v1/videos/{_path}", include_in_schema=False)
     async def not_offered(request: Request) -> Response:
         """Not offered."""
         message = "this is not offered; POST /v1/videos with input_reference continues a clip"
@@ -335,9 +351,10 @@ def _preferred_wait(request: Request) -> float | None:
 
 async def _events(service: Service, request: Request, job: VideoJob) -> AsyncIterator[str]:
     last: tuple[Any, ...] = ()
+    shown: Preview | None = None
     quiet = time.monotonic()
     while True:
-        now = (job.status, job.phase, job.step, job.progress)
+        now = (job.status, job.phase, job.step, job.progress, job.position)
         if job.ended:
             yield _event(job.status, job.public())
             return
@@ -347,6 +364,11 @@ async def _events(service: Service, request: Request, job: VideoJob) -> AsyncIte
         elif time.monotonic() - quiet > HEARTBEAT_SECONDS:
             quiet = time.monotonic()
             yield ": still here\n\n"
+        preview = service.jobs.preview(job.id)
+        if preview is not None and preview is not shown:
+            shown = preview
+            image = base64.b64encode(preview.jpeg).decode()
+            yield _event("preview", {"id": job.id, "step": preview.step, "image": image})
         await asyncio.sleep(POLL_SECONDS)
         if await request.is_disconnected():
             return
