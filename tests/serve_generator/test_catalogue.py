@@ -19,12 +19,14 @@ import httpx
 import numpy as np
 import pytest
 from generators import PICTURE, create, finished
+from jsonschema import Draft202012Validator
 from limits import HANG
 from media_files import animation, clip, data_url, picture, png
 from PIL import Image
 from servers import Server
 
 from vllm_cosmos3.media import read_video
+from vllm_cosmos3.server.http.request_fields import ALIASES, IGNORED, UNSUPPORTED
 
 pytestmark = pytest.mark.serve
 VIDEOS, IMAGES = "/v1/videos", "/v1/images/generations"
@@ -523,9 +525,14 @@ def test_the_openapi_page_knows_every_field(generator_server: Server) -> None:
     fields = content["application/json"]["schema"]["properties"]
     assert fields["fps"]["minimum"] == 1
     assert "frames per second" in fields["fps"]["description"]
-    assert {"seconds", "input_reference", "image_reference", "video_reference"} <= fields.keys()
+    assert [*fields][:4] == ["prompt", "input_reference", "size", "seconds"]
+    assert next(iter(content)) == "application/json"
+    assert fields.keys().isdisjoint(ALIASES.keys() | IGNORED | UNSUPPORTED.keys())
     assert all(field["description"] for field in fields.values())
-    assert json.dumps(content["multipart/form-data"]) == json.dumps(content["application/json"])
+    file = content["multipart/form-data"]["schema"]["properties"]["input_reference"]
+    assert (file["type"], file["format"]) == ("string", "binary")
+    for kind in content.values():
+        Draft202012Validator(kind["schema"]).validate(kind["example"])
     assert {each["name"] for each in create_video["parameters"]} == {"Idempotency-Key", "Prefer"}
     for path, methods in page["paths"].items():
         for method in methods.values():

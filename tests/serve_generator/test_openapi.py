@@ -81,11 +81,11 @@ def test_types_of_content_and_parameters(page: Page) -> None:
     assert content(page, "/metrics", "get").keys() == {"text/plain"}
     assert content(page, f"{ONE}/content", "get").keys() == {"video/mp4", "image/webp"}
     assert content(page, f"{VIDEOS}/sync", "post").keys() == {"video/mp4"}
-    assert content(page, f"{VIDEOS}/edits", "post", "501").keys() == {"application/json"}
+    assert f"{VIDEOS}/edits" not in page["paths"]  # not offered
     for path, methods in page["paths"].items():
         for name, method in methods.items():
             assert "422" not in method["responses"], (path, name)
-            assert method["summary"] == method["summary"].strip()
+            assert " " in method["summary"], (path, name)
             for parameter in method.get("parameters", ()):
                 assert parameter["description"], (path, name)
     headers = {
@@ -136,7 +136,7 @@ def test_other_spellings_are_described(fields: dict[str, Any]) -> None:
         {"guidance_interval": [0, 1001]}, {"control_guidance_interval": [-1, 5]}, {"n": 2},
         {"condition_frame_indexes_vision": [1001]}, {"prompt_token_ids": [-1]}, {"seed": 1.5},
         {"domain_name": "x" * 101}, {"prompt": "x" * (2**20 + 1)}, {"prompt_token_ids": []},
-        {"gaurdrails": True}, {"action": [[]]}, {"num_frames": 1}, {"num_steps": 0}, {"stream": True},
+        {"action": [[]]}, {"num_frames": 1},
     ],
 )  # fmt: skip
 def test_what_is_refused_is_described(fields: dict[str, Any]) -> None:

@@ -70,10 +70,13 @@ def test_the_capabilities_name_the_controls(generator_server: Server) -> None:
     assert "transfer" in block["modes"]
     assert block["control_guidance"] == {"edge": 1.5, "blur": 1.5, "depth": 1.5, "seg": 2.0, "wsm": 3.0}  # fmt: skip
     schema = httpx.get(f"{generator_server.url}/openapi.json").json()
-    body = schema["paths"]["/v1/videos"]["post"]["requestBody"]["content"]["application/json"]
-    assert {"edge", "control_attention", "control_reference", "control_type"} <= body["schema"][
-        "properties"
-    ].keys()
+    content = schema["paths"]["/v1/videos"]["post"]["requestBody"]["content"]
+    body, form = (
+        content[kind]["schema"]["properties"].keys()
+        for kind in ("application/json", "multipart/form-data")
+    )
+    assert {"edge", "control_attention"} <= body
+    assert {"control_reference", "control_type"} <= form
 
 
 def test_the_example(generator_server: Server, tmp_path: Path) -> None:

@@ -1,4 +1,8 @@
-"""The request bodies in the OpenAPI page, made from the specs that the validator uses."""
+"""The request bodies in the OpenAPI page, made from the specs that the validator uses.
+
+The page lists each field once, by its own name, with those that most requests have in front. The validator
+knows more: names of other servers, and what it refuses in words of its own.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +15,10 @@ from vllm_cosmos3.request.controls import CONTROLS
 from vllm_cosmos3.request.fields import Spec
 from vllm_cosmos3.request.request import OF_TRANSFER, SPECS, GenerateRequest
 from vllm_cosmos3.server.http.request_fields import (
-    ALIASES,
     HIDDEN,
-    IGNORED,
     IMAGE_ONLY,
-    NESTED,
-    NOTHING,
     SERVER_FIELDS,
     STRUCTURED,
-    UNSUPPORTED,
     VIDEO_ONLY,
 )
 
@@ -46,18 +45,11 @@ KEY = (
     "the same key and body again give the same job; another body is refused",
 )
 PREFER = ("Prefer", "wait=N: answer when the video is done, or after N seconds")
-_MEDIA = {
-    "input_reference": "picture or clip to start from",
-    "input_references": "the same, as a list of one",
-    "image_reference": "picture to start from",
-    "video_reference": "clip to start from",
-    "image": "the same as input_reference",
-    "video": "the same as input_reference",
-}
-_WAYS = (
-    "a file, a URL of http, https, data or (where allowed) file, or an object with it as image_url,"
-    " video_url or url"
-)
+COMMON = (  # in the order in which people ask for them
+    "prompt", "input_reference", "size", "seconds", "num_frames", "fps", "seed", "num_inference_steps",
+    "guidance_scale", "negative_prompt", "generate_sound", "n", "model", "continue_from", "preview",
+    "upsample_prompt", "response_format", "output_format", "output_compression",
+)  # fmt: skip
 _IMAGE_FIELDS_NOT = {
     *CONTROLS, *OF_TRANSFER, "num_chunks",
     "seconds", "generate_sound", "sound_duration",
@@ -66,64 +58,91 @@ _IMAGE_FIELDS_NOT = {
     "action_state", "action_stats_path", "action_normalization", "view_point", "view_description",
     "image_size",
 }  # fmt: skip
+JSON, FORM, TEXT_FORM = (
+    "application/json",
+    "multipart/form-data",
+    "application/x-www-form-urlencoded",
+)
+_START = "picture or clip to start from"
+_CONTROL = "control clip of a transfer, of the kind control_type"
+_WAYS = "a URL of http, https, data or (where allowed) file, or an object with it as image_url, video_url or url"
+_OTHERS = "Names of other servers are read as well, such as num_steps for num_inference_steps."
+_IN_FORMS = (
+    "The common fields; those of the JSON body are read too, lists and objects as JSON text."
+)
+EXAMPLE = {
+    "prompt": "A paper boat drifts down a stream",
+    "size": "832x480",
+    "seconds": 4,
+    "seed": 0,
+}
+IMAGE_EXAMPLE = {"prompt": "A paper boat on a stream", "size": "960x960", "seed": 0}
 
 
 def video_request(*headers: tuple[str, str]) -> Schema:
     """The body of POST /v1/videos in its three content types, and the headers that count."""
-    schema = _object(
-        SPECS.keys() - HIDDEN,
-        SERVER_FIELDS.keys() - IMAGE_ONLY,
-        n={"maximum": 1, "description": "one video per request"},
-        num_frames={"minimum": 2},
-    )
-    fields = schema["properties"]
-    for name, what in _MEDIA.items():
-        fields[name] = _media(f"{what}: {_WAYS}")
-    fields["control_reference"] = _media(
-        f"control clip of a transfer, of the kind control_type: {_WAYS}"
-    )
-    fields["control_type"] = {
-        "description": "what kind of control the clip in control_reference is",
-        "type": ["string", "null"],
-        "enum": [*CONTROLS, None],
-    }
-    kinds = ("multipart/form-data", "application/json", "application/x-www-form-urlencoded")
-    return {**_body(schema, kinds), "parameters": [_header(*each) for each in headers]}
+    return {**_body(_video_contents(EXAMPLE)), "parameters": [_header(*each) for each in headers]}
 
 
 def remix_request(*headers: tuple[str, str]) -> Schema:
     """The body of POST /v1/videos/{id}/remix."""
-    body = video_request(*headers)
-    content = body["requestBody"]["content"].values()
-    for kind in content:
-        kind["schema"] = {**kind["schema"], "description": "a new prompt, and what else changes"}
-    return body
+    contents = _video_contents({"prompt": "The paper boat tips over"})
+    for schema, _ in contents.values():
+        schema["description"] = "A new prompt, and what else changes."
+    return {**_body(contents), "parameters": [_header(*each) for each in headers]}
 
 
 def image_request() -> Schema:
     """The body of POST /v1/images/generations."""
-    names = SPECS.keys() - HIDDEN - _IMAGE_FIELDS_NOT
     one = {"maximum": 1, "description": "1 or left out"}
-    schema = _object(names, SERVER_FIELDS.keys() - VIDEO_ONLY, num_frames=one)
-    return _body(schema, ("application/json",))
+    names = SPECS.keys() - HIDDEN - _IMAGE_FIELDS_NOT
+    schema = _object(_fields(names, SERVER_FIELDS.keys() - VIDEO_ONLY, num_frames=one), _OTHERS)
+    return _body({JSON: (schema, IMAGE_EXAMPLE)})
+
+
+def _video_contents(example: Schema) -> dict[str, tuple[Schema, Schema]]:
+    """Schema and example of a video's body by content type, JSON first."""
+    fields = _fields(
+        SPECS.keys() - HIDDEN,
+        SERVER_FIELDS.keys() - IMAGE_ONLY,
+        n={"maximum": 1, "description": "one video per request"},
+        num_frames={"minimum": 2},
+        input_reference={"type": ["string", "object", "null"], "description": f"{_START}: {_WAYS}"},
+    )
+    fields["extra_params"] = {
+        "type": ["object", "string", "null"],
+        "description": "more of these fields: an object, or its JSON text",
+    }
+    kinds = {"type": "string", "enum": [*CONTROLS], "description": "of control_reference"}
+    form = {name: _as_text(fields[name]) for name in COMMON if name in fields}
+    form["input_reference"] = {"type": "string", "description": f"{_START}, as a URL"}
+    files = {**form, "control_type": kinds}
+    for name, what in (("input_reference", _START), ("control_reference", _CONTROL)):
+        files[name] = {"type": "string", "format": "binary", "description": what}
+    return {
+        JSON: (_object(fields, _OTHERS), example),
+        FORM: (_object(files, _IN_FORMS), example),
+        TEXT_FORM: (_object(form, _IN_FORMS), example),
+    }
 
 
 def _header(name: str, description: str) -> Schema:
     return {"name": name, "in": "header", "schema": {"type": "string"}, "description": description}
 
 
-def _media(description: str) -> Schema:
-    kinds = ["string", "object", "array", "null"]
-    return {"type": kinds, "format": "binary", "description": description}
-
-
-def _body(schema: Schema, kinds: tuple[str, ...]) -> Schema:
-    content = {kind: {"schema": schema} for kind in kinds}
+def _body(contents: dict[str, tuple[Schema, Schema]]) -> Schema:
+    content = {
+        kind: {"schema": schema, "example": example} for kind, (schema, example) in contents.items()
+    }
     return {"requestBody": {"required": True, "content": content}}
 
 
-def _object(names: Set[str], server: Set[str], **changes: Schema) -> Schema:
-    """All fields that are read, in any of their spellings; null is as good as none.
+def _object(fields: Schema, description: str) -> Schema:
+    return {"type": "object", "description": description, "properties": fields}
+
+
+def _fields(names: Set[str], server: Set[str], **changes: Schema) -> Schema:
+    """All fields of a body, the common ones first and those of actions and controls last; null is as good as none.
 
     ``changes`` are what the route says of a field in other words than the validator.
     """
@@ -131,23 +150,26 @@ def _object(names: Set[str], server: Set[str], **changes: Schema) -> Schema:
     fields = {name: _field(spec, defaults[name]) for name, spec in SPECS.items() if name in names}
     fields |= {name: _field(spec, None) for name, spec in SERVER_FIELDS.items() if name in server}
     for name, change in changes.items():
-        fields[name] |= change
+        fields[name] = fields.get(name, {}) | change
     fields["prompt"]["description"] += "; it or prompt_token_ids is needed"
     for name in STRUCTURED:
         fields[name]["type"] += ["object"]
     if "seconds" in fields:  # which OpenAI's clients write as text
         fields["seconds"]["type"] += ["string"]
-    for name, meant in ALIASES.items():
-        if meant in fields:
-            fields[name] = {**fields[meant], "description": f"the same as {meant}"}
-    for name in NESTED:
-        text = "more of these fields: an object, or its JSON text"
-        fields[name] = {"type": ["object", "string", "null"], "description": text}
-    for name in sorted(IGNORED):
-        fields[name] = {"description": "accepted with a warning: it has no effect on this model"}
-    for name, possible in UNSUPPORTED.items():
-        fields[name] = {"enum": [*NOTHING, None], "description": f"must be {possible}"}
-    return {"type": "object", "properties": fields, "additionalProperties": False}
+    places = {name: place for place, name in enumerate(COMMON)}
+    last = len(places) + 1
+    order = {
+        name: places.get(name, last if name in _IMAGE_FIELDS_NOT else last - 1) for name in fields
+    }
+    return dict(sorted(fields.items(), key=lambda item: order[item[0]]))
+
+
+def _as_text(field: Schema) -> Schema:
+    """A field in a form, where nothing is null and a default need not be sent."""
+    kept = {name: value for name, value in field.items() if name not in ("default", "enum")}
+    if "enum" in field:
+        kept["enum"] = [value for value in field["enum"] if value is not None]
+    return {**kept, "type": field["type"][0]}
 
 
 def _field(spec: Spec, default: Any) -> Schema:

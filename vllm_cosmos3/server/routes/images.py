@@ -27,7 +27,6 @@ from vllm_cosmos3.server.openapi.responses import (
     Picture,
     PictureName,
     Pictures,
-    errors,
     file_responses,
     responses,
 )
@@ -40,7 +39,12 @@ Format = Literal["png", "jpeg", "webp"]
 FORMATS: dict[str, Format] = {"png": "png", "jpeg": "jpeg", "jpg": "jpeg", "webp": "webp"}
 
 
-@router.post("/v1/images/generations", openapi_extra=image_request(), responses=responses(Pictures))
+@router.post(
+    "/v1/images/generations",
+    summary="Make images",
+    openapi_extra=image_request(),
+    responses=responses(Pictures),
+)
 async def generate(request: Request) -> Response:
     """Make pictures from text and answer with them. A client that goes away cancels them."""
     service = service_of(request)
@@ -93,6 +97,7 @@ def _pictures(job: VideoJob, form: Format, places: list[dict[str, str | None]]) 
 @router.head("/v1/images/{image_id}/{name}", include_in_schema=False)
 @router.get(
     "/v1/images/{image_id}/{name}",
+    summary="Download an image",
     response_class=Response,
     responses=file_responses("image/png", "image/jpeg", "image/webp"),
 )
@@ -106,24 +111,14 @@ async def picture(request: Request, image_id: ImageId, name: PictureName) -> Res
     return stored_file(service, job, name, media_type=f"image/{known[1]}")
 
 
-@router.post(
-    "/v1/images/edits",
-    status_code=501,
-    response_class=Response,
-    responses=errors(501, "Not offered"),
-)
+@router.post("/v1/images/edits", include_in_schema=False)
 async def edit(request: Request) -> Response:
     """Not offered: no Cosmos 3 checkpoint edits pictures."""
     message = "pictures cannot be edited; POST /v1/videos with input_reference animates one"
     raise ApiError("not_implemented", message)
 
 
-@router.post(
-    "/v1/images/variations",
-    status_code=501,
-    response_class=Response,
-    responses=errors(501, "Not offered"),
-)
+@router.post("/v1/images/variations", include_in_schema=False)
 async def vary(request: Request) -> Response:
     """Not offered."""
     message = "there are no variations; POST /v1/images/generations with n and seed makes several"

@@ -57,6 +57,7 @@ async def openpi(socket: WebSocket) -> None:
 
 @router.get(
     PATH,
+    summary="Connect a robot",
     status_code=426,
     response_class=Response,
     responses=errors(426, "Upgrade Required"),
@@ -73,7 +74,7 @@ async def upgrade(request: Request) -> Response:
     raise ApiError("upgrade_required", message, headers={"Upgrade": "websocket"})
 
 
-@router.get("/healthz")
+@router.get("/healthz", include_in_schema=False)
 async def healthz(request: Request) -> Response:
     """As /health, where clients of policy servers look for it."""
     return await health_of(request)
