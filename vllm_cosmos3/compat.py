@@ -10,6 +10,8 @@ import importlib
 from collections.abc import Callable
 from functools import cache
 from http import HTTPStatus
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -40,6 +42,14 @@ def has_serve_flag(name: str) -> bool:
     """Whether ``vllm serve`` takes ``--name`` among the flags of its HTTP front end."""
     arguments = first_module(_FRONTEND_ARGS).FrontendArgs
     return name.replace("-", "_") in arguments.__dataclass_fields__
+
+
+def swagger_ui() -> Path:
+    """Folder with Swagger UI, which vLLM brings along for its flag --enable-offline-docs."""
+    found = find_spec("vllm.entrypoints.serve.instrumentator")
+    assert found is not None
+    assert found.origin is not None
+    return Path(found.origin).with_name("static")
 
 
 def knows_model_type(name: str) -> bool:

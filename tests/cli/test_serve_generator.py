@@ -34,7 +34,7 @@ def test_the_help_has_all_flags_in_groups(capsys: pytest.CaptureFixture[str]) ->
     groups = re.findall(r"^([a-z][\w: -]+):$", text, re.MULTILINE)
     assert groups == [
         "positional arguments", "options", "reasoner", "generator: jobs", "generator: load",
-        "generator: inputs", "generator: guardrails", "generator",
+        "generator: inputs", "generator: guardrails", "generator: page", "generator",
         "flags of vLLM that --surface generator takes as well",
     ]  # fmt: skip
     for name in OPTIONS:

@@ -50,7 +50,12 @@ def guarded_server(
     """A distilled checkpoint behind an API key and a guardrail."""
     path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     flags = ["--api-key", "secret", "other", "--guardrail-checker", "checkers:Words"]
-    flags += ["--disable-uvicorn-access-log", "--allowed-origins", "http://a.example"]
+    flags += [
+        "--disable-uvicorn-access-log",
+        "--allowed-origins",
+        "http://a.example",
+        "--no-playground",
+    ]
     flags += [
         "--allow-private-media",
         "--allowed-media-domains",
@@ -71,6 +76,7 @@ def robot_server(vllm_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("robots")
     write_checkpoint(folder / "tiny", kind="policy-droid")
     flags = ["--api-key", KEY, "--robot-openpi-idle-timeout", "12", "--max-queue", "2"]
+    flags += ["--root-path", "/studio"]
     with generator(folder / "tiny", folder, vllm_cache, *flags) as server:
         yield server
 

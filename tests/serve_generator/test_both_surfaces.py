@@ -13,10 +13,12 @@ from pathlib import Path
 import httpx
 import pytest
 import test_catalogue as catalogue
+from browsing import READY, browsing, check_accessibility, visiting
 from generators import PICTURE, SMALL, eventually, refuses
 from jsonschema import Draft202012Validator
 from limits import HANG
 from media_files import clip, data_url, picture, png
+from playwright.sync_api import expect
 from robots import PATH, robot
 from servers import BIN, Server, running
 from servers import SMALL as SMALL_ENGINE
@@ -71,6 +73,34 @@ def test_chat_about_a_generated_video(server: Server) -> None:
     assert answer.usage.completion_tokens > 0
     assert answer.usage.prompt_tokens > 20  # the video is in it
     assert f"{video.id} completed after" in server.log.read_text()
+
+
+@pytest.mark.browser
+def test_the_playground_asks_about_a_picture(server: Server) -> None:
+    with browsing() as browser, visiting(browser) as context:
+        page = context.new_page()
+        page.goto(f"{server.url}/")
+        page.fill("#key", "EMPTY")
+        page.locator("#key").press("Enter")
+        page.wait_for_selector(READY)
+        page.locator("#tab-create").press("ArrowRight")
+        expect(page.locator("#tab-ask")).to_be_focused()
+        file = {"name": "boat.png", "mimeType": "image/png", "buffer": png(picture(64, 64))}
+        page.set_input_files("#ask-file", file)  # type: ignore[arg-type]
+        page.fill("#longest", "16")
+        page.fill("#question", "What is <b>shown</b>?")
+        page.locator("#question").press("Enter")
+        expect(page.locator(".transcript .user p")).to_have_text("What is <b>shown</b>?")
+        answer = page.locator(".transcript .assistant[aria-busy=false] > p")
+        expect(answer).not_to_be_empty(timeout=1000 * HANG)
+        page.fill("#question", "And then?")
+        page.click("#send")
+        expect(page.locator(".transcript .assistant[aria-busy=false]")).to_have_count(2)
+        check_accessibility(page)
+        page.fill("#longest", "100000")
+        page.fill("#question", "Why?")
+        page.click("#send")
+        expect(page.locator("#ask-error")).to_contain_text("max_tokens")
 
 
 def test_pictures(server: Server) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from generators import eventually
 from limits import HANG
 from servers import BIN, Server, run_to_end
 
@@ -58,6 +59,27 @@ def test_no_route_without_a_key(
 def test_health_needs_no_key(guarded_server: Server) -> None:
     for path in ("/health", "/health/live", "/health/ready", "/metrics"):
         assert httpx.get(f"{guarded_server.url}{path}").status_code == 200
+
+
+def test_no_playground(guarded_server: Server) -> None:
+    html = {"Accept": "text/html"}
+    answer = httpx.get(guarded_server.url, headers=html)
+    assert answer.json()["key_needed"] is True
+    for path in ("playground/app.js", "playground/index.html"):
+        answer = httpx.get(f"{guarded_server.url}/{path}", headers=html)
+        assert answer.status_code == 404
+        assert "--no-playground" in answer.json()["error"]["message"]
+    assert httpx.get(f"{guarded_server.url}/docs").is_success
+
+
+def test_no_preview_of_frames_that_are_to_be_checked(client: httpx.Client) -> None:
+    job = post(client, preview=True).json()
+    assert job["status"] == "completed"
+    assert (
+        "preview has no effect: the guardrails check finished videos" in job["cosmos3"]["warnings"]
+    )
+    (model,) = client.get("/v1/models").json()["data"]
+    assert model["cosmos3"]["preview"] is False
 
 
 def test_allowed_prompts_are_recorded_as_checked(client: httpx.Client) -> None:
@@ -151,9 +173,8 @@ def test_the_log_of_requests_can_be_switched_off(
     client: httpx.Client, guarded_server: Server
 ) -> None:
     job = post(client).json()
-    log = guarded_server.log.read_text()
-    assert f"{job['id']} completed after" in log
-    assert "HTTP/1.1" not in log
+    eventually(lambda: f"{job['id']} completed after" in guarded_server.log.read_text())
+    assert "HTTP/1.1" not in guarded_server.log.read_text()
 
 
 def test_the_kind_is_told_at_start(guarded_server: Server) -> None:

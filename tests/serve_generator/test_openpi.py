@@ -16,7 +16,9 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from browsing import READY, browsing, check_accessibility, visiting
 from limits import HANG
+from playwright.sync_api import expect
 from robots import KEY, PATH, Refused, Robot, observation, robot
 from servers import Server
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -281,6 +283,31 @@ def test_the_load_generator_of_robots(robot_server: Server, tmp_path: Path) -> N
     assert (report["requests"], report["errors"]) == (4, 0)
     assert 0 < report["gpu_seconds_per_output"] < report["latency_s"]["p99"]
     assert report["queue_s"]["p99"] > report["queue_s"]["p50"]
+
+
+@pytest.mark.browser
+def test_the_playground_behind_a_key_and_a_root_path(robot_server: Server) -> None:
+    with browsing() as browser, visiting(browser) as context:
+        page = context.new_page()
+        for path in ("/studio", "/"):  # with the prefix of a proxy, and without
+            page.goto(f"{robot_server.url}{path}")
+            expect(page.locator("#key-dialog")).to_be_visible()
+            assert page.evaluate("document.baseURI") == f"{robot_server.url}/studio/"
+        check_accessibility(page)
+        page.fill("#key", "wrong")
+        page.locator("#key").press("Enter")
+        expect(page.locator("#key-error")).to_have_text("The server does not know this key.")
+        page.fill("#key", KEY)
+        page.locator("#key").press("Enter")
+        page.wait_for_selector(READY)
+        expect(page.locator("#modes label")).to_have_text(["Robot policy"])
+        assert page.input_value("#domain") == "droid_lerobot"
+        kept = page.evaluate(
+            "JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie])"
+        )
+        assert KEY not in kept
+        page.goto(f"{robot_server.url}/studio/docs")
+        expect(page.get_by_role("button", name="Authorize")).to_be_visible()
 
 
 def test_health_and_the_page_of_the_route(robot_server: Server) -> None:

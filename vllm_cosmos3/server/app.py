@@ -23,13 +23,14 @@ from vllm_cosmos3.server.http.api_errors import ApiError
 from vllm_cosmos3.server.http.envelope_middleware import EnvelopeMiddleware, wrap
 from vllm_cosmos3.server.http.keys import ApiKeys, Keys
 from vllm_cosmos3.server.jobs.service import Service
+from vllm_cosmos3.server.openapi.document import describe
 from vllm_cosmos3.server.openapi.responses import TEXT, ModelName, Models, file_responses, responses
-from vllm_cosmos3.server.routes import images, info, robots, videos
+from vllm_cosmos3.server.routes import images, info, playground, robots, videos
 from vllm_cosmos3.server.routes.route import Route, service_of
 from vllm_cosmos3.version import __version__
 
 logger = logging.getLogger(__name__)
-core = APIRouter(route_class=Route)
+core = APIRouter(route_class=Route, tags=["Cosmos3 server"])
 LOG_LINE, LOG_TIME = "%(levelname)s %(asctime)s [%(filename)s:%(lineno)d] %(message)s", "%m-%d %H:%M:%S"  # fmt: skip
 
 
@@ -61,7 +62,7 @@ def show_log() -> None:
 
 def routers() -> tuple[APIRouter, ...]:
     """What both hosts serve."""
-    return videos.router, images.router, info.router, robots.router
+    return videos.router, images.router, info.router, robots.router, playground.router
 
 
 def make_app(make_service: Callable[[], Service], listen: Listen) -> FastAPI:
@@ -74,14 +75,14 @@ def make_app(make_service: Callable[[], Service], listen: Listen) -> FastAPI:
         yield
         await app.state.cosmos3.close()
 
-    app = FastAPI(
-        title="vllm-cosmos3", version=__version__, lifespan=lifespan, root_path=listen.root_path
-    )
+    app = FastAPI(docs_url=None, redoc_url=None, lifespan=lifespan, root_path=listen.root_path)
     app.state.cosmos3 = app.state.cosmos3_engine = None
     app.state.cosmos3_keys = Keys(listen.api_keys)
     app.state.cosmos3_sessions = robots.Sessions()
     for router in (*routers(), core):
         app.include_router(router)
+    playground.serve_docs(app)
+    describe(app)
     if listen.api_keys:
         app.add_middleware(ApiKeys)
     if listen.origins:  # around the keys: a browser may read why it is refused
@@ -145,13 +146,15 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
-@core.get("/v1/models", responses=responses(Models))
+@core.get("/v1/models", summary="List the served models", responses=responses(Models))
 async def models(request: Request) -> Response:
     """The served models with what they can do."""
     return JSONResponse(info.models(service_of(request)))
 
 
-@core.get("/v1/models/{name:path}", responses=responses(dict[str, Any]))
+@core.get(
+    "/v1/models/{name:path}", summary="Look up a served model", responses=responses(dict[str, Any])
+)
 async def model(request: Request, name: ModelName) -> Response:
     """One of the served models."""
     for entry in info.models(service_of(request))["data"]:
@@ -160,19 +163,19 @@ async def model(request: Request, name: ModelName) -> Response:
     raise ApiError("model_not_found", f"there is no model {name!r}", param="model")
 
 
-@core.get("/health")
+@core.get("/health", summary="Check whether work can be taken")
 async def health(request: Request) -> Response:
     """200 when the generator can take work."""
     return await info.health_of(request)
 
 
-@core.get("/ping")
+@core.get("/ping", include_in_schema=False)
 async def ping(request: Request) -> Response:
     """As /health."""
     return await info.health_of(request)
 
 
-@core.get("/version")
+@core.get("/version", summary="Show the version")
 async def version() -> Response:
     """The version of this package."""
     return JSONResponse({"version": __version__})
@@ -180,6 +183,7 @@ async def version() -> Response:
 
 @core.get(
     "/metrics",
+    summary="Read the metrics",
     response_class=Response,
     responses=file_responses(CONTENT_TYPE_LATEST.split(";")[0], schema=TEXT),
 )

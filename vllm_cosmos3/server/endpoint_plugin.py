@@ -33,8 +33,9 @@ from vllm_cosmos3.server.http.keys import VLLM_UNAUTHORIZED, AnyScheme, ApiKeys,
 from vllm_cosmos3.server.jobs.service import Service
 from vllm_cosmos3.server.jobs.upsampling import EngineReasoner
 from vllm_cosmos3.server.memory_split import sized
+from vllm_cosmos3.server.openapi.document import describe
 from vllm_cosmos3.server.options import ONE_PROCESS, from_mapping
-from vllm_cosmos3.server.routes import info, robots
+from vllm_cosmos3.server.routes import info, playground, robots
 from vllm_cosmos3.server.routes.route import Route, service_of
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,8 @@ class GeneratorRoutes:
         core = {"/health": _health, "/v1/models": _models}
         for path, handler in core.items():
             app.router.add_api_route(path, handler, methods=["GET"], route_class_override=Route)
+        playground.serve_docs(app)
+        describe(app)
         # Robots' keys are put into vLLM's form in front of it, which knows ``Bearer`` alone.
         # Ours asks for keys first, as vLLM's takes the root path off anywhere in the path.
         asking = partial(ApiKeys, unauthorized=VLLM_UNAUTHORIZED)

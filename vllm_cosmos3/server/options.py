@@ -177,6 +177,12 @@ class Options:
         "text",
         "class that checks prompts and frames, as module:Class",
     )
+    playground: bool = _option(
+        True,  # noqa: FBT003 - a default
+        "page",
+        "bool",
+        "serve the page at / to try the models in",
+    )
     call_limits: str = _option(
         "",
         "load",

@@ -25,6 +25,10 @@ class Keys:
     def __init__(self, keys: tuple[str, ...]) -> None:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
+    def __bool__(self) -> bool:
+        """Whether a key is needed."""
+        return bool(self._digests)
+
     def admit(self, scope: Scope, *schemes: str) -> bool:
         """Whether the Authorization header has one of ``schemes`` and a key."""
         if not self._digests:
