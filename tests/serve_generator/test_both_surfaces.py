@@ -230,6 +230,7 @@ def test_media_that_cannot_be_read(kind: str, place: str, server: Server) -> Non
 
 
 def test_start_up_prints_the_stock_command(server: Server) -> None:
+    eventually(lambda: f"ready: {server.url} (chat, images, videos)" in server.log.read_text())
     log = server.log.read_text()
     assert "VLLM_PLUGINS=cosmos3" in log
     assert '--additional-config \'{"cosmos3": {' in log

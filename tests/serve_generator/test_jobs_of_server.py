@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from generators import SMALL, create, finished
+from generators import SMALL, create, eventually, finished
 from limits import HANG
 from servers import Server
 
@@ -179,6 +179,8 @@ def test_requests_and_ends_of_jobs_are_logged(generator_server: Server) -> None:
     """As vLLM logs them: uvicorn's line for each request, and ours among vLLM's."""
     job = finished(generator_server, create(generator_server, **SMALL))
     get(generator_server, f"/v1/videos/{job['id']}?for=the-log")
+    ready = f"vllm-cosmos3 serve: ready: {generator_server.url} (images, videos)\n"
+    eventually(lambda: ready in generator_server.log.read_text())
     log = generator_server.log.read_text()
     assert re.search(rf'INFO: .* "GET /v1/videos/{job["id"]}\?for=the-log HTTP/1.1" 200 OK', log)
     assert re.search(rf"INFO .*{job['id']} completed after [0-9.]+ s", log)
