@@ -110,8 +110,10 @@ def test_a_picture_as_each_library_has_it(model: Cosmos3, tmp_path: Path) -> Non
     with file_server(tmp_path) as url:
         sources.append(f"{url}/first.png")
         plans = [model.plan("a boat", image=source, **SMALL) for source in sources]
+        effective = model.generate("a boat", image=sources[-1], **SMALL).effective
+    assert effective["image"] == sources[-1]
     for plan in plans:
-        assert (plan.chunks[0][0].source == levels).all()
+        assert (plan.streams[0].source == levels).all()
     with pytest.raises(InvalidRequest, match="image is 'floats from -1 to 1', must be floats"):
         model.plan("a boat", image=tensor.float() / 127.5 - 1, **SMALL)
 

@@ -12,17 +12,16 @@ import inspect
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Concatenate, ParamSpec, Unpack, overload
 
 import torch
 
 from vllm_cosmos3 import bars
-from vllm_cosmos3.batch.downloads import Downloads, is_url
+from vllm_cosmos3.batch.downloads import local_files, urls_of
 from vllm_cosmos3.checkpoint.hub import resolve
 from vllm_cosmos3.closing import Closing
 from vllm_cosmos3.engine_options import DEFAULTS, OPTIONS, EngineOptions
@@ -31,7 +30,6 @@ from vllm_cosmos3.generator.models.components import loaded_values
 from vllm_cosmos3.generator.output import Output, Progress, Report, Sample
 from vllm_cosmos3.media import Clip
 from vllm_cosmos3.parallel.attention import check_backend
-from vllm_cosmos3.request.controls import CONTROLS
 from vllm_cosmos3.request.fields import with_arguments
 from vllm_cosmos3.request.foreign_names import own_names
 from vllm_cosmos3.request.keywords import Keywords
@@ -45,8 +43,6 @@ __all__ = ["Cosmos3", "Output", "Progress", "Sample"]
 
 Request = GenerateRequest | Mapping[str, Any] | str  # a string is a prompt
 Shown = Report | bool | None  # what is done with the progress: told, shown or not, shown if seen
-# Fields that name files, which may be URLs.
-FILES = ("image", "video", *CONTROLS, "action_path", "action_stats_path")
 P = ParamSpec("P")
 
 
@@ -193,7 +189,7 @@ class Cosmos3(Closing):
     def plan(self, requests: Request | None = None, /, **fields: Unpack[Keywords]) -> Plan:
         """What a request comes to, without running it: checks it whole."""
         self._open()
-        return self._planned(_Asked(requests, fields))
+        return self._planned(_request(requests, fields))
 
     def close(self) -> None:
         """Free the models and their memory, and end their processes. Waits for a running request."""
@@ -225,10 +221,10 @@ class Cosmos3(Closing):
         if clip is not None:  # another process writes it, in a working directory of its own
             clip = replace(clip, path=Path(clip.path).resolve())
         given = requests if several else [requests]
-        asked = [_Asked(one, fields) for one in given]  # type: ignore[union-attr, arg-type]
         with self._lock:
             runner = self._open()
             with runner.raising_together("the request"):
+                asked = [_request(one, fields) for one in given]  # type: ignore[union-attr, arg-type]
                 plans = [self._planned(one) for one in asked]
             outputs = []
             for reporting, plan in zip(
@@ -236,11 +232,15 @@ class Cosmos3(Closing):
             ):
                 with reporting as report:
                     outputs.append(self._run(runner, plan, report, cancelled, clip))
+        outputs = [
+            replace(output, effective={**output.effective, **urls_of(one)})
+            for output, one in zip(outputs, asked, strict=True)
+        ]
         return outputs if several else outputs[0]
 
-    def _planned(self, asked: _Asked) -> Plan:
-        with asked.request() as request:
-            return make_plan(request, self._model, self._tokenizer)
+    def _planned(self, request: GenerateRequest) -> Plan:
+        with local_files(request) as local:
+            return make_plan(local, self._model, self._tokenizer)
 
     def _reports(
         self, progress: Shown, plans: Sequence[Plan], *, several: bool
@@ -267,30 +267,13 @@ class Cosmos3(Closing):
         return replace(output, timings=timings)
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """A request as it was given, and the fields that were given by name."""
-
-    given: Request | None
-    fields: Mapping[str, Any]
-
-    @contextmanager
-    def request(self) -> Iterator[GenerateRequest]:
-        """The request; files behind its URLs are there within the block."""
-        fields = own_names(self.fields)
-        with TemporaryDirectory(prefix="cosmos3-input-") as folder:
-            downloads = Downloads(Path(folder))
-            if isinstance(self.given, GenerateRequest):
-                urls = {name: getattr(self.given, name) for name in FILES}
-                fields = {**{name: x for name, x in urls.items() if is_url(x)}, **fields}
-            else:
-                given = {"prompt": self.given} if isinstance(self.given, str) else self.given
-                fields = {**own_names(given or {}), **fields}
-            media = {name: downloads.local(name, fields[name]) for name in FILES if name in fields}
-            if isinstance(self.given, GenerateRequest):
-                yield replace(self.given, **{**fields, **media}) if fields else self.given
-            else:
-                yield from_fields({**fields, **media})
+def _request(given: Request | None, fields: Mapping[str, Any]) -> GenerateRequest:
+    """A request as it was given, with the fields that were given by name."""
+    fields = own_names(fields)
+    if isinstance(given, GenerateRequest):
+        return replace(given, **fields) if fields else given
+    known = {"prompt": given} if isinstance(given, str) else own_names(given or {})
+    return from_fields({**known, **fields})
 
 
 def _device(name: str | None) -> torch.device:

@@ -14,6 +14,7 @@ import av
 import numpy as np
 import pytest
 from limits import HANG
+from media_files import file_server
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 from servers import BIN, environment
@@ -129,6 +130,20 @@ def test_image_to_video(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert (arguments["mode"], arguments["image"]) == ("image2video", str(picture))
     assert arguments["use_duration_template"] is False
     assert arguments["guidance_interval"] == [400.0, 1000.0]
+
+
+def test_a_picture_of_a_url(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (50, 40), "teal").save(tmp_path / "picture.png")
+    with file_server(tmp_path) as url:
+        picture = f"{url}/picture.png"
+        command = [tiny_checkpoint, "--prompt", "a", *FAST, "--num-frames", 5, "--image"]
+        assert generate(*command, picture, "--out", tmp_path) == 0
+        assert generate(*command, f"{url}/none.png", "--dry-run") == 2
+    known = json.loads((tmp_path / "sample" / "sample_args.json").read_text())
+    assert (known["mode"], known["image"]) == ("image2video", picture)
+    assert "--image is 'http" in capsys.readouterr().err
 
 
 def test_dry_run_needs_no_weights(

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import shutil
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.request.controls import CONTROLS
+from vllm_cosmos3.request.request import GenerateRequest
 
 SECONDS = 60.0  # without a byte until a URL is given up
+FILES = ("image", "video", "action_path", "action_stats_path")  # fields of files, beside controls
 
 
 def is_url(value: object) -> bool:
@@ -48,3 +54,29 @@ class Downloads:
                 raise InvalidRequest(field, url, possible, "fetch_failed") from None
             self._known[url] = path
         return str(self._known[url])
+
+
+def urls_of(request: GenerateRequest) -> dict[str, str]:
+    """The URLs among the files of a request, by field. Those of controls are not among them."""
+    given = {name: getattr(request, name) for name in FILES}
+    return {name: value for name, value in given.items() if is_url(value)}
+
+
+@contextmanager
+def local_files(request: GenerateRequest) -> Iterator[GenerateRequest]:
+    """The request with files instead of its URLs, which are there within the block.
+
+    Raises:
+        InvalidRequest: of a field whose URL cannot be fetched.
+    """
+    clips = {name: control.clip for name, control in request.controls.items()}
+    urls = urls_of(request) | {name: str(clip) for name, clip in clips.items() if is_url(clip)}
+    if not urls:
+        yield request
+        return
+    with TemporaryDirectory(prefix="cosmos3-input-") as folder:
+        downloads = Downloads(Path(folder))
+        files: dict[str, Any] = {name: downloads.file(name, url) for name, url in urls.items()}
+        for name in files.keys() & CONTROLS:
+            files[name] = replace(request.controls[name], clip=files[name])
+        yield replace(request, **files)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_cosmos3.batch.downloads import local_files, urls_of
 from vllm_cosmos3.cli import batch, config_file
 from vllm_cosmos3.cli.defaults_table import defaults_table
 from vllm_cosmos3.cli.flags import add_engine_flags, add_flag, given, integer
@@ -126,11 +127,17 @@ def run(args: argparse.Namespace) -> int:
     options, request_fields = run_options(args), fields_of(args)
     if options.inputs:
         return batch.run(options, request_fields | _formats(args))
-    request = from_fields(request_fields)
+    asked = from_fields(request_fields)
+    with local_files(asked) as request:
+        return _run_one(request, urls_of(asked), options)
+
+
+def _run_one(request: GenerateRequest, urls: Mapping[str, str], options: RunOptions) -> int:
+    """Make the sample of a request, whose files had these URLs."""
     engine = options.engine
     plan = planner(engine.model, engine.revision, engine.checkpoint_kind)(request)
     if options.dry_run:
-        print(json.dumps(dict(plan.effective), indent=2))
+        print(json.dumps({**plan.effective, **urls}, indent=2))
         _warn(plan.warnings)
         return 0
     check_vllm()
@@ -147,6 +154,7 @@ def run(args: argparse.Namespace) -> int:
         output, files, timings = generate(model, written, options, folder)
         load = model.load_seconds
         timings = {"model_load": load, **timings, "total": load + timings["total"]}
+        output = replace(output, effective={**output.effective, **urls})
         if files:  # with several processes under torchrun the first one has the results
             write(options, folder, output, files, timings, original_prompt)
             _warn(output.warnings)
