@@ -21,7 +21,7 @@ from servers import BIN, environment
 from vllm_cosmos3.batch.downloads import Downloads
 from vllm_cosmos3.batch.files import read_batch
 from vllm_cosmos3.cli import main, whole_parser
-from vllm_cosmos3.cli.batch import _asked, _checked
+from vllm_cosmos3.cli.batch import _ask, _checked
 from vllm_cosmos3.cli.generate import run_options
 from vllm_cosmos3.cli.run_options import planner
 from vllm_cosmos3.engine import Cosmos3
@@ -399,12 +399,12 @@ class NoVowels(Reasoner):
 
 def test_a_question_that_fails_spoils_no_other() -> None:
     reasoner = NoVowels()
-    asked = _asked(reasoner, [Question(prompt=text) for text in ("b", "no", "d")])
+    asked = _ask(reasoner, [Question(prompt=text) for text in ("b", "no", "d")])
     assert [x.text if isinstance(x, Answer) else repr(x) for x in asked] == [
         "b", "RuntimeError('no')", "d",
     ]  # fmt: skip
     assert reasoner.calls == [3, 1, 1, 1]
-    assert len(_asked(reasoner, [Question(prompt=text) for text in "bcd"])) == 3
+    assert len(_ask(reasoner, [Question(prompt=text) for text in "bcd"])) == 3
     assert reasoner.calls[4:] == [3]
 
 
