@@ -192,7 +192,7 @@ class EngineOptions:
         low=0,
         above=True,
         high=1,
-        help="fraction of GPU memory to use; alternative to memory_limit",
+        help="fraction of GPU memory to use, as in vLLM",
     )
     checkpoint_kind: str | None = _option(
         kind="text",

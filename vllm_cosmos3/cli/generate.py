@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image-type", metavar="TYPE", help="png, jpg or webp (default: png; jpg with --input)")
     add("--image-quality", type=integer, metavar="N", help="JPEG/WebP quality, 0 to 100 (default: 95)")  # fmt: skip
     add("--timings-json", type=Path, metavar="FILE", help="also write the timings to this file")
-    add("--dry-run", action="store_true", help="check the request, print its parameters as JSON, load no weights")  # fmt: skip
+    add("--dry-run", action="store_true", help="print the resolved parameters as JSON, load no weights")  # fmt: skip
     add("--print-defaults", action="store_true", help="print the defaults of every mode and exit")
     add = parser.add_argument_group("batch files").add_argument
     add("-i", "--input", nargs="+", metavar="FILE", help="JSON, JSONL or YAML files (or globs) of records; flags of a request apply to all")  # fmt: skip
@@ -97,11 +97,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             add_more(group)
     run = parser.add_argument_group("model and device")
     add_engine_flags(run, OPTIONS)
-    run.add_argument("--enforce-eager", action="store_true", help="run the reasoner without CUDA graphs: faster start, slower answers")  # fmt: skip
+    run.add_argument("--enforce-eager", action="store_true", help="reasoner without CUDA graphs: faster start, slower answers")  # fmt: skip
 
 
 def _upsample_flag(group: argparse._ActionsContainer) -> None:
-    group.add_argument("--upsample-prompt", action="store_true", help="let the reasoner expand the prompt into a structured one first")  # fmt: skip
+    group.add_argument("--upsample-prompt", action="store_true", help="let the reasoner expand the prompt first")  # fmt: skip
 
 
 def _karras_flag(group: argparse._ActionsContainer) -> None:

@@ -33,7 +33,7 @@ class Keywords(TypedDict, total=False):
     """Latent frames taken from the video (k needs 4k+1 frames)."""
 
     condition_video_keep: Literal["first", "last"]
-    """Which end of the video supplies those frames (default first)."""
+    """End of the video that supplies them (default first)."""
 
     action_mode: Literal["forward_dynamics", "inverse_dynamics", "policy"] | None
     """Forward_dynamics: actions to video; inverse_dynamics: video to actions; policy: both from an
@@ -97,7 +97,7 @@ class Keywords(TypedDict, total=False):
     control_weight, preset_blur_strength (none to very_high)."""
 
     depth: bool | VideoSource | Mapping[str, object] | None
-    """Follow a depth clip; as an object: control_path, control_weight."""
+    """Follow a depth clip, or an object with control_weight."""
 
     seg: bool | VideoSource | Mapping[str, object] | None
     """Follow a segmentation clip; as an object likewise."""
@@ -106,20 +106,20 @@ class Keywords(TypedDict, total=False):
     """Follow a clip of world-scenario maps; as an object likewise."""
 
     control_guidance: float | None
-    """Guidance scale of the controls (default: by control) (0 to 20)."""
+    """Guidance of the controls (default: by control) (0 to 20)."""
 
     control_guidance_interval: Sequence[float] | None
-    """Lowest and highest timestep with control guidance (default: all)."""
+    """Timesteps with control guidance (default: all)."""
 
     control_attention: Literal["averaged", "full"] | None
     """With several controls - averaged: attend to each control separately and average by weight, as
     trained (default); full: attend to all at once, as diffusers."""
 
     num_video_frames_per_chunk: int | None
-    """Frames per chunk of a long transfer (default: at most 93; wsm: 101) (2 to 401 frames)."""
+    """Frames per chunk (default: at most 93; wsm: 101) (2 to 401 frames)."""
 
     num_conditional_frames: int | None
-    """Frames reused from the end of the previous chunk (default: 1) (0 to 400 frames)."""
+    """Frames reused from the previous chunk (default: 1) (0 to 400 frames)."""
 
     num_first_chunk_conditional_frames: int | None
     """Frames reused from the video in the first chunk (default: 0) (0 to 400 frames)."""
@@ -128,7 +128,7 @@ class Keywords(TypedDict, total=False):
     """Most frames used of a control clip (default: 5000) (2 to 18000 frames)."""
 
     share_vision_temporal_positions: bool | None
-    """Same temporal positions for controls and video (default: true)."""
+    """Same positions in time for controls and video (default: true)."""
 
     emphasize_control_in_prompt: bool | None
     """Append a sentence on the controls (default: true)."""
@@ -165,7 +165,7 @@ class Keywords(TypedDict, total=False):
     """Denoising steps (1 to 200 steps)."""
 
     guidance_scale: float | None
-    """Classifier-free guidance; 1 turns it off and halves the time (0 to 20)."""
+    """Classifier-free guidance; 1: off, half the time (0 to 20)."""
 
     guidance_interval: Sequence[float] | None
     """Lowest and highest timestep with guidance (default: all)."""
@@ -184,7 +184,7 @@ class Keywords(TypedDict, total=False):
     """0 repeats the last computed step, 1 extrapolates the last two (default: 1) (0 to 1)."""
 
     flow_shift: float | None
-    """Noise schedule shift; larger spends more steps on structure (0.01 to 100)."""
+    """Noise schedule shift; larger: more steps for structure (0.01 to 100)."""
 
     schedule: Literal["native", "diffusers", "karras"]
     """Noise schedule: that of the reference, or the flow or Karras schedule of diffusers (karras
@@ -198,7 +198,7 @@ class Keywords(TypedDict, total=False):
     numpy)."""
 
     n: int
-    """Results per request, with seeds seed to seed+n-1 (1 to 10; default 1)."""
+    """Results, with seeds seed to seed+n-1 (1 to 10; default 1)."""
 
     generate_sound: bool
     """Generate a synchronized sound track."""
@@ -207,10 +207,10 @@ class Keywords(TypedDict, total=False):
     """Length of the sound (default: that of the video) (0.04 to 600 seconds)."""
 
     use_resolution_template: bool
-    """Append the resolution sentence to plain prompts (default True)."""
+    """Append the sentence on resolution (default True)."""
 
     use_duration_template: bool
-    """Append the duration sentence to plain video prompts (default True)."""
+    """Append the sentence on duration (default True)."""
 
     negative_metadata_mode: Literal["none", "same", "inverse"] | None
     """Size and length in the negative prompt: none, the same, or the inverse (default: same; with
@@ -224,8 +224,7 @@ class Keywords(TypedDict, total=False):
     caption; auto: json if the prompt is a JSON object (default auto)."""
 
     max_sequence_length: int
-    """Maximum prompt length in tokens; longer text is truncated (64 to 32768 tokens; default
-    4096)."""
+    """Longest prompt in tokens; longer is cut (64 to 32768 tokens; default 4096)."""
 
     prompt_token_ids: int | Sequence[int] | None
     """Token ids of prompt and chat template; alternative to prompt."""

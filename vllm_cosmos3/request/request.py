@@ -73,7 +73,7 @@ class GenerateRequest:
         default="first",
         kind="choice",
         choices=("first", "last"),
-        help="which end of the video supplies those frames",
+        help="end of the video that supplies them",
     )
     action_mode: str | None = _field(
         kind="choice",
@@ -148,7 +148,7 @@ class GenerateRequest:
         " control_weight, preset_blur_strength (none to very_high)",
     )
     depth: Control | None = _field(  # noqa: RUF009
-        kind="control", help="follow a depth clip; as an object: control_path, control_weight"
+        kind="control", help="follow a depth clip, or an object with control_weight"
     )
     seg: Control | None = _field(  # noqa: RUF009
         kind="control", help="follow a segmentation clip; as an object likewise"
@@ -161,13 +161,13 @@ class GenerateRequest:
         kind="float",
         low=0,
         high=20,
-        help="guidance scale of the controls (default: by control)",
+        help="guidance of the controls (default: by control)",
     )
     control_guidance_interval: tuple[float, float] | None = _field(
         kind="pair",
         low=0,
         high=1000,
-        help="lowest and highest timestep with control guidance (default: all)",
+        help="timesteps with control guidance (default: all)",
     )
     control_attention: str | None = _field(
         kind="choice",
@@ -180,14 +180,14 @@ class GenerateRequest:
         low=2,
         high=401,
         unit="frames",
-        help="frames per chunk of a long transfer (default: at most 93; wsm: 101)",
+        help="frames per chunk (default: at most 93; wsm: 101)",
     )
     num_conditional_frames: int | None = _field(
         kind="int",
         low=0,
         high=400,
         unit="frames",
-        help="frames reused from the end of the previous chunk (default: 1)",
+        help="frames reused from the previous chunk (default: 1)",
     )
     num_first_chunk_conditional_frames: int | None = _field(
         kind="int",
@@ -204,7 +204,7 @@ class GenerateRequest:
         help="most frames used of a control clip (default: 5000)",
     )
     share_vision_temporal_positions: bool | None = _field(
-        kind="bool", help="same temporal positions for controls and video (default: true)"
+        kind="bool", help="same positions in time for controls and video (default: true)"
     )
     emphasize_control_in_prompt: bool | None = _field(
         kind="bool", help="append a sentence on the controls (default: true)"
@@ -259,7 +259,7 @@ class GenerateRequest:
         kind="float",
         low=0,
         high=20,
-        help="classifier-free guidance; 1 turns it off and halves the time",
+        help="classifier-free guidance; 1: off, half the time",
     )
     guidance_interval: tuple[float, float] | None = _field(
         kind="pair",
@@ -291,7 +291,7 @@ class GenerateRequest:
         kind="float",
         low=0.01,
         high=100,
-        help="noise schedule shift; larger spends more steps on structure",
+        help="noise schedule shift; larger: more steps for structure",
     )
     schedule: str = _field(
         default="native",
@@ -313,7 +313,7 @@ class GenerateRequest:
         kind="int",
         low=1,
         high=10,
-        help="results per request, with seeds seed to seed+n-1",
+        help="results, with seeds seed to seed+n-1",
     )
     generate_sound: bool = _field(
         default=False, kind="bool", help="generate a synchronized sound track"
@@ -326,12 +326,12 @@ class GenerateRequest:
         help="length of the sound (default: that of the video)",
     )
     use_resolution_template: bool = _field(
-        default=True, kind="bool", help="append the resolution sentence to plain prompts"
+        default=True, kind="bool", help="append the sentence on resolution"
     )
     use_duration_template: bool = _field(
         default=True,
         kind="bool",
-        help="append the duration sentence to plain video prompts",
+        help="append the sentence on duration",
     )
     negative_metadata_mode: str | None = _field(
         kind="choice",
@@ -355,7 +355,7 @@ class GenerateRequest:
         low=64,
         high=32768,
         unit="tokens",
-        help="maximum prompt length in tokens; longer text is truncated",
+        help="longest prompt in tokens; longer is cut",
     )
     prompt_token_ids: tuple[int, ...] | None = _field(
         kind="ints",
