@@ -173,7 +173,7 @@ def test_nothing_starts_while_a_record_is_invalid(
         f"batch.jsonl line {number}" for number in (4, 2, 3, 5, 6)
     ]
     for line, words in zip(
-        lines, ("fsp is 1", "num_steps is 999", "vision_path is ", "enable_sound is 'yes'", "top_p is 7.0"), strict=True,
+        lines, ("unknown field fsp; did you mean fps?", "num_steps is 999", "vision_path is ", "enable_sound is 'yes'", "top_p is 7.0"), strict=True,
     ):  # fmt: skip
         assert words in line
     refused = [f"batch_{index}" for index in range(1, 6)]

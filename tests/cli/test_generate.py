@@ -290,7 +290,7 @@ def test_a_mistake_is_one_line(
 def test_bar_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with progress_shown(terminal=True) as report:
         for phase, step in (("encode", 0), ("denoise", 0), ("denoise", 8), ("decode", 8)):
-            report(SimpleNamespace(phase=phase, step=step, steps=8))  # type: ignore[arg-type]
+            report(SimpleNamespace(phase=phase, step=step, steps=8, reused=0))  # type: ignore[arg-type]
     bar = capsys.readouterr().err
     assert "denoise" in bar
     assert "8/8" in bar
