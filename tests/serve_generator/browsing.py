@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, sync_playwright
+from playwright.sync_api import (
+    Browser,
+    BrowserContext,
+    ConsoleMessage,
+    Page,
+    expect,
+    sync_playwright,
+)
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 MISSING = (
@@ -17,6 +24,8 @@ MISSING = (
     "of pages out with COSMOS3_NO_BROWSER=1"
 )
 READY = "body[data-ready]"
+PATIENCE = 120_000  # milliseconds: far above what a busy machine takes
+expect.set_options(timeout=PATIENCE)
 
 
 @contextmanager
@@ -38,6 +47,7 @@ def visiting(browser: Browser, **options: Any) -> Iterator[BrowserContext]:
     What the API refuses is in the console too, and is what some tests are about.
     """
     context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
+    context.set_default_timeout(PATIENCE)
     wrong: list[str] = []
 
     def hear(message: ConsoleMessage) -> None:

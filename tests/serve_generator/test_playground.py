@@ -17,8 +17,6 @@ from playwright.sync_api import Browser, BrowserContext, Page, Response, expect
 from servers import Server
 
 pytestmark = [pytest.mark.serve, pytest.mark.browser]
-PATIENCE = 120_000  # milliseconds: far above what a busy machine takes
-expect.set_options(timeout=PATIENCE)
 HEAVIEST = 120_000  # bytes of the page with its files, uncompressed
 
 
@@ -31,7 +29,6 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture
 def context(browser: Browser) -> Iterator[BrowserContext]:
     with visiting(browser) as made:
-        made.set_default_timeout(PATIENCE)
         yield made
 
 

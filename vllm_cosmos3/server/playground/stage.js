@@ -152,6 +152,7 @@ function facts(found) {
   add("size", job.size);
   add("length", `${job.num_frames} frames, ${Number(job.seconds).toFixed(2)} s`);
   add("steps", effective.num_inference_steps);
+  add("of them reused", job.cosmos3.reused_steps || null);
   add("guidance", effective.guidance_scale);
   add("seed", effective.seed);
   add("made in", duration(job.inference_time_s));
