@@ -22,10 +22,11 @@ FOLDER = ROOT / "docs" / "pictures"
 CHECKPOINT = ROOT / "checkpoints" / "demo"
 FLAGS = ["--served-model-name", "demo", "--dtype", "float32", "--enforce-eager"]
 FLAGS += ["--max-model-len", "4096", "--max-num-seqs", "8"]
+FLAGS += ["--override-generation-config", '{"temperature": 0}']  # the same answers each time
 PROMPTS = (
     "a small blue circle pushes a large yellow triangle on a white background",
     "a gripper lifts a green square on a dark background",
-    "a red square moves to the right and a purple circle moves to the left",
+    "a large red square moves to the right on a grey background",
 )
 QUESTIONS = (
     "What happens in the clip?",
@@ -56,7 +57,7 @@ def main() -> int:
             browser = playwright.chromium.launch(
                 executable_path=browser_program, args=["--no-sandbox"]
             )
-            page = browser.new_page(viewport={"width": 1280, "height": 860})
+            page = browser.new_page(viewport={"width": 1280, "height": 1060})
             page.set_default_timeout(PATIENCE)
             page.goto(f"{server.url}/")
             page.wait_for_selector("body[data-ready]")
@@ -64,6 +65,7 @@ def main() -> int:
                 make(page, prompt, seed)
             save(page, "playground")
             page.emulate_media(color_scheme="dark")
+            page.set_viewport_size({"width": 1280, "height": 760})
             ask(page)
             save(page, "playground-ask")
             page.set_viewport_size({"width": 390, "height": 844})

@@ -49,6 +49,10 @@ export function attach(blob, name = "") {
   const view = blob ? media(blob, { muted: true, autoplay: true }) : null;
   if (view?.tagName === "IMG") view.alt = name || blob.name || "the picture";
   if (view?.tagName === "VIDEO") view.setAttribute("aria-label", name || blob.name || "the clip");
+  view?.addEventListener(view.tagName === "IMG" ? "load" : "loadedmetadata", () => {
+    const [width, height] = [view.naturalWidth ?? view.videoWidth, view.naturalHeight ?? view.videoHeight];
+    find("ask-view").style.setProperty("--ratio", width / height); // small clips are shown larger
+  });
   find("ask-view").replaceChildren(...(view ? [view] : []));
   find("ask-clear").hidden = blob === null;
   if (blob === null) find("ask-file").value = "";

@@ -64,6 +64,7 @@ export function draw(over, marks) {
     const [x1, y1, x2, y2] = box ?? [...point, ...point];
     made.style.left = percent(Math.min(x1, x2));
     made.style.top = percent(Math.min(y1, y2));
+    made.classList.toggle("under", Math.min(y1, y2) < 80); // there is no room for a label above
     if (box) {
       made.style.width = percent(Math.abs(x2 - x1));
       made.style.height = percent(Math.abs(y2 - y1));
