@@ -106,8 +106,16 @@ def is_clip(source: str | Path | bytes, *, field: str) -> bool:
             return image.format == "GIF" and _moves(image)
     except Image.DecompressionBombError:
         return False  # which `read_image` refuses with the limit
-    except DAMAGED:
-        next(frames_of(source, limit=1, field=field))
+    except DAMAGED as error:
+        try:
+            next(frames_of(source, limit=1, field=field))
+        except InvalidRequest as refused:
+            if refused.code != "invalid_media" or _is_heif(source):
+                raise
+            unknown = isinstance(error, UnidentifiedImageError)
+            reason = "it is of no such format, or damaged" if unknown else _reason(error, source)
+            possible = f"{AN_IMAGE} or {A_VIDEO} ({reason})"
+            raise InvalidRequest(field, refused.value, possible, refused.code) from None
         return True
 
 
