@@ -161,6 +161,29 @@ def test_a_damaged_journal_is_one_sentence(harm: Callable[[Path], None], tmp_pat
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("name", ["file", "file/below", "zero\0byte", "x" * 300])
+def test_a_folder_that_cannot_be_is_one_sentence(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidRequest, match="a folder that can keep jobs and files"):
+        Journal(tmp_path / name)
+
+
+@pytest.mark.parametrize("change", [
+    "status = 'dancing'", "created = 'abc'", "expires = 'soon'", "expires = 9e999", "bytes = 'x'", "removed = 'yes'",
+    "kind = 'odd'", "owner = '../../x', status = 'in_progress'", "document = x'ff00'", "deleted = 1, owner = 'gone'",
+])  # fmt: skip
+def test_a_row_with_odd_columns_harms_no_other(change: str, journal: Journal) -> None:
+    for index in range(3):
+        journal.add(video(f"video_{index}"))
+    journal._run(f"update jobs set {change} where id = 'video_1'")
+    for _ in range(2):
+        listed = journal.page(after=None, limit=20, newest_first=True)
+        assert {"video_0", "video_2"} <= {job.id for job in listed}
+        journal.orphans()
+        journal.expire(quota=10**9, record_ttl=10**9)
+        journal.stored()
+
+
 @pytest.mark.parametrize("name", ["../victim", "..", "/etc", "a/b", "", "a\0b", "x" * 200])
 def test_no_name_of_a_row_leads_elsewhere(name: str, tmp_path: Path) -> None:
     victim = tmp_path / "victim"

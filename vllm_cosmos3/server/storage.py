@@ -59,6 +59,8 @@ class Storage:
         self.journal_file = folder / "jobs.sqlite"
         self.files, self.inputs, self.owners = (folder / n for n in ("files", "inputs", "owners"))
         self._spare = folder / "spare"
+        if "\0" in str(folder):
+            raise unusable(folder, "its name has a zero byte")
         try:
             folder.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
             if folder == default_folder():

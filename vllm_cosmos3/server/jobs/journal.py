@@ -356,7 +356,8 @@ def _check_whole(storage: Storage) -> None:
 
 def damaged(file: Path, reason: str) -> Cosmos3Error:
     """The one sentence about a journal that cannot be read."""
-    first = reason.splitlines()[0].strip("* ") if reason.strip() else "it cannot be read"
+    lines = [line for line in reason.splitlines() if line.strip() and not line.startswith("***")]
+    first = lines[0] if lines else "it cannot be read"
     return unusable(
         file.parent, f"its {file.name} is damaged: {first}; move that file away to start without it"
     )
