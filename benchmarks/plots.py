@@ -52,7 +52,7 @@ def bars(
     axes.margins(x=0.12)
     axes.spines[["top", "right"]].set_visible(False)
     if len(series) > 1:
-        axes.legend(frameon=False, loc="lower right")
+        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     figure.savefig(DOCS / "plots" / file, bbox_inches="tight", metadata={"Date": None})
     plt.close(figure)
 
@@ -72,7 +72,11 @@ def main() -> None:
     names = [row["mesh (cfg x ulysses x tp)"] for row in rows]
     speed = {"speed-up": [number(row["speed-up"]) for row in rows]}
     bars(
-        "meshes.svg", "H200, 1280x720, 189 frames", names, speed, "speed-up of a step over one GPU"
+        "meshes.svg",
+        "H200, 1280x720, 189 frames: cfg x ulysses x tp",
+        names,
+        speed,
+        "speed-up of a step over one GPU",
     )
 
 
