@@ -30,7 +30,7 @@ PROMPTS = (
 )
 QUESTIONS = (
     "What happens in the clip?",
-    "Locate the red square in the first frame and output its bounding box in JSON.",
+    "How many things are there?",
 )
 PATIENCE = 300_000  # milliseconds
 
@@ -102,7 +102,7 @@ def ask(page: Page) -> None:
         page.fill("#question", question)
         page.click("#send")
         page.locator(".transcript .assistant[aria-busy=false]").nth(place).wait_for()
-    page.wait_for_timeout(500)  # until the clip is at the frame of the box
+    page.locator("#question").evaluate("question => question.blur()")
 
 
 def save(page: Page, name: str) -> None:
