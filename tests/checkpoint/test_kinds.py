@@ -58,12 +58,19 @@ def test_files_tell_the_kind(folders: dict[str, Path], kind: str) -> None:
         assert read_config(folders[kind]).kind == kind
 
 
-@pytest.mark.parametrize("place", ["Cosmos3-Nano-Policy-DROID", "models--a--B-policy/snapshots/0f"])
-def test_the_name_of_a_repository_tells_policies(
-    folders: dict[str, Path], tmp_path: Path, place: str
+@pytest.mark.parametrize(
+    ("place", "kind"),
+    [
+        ("Cosmos3-Nano-Policy-DROID", "policy-droid"),
+        ("models--a--B-policy/snapshots/0f", "policy-droid"),
+        ("Cosmos3-Super-Text2Image", "text2image"),
+    ],
+)
+def test_the_name_of_a_repository_tells_the_kind(
+    folders: dict[str, Path], tmp_path: Path, place: str, kind: str
 ) -> None:
     folder = Path(shutil.copytree(folders["base"], tmp_path / place))
-    assert read_kind(folder) == "policy-droid"
+    assert read_kind(folder) == kind
     assert read_config(folder, "base").kind == "base"  # the user knows better
 
 

@@ -120,10 +120,10 @@ def test_a_repository_without_an_owner_is_not_looked_for(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     word, *flags = command.replace("OUT", str(tmp_path)).split()
-    assert main([word, "Cosmos3-Nano", *flags]) == 2
+    assert main([word, "Cosmos3-Nan", *flags]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "Cosmos3-Nano is neither a folder nor a repository id" in line
-    assert line.endswith("did you mean nvidia/Cosmos3-Nano?")
+    assert "Cosmos3-Nan is neither a folder nor a repository id" in line
+    assert line.endswith("did you mean Cosmos3-Nano?")
 
 
 @pytest.mark.parametrize("command", ["generate", "upsample", "serve"])

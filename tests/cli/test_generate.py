@@ -254,7 +254,7 @@ def test_examples_of_the_help(
         (["CKPT", "--out", "OUT", "--prompt", "a", "--height", "abc"], "height is 'abc'"),
         (["CKPT", "--out", "OUT", "--prompt", "a", "--fps", "nan"], "fps is nan"),
         (["CKPT", "--out", "OUT", "--prompt", "a", "--size", "1281x719"], "such as 1280x720"),
-        (["CKPT", "--out", "OUT", "--prompt", "a", "--num-frames", "1000"], "at most 200"),
+        (["CKPT", "--out", "OUT", "--prompt", "a", "--num-frames", "1000"], "at most 300"),
         (["CKPT", "--out", "OUT", "--prompt", "a", "--image", "/no.png"], "image is '/no.png'"),
         (["CKPT", "--out", "OUT", "--prompt", "a", "--prompt-token-ids", "1,x"], "prompt"),
         (["CKPT", "--out", "OUT", "--prompt", "a", "--latents", "/no"], "latents is '/no'"),

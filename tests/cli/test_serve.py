@@ -112,9 +112,7 @@ def test_folder_without_root_files_gets_the_flags_for_it(tmp_path: Path) -> None
     assert value(command, "--tokenizer") == str(tmp_path / "text_tokenizer")
 
 
-@pytest.mark.parametrize(
-    "checkpoint", ["/no/such/folder", "Cosmos3-Nano", "./a/b", "~nosuchuser/a"]
-)
+@pytest.mark.parametrize("checkpoint", ["/no/such/folder", "Cosmos3-Nan", "./a/b", "~nosuchuser/a"])
 def test_no_such_checkpoint(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert refused(capsys, checkpoint).startswith(f"{checkpoint} is neither a folder nor")
 

@@ -35,7 +35,7 @@ def test_the_help_has_all_flags_in_groups(capsys: pytest.CaptureFixture[str]) ->
     assert groups == [
         "positional arguments", "options", "reasoner", "generator: jobs", "generator: load",
         "generator: inputs", "generator: guardrails", "generator: page", "generator",
-        "flags of vLLM that --surface generator takes as well",
+        "flags of vLLM that --surface generator takes as well", "flags of other programs",
     ]  # fmt: skip
     for name in OPTIONS:
         assert f"--{name.replace('_', '-')}" in text
@@ -43,7 +43,7 @@ def test_the_help_has_all_flags_in_groups(capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize("surface", SURFACES)
-@pytest.mark.parametrize("checkpoint", ["/no/such/folder", "Cosmos3-Nano", "~nosuchuser/a"])
+@pytest.mark.parametrize("checkpoint", ["/no/such/folder", "Cosmos3-Nan", "~nosuchuser/a"])
 def test_no_such_checkpoint(
     surface: str, checkpoint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -141,10 +141,16 @@ def test_more_actions_than_frames_that_were_trained(
     assert any("is above the trained 400 at 96x64" in warning for warning in made.warnings)
 
 
-@pytest.mark.parametrize(("most", "size"), [(400, "96x64"), (300, "832x480"), (200, "1280x720")])
-def test_as_many_actions_as_were_trained(plan: Any, most: int, size: str) -> None:
-    made = plan(**POLICY | {"size": size}, action_chunk_size=most)
+@pytest.mark.parametrize(
+    ("trained", "most", "size"),
+    [(400, 400, "96x64"), (300, 300, "832x480"), (200, 300, "1280x720")],
+)
+def test_as_many_actions_as_were_trained(plan: Any, trained: int, most: int, size: str) -> None:
+    made = plan(**POLICY | {"size": size}, action_chunk_size=trained)
     assert not any("above the trained" in warning for warning in made.warnings)
+    made = plan(**POLICY | {"size": size}, action_chunk_size=most)
+    warned = any("above the trained" in warning for warning in made.warnings)
+    assert warned == (most > trained)
     with pytest.raises(InvalidRequest, match=f"at most {most} at {size}"):
         plan(**POLICY | {"size": size}, action_chunk_size=most + 1)
 

@@ -233,6 +233,15 @@ def test_any_size_up_to_the_largest_area(
     assert any("not a trained one" in warning for warning in p.warnings) != trained
 
 
+def test_super_text2image_makes_images_of_its_own_size(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, kind="text2image", weights=False)
+    p = parameters.prompt_parameters(
+        GenerateRequest(prompt="a", num_frames=1), read_config(tmp_path)
+    )
+    assert (p.width, p.height) == (1024, 1024)
+    assert p.warnings == ()
+
+
 @pytest.mark.parametrize("size", ["1024x1536", "1536x1024", "1792x1024", "1024x1792"])
 @pytest.mark.parametrize("frames", [1, 49])
 def test_sizes_that_openai_lists_are_made_with_a_warning(
@@ -247,7 +256,8 @@ def test_sizes_that_openai_lists_are_made_with_a_warning(
 
 @given(st.integers(2, 500), st.sampled_from([(320, 192), (832, 480), (1280, 720)]))
 def test_frame_limits(model: ModelConfig, frames: int, size: tuple[int, int]) -> None:
-    limit = {(320, 192): 400, (832, 480): 300, (1280, 720): 200}[size]
+    limit = {(320, 192): 400, (832, 480): 300, (1280, 720): 300}[size]
+    trained = {(1280, 720): 200}.get(size, limit)
     fields = {"num_frames": frames, "width": size[0], "height": size[1]}
     if frames > limit:
         # What rounding would lead to anyway is not refused.
@@ -256,6 +266,8 @@ def test_frame_limits(model: ModelConfig, frames: int, size: tuple[int, int]) ->
         fields["allow_untrained_size"] = True
     p = parameters.prompt_parameters(from_fields({"prompt": "a", **fields}), model)
     assert p.num_frames == round_frames(frames, model.vae)
+    warned = any("is above the trained" in warning for warning in p.warnings)
+    assert warned == (p.num_frames > round_frames(trained, model.vae))
     assert any("rounded up" in warning for warning in p.warnings) == (frames % 4 != 1)
 
 

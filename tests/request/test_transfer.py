@@ -248,7 +248,7 @@ def test_what_does_not_fit_is_named(
     given = {"edge": clip(12), "size": "96x64", "num_video_frames_per_chunk": 9, **fields}
     if field == "num_video_frames_per_chunk":
         given |= {"size": "1280x720"}
-        sentence = "at most 201 at 1280x720"
+        sentence = "at most 301 at 1280x720"
     with pytest.raises(InvalidRequest) as refusal:
         plan(model, tokenizer, **given)
     assert refusal.value.field == field

@@ -42,7 +42,7 @@ def planned(tiny_checkpoint: Path) -> Callable[[GenerateRequest], Plan]:
 def example(schema: dict[str, Any]) -> Any:
     """The smallest value that a schema allows."""
     if schema["type"] == "object":
-        return {name: example(part) for name, part in schema["properties"].items()}
+        return {name: example(part) for name, part in schema.get("properties", {}).items()}
     if schema["type"] == "array":
         return [example(schema["items"])] * schema["minItems"]
     return {"string": "word", "integer": 0}[schema["type"]]
@@ -60,10 +60,15 @@ def test_the_schema_is_one_and_allows_no_other_keys(kind: str) -> None:
 
 
 def test_the_keys_are_those_of_the_published_prompts() -> None:
-    shared = ["subjects", "background_setting", "lighting", "aesthetics", "cinematography", "style_medium", "artistic_style", "context"]  # fmt: skip
-    keys = {kind: list(schema_of(kind)["properties"]) for kind in ("image", "video")}
-    assert keys["image"] == [*shared, "text_and_signage_elements", "quadrant_scan", "comprehensive_t2i_caption"]  # fmt: skip
-    assert keys["video"] == [*shared, "actions", "text_and_signage_elements", "segments", "transitions", "temporal_caption", "audio_description"]  # fmt: skip
+    shared = ["background_setting", "lighting", "aesthetics", "cinematography", "style_medium", "artistic_style", "context"]  # fmt: skip
+    schemas = {kind: schema_of(kind)["properties"] for kind in ("image", "video")}
+    assert list(schemas["image"]) == ["scene_imagination", "comprehensive_t2i_caption", "subjects", "subject_details", *shared, "text_and_signage_elements", "quadrant_scan"]  # fmt: skip
+    assert list(schemas["video"]) == ["scene_imagination", "temporal_caption", "audio_description", "subjects", *shared, "actions", "text_and_signage_elements", "segments", "transitions"]  # fmt: skip
+    subject = {kind: list(schemas[kind]["subjects"]["items"]["properties"]) for kind in schemas}
+    assert subject["video"][6:9] == ["pose", "action", "state_changes"]
+    assert subject["image"][6:8] == ["pose", "clothing"]
+    assert subject["image"][-2:] == ["number_of_hands", "number_of_fingers"]
+    assert schemas["image"]["subject_details"]["additionalProperties"]["type"] == "string"
 
 
 def test_the_question_and_the_documented_sampling() -> None:
@@ -72,8 +77,9 @@ def test_the_question_and_the_documented_sampling() -> None:
     assert (
         "1280 pixels wide and 720 high, 7.9 seconds long at 24 frames a second" in question.prompt
     )
-    assert "first frame" not in question.prompt
-    assert "first frame" in upsampling_question("a", VIDEO, image="a.png").prompt
+    assert "none is later than 0:08:" in question.prompt
+    assert "picture above" not in question.prompt
+    assert "picture above" in upsampling_question("a", VIDEO, image="a.png").prompt
     picture = upsampling_question("a", IMAGE).prompt
     assert "seconds" not in picture
     assert "comprehensive_t2i_caption" in picture

@@ -208,3 +208,17 @@ def test_tags_stay_in_the_text_without_the_parser(reasoner_server_tp2: Server) -
     said = {"structured_outputs": {"regex": "<think>ab</think>cd"}}
     reply = ask(reasoner_server_tp2, text(), max_tokens=40, extra_body=said)
     assert reply.choices[0].message.content == "<think>ab</think>cd"
+
+
+def test_cosmos3_serve_takes_flat_urls(reasoner_server_tp2: Server, two_seconds: Path) -> None:
+    """As the README of Cosmos writes a message."""
+    content = [
+        {"type": "video_url", "video_url": two_seconds.as_uri()},
+        {"type": "text", "text": "List the notable events with approximate timestamps."},
+    ]
+    system = [{"type": "text", "text": "You are a helpful assistant."}]
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
+    body = {"model": reasoner_server_tp2.model, "messages": messages, "max_tokens": 2}
+    reply = httpx.post(f"{reasoner_server_tp2.url}/v1/chat/completions", json=body, timeout=HANG)
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["usage"]["prompt_tokens"] > 50  # of the clip

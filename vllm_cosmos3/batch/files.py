@@ -45,8 +45,11 @@ class Batch:
         return tuple(refused.error for refused in self.refused)
 
 
-def read_batch(patterns: Sequence[str], overrides: Mapping[str, Any]) -> Batch:
-    """The records of all files, with ``overrides`` (fields of a request) instead of their own.
+def read_batch(
+    patterns: Sequence[str], overrides: Mapping[str, Any], said: Mapping[str, Any] | None = None
+) -> Batch:
+    """The records of all files, with ``overrides`` (fields of a request) instead of their own, and
+    with ``said`` (fields of a record).
 
     ``patterns`` are files or globs. Every mistake is found, not only the first: each names its
     file, its record and its field.
@@ -58,7 +61,7 @@ def read_batch(patterns: Sequence[str], overrides: Mapping[str, Any]) -> Batch:
             refused.append(item)
             continue
         try:
-            record = make_record(item, overrides)
+            record = make_record(item, overrides, said or {})
             _check_names(record, records)
         except InvalidRequest as error:
             error = placed(item.where, error)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from vllm_cosmos3.batch.downloads import is_url
 from vllm_cosmos3.errors import InvalidRequest, did_you_mean
 from vllm_cosmos3.request import prompts
 from vllm_cosmos3.request.controls import CONTROLS
+from vllm_cosmos3.request.embodiments import spelled
 from vllm_cosmos3.request.fields import FRAMEWORK_NAMES, Spec
 from vllm_cosmos3.request.questions import SAMPLING
 from vllm_cosmos3.request.request import SPECS
@@ -42,6 +43,10 @@ MODEL_MODES: dict[str, tuple[str | None, dict[str, Any]]] = {
 ACTION = ("forward_dynamics", "inverse_dynamics", "policy", "wam")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
+FILES = (  # fields that name a file, seen from that of the record
+    "prompt_path", "negative_prompt_file", "vision_path", "image", "video", "sound_path", "action_path",
+    "action_stats_path",
+)  # fmt: skip
 UNSUPPORTED = {
     "sound_path": "left out: sound is generated, never taken from a file",
     "tensors_file": "left out: give the fields themselves",
@@ -49,6 +54,7 @@ UNSUPPORTED = {
     "output_dir": "left out: --out has the results",
 }
 IGNORED = {
+    "autoregressive": "a long video is made with num_chunks",
     "sigma_max": "it belongs to another solver",
     "model": "the checkpoint is that of the command line",
 }
@@ -122,13 +128,16 @@ def placed(
     return InvalidRequest(f"{where}: {field}", error.value, error.possible, error.code)
 
 
-def make_record(entry: Entry, overrides: Mapping[str, Any]) -> Record:
-    """The record of an entry, with ``overrides`` (our fields) instead of its own.
+def make_record(
+    entry: Entry, overrides: Mapping[str, Any], said: Mapping[str, Any] | None = None
+) -> Record:
+    """The record of an entry, with ``overrides`` (our fields) and ``said`` (of a record, files seen
+    from here) instead of its own.
 
     Raises:
         InvalidRequest: a field that nobody knows, two that contradict, or a file that is not there.
     """
-    values, warnings = _with_defaults(entry)
+    values, warnings = _with_defaults(_with_said(entry, said or {}))
     mode = values.get("model_mode")
     if mode is not None and (not isinstance(mode, str) or mode not in MODEL_MODES):
         raise InvalidRequest("model_mode", mode, f"one of {', '.join(MODEL_MODES)}")
@@ -197,11 +206,31 @@ def _with_defaults(entry: Entry) -> tuple[dict[str, Any], list[str]]:
     defaults = parse_json(_text_of(entry, "defaults_file", given["defaults_file"]))
     if not isinstance(defaults, dict):
         raise InvalidRequest("defaults_file", given["defaults_file"], "a file with a JSON object")
+    folder = Path(_file(entry, "defaults_file", given["defaults_file"])).parent
+    defaults = {  # files are seen from where they were written
+        name: str(folder / value)
+        if name in FILES and isinstance(value, str) and not is_url(value)
+        else value
+        for name, value in defaults.items()
+    }
     kept = {name: x for name, x in defaults.items() if name in KNOWN and x is not None}
     for name in _others(given) & kept.keys():
         del kept[name]
     lost = [f"{name} in {given['defaults_file']} is no field" for name in defaults.keys() - KNOWN]
     return _merged(kept, given), sorted(lost)
+
+
+def _with_said(entry: Entry, said: Mapping[str, Any]) -> Entry:
+    """The entry with fields from outside, which replace what says the same in other words."""
+    if not said:
+        return entry
+    here = {
+        name: str(Path(value).absolute()) if name in FILES and not is_url(value) else value
+        for name, value in said.items()
+    }
+    lost = _others(here)
+    kept = {name: value for name, value in entry.values.items() if name not in lost}
+    return replace(entry, values={**kept, **here})
 
 
 def _others(names: Iterable[str]) -> set[str]:
@@ -252,7 +281,8 @@ def _follow_mode(mode: str | None, fields: dict[str, Any], names: dict[str, str]
     if wanted is not None and given is None and not _follows(fields):
         raise InvalidRequest("vision_path", None, f"the {wanted} of {mode}", "missing_required")
     fits = {wanted, "continue_from"} if wanted == "image" else {wanted}
-    if given is not None and given not in fits and implied.get("action_mode") != "policy":
+    first_frame = implied.get("action_mode") in ("forward_dynamics", "policy")  # of a clip, too
+    if given is not None and given not in fits and not first_frame:
         possible = f"left out for {mode}" if wanted is None else f"the {wanted} of {mode}"
         raise InvalidRequest(names[str(given)], fields[str(given)], possible, "conflict")
     for field, value in implied.items():
@@ -440,6 +470,13 @@ def _resolution(_: Entry, value: Any, values: Mapping[str, Any]) -> dict[str, An
     return {"size": f"{width}x{height}"}
 
 
+def _spelled(name: str) -> Reader:
+    def read(_: Entry, value: Any, __: Mapping[str, Any]) -> dict[str, Any]:
+        return spelled(name, value)
+
+    return read
+
+
 def _aspect_ratio(entry: Entry, _: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     if values.keys() & {"resolution", "size", "width", "height"}:
         return {}  # read with the resolution, or fixed
@@ -480,6 +517,12 @@ def _keep_metadata(_: Entry, value: Any, values: Mapping[str, Any]) -> dict[str,
     """An older name for the mode above: true means "same"."""
     alone = "negative_metadata_mode" not in values
     return {"negative_metadata_mode": "same"} if alone and value is True else {}
+
+
+def _sampler(_: Entry, value: Any, __: Mapping[str, Any]) -> dict[str, Any]:
+    if value not in ("", "unipc"):
+        raise InvalidRequest("sampler", value, "unipc: there is no other solver", "unsupported")
+    return {}
 
 
 def _normalize(_: Entry, value: Any, __: Mapping[str, Any]) -> dict[str, Any]:
@@ -533,6 +576,8 @@ READERS: dict[str, Reader] = {
     "action_path": _action_path,
     "action_stats_path": _source("action_stats_path"),
     "resolution": _resolution,
+    "image_size": _spelled("image_size"),
+    "view_point": _spelled("view_point"),
     "aspect_ratio": _aspect_ratio,
     "duration_template": _template("use_duration_template", _SENTENCES["duration"]),
     "resolution_template": _template("use_resolution_template", _SENTENCES["resolution"]),
@@ -541,6 +586,7 @@ READERS: dict[str, Reader] = {
     "negative_metadata_mode": _metadata_mode,
     "negative_prompt_keep_metadata": _keep_metadata,
     "normalize_cfg": _normalize,
+    "sampler": _sampler,
     "video_save_quality": _video_quality,
     **{name: _control(name) for name in CONTROLS},
 }

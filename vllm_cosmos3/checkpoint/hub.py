@@ -18,8 +18,19 @@ CONFIGURATION = ["*.json", "*.txt", "*.jinja"]
 PARTS = ("transformer", "vision_encoder")  # folders, of which a checkpoint has at least one
 CLONE = Path(__file__).parents[2]  # nothing of it is there beside an installed wheel
 # Short names wherever a checkpoint is named: for a folder of the clone, or a repository of the hub.
-SHORT_NAMES: dict[str, Path | str] = {"demo": CLONE / "checkpoints" / "demo"}
-PUBLISHED = ("nvidia/Cosmos3-Nano", "nvidia/Cosmos3-Super", "nvidia/Cosmos3-Nano-Policy-DROID")
+# The repositories have those that the Cosmos Framework gives them.
+SHORT_NAMES: dict[str, Path | str] = {
+    "demo": CLONE / "checkpoints" / "demo",
+    "Cosmos3-Nano": "nvidia/Cosmos3-Nano",
+    "Cosmos3-Nano-Policy-DROID": "nvidia/Cosmos3-Nano-Policy-DROID",
+    "Cosmos3-Super": "nvidia/Cosmos3-Super",
+    "Cosmos3-Super-Text2Image": "nvidia/Cosmos3-Super-Text2Image",
+    "Cosmos3-Super-Image2Video": "nvidia/Cosmos3-Super-Image2Video",
+    "Cosmos3-Super-Text2Image-4Step": "nvidia/Cosmos3-Super-Text2Image-4Step",
+    "Cosmos3-Super-Image2Video-4Step": "nvidia/Cosmos3-Super-Image2Video-4Step",
+    "Cosmos3-Edge": "nvidia/Cosmos3-Edge",
+}
+PUBLISHED = tuple(place for place in SHORT_NAMES.values() if isinstance(place, str))
 
 
 def full_name(model: str | Path) -> str:

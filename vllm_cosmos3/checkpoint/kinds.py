@@ -19,18 +19,24 @@ ACTION_MODES = ("forward_dynamics", "inverse_dynamics", "policy")
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What the checkpoints of one kind were trained for: modes, and whether fixed steps.
+    """What the checkpoints of one kind were trained for: modes, whether fixed steps, size of images.
 
     Sound and actions also need their weights, whatever the kind.
     """
 
     modes: tuple[str, ...]
     distilled: bool = False
+    image_size: tuple[int, int] = (960, 960)  # width and height, where a request has none
+
+
+_LARGE_IMAGE = (1024, 1024)  # of the tier 768
+_BASE_MODES = ("text2image", *VIDEO_MODES, "transfer", *ACTION_MODES)
 
 
 KINDS = {
-    "base": Kind(("text2image", *VIDEO_MODES, "transfer", *ACTION_MODES)),
-    "distilled-t2i": Kind(("text2image",), distilled=True),
+    "base": Kind(_BASE_MODES),
+    "text2image": Kind(_BASE_MODES, image_size=_LARGE_IMAGE),
+    "distilled-t2i": Kind(("text2image",), distilled=True, image_size=_LARGE_IMAGE),
     "distilled-i2v": Kind(("image2video",), distilled=True),
     "policy-droid": Kind(("policy",)),
     "edge": Kind(("text2image", "text2video", "image2video", *ACTION_MODES)),
@@ -58,8 +64,8 @@ def kind_of(
 ) -> str:
     """The kind of the checkpoint in ``folder``, given its JSON files; ``pipeline`` is the index.
 
-    Policies have the files of base checkpoints and are told by the name of their repository: in the
-    root configuration, of the folder, or of the folder in the Hugging Face cache.
+    Policies and Super-Text2Image have the files of base checkpoints and are told by the name of their
+    repository: in the root configuration, of the folder, or of the folder in the Hugging Face cache.
     """
     if (
         transformer.get("hidden_act") == "relu2"
@@ -74,7 +80,8 @@ def kind_of(
         return "distilled-i2v" if fps == _IMAGE2VIDEO_FPS else "distilled-t2i"
     cached = folder.parent.parent.name if folder.parent.name == "snapshots" else ""
     names = (str(root.get("_name_or_path", "")), folder.name, cached)
-    return "policy-droid" if any("policy" in name.lower() for name in names) else "base"
+    told = {"policy": "policy-droid", "text2image": "text2image"}
+    return next((kind for word, kind in told.items() if word in " ".join(names).lower()), "base")
 
 
 def check_kind(chosen: str, found: str) -> None:

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from vllm_cosmos3.cli import foreign_flags
 from vllm_cosmos3.cli.config_file import expanded
 from vllm_cosmos3.cli.flags import Help, UnknownFlag
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest, did_you_mean
@@ -75,7 +76,9 @@ def main(argv: list[str] | None = None) -> int:
     assert chosen is not None  # else argparse has answered
     module, sub = _module(chosen), subparser(parser, chosen)
     try:
-        words = argv[argv.index(chosen) + 1 :]
+        words, notes = foreign_flags.translated(chosen, argv[argv.index(chosen) + 1 :])
+        for note in notes:
+            print(f"vllm-cosmos3 {chosen}: {note}", file=sys.stderr)
         if getattr(module, "TAKES_CONFIG", False):
             words = expanded(words, sub)
         args, rest = parser.parse_known_args([*argv[: argv.index(chosen) + 1], *words])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import time
 import traceback
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from vllm_cosmos3 import media
 from vllm_cosmos3.batch.downloads import Downloads, is_url
 from vllm_cosmos3.batch.files import read_batch
 from vllm_cosmos3.batch.records import REASONER, Record, Refused
+from vllm_cosmos3.cli.benchmark_file import write_benchmark
+from vllm_cosmos3.cli.ranks import Part
 from vllm_cosmos3.cli.results import generate, sample_folder, write
 from vllm_cosmos3.cli.run_options import RunOptions, open_generator, open_reasoner, planner
 from vllm_cosmos3.cli.terminal import quiet_libraries
@@ -66,8 +69,9 @@ class BatchAborted(Exception):
     """A record failed, and nobody asked to go on."""
 
 
-def run(options: RunOptions, overrides: Mapping[str, Any]) -> int:
-    """Serve the records of ``options.inputs``, with ``overrides`` instead of their own fields.
+def run(options: RunOptions, overrides: Mapping[str, Any], said: Mapping[str, Any]) -> int:
+    """Serve the records of ``options.inputs``, with ``overrides`` instead of their own fields, and
+    ``said``, which are fields under the names of a record.
 
     Returns 0 if every record has its results, 1 if one failed, 2 if one is invalid and nothing was
     started.
@@ -75,35 +79,73 @@ def run(options: RunOptions, overrides: Mapping[str, Any]) -> int:
     if options.timings_json is not None:
         possible = f"left out with --input, as each {OUTPUTS} has its timings"
         raise InvalidRequest("timings_json", str(options.timings_json), possible, "conflict")
-    batch = read_batch(options.inputs, overrides)
+    batch = read_batch(options.inputs, overrides, said)
+    if any(_needs_one_process(record) for record in batch.records):
+        alone = options.alone()
+        if alone is None:
+            return 0
+        options = alone
     engine = options.engine
     plan = planner(engine.model, engine.revision, engine.checkpoint_kind)
     with TemporaryDirectory(prefix="cosmos3-input-") as cache:
         samples, found = _checked(batch.records, plan, Downloads(Path(cache)), options)
         problems = [*batch.refused, *found]
-        for problem in problems:
+        for problem in problems if options.speaks else ():
             print(f"vllm-cosmos3 generate: {problem.error}", file=sys.stderr)
         if not samples and not problems:
             raise InvalidRequest(
                 "input", " ".join(options.inputs), "files with at least one record"
             )
-        if not options.dry_run:
+        if options.speaks and not options.dry_run:
             _write_refused(problems, {sample.record.name for sample in samples}, options.out)
         if problems and not options.keep_going:
             return 2
         if options.dry_run:
-            _say(samples, samples)
-            print(json.dumps([dict(sample.effective) for sample in samples], indent=2))
-            return 1 if problems else 0
+            return _dry_run(samples, problems) if options.speaks else 0
         check_vllm()
+        samples = _own(samples, options.part)
         for sample in samples:  # an unwritable place should fail before minutes of work
             sample_folder(options.out, sample.record.name)
         todo = _unfinished(samples, options) if options.resume else samples
         _say(samples, todo)
         served = _serve(todo, options)
-    done, total = len(samples) - len(todo) + served, len(samples) + len(problems)
+    if options.benchmark and options.speaks:
+        write_benchmark(options.out, [_timings(sample, options) for sample in todo])
+    done, refused = len(samples) - len(todo) + served, len(problems) if options.speaks else 0
+    total = len(samples) + refused
     print(f"{done} of {total} records have their results in {options.out}")
-    return 0 if done == total else 1
+    # torchrun would end the other replicas at a status that is not 0.
+    goes_on = options.keep_going and options.part.count > 1
+    return 0 if done == total or goes_on else 1
+
+
+def _dry_run(samples: Sequence[BatchSample], problems: Sequence[Refused]) -> int:
+    _say(samples, samples)
+    print(json.dumps([dict(sample.effective) for sample in samples], indent=2))
+    return 1 if problems else 0
+
+
+def _own(samples: list[BatchSample], part: Part) -> list[BatchSample]:
+    """The samples of this process, where several share a batch."""
+    names = part.of(sample.record for sample in samples)
+    return [sample for sample in samples if sample.record.name in names]
+
+
+def _needs_one_process(record: Record) -> bool:
+    """Whether one process has to know what another one would have made."""
+    return (
+        record.kind == REASONER or record.upsample is not None or record.continue_from is not None
+    )
+
+
+def _timings(sample: BatchSample, options: RunOptions) -> Mapping[str, float]:
+    """The timings in the results of a sample; none where there are no results."""
+    try:
+        done = json.loads((options.out / sample.record.name / OUTPUTS).read_text())
+    except (OSError, ValueError):
+        return {}
+    timings: Mapping[str, float] = done.get("timings", {})
+    return timings
 
 
 def _serve(samples: Sequence[BatchSample], options: RunOptions) -> int:
@@ -142,7 +184,7 @@ def _checked(
         upsampling = None
         try:
             fields = {name: downloads.local(name, x) for name, x in record.fields.items()}
-            before = _before(record, samples, options)
+            before = _before(record, samples)
             request, planned = _planned(record, fields, before, plan)
             if record.upsample is not None and isinstance(request, GenerateRequest) and planned:
                 # The frame of another record is not made yet: there is nothing to show.
@@ -165,16 +207,10 @@ def _checked(
     return list(samples.values()), refused
 
 
-def _before(
-    record: Record, samples: Mapping[str, BatchSample], options: RunOptions
-) -> BatchSample | None:
+def _before(record: Record, samples: Mapping[str, BatchSample]) -> BatchSample | None:
     """The sample whose last frame a record starts from."""
     if record.continue_from is None:
         return None
-    if options.launched:
-        possible = "left out under torchrun, where only the first rank has the frame"
-        code = "unsupported_combination"
-        raise InvalidRequest("continue_from", record.continue_from, possible, code)
     before = samples.get(record.continue_from)
     video = before is not None and before.effective.get("num_frames", 1) > 1
     if before is None or not video or before.effective["n"] != 1:
@@ -305,11 +341,14 @@ def _answered(
     for start in range(0, len(samples), AT_ONCE):
         some = samples[start : start + AT_ONCE]
         questions = [sample.request for sample in some if isinstance(sample.request, Question)]
-        for sample, answer in zip(some, _ask(reasoner, questions), strict=True):
+        begun = time.perf_counter()
+        answers = _ask(reasoner, questions)
+        seconds = time.perf_counter() - begun
+        for sample, answer in zip(some, answers, strict=True):
             with _failures(sample, options) as failed:
                 if isinstance(answer, Exception):
                     raise answer
-                _write_answer(sample, answer, options)
+                _write_answer(sample, answer, seconds, options)
             yield not failed
 
 
@@ -337,11 +376,13 @@ def _upsampled(
     return written
 
 
-def _write_answer(sample: BatchSample, answer: Answer, options: RunOptions) -> None:
+def _write_answer(sample: BatchSample, answer: Answer, seconds: float, options: RunOptions) -> None:
+    """``seconds`` are those of all questions that were asked at once."""
     folder = sample_folder(options.out, sample.record.name)
     write_text(folder / TEXT, answer.text)
     content = {"text": answer.text, "tokens": answer.tokens, "complete": answer.complete}
-    _record(sample, folder, status="success", outputs=[{"content": content, "files": [TEXT]}])
+    outputs = [{"content": content, "files": [TEXT]}]
+    _record(sample, folder, status="success", outputs=outputs, timings={"answer": seconds})
     print(f"{folder / TEXT}  {answer.tokens} tokens")
 
 

@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_cosmos3.batch.downloads import local_files, urls_of
-from vllm_cosmos3.cli import batch, config_file
+from vllm_cosmos3.cli import batch, config_file, phyai
+from vllm_cosmos3.cli.benchmark_file import write_benchmark
 from vllm_cosmos3.cli.defaults_table import defaults_table
 from vllm_cosmos3.cli.flags import add_engine_flags, add_flag, given, integer
+from vllm_cosmos3.cli.foreign_flags import add_generate_flags
+from vllm_cosmos3.cli.ranks import divided
 from vllm_cosmos3.cli.results import check_file, generate, sample_folder, write
 from vllm_cosmos3.cli.run_options import RunOptions, open_generator, open_reasoner, planner
 from vllm_cosmos3.cli.terminal import quiet_libraries
@@ -72,7 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="checkpoint folder, Hugging Face repository, or demo",
     )
-    add("--checkpoint", "--checkpoint-path", dest="checkpoint", metavar="MODEL", help=argparse.SUPPRESS)  # fmt: skip
+    add("--checkpoint-path", dest="checkpoint", help=argparse.SUPPRESS)
+    add("--checkpoint", dest="phyai_checkpoint", help=argparse.SUPPRESS)
     config_file.add_flag(parser)
     add = parser.add_argument_group("output").add_argument
     add("-o", "--out", "--output-dir", dest="out", type=Path, metavar="DIR", help="folder for the results, written to DIR/NAME/")  # fmt: skip
@@ -84,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dry-run", action="store_true", help="print the resolved parameters as JSON, load no weights")  # fmt: skip
     add("--print-defaults", action="store_true", help="print the defaults of every mode and exit")
     add = parser.add_argument_group("batch files").add_argument
-    add("-i", "--input", nargs="+", metavar="FILE", help="JSON, JSONL or YAML files (or globs) of records; flags of a request apply to all")  # fmt: skip
+    add("-i", "--input", nargs="+", metavar="FILE", help="JSON, JSONL or YAML files of records, or globs")  # fmt: skip
     add("--resume", action="store_true", help="skip records whose results already exist in --out")
     add("--keep-going", action="store_true", help="continue after a record that is invalid or fails")  # fmt: skip
     group: argparse._ActionsContainer = parser
@@ -98,6 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("model and device")
     add_engine_flags(run, OPTIONS)
     run.add_argument("--enforce-eager", action="store_true", help="reasoner without CUDA graphs: faster start, slower answers")  # fmt: skip
+    add_generate_flags(parser)
 
 
 def _upsample_flag(group: argparse._ActionsContainer) -> None:
@@ -124,10 +129,17 @@ def run(args: argparse.Namespace) -> int:
     if args.print_defaults:
         print(defaults_table())
         return 0
-    options, request_fields = run_options(args), fields_of(args)
+    options = run_options(args)
+    if options is None:  # other ranks do all of it
+        return 0
+    request_fields, record = fields_of(args), dict(args.record or ())
     if options.inputs:
-        return batch.run(options, request_fields | _formats(args))
-    asked = from_fields(request_fields)
+        return batch.run(options, request_fields | _formats(args), record)
+    if options.part.index > 0:  # there is one request, which the first replica makes
+        return 0
+    if options.links:
+        request_fields = phyai.with_prompt(request_fields)
+    asked = from_fields(single_record(request_fields, record) if record else request_fields)
     with local_files(asked) as request:
         return _run_one(request, urls_of(asked), options)
 
@@ -137,9 +149,15 @@ def _run_one(request: GenerateRequest, urls: Mapping[str, str], options: RunOpti
     engine = options.engine
     plan = planner(engine.model, engine.revision, engine.checkpoint_kind)(request)
     if options.dry_run:
-        print(json.dumps({**plan.effective, **urls}, indent=2))
-        _warn(plan.warnings)
+        if options.speaks:
+            print(json.dumps({**plan.effective, **urls}, indent=2))
+            _warn(plan.warnings)
         return 0
+    if options.upsample_prompt:
+        alone = options.alone()
+        if alone is None:
+            return 0
+        options, engine = alone, alone.engine
     check_vllm()
     folder = sample_folder(options.out, options.name)
     if options.timings_json is not None:
@@ -150,7 +168,8 @@ def _run_one(request: GenerateRequest, urls: Mapping[str, str], options: RunOpti
     with quiet_libraries(), open_generator(engine) as model:
         kind = plan.effective["checkpoint_kind"]
         facts = f"{engine.model} ({kind}), {model.device}, {engine.dtype}"
-        print(f"{facts}, loaded in {model.load_seconds:.3g} s", file=sys.stderr)
+        if options.speaks:
+            print(f"{facts}, loaded in {model.load_seconds:.3g} s", file=sys.stderr)
         output, files, timings = generate(model, written, options, folder)
         load = model.load_seconds
         timings = {"model_load": load, **timings, "total": load + timings["total"]}
@@ -158,15 +177,31 @@ def _run_one(request: GenerateRequest, urls: Mapping[str, str], options: RunOpti
         if files:  # with several processes under torchrun the first one has the results
             write(options, folder, output, files, timings, original_prompt)
             _warn(output.warnings)
+            if options.benchmark:
+                write_benchmark(options.out, [timings])
+            if options.links:
+                phyai.name_results(options.out, files)
     return 0
 
 
-def run_options(args: argparse.Namespace) -> RunOptions:
-    """The flags but for the fields of a request, checked."""
+def single_record(fields: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the request of the command line, some of which are those of a record."""
+    from vllm_cosmos3.batch.records import Entry, make_record
+
+    entry = Entry(where="the command line", folder=Path.cwd(), name="sample", values=record)
+    made = make_record(entry, fields)
+    if made.kind == "reasoner":
+        possible = "of pictures or videos; --input takes records of the reasoner"
+        raise InvalidRequest("model_mode", "reasoner", possible)
+    return dict(made.fields)
+
+
+def run_options(args: argparse.Namespace) -> RunOptions | None:
+    """The flags but for the fields of a request, checked; None for a rank without work."""
     from vllm_cosmos3.generator.formats import IMAGE_SUFFIXES
     from vllm_cosmos3.generator.output import CRF, QUALITY
 
-    model = args.model or args.checkpoint
+    model = args.model or args.checkpoint or args.phyai_checkpoint
     if model is None:
         raise InvalidRequest("model", None, "a checkpoint folder or repository", "missing_required")
     if args.out is None and not args.dry_run:
@@ -176,8 +211,16 @@ def run_options(args: argparse.Namespace) -> RunOptions:
         possible = f"one of {', '.join(suffix[1:] for suffix in IMAGE_SUFFIXES)}"
         raise InvalidRequest("image_type", image_type, possible)
     quality = 95 if args.image_quality is None else args.image_quality
+    asked = given(args, OPTIONS)
+    engine, part = divided(EngineOptions(model, **asked), args.parallelism_preset, asked)
+    if part is None:
+        return None
     return RunOptions(
-        engine=EngineOptions(model, **given(args, OPTIONS)),
+        engine=engine,
+        part=part,
+        benchmark=args.benchmark,
+        links=args.phyai_checkpoint is not None,
+        reasoner_ranks=engine.tensor_parallel_size,
         inputs=tuple(args.input or ()),
         out=args.out or Path(),
         name=args.name,

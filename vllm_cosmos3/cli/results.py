@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
@@ -61,7 +62,8 @@ def generate(
     from vllm_cosmos3.media import Clip
 
     clip = Clip(path=folder / "vision.mp4", crf=options.crf)
-    with progress_shown(terminal=sys.stderr.isatty()) as report:
+    shown = progress_shown(terminal=sys.stderr.isatty()) if options.speaks else nullcontext()
+    with shown as report:
         output = model.generate(request, progress=report, clip=clip)
     start = time.perf_counter()
     name = "latents" if output.latents is not None else "vision"

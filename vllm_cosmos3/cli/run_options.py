@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_cosmos3.cli.ranks import Part
 from vllm_cosmos3.engine_options import EngineOptions
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.request.request import GenerateRequest
+from vllm_cosmos3.stage.launcher import EXTERNAL, launched
 
 if TYPE_CHECKING:  # vLLM, which --help should not wait for
     from vllm_cosmos3.engine import Cosmos3
     from vllm_cosmos3.reasoner.offline import Reasoner
     from vllm_cosmos3.request.plan import Plan
-
-LAUNCHED = "external_launcher"  # every rank runs this command
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +24,8 @@ class RunOptions:
     """How requests are run and their results written.
 
     ``crf`` is the quality of H.264, ``image_quality`` that of pictures with losses, and ``inputs``
-    are the batch files, if any.
+    are the batch files, if any. ``links`` names results as phyai does, too. ``part`` is what this process does of the work, ``reasoner_ranks``
+    how many ranks share the reasoner.
 
     Raises:
         InvalidRequest: results cannot be written like that.
@@ -43,11 +44,41 @@ class RunOptions:
     dry_run: bool
     upsample_prompt: bool
     enforce_eager: bool
+    part: Part
+    benchmark: bool
+    links: bool
+    reasoner_ranks: int
 
     @property
     def launched(self) -> bool:
-        """Whether every rank runs this command."""
-        return self.engine.distributed_executor_backend == LAUNCHED
+        """Whether every rank runs this command, all for the same results."""
+        return self.engine.distributed_executor_backend == EXTERNAL
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process tells what all processes of the command know."""
+        place = launched()
+        return self.part.index == 0 and (place is None or place.rank == 0)
+
+    def alone(self) -> RunOptions | None:
+        """The same for one process that starts the ranks itself; None where that is another rank.
+
+        For what one process has to know alone: what the reasoner writes, the last frame of a record.
+
+        Raises:
+            InvalidRequest: no launcher has started this process.
+        """
+        if not self.launched:
+            return self
+        ranks, place = self.engine.parallel.world_size, launched()
+        if place is None:
+            possible = "left out, or used under torchrun"
+            raise InvalidRequest("distributed_executor_backend", EXTERNAL, possible)
+        if not place.leads(ranks):
+            return None
+        place.leave(ranks)
+        engine = replace(self.engine, distributed_executor_backend=None)
+        return replace(self, engine=engine, reasoner_ranks=ranks)
 
 
 def planner(
@@ -75,16 +106,12 @@ def open_reasoner(options: RunOptions) -> Reasoner:
     """The reasoner of the same checkpoint. Close it before the generator is loaded."""
     from vllm_cosmos3.reasoner.offline import Reasoner
 
-    if options.launched:
-        possible = "another one: under torchrun each rank would start a reasoner of its own"
-        field = "distributed_executor_backend"
-        raise InvalidRequest(field, LAUNCHED, possible, "unsupported_combination")
     engine = options.engine
     return Reasoner(
         engine.model,
         revision=engine.revision,
         dtype=engine.dtype,
-        tensor_parallel_size=engine.tensor_parallel_size,
+        tensor_parallel_size=options.reasoner_ranks,
         load_format=engine.load_format,
         enforce_eager=options.enforce_eager,
     )

@@ -20,8 +20,8 @@ from typing import Any
 
 from vllm_cosmos3.checkpoint.config import read_json
 from vllm_cosmos3.checkpoint.hub import full_name, is_checkpoint, resolve
-from vllm_cosmos3.cli import config_file, serve_generator
-from vllm_cosmos3.cli.flags import add_server_flag, given
+from vllm_cosmos3.cli import config_file, foreign_flags, serve_generator
+from vllm_cosmos3.cli.flags import Help, add_server_flag, given
 from vllm_cosmos3.cli.versions import check_vllm
 from vllm_cosmos3.errors import CheckpointError, InvalidRequest
 from vllm_cosmos3.fetching import PRIVATE_MEDIA
@@ -37,6 +37,7 @@ from vllm_cosmos3.reasoner.required_tensors import check_folder, expected_tensor
 from vllm_cosmos3.reasoner.root_config import ARCHITECTURE
 from vllm_cosmos3.server.command import share_beside
 from vllm_cosmos3.server.options import ONE_PROCESS, OPTIONS, SHARED, from_mapping
+from vllm_cosmos3.stage.launcher import launched
 
 TAKES_REST = TAKES_CONFIG = True
 
@@ -75,7 +76,9 @@ Every other flag is passed on to vLLM, for example --tensor-parallel-size 4, --m
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that are ours, in groups, and those of vLLM that need a word."""
-    parser.epilog = f"{serve_generator.web_parser().format_help()}\n{_EPILOG}"
+    parser.epilog = "\n".join(
+        [serve_generator.web_parser().format_help(), _EPILOG, _foreign_help()]
+    )
     parser.usage = "vllm-cosmos3 serve CKPT [--surface reasoner|generator|both] [flags]"
     parser.add_argument(
         "checkpoint", metavar="CKPT", help="checkpoint folder, Hugging Face repository, or demo"
@@ -119,9 +122,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(rest=[])
 
 
+def _foreign_help() -> str:
+    help_alone = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, add_help=False, formatter_class=Help
+    )
+    foreign_flags.add_help(help_alone)
+    return help_alone.format_help()
+
+
 def run(args: argparse.Namespace) -> int:
     """Check, print the stock command, run it in this process. Returns its exit status."""
     check_vllm()
+    _check_no_launcher()
     values = given(args, OPTIONS)
     _expand(args)
     if args.surface == "generator":
@@ -316,6 +328,14 @@ def _check_port_is_free(host: str | None, port: int) -> None:
                 possible = f"an address of this machine ({reason.lower()})"
                 raise InvalidRequest("--host", host, possible) from None
             raise InvalidRequest("--port", port, f"a free port ({reason.lower()})") from None
+
+
+def _check_no_launcher() -> None:
+    """A server starts its ranks itself: several copies would want the same port and devices."""
+    place = launched()
+    if place is not None and place.world_size > 1:
+        possible = "unset: serve starts the ranks of its mesh itself, so start it without torchrun"
+        raise InvalidRequest("WORLD_SIZE", place.world_size, possible)
 
 
 def _check_plugin_is_on() -> None:

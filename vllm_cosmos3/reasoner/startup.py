@@ -6,12 +6,16 @@ one sentence at the end of the output, instead of a traceback out of a worker.
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
+from vllm_cosmos3.compat import has_serve_flag
 from vllm_cosmos3.media_budget import media_budget
 from vllm_cosmos3.reasoner.media.limits import (
     CONNECTOR,
@@ -21,9 +25,27 @@ from vllm_cosmos3.reasoner.media.limits import (
 )
 from vllm_cosmos3.reasoner.required_tensors import TEXT, VISION, check_folder, expected_tensors
 
+logger = logging.getLogger("vllm.cosmos3")  # which vLLM shows
+
+TRUST = "--trust-request-mm-kwargs"
 VIDEO_LOADER = REASONING_PARSER = "cosmos3"
 # Formats that read the safetensors files as they lie in the folder.
 _PLAIN_FORMATS = {"auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer"}
+
+
+def missing_flag(argv: Sequence[str]) -> str | None:
+    """What to add to a stock ``vllm serve`` so that requests may choose how a video is sampled.
+
+    None where nothing is missing, or where this vLLM has no such flag.
+    """
+    words = [word.split("=")[0].replace("_", "-") for word in argv]
+    serves = Path(argv[0]).name == "vllm" and words[1:2] == ["serve"]
+    if not serves or TRUST in words or not has_serve_flag(TRUST.removeprefix("--")):
+        return None
+    return (
+        f"without {TRUST} requests that choose their own fps or num_frames in mm_processor_kwargs are "
+        "answered with 400; add that flag, or start with vllm-cosmos3 serve, which does"
+    )
 
 
 class ReasonerStartup(VerifyAndUpdateConfig):
@@ -36,6 +58,8 @@ class ReasonerStartup(VerifyAndUpdateConfig):
         max_video_fps()
         media_budget()
         uses_reference()
+        if (advice := missing_flag(sys.argv)) is not None:
+            logger.warning(advice)
         if (multimodal := model_config.multimodal_config) is not None:
             video = multimodal.media_io_kwargs.setdefault("video", {})
             if video.setdefault("video_backend", VIDEO_LOADER) == VIDEO_LOADER:

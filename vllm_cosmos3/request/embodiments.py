@@ -10,6 +10,7 @@ with. A request may choose others of the last three.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from vllm_cosmos3.errors import InvalidRequest, did_you_mean
 
@@ -23,6 +24,18 @@ VIEWS = {  # label: the sentence of the training captions, word for word
     "video_game_view": "This video is captured from an in-game camera perspective in a virtual"
     " environment.",
 }
+
+
+def spelled(name: str, value: Any) -> dict[str, Any]:
+    """A field as vLLM-Omni's documents write it, in ours: ``image_size`` may be a height and a width,
+    and ``view_point`` the number of a view.
+    """
+    if name == "image_size" and isinstance(value, list) and len(value) == 2:
+        return dict(zip(("height", "width"), value, strict=True))
+    numbered = name == "view_point" and isinstance(value, int) and not isinstance(value, bool)
+    if numbered and 0 <= value < len(VIEWS):
+        return {name: tuple(VIEWS)[value]}
+    return {name: value}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from functools import partial
 
 from vllm_cosmos3.checkpoint.config import ModelConfig
-from vllm_cosmos3.checkpoint.kinds import check_mode
+from vllm_cosmos3.checkpoint.kinds import KINDS, check_mode
 from vllm_cosmos3.checkpoint.latents import latent_frames, round_frames
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.request.actions import Action, too_long
@@ -26,14 +26,13 @@ from vllm_cosmos3.request.defaults import (
 from vllm_cosmos3.request.request import GenerateRequest, parse_size
 from vllm_cosmos3.request.sizes import (
     MAX_AREA,
-    MAX_TRAINED_FRAMES,
     MIN_TRAINED_FRAMES,
     TRAINED_FPS,
+    frame_limits,
     is_too_large,
     is_trained,
     nearest_size,
     nearest_trained,
-    tier_of,
 )
 from vllm_cosmos3.request.step_cache import StepCache
 from vllm_cosmos3.request.transfer import Transfer
@@ -59,6 +58,9 @@ def prompt_parameters(request: GenerateRequest, model: ModelConfig) -> Parameter
     """
     default = DEFAULTS[request.mode]
     check_mode(model.kind, request.mode)
+    if request.num_frames == 1:
+        width, height = KINDS[model.kind].image_size
+        default = replace(default, width=width, height=height)
     width, height = _size(request, default)
     fps = request.fps or default.fps
     warnings = [*_check_area(request, width, height), *_check_fps(request, fps)]
@@ -108,12 +110,13 @@ def transfer_parameters(
 ) -> Parameters:
     """The same for a transfer, whose size, length and rate are those of its clips."""
     width, height, chunks = transfer.width, transfer.height, transfer.chunks
-    limit = round_frames(MAX_TRAINED_FRAMES[tier_of(width, height)], model.vae)
-    if chunks.frames > limit and not request.allow_untrained_size:
-        possible = f"at most {limit} at {width}x{height}, or allow_untrained_size set"
+    trained, most = (round_frames(n, model.vae) for n in frame_limits(width, height))
+    if chunks.frames > most and not request.allow_untrained_size:
+        possible = f"at most {most} at {width}x{height}, or allow_untrained_size set"
         raise InvalidRequest("num_video_frames_per_chunk", chunks.frames, possible, "too_large")
     warnings = [
         *transfer.warnings,
+        *_beyond_training("num_video_frames_per_chunk", chunks.frames, trained, width, height),
         *_check_area(request, width, height),
         *_check_fps(request, transfer.fps),
     ]
@@ -224,16 +227,16 @@ def _frames(
 def _check_frames(
     request: GenerateRequest, model: ModelConfig, frames: int, fps: float, width: int, height: int
 ) -> list[str]:
-    limit = MAX_TRAINED_FRAMES[tier_of(width, height)]
-    if frames > round_frames(limit, model.vae):
-        if not request.allow_untrained_size:
-            field, most = "num_frames", float(limit)
-            if request.num_frames is None:
-                field, most = "seconds", limit / fps
-            given = getattr(request, field)
-            possible = f"at most {most:g} at {width}x{height}, or allow_untrained_size set"
-            raise InvalidRequest(field, given, possible, "too_large")
-        return [f"num_frames {frames} is above the trained {limit} at {width}x{height}"]
+    trained, limit = frame_limits(width, height)
+    if frames > round_frames(limit, model.vae) and not request.allow_untrained_size:
+        field, most = "num_frames", float(limit)
+        if request.num_frames is None:
+            field, most = "seconds", limit / fps
+        given = getattr(request, field)
+        possible = f"at most {most:g} at {width}x{height}, or allow_untrained_size set"
+        raise InvalidRequest(field, given, possible, "too_large")
+    if frames > round_frames(trained, model.vae):
+        return _beyond_training("num_frames", frames, trained, width, height)
     if 1 < frames < MIN_TRAINED_FRAMES:
         return [f"num_frames {frames} is below the trained {MIN_TRAINED_FRAMES}"]
     return []
@@ -243,14 +246,20 @@ def _check_chunk(
     request: GenerateRequest, model: ModelConfig, action: Action, width: int, height: int
 ) -> list[str]:
     """The upper limit of frames alone: the models were trained with short chunks of actions."""
-    limit = MAX_TRAINED_FRAMES[tier_of(width, height)]
+    trained, limit = frame_limits(width, height)
     most = round_frames(limit, model.vae) - 1
-    if action.chunk_size <= most:
-        return []
-    if not request.allow_untrained_size:
+    if action.chunk_size > most and not request.allow_untrained_size:
         where = f" at {width}x{height}, or allow_untrained_size set"
         raise too_long(request, action.chunk_size, most, where)
-    return [f"num_frames {action.num_frames} is above the trained {limit} at {width}x{height}"]
+    if action.chunk_size < round_frames(trained, model.vae):
+        return []
+    return _beyond_training("num_frames", action.num_frames, trained, width, height)
+
+
+def _beyond_training(name: str, frames: int, trained: int, width: int, height: int) -> list[str]:
+    if frames <= trained:
+        return []
+    return [f"{name} {frames} is above the trained {trained} at {width}x{height}"]
 
 
 def _fixed_steps(

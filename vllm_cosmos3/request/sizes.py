@@ -17,6 +17,7 @@ MAX_AREA = max(width * height for sizes in TRAINED_SIZES.values() for width, hei
 LISTED_SIZES = {(1024, 1536), (1536, 1024), (1024, 1792), (1792, 1024)}
 MIN_TRAINED_FRAMES = 24
 MAX_TRAINED_FRAMES = {256: 400, 480: 300, 704: 200, 720: 200, 768: 200}
+DOCUMENTED_FRAMES = 300  # that the model card gives for all tiers, beyond training for large ones
 TRAINED_FPS = (10, 30)
 
 
@@ -55,6 +56,12 @@ def tier_of(width: int, height: int) -> int:
         if width * height <= max(w * h for w, h in sizes):
             return tier
     return max(TRAINED_SIZES)
+
+
+def frame_limits(width: int, height: int) -> tuple[int, int]:
+    """Frames that the models were trained with at this size, and that are made unless more are allowed."""
+    trained = MAX_TRAINED_FRAMES[tier_of(width, height)]
+    return trained, max(trained, DOCUMENTED_FRAMES)
 
 
 def aspect_ratio(width: int, height: int) -> str | None:

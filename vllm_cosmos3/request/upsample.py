@@ -47,13 +47,22 @@ The {kind} is {size}.
 
 Request: {prompt}"""
 _OF_VIDEO = """
-Tell it in time: "actions" and "segments" follow one another from 0:00 to the end, "temporal_caption" \
-retells the whole clip in order as one paragraph, and "audio_description" says what is heard. Keep one \
-shot unless the request asks for cuts.
+Begin with "scene_imagination": six to twelve short notes to yourself, each after a verb and a colon (focus:, \
+define:, refine:, visualize:, analyze:), at most 250 words, that settle what is seen, the camera and the timing. \
+"temporal_caption" {caption}, "audio_description" says what is heard and when. Everything after \
+that agrees with these three. Times are minutes and seconds, as in 0:03, spans as in 0:00-0:03, and none is later than \
+{end}: "actions" and "segments" follow one another from 0:00 to {end}. Keep one shot unless the request asks for cuts.
 """
+_TIMELINE = (
+    "then walks through the clip from 0:00 to its end, with a time for each thing that happens"
+)
+_ARC = "then says in one sentence what happens from the first frame to the last"
 _OF_IMAGE = """
-It is a single moment, without anything before or after: "quadrant_scan" says what is in each corner and in \
-the middle, and "comprehensive_t2i_caption" retells the whole picture as one paragraph.
+Begin with "scene_imagination": six to twelve short notes to yourself, each after a verb and a colon (focus:, \
+define:, refine:, visualize:, analyze:), at most 250 words, that settle what is seen. "comprehensive_t2i_caption" then tells \
+the whole picture as one paragraph of 80 to 200 words. It is a single moment, without anything before or after. \
+"subject_details" has two to five further properties of the main subject, under names of your choice, \
+"quadrant_scan" says what is in each corner and in the middle. A person has 2 hands and 10 fingers, everything else 0.
 """
 _OF_FRAME = """
 The picture above is the first frame of the clip. Describe what it shows as it is, then what happens.
@@ -117,8 +126,12 @@ def upsampling_question(
     """
     kind = "image" if facts.is_image else "video"
     drawn = {**SAMPLING, **(sampling or {})}
-    more = _OF_IMAGE if facts.is_image else _OF_VIDEO + (_OF_FRAME if image is not None else "")
     seconds = facts.num_frames / facts.fps
+    more = _OF_IMAGE
+    if not facts.is_image:
+        caption, whole = _TIMELINE if image is None else _ARC, round(seconds)
+        end = f"{whole // 60}:{whole % 60:02d}"
+        more = _OF_VIDEO.format(caption=caption, end=end) + (_OF_FRAME if image is not None else "")
     length = (
         "" if facts.is_image else f", {seconds:.1f} seconds long at {facts.fps:g} frames a second"
     )
@@ -171,8 +184,12 @@ def schema_of(kind: str) -> dict[str, Any]:
     video = kind == "video"
     camera = ("framing", "camera_angle", "depth_of_field", "focus", "lens_focal_length")
     place = "spatial_temporal" if video else "spatial"
+    told = {"temporal_caption": _CAPTION, "audio_description": _LONG}
     keys: dict[str, Any] = {
-        "subjects": _list(_subject(), least=1),
+        "scene_imagination": _NOTES,
+        **(told if video else {"comprehensive_t2i_caption": _CAPTION}),
+        "subjects": _list(_subject(moves=video), least=1),
+        **({} if video else {"subject_details": _OWN_NAMES}),
         "background_setting": _LONG,
         "lighting": _texts("conditions", "direction", "shadows", "illumination_effect"),
         "aesthetics": _texts("composition", "color_scheme", "mood_atmosphere", "patterns"),
@@ -184,12 +201,9 @@ def schema_of(kind: str) -> dict[str, Any]:
     written = _list(_texts("text", "category", "appearance", place, "context"))
     if not video:
         corners = ("top_left", "top_right", "bottom_left", "bottom_right", "absolute_center")
-        keys |= {
-            "text_and_signage_elements": written,
-            "quadrant_scan": _texts(*corners),
-            "comprehensive_t2i_caption": _CAPTION,
-        }
-        return _object(keys)
+        return _object(
+            keys | {"text_and_signage_elements": written, "quadrant_scan": _texts(*corners)}
+        )
     segment = _object(
         {
             "segment_index": _COUNT,
@@ -204,16 +218,16 @@ def schema_of(kind: str) -> dict[str, Any]:
         "text_and_signage_elements": written,
         "segments": _list(segment, least=1),
         "transitions": _list(_SHORT),
-        "temporal_caption": _CAPTION,
-        "audio_description": _LONG,
     }
     return _object(keys)
 
 
-def _subject() -> dict[str, Any]:
-    seen = ("appearance_details", "relationship", "location", "relative_size", "orientation", "pose", "action", "state_changes")  # fmt: skip
+def _subject(*, moves: bool) -> dict[str, Any]:
+    seen = ["appearance_details", "relationship", "location", "relative_size", "orientation"]
+    seen += ["pose", "action", "state_changes"] if moves else ["pose"]
     person = ("clothing", "expression", "gender", "age", "skin_tone_and_texture", "facial_features")
-    counts = ("number_of_subjects", "number_of_arms", "number_of_legs")
+    counts = ["number_of_subjects", "number_of_arms", "number_of_legs"]
+    counts += [] if moves else ["number_of_hands", "number_of_fingers"]
     return _object(
         {
             "description": _LONG,
@@ -244,4 +258,6 @@ _SHORT = {"type": "string", "maxLength": 300}
 _LONG = {"type": "string", "maxLength": 1000}
 _CAPTION = {"type": "string", "maxLength": 3000}
 _SPAN = {"type": "string", "maxLength": 16}  # such as 0:00-0:05
+_NOTES = {"type": "string", "maxLength": 2500}
+_OWN_NAMES = {"type": "object", "additionalProperties": {"type": "string", "maxLength": 300}}
 _COUNT = {"type": "integer", "minimum": 0, "maximum": 99}

@@ -31,9 +31,11 @@ def share_beside(
     """
     from vllm.platforms import current_platform
 
+    from vllm_cosmos3.server.jobs.sampling_defaults import read_sampling_defaults
     from vllm_cosmos3.server.memory_split import share_of_reasoner, sized
 
     _check_storage(options)
+    read_sampling_defaults(options.default_sampling_params)
     sizing = sized(folder, options, current_platform.device_type)
     return None if options.generator_devices else share_of_reasoner(sizing, root, ranks)
 
@@ -49,6 +51,7 @@ def serve_generator(
 
     from vllm_cosmos3.server.app import make_app, serve
     from vllm_cosmos3.server.guardrails import Guardrails
+    from vllm_cosmos3.server.jobs.sampling_defaults import read_sampling_defaults
     from vllm_cosmos3.server.jobs.service import Service
     from vllm_cosmos3.server.memory_split import sized
 
@@ -58,6 +61,7 @@ def serve_generator(
         raise InvalidRequest("device", device, possible)
     _check_certificate(listen)
     _check_storage(options)
+    read_sampling_defaults(options.default_sampling_params)
     sizing, guardrails = sized(folder, options, device), Guardrails(options)
     scheme = "https" if listen.ssl_certfile else "http"
     url = f"{scheme}://{listen.host}:{listen.port}/v1"

@@ -103,7 +103,8 @@ class Guardrails:
             self.reason = f"{options.guardrail_checker} cannot be used ({cause})"
             if isinstance(error, ModuleNotFoundError) and error.name == PACKAGE:
                 self.reason = (
-                    "package cosmos-guardrail is not installed (pip install cosmos-guardrail)"
+                    "package cosmos-guardrail is not installed (pip install 'cosmos-guardrail>=0.3.2,<0.4', "
+                    "accept the terms on https://huggingface.co/nvidia/Cosmos-1.0-Guardrail, restart)"
                 )
             if options.guardrails == "required":
                 raise Cosmos3Error(

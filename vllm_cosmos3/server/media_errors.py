@@ -16,6 +16,8 @@ from fastapi.responses import JSONResponse
 from PIL import Image
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from vllm_cosmos3.server.flat_urls import FlatUrls
+
 PATHS = ("/v1/chat", "/v1/responses", "/v1/messages", "/tokenize")  # whose requests carry media
 UNREADABLE = (
     aiohttp.ClientError,
@@ -38,10 +40,13 @@ _SAID = (  # what the errors of libraries say, and what is wrong then
 
 
 class MediaErrors:
-    """ASGI middleware of vLLM's app: 400, in vLLM's shape, where fetching media has failed."""
+    """ASGI middleware of vLLM's app: 400, in vLLM's shape, where fetching media has failed.
+
+    `FlatUrls` is part of it: vLLM warns of two middlewares.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+        self._app = FlatUrls(app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not scope["path"].startswith(PATHS):

@@ -196,6 +196,13 @@ class Options:
         "text",
         "devices of the generator, e.g. 1,2,3 (default: all visible ones)",
     )
+    default_sampling_params: str = _option(
+        "",
+        "generator",
+        "text",
+        "JSON object of fields that videos get whose request does not say them, such as"
+        ' {"num_frames": 121}',
+    )
     engine: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -29,6 +29,7 @@ from vllm_cosmos3.request.plan import Plan
 from vllm_cosmos3.stage.call_sequence import CallSequence
 from vllm_cosmos3.stage.client import StageClient
 from vllm_cosmos3.stage.executor import StageExecutor
+from vllm_cosmos3.stage.launcher import EXTERNAL, executor_backend
 from vllm_cosmos3.stage.worker import StageConfig, is_out_of_memory, public_error
 
 PATIENCE = 30.0  # seconds until ranks that nobody can replace are given up
@@ -52,15 +53,13 @@ def make_runner(config: EngineConfig, loaded: Callable[[int], None]) -> Runner:
     """Load the checkpoint on every rank of the mesh.
 
     ``loaded`` is told how many values of the weights are in place, those of the slowest rank.
-    ``distributed_executor_backend`` is vLLM's word for who starts the ranks: "uni" (default for one
-    rank), "mp" (default for several), "ray", or "external_launcher" where torchrun has started them.
+    Who starts the ranks is decided by `executor_backend`.
 
     Raises:
         InvalidRequest: the mesh does not suit the checkpoint or the machine.
         CheckpointError: the checkpoint is missing, incomplete or of another kind.
     """
-    backend = config.distributed_executor_backend
-    backend = backend or ("uni" if config.parallel.world_size == 1 else "mp")
+    backend = executor_backend(config.distributed_executor_backend, config.parallel.world_size)
     here = backend in ("uni", "mp") and torch.device(config.device).type != "cpu"
     devices = torch.accelerator.device_count() if here else None
     model = config.read_model()
@@ -71,7 +70,7 @@ def make_runner(config: EngineConfig, loaded: Callable[[int], None]) -> Runner:
     if torch.device(config.device).index:
         possible = "without a number, as each rank has a device of its own"
         raise InvalidRequest("device", config.device, possible)
-    if backend == "external_launcher":
+    if backend == EXTERNAL:
         with told(loaded):
             return LauncherRunner(StageConfig(engine=config, backend=backend, grace=PATIENCE))
     return StageRunner(StageConfig(engine=config, backend=backend), loaded)

@@ -163,6 +163,12 @@ def _policy(files: dict[str, Json]) -> dict[str, Json]:
     }
 
 
+def _text2image(files: dict[str, Json]) -> dict[str, Json]:
+    """Super-Text2Image has the files of a base checkpoint, too, and is told by its name."""
+    name = {"_name_or_path": "random/Cosmos3-Super-Text2Image"}
+    return files | {"config.json": {**files["config.json"], **name}}
+
+
 def _edge(files: dict[str, Json]) -> dict[str, Json]:
     """What marks the Edge architecture, of which there is no more than these marks here."""
     scheduler = "Cosmos3EdgeUniPCMultistepScheduler"
@@ -240,6 +246,7 @@ _CHANGED = {
     "distilled-t2i": _distilled,
     "distilled-i2v": _distilled,
     "policy-droid": _policy,
+    "text2image": _text2image,
     "edge": _edge,
 }
 

@@ -17,6 +17,7 @@ from urllib.parse import parse_qsl
 
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest, brief, did_you_mean
 from vllm_cosmos3.request.controls import CONTROLS
+from vllm_cosmos3.request.embodiments import spelled
 from vllm_cosmos3.request.fields import FRAMEWORK_NAMES, Spec
 from vllm_cosmos3.request.prompts import as_text
 from vllm_cosmos3.request.request import SPECS
@@ -300,7 +301,8 @@ class _Translation:
             value = as_text(value)
         # OpenAI's clients write seconds as text in JSON too.
         text = FormText(value) if name == "seconds" and isinstance(value, str) else value
-        self._put(self._fields, name, _typed(text, SPECS[name].kind), path)
+        for ours, said in spelled(name, text).items():
+            self._put(self._fields, ours, _typed(said, SPECS[ours].kind), path)
 
     def _put(self, out: dict[str, Any], name: str, value: Any, path: str) -> None:
         if name in out and out[name] != value:

@@ -31,6 +31,7 @@ from vllm_cosmos3.server.http.control_fields import joined
 from vllm_cosmos3.server.http.request_fields import ClientRequest
 from vllm_cosmos3.server.jobs import continuation, estimates
 from vllm_cosmos3.server.jobs.live_jobs import LiveJobs
+from vllm_cosmos3.server.jobs.sampling_defaults import with_defaults
 from vllm_cosmos3.server.jobs.upsampling import EngineReasoner
 from vllm_cosmos3.server.jobs.value_sources import sources
 from vllm_cosmos3.server.jobs.video_job import VideoJob
@@ -91,11 +92,12 @@ class Admission:
         guardrails: Guardrails,
         reasoner: EngineReasoner | None,
         check_open: Callable[[], None],
+        defaults: Mapping[str, Any],
     ) -> None:
         self.check_open = check_open
         self.upsampling = 0  # requests whose prompt is being written
         self._jobs, self._model, self._tokenizer, self._names = jobs, model, tokenizer, names
-        self._guardrails, self._reasoner = guardrails, reasoner
+        self._guardrails, self._reasoner, self._defaults = guardrails, reasoner, defaults
         self._planners = asyncio.Semaphore(PLANNERS)
 
     @property
@@ -126,6 +128,7 @@ class Admission:
         self.check_open()
         deadline = min(deadline, request.server_fields.get("deadline_seconds", deadline))
         named = {*request.fields, *media}
+        request = with_defaults(request, submission.kind, self._defaults)
         before = continuation.source_of(request, self._jobs)
         if before is not None:
             request, media = continuation.continue_from(request, media, before, self._jobs.journal)

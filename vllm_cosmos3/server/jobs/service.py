@@ -24,6 +24,7 @@ from vllm_cosmos3.server.jobs.estimates import ThroughputEstimate
 from vllm_cosmos3.server.jobs.inference import Inference
 from vllm_cosmos3.server.jobs.journal import Journal
 from vllm_cosmos3.server.jobs.live_jobs import LiveJobs
+from vllm_cosmos3.server.jobs.sampling_defaults import read_sampling_defaults
 from vllm_cosmos3.server.jobs.upsampling import EngineReasoner
 from vllm_cosmos3.server.memory_split import Sizing
 from vllm_cosmos3.server.options import Options, read_call_limits
@@ -62,6 +63,7 @@ class Service:
             guardrails,
             reasoner,
             self.check_open,
+            read_sampling_defaults(options.default_sampling_params),
         )
         self.inference = Inference(
             self.admission,

@@ -20,6 +20,14 @@ SPELLINGS = (
 )
 
 
+def in_other_words(given: Collection[str]) -> set[str]:
+    """These names, and those that say the same."""
+    said = set(given)
+    for one, other in SPELLINGS:
+        said |= (other if said & one else set()) | (one if said & other else set())
+    return said
+
+
 def sources(
     given: Collection[str], effective: Mapping[str, object], model: ModelConfig, *, upsampled: bool
 ) -> dict[str, str]:
@@ -28,9 +36,7 @@ def sources(
     ``given`` are the names in the request. "checkpoint" is what its files say, "default" that of the
     mode or of the field, or what follows from other fields and from the input.
     """
-    asked = set(given)
-    for one, other in SPELLINGS:
-        asked |= (other if asked & one else set()) | (one if asked & other else set())
+    asked = in_other_words(given)
     mode = str(effective["mode"])
     negative = DEFAULTS[mode].negative_prompts if mode in DEFAULTS else ()
     checkpoint = {"negative_prompt"} if prompts.negative_file(model.path, negative) else set()

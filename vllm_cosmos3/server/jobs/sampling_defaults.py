@@ -1,0 +1,54 @@
+"""Sampling defaults of a server: what videos get whose request does not say it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.request.request import from_fields
+from vllm_cosmos3.server.http.request_fields import VIDEO, ClientRequest, translate
+from vllm_cosmos3.server.jobs.value_sources import in_other_words
+
+OPTION = "default_sampling_params"
+STAGE = "0"  # vLLM-Omni's name of the only one, under which its users write them
+
+
+def read_sampling_defaults(text: str) -> dict[str, Any]:
+    """The fields of a request in the JSON of the option, under the names that requests may use.
+
+    Raises:
+        InvalidRequest: it is no object, or a field cannot have its value.
+    """
+    if not text:
+        return {}
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if isinstance(value, dict) and value.keys() == {STAGE}:
+        value = value[STAGE]
+    if not isinstance(value, dict):
+        raise InvalidRequest(OPTION, text, "a JSON object with fields of a request")
+    try:
+        request = translate(value, VIDEO)
+        for name in (*request.server_fields, *request.references):
+            raise InvalidRequest(name, "given", "left out: each request says it")
+        from_fields({"prompt": "a prompt", **request.fields})
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{OPTION}.{error.field}", error.value, error.possible) from None
+    return request.fields
+
+
+def with_defaults(request: ClientRequest, kind: str, defaults: Mapping[str, Any]) -> ClientRequest:
+    """The request of a job of this kind with the server's defaults under its own fields.
+
+    Pictures and actions have none: their numbers follow from other things.
+    """
+    if kind == "image" or "action_mode" in request.fields:
+        return request
+    said = in_other_words(request.fields)
+    missing = {name: value for name, value in defaults.items() if name not in said}
+    return replace(request, fields={**missing, **request.fields})
