@@ -50,26 +50,26 @@ MEDIA_FIELDS = {*REFERENCES, *CONTROLS, control_fields.PAIR[0]}
 STRUCTURED = ("prompt", "negative_prompt")  # may be an object in JSON, as in batch files
 # What is about the answer and not about the picture.
 SERVER_FIELDS: dict[str, Spec] = {
-    "model": Spec(kind="text", help="a served model name"),
-    "guardrails": Spec(kind="bool", help="false skips them where the operator allows it"),
+    "model": Spec(kind="text", help="name of the served model"),
+    "guardrails": Spec(kind="bool", help="false skips the guardrails, if the operator allows it"),
     "deadline_seconds": Spec(
-        kind="float", low=0, above=True, high=1e6, unit="seconds", help="until the request is given up"
+        kind="float", low=0, above=True, high=1e6, unit="seconds", help="time limit of the request, queueing included"
     ),
     "continue_from": Spec(
-        kind="text", high=200, help="id of a finished video, which this one goes on from"
+        kind="text", high=200, help="id of a finished video to continue from its last frame"
     ),
     "preview": Spec(
-        kind="bool", help="small pictures of the video in the making, among its events"
+        kind="bool", help="send small preview pictures with the events"
     ),
     "upsample_prompt": Spec(
-        kind="bool", help="let the reasoner write the structured prompt first"
+        kind="bool", help="let the reasoner expand the prompt first"
     ),
-    "truncate_prompt": Spec(kind="bool", help="false refuses prompts that would be cut"),
+    "truncate_prompt": Spec(kind="bool", help="false: refuse prompts that are too long instead of truncating them"),
     "response_format": Spec(
-        kind="choice", choices=("b64_json", "file", "url"), help="of images: base64, the file itself, or a URL of it"
+        kind="choice", choices=("b64_json", "file", "url"), help="form of images in the answer: base64, the file itself, or a URL"
     ),
     "output_format": Spec(
-        kind="choice", choices=("png", "jpeg", "jpg", "webp"), help="of images"
+        kind="choice", choices=("png", "jpeg", "jpg", "webp"), help="file type of images"
     ),
     "output_compression": Spec(
         kind="int", low=0, high=100, help="quality of JPEG and WebP images"

@@ -84,7 +84,7 @@ VideoId = Annotated[str, Path(description="id of the video, as POST /v1/videos t
 ImageId = Annotated[str, Path(description="id of the pictures, as their URLs have it")]
 PictureName = Annotated[str, Path(description="such as 0.png")]
 ModelName = Annotated[str, Path(description="one of the served names")]
-Cursor = Annotated[str | None, Query(description="go on after the video of this id")]
+Cursor = Annotated[str | None, Query(description="list the videos after the one with this id")]
 Limit = Annotated[str, Query(include_in_schema=False)]  # read as text, for errors of our own
 LIMIT: Schema = {
     "name": "limit",
