@@ -137,6 +137,32 @@ def test_a_control_that_is_false_is_none(folder: Path) -> None:
     assert record(folder, prompt="a", edge={}, resolution="480").fields["image_size"] == 480
 
 
+def test_records_as_other_documents_write_them(folder: Path) -> None:
+    av = {"prompt": "a", "domain_name": "av", "view_point": 0, "image_size": [320, 576]}
+    made = record(folder, model_mode="forward_dynamics", vision_path="b.mp4", sampler="unipc", **av)
+    assert made.fields["video"] == str(folder / "b.mp4")  # of which the first frame is taken
+    assert (made.fields["height"], made.fields["width"]) == (320, 576)
+    assert made.fields["view_point"] == "ego_view"
+    made = record(folder, prompt="a", autoregressive=True, num_outputs=3)
+    assert made.fields["n"] == 3
+    assert made.warnings == ("autoregressive has no effect: a long video is made with num_chunks",)
+
+
+def test_files_of_defaults_are_seen_from_them(folder: Path) -> None:
+    below = folder / "defaults"
+    below.mkdir()
+    (below / "negative.json").write_text('{"blurry": 1}')
+    (below / "d.json").write_text('{"negative_prompt_file": "negative.json"}')
+    made = record(folder, prompt="a", defaults_file="defaults/d.json")
+    assert made.fields["negative_prompt"] == '{"blurry":1}'
+
+
+def test_fields_from_outside_replace_those_of_a_record(folder: Path) -> None:
+    entry = Entry(where="FILE", folder=folder, name="x", values={"prompt": "a", "size": "64x64"})
+    made = make_record(entry, {}, {"model_mode": "text2video", "resolution": "256"})
+    assert made.fields["size"] == "320x192"
+
+
 def test_defaults_lie_under_the_record(folder: Path) -> None:
     defaults = {"num_steps": 9, "guidance": 3.0, "of_another_version": 1, "shift": None}
     (folder / "d.json").write_text(json.dumps(defaults))
@@ -237,14 +263,17 @@ def test_names_order_and_globs(folder: Path) -> None:
         ({"prompt": "a", "aspect_ratio": "2,1"}, "aspect_ratio is '2,1', must be one of '1,1'"),
         ({"prompt": "a", "duration_template": "for {duration}"}, "must be \"\" for none, or 'The video is"),
         ({"prompt": "a", "inverse_resolution_template": "no"}, "inverse_resolution_template is 'no'"),
+        ({"prompt": "a", "sampler": "edm"}, "sampler is 'edm', must be unipc"),
         ({"prompt": "a", "normalize_cfg": True}, "normalize_cfg is True, must be false"),
-        ({"prompt": "a", "sound_path": "a.wav"}, "sound_path is 'a.wav', must be left out: sound is generated"),
+        ({"prompt": "a", "sound_path": "a.wav"}, "sound_path is 'a.wav', must be left out: the sound encoder is not"),
         ({"prompt": "a", "video_save_quality": 11}, "video_save_quality is 11, must be an integer from 0 to 10"),
         ({"prompt": "a", "temperature": 0.5}, "temperature is 0.5, must be left out: it is of model_mode reasoner"),
         ({"prompt": "a", "model_mode": "reasoner", "enable_sound": True}, "enable_sound is True, must be false"),
         ({"prompt": "a", "prompt_upsampling": "yes"}, "prompt_upsampling is 'yes', must be true or false"),
         ({"prompt": "a", "prompt_upsampler_top_p": 2}, "prompt_upsampler_top_p is 2, must be"),
         ({"prompt": "a", "name": "../up"}, "name is '../up', must be one folder name"),
+        ({"model_mode": "image2image", "prompt": "a"}, "a second picture as a condition is not implemented"),
+        ({"model_mode": "audio_image2video", "prompt": "a"}, "the sound encoder is not implemented"),
         ({"prompt": "a", "name": "é" * 101}, "must be one folder name without separators, printable, of at most 200 bytes"),
         ({"prompt": "a", "name": "a\nb"}, "name is 'a\\nb', must be one folder name"),
         ({"prompt": "a", "name": "\ud800"}, "name is '\\ud800', must be one folder name"),

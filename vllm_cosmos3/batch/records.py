@@ -40,6 +40,10 @@ MODEL_MODES: dict[str, tuple[str | None, dict[str, Any]]] = {
     "wam": ("image", {"action_mode": "policy"}),
     "reasoner": (None, {}),
 }
+ABSENT = {  # modes of the framework that are not there, and why
+    "image2image": "a second picture as a condition is not implemented; video2video continues a clip",
+    "audio_image2video": "the sound encoder is not implemented, sound is only generated",
+}
 ACTION = ("forward_dynamics", "inverse_dynamics", "policy", "wam")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
@@ -48,7 +52,7 @@ FILES = (  # fields that name a file, seen from that of the record
     "action_stats_path",
 )  # fmt: skip
 UNSUPPORTED = {
-    "sound_path": "left out: sound is generated, never taken from a file",
+    "sound_path": "left out: the sound encoder is not implemented, sound is only generated",
     "tensors_file": "left out: give the fields themselves",
     "pickle_file": "left out: give the fields themselves",
     "output_dir": "left out: --out has the results",
@@ -140,7 +144,8 @@ def make_record(
     values, warnings = _with_defaults(_with_said(entry, said or {}))
     mode = values.get("model_mode")
     if mode is not None and (not isinstance(mode, str) or mode not in MODEL_MODES):
-        raise InvalidRequest("model_mode", mode, f"one of {', '.join(MODEL_MODES)}")
+        reason = f": {ABSENT[mode]}" if isinstance(mode, str) and mode in ABSENT else ""
+        raise InvalidRequest("model_mode", mode, f"one of {', '.join(MODEL_MODES)}{reason}")
     fields: dict[str, Any] = {}
     names: dict[str, str] = {}
     for name, value in values.items():

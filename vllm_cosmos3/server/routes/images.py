@@ -113,7 +113,7 @@ async def picture(request: Request, image_id: ImageId, name: PictureName) -> Res
 
 @router.post("/v1/images/edits", include_in_schema=False)
 async def edit(request: Request) -> Response:
-    """Not offered: no Cosmos 3 checkpoint edits pictures."""
+    """Not offered: the mode that the Cosmos Framework has for it is not implemented."""
     message = "pictures cannot be edited; POST /v1/videos with input_reference animates one"
     raise ApiError("not_implemented", message)
 
