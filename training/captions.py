@@ -15,6 +15,7 @@ MOVES = {
     "down": ("moves down", "sinks", "goes down"),
     "still": ("stands still", "does not move", "stays where it is"),
 }
+MATERIAL_WORDS = {"rubber": "", "wood": "wooden ", "metal": "metal "}  # rubber goes without saying
 LIFTS, DROPS = ("lifts", "picks up"), ("drops", "lets go of")
 BOUNCES = ("falls down and bounces", "drops to the floor and bounces")
 STACKS, PASSES = ("puts {} on {}", "stacks {} on {}"), ("passes behind", "moves behind")
@@ -52,14 +53,23 @@ def draw_caption(scene: Scene, structured: float = 0.0) -> Caption:
     return Caption(text, tuple(named), tone)
 
 
+def instruction(scene: Scene) -> str:
+    """What a robot is told to do in a scene with a gripper."""
+    verb = "let go of" if scene.kind == "drop" else "pick up"
+    return f"{verb} the {scene.things[0].colour} {scene.things[0].shape}"
+
+
 def noun(thing: Thing, *, sized: bool) -> str:
     """A thing with its article."""
-    words = f"{thing.size + ' ' if sized else ''}{thing.colour} {thing.shape}"
+    material = MATERIAL_WORDS[thing.material]
+    words = f"{thing.size + ' ' if sized else ''}{thing.colour} {material}{thing.shape}"
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def _clause(scene: Scene, named: list[bool], rng: random.Random | None) -> str:
     nouns = [noun(t, sized=n) for t, n in zip(scene.things, named, strict=True)]
+    if scene.canvas.frames == 1:  # nothing moves in a picture
+        return " and ".join([*(["a gripper"] if scene.gripper is not None else []), *nouns])
     if scene.kind == "stack":
         pattern = _one(STACKS, rng)
         return f"a gripper {pattern.format(nouns[1], nouns[0])}"
@@ -76,7 +86,7 @@ def _subject(scene: Scene, nouns: list[str]) -> str:
 def _action(scene: Scene, nouns: list[str], rng: random.Random | None) -> str:
     if scene.kind == "push":
         return f"pushes {nouns[1]} to the {scene.things[0].motion}"
-    if scene.kind == "lift":
+    if scene.kind in ("lift", "pick"):
         return f"{_one(LIFTS, rng)} {nouns[0]}"
     if scene.kind == "drop":
         return f"{_one(DROPS, rng)} {nouns[0]}"
@@ -93,17 +103,23 @@ def _structured(scene: Scene, named: list[bool], rng: random.Random, *, tone: bo
     subjects = [{"description": n} for n in nouns]
     if scene.gripper is not None:
         subjects.insert(0, {"description": "a gripper"})
+    if scene.canvas.frames > 1:
+        _tell_actions(scene, named, subjects, rng)
+    caption: dict[str, object] = {"subjects": subjects}
+    if tone:
+        caption["background_setting"] = f"a {scene.tone} background"
+    return json.dumps(caption)
+
+
+def _tell_actions(
+    scene: Scene, named: list[bool], subjects: list[dict[str, str]], rng: random.Random
+) -> None:
     if scene.kind in ("single", "two", "three"):
         for subject, thing in zip(subjects, scene.things, strict=True):
             subject["action"] = _one(MOVES[thing.motion], rng)
     else:
         clause = _clause(scene, named, rng)
-        lead = "a gripper" if scene.gripper is not None else nouns[0]
-        subjects[0]["action"] = clause.removeprefix(f"{lead} ")
-    caption: dict[str, object] = {"subjects": subjects}
-    if tone:
-        caption["background_setting"] = f"a {scene.tone} background"
-    return json.dumps(caption)
+        subjects[0]["action"] = clause.removeprefix(f"{subjects[0]['description']} ")
 
 
 def _one(words: tuple[str, ...], rng: random.Random | None) -> str:

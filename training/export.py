@@ -1,8 +1,9 @@
 """A complete checkpoint folder, in the published layout, from trained parts.
 
-``python -m training.export FOLDER [PARTS ...]``
+``python -m training.export FOLDER [PARTS ...]``, or for a checkpoint of another kind
+``python -m training.export FOLDER --kind distilled-i2v --base checkpoints/demo --changed FILE``
 
-PARTS are folders with any of ``transformer-*.safetensors``, ``vision-*.safetensors``,
+PARTS are checkpoints, or folders with any of ``transformer-*.safetensors``, ``vision-*.safetensors``,
 ``vae.safetensors`` with ``vae.json``, ``sound.safetensors``, ``tokenizer.json``; later ones win. What
 is in none of them is drawn at random; adapters of sound and actions are zero, sound is silence. Runs where the package
 is installed.
@@ -10,8 +11,8 @@ is installed.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,12 @@ from training.package import (
     write_tokenizers,
 )
 from training.tokenizer import ROWS, train_demo_tokenizer
+from training.train_sound import SOUND_WIDTHS
 from training.transformer import Shape
 from training.vision import VisionShape
 
 PREFIX = "diffusion_pytorch_model"
+ADAPTERS = ("action_", "audio_")  # tensors of the transformer that not every kind has
 _SHAPE, _VISION = Shape(), VisionShape()
 # The reasoner must see a clip as large as it is: 17 frames of 320x192 and 49 of 256x256 fit.
 SIZE: dict[str, Any] = {
@@ -55,37 +58,76 @@ SIZE: dict[str, Any] = {
     "video_pixels": (4096, 262144),
     "vae_base": 8,
     "vae_decoder_base": 16,
-    "sound_decoder_dim": 4,
-    "sound_encoder_dim": 4,
+    "sound_decoder_dim": SOUND_WIDTHS[0],
+    "sound_encoder_dim": SOUND_WIDTHS[1],
+}
+
+
+# Component of a folder -> how the files of a part with its tensors begin.
+PREFIXES = {
+    "transformer": "transformer",
+    "vision_encoder": "vision",
+    "vae": "vae",
+    "sound_tokenizer": "sound",
 }
 
 
 def export(folder: Path, parts: Sequence[Path] = ()) -> None:
-    """Write the folder; nothing of what was in it before is kept."""
+    """Write a base checkpoint from parts."""
+    write_checkpoint(folder, "base", _tokenizer(parts), _facts(parts), _trained(parts))
+
+
+def derive(folder: Path, base: Path, changed: Path, kind: str) -> None:
+    """Write a checkpoint of another kind: the base one, and in its transformer the tensors that differ."""
+    trained = _trained([base])
+    trained["transformer"] |= load_file(changed)
+    write_checkpoint(folder, kind, _tokenizer([base]), _facts([base]), trained)
+
+
+def _trained(parts: Sequence[Path]) -> dict[str, Tensors]:
+    """The tensors of each component, of parts and of whole checkpoints."""
+    return {
+        name: {
+            key: value
+            for part in parts
+            for file in sorted(
+                [*part.glob(f"{prefix}*.safetensors"), *part.glob(f"{name}/*.safetensors")]
+            )
+            for key, value in load_file(file).items()
+        }
+        for name, prefix in PREFIXES.items()
+    }
+
+
+def write_checkpoint(
+    folder: Path,
+    kind: str,
+    tokenizer: Tokenizer,
+    facts: dict[str, Any],
+    trained: dict[str, Tensors],
+) -> None:
+    """A folder of a kind of checkpoints, with the tensors of each component as far as they are known.
+
+    Those that the kind does not have are left out.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer(parts)
     write_tokenizers(tokenizer, folder)
     template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    files = layout(SIZE, ROWS, tokenizer) | {"chat_template.json": {"chat_template": template}}
-    for name, contents in _changed(files, _facts(parts)).items():
+    files = layout(SIZE, ROWS, tokenizer, kind) | {
+        "chat_template.json": {"chat_template": template}
+    }
+    for name, contents in _changed(files, facts).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
     shapes = expected(folder)
-    tensors = {
-        name: _tensors(name, shapes[name], prefix, parts)
-        for name, prefix in (
-            ("transformer", "transformer"),
-            ("vision_encoder", "vision"),
-            ("vae", "vae"),
-            ("sound_tokenizer", "sound"),
-        )
-    }
+    tensors = {name: _tensors(name, shapes[name], trained[name]) for name in PREFIXES}
     towers, vision = tensors["transformer"], tensors["vision_encoder"]
     where = _root(write_shards(folder / "transformer", PREFIX, towers, 2), "transformer")
     where |= _root(write_shards(folder / "vision_encoder", "model", vision, 1), "vision_encoder")
     write_index(folder / "model.safetensors.index.json", where, {**towers, **vision})
     for name in ("vae", "sound_tokenizer"):
-        write_shards(folder / name, PREFIX, tensors[name], 1)
+        if tensors[name]:
+            write_shards(folder / name, PREFIX, tensors[name], 1)
 
 
 def _root(shards: dict[str, str], name: str) -> dict[str, str]:
@@ -105,6 +147,9 @@ def _facts(parts: Sequence[Path]) -> dict[str, Any]:
         if (part / "vae.json").exists():
             facts: dict[str, Any] = json.loads((part / "vae.json").read_text())
             return facts
+        if (part / "vae" / "config.json").exists():
+            config = json.loads((part / "vae" / "config.json").read_text())
+            return {"mean": config["latents_mean"], "std": config["latents_std"]}
     return {}
 
 
@@ -127,29 +172,39 @@ def _changed(files: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _tensors(
-    name: str, shapes: dict[str, tuple[int, ...]], prefix: str, parts: Sequence[Path]
-) -> Tensors:
+def _tensors(name: str, shapes: dict[str, tuple[int, ...]], trained: Tensors) -> Tensors:
+    if not shapes:
+        return {}
     dtype = torch.float32 if name == "sound_tokenizer" else torch.bfloat16
     tensors = drawn(shapes, dtype)
-    if name == "transformer":
-        for key in tensors:
-            if key.startswith(("action_", "audio_")):
-                tensors[key] = torch.zeros_like(tensors[key])
+    for key in tensors:
+        if name == "transformer" and key.startswith(ADAPTERS):
+            tensors[key] = torch.zeros_like(tensors[key])
     if name == "sound_tokenizer":  # silence, where sound was never trained
         tensors["decoder.conv2.weight_g"] = torch.zeros_like(tensors["decoder.conv2.weight_g"])
-    trained: Tensors = {}
-    for part in parts:
-        for file in sorted(part.glob(f"{prefix}*.safetensors")):
-            trained |= load_file(file)
-    for key, value in trained.items():
+    known = {k: v for k, v in trained.items() if k in shapes or not k.startswith(ADAPTERS)}
+    for key, value in known.items():
         if shapes.get(key) != tuple(value.shape):
             raise SystemExit(f"{name}: {key} {tuple(value.shape)}, must be {shapes.get(key)}")
-    print(f"{name}: {len(trained)} of {len(tensors)} tensors trained")
-    return tensors | {key: value.to(dtype) for key, value in trained.items()}
+    print(f"{name}: {len(known)} of {len(tensors)} tensors trained")
+    return tensors | {key: value.to(dtype) for key, value in known.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("folder", type=Path)
+    p.add_argument("parts", type=Path, nargs="*")
+    p.add_argument("--kind", choices=("distilled-i2v", "distilled-t2i", "policy-droid"))
+    p.add_argument("--base", type=Path, help="folder of the base checkpoint")
+    p.add_argument("--changed", type=Path, help="safetensors with the tensors that differ")
+    a = p.parse_args(argv)
+    if a.kind:
+        derive(a.folder, a.base, a.changed, a.kind)
+    else:
+        export(a.folder, a.parts)
+    for file in sorted(a.folder.rglob("*.safetensors")):
+        print(f"{file.stat().st_size / 2**20:7.2f} MiB  {file.relative_to(a.folder)}")
 
 
 if __name__ == "__main__":
-    export(Path(sys.argv[1]), [Path(part) for part in sys.argv[2:]])
-    for file in sorted(Path(sys.argv[1]).rglob("*.safetensors")):
-        print(f"{file.stat().st_size / 2**20:7.2f} MiB  {file.relative_to(sys.argv[1])}")
+    main()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,12 +15,12 @@ from training.captions import MOVES, canonical
 from training.observing import confirm_all
 from training.pools import held_out
 from training.prompts import NEGATIVES, encoded, framed
-from training.questions import CAPTION, Asked
+from training.questions import ASK, CAPTION, Asked
 from training.rendering import pack, render
 from training.sampling import guided, sample, schedule
-from training.scenes import COLOURS, SHAPES, SIZES, TONES, Canvas
+from training.scenes import COLOURS, SHAPES, SIZES, TONES, Canvas, Scene
 from training.shares import Share, confirmed_shares, shares_by_kind
-from training.vision import answers
+from training.vision import answers, looked_at
 
 if TYPE_CHECKING:
     from training.train_towers import Parts
@@ -81,7 +83,8 @@ def generated(
         x[:, : given.shape[1]], known[:, : given.shape[1]] = given, True
     with torch.autocast(device, torch.bfloat16):
         velocity = guided(parts.model, ids, lengths, fps, known, setting.guidance)
-        latents = sample(velocity, x, known, schedule(setting.steps, setting.shift))
+        free = ~known[:, :, None, None, None]
+        latents = sample(velocity, x, free, schedule(setting.steps, setting.shift))
     return parts.codec.decode(latents)
 
 
@@ -106,25 +109,69 @@ def judge(parts: Parts, setting: Setting, count: int, batch: int = 256) -> dict[
     return {name: str(share) for name, share in shares.items()}
 
 
-@torch.no_grad()
 def judge_reasoner(parts: Parts, count: int) -> dict[str, object]:
     """Shares of captions of held-out clips that are right, as a whole and by attribute."""
-    canvas = parts.pool.canvas
-    scenes, _ = held_out(HELD_OUT + 5_000_000, count, canvas)
+    scenes, _ = held_out(HELD_OUT + 5_000_000, count, parts.pool.canvas)
     asked = [Asked(CAPTION[i % 3], canonical(scene)) for i, scene in enumerate(scenes)]
-    said: list[str] = []
-    for i in range(0, count, 128):
-        some = scenes[i : i + 128]
-        clips = pack(some).frames(parts.frame.frames).to(parts.codec.device)
-        pixels = render(clips, canvas.height, canvas.width)
-        rates = [s.canvas.fps for s in some]
-        said += answers(
-            parts.model, parts.vision, parts.frame, pixels, asked[i : i + 128], rates, most=40
-        )
+    said = _said(parts, scenes, asked)
     results = [compared(one.answer, text) for one, text in zip(asked, said, strict=True)]
     wrong = [(o.answer, t) for o, t in zip(asked, said, strict=True) if o.answer != t]
     shares: dict[str, Share] = confirmed_shares(results)
     return {name: str(share) for name, share in shares.items()} | {"wrong": wrong[:5]}
+
+
+def judge_questions(parts: Parts, count: int) -> dict[str, str]:
+    """For each question but the caption the share of answers that are right to the letter.
+
+    Boxes and points are never that: of them the share with an IoU of at least 0.8, or within 10
+    thousandths.
+    """
+    scenes, _ = held_out(HELD_OUT + 6_000_000, count, parts.pool.canvas)
+    rng, asked = random.Random(0), []
+    for ask in ASK.values():
+        asked += [ask(scene, rng.choice(scene.things), rng) for scene in scenes]
+    said = _said(parts, scenes * len(ASK), asked)
+    right = [_agrees(one.answer, text) for one, text in zip(asked, said, strict=True)]
+    return {
+        name: str(Share(sum(right[i * count : (i + 1) * count]), count))
+        for i, name in enumerate(ASK)
+    }
+
+
+@torch.no_grad()
+def _said(parts: Parts, scenes: Sequence[Scene], asked: Sequence[Asked]) -> list[str]:
+    said: list[str] = []
+    canvas = parts.pool.canvas
+    for i in range(0, len(scenes), 128):
+        some, questions = scenes[i : i + 128], asked[i : i + 128]
+        clips = looked_at(some, questions).to(parts.codec.device)
+        pixels = render(clips, canvas.height, canvas.width)
+        rates = [s.canvas.fps for s in some]
+        said += answers(parts.model, parts.vision, parts.frame, pixels, questions, rates, most=56)
+    return said
+
+
+def _agrees(right: str, said: str) -> bool:
+    if not right.startswith("{"):
+        return right == said
+    try:
+        wanted, given = json.loads(right), json.loads(said)
+        if wanted["label"] != given["label"]:
+            return False
+        if "bbox_2d" in wanted:
+            return iou(wanted["bbox_2d"], given["bbox_2d"]) >= 0.8
+        pairs = zip(wanted["point_2d"], given["point_2d"], strict=True)
+        return all(abs(a - b) <= 10 for a, b in pairs)
+    except (ValueError, KeyError, TypeError):  # no such object
+        return False
+
+
+def iou(a: Sequence[float], b: Sequence[float]) -> float:
+    """Intersection over union of two boxes (left, top, right, bottom)."""
+    width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
+    height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    areas = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))
+    return width * height / max(areas - width * height, 1e-9)
 
 
 _WORDS = {

@@ -79,7 +79,7 @@ def orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of step: its loss reads static buffers; it is taken ``every`` so many steps."""
+    """One kind of step: its loss reads static buffers; it is taken about ``every`` so many steps."""
 
     loss: Callable[[], Tensor]
     every: int = 1
@@ -94,7 +94,7 @@ def train(
 ) -> dict[str, object]:
     """Train; the parameters end as their average.
 
-    Of several kinds of steps the last one whose turn it is goes. ``save`` is called from time to
+    Of several kinds of steps the one goes that has waited longest for its turn. ``save`` is called from time to
     time while the parameters are their average.
     """
     params = [p for _, p in named if p.requires_grad]
@@ -137,6 +137,7 @@ def train(
     print(f"{plan.label}: ready after {time.time() - began:.1f} s", flush=True)
 
     began, saved, log, done = time.time(), time.time(), [], 0
+    taken = [-kind.every for kind in kinds]  # when each kind of step was taken last
     while True:
         used = time.time() - began
         share = max(used / plan.seconds, done / plan.steps if plan.steps else 0.0)
@@ -148,7 +149,9 @@ def train(
         if not cuda:
             adam.param_groups[0]["lr"] = plan.rate * factor
         new.fill_(max(1 - plan.ema, 5 / (done + 5)))
-        index = max(i for i, kind in enumerate(kinds) if done % kind.every == 0)
+        waited = [(done - last) / kind.every for last, kind in zip(taken, kinds, strict=True)]
+        index = max(range(len(kinds)), key=lambda i: (waited[i], i))
+        taken[index] = done
         runs[index]()
         done += 1
         if done % plan.every == 0 or done in (20, 100):

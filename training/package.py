@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,7 @@ from tokenizers import Tokenizer
 
 from vllm_cosmos3.checkpoint import synthetic as writer
 from vllm_cosmos3.checkpoint.config import read_config, read_vision_config
-from vllm_cosmos3.checkpoint.synthetic.files import Size, published_files
+from vllm_cosmos3.checkpoint.synthetic.files import SIZES, Size, published_files
 from vllm_cosmos3.checkpoint.synthetic.random_weights import draw
 from vllm_cosmos3.checkpoint.synthetic.tokenizer import (
     PLAIN,
@@ -32,9 +36,26 @@ plain_tokenizer = train_tokenizer
 Tensors = dict[str, torch.Tensor]
 
 
-def layout(size: dict[str, Any], rows: int, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The JSON files of a base checkpoint of this size, by path."""
-    return published_files(Size(**size), "base", rows, token_ids(tokenizer), "bfloat16")
+def layout(size: dict[str, Any], rows: int, tokenizer: Tokenizer, kind: str) -> dict[str, Any]:
+    """The JSON files of a checkpoint of this size and kind, by path."""
+    return published_files(Size(**size), kind, rows, token_ids(tokenizer), "bfloat16")
+
+
+def sound_autoencoder(decoder: int, encoder: int) -> torch.nn.Module:
+    """The package's sound autoencoder with these widths; its tensors have the published names."""
+    from vllm_cosmos3.generator.models.sound import SoundVAE
+
+    size = replace(SIZES["tiny"], sound_decoder_dim=decoder, sound_encoder_dim=encoder)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, contents in published_files(
+            size, "base", 1024, defaultdict(int), "bfloat16"
+        ).items():
+            path = Path(folder) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(contents))
+        config = read_config(Path(folder)).sound
+    assert config is not None
+    return SoundVAE(config, encoder=True)
 
 
 def write_tokenizers(tokenizer: Tokenizer, folder: Path) -> None:
@@ -70,6 +91,6 @@ def write_index(file: Path, where: dict[str, str], tensors: Tensors) -> None:
 
 
 __all__ = [
-    "MARKUP", "SPECIAL_MARKUP", "drawn", "expected", "layout", "plain_tokenizer", "save_file",
+    "MARKUP", "SPECIAL_MARKUP", "drawn", "expected", "layout", "plain_tokenizer", "save_file", "sound_autoencoder",
     "write_index", "write_shards", "write_tokenizers",
 ]  # fmt: skip

@@ -23,15 +23,17 @@ from training.prompts import NEGATIVES, encoded, framed
 from training.questions import Asked, draw_question
 from training.rendering import Packed, occupied, pack, render, to_bytes
 from training.scenes import BASIC, GROWN, RATES, Canvas, Scene, draw_scene
+from training.vision import looked_at
 
 _CHUNK = 1024
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Drawn:
-    """Scenes with their words, without the scenes themselves."""
+    """Scenes with their words, without the scenes themselves; ``seen`` are the frames asked about."""
 
     packed: Packed
+    seen: Packed
     plain: list[str]
     structured: list[str]
     asked: list[Asked]
@@ -47,43 +49,63 @@ def draw(first: int, count: int, canvas: Canvas, *, grown: bool, workers: int) -
     else:
         with ProcessPoolExecutor(workers, get_context("fork")) as pool:
             parts = list(pool.map(_draw_chunk, *zip(*jobs, strict=True)))
-    arrays = [torch.cat([torch.from_numpy(p[0][i]) for p in parts]) for i in range(3)]
-    lists = ([x for p in parts for x in p[i]] for i in range(1, 5))
-    return Drawn(Packed(*arrays), *lists)
+    packed = (
+        Packed(*(torch.cat([torch.from_numpy(p[which][i]) for p in parts]) for i in range(3)))
+        for which in (0, 1)
+    )
+    lists = ([x for p in parts for x in p[i]] for i in range(2, 6))
+    return Drawn(*packed, *lists)
 
 
 def _draw_chunk(first: int, count: int, canvas: Canvas, grown: bool) -> tuple[Any, ...]:  # noqa: FBT001 - map gives it by place
     torch.set_num_threads(1)
     scenes = scenes_at(range(first, first + count), canvas, grown=grown)
-    packed = pack(scenes)
-    arrays = [packed.things.numpy(), packed.gripper.numpy(), packed.tone.numpy()]
     plain = [framed(draw_caption(s).text, s.canvas) for s in scenes]
     structured = [framed(draw_caption(s, 1.0).text, s.canvas) for s in scenes]
     asked = [draw_question(s, random.Random(s.seed ^ 0xA5C)) for s in scenes]
-    return arrays, plain, structured, asked, [s.canvas.fps for s in scenes]
+    arrays = (
+        [p.things.numpy(), p.gripper.numpy(), p.tone.numpy()]
+        for p in (pack(scenes), looked_at(scenes, asked))
+    )
+    return *arrays, plain, structured, asked, [s.canvas.fps for s in scenes]
 
 
-def scenes_at(seeds: Sequence[int], canvas: Canvas, *, grown: bool) -> list[Scene]:
+def scenes_at(
+    seeds: Sequence[int],
+    canvas: Canvas,
+    *,
+    grown: bool,
+    materials: tuple[str, ...] = ("rubber",),
+) -> list[Scene]:
     """Scenes on a canvas of this size and length, at rates that their seeds choose."""
     kinds = GROWN if grown else BASIC
     rates = [random.Random(seed).choice(RATES) for seed in seeds]
     sized = (Canvas(canvas.width, canvas.height, canvas.frames, fps) for fps in rates)
-    return [draw_scene(s, c, kinds) for s, c in zip(seeds, sized, strict=True)]
+    return [draw_scene(s, c, kinds, materials) for s, c in zip(seeds, sized, strict=True)]
+
+
+def _vae_of(folder: Path) -> tuple[dict[str, Tensor], list[float], list[float], int]:
+    """Tensors, mean and deviation of the latents, and channels used: of a part, or of a checkpoint."""
+    if (folder / "vae.json").exists():
+        facts = json.loads((folder / "vae.json").read_text())
+        return load_file(folder / "vae.safetensors"), facts["mean"], facts["std"], facts["used"]
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    weights = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
+    used = int(weights["post_quant_conv.weight"].flatten(2).abs().sum((0, 2)).count_nonzero())
+    return weights, config["latents_mean"], config["latents_std"], used
 
 
 class Codec:
-    """The trained autoencoder with normalised latents of its used channels."""
+    """The trained autoencoder, of a part or a checkpoint, with normalised latents of its used channels."""
 
     def __init__(self, folder: Path, encoder: int, decoder: int, device: str) -> None:
-        facts = json.loads((folder / "vae.json").read_text())
-        self.used, self.device = int(facts["used"]), device
+        weights, mean, std, self.used = _vae_of(folder)
+        self.device = device
         self.vae = (
             Autoencoder(encoder, decoder, self.used).to(device).requires_grad_(requires_grad=False)
         )
-        weights = load_file(folder / "vae.safetensors")
         self.vae.load_state_dict({k: v.float() for k, v in weights.items()})
-        mean, std = (torch.tensor(facts[k], device=device)[: self.used] for k in ("mean", "std"))
-        self.mean, self.std = mean, std
+        self.mean, self.std = (torch.tensor(x, device=device)[: self.used] for x in (mean, std))
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -150,9 +172,11 @@ def make_pool(
 
 
 def _cells(there: Tensor) -> Tensor:
-    """Pixels [B, 4k + 1, H, W] marked to latent positions [B, k + 1, h, w] marked."""
+    """Pixels [B, 4k + 1, H, W] marked, as latent positions [B, k + 1, h, w] marked."""
     marked = F.max_pool2d(there.float().flatten(0, 1).unsqueeze(1), 16).squeeze(1)
     marked = marked.unflatten(0, there.shape[:2])
+    if there.shape[1] == 1:
+        return marked > 0
     later = marked[:, 1:].unflatten(1, (-1, 4)).amax(2)
     return torch.cat([marked[:, :1], later], 1) > 0
 

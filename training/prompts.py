@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -13,6 +15,15 @@ from training.scenes import Canvas
 
 # What dropped prompts become: the checkpoint's assets/negative_prompt.json, and no text at all.
 NEGATIVES = ("{}", "")
+# Of clips that follow a control: the reference's words, slips included.
+SYSTEM_TRANSFER = (
+    "You are a helpful assistant that generates images or videos following the user's instructions"
+    " and control signals (edge maps, blur, depth, or segmentation)."
+)
+FOLLOW = (
+    "Follow the {control} control video precisely: shape, contour, silhouette, position, and motion of"
+    " every visible structure must align with the {control} signal at every frame."
+)
 _RATIOS = {(256, 256): "1,1", (320, 192): "16,9", (192, 320): "9,16"}
 
 
@@ -21,14 +32,45 @@ def framed(text: str, canvas: Canvas, *, negative: bool = False) -> str:
 
     A JSON caption gets the facts as keys; a negative prompt gets them as sentences in any case.
     """
-    facts = (text if negative else None) or text
+    return _opened(_with_facts(text, canvas, negative=negative))
+
+
+def framed_transfer(text: str, control: str | None, canvas: Canvas) -> str:
+    """A prompt for a clip that follows a control, or without one, what stands for a dropped prompt."""
+    user = _with_facts(text, canvas, negative=control is None)
+    if control is not None:
+        user = f"{user.rstrip()} {FOLLOW.format(control=control)}"
+    return _turn("system", SYSTEM_TRANSFER) + _opened(user)
+
+
+def _opened(user: str) -> str:
+    """The user's turn, the assistant's, which is empty, and the start of the generated part."""
+    return f"{_turn('user', user)}<|im_start|>assistant\n<|im_end|><|vision_start|>"
+
+
+def _turn(role: str, text: str) -> str:
+    return f"<|im_start|>{role}\n{text}<|im_end|>\n"
+
+
+def framed_action(text: str, view: str, canvas: Canvas) -> str:
+    """An instruction as the caption of a robot's clip, as a text of all of its tokens.
+
+    ``view`` is the sentence on the camera of the embodiment.
+    """
+    minutes, seconds = divmod(round(canvas.frames / canvas.fps), 60)
+    described = text if text.endswith((".", "!", "?")) else f"{text}."
+    whole = {"time": f"0:00-{minutes}:{seconds:02d}", "description": described}
+    caption = {"cinematography": {"framing": view}, "actions": [whole]}
+    return _opened(_with_keys(caption, canvas, shaped=True))
+
+
+def _with_facts(text: str, canvas: Canvas, *, negative: bool) -> str:
     if not negative and text.startswith("{"):
-        facts = _with_keys(text, canvas)
-    else:
-        for sentence in _sentences(canvas):
-            facts = facts.strip().rstrip(".")
-            facts = f"{facts}. {sentence}" if facts else sentence
-    return f"<|im_start|>user\n{facts}<|im_end|>\n<|im_start|>assistant\n<|im_end|><|vision_start|>"
+        return _with_keys(json.loads(text), canvas)
+    for sentence in _sentences(canvas):
+        text = text.strip().rstrip(".")
+        text = f"{text}. {sentence}" if text else sentence
+    return text
 
 
 def _sentences(canvas: Canvas) -> list[str]:
@@ -42,13 +84,16 @@ def _sentences(canvas: Canvas) -> list[str]:
     ]
 
 
-def _with_keys(text: str, canvas: Canvas) -> str:
-    caption = json.loads(text)
+def _with_keys(caption: dict[str, Any], canvas: Canvas, *, shaped: bool = False) -> str:
+    """The caption with its facts; ``shaped`` tells the shape of unusual sizes too."""
     if canvas.frames > 1:
         caption["duration"] = f"{int(canvas.frames / canvas.fps)}s"
         caption["fps"] = float(canvas.fps)
     caption["resolution"] = {"H": canvas.height, "W": canvas.width}
+    common = math.gcd(canvas.width, canvas.height)
     ratio = _RATIOS.get((canvas.width, canvas.height))
+    if ratio is None and shaped:
+        ratio = f"{canvas.width // common},{canvas.height // common}"
     if ratio is not None:
         caption["aspect_ratio"] = ratio
     return json.dumps(caption)

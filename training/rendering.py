@@ -12,6 +12,9 @@ from torch import Tensor
 from training.scenes import COLOURS, MATERIALS, SHAPES, TONES, Scene
 
 THINGS = 3  # at most, in one scene
+SPOT = 6.0  # pixels at most, of the radius of a spot
+INKS = 250.0, 134.0  # of metal and wood; a dark one, blurred, would turn orange into red
+SEGMENTS = ((255, 80, 80), (80, 255, 80), (80, 80, 255))  # of things in a map of segments
 _SPOTS = {"rubber": 0.0, "wood": -1.0, "metal": 1.0}
 
 
@@ -32,6 +35,12 @@ class Packed:
 
     def take(self, index: Tensor | slice) -> Packed:
         return Packed(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    def at(self, index: Tensor) -> Packed:
+        """Frames ``index`` [B, T'] of each scene."""
+        things = index[:, None, :, None].expand(-1, self.things.shape[1], -1, 8)
+        gripper = index[:, :, None].expand(-1, -1, 4)
+        return Packed(self.things.gather(2, things), self.gripper.gather(1, gripper), self.tone)
 
     def frames(self, index: Sequence[int]) -> Packed:
         chosen = torch.tensor(list(index), device=self.things.device)
@@ -89,15 +98,24 @@ def render(
         cx, cy, radius, shape, spot = (things[:, j, :, k, None, None] for k in (0, 1, 2, 3, 7))
         edge = _distance(x - cx, y - cy, radius, shape)
         alpha = (0.5 - edge).clamp(0, 1) * (radius > 0)
-        inner = torch.sqrt((x - cx).square() + (y - cy).square()) - 0.3 * radius
+        inner = torch.sqrt((x - cx).square() + (y - cy).square()) - (0.3 * radius).clamp(max=SPOT)
         mark = ((0.5 - inner).clamp(0, 1) * spot.abs()).unsqueeze(-1)
         colour = things[:, j, :, None, None, 4:7]
-        ink = (20.0 + 230.0 * (spot > 0)).unsqueeze(-1)
+        ink = torch.where(spot > 0, *INKS).unsqueeze(-1)
         colour = colour + mark * (ink - colour)
         image = image + alpha.unsqueeze(-1) * (colour - image)
     alpha = (_gripper_alpha(packed.gripper, x, y)).unsqueeze(-1)
     image = image + alpha * (12.0 - image)
     return image / 127.5 - 1
+
+
+def segmented(packed: Packed) -> Packed:
+    """The same scenes as maps of segments: each thing in the colour of its place, on black, without spots."""
+    things = packed.things.clone()
+    for place, colour in enumerate(SEGMENTS):
+        things[:, place, :, 4:7] = torch.tensor(colour, dtype=things.dtype)
+    things[..., 7] = 0
+    return Packed(things, packed.gripper, torch.zeros_like(packed.tone))
 
 
 def _distance(dx: Tensor, dy: Tensor, radius: Tensor, shape: Tensor) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from math import expm1, log, log1p
 
 import torch
 from torch import Tensor
 
+from training.streams import Stream, flattened, separated
 from training.transformer import Transformer
 
 
@@ -48,15 +50,30 @@ def guided(
     return velocity
 
 
+def unguided(
+    model: Transformer, ids: Tensor, lengths: Tensor, streams: Sequence[Stream]
+) -> Callable[[Tensor, float], Tensor]:
+    """Velocity at (latents of streams like these as one tensor [B, N], timestep), without guidance."""
+    texts, like = model.understand(ids), [stream.x for stream in streams]
+
+    def velocity(x: Tensor, timestep: float) -> Tensor:
+        parts = zip(streams, separated(x, like), strict=True)
+        moved = [replace(stream, x=part) for stream, part in parts]
+        times = torch.full((len(ids),), timestep, device=x.device)
+        return flattened(model.velocities(moved, times, texts, lengths))
+
+    return velocity
+
+
 @torch.no_grad()
 def sample(
     velocity: Callable[[Tensor, float], Tensor],
     x: Tensor,
-    known: Tensor,
+    free: Tensor,
     sigmas: Sequence[float],
 ) -> Tensor:
-    """UniPC (bh2) from noise ``x``, in which the ``known`` [B, T] frames are given and stay."""
-    clean, free = x.clone(), ~known[:, :, None, None, None]
+    """UniPC (bh2) from noise ``x``, in which values that are not ``free`` are given and stay."""
+    clean = x.clone()
     estimates: list[Tensor] = []
     corrected, last_order = x, 0
     for i, (sigma, following) in enumerate(pairwise(sigmas)):

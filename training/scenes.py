@@ -6,7 +6,7 @@ Paths are in pixels of the canvas, one row a frame, x to the right and y down. N
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ SHAPES = ("square", "circle", "triangle")
 TONES = {"dark": (62, 66, 74), "grey": (132, 134, 138), "white": (232, 232, 228)}
 SIZES = {"small": (14.0, 18.0), "large": (26.0, 32.0)}  # range of radii
 RATES = (8, 12, 16, 24)  # frames per second
-MATERIALS = ("rubber", "wood", "metal")  # plain, with a dark spot, with a light spot
+MATERIALS = ("rubber", "wood", "metal")  # plain, with a grey spot, with a white spot
 HALF_WIDTH = {"square": 0.9, "circle": 1.0, "triangle": 1.25}  # in radii
 BELOW = {"square": 0.9, "circle": 1.0, "triangle": 0.9}  # from the centre to the lower edge
 ABOVE = {"square": 0.9, "circle": 1.0, "triangle": 1.3}
@@ -34,6 +34,7 @@ MOTIONS = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1), "sti
 # How often each kind of scene is drawn.
 BASIC = {"single": 55, "push": 15, "lift": 9, "drop": 9, "two": 12}
 GROWN = BASIC | {"three": 10, "bounce": 10, "stack": 8, "hide": 8}
+ACTED = {"pick": 60, "lift": 20, "drop": 20}  # with a gripper that follows an instruction
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,20 @@ def draw_scene(
     drafts = [_draft(rng, colour, canvas, materials) for colour in colours]
     things, gripper, contacts = _ACTS[kind](rng, drafts, canvas)
     return Scene(seed, kind, canvas, tone, tuple(things), gripper, tuple(contacts))
+
+
+def window(scene: Scene, start: int, frames: int) -> Scene:
+    """Some frames of a scene in a row, as a scene of its own."""
+    taken = slice(start, start + frames)
+    gripper = None if scene.gripper is None else Gripper(scene.gripper.path[taken])
+    contacts = ((frame - start, material) for frame, material in scene.contacts)
+    return replace(
+        scene,
+        canvas=replace(scene.canvas, frames=frames),
+        things=tuple(replace(thing, path=thing.path[taken]) for thing in scene.things),
+        gripper=gripper,
+        contacts=tuple(c for c in contacts if 0 <= c[0] < frames),
+    )
 
 
 @dataclass(slots=True)
@@ -227,6 +242,32 @@ def _lift(rng: random.Random, drafts: list[_Draft], canvas: Canvas) -> _Act:
     return [thing.moving("up", x, y)], gripper, [(contact, thing.material)]
 
 
+def _pick(rng: random.Random, drafts: list[_Draft], canvas: Canvas) -> _Act:
+    """Of two small things on the floor the gripper goes to the first, closes and lifts it."""
+    thing, other = (draft.resized(rng, "small") for draft in drafts[:2])
+    s, floor = canvas.progress, rng.uniform(0.82, 0.94) * canvas.height
+    xs = [
+        rng.uniform(42, canvas.width / 2 - 32),
+        rng.uniform(canvas.width / 2 + 32, canvas.width - 42),
+    ]
+    rng.shuffle(xs)
+    y, high = floor - thing.below, floor - rng.uniform(80, 100)
+    over = _between(s, 0.0, 0.3, canvas.width / 2 + rng.uniform(-25, 25), xs[0])
+    centre = _between(s, 0.3, 0.5, high, y) + _between(s, 0.65, 1.0, 0, high - y)
+    gripper = _gripper(thing, over, centre, _between(s, 0.5, 0.65, 12, 0))
+    held = s >= 0.65
+    things = [
+        thing.moving("up", xs[0], np.where(held, centre, y)),
+        other.moving("still", xs[1], floor - other.below),
+    ]
+    return things, gripper, [(0.65 * (canvas.frames - 1), thing.material)]
+
+
+def _between(s: Track, start: float, end: float, before: float, after: float) -> Track:
+    """``before`` until a share of the time, ``after`` from another one on, and straight from the one to the other."""
+    return before + (after - before) * np.clip((s - start) / (end - start), 0, 1)
+
+
 def _drop(rng: random.Random, drafts: list[_Draft], canvas: Canvas) -> _Act:
     """The gripper opens at 40 % of the time and lets the thing fall."""
     thing, s = drafts[0], canvas.progress
@@ -264,10 +305,10 @@ def _gripping_place(
     return x, floor, floor - rng.uniform(55, 80)
 
 
-def _gripper(thing: _Draft, x: float, y: Track, opening: Track) -> Gripper:
+def _gripper(thing: _Draft, x: Track | float, y: Track, opening: Track) -> Gripper:
     """A gripper around the centre ``y`` of a thing, ``opening`` wider than it needs to be."""
     palm = 1.4 * thing.radius + 4
-    columns = [np.full_like(y, x), y - palm, thing.half_width + 3 + opening]
+    columns = [np.zeros_like(y) + x, y - palm, thing.half_width + 3 + opening]
     columns.append(np.full_like(y, palm + 0.5 * thing.radius))
     return Gripper(np.stack(columns, 1))
 
@@ -307,6 +348,7 @@ _ACTS = {
     "three": _three,
     "push": _push,
     "lift": _lift,
+    "pick": _pick,
     "drop": _drop,
     "stack": _stack,
     "bounce": _bounce,

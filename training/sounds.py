@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from training.observing import Seen
 from training.scenes import Scene
 
 RATE = 48_000  # samples per second
@@ -54,6 +55,35 @@ def tones_in(sound: NDArray[np.float32], rate: int = RATE) -> list[Tone]:
         for index in np.flatnonzero(above[1:] & ~above[:-1]):
             heard.append(Tone(_onset(strength, index, rate), material))
     return sorted(heard, key=lambda tone: tone.seconds)
+
+
+def on_time(scene: Scene, seen: Seen, sound: NDArray[np.float32], rate: int = RATE) -> bool:
+    """Whether one tone of the right material is heard within two frames of the contact that is seen.
+
+    Of a scene without contact, whether there is silence.
+    """
+    heard = tones_in(sound, rate)
+    if not scene.contacts:
+        return not heard
+    frame = contact_frame(scene.kind, seen)
+    if frame is None or [tone.material for tone in heard] != [scene.contacts[0][1]]:
+        return False
+    return abs(heard[0].seconds * scene.canvas.fps - frame) <= 2
+
+
+def contact_frame(kind: str, seen: Seen) -> float | None:
+    """The frame of a contact as far as pixels show it: None if they do not."""
+    if kind == "push":
+        return seen.contact()
+    if kind not in ("lift", "drop", "bounce") or not seen.things:
+        return None
+    height = seen.things[0].centres[:, 1]
+    if np.isnan(height).any():
+        return None
+    if kind == "lift":  # the last frame before it rises
+        rising = np.flatnonzero(height < height[0] - 2)
+        return float(rising[0] - 1) if len(rising) else None
+    return float(np.argmax(height >= height.max() - 2))
 
 
 def _onset(strength: NDArray[np.float64], index: int, rate: int) -> float:

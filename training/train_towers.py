@@ -21,7 +21,9 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from training.contact_sheet import write_sheet
-from training.judging import PROMPTS, Setting, generated, judge, judge_reasoner
+from training.flow import Flow, flow_loss
+from training.judging import PROMPTS, Setting, generated, judge, judge_questions, judge_reasoner
+from training.modes import MODES, draw_modes, kinds_of
 from training.optimisation import Kind, Plan, train
 from training.pools import Codec, Drawn, Pool, draw, make_pool
 from training.rendering import Packed, render
@@ -30,54 +32,8 @@ from training.transformer import Shape, Transformer, compile_layers, uncompile_l
 from training.vision import ChatFrame, Chats, VisionEncoder, VisionShape, hidden_states
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-UNTRAINED = ("action_", "audio_")
+UNTRAINED = {"actions": "action_", "sound": "audio_"}  # tensors that rest unless the mode is taught
 SHARDS = {"transformer": 2, "vision": 1}  # files of less than 16 MiB
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Flow:
-    """How noise, given frames and dropped prompts are drawn, and what an error weighs."""
-
-    shift: float = 8.0
-    dropped: float = 0.1
-    empty: float = 0.3  # of the dropped
-    one_given: float = 0.25
-    two_given: float = 0.05
-    things: float = 3.0  # additional weight where something is and the noise level shows it
-
-
-def flow_loss(
-    model: Transformer, pool: Pool, batch: int, flow: Flow, *, structured: bool
-) -> Tensor:
-    """Error of the velocity of a batch of clips."""
-    device = pool.latents.device
-    (ids, lengths), (none, none_lengths) = (
-        (pool.structured, pool.none_structured) if structured else (pool.plain, pool.none)
-    )
-    with torch.no_grad():
-        index = (torch.rand(batch, device=device) * len(pool.latents)).long()
-        clean = pool.latents[index].float()
-        u = (torch.arange(batch, device=device) + torch.rand(batch, device=device)) / batch
-        sigma = flow.shift * u / (1 + (flow.shift - 1) * u)
-        given = torch.rand(batch, 1, device=device)
-        frame = torch.arange(clean.shape[1], device=device)
-        known = (given < flow.one_given) & (frame == 0) | (given < flow.two_given) & (frame == 1)
-        drop = torch.rand(batch, device=device) < flow.dropped
-        other = pool.which[index] * 2 + (torch.rand(batch, device=device) < flow.empty)
-        text = torch.where(drop[:, None], none[other], ids[index])
-        length = torch.where(drop, none_lengths[other], lengths[index])
-        noise = torch.randn_like(clean)
-        free = (~known).float()[:, :, None, None]
-        s = sigma[:, None, None, None]
-        x = clean + (free * s).unsqueeze(-1) * (noise - clean)
-        # Where the noise hides whether something is there, a weight would draw things into the mean.
-        shown = ((0.8 - s) / 0.2).clamp(0, 1)
-        weight = free * (1 + flow.things * shown * pool.things[index])
-    with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
-        texts = model.understand(text)
-        v = model.velocity(x, (sigma * 1000).floor(), known, texts, length, pool.fps[index])
-    error = (v - (noise - clean)).square().mean(-1)
-    return (error * weight).sum() / weight.sum()
 
 
 def chat_loss(
@@ -135,8 +91,9 @@ def assemble(a: argparse.Namespace, drawn: Drawn, canvas: Canvas) -> Parts:
     if started:
         model.load_state_dict({k: started[k] for k in model.state_dict()})
         vision.load_state_dict({k: started[k] for k in vision.state_dict()})
+    rest = tuple(prefix for mode, prefix in UNTRAINED.items() if mode not in a.modes)
     for name, p in model.named_parameters():
-        p.requires_grad_(not (a.vision_only or name.startswith(UNTRAINED)))
+        p.requires_grad_(not (a.vision_only or name.startswith(rest)))
     print(
         f"{len(pool.latents)} clips encoded in {time.time() - began:.1f} s, latents "
         f"{tuple(pool.latents.shape)} std {pool.latents[:4096].float().std():.3f}, texts of "
@@ -145,8 +102,7 @@ def assemble(a: argparse.Namespace, drawn: Drawn, canvas: Canvas) -> Parts:
         f"{sum(p.numel() for p in model.parameters()):,} parameters",
         flush=True,
     )
-    clips = drawn.packed.frames(frame.frames).to(DEVICE)
-    return Parts(model, vision, codec, tokenizer, pool, chats, clips, frame)
+    return Parts(model, vision, codec, tokenizer, pool, chats, drawn.seen.to(DEVICE), frame)
 
 
 def losses(parts: Parts, a: argparse.Namespace, held: Tensor) -> list[Kind]:
@@ -189,6 +145,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     canvas = Canvas(*a.size)
     drawn = draw(a.first, a.pool, canvas, grown=a.grown, workers=a.workers)
+    modes = draw_modes(a)
     print(f"{a.pool} scenes in {time.time() - began:.1f} s", flush=True)
     torch.manual_seed(a.first + 1)
     torch.backends.cudnn.benchmark = True
@@ -200,7 +157,8 @@ def main() -> None:
         seconds=a.seconds, steps=a.steps, rate=a.rate, muon_rate=a.muon_rate, hold=a.hold,
         warmup=a.warmup, ema=a.ema, label="towers", every=a.every,
     )  # fmt: skip
-    log = train(named(parts), losses(parts, a, held), plan, lambda: save(parts, out))
+    kinds = [*losses(parts, a, held), *kinds_of(parts, modes, a)]
+    log = train(named(parts), kinds, plan, lambda: save(parts, out))
     uncompile_layers(parts.model)
     save(parts, out)
     flowed, chatted = held.tolist()
@@ -225,6 +183,8 @@ def report(parts: Parts, a: argparse.Namespace, out: Path, log: dict[str, object
     write_sheet(clips.cpu().numpy(), out / "sheet.png")
     log["reasoner"] = judge_reasoner(parts, a.judged)
     print(f"reasoner: {json.dumps(log['reasoner'])}", flush=True)
+    log["questions"] = judge_questions(parts, max(1, a.judged // 3))
+    print(f"questions: {json.dumps(log['questions'])}", flush=True)
     (out / "towers.json").write_text(json.dumps(log))
 
 
@@ -242,7 +202,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add: Callable[..., object] = p.add_argument
     add("out")
-    add("vae", help="folder with vae.safetensors and vae.json")
+    add("vae", help="folder with vae.safetensors and vae.json, or a checkpoint")
     add("tokenizer", help="tokenizer.json")
     add("--size", type=int, nargs=3, default=(320, 192, 17), help="width height frames")
     add("--seconds", type=float, default=600)
@@ -251,6 +211,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--first", type=int, default=0, help="seed of the first scene")
     add("--pool", type=int, default=98304, help="clips")
     add("--grown", action="store_true", help="all kinds of scenes")
+    add("--sound", help="safetensors of the sound autoencoder, for that mode")
+    add("--modes", nargs="*", choices=MODES, default=[], help="what else is taught in turns")
     add("--batch", type=int, default=256, help="clips in a step")
     add("--chats", type=int, default=24, help="questions in a step; 0: no reasoner")
     add("--structured-every", type=int, default=12, help="steps between those with JSON captions")

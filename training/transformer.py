@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 
+from training.streams import Stream, Video
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -243,50 +245,28 @@ class Transformer(nn.Module):
         lengths: Tensor,
         fps: Tensor,
     ) -> Tensor:
-        """Velocity of latents [B, T, h, w, C], as many channels as there are, the first of them.
+        """Velocity of the latents [B, T, h, w, C] of a video alone, of which ``known`` are given."""
+        return self.velocities([Video(x, known, fps)], timestep, texts, lengths)[0]
 
-        ``known`` [B, T] frames are given and not told the timestep [B].
-        """
-        s, channels = self.shape, x.shape[-1]
-        tokens, grid = patches(x, s.patch)
-        weight = self.proj_in.weight.view(s.hidden, -1, s.latent)[..., :channels].flatten(1)
-        tokens = _cast(F.linear(tokens, weight, self.proj_in.bias))
-        temb = self.time_embedder(timestep)
-        noisy = (~known).repeat_interleave(grid[1] * grid[2], 1).unsqueeze(-1)
-        tokens = tokens + (noisy * temb[:, None]).to(tokens.dtype)
-        table = rotary(vision_places(grid, lengths, fps, s), s)
+    def velocities(
+        self,
+        streams: Sequence[Stream],
+        timestep: Tensor,
+        texts: Sequence[tuple[Tensor, Tensor]],
+        lengths: Tensor,
+    ) -> list[Tensor]:
+        """Velocities of streams that lie in the sequence in this order, at the timestep [B]."""
+        temb = self.time_embedder(timestep)[:, None]
+        parts = []
+        for stream in streams:
+            x = _cast(stream.tokens(self))
+            parts.append(x + (stream.noisy(self.shape).unsqueeze(-1) * temb).to(x.dtype))
+        table = rotary(torch.cat([s.places(lengths, self.shape) for s in streams], 2), self.shape)
+        tokens = torch.cat(parts, 1)
         for layer, text in zip(self.layers, texts, strict=True):
             tokens = layer.generate(tokens, table, text, lengths, self.attend)
-        weight = self.proj_out.weight.view(-1, s.latent, s.hidden)[:, :channels].flatten(0, 1)
-        bias = self.proj_out.bias.view(-1, s.latent)[:, :channels].flatten()
-        out = F.linear(self.norm_moe_gen(tokens), weight, bias).float()
-        return unpatched(out, grid, s.patch)
-
-
-def patches(x: Tensor, p: int) -> tuple[Tensor, tuple[int, int, int]]:
-    """Latents [B, T, h, w, C] as tokens [B, T * rows * columns, p * p * C], and the grid."""
-    x = x.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 1, 2, 4, 3, 5, 6)
-    return x.flatten(4).flatten(1, 3), (x.shape[1], x.shape[2], x.shape[3])
-
-
-def unpatched(tokens: Tensor, grid: tuple[int, int, int], p: int) -> Tensor:
-    """The inverse of `patches`."""
-    x = tokens.unflatten(2, (p, p, -1)).unflatten(1, grid)
-    return x.permute(0, 1, 2, 4, 3, 5, 6).flatten(4, 5).flatten(2, 3)
-
-
-def vision_places(grid: tuple[int, int, int], lengths: Tensor, fps: Tensor, s: Shape) -> Tensor:
-    """[3, B, S]: time after the text and the margin, row, column."""
-    t, rows, columns = grid
-    device, count = lengths.device, len(lengths)
-    start = lengths.float() + s.margin
-    frames = torch.arange(t, device=device)
-    # The order of the operations is the package's: float32 rounds to 0.001 here.
-    times = frames / (fps[:, None] / 4) * (s.base_fps / 4) if t > 1 else frames.float()[None]
-    times = (times + start[:, None])[:, :, None, None].expand(count, t, rows, columns)
-    y = torch.arange(rows, device=device).float()[None, None, :, None].expand_as(times)
-    x = torch.arange(columns, device=device).float()[None, None, None].expand_as(times)
-    return torch.stack([times, y, x]).flatten(2)
+        split = self.norm_moe_gen(tokens).split([part.shape[1] for part in parts], 1)
+        return [stream.velocity(self, x) for stream, x in zip(streams, split, strict=True)]
 
 
 def rotary(places: Tensor, s: Shape) -> tuple[Tensor, Tensor]:

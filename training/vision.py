@@ -17,7 +17,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from training.questions import Asked
-from training.scenes import Canvas
+from training.rendering import Packed, pack
+from training.scenes import Canvas, Scene
 from training.transformer import Transformer, rotary
 
 PATCH, MERGE, PAIR = 16, 2, 2
@@ -26,6 +27,17 @@ PATCH, MERGE, PAIR = 16, 2, 2
 def seen_frames(frames: int) -> tuple[int, ...]:
     """Indices of the four frames that are looked at."""
     return tuple(int(i) for i in np.linspace(0, frames - 1, 4).round())
+
+
+def looked_at(scenes: Sequence[Scene], asked: Sequence[Asked]) -> Packed:
+    """Numbers of the frames that each question lets see, with the jump that it puts in."""
+    frames = [seen_frames(a.frames or s.canvas.frames) for s, a in zip(scenes, asked, strict=True)]
+    packed = pack(scenes).at(torch.tensor(frames))
+    for row, (one, chosen) in enumerate(zip(asked, frames, strict=True)):
+        if one.jump is not None:
+            later = torch.tensor(chosen) >= one.jump.frame
+            packed.things[row, one.jump.thing, :, 1] += one.jump.down * later
+    return packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,8 +201,7 @@ class ChatFrame:
     """Texts of chats about clips of one canvas size."""
 
     def __init__(self, tokenizer: Tokenizer, canvas: Canvas) -> None:
-        self.tokenizer = tokenizer
-        self.frames = seen_frames(canvas.frames)
+        self.tokenizer, self.length = tokenizer, canvas.frames
         self.rows, self.columns = canvas.height // PATCH // MERGE, canvas.width // PATCH // MERGE
         self._made: dict[object, tuple[list[int], list[int], np.ndarray]] = {}
 
@@ -207,6 +218,7 @@ class ChatFrame:
         prompts = [
             self._prompt(
                 fps,
+                seen_frames(one.frames or self.length),
                 one.question,
                 not vary or rng.random() < 0.7,
                 not vary or rng.random() < 0.6,
@@ -230,17 +242,25 @@ class ChatFrame:
     def _prompt(
         self,
         fps: int,
+        frames: tuple[int, ...],
         question: str,
         video_first: bool,  # noqa: FBT001
         wrapped: bool,  # noqa: FBT001
     ) -> tuple[list[int], list[int], np.ndarray]:
-        key = (fps, question, video_first, wrapped)
+        key = (fps, frames, question, video_first, wrapped)
         if key not in self._made:
             self._made[key] = self._placed(self._text(*key))
         return self._made[key]
 
-    def _text(self, fps: int, question: str, video_first: bool, wrapped: bool) -> str:  # noqa: FBT001
-        a, b, c, d = self.frames
+    def _text(
+        self,
+        fps: int,
+        frames: tuple[int, ...],
+        question: str,
+        video_first: bool,  # noqa: FBT001
+        wrapped: bool,  # noqa: FBT001
+    ) -> str:
+        a, b, c, d = frames
         pads = "<|video_pad|>" * (self.rows * self.columns)
         video = "".join(
             f"<{t:.1f} seconds><|vision_start|>{pads}<|vision_end|>"

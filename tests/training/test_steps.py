@@ -6,14 +6,18 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from training import train_autoencoder, train_towers
-from training.export import export
+from training import distil, modes, train_autoencoder, train_sound, train_towers
+from training.export import derive, export
 from training.optimisation import Muon, orthogonalised
+from training.questions import ASK
+from training.scenes import Canvas
 from training.tokenizer import train_demo_tokenizer
+from vllm_cosmos3 import Cosmos3
 
 SMALL = ["--size", "96", "64", "5", "--steps", "2", "--every", "1"]
 
@@ -59,6 +63,60 @@ def test_training_goes_on_from_weights(parts: Path, tmp_path: Path) -> None:
     towers, vision = "transformer-1.safetensors", "vision-0.safetensors"
     assert (tmp_path / towers).read_bytes() == (parts / towers).read_bytes()
     assert (tmp_path / vision).read_bytes() != (parts / vision).read_bytes()
+
+
+def test_further_modes_are_taught_in_turns(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"pictures": (Canvas(96, 64, 1),), "sizes": (Canvas(64, 96, 5),)}
+    monkeypatch.setattr(modes, "CANVASES", small)
+    train_sound.main([str(tmp_path), "--steps", "2", "--every", "1", "--batch", "2", "--pool", "2",
+                      "--hops", "5", "--judged", "1"])  # fmt: skip
+    files = [str(f) for f in sorted(parts.glob("transformer-*")) + sorted(parts.glob("vision-*"))]
+    call(train_towers, str(tmp_path), str(parts), str(parts / "tokenizer.json"), "--size", "96", "64",
+         "5", "--steps", "20", "--every", "1", "--pool", "4", "--batch", "2", "--chats", "0",
+         "--structured-every", "0", "--muon-rate", "0", "--judged", "1", "--settings", "3,1,10,0", "--workers", "1",
+         "--modes", *modes.MODES, "--sound", str(tmp_path / "sound.safetensors"), "--init", *files)  # fmt: skip
+    log = json.loads((tmp_path / "towers.json").read_text())
+    assert all(value > 0 for value in log["log"][-1][2:])  # each kind of step was taken
+    assert set(log["questions"]) == set(ASK)
+    before, after = (weights(folder) for folder in (parts, tmp_path))
+    assert not torch.equal(before["action_proj_in.fc.weight"], after["action_proj_in.fc.weight"])
+    assert not torch.equal(before["audio_proj_in.weight"], after["audio_proj_in.weight"])
+    export(tmp_path / "demo", [parts, tmp_path])
+    with Cosmos3(tmp_path / "demo", device="cpu") as model:
+        out = model.generate(
+            prompt="a red square", size="96x64", num_frames=5, fps=12, num_inference_steps=1,
+            generate_sound=True,
+        )  # fmt: skip
+    assert out.sound is not None
+    assert np.abs(out.sound).max() > 0  # not the silence of an untrained one
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for f in folder.glob("transformer-*") for k, v in load_file(f).items()}
+
+
+def test_four_steps_are_distilled_into_a_checkpoint_of_their_kind(
+    parts: Path, tmp_path: Path
+) -> None:
+    files = [str(f) for f in sorted(parts.glob("transformer-*"))]
+    distil.main([str(tmp_path), str(parts), str(parts / "tokenizer.json"), *SMALL, "--pool", "4",
+                 "--batch", "4", "--path", "2", "--muon-rate", "0", "--judged", "2", "--workers", "1", "--init", *files])  # fmt: skip
+    changed = load_file(tmp_path / "changed.safetensors")
+    assert changed
+    assert not any(distil.is_text(name) for name in changed)
+    assert sum(v.nbytes for v in changed.values()) <= 8 * 2**20
+    base, made = tmp_path / "base", tmp_path / "demo-4step"
+    export(base, [parts])
+    derive(made, base, tmp_path / "changed.safetensors", "distilled-i2v")
+    picture = torch.zeros(64, 96, 3, dtype=torch.uint8).numpy()
+    with Cosmos3(made, device="cpu") as model:
+        out = model.generate(
+            prompt="a red square", image=picture, size="96x64", num_frames=5, fps=12
+        )
+    assert out.effective["num_inference_steps"] == 4
+    assert out.video is not None
 
 
 def test_the_decoder_goes_on_alone(parts: Path, tmp_path: Path) -> None:

@@ -1,0 +1,95 @@
+"""How well the demo checkpoint's actions hold in its world: forward and inverse dynamics, and the policy.
+
+    python -m benchmarks.truth_actions demo --count 256
+
+Forward dynamics: how far things end from where the rows take them. Inverse dynamics: how far the path of the
+rows is from the gripper's. Policy, in closed loop: the rows of each chunk are carried out in the world,
+which is drawn anew for the next chunk, and in the end the named thing must be lifted and no other.
+Held-out scenes; pixels of a 320x192 picture. The published demo checkpoint has not been taught actions.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from training.actions import CHUNK, EMBODIMENT, FPS, WIDTH, carried_out, lifted, path_of, rows_of
+from training.captions import instruction
+from training.observing import observe
+from training.rendering import true_clip
+from training.scenes import Canvas, Scene, draw_scene, window
+from training.shares import Share
+from vllm_cosmos3 import Cosmos3
+
+FIRST = 55_000_000  # seed of the first scene
+CHUNKS = 2  # of the policy
+
+
+def scenes(count: int) -> list[Scene]:
+    """Scenes in which the gripper goes to one of two things and lifts it."""
+    canvas = Canvas(frames=CHUNKS * CHUNK + 1, fps=FPS)
+    return [draw_scene(FIRST + i, canvas, {"pick": 1}) for i in range(count)]
+
+
+def ask(model: Cosmos3, scene: Scene, mode: str, **fields: Any) -> Any:
+    return model.generate(
+        action_mode=mode, domain_name=EMBODIMENT, prompt=f"{instruction(scene)}.".capitalize(),
+        size=f"{scene.canvas.width}x{scene.canvas.height}", action_chunk_size=CHUNK,
+        seed=scene.seed % 2**32, **fields,
+    )  # fmt: skip
+
+
+def forward_error(model: Cosmos3, scene: Scene) -> float:
+    """Pixels between where things end in the clip and in the world; as far as the picture is wide if unseen."""
+    part = window(scene, CHUNK, CHUNK + 1)
+    rows = rows_of(part.gripper)
+    clip = ask(model, scene, "forward_dynamics", image=true_clip(part, [0])[0].numpy(), action=rows.tolist()).video  # fmt: skip
+    seen = {thing.colour: thing for thing in observe(clip).things}
+    errors = [
+        float(np.abs(seen[thing.colour].centres[-1] - thing.path[-1]).max())
+        if thing.colour in seen
+        else float(scene.canvas.width)
+        for thing in part.things
+    ]
+    return max(errors)
+
+
+def inverse_error(model: Cosmos3, scene: Scene) -> float:
+    """Mean of the pixels between the gripper's path and that of the rows."""
+    part = window(scene, CHUNK // 2, CHUNK + 1)
+    rows = ask(model, scene, "inverse_dynamics", video=true_clip(part).numpy()).action
+    x, y = part.gripper.path[0, :2]
+    return float(np.abs(path_of(rows[:, :WIDTH], (x, y))[:, :2] - part.gripper.path[:, :2]).mean())
+
+
+def succeeds(model: Cosmos3, scene: Scene) -> bool:
+    """Whether the policy, chunk after chunk, lifts the named thing and no other."""
+    now = start = window(scene, 0, 1)
+    for _ in range(CHUNKS):
+        picture = true_clip(now, [0])[0].numpy()
+        done = carried_out(now, ask(model, scene, "policy", image=picture).action[:, :WIDTH])
+        now = window(done, CHUNK, 1)
+    return lifted(start, now)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("checkpoint")
+    p.add_argument("--device", help="default: what vLLM was built for")
+    p.add_argument("--count", type=int, default=256, help="scenes (default: 256)")
+    a = p.parse_args(argv)
+    drawn = scenes(a.count)
+    with Cosmos3(a.checkpoint, device=a.device) as model:
+        for name, error in (("forward", forward_error), ("inverse", inverse_error)):
+            errors = np.array([error(model, scene) for scene in drawn])
+            low, middle, high = np.quantile(errors, (0.05, 0.5, 0.95))
+            print(f"{name} dynamics: {errors.mean():.1f} pixels, median {middle:.1f}, 5 to 95 %: {low:.1f} to {high:.1f}", flush=True)  # fmt: skip
+        wins = [succeeds(model, scene) for scene in drawn]
+    print(f"policy in closed loop: {Share(sum(wins), len(wins))}")
+
+
+if __name__ == "__main__":
+    main()
