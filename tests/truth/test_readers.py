@@ -10,9 +10,8 @@ import torch
 from diffusers import Cosmos3OmniPipeline, UniPCMultistepScheduler
 from transformers import AutoProcessor, Cosmos3OmniForConditionalGeneration
 
-from training.captions import Caption, canonical
-from training.rendering import true_clip
-from training.scenes import Scene
+from training.captions import canonical
+from training.yardstick import Prompt
 from vllm_cosmos3 import Cosmos3
 
 pytestmark = pytest.mark.parity
@@ -20,8 +19,8 @@ pytestmark = pytest.mark.parity
 DEMO = Path(__file__).parents[2] / "checkpoints" / "demo"
 
 
-def test_diffusers_makes_the_same_clip(asked: list[tuple[Scene, Caption]]) -> None:
-    scene, caption = asked[0]
+def test_diffusers_makes_the_same_clip(prompts: list[Prompt]) -> None:
+    scene, caption = prompts[0].scene, prompts[0].caption
     common = {
         "prompt": caption.text, "negative_prompt": "{}", "height": 192, "width": 320,
         "num_frames": 17, "fps": float(scene.canvas.fps), "num_inference_steps": 4,
@@ -53,18 +52,19 @@ def test_diffusers_makes_the_same_clip(asked: list[tuple[Scene, Caption]]) -> No
 
 
 @torch.no_grad()
-def test_transformers_says_what_is_so(asked: list[tuple[Scene, Caption]]) -> None:
+def test_transformers_says_what_is_so(prompts: list[Prompt]) -> None:
     processor = AutoProcessor.from_pretrained(DEMO)
     model = Cosmos3OmniForConditionalGeneration.from_pretrained(DEMO, dtype=torch.float32).eval()
     right = 0
-    for scene, _ in asked:
+    for prompt_ in prompts:
+        scene = prompt_.scene
         content = [{"type": "video"}, {"type": "text", "text": "What happens in the video?"}]
         prompt = processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
         fps = float(scene.canvas.fps)
         batch = processor(
-            text=[prompt], videos=[list(true_clip(scene).numpy())], do_sample_frames=True,
+            text=[prompt], videos=[list(prompt_.frames(17))], do_sample_frames=True,
             video_metadata=[{"total_num_frames": 17, "fps": fps, "duration": 17 / fps}],
             return_tensors="pt",
         )  # fmt: skip
