@@ -7,7 +7,7 @@ BIN := .venv/bin
 SETUP := $(PYTHON) tools/setup.py
 
 TINY := demo/checkpoint
-CHECKPOINT ?= $(TINY)
+CHECKPOINT ?= demo
 PORT ?= 8000
 COMPAT ?= 0.28.0 0.30.0 0.32.0
 BENCH ?= --quick
@@ -27,12 +27,12 @@ setup: ## build .venv, or leave it alone when it is up to date
 	  "setup: there is no $(PYTHON); install Python 3.11, 3.12 or 3.13, or name one with PYTHON="; exit 1; }
 	@$(SETUP)
 
-demo: setup ## ask a tiny checkpoint about an image and a video, without a GPU
+demo: setup ## a small trained checkpoint makes three clips and says what they show (CPU or GPU)
 	@$(BIN)/python tools/demo.py
 
-serve: setup $(if $(filter $(TINY),$(CHECKPOINT)),$(TINY)/model_index.json) ## serve a tiny checkpoint (CHECKPOINT=, PORT=)
-	@$(BIN)/vllm-cosmos3 serve $(CHECKPOINT) --surface reasoner --host 127.0.0.1 --port $(PORT) \
-	  $(if $(filter $(TINY),$(CHECKPOINT)),--enforce-eager --max-model-len 4096 --max-num-seqs 16)
+serve: setup ## serve the small trained checkpoint (CHECKPOINT=, PORT=)
+	@$(BIN)/vllm-cosmos3 serve $(CHECKPOINT) --host 127.0.0.1 --port $(PORT) \
+	  $(if $(filter demo,$(CHECKPOINT)),--enforce-eager --max-model-len 4096 --max-num-seqs 16)
 
 test: setup ## run the tests (PYTEST= adds arguments); as root it installs Chromium
 	@$(BIN)/python tools/chromium.py

@@ -1,174 +1,193 @@
-"""What `make demo` runs: a tiny Cosmos 3 checkpoint, two questions and a video, no GPU.
+"""What `make demo` runs: the demo checkpoint makes three clips, and its reasoner says what they show.
 
-Makes the checkpoint unless it is there, serves its reasoner on a free port of this machine, draws a
-picture and a clip, asks about both with the official openai client, and stops the server. Then the
-generator makes a video with sound from the picture, which is read back and described.
+A clip from a prompt, one from a picture, and one that goes on from itself, on whatever device vLLM
+was built for; 24 MiB of weights, trained on a small world of flat things. Each clip is shown in the
+terminal and read back by the world's checker, which sees pixels alone. Then stock `vllm serve`
+is started and asked about each with the official openai client.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import av
+import numpy as np
 import openai
+from numpy.typing import NDArray
+from PIL import Image
+from rich.color import Color
+from rich.console import Console
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "examples" / "reasoner"))
-from client import Reasoner, message, typewriter  # noqa: E402
+sys.path += [str(ROOT), str(ROOT / "examples" / "reasoner")]
+from client import message  # noqa: E402
 from local_server import ServerFailed, local_server, program  # noqa: E402
-from scenes import media  # noqa: E402
+from training.captions import draw_caption  # noqa: E402
+from training.contact_sheet import write_sheet  # noqa: E402
+from training.observing import observe  # noqa: E402
+from training.rendering import true_clip  # noqa: E402
+from training.scenes import Canvas, draw_scene  # noqa: E402
+from vllm_cosmos3.cli.terminal import quiet_libraries  # noqa: E402
+from vllm_cosmos3.errors import Cosmos3Error  # noqa: E402
 
-BOLD, DIM, PLAIN = ("\033[1m", "\033[2m", "\033[0m") if sys.stdout.isatty() else ("", "", "")
+QUESTION = "What happens in the video?"
+COMMON = {
+    "size": "320x192", "num_frames": 17, "num_inference_steps": 16, "guidance_scale": 3.0,
+    "generate_sound": False,
+}  # fmt: skip
+PICTURED = 98  # seed of the scene whose first frame is the picture
+FRAMES = 5  # of a clip that are shown
+WIDEST = 160  # columns
 
-# What the constrained answers may say: random weights then choose among readable sentences.
-PICTURE = "The picture shows (a red|a blue|a green) cube and (a tray|a gripper|a table)\\."
-CLIP = "The gripper (lifts|drops|ignores) the (red|blue|green) cube, then it (moves|stops)\\."
+Pixels = NDArray[np.uint8]
+console = Console(highlight=False)
 
 
-def main() -> int:
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A clip that is asked for: from what, the prompt, and the other fields of the request."""
+
+    source: str
+    prompt: str
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Made:
+    """A clip that was made, uint8 [T, H, W, 3], its file, and what the checker sees in it."""
+
+    asked: Asked
+    clip: Pixels
+    file: Path
+    seen: str
+
+
+def asked() -> list[Asked]:
+    """The three clips: everything that the checkpoint was trained for."""
+    pictured = draw_scene(PICTURED, Canvas(fps=12))
+    picture, text = true_clip(pictured, [0])[0].numpy(), draw_caption(pictured).text
+    return [
+        Asked("a prompt", "a gripper lifts an orange circle", {"fps": 12, "seed": 1}),
+        Asked("a picture", text, {"fps": 12, "seed": 2, "image": picture}),
+        Asked(
+            "itself",
+            "a small red square moves to the right",
+            {"fps": 24, "seed": 5, "num_chunks": 2},
+        ),
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="for what the demo makes")
-    folder = parser.parse_args().folder
+    folder = parser.parse_args(argv).folder
     folder.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
+    began = time.monotonic()
     try:
-        checkpoint = step_checkpoint(folder)
-        picture, clip = step_media(folder)
-        step_reasoner(checkpoint, picture, clip, log=folder / "server.log")
-        step_generator(checkpoint, picture, folder)
-    except ServerFailed as failure:
+        made = make_clips(folder)
+        said = ask_reasoner(made, log=folder / "server.log")
+    except (ServerFailed, Cosmos3Error) as failure:
         return failed(str(failure), folder)
-    except subprocess.CalledProcessError as error:
-        return failed(f"{error.cmd[0]} ended with status {error.returncode}", folder)
     except openai.OpenAIError as error:
         return failed(f"the server did not answer: {error}", folder)
     except KeyboardInterrupt:
-        print("\nstopped; the server is stopped as well")
+        console.print("\nstopped; the server is stopped as well")
         return 130
-    farewell(checkpoint, time.monotonic() - started)
+    summary(made, said)
+    farewell(folder, time.monotonic() - began)
     return 0
 
 
-def step_checkpoint(folder: Path) -> Path:
-    checkpoint = folder / "checkpoint"
-    headline("1. A checkpoint", "random weights in the file layout of nvidia/Cosmos3-Nano")
-    if (checkpoint / "model_index.json").exists():
-        print(f"{checkpoint} is there already")
-    else:
-        subprocess.run([program(), "make-checkpoint", str(checkpoint)], check=True)
-    return checkpoint
+def make_clips(folder: Path) -> list[Made]:
+    """Make, show and save the clips, and a contact sheet of all."""
+    headline("1. Three clips", "of 24 MiB of weights, checkpoints/demo")
+    made = []
+    with ExitStack() as stack:
+        stack.enter_context(quiet_libraries())
+        from vllm_cosmos3 import Cosmos3  # here: vLLM takes its time, and has much to say
+
+        model = stack.enter_context(Cosmos3("demo"))
+        for number, one in enumerate(asked(), 1):
+            console.print(f"\nfrom {one.source}: [bold]{one.prompt}[/bold]")
+            began = time.monotonic()
+            out = model.generate(prompt=one.prompt, **COMMON | one.fields)
+            seconds = time.monotonic() - began
+            (file,) = out.save(folder / f"clip-{number}.mp4")
+            made.append(Made(one, out.video, file, str(observe(out.video))))
+            show(out.video)
+            console.print(f"[dim]{file}, {len(out.video)} frames in {seconds:.1f} s[/dim]")
+            console.print(f"the checker sees {made[-1].seen}")
+    write_sheet([one.clip for one in made], folder / "sheet.png", FRAMES)
+    return made
 
 
-def step_media(folder: Path) -> tuple[Path, Path]:
-    headline("2. A picture and a clip", "drawn here, nothing is downloaded")
-    paths = media("table.png", folder), media("table.mp4", folder)
-    print("\n".join(str(path) for path in paths))
-    return paths
-
-
-def step_reasoner(checkpoint: Path, picture: Path, clip: Path, *, log: Path) -> None:
-    headline("3. A server", "stock vLLM with this plugin")
-    command = [program(), "serve", str(checkpoint), "--surface", "reasoner", "--enforce-eager"]
+def ask_reasoner(made: Sequence[Made], *, log: Path) -> list[str]:
+    """Start the reasoner and ask it about each clip."""
+    headline("2. A server", "stock vLLM with this plugin")
+    command = [program(), "serve", "demo", "--surface", "reasoner", "--enforce-eager"]
     command += ["--max-model-len", "4096", "--max-num-seqs", "16"]
-    print(" ".join(["vllm-cosmos3", *command[1:]]))
-    print(f"The log is in {log}; a CPU takes half a minute to start.")
-    with local_server(command, log=log, waiting=Progress(log)) as server:
-        print(f"{erase()}ready after {server.seconds_to_start:.0f} s at {server.url}/v1")
-        headline("4. Two questions", "streamed through the official openai client")
-        reasoner = Reasoner(base_url=f"{server.url}/v1")
-        client = openai.OpenAI(base_url=reasoner.base_url, api_key="EMPTY")
-        model = client.models.list().data[0].id
-        for source, kind, question, pattern in (
-            (picture, "image", "Caption the image in detail.", PICTURE),
-            (clip, "video", "Describe the video in detail.", CLIP),
-        ):
-            print(f"\n{BOLD}{question}{PLAIN} ({source})")
-            print(f"{DIM}any text:{PLAIN} ", end="")
-            answer = Reasoner(base_url=reasoner.base_url, model=model, max_tokens=48).ask(
-                question, **{kind: source}, show=typewriter
-            )
-            print(f"\n{DIM}held to a pattern:{PLAIN} ", end="")
-            stream_constrained(client, model, message(question, **{kind: source}), pattern)
-            print(f"{DIM}{answer.prompt_tokens} tokens of {kind} and text were read{PLAIN}")
-        print(
-            "\nThe weights are random, so the free text is noise. The second line shows structured\n"
-            "output: the server lets the model choose only among sentences that fit a pattern.\n"
-            "Words that make sense come from a trained checkpoint."
+    console.print(" ".join(["vllm-cosmos3", *command[1:]]), soft_wrap=True)
+    console.print(f"The log is in {log}; a CPU takes half a minute to start.")
+    with local_server(command, log=log) as server:
+        console.print(f"ready after {server.seconds_to_start:.0f} s at {server.url}/v1")
+        return answers(made, f"{server.url}/v1")
+
+
+def answers(made: Sequence[Made], base_url: str) -> list[str]:
+    """What the reasoner at ``base_url`` says of each clip."""
+    client = openai.OpenAI(base_url=base_url, api_key="EMPTY")
+    said = []
+    for one in made:
+        answer = client.chat.completions.create(
+            model="demo", messages=[message(QUESTION, video=one.file)], max_tokens=64, temperature=0
         )
+        said.append((answer.choices[0].message.content or "").strip())
+    client.close()
+    return said
 
 
-def step_generator(checkpoint: Path, picture: Path, folder: Path) -> None:
-    headline("5. A video with sound", "from the picture, in a process of its own")
-    command = [program(), "generate", str(checkpoint), "--out", str(folder), "--name", "video"]
-    command += ["--prompt", "The gripper lifts the red cube.", "--image", str(picture)]
-    command += ["--size", "320x192", "--num-frames", "49", "--num-inference-steps", "8"]
-    command += ["--generate-sound", "--seed", "0"]
-    print(" ".join(["vllm-cosmos3", *command[1:]]), flush=True)
-    subprocess.run(command, check=True)
-    with av.open(str(folder / "video" / "vision.mp4")) as made:
-        picture_stream, sound = made.streams.video[0], made.streams.audio[0]
-        frames = sum(1 for _ in made.decode(video=0))
-        print(
-            f"read back: {frames} frames of {picture_stream.width}x{picture_stream.height} at "
-            f"{float(picture_stream.average_rate):g} fps ({picture_stream.codec_context.name}), "
-            f"{sound.codec_context.name} sound of {sound.channels} channels at {sound.rate} Hz"
-        )
-    print(
-        "The weights are random, so the frames are noise; a trained checkpoint fills the same file."
-    )
+def show(clip: Pixels) -> None:
+    """Frames of a clip side by side, as half blocks in 24-bit colours, where a terminal has them."""
+    if not console.is_terminal or console.color_system is None:
+        return
+    columns = (min(console.width, WIDEST) - FRAMES) // FRAMES
+    rows = 2 * round(columns * clip.shape[1] / clip.shape[2] / 2)
+    places = np.linspace(0, len(clip) - 1, FRAMES).round().astype(int)
+    small = [
+        np.asarray(Image.fromarray(clip[i]).resize((columns, rows), Image.Resampling.BOX))
+        for i in places
+    ]
+    text = Text(no_wrap=True)
+    for row in range(0, rows, 2):
+        for frame in small:
+            for upper, lower in zip(frame[row], frame[row + 1], strict=True):
+                above, below = (Color.from_rgb(*map(int, pixel)) for pixel in (upper, lower))
+                text.append("▀", Style(color=above, bgcolor=below))
+            text.append(" ")
+        text.append("\n")
+    console.print(text, end="", overflow="crop")
 
 
-def stream_constrained(
-    client: openai.OpenAI, model: str, user: dict[str, object], pattern: str
-) -> None:
-    """Print an answer that fits the regular expression, as it arrives."""
-    for chunk in client.chat.completions.create(
-        model=model,
-        messages=[user],
-        max_tokens=200,
-        seed=0,
-        stream=True,
-        extra_body={"structured_outputs": {"regex": pattern}},
-    ):
-        typewriter(chunk.choices[0].delta.content or "" if chunk.choices else "")
-    print(flush=True)
-
-
-class Progress:
-    """Says what the server is doing, by its log: one line that rewrites itself in a terminal."""
-
-    STAGES = (  # text in vLLM's log, and what follows it
-        ("", "importing vLLM"),
-        ("Resolved architecture", "preparing the API server"),
-        ("LLM engine", "starting the engine"),
-        ("Starting to load model", "loading the weights"),
-        ("init engine", "opening the API"),
-    )
-
-    def __init__(self, log: Path) -> None:
-        self.log, self.shown = log, ""
-
-    def __call__(self, seconds: float) -> None:
-        text = self.log.read_text(errors="replace")
-        stage = [meaning for marker, meaning in self.STAGES if marker in text][-1]
-        if sys.stdout.isatty():
-            print(f"{erase()}{seconds:3.0f} s  {stage} ...", end="", flush=True)
-        elif stage != self.shown:
-            print(f"{seconds:3.0f} s  {stage}", flush=True)
-        self.shown = stage
-
-
-def erase() -> str:
-    return "\r\033[K" if sys.stdout.isatty() else ""
+def summary(made: Sequence[Made], said: Sequence[str]) -> None:
+    headline("3. Asked, seen, said", f"the question was: {QUESTION}")
+    table = Table("from", "asked", "the checker sees", "the reasoner says", show_lines=True)
+    for one, words in zip(made, said, strict=True):
+        table.add_row(one.asked.source, one.asked.prompt, one.seen, words)
+    console.print(table)
 
 
 def headline(title: str, note: str) -> None:
-    print(f"\n{BOLD}{title}{PLAIN} {DIM}{note}{PLAIN}", flush=True)
+    console.print(f"\n[bold]{title}[/bold] [dim]{note}[/dim]")
 
 
 def failed(problem: str, folder: Path) -> int:
@@ -178,32 +197,29 @@ def failed(problem: str, folder: Path) -> int:
     print(
         f"\nThe demo failed: {problem}\n{where}"
         f"What to do: `{shown_program()} doctor` checks this machine and names the fix. The server "
-        f"needs about 4 GiB of free memory.\nThen run the demo again; remove {folder} first to make "
-        "everything anew.",
+        f"needs about 4 GiB of free memory.\nThen run the demo again.",
         file=sys.stderr,
     )
     return 1
 
 
-def farewell(checkpoint: Path, seconds: float) -> None:
-    python = shown_python()
+def farewell(folder: Path, seconds: float) -> None:
     steps = {
-        "make serve": "the same server, to stay",
-        f"{shown_program()} serve nvidia/Cosmos3-Nano": "real weights, on a GPU",
-        f"{python} examples/reasoner/grounding.py": "one of ten workflows: boxes, times, plans",
-        f"{python} benchmarks/reasoner.py --serve {checkpoint} --quick": "load and latency",
+        "make serve": "the same checkpoint behind an API, to stay",
+        f'{shown_program()} generate demo --prompt "a red square moves to the right" --size 320x192 '
+        "--num-frames 17 --fps 12 --out out": "a clip of your own",
+        f"{shown_program()} serve nvidia/Cosmos3-Nano": "the real weights, on a GPU",
     }
-    print(f"\n{BOLD}Done{PLAIN} in {seconds:.0f} s; the server is stopped. Next:")
+    console.print(
+        f"\n[bold]Done[/bold] in {seconds:.0f} s; the server is stopped. Clips and a contact sheet "
+        f"are in {folder}. Next:"
+    )
     for command, meaning in steps.items():
-        print(f"  {command}\n      {DIM}{meaning}{PLAIN}")
+        console.print(f"  {command}\n      [dim]{meaning}[/dim]", soft_wrap=True)
 
 
 def shown_program() -> str:
     return os.path.relpath(program())
-
-
-def shown_python() -> str:
-    return os.path.relpath(sys.executable)
 
 
 if __name__ == "__main__":
