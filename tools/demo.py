@@ -116,7 +116,7 @@ def make_clips(folder: Path) -> list[Made]:
         stack.enter_context(quiet_libraries())
         from vllm_cosmos3 import Cosmos3  # here: vLLM takes its time, and has much to say
 
-        model = stack.enter_context(Cosmos3("demo"))
+        model = stack.enter_context(Cosmos3("demo", progress=False))
         for number, one in enumerate(asked(), 1):
             console.print(f"\nfrom {one.source}: [bold]{one.prompt}[/bold]")
             began = time.monotonic()
