@@ -205,7 +205,7 @@ def start(args: argparse.Namespace, name: str, kind: Kind, folder: Path) -> Star
     """The server, ready; None if it did not start, which has then been said."""
     stages = folder / name
     stages.mkdir()
-    environment = [f"COSMOS3_STAGES={stages}", *kind.environment]
+    environment = [f"VLLM_COSMOS3_STAGES={stages}", *kind.environment]
     program = [sys.executable, str(HERE / "timed_server.py"), kind.program]
     command = ["env", *environment, *program, "serve", args.checkpoint, *args.flags, *kind.flags]
     log = (args.logs or folder) / f"{name}.log"

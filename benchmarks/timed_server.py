@@ -1,7 +1,7 @@
 """A server that writes down when each stage of a request began and ended, for ``front_ends.py``.
 
-    COSMOS3_STAGES=FOLDER python benchmarks/timed_server.py vllm serve CKPT ...
-    COSMOS3_STAGES=FOLDER python benchmarks/timed_server.py vllm-cosmos3 serve CKPT ...
+    VLLM_COSMOS3_STAGES=FOLDER python benchmarks/timed_server.py vllm serve CKPT ...
+    VLLM_COSMOS3_STAGES=FOLDER python benchmarks/timed_server.py vllm-cosmos3 serve CKPT ...
 
 Every process appends lines ``{"stage", "begin", "end"}`` to a file of its own in FOLDER, seconds of the
 machine's monotonic clock. On a GPU the model's stages are timed by events, without waiting for it.
@@ -137,7 +137,7 @@ def main() -> None:
 
 
 # Outside of main(): processes that are spawned load this file again and have stages of their own.
-install(Stages(Path(os.environ["COSMOS3_STAGES"])))
+install(Stages(Path(os.environ["VLLM_COSMOS3_STAGES"])))
 
 if __name__ == "__main__":
     main()

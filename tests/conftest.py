@@ -39,7 +39,7 @@ SHARED = {
 }
 
 
-NO_BROWSER = "COSMOS3_NO_BROWSER"  # an environment variable of those who have none
+NO_BROWSER = "VLLM_COSMOS3_NO_BROWSER"  # an environment variable of those who have none
 
 
 def pytest_report_header() -> list[str]:

@@ -14,7 +14,7 @@ import sys
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 PACKAGES = ("chromium", "fonts-dejavu-core")  # without a font a page has no text
 INSTALL = ("apt-get", "install", "--yes", "--no-install-recommends", *PACKAGES)
-NO_BROWSER = "COSMOS3_NO_BROWSER"
+NO_BROWSER = "VLLM_COSMOS3_NO_BROWSER"
 
 
 def main() -> int:

@@ -21,7 +21,7 @@ from playwright.sync_api import (
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 MISSING = (
     "there is no Chromium here: `apt-get install chromium` (make test does so as root), or leave the tests "
-    "of pages out with COSMOS3_NO_BROWSER=1"
+    "of pages out with VLLM_COSMOS3_NO_BROWSER=1"
 )
 READY = "body[data-ready]"
 PATIENCE = 120_000  # milliseconds: far above what a busy machine takes
