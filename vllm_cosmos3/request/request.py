@@ -285,7 +285,7 @@ class GenerateRequest:
         kind="int",
         low=0,
         high=1,
-        help="0 repeats the last computed step, 1 extrapolates the last two (default: 1)",
+        help="extrapolation order: 0 repeats the last computed step, 1 extrapolates the last two (default: 1)",
     )
     flow_shift: float | None = _field(
         kind="float",
