@@ -258,7 +258,7 @@ def test_what_does_not_fit_is_named(
 def test_a_control_too_long_for_memory_is_refused(
     model: ModelConfig, tokenizer: prompts.Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    budget = MediaBudget(per_request=10 * 96 * 64 * 3, total=100 * 96 * 64 * 3)
+    budget = MediaBudget(per_request=23 * 96 * 64 * 3, total=100 * 96 * 64 * 3)
     monkeypatch.setattr(planner, "media_budget", lambda: budget)
     with pytest.raises(InvalidRequest, match="at most 10 frames long at 96x64") as refusal:
         plan(model, tokenizer, edge=clip(11), size="96x64")
@@ -287,15 +287,14 @@ def test_what_chunks_see_is_a_part_of_the_clip_or_reserved(
     assert p.pixel_bytes == 3 * 5 * frame
     for part, (first, last) in zip(p.chunks, ((0, 5), (4, 9)), strict=False):
         assert (part[0].source == fields["edge"][first:last]).all()
-    short: dict[str, Any] = {"seg": clip(3)}
-    for frames, more, field in (
-        (12 + 5 - 1, {}, "edge"),
-        (12 + 3 + 5 + 3 * 5 - 1, short, "seg"),
-        (12 + 3 + 12 - 1, {**short, "show_control_condition": True}, "show_control_condition"),
+    for frames, more, said in (
+        (12 + 5 - 1, {}, ("edge.control", "too_large")),  # and how many frames would do
+        (12 + 3 + 5 + 3 * 5 - 1, {"seg": clip(3)}, ("seg", "payload_too_large")),
     ):
         with pytest.raises(InvalidRequest) as refusal:
             planned(frames, **more)
-        assert (refusal.value.field, refusal.value.code) == (field, "payload_too_large")
+        assert (refusal.value.field, refusal.value.code) == said
+    planned(12 + 3 + 5 + 3 * 5, seg=clip(3))
 
 
 def test_length_by_seconds_and_overlap_of_one_chunk(

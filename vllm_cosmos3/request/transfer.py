@@ -30,6 +30,7 @@ from vllm_cosmos3.request.request import SPECS, GenerateRequest
 FPS = 24.0
 SLOWEST, FASTEST = SPECS["fps"].low, SPECS["fps"].high
 TOLERANCE = 0.01  # of the fastest rate, which clips state inexactly
+ROUNDING = 3  # frames at most, up to those that fill whole latent frames
 WITHOUT_CONTROLS = 1  # the branch of guidance that sees none; 0 has all, 2 the negative prompt
 EDGES = {  # thresholds of Canny's hysteresis
     "none": (20, 50),
@@ -159,7 +160,9 @@ def resolve_transfer(
     fps = min(rate / every, FASTEST)
     picture = next(media.frames_of(source, limit=1, field=field, lease=lease))
     width, height = fit(picture.shape[1], picture.shape[0])
-    read = _Reader(request, width, height, _limit(request, fps) or default.limit, every, lease)
+    limit = _limit(request, fps) or default.limit
+    longest = round_frames(request.num_video_frames_per_chunk or default.chunk, model.vae)
+    read = _Reader(request, width, height, limit, every, longest, lease)
     clips = tuple(read.control(name) for name in request.controls)
     chunks = _chunks(request, model, len(clips[0]), default.chunk)
     start = _start(request, read, chunks, lease)
@@ -294,11 +297,14 @@ class _Reader:
         height: int,
         limit: int,
         every: int,
+        chunk: int,
         lease: Lease,
     ) -> None:
         self._request, self._size = request, (width, height)
         self._limit, self._every, self._lease = limit, every, lease
-        self._most = lease.per_request // (width * height * 3 * len(request.controls))
+        # A chunk that ends beyond the end of a clip sees a copy of its frames.
+        room = lease.per_request // (width * height * 3 * len(request.controls))
+        self._most = max(room - chunk, (room - ROUNDING) // 2)
         self._clips: dict[str | None, Pixels] = {}
 
     def control(self, name: str) -> Pixels:
