@@ -48,8 +48,10 @@ class Row:
     sound: bool = False
 
     def request(self, prompt: Prompt) -> dict[str, Any]:
-        frames = prompt.frames(self.given)
-        known = {0: {}, 1: {"image": frames[:1].squeeze(0)}}.get(self.given, {"video": frames})
+        known = {}
+        if self.given:
+            frames = prompt.frames(self.given)
+            known = {"image": frames[0]} if self.given == 1 else {"video": frames}
         control = prompt.control(self.control) if self.control else {}
         return prompt.fields | self.fields | known | control | {"generate_sound": self.sound}
 
