@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from training.captions import canonical
+from training.judging import compared
 from training.questions import CAPTION
 from training.scenes import MATERIALS, Canvas
 from training.shares import Share
@@ -96,7 +97,7 @@ def made(
 
 
 def described(checkpoint: str, clips: dict[str, list[tuple[Prompt, Pixels]]]) -> dict[str, Share]:
-    """The share of clips of each sort of which the reasoner says exactly what happens."""
+    """The share of clips of each sort of which the reasoner says what was asked."""
     shares = {}
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -110,12 +111,18 @@ def described(checkpoint: str, clips: dict[str, list[tuple[Prompt, Pixels]]]) ->
                 text = CAPTION[index % len(CAPTION)]
                 questions.append(Question(prompt=text, video=str(file), max_new_tokens=48))
             answers = reasoner.ask(questions)
-            right = [
-                canonical(p.scene) == a.text.strip()
-                for (p, _), a in zip(pairs, answers, strict=True)
-            ]
+            pairs_said = zip(pairs, answers, strict=True)
+            right = [tells(prompt, answer.text.strip()) for (prompt, _), answer in pairs_said]
             shares[sort] = Share(sum(right), len(right))
     return shares
+
+
+def tells(prompt: Prompt, said: str) -> bool:
+    """Whether a description has every word that the prompt tells; a clip may show other things besides."""
+    told = ["colour", "shape", "motion"]
+    told += ["tone"] * prompt.caption.tone + ["size"] * all(prompt.caption.sizes)
+    found = compared(canonical(prompt.scene), said)
+    return all(found[name] for name in told)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -150,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         record[name] = {"shares": numbers, "seconds": seconds}
     if a.reasoner:
         for sort, share in described(a.checkpoint, {k: v for k, v in asked.items() if v}).items():
-            print(f"reasoner, {sort}, right to the letter: {share}")
+            print(f"reasoner, {sort}, every word that was asked: {share}")
             record[f"reasoner, {sort}"] = [share.right, share.asked, *share.interval]
     if a.json:
         a.json.write_text(json.dumps(record, indent=2) + "\n")
