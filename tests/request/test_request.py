@@ -68,6 +68,7 @@ WRONG: dict[str, list[Any]] = {
     "num_inference_steps": [*NOT_INTEGERS, 0, 201],
     "guidance_scale": [*NOT_NUMBERS, -1, 21],
     "guidance_interval": [5, "0,1", [1], [1, 2, 3], [600, 400], [-1, 5], [0, 1001], ["a", "b"]],
+    "preset": ["best", "", 1],
     "step_cache": ["tea", "", True],
     "step_cache_threshold": [*NOT_NUMBERS, -0.1, 11],
     "step_cache_max_reused": [*NOT_INTEGERS, 0, 201],

@@ -56,6 +56,7 @@ def guarded_server(
         "http://a.example",
         "--no-playground",
     ]
+    flags += ["--presets", "exact"]
     flags += [
         "--allow-private-media",
         "--allowed-media-domains",

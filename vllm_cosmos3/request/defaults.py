@@ -34,6 +34,7 @@ class Parameters(Defaults):
     guidance_interval: tuple[float, float] | None
     control_guidance: float | None  # None: no controls
     control_guidance_interval: tuple[float, float] | None
+    preset: str | None  # None: fields chosen one by one
     reuse: StepCache | None  # None: every step is computed
     warnings: tuple[str, ...]
 

@@ -23,6 +23,8 @@ from vllm_cosmos3.request.defaults import (
     Defaults,
     Parameters,
 )
+from vllm_cosmos3.request.presets import Chosen
+from vllm_cosmos3.request.presets import chosen as chosen_preset
 from vllm_cosmos3.request.request import GenerateRequest, parse_size
 from vllm_cosmos3.request.sizes import (
     MAX_AREA,
@@ -140,6 +142,8 @@ def _parameters(
 ) -> Parameters:
     """All parameters of a request whose size, length and rate ``default`` has."""
     steps, guidance = _fixed_steps(request, model, default)
+    preset = chosen_preset(request, model)
+    reuse = _reuse(request, preset)
     chosen = replace(
         default,
         num_inference_steps=steps,
@@ -153,11 +157,16 @@ def _parameters(
         sound_duration=_sound_duration(request, model, default.num_frames / default.fps),
         schedule=request.schedule,
         noise=request.noise,
-        guidance_interval=request.guidance_interval,
+        guidance_interval=request.guidance_interval or preset.guidance_interval,
         control_guidance=control_guidance,
         control_guidance_interval=request.control_guidance_interval,
-        reuse=_reuse(request),
-        warnings=(*warnings, *_without_effect(request, model, guidance), *_without_cache(request)),
+        preset=preset.name,
+        reuse=reuse,
+        warnings=(
+            *warnings,
+            *_without_effect(request, model, guidance),
+            *(_without_cache(request) if reuse is None else ()),
+        ),
     )
 
 
@@ -302,17 +311,15 @@ def _without_effect(request: GenerateRequest, model: ModelConfig, guidance: floa
     return [f"{name} has no effect on a distilled checkpoint" for name in unused]
 
 
-def _reuse(request: GenerateRequest) -> StepCache | None:
+def _reuse(request: GenerateRequest, preset: Chosen) -> StepCache | None:
     """The step cache, with what the request leaves open."""
-    if request.step_cache != "sea":
+    if not (preset.step_cache if request.step_cache is None else request.step_cache == "sea"):
         return None
     given = {part: getattr(request, name) for part, name in OF_STEP_CACHE.items()}
     return StepCache(**{part: value for part, value in given.items() if value is not None})
 
 
 def _without_cache(request: GenerateRequest) -> list[str]:
-    if request.step_cache == "sea":
-        return []
     unused = [name for name in OF_STEP_CACHE.values() if getattr(request, name) is not None]
     return [f"{name} has no effect without step_cache=sea" for name in unused]
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from vllm_cosmos3.media import ImageSource, VideoSource
 
+PRESETS = ("exact", "high", "fast")
 MAX_SEED = 2**32 - 1  # numpy's RandomState, the reference's noise rule, takes 32 bits
 
 
@@ -266,6 +267,12 @@ class GenerateRequest:
         low=0,
         high=1000,
         help="lowest and highest timestep with guidance (default: all)",
+    )
+    preset: str | None = _field(
+        kind="choice",
+        choices=PRESETS,
+        help="exact, high or fast: speed for exactness, as a set of other fields, which come first if given"
+        " (default: exact, or what the server says)",
     )
     step_cache: str | None = _field(
         kind="choice",

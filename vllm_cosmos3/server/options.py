@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from vllm_cosmos3 import engine_options
 from vllm_cosmos3.errors import InvalidRequest, did_you_mean
 from vllm_cosmos3.request.fields import Spec
+from vllm_cosmos3.request.presets import PresetRule
+from vllm_cosmos3.request.request import PRESETS
 from vllm_cosmos3.server.storage import default_folder
 
 CALLS = ("load", "encode", "step", "decode", "finish")  # of a stage, which its ranks make together
@@ -167,6 +169,12 @@ class Options:
         "bool",
         "also fetch from private and loopback addresses",
     )
+    preset: str = _option(
+        "", "generator", "choice", "preset of requests that name none", choices=("", *PRESETS)
+    )
+    presets: str = _option(
+        "", "generator", "text", "presets that requests may name, such as exact,high (default: all)"
+    )
     guardrails: str = _option(
         "auto", "guardrails", "choice", "auto: on if installed; required: refuse to start without; off",
         choices=("auto", "required", "off"),
@@ -220,6 +228,7 @@ class Options:
         if not re.fullmatch(r"\w+(\.\w+)*:\w+", checker):
             raise InvalidRequest("guardrail_checker", checker, "module:Class")
         read_call_limits(self.call_limits)
+        PresetRule.read(self.preset, self.presets)
 
     @property
     def storage(self) -> Path:

@@ -22,6 +22,7 @@ from vllm_cosmos3.media_budget import Lease, media_budget
 from vllm_cosmos3.request import planner
 from vllm_cosmos3.request.plan import Plan
 from vllm_cosmos3.request.planner import Draft
+from vllm_cosmos3.request.presets import PresetRule
 from vllm_cosmos3.request.prompts import Tokenizer
 from vllm_cosmos3.request.request import from_fields
 from vllm_cosmos3.request.upsample import question_about
@@ -91,6 +92,7 @@ class Admission:
         names: tuple[str, ...],
         guardrails: Guardrails,
         reasoner: EngineReasoner | None,
+        presets: PresetRule,
         check_open: Callable[[], None],
         defaults: Mapping[str, Any],
     ) -> None:
@@ -98,6 +100,7 @@ class Admission:
         self.upsampling = 0  # requests whose prompt is being written
         self._jobs, self._model, self._tokenizer, self._names = jobs, model, tokenizer, names
         self._guardrails, self._reasoner, self._defaults = guardrails, reasoner, defaults
+        self._presets = presets
         self._planners = asyncio.Semaphore(PLANNERS)
 
     @property
@@ -205,7 +208,8 @@ class Admission:
         """The request with all of its values checked and its media read."""
 
         def make() -> Draft:
-            return planner.make_draft(from_fields(joined(request.fields, media)), self._model)
+            fields = joined(self._presets.applied(request.fields), media)
+            return planner.make_draft(from_fields(fields), self._model)
 
         async with self._planners:
             return await asyncio.to_thread(make)

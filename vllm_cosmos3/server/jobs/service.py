@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from vllm_cosmos3.generator.models.components import loaded_values
 from vllm_cosmos3.request import prompts
+from vllm_cosmos3.request.presets import PresetRule
 from vllm_cosmos3.robots import droid
 from vllm_cosmos3.server.guardrails import Guardrails
 from vllm_cosmos3.server.http.api_errors import ApiError
@@ -62,6 +63,7 @@ class Service:
             names,
             guardrails,
             reasoner,
+            PresetRule.read(options.preset, options.presets),
             self.check_open,
             read_sampling_defaults(options.default_sampling_params),
         )
