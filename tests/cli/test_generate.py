@@ -8,7 +8,6 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -23,6 +22,7 @@ from vllm_cosmos3.cli import main
 from vllm_cosmos3.cli.generate import BESIDE, EXAMPLES, HEADINGS
 from vllm_cosmos3.cli.terminal import progress_shown
 from vllm_cosmos3.media import write_video
+from vllm_cosmos3.progress import Progress
 from vllm_cosmos3.request.request import SPECS
 
 FAST = ["--size", "96x64", "--num-inference-steps", "2", "--seed", "3"]
@@ -290,10 +290,13 @@ def test_a_mistake_is_one_line(
 def test_bar_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with progress_shown(terminal=True) as report:
         for phase, step in (("encode", 0), ("denoise", 0), ("denoise", 8), ("decode", 8)):
-            report(SimpleNamespace(phase=phase, step=step, steps=8, reused=0))  # type: ignore[arg-type]
+            report(
+                Progress(phase=phase, step=step, steps=8, elapsed=0.0, eta=None, reused=step // 2)
+            )
     bar = capsys.readouterr().err
     assert "denoise" in bar
     assert "8/8" in bar
+    assert "4 reused" in bar
 
 
 def test_actions_are_saved_beside_the_video_and_read_back(
