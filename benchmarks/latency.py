@@ -4,6 +4,8 @@ On a CPU one small request, on a GPU the rows of ROWS (``--rows``); ``--size`` a
 make a request of your own instead. Each runs through `Cosmos3.generate`: once cold, which is the
 first request of its shape in this process, then ``--repeat`` times. Of long rows ``--measured-steps
 N`` makes 3 + N steps only and counts the others as the median of the last N, marked with ~.
+Rows of FASTER are made only where they are named: they are not exact, or not of 35 guided steps. FP8
+is a setting of the engine, ``--engine '{"quantization": "fp8"}'``, which the report repeats.
 
 Phases and steps are timed by events on the device that nothing waits for, the total by the host's
 clock. The tail is what is left of the total: sound, frames to the host, Python. Writing MP4 is not
@@ -69,16 +71,30 @@ ROWS: dict[str, Fields] = {
         "output_type": "latent",
     },
 }
+SEA = {"step_cache": "sea"}
+FOUR = {"num_inference_steps": 4, "guidance_scale": 1.0}  # as a distilled checkpoint
+FASTER: dict[str, Fields] = {
+    "t2i-720p-sea": {**ROWS["t2i-720p"], **SEA},
+    "t2v-256p-sea": {**ROWS["t2v-256p"], **SEA},
+    "t2v-480p-sea": {**ROWS["t2v-480p"], **SEA},
+    "t2v-720p-sea": {**ROWS["t2v-720p"], **SEA},
+    "t2v-480p-4step": {**ROWS["t2v-480p"], **FOUR},
+    "i2v-480p-4step": {**ROWS["t2v-480p"], **FOUR, "image": True},
+    "t2v-720p-4step": {**ROWS["t2v-720p"], **FOUR},
+    "i2v-720p-4step": {**ROWS["t2v-720p"], **FOUR, "image": True},
+}
+NAMED = ROWS | FASTER
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One request. Seconds by phase, seconds by step; bytes."""
+    """One request. Seconds by phase, seconds by step; bytes; steps of the step cache."""
 
     phases: dict[str, float]
     steps: list[float]
     peak: int
     save: float | None
+    reused: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +105,7 @@ class Row:
     request: Fields
     tokens: dict[str, int]
     steps: int
+    reused: int  # of the steps, by the step cache
     measured_steps: int | None  # None: all of them; else the denoising is extrapolated
     cold: dict[str, float]
     warm: dict[str, float]
@@ -150,6 +167,7 @@ def measure_all(model: Cosmos3, config: ModelConfig, args: argparse.Namespace) -
         "machine": facts,
         "model_load_s": model.load_seconds,
         "dtype": args.dtype,
+        "engine": args.engine,
         "rates": asdict(rates),
         "rows": rows,
         "profiles": [asdict(each) for each in profiles],
@@ -159,7 +177,7 @@ def measure_all(model: Cosmos3, config: ModelConfig, args: argparse.Namespace) -
 def requests(args: argparse.Namespace, device: torch.device) -> dict[str, Fields]:
     """The rows that were asked for, or the one request that the other options make up."""
     if args.rows or (device.type != "cpu" and args.size is None):
-        chosen = {name: dict(ROWS[name]) for name in args.rows or ROWS}
+        chosen = {name: dict(NAMED[name]) for name in args.rows or ROWS}
         for fields in chosen.values():
             if args.frames and fields["num_frames"] > 1:
                 fields["num_frames"] = args.frames
@@ -210,6 +228,7 @@ def measure(
         request=fields | {"num_inference_steps": steps},
         tokens=tokens(plan, config.transformer.latent_patch_size),
         steps=steps,
+        reused=max(each.reused for each in warm),
         measured_steps=measured,
         cold=runs[0].phases,
         warm=medians([each.phases for each in warm]),
@@ -257,7 +276,13 @@ def run(model: Cosmos3, fields: Fields, measured: int | None, steps: int, *, sav
         phases["denoise"] += missing
         phases["per_step"] = phases["denoise"] / steps
     written = write_seconds(output) if save else None
-    return Run(phases=phases, steps=timed, peak=output.peak_memory, save=written)
+    return Run(
+        phases=phases,
+        steps=timed,
+        peak=output.peak_memory,
+        save=written,
+        reused=output.reused_steps,
+    )
 
 
 def write_seconds(output: Output) -> float:
@@ -298,6 +323,7 @@ def line(row: dict[str, Any], product_rate: float | None = None) -> str:
     """A row of the Markdown table. Extrapolated figures are marked with a tilde."""
     warm, about = row["warm"], "~" if row["measured_steps"] else ""
     measured = f" ({row['measured_steps']} measured)" if row["measured_steps"] else ""
+    measured += f" ({row['reused']} reused)" if row["reused"] else ""
     share = "" if product_rate is None else f"{100 * row['rate'] / product_rate:.0f} %"
     cells = [
         row["name"],
@@ -343,7 +369,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("model", help="checkpoint folder or repository")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--rows", nargs="+", choices=NAMED, metavar="ROW", help=", ".join(NAMED))
     parser.add_argument("--frames", type=int, help="of the rows' videos, instead of 189")
     parser.add_argument("--size", help="of a request of your own; default 320x192")
     parser.add_argument("--num-frames", type=int, default=25)

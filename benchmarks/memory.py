@@ -68,7 +68,11 @@ def main() -> int:
     device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
     mesh = init_mesh(ParallelConfig())
     plain = EngineConfig(
-        model=args.checkpoint, device=str(device), dtype=args.dtype, load_format=args.load_format
+        model=args.checkpoint,
+        device=str(device),
+        quantization=args.quantization,
+        dtype=args.dtype,
+        load_format=args.load_format,
     )
     rows: list[Row] = []
     for name in args.placements or PLACEMENTS:
@@ -295,6 +299,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--quantization", choices=["none", "fp8"])
     parser.add_argument("--load-format", default="dummy", choices=["dummy", "auto"])
     parser.add_argument("--requests", nargs="+", default=["1280x720x1", "320x192x189", "320x192x189+sound", "832x480x189", "1280x720x189"], metavar="WxHxN")  # fmt: skip
     parser.add_argument("--placements", nargs="+", choices=list(PLACEMENTS), metavar="NAME")

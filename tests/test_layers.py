@@ -21,7 +21,7 @@ LAYERS = [
     {"generator.memory"},
     {"generator", "plugin"},
     {"stage"},
-    {"engine"},
+    {"engine", "compare"},
     {"server.options", "server.storage", "server.engine_heartbeat"},
     {"server.http"},
     {"server.guardrails", "server.memory_split"},

@@ -104,7 +104,7 @@ class Cosmos3(Closing):
         """
         start = time.perf_counter()
         check_backend(options.attention_backend)
-        self.device = _device(options.device)
+        self.device = device_of(options.device)
         config = options.on(resolve(options.model, options.revision), str(self.device))
         config = config.limited(_memory_of(self.device))
         self._model = config.read_model()
@@ -276,7 +276,7 @@ def _request(given: Request | None, fields: Mapping[str, Any]) -> GenerateReques
     return from_fields({**known, **fields})
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
     """The device to run on; vLLM's layers run on the kind of device vLLM was built for."""
     from vllm.platforms import current_platform
 

@@ -371,7 +371,10 @@ def test_no_frame_is_shown_that_is_not_made_yet(tiny_checkpoint: Path, tmp_path:
     command = ["generate", str(tiny_checkpoint), "--dry-run"]
     options = run_options(whole_parser(["generate"]).parse_args(command))
     samples, problems = _checked(
-        read_batch([str(file)], {}).records, planner(tiny_checkpoint), Downloads(tmp_path), options
+        read_batch([str(file)], {}).records,
+        planner(EngineOptions(tiny_checkpoint)),
+        Downloads(tmp_path),
+        options,
     )
     assert not problems
     first, second = (sample.upsampling for sample in samples)

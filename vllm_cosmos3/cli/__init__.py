@@ -25,6 +25,7 @@ COMMANDS = {
     "serve": "start an OpenAI-compatible server (chat, images, videos)",
     "generate": "make images and videos from a prompt, offline",
     "upsample": "expand a short prompt into the structured JSON prompt the generator was trained on",
+    "compare": "measure what FP8 and the step cache change, on your prompts",
     "plan": "estimate GPU memory before loading anything",
     "doctor": "check this machine and print what to fix",
     "make-checkpoint": "write a small random checkpoint in the published layout",

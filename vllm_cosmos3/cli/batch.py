@@ -86,7 +86,7 @@ def run(options: RunOptions, overrides: Mapping[str, Any], said: Mapping[str, An
             return 0
         options = alone
     engine = options.engine
-    plan = planner(engine.model, engine.revision, engine.checkpoint_kind)
+    plan = planner(engine)
     with TemporaryDirectory(prefix="cosmos3-input-") as cache:
         samples, found = _checked(batch.records, plan, Downloads(Path(cache)), options)
         problems = [*batch.refused, *found]

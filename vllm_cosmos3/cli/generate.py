@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
 def _run_one(request: GenerateRequest, urls: Mapping[str, str], options: RunOptions) -> int:
     """Make the sample of a request, whose files had these URLs."""
     engine = options.engine
-    plan = planner(engine.model, engine.revision, engine.checkpoint_kind)(request)
+    plan = planner(engine)(request)
     if options.dry_run:
         if options.speaks:
             print(json.dumps({**plan.effective, **urls}, indent=2))

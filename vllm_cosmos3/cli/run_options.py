@@ -81,16 +81,15 @@ class RunOptions:
         return replace(self, engine=engine, reasoner_ranks=ranks)
 
 
-def planner(
-    model: str | Path, revision: str | None = None, kind: str | None = None
-) -> Callable[[GenerateRequest], Plan]:
+def planner(engine: EngineOptions) -> Callable[[GenerateRequest], Plan]:
     """Plans requests with everything but the weights: a mistake should not wait for them."""
     from vllm_cosmos3.checkpoint.config import read_config
     from vllm_cosmos3.checkpoint.hub import resolve
     from vllm_cosmos3.request.planner import make_plan
     from vllm_cosmos3.request.prompts import load_tokenizer
 
-    config = read_config(resolve(model, revision, weights=False), kind)
+    folder = resolve(engine.model, engine.revision, weights=False)
+    config = engine.quantized(read_config(folder, engine.checkpoint_kind))
     tokenizer = load_tokenizer(config.path)
     return lambda request: make_plan(request, config, tokenizer)
 

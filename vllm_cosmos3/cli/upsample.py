@@ -15,7 +15,7 @@ from vllm_cosmos3.cli.results import check_file
 from vllm_cosmos3.cli.run_options import planner
 from vllm_cosmos3.cli.terminal import quiet_libraries
 from vllm_cosmos3.cli.versions import check_vllm
-from vllm_cosmos3.engine_options import OPTIONS
+from vllm_cosmos3.engine_options import OPTIONS, EngineOptions
 from vllm_cosmos3.files import write_text
 from vllm_cosmos3.request.request import SPECS, from_fields
 from vllm_cosmos3.request.upsample import SAMPLING, SAMPLING_SPECS, caption_of, question_about
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     if (ranks := engine.get("tensor_parallel_size")) is not None:
         OPTIONS["tensor_parallel_size"].spec.checked("tensor_parallel_size", ranks)
     fields = given(args, FIELDS)
-    plan = planner(args.model, args.revision)
+    plan = planner(EngineOptions(args.model, revision=args.revision))
     captions: list[str] = list(args.prompt)
     questions = {}
     for index, prompt in enumerate(captions):

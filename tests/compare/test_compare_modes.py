@@ -1,0 +1,106 @@
+"""The yardstick on a tiny random checkpoint: its numbers, its table and its page."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vllm_cosmos3.cli import main
+from vllm_cosmos3.compare.modes import read_modes
+from vllm_cosmos3.errors import InvalidRequest
+
+SMALL = ["--size", "64x64", "--num-frames", "5", "--num-inference-steps", "7", "--dtype", "float32"]
+
+
+def bright(prompt: str, clip: np.ndarray) -> bool:
+    """A judge: of the two prompts one is found shown."""
+    assert clip.dtype == np.uint8
+    assert clip.shape == (5, 64, 64, 3)
+    return prompt.startswith("a boat")
+
+
+def test_modes_are_compared_with_the_exact_one(
+    tiny_checkpoint_fp32: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a boat\n\na <house> & a tree\n")
+    out = tmp_path / "page"
+    arguments = [str(tiny_checkpoint_fp32), "--prompts", str(prompts), "--out", str(out), *SMALL]
+    arguments += ["--modes", "fp8", "sea", "fp8+sea", "--step-cache-threshold", "2"]
+    arguments += ["--device", "cpu", "--judge", f"{__name__}:bright"]
+    assert main(["compare", *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:6]]
+    assert [row[0] for row in rows] == ["exact", "fp8", "sea", "fp8+sea"]
+    assert [row[3] for row in rows] == ["7.0", "7.0", "3.0", "3.0"]  # steps computed
+    assert rows[0][4:8] == ["equal", "1.0000", "0.00e+00", "0.00e+00"]
+    assert all(row[9] == "1 of 2" for row in rows)
+    found = json.loads((out / "compare.json").read_text())
+    assert len(found) == 8
+    errors = {(each["mode"], each["prompt"]): each["errors"] for each in found}
+    for (mode, _), by_step in errors.items():
+        assert len(by_step) == 7
+        if mode == "sea":  # the first step is computed
+            assert by_step[0] == 0
+        if mode != "exact":
+            assert 0 < by_step[-1] < 2
+            assert 0 < next(e["psnr"] for e in found if e["mode"] == mode) < 100
+    html = (out / "index.html").read_text()
+    files = re.findall(r'<video src="([^"]+)"', html)
+    assert len(files) == 8
+    assert all((out / file).stat().st_size for file in files)
+    assert "a &lt;house&gt; &amp; a tree" in html
+    assert not list(out.glob(".*.npy"))
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["tea"], "modes is 'tea', must be exact, or joined by"),
+        (["exact+sea"], "modes is 'exact\\+sea'"),
+        (["fp8+fp8-native"], "must be with one kind of fp8"),
+    ],
+)
+def test_modes_that_are_none(names: list[str], words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words):
+        read_modes(names)
+
+
+def test_the_exact_mode_comes_first_and_once() -> None:
+    assert [mode.name for mode in read_modes(["sea", "exact", "sea"])] == ["exact", "sea"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--prompts", "missing.txt"], "--prompts is 'missing.txt', must be a text file"),
+        (["--prompts", "empty.txt"], "at least one prompt"),
+        (["--prompts", "one.txt", "--judge", "nowhere:judge"], "--judge is 'nowhere:judge'"),
+        (["--prompts", "one.txt", "--modes", "slow"], "--modes is 'slow'"),
+    ],
+)
+def test_mistakes_are_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    words: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").write_text("\n \n")
+    Path("one.txt").write_text("a boat\n")
+    assert main(["compare", "demo", "--out", "page", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_an_fp8_checkpoint_has_no_exact_mode(
+    tiny_checkpoint_fp8: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "one.txt").write_text("a boat\n")
+    arguments = ["--prompts", str(tmp_path / "one.txt"), "--out", str(tmp_path / "page"), *SMALL]
+    assert main(["compare", str(tiny_checkpoint_fp8), *arguments, "--device", "cpu"]) == 2
+    assert "this checkpoint holds FP8 weights" in capsys.readouterr().err

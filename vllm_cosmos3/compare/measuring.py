@@ -1,0 +1,187 @@
+"""Measurements of the yardstick: every prompt through every mode from the same noise, on one device."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_cosmos3 import media
+from vllm_cosmos3.compare.modes import EXACT, Mode
+from vllm_cosmos3.engine_options import EngineConfig
+from vllm_cosmos3.errors import Unsupported
+from vllm_cosmos3.generator.pipeline import Pipeline, RequestState
+from vllm_cosmos3.parallel.mesh import close_mesh, init_mesh
+from vllm_cosmos3.request.planner import make_plan
+from vllm_cosmos3.request.request import GenerateRequest
+
+Judge = Callable[[str, np.ndarray], bool]  # whether a clip [T, H, W, 3] shows what the prompt says
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Measured:
+    """One prompt in one mode.
+
+    ``file`` is the clip or picture. Compared with the exact mode: ``psnr`` in dB (infinite where all
+    pixels are equal), ``ssim`` up to 1, ``errors`` the relative error of the latents after each
+    step. ``shown`` is the judge's word, None where nobody was asked.
+    """
+
+    mode: str
+    prompt: str
+    file: Path
+    seconds: float
+    reused: int
+    steps: int
+    peak: int
+    psnr: float
+    ssim: float
+    errors: tuple[float, ...]
+    shown: bool | None
+
+
+def measure(
+    config: EngineConfig,
+    modes: Sequence[Mode],
+    prompts: Sequence[str],
+    fields: Mapping[str, Any],
+    out: Path,
+    judge: Judge | None,
+    report: Callable[[Measured], None],
+) -> list[Measured]:
+    """All prompts in all modes; ``report`` hears of each. ``modes`` begin with the exact one.
+
+    Each pair of weights is loaded once. Clips go to ``out``, as do the exact latents meanwhile.
+
+    Raises:
+        Unsupported: torchmetrics is not installed.
+        InvalidRequest: a field or a mode does not suit the checkpoint.
+    """
+    similarity = _similarity()
+    found: list[Measured] = []
+    exact: dict[int, np.ndarray] = {}
+    for engine in _engines(modes):
+        own = [mode for mode in modes if mode.engine == engine]
+        with _loaded(replace(config, **engine)) as pipeline:
+            for mode in own:
+                for index, prompt in enumerate(prompts):
+                    request = GenerateRequest(
+                        **{"seed": index, **fields, **mode.fields, "prompt": prompt}
+                    )
+                    if index == 0 and pipeline.device.type != "cpu":  # kernels are chosen once
+                        _made(pipeline, request)
+                    state, pixels, latents, seconds = _made(pipeline, request)
+                    place = out / f"{index:03}-{mode.name}"
+                    latents_file = out / f".{index:03}.npy"
+                    if mode.name == EXACT:
+                        np.save(latents_file, latents)
+                        exact[index] = pixels
+                    before = np.load(latents_file, mmap_mode="r")
+                    psnr, ssim = similarity(pixels, exact[index])
+                    measured = Measured(
+                        mode=mode.name,
+                        prompt=prompt,
+                        file=_written(place, pixels, state.plan.parameters.fps),
+                        seconds=seconds,
+                        reused=state.reused,
+                        steps=state.plan.steps,
+                        peak=pipeline.finish(state).peak_memory,
+                        psnr=psnr,
+                        ssim=ssim,
+                        errors=tuple(map(_relative, latents, before)),
+                        shown=None if judge is None else judge(prompt, pixels),
+                    )
+                    found.append(measured)
+                    report(measured)
+    for index in exact:
+        (out / f".{index:03}.npy").unlink()
+    return found
+
+
+def _engines(modes: Sequence[Mode]) -> list[Mapping[str, Any]]:
+    engines: list[Mapping[str, Any]] = []
+    for mode in modes:
+        if mode.engine not in engines:
+            engines.append(mode.engine)
+    return engines
+
+
+@contextmanager
+def _loaded(config: EngineConfig) -> Iterator[Pipeline]:
+    mesh = init_mesh(config.parallel)
+    try:
+        pipeline = Pipeline.load(config, mesh, config.device)
+    finally:
+        close_mesh(mesh)
+    try:
+        yield pipeline
+    finally:
+        del pipeline
+        gc.collect()
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
+
+
+def _made(
+    pipeline: Pipeline, request: GenerateRequest
+) -> tuple[RequestState, np.ndarray, np.ndarray, float]:
+    """A request, its pixels [T, H, W, 3], its latents after each step, and its seconds.
+
+    The copies of the latents are in the seconds of every mode alike.
+    """
+    start = time.perf_counter()
+    state = pipeline.encode(make_plan(request, pipeline.model, pipeline.tokenizer))
+    latents = []
+    while not state.done:
+        pipeline.step(state)
+        after = {stream.name: stream.x for stream in state.streams} or state.denoised[-1]
+        latents.append(after["vision"].cpu().numpy())
+    pipeline.decode(state)
+    (sample,) = state.samples
+    pixels = sample.video if sample.video is not None else sample.image
+    assert pixels is not None  # of one rank, decoded
+    seconds = time.perf_counter() - start
+    return state, pixels if pixels.ndim == 4 else pixels[None], np.stack(latents), seconds
+
+
+def _written(place: Path, pixels: np.ndarray, fps: float) -> Path:
+    if len(pixels) == 1:
+        media.write_image(place.with_suffix(".png"), pixels[0])
+        return place.with_suffix(".png")
+    media.write_video(place.with_suffix(".mp4"), pixels, fps=fps)
+    return place.with_suffix(".mp4")
+
+
+def _relative(made: np.ndarray, exact: np.ndarray) -> float:
+    return float(np.linalg.norm(made - exact) / np.linalg.norm(exact))
+
+
+def _similarity() -> Callable[[np.ndarray, np.ndarray], tuple[float, float]]:
+    """PSNR and SSIM of two clips, by torchmetrics."""
+    try:
+        from torchmetrics.functional.image import (
+            peak_signal_noise_ratio,
+            structural_similarity_index_measure,
+        )
+    except ImportError:
+        raise Unsupported(
+            "comparing pixels needs torchmetrics: pip install 'vllm-cosmos3[compare]'"
+        ) from None
+
+    def similarity(pixels: np.ndarray, exact: np.ndarray) -> tuple[float, float]:
+        a, b = (torch.from_numpy(x).permute(0, 3, 1, 2).float() for x in (pixels, exact))
+        if torch.equal(a, b):
+            return float("inf"), 1.0
+        psnr = peak_signal_noise_ratio(a, b, data_range=255.0)
+        frames = zip(a.unsqueeze(1), b.unsqueeze(1), strict=True)  # one by one: SSIM is large
+        each = [structural_similarity_index_measure(x, y, data_range=255.0) for x, y in frames]
+        return float(psnr), float(torch.stack(each).mean())
+
+    return similarity
