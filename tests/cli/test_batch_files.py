@@ -25,6 +25,7 @@ from vllm_cosmos3.cli.batch import _ask, _checked
 from vllm_cosmos3.cli.generate import run_options
 from vllm_cosmos3.cli.run_options import planner
 from vllm_cosmos3.engine import Cosmos3
+from vllm_cosmos3.engine_options import EngineOptions
 from vllm_cosmos3.media import read_image, read_video
 from vllm_cosmos3.reasoner.offline import Answer, Reasoner
 from vllm_cosmos3.request.questions import Question
