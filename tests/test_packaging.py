@@ -92,7 +92,7 @@ def test_the_metadata_say_who_and_where_with_absolute_links(built: Path) -> None
     links = re.findall(r"\]\(([^)]+)\)", text)
     assert len(links) > 20
     assert all(link.startswith("https://") for link in links)
-    assert "/raw/main/checkpoints/demo/clips.png" in text
+    assert "/raw/main/docs/pictures/demo.webp" in text
 
 
 def test_the_source_archive_holds_what_make_needs(built: Path) -> None:

@@ -56,9 +56,9 @@ def measure(
     judge: Judge | None,
     report: Callable[[Measured], None],
 ) -> list[Measured]:
-    """All prompts in all modes; ``report`` hears of each. ``modes`` begin with the exact one.
+    """All prompts in all modes, in the order of ``modes``, which begin with the exact one.
 
-    Each pair of weights is loaded once. Clips go to ``out``, as do the exact latents meanwhile.
+    Weights are loaded once for all modes that share them, and ``report`` is called in that order. Clips go to ``out``, as do the exact latents meanwhile.
 
     Raises:
         Unsupported: torchmetrics is not installed.
@@ -102,7 +102,8 @@ def measure(
                     report(measured)
     for index in exact:
         (out / f".{index:03}.npy").unlink()
-    return found
+    names = [mode.name for mode in modes]
+    return sorted(found, key=lambda measured: names.index(measured.mode))
 
 
 def _engines(modes: Sequence[Mode]) -> list[Mapping[str, Any]]:
