@@ -33,7 +33,7 @@ SHARED = {
         "tests/generator/models/test_towers.py",
         "tests/generator/sampling",
         "tests/generator/memory/test_reservation.py",
-        "tests/truth/test_meshes.py",
+        "tests/truth/test_placements.py",
     ),
     "trained checkpoint": ("tests/truth",),
 }
