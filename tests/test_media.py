@@ -570,7 +570,7 @@ def test_a_gif_that_moves_and_films_are_clips(video: bytes) -> None:
 @pytest.mark.parametrize(
     "options",
     [{}, {"tile_size": 64}, {"chroma": 444}, {"save_all": True, "append_images": [OTHER]}],
-    ids=str,
+    ids=["whole", "tiles", "444", "several"],
 )
 def test_pictures_of_phones(options: dict[str, object]) -> None:
     """HEIC, whole or in tiles as cameras write it, also beside others."""
