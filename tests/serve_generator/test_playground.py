@@ -165,11 +165,13 @@ def test_a_picture_starts_a_video_which_is_varied_and_continued(
     file = {"name": "<i>street</i>.png", "mimeType": "image/png", "buffer": png(picture(64, 64))}
     page.set_input_files("#input-file", file)  # type: ignore[arg-type]
     expect(page.locator("#input-hint")).to_have_text("<i>street</i>.png")
+    page.select_option("#preset", "high")
     made(page)
     buttons = page.locator("#stage .actions-of")
     buttons.get_by_role("button", name="Vary seed").click()
     expect(page.locator("#gallery li[data-status=completed]")).to_have_count(2)
     expect(page.locator("#stage .facts")).to_contain_text("image2video")
+    expect(page.locator("#stage .facts")).to_contain_text("preset high")
     seeds = page.locator("#gallery li .small").all_inner_texts()
     assert len({text.partition("seed ")[2] for text in seeds}) == 2
     buttons.get_by_role("button", name="Continue").click()

@@ -44,3 +44,4 @@ def test_what_the_operator_forbids_is_refused(guarded_server: Server) -> None:
 def test_models_say_what_is_loaded(generator_server: Server) -> None:
     (model,) = httpx.get(f"{generator_server.url}/v1/cosmos3/models").json()["data"]
     assert model["cosmos3"]["quantization"] is None
+    assert model["cosmos3"]["presets"] == ["exact", "high", "fast"]

@@ -108,6 +108,12 @@ class Admission:
         """Whether frames may be seen before they were judged, which no guardrail allows."""
         return self._guardrails.state != "active"
 
+    @property
+    def presets(self) -> tuple[str, ...]:
+        """Presets that a request may name: what the operator allows and the weights can do."""
+        quantized = self._model.quantization is not None
+        return tuple(name for name in self._presets.allowed if name != "exact" or not quantized)
+
     async def create(self, submission: Submission) -> VideoJob:
         """Accept a request, or find the job of the same request that was accepted before.
 

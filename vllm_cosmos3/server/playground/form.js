@@ -33,6 +33,8 @@ export function setUp(found, selected) {
   if (capability.checkpoint_kind === "policy-droid") find("domain").value = "droid_lerobot";
   const tiers = ["256", "480", "704", "720"].filter((tier) => tier in capability.resolutions);
   find("tier").replaceChildren(new Option("that of the embodiment", ""), ...tiers.map((tier) => new Option(`${tier}p`, tier)));
+  find("preset").replaceChildren(new Option("that of the server", ""), ...capability.presets.map((name) => new Option(name)));
+  show("preset-field", capability.presets.length > 1);
   show("upsample-field", capability.prompt_upsampling);
   show("preview-field", capability.preview);
   choose(names[0]);

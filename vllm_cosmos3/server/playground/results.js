@@ -126,7 +126,7 @@ export function parameters({ kind, job, image }) {
   const asked = (name) => sources[name] === "request";
   const fields = { prompt: job.prompt, seed: effective.seed };
   for (const name of ["fps", "guidance_scale", "negative_prompt", "generate_sound", "num_inference_steps", "domain_name",
-    "raw_action_dim", "image_size", "action_chunk_size"]) {
+    "raw_action_dim", "image_size", "action_chunk_size", "preset"]) {
     if (asked(name)) fields[name] = effective[name];
   }
   if (!mode.includes("dynamics") && mode !== "policy" && mode !== "transfer") {

@@ -154,6 +154,7 @@ function facts(found) {
   add("steps", effective.num_inference_steps);
   add("of them reused", job.cosmos3.reused_steps || null);
   add("guidance", effective.guidance_scale);
+  add("preset", effective.preset);
   add("seed", effective.seed);
   add("made in", duration(job.inference_time_s));
   add("prompt of the reasoner", written);

@@ -83,6 +83,7 @@ def capability(service: Service) -> dict[str, Any]:
         "guardrails": service.guardrails.state,
         "prompt_upsampling": service.reasoner is not None,
         "preview": service.admission.shows_previews,
+        "presets": service.admission.presets,
         "queue_limit": service.options.max_queue,
     }
 
