@@ -143,7 +143,7 @@ CASES = {
     ),
     "video as image": Case(
         part=raw("image_url", b"\0\0\0\x18ftypmp42" * 9, "image/png"),
-        says="must be a complete image, such as PNG, JPEG, WebP, GIF, BMP, TIFF or AVIF (it is of no",
+        says="must be a complete image, such as PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF or HEIC (it is of no",
     ),
     "truncated image": Case(
         part=raw("image_url", png(picture())[:200], "image/png"), says="image file is truncated"

@@ -170,6 +170,10 @@ class Keywords(TypedDict, total=False):
     guidance_interval: Sequence[float] | None
     """Lowest and highest timestep with guidance (default: all)."""
 
+    preset: Literal["exact", "high", "fast"] | None
+    """Exact, high or fast: speed for exactness, as a set of other fields, which come first if given
+    (default: exact, or what the server says)."""
+
     step_cache: Literal["none", "sea"] | None
     """Sea: reuse steps in which little changes (SeaCache): faster, not exact (default: none)."""
 
@@ -181,7 +185,8 @@ class Keywords(TypedDict, total=False):
     """Most steps reused in a row (default: 2) (1 to 200 steps)."""
 
     step_cache_order: int | None
-    """0 repeats the last computed step, 1 extrapolates the last two (default: 1) (0 to 1)."""
+    """Extrapolation order: 0 repeats the last computed step, 1 extrapolates the last two (default:
+    1) (0 to 1)."""
 
     flow_shift: float | None
     """Noise schedule shift; larger: more steps for structure (0.01 to 100)."""

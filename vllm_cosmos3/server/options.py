@@ -169,12 +169,6 @@ class Options:
         "bool",
         "also fetch from private and loopback addresses",
     )
-    preset: str = _option(
-        "", "generator", "choice", "preset of requests that name none", choices=("", *PRESETS)
-    )
-    presets: str = _option(
-        "", "generator", "text", "presets that requests may name, such as exact,high (default: all)"
-    )
     guardrails: str = _option(
         "auto", "guardrails", "choice", "auto: on if installed; required: refuse to start without; off",
         choices=("auto", "required", "off"),
@@ -210,6 +204,12 @@ class Options:
         "text",
         "JSON object of fields that videos get whose request does not say them, such as"
         ' {"num_frames": 121}',
+    )
+    preset: str = _option(
+        "", "generator", "choice", "preset of requests that name none", choices=("", *PRESETS)
+    )
+    presets: str = _option(
+        "", "generator", "text", "presets that requests may name, such as exact,high (default: all)"
     )
     engine: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
