@@ -58,7 +58,7 @@ def sample(server: Server, family: str) -> float:
 
 
 def test_the_event_stream_is_monotonic_to_the_end(generator_server: Server) -> None:
-    job = create(generator_server, **SMALL | {"num_inference_steps": 60, "size": "128x128"})
+    job = create(generator_server, **SMALL | {"num_inference_steps": 200, "size": "128x128"})
     events: list[tuple[str, dict[str, Any]]] = []
     url = f"{generator_server.url}/v1/videos/{job['id']}/events"
     with httpx.stream("GET", url, timeout=HANG) as stream:
@@ -339,7 +339,8 @@ def _trickle(server: Server, length: int, *, chunk: int, pause: float) -> tuple[
 
 def test_every_metric_family_is_there(generator_server: Server) -> None:
     timings = finished(generator_server, create(generator_server, **SMALL))["cosmos3"]["timings_s"]
-    phases = {name: seconds for name, seconds in timings.items() if name not in ("per_step", "total")}  # fmt: skip
+    phases = {name: seconds for name, seconds in timings.items() if name not in ("queue", "per_step", "total")}  # fmt: skip
+    # Not the time in the queue: the first sign of its end may come when the ranks are already at work.
     assert 0 < timings["encode"] < sum(phases.values()) <= timings["total"]
     idle(generator_server)
     assert sample(generator_server, "cosmos3:queue_limit") == 8
