@@ -70,7 +70,7 @@ def test_the_event_stream_is_monotonic_to_the_end(generator_server: Server) -> N
             elif line.startswith("data: "):
                 events.append((name, json.loads(line.removeprefix("data: "))))
     assert [name for name, _ in events[:-1]] == ["progress"] * (len(events) - 1)
-    assert len(events) > 2
+    assert len(events) >= 2  # where it is made at once
     assert events[-1][0] == events[-1][1]["status"] == "completed"
     shares = [job["progress"] for _, job in events]
     assert shares == sorted(shares)
