@@ -2,46 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-import av
 import httpx
-import numpy as np
 import pytest
 from generators import create, finished
+from grey_media import grey_clip, grey_picture
 from limits import HANG
-from PIL import Image
 from servers import Server
 
 pytestmark = pytest.mark.serve
 MIB = 2**20
 AT_ONCE = 8
 SMALL = {"prompt": "a boat", "size": "64x64", "num_frames": 9, "num_inference_steps": 1}
-
-
-def grey_clip(side: int, frames: int) -> bytes:
-    """A grey wall: a few kilobytes that stand for ``frames`` times ``side`` squared pixels."""
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as file:
-        stream = file.add_stream("libx264", rate=24, options={"preset": "ultrafast"})
-        stream.width, stream.height, stream.pix_fmt = side, side, "yuv420p"
-        wall = av.VideoFrame.from_ndarray(np.full((side * 3 // 2, side), 120, np.uint8), "yuv420p")
-        for index in range(frames):
-            wall.pts = index
-            file.mux(stream.encode(wall))
-        file.mux(stream.encode(None))
-    return buffer.getvalue()
-
-
-def grey_picture(side: int, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("L", (side, side), 120).save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 # The field, a file that stands for many pixels, and how many MiB eight requests with one each may take.

@@ -5,42 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
 from pathlib import Path
-from typing import Any
 
-import av
 import httpx
-import numpy as np
 import pytest
+from grey_media import grey_clip, grey_picture
 from media_files import data_url, encoded, turned
-from PIL import Image
 from servers import Server
 
 pytestmark = pytest.mark.serve
 
 MIB = 2**20
 AT_ONCE = 8
-
-
-def grey_clip(side: int, frames: int) -> bytes:
-    """A grey wall: a few kilobytes that stand for ``frames`` times ``side`` squared pixels."""
-    buffer = BytesIO()
-    with av.open(buffer, "w", format="mp4") as file:
-        stream = file.add_stream("libx264", rate=24, options={"preset": "ultrafast"})
-        stream.width, stream.height, stream.pix_fmt = side, side, "yuv420p"
-        wall = av.VideoFrame.from_ndarray(np.full((side * 3 // 2, side), 120, np.uint8), "yuv420p")
-        for index in range(frames):
-            wall.pts = index
-            file.mux(stream.encode(wall))
-        file.mux(stream.encode(None))
-    return buffer.getvalue()
-
-
-def grey_picture(side: int, name: str, **options: Any) -> bytes:
-    buffer = BytesIO()
-    Image.new("L", (side, side), 120).save(buffer, name, **options)
-    return buffer.getvalue()
 
 
 # A file that stands for many pixels, and how many MiB eight requests with one each may take.
