@@ -36,7 +36,7 @@ from vllm_cosmos3.reasoner.media.limits import (
 from vllm_cosmos3.reasoner.required_tensors import check_folder, expected_tensors
 from vllm_cosmos3.reasoner.root_config import ARCHITECTURE
 from vllm_cosmos3.server.command import share_beside
-from vllm_cosmos3.server.options import ONE_PROCESS, OPTIONS, SHARED, from_mapping
+from vllm_cosmos3.server.options import KEEP_ALIVE, ONE_PROCESS, OPTIONS, SHARED, from_mapping
 from vllm_cosmos3.stage.launcher import launched
 
 TAKES_REST = TAKES_CONFIG = True
@@ -44,6 +44,7 @@ TAKES_REST = TAKES_CONFIG = True
 PLUGIN = "cosmos3"  # name of our entry points, which VLLM_PLUGINS can switch off
 DEFAULT_PORT = 8000  # vLLM's
 # 400 for what cannot be fetched; what the generator's routes bring along where it is served as well.
+IDLE = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
 MEDIA_ERRORS = "vllm_cosmos3.server.media_errors.MediaErrors"
 OF_REASONER_ALONE = (
     "vllm_cosmos3.server.http.keys.ReasonerKeys",
@@ -172,6 +173,7 @@ def run(args: argparse.Namespace) -> int:
     )
     environment |= {PRIVATE_MEDIA: "1"} if private else {}
     environment |= {FPS: f"{args.max_video_fps:g}", FRAMES: str(args.max_video_frames)}
+    environment[IDLE] = os.environ.get(IDLE, str(KEEP_ALIVE))
     command = stock_command(args, folder)
     if not _chooses_how_to_read(args.rest):
         environment["VLLM_MEDIA_CONNECTOR"] = CONNECTOR

@@ -25,6 +25,7 @@ from vllm_cosmos3.server.http.keys import ApiKeys, Keys
 from vllm_cosmos3.server.jobs.service import Service
 from vllm_cosmos3.server.openapi.document import describe
 from vllm_cosmos3.server.openapi.responses import TEXT, ModelName, Models, file_responses, responses
+from vllm_cosmos3.server.options import KEEP_ALIVE
 from vllm_cosmos3.server.routes import images, info, playground, robots, videos
 from vllm_cosmos3.server.routes.route import Route, service_of
 from vllm_cosmos3.version import __version__
@@ -108,6 +109,7 @@ def serve(app: FastAPI, listen: Listen) -> int:
         ssl_certfile=listen.ssl_certfile,
         log_level=listen.log_level,
         access_log=listen.access_log,
+        timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=5,
         ws_max_size=2 * robots.MAX_MESSAGE,  # a message that is too large gets an answer
     )

@@ -296,6 +296,9 @@ def from_mapping(values: Mapping[str, Any]) -> Options:
     return Options(**own, engine=engine)
 
 
+KEEP_ALIVE = 75
+"""Seconds that an idle connection is kept: longer than clients and balancers keep theirs (httpx and
+OpenAI's client 5, AWS 60), so that none of them sends a request on a connection that is being closed."""
 ONE_PROCESS = (  # of vLLM's --api-server-count
     "1, as each API process would start a generator of its own: run several servers, each on its "
     "devices, with the same --storage-path"
