@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import os
 import re
 import struct
 import subprocess
@@ -668,15 +669,33 @@ def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [(192, 320), (48, 64), (208, 336)])
 def test_the_same_frames_make_the_same_file(tmp_path: Path, size: tuple[int, int]) -> None:
-    height, width = size
-    y, x = np.mgrid[0:height, 0:width]
-    levels = [((x + 10 * t) % 256, (2 * y + 5 * t) % 256, (x * y // 50 + 20 * t) % 256) for t in range(9)]  # fmt: skip
-    frames = np.stack([np.stack(each, -1) for each in levels]).astype(np.uint8)
-    made = set()
-    for _ in range(8):
-        media.write_video(tmp_path / "v.mp4", frames, fps=24)
-        made.add((tmp_path / "v.mp4").read_bytes())
-    assert len(made) == 1
+    """In memory that is filled alike, as x264's rate control reads some that nobody has set."""
+    code = """if True:
+        import sys
+        from pathlib import Path
+
+        import numpy as np
+
+        from vllm_cosmos3 import media
+
+        height, width, file = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+        y, x = np.mgrid[0:height, 0:width]
+        levels = [((x + 10 * t) % 256, (2 * y + 5 * t) % 256, (x * y // 50 + 20 * t) % 256) for t in range(9)]
+        frames = np.stack([np.stack(each, -1) for each in levels]).astype(np.uint8)
+        made = set()
+        for _ in range(8):
+            media.write_video(file, frames, fps=24)
+            made.add(file.read_bytes())
+        print(len(made))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, size), str(tmp_path / "v.mp4")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"MALLOC_PERTURB_": "85"},
+        check=True,
+    )
+    assert int(done.stdout) == 1
 
 
 def test_a_clip_with_b_frames_is_joined_to_one_like_it(tmp_path: Path) -> None:

@@ -333,7 +333,7 @@ class VideoWriter:
 
         ``crf`` is the quality of the encoder, 0 (lossless in H.264) to 51; ``fps`` may be
         fractional. ``b_frames`` are for clips that are joined to one that has them: with them x264
-        makes other files of equal frames at times.
+        makes other files of equal frames more often. It reads memory that it has not set.
         """
         self._fps = frame_rate(fps)
         self._kind = WEBM if Path(path).suffix.lower() == ".webm" else MP4
