@@ -74,11 +74,13 @@ def test_the_whole_is_the_old_frames_and_the_new_ones(
     thumbnails = [small(generator_server, it, "thumbnail").astype(int) for it in (job, source)]
     assert np.abs(thumbnails[0] - thumbnails[1]).mean() < 15  # the first frame, of H.264 or not
 
-    again = create(generator_server, **fields | {"seed": 3}, continue_from=job["id"])
+    cached = {"seed": 3, "num_inference_steps": 6, "step_cache": "sea", "step_cache_threshold": 10}
+    again = create(generator_server, **fields | cached, continue_from=job["id"])
     url = f"{generator_server.url}/v1/videos"
     assert httpx.delete(f"{url}/{job['id']}").status_code == 200  # it has what it needs
     again = finished(generator_server, again)
     assert again["num_frames"] == 21
+    assert again["cosmos3"]["reused_steps"] == 3  # of 6: 1, 2 and 4
     assert np.array_equal(frames(generator_server, again)[:13], whole)
     assert small(generator_server, again, "spritesheet").shape == (256, 256, 3)
 
