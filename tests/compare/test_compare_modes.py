@@ -8,8 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torchvision.models import alexnet
 
 from vllm_cosmos3.cli import main
+from vllm_cosmos3.compare.likeness import Likeness, likeness, lpips_weights
 from vllm_cosmos3.compare.modes import read_modes
 from vllm_cosmos3.errors import InvalidRequest
 
@@ -24,8 +27,10 @@ def bright(prompt: str, clip: np.ndarray) -> bool:
 
 
 def test_modes_are_compared_with_the_exact_one(
-    tiny_checkpoint_fp32: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    tiny_checkpoint_fp32: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # without LPIPS
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a boat\n\na <house> & a tree\n")
     out = tmp_path / "page"
@@ -37,8 +42,8 @@ def test_modes_are_compared_with_the_exact_one(
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:6]]
     assert [row[0] for row in rows] == ["exact", "fp8", "sea", "fp8+sea"]
     assert [row[3] for row in rows] == ["7.0", "7.0", "3.0", "3.0"]  # steps computed
-    assert rows[0][4:8] == ["equal", "1.0000", "0.00e+00", "0.00e+00"]
-    assert all(row[9] == "1 of 2" for row in rows)
+    assert rows[0][4:9] == ["equal", "1.0000", "", "0.00e+00", "0.00e+00"]
+    assert all(row[10] == "1 of 2" for row in rows)
     found = json.loads((out / "compare.json").read_text())
     assert len(found) == 8
     errors = {(each["mode"], each["prompt"]): each["errors"] for each in found}
@@ -104,3 +109,20 @@ def test_an_fp8_checkpoint_has_no_exact_mode(
     arguments = ["--prompts", str(tmp_path / "one.txt"), "--out", str(tmp_path / "page"), *SMALL]
     assert main(["compare", str(tiny_checkpoint_fp8), *arguments, "--device", "cpu"]) == 2
     assert "this checkpoint holds FP8 weights" in capsys.readouterr().err
+
+
+def test_lpips_where_its_weights_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On AlexNet of random weights, which tells frames apart as well, if not as people do."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    clip = np.random.default_rng(0).integers(0, 256, (2, 64, 96, 3), dtype=np.uint8)
+    near, far = (np.where(clip < 256 - by, clip + by, clip).astype(np.uint8) for by in (2, 40))
+    assert likeness()(near, clip).lpips is None
+    lpips_weights().parent.mkdir(parents=True)
+    torch.manual_seed(0)
+    torch.save(alexnet(weights=None).state_dict(), lpips_weights())
+    alike = likeness()
+    assert alike(clip, clip) == Likeness(psnr=float("inf"), ssim=1.0, lpips=0.0)
+    one, other = (alike(each, clip).lpips for each in (near, far))
+    assert one is not None
+    assert other is not None
+    assert 0 < one < other

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from vllm_cosmos3 import media
+from vllm_cosmos3.compare.likeness import likeness
 from vllm_cosmos3.compare.modes import EXACT, Mode
 from vllm_cosmos3.engine_options import EngineConfig
-from vllm_cosmos3.errors import Unsupported
 from vllm_cosmos3.generator.pipeline import Pipeline, RequestState
 from vllm_cosmos3.parallel.mesh import close_mesh, init_mesh
 from vllm_cosmos3.request.planner import make_plan
@@ -30,7 +30,7 @@ class Measured:
     """One prompt in one mode.
 
     ``file`` is the clip or picture. Compared with the exact mode: ``psnr`` in dB (infinite where all
-    pixels are equal), ``ssim`` up to 1, ``errors`` the relative error of the latents after each
+    pixels are equal), ``ssim`` up to 1, ``lpips`` from 0 (None without its weights), ``errors`` the relative error of the latents after each
     step. ``shown`` is the judge's word, None where nobody was asked.
     """
 
@@ -43,6 +43,7 @@ class Measured:
     peak: int
     psnr: float
     ssim: float
+    lpips: float | None
     errors: tuple[float, ...]
     shown: bool | None
 
@@ -64,7 +65,7 @@ def measure(
         Unsupported: torchmetrics is not installed.
         InvalidRequest: a field or a mode does not suit the checkpoint.
     """
-    similarity = _similarity()
+    alike = likeness()
     found: list[Measured] = []
     exact: dict[int, np.ndarray] = {}
     for engine in _engines(modes):
@@ -84,7 +85,7 @@ def measure(
                         np.save(latents_file, latents)
                         exact[index] = pixels
                     before = np.load(latents_file, mmap_mode="r")
-                    psnr, ssim = similarity(pixels, exact[index])
+                    like = alike(pixels, exact[index])
                     measured = Measured(
                         mode=mode.name,
                         prompt=prompt,
@@ -93,8 +94,9 @@ def measure(
                         reused=state.reused,
                         steps=state.plan.steps,
                         peak=pipeline.finish(state).peak_memory,
-                        psnr=psnr,
-                        ssim=ssim,
+                        psnr=like.psnr,
+                        ssim=like.ssim,
+                        lpips=like.lpips,
                         errors=tuple(map(_relative, latents, before)),
                         shown=None if judge is None else judge(prompt, pixels),
                     )
@@ -162,27 +164,3 @@ def _written(place: Path, pixels: np.ndarray, fps: float) -> Path:
 
 def _relative(made: np.ndarray, exact: np.ndarray) -> float:
     return float(np.linalg.norm(made - exact) / np.linalg.norm(exact))
-
-
-def _similarity() -> Callable[[np.ndarray, np.ndarray], tuple[float, float]]:
-    """PSNR and SSIM of two clips, by torchmetrics."""
-    try:
-        from torchmetrics.functional.image import (
-            peak_signal_noise_ratio,
-            structural_similarity_index_measure,
-        )
-    except ImportError:
-        raise Unsupported(
-            "comparing pixels needs torchmetrics: pip install 'vllm-cosmos3[compare]'"
-        ) from None
-
-    def similarity(pixels: np.ndarray, exact: np.ndarray) -> tuple[float, float]:
-        a, b = (torch.from_numpy(x).permute(0, 3, 1, 2).float() for x in (pixels, exact))
-        if torch.equal(a, b):
-            return float("inf"), 1.0
-        psnr = peak_signal_noise_ratio(a, b, data_range=255.0)
-        frames = zip(a.unsqueeze(1), b.unsqueeze(1), strict=True)  # one by one: SSIM is large
-        each = [structural_similarity_index_measure(x, y, data_range=255.0) for x, y in frames]
-        return float(psnr), float(torch.stack(each).mean())
-
-    return similarity

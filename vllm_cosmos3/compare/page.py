@@ -18,6 +18,7 @@ HEAD = (
     "steps computed",
     "PSNR dB",
     "SSIM",
+    "LPIPS",
     "latent error, last step",
     "largest of a step",
     "peak GiB",
@@ -27,9 +28,9 @@ HEAD = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """A mode over all prompts: medians of seconds and errors, means of PSNR, SSIM and computed steps.
+    """A mode over all prompts: medians of seconds and errors, means of PSNR, SSIM, LPIPS and computed steps.
 
-    ``shown`` are how many clips show what was asked, and of how many; None without a judge.
+    ``lpips`` is None where its weights are not installed. ``shown`` are how many clips show what was asked, and of how many; None without a judge.
     """
 
     mode: str
@@ -38,6 +39,7 @@ class Row:
     computed: float
     psnr: float
     ssim: float
+    lpips: float | None
     last_error: float
     largest_error: float
     peak: int
@@ -52,6 +54,7 @@ class Row:
             f"{self.computed:.1f}",
             "equal" if self.psnr == inf else f"{self.psnr:.1f}",
             f"{self.ssim:.4f}",
+            "" if self.lpips is None else f"{self.lpips:.4f}",
             f"{self.last_error:.2e}",
             f"{self.largest_error:.2e}",
             f"{self.peak / 2**30:.1f}",
@@ -69,6 +72,7 @@ def rows(found: Sequence[Measured]) -> list[Row]:
 def _row(mode: str, found: Sequence[Measured], exact: float) -> Row:
     seconds = statistics.median(each.seconds for each in found)
     words = [each.shown for each in found if each.shown is not None]
+    distances = [each.lpips for each in found if each.lpips is not None]
     return Row(
         mode=mode,
         seconds=seconds,
@@ -76,6 +80,7 @@ def _row(mode: str, found: Sequence[Measured], exact: float) -> Row:
         computed=statistics.mean(each.steps - each.reused for each in found),
         psnr=statistics.mean(each.psnr for each in found),
         ssim=statistics.mean(each.ssim for each in found),
+        lpips=statistics.mean(distances) if distances else None,
         last_error=statistics.median(each.errors[-1] for each in found),
         largest_error=statistics.median(max(each.errors) for each in found),
         peak=max(each.peak for each in found),
