@@ -34,6 +34,7 @@ SHARED = {
         "tests/generator/sampling",
         "tests/generator/memory/test_reservation.py",
         "tests/truth/test_placements.py",
+        "tests/parity/test_lora.py",
     ),
     "trained checkpoint": ("tests/truth",),
 }

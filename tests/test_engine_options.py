@@ -39,6 +39,8 @@ def test_cosmos3_takes_the_documented_arguments() -> None:
         "enable_layerwise_offload": False,
         "memory_limit": None,
         "gpu_memory_utilization": None,
+        "lora": (),
+        "lora_alpha": None,
         "checkpoint_kind": None,
         "progress": None,
     }

@@ -13,9 +13,11 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from vllm_cosmos3.checkpoint.adapters.reading import read_adapters
 from vllm_cosmos3.checkpoint.config import ModelConfig, read_config
 from vllm_cosmos3.checkpoint.kinds import KINDS
 from vllm_cosmos3.checkpoint.quantization import MODES, ON_THE_FLY, Quantization
+from vllm_cosmos3.checkpoint.tensors import transformer_tensors
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.request.fields import Spec
 
@@ -194,6 +196,18 @@ class EngineOptions:
         high=1,
         help="fraction of GPU memory to use, as in vLLM",
     )
+    lora: tuple[tuple[str, float], ...] = _option(
+        (),
+        kind="adapters",
+        help="LoRA adapter of the generator to merge while loading, by default at scale 1; several add up",
+    )
+    lora_alpha: float | None = _option(
+        kind="float",
+        low=0,
+        above=True,
+        high=1e6,
+        help="alpha of adapters whose files do not say theirs",
+    )
     checkpoint_kind: str | None = _option(
         kind="text",
         help=f"kind of checkpoint: {', '.join(KINDS)} (default: detected from its files)",
@@ -216,7 +230,25 @@ class EngineOptions:
         names = (item.name for item in dataclasses.fields(ParallelConfig))
         return ParallelConfig(**{name: getattr(self, name) for name in names})
 
-    def quantized(self, model: ModelConfig) -> ModelConfig:
+    def applied(self, model: ModelConfig) -> ModelConfig:
+        """The same checkpoint with the quantization and the adapters that the options choose.
+
+        Raises:
+            InvalidRequest: the checkpoint cannot be loaded so.
+            CheckpointError, Unsupported: an adapter does not suit the checkpoint.
+        """
+        model = self._quantized(model)
+        stored = model.quantization is not None and model.quantization.stored
+        if self.lora and stored:
+            possible = (
+                "left out: this checkpoint holds FP8 weights, which adapters are not rounded into; "
+                "take the bfloat16 revision, with quantization=fp8 for the memory"
+            )
+            raise InvalidRequest("lora", self.lora[0][0], possible, "conflict")
+        shapes = transformer_tensors(model.transformer)
+        return replace(model, adapters=read_adapters(self.lora, self.lora_alpha, shapes))
+
+    def _quantized(self, model: ModelConfig) -> ModelConfig:
         """The same checkpoint with the quantization that the options choose.
 
         Raises:
@@ -285,4 +317,4 @@ class EngineConfig(EngineOptions):
         Raises:
             CheckpointError: as `read_config`.
         """
-        return self.quantized(read_config(self.model, self.checkpoint_kind))
+        return self.applied(read_config(self.model, self.checkpoint_kind))

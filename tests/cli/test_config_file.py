@@ -81,3 +81,10 @@ def test_a_file_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert main(["serve", "CKPT", "--config"]) == 2
     assert "--config is missing" in capsys.readouterr().err
+
+
+def test_a_flag_that_may_be_repeated_is_a_list(tmp_path: Path) -> None:
+    file = written(tmp_path, "lora: [snow:0.5, film]\n")
+    words = expanded(["--config", file], parser("generate"))
+    assert words == ["--lora", "snow:0.5", "--lora", "film"]
+    assert parser("generate").parse_args(words).lora == ["snow:0.5", "film"]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from generators import generator
 from limits import HANG
+from lora_files import adapter
 from robots import KEY
 from servers import Server
 
@@ -47,7 +48,7 @@ def distilled_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def guarded_server(
     distilled_checkpoint: Path, vllm_cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    """A distilled checkpoint behind an API key and a guardrail."""
+    """A distilled checkpoint with an adapter, behind an API key and a guardrail."""
     path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     flags = ["--api-key", "secret", "other", "--guardrail-checker", "checkers:Words"]
     flags += [
@@ -65,6 +66,7 @@ def guarded_server(
         "100000",
     ]
     folder = tmp_path_factory.mktemp("guarded")
+    flags += ["--lora", f"{adapter(folder / 'snow', distilled_checkpoint)}:0.5"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", path)
         with generator(distilled_checkpoint, folder, vllm_cache, *flags) as server:

@@ -205,3 +205,13 @@ def test_it_does_not_start_without_required_guardrails(
     last = output.strip().splitlines()[-1]
     assert last.startswith("vllm-cosmos3 serve: --guardrails required, but ")
     assert last.endswith("with its models, or start with --guardrails auto or off")
+
+
+def test_an_adapter_is_said_wherever_somebody_may_ask(client: httpx.Client) -> None:
+    (model,) = client.get("/v1/cosmos3/models").json()["data"]
+    (known,) = model["cosmos3"]["adapters"]
+    assert (known["name"], known["scale"], known["matrices"]) == ("snow", 0.5, 2)
+    assert client.get("/health").json()["adapters"] == ["snow:0.5"]
+    job = post(client).json()
+    assert job["status"] == "completed", job
+    assert job["cosmos3"]["effective"]["adapters"] == [known]

@@ -12,9 +12,11 @@ from typing import Any, cast
 import pytest
 from limits import HANG
 
+from vllm_cosmos3.checkpoint.adapters.adapter import Adapter
 from vllm_cosmos3.errors import Cosmos3Error
 from vllm_cosmos3.media_budget import MediaBudget
 from vllm_cosmos3.server.http.request_fields import ClientRequest
+from vllm_cosmos3.server.jobs.admission import Submission
 from vllm_cosmos3.server.jobs.estimates import ThroughputEstimate
 from vllm_cosmos3.server.jobs.inference import Inference
 from vllm_cosmos3.server.jobs.journal import Journal
@@ -127,3 +129,19 @@ def test_a_client_that_goes_while_it_is_accepted_is_cancelled() -> None:
 
     asyncio.run(asyncio.wait_for(go(), 60))
     assert inference.running == 0
+
+
+def test_the_same_request_of_other_weights_is_another_one() -> None:
+    request = ClientRequest(
+        fields={"prompt": "a boat"}, server_fields={}, references={}, warnings=()
+    )
+    asked = Submission(kind="video", request=request, deadline=1.0)
+    snow, rain = (Adapter(name="a", scale=1.0, dialect="peft", digest=d, pairs={}) for d in "sr")
+    digests = {
+        asked.digest(),
+        asked.digest([snow]),
+        asked.digest([rain]),
+        asked.digest([snow, rain]),
+    }
+    assert len(digests) == 4
+    assert asked.digest([snow]) == asked.digest([snow])

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from vllm_cosmos3.checkpoint.adapters.adapter import Adapter
 from vllm_cosmos3.checkpoint.kinds import KINDS, check_kind, kind_of
 from vllm_cosmos3.checkpoint.quantization import Quantization, read_quantization
 from vllm_cosmos3.errors import CheckpointError, Unsupported
@@ -127,7 +128,8 @@ class ModelConfig:
     """A whole checkpoint folder. ``sound`` is None where the checkpoint makes no sound.
 
     ``kind`` is one of `kinds.KINDS`, and says which modes the checkpoint was made for.
-    ``quantization`` is None where matrices are loaded as they are.
+    ``quantization`` is None where matrices are loaded as they are. ``adapters`` are merged into the
+    transformer while it is loaded.
     """
 
     path: Path
@@ -137,6 +139,7 @@ class ModelConfig:
     scheduler: SchedulerConfig
     sound: SoundConfig | None
     quantization: Quantization | None
+    adapters: tuple[Adapter, ...] = ()
 
     @property
     def distilled(self) -> bool:

@@ -28,6 +28,7 @@ COMMANDS = {
     "compare": "measure what FP8 and the step cache change, on your prompts",
     "plan": "estimate GPU memory before loading anything",
     "doctor": "check this machine and print what to fix",
+    "merge-lora": "write a checkpoint with LoRA adapters merged into its generator",
     "make-checkpoint": "write a small random checkpoint in the published layout",
     "completion": "print a completion script for a shell",
 }

@@ -85,6 +85,8 @@ def _words(flag: str, value: Any, action: argparse.Action | None) -> list[str]:
     if value is True:
         return [flag]
     if isinstance(value, list) and not any(isinstance(item, list | dict) for item in value):
+        if isinstance(action, argparse._AppendAction):
+            return [word for item in value for word in (flag, str(item))]
         several = action is None or action.nargs in ("+", "*")
         return [flag, *map(str, value)] if several else [flag, ",".join(map(str, value))]
     text = json.dumps(value) if isinstance(value, list | dict) else str(value)

@@ -93,7 +93,7 @@ def add_flag(
     """
     flags = (f"--{name.replace('_', '-')}", *also)
     text = spec.help + _range(spec)
-    if default is not None and default is not False and default != "":
+    if default not in (None, False, "", ()):
         text += f" (default: {_shown(default, spec)})"
     text = text.replace("%", "%%")
     if spec.kind == "bool":
@@ -102,6 +102,8 @@ def add_flag(
     elif spec.kind == "control":
         metavar = "FILE|JSON"
         group.add_argument(*flags, nargs="?", const=True, type=_control, metavar=metavar, help=text)
+    elif spec.kind == "adapters":
+        group.add_argument(*flags, action="append", metavar="PATH[:SCALE]", help=text)
     else:
         metavar = UNITS.get(spec.unit, metavar or METAVARS.get(spec.kind))
         metavar = metavar or f"{{{','.join(map(str, spec.choices))}}}"

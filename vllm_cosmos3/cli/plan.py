@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     options = EngineOptions(
         args.model, device=args.device, **given(args, OPTIONS.keys() - {"device"})
     )
-    model = options.quantized(known_model(args.model, options.revision, options.checkpoint_kind))
+    model = options.applied(known_model(args.model, options.revision, options.checkpoint_kind))
     engine = options.on(model.path, args.device)
     check_degrees(engine.parallel, model.transformer, guided=not model.distilled)
     work = work_of(args, model)
@@ -145,6 +145,7 @@ def table(
     ranks = f"{mesh.world_size} GPU{'s' if mesh.world_size > 1 else ''}"
     axes, degrees = (" x ".join(map(str, part)) for part in zip(*mesh.degrees.items(), strict=True))
     frames, scale = pixel_frames(shape[2], model.vae), model.vae.scale_factor_spatial
+    adapted = "".join(f" + {adapter.name}:{adapter.scale:g}" for adapter in model.adapters)
     quantized = f" and {model.quantization.scheme}" if model.quantization else ""
     rows = [
         *((f"weights: {part}", size) for part, size in memory.weights.items()),
@@ -159,7 +160,7 @@ def table(
         *((f"on the host: {part}", size) for part, size in memory.host.items()),
     ]
     return [
-        f"{name}, {engine.dtype}{quantized}, on {ranks} ({axes}: {degrees})",
+        f"{name}{adapted}, {engine.dtype}{quantized}, on {ranks} ({axes}: {degrees})",
         f"{shape[4] * scale}x{shape[3] * scale}, {frames} frames, text {' and '.join(map(str, work.text))}"
         f" tokens, text tower on the {engine.und_residency}",
         "",

@@ -89,7 +89,7 @@ def planner(engine: EngineOptions) -> Callable[[GenerateRequest], Plan]:
     from vllm_cosmos3.request.prompts import load_tokenizer
 
     folder = resolve(engine.model, engine.revision, weights=False)
-    config = engine.quantized(read_config(folder, engine.checkpoint_kind))
+    config = engine.applied(read_config(folder, engine.checkpoint_kind))
     tokenizer = load_tokenizer(config.path)
     return lambda request: make_plan(request, config, tokenizer)
 

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from vllm_cosmos3.checkpoint.adapters.adapter import Adapter
+from vllm_cosmos3.checkpoint.adapters.merging import Merging
 from vllm_cosmos3.checkpoint.config import ModelConfig
-from vllm_cosmos3.checkpoint.weights import load_dummy_weights, load_weights
+from vllm_cosmos3.checkpoint.weights import (
+    Prepare,
+    Table,
+    Target,
+    load_dummy_weights,
+    load_weights,
+)
 from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.generator.memory import check_weights, resolve_residency, usual_work
 from vllm_cosmos3.generator.memory.reservation import memory_of
@@ -19,6 +29,8 @@ from vllm_cosmos3.generator.models.transformer import Transformer
 from vllm_cosmos3.generator.models.vae import VideoVAE
 from vllm_cosmos3.parallel.attention import make_attend
 from vllm_cosmos3.parallel.mesh import Mesh
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,9 +106,30 @@ def _fill(
 ) -> None:
     dummy = config.load_format == "dummy"
     prepare = preparation(model.quantization, part.matrices, part.shapes, device, dummy=dummy)
+    if model.adapters and part.folder == "transformer":
+        prepare = _merged_first(Merging(model.adapters, device), prepare)
+        _tell_unused(model.adapters, part.table)
     if dummy:
         load_dummy_weights(module, part.table, part.shapes, device=device, prepare=prepare)
     else:
         folder, fp8 = config.model / part.folder, part.fp8_in(model)
         load_weights(module, part.table, folder, part.shapes, fp8, prepare)
     module.eval()
+
+
+def _merged_first(merge: Merging, prepare: Prepare) -> Prepare:
+    """The preparation of tensors that adapters change before."""
+
+    def prepared(name: str, target: Target, tensor: Tensor) -> Iterable[tuple[Target, Tensor]]:
+        return prepare(name, target, merge(name, tensor))
+
+    return prepared
+
+
+def _tell_unused(adapters: Iterable[Adapter], table: Table) -> None:
+    """Warn of changes to what the generator does not load, such as the head of the text tower."""
+    for adapter in adapters:
+        unused = sorted(adapter.pairs.keys() - table.keys())
+        if unused:
+            what = f"{', '.join(unused[:4])}{' ...' if len(unused) > 4 else ''}"
+            logger.warning("%s: the generator does not use %s", adapter.name, what)

@@ -53,6 +53,9 @@ class Cosmos3ReasonerForConditionalGeneration(Qwen3VLForConditionalGeneration):
             re.compile(
                 r"^(blocks|merger|patch_embed|pos_embed|deepstack_merger_list)\."
             ): r"visual.\1.",
+            # Adapters that were trained on the model of transformers have its names.
+            re.compile(r"^model\.(language_model)\."): r"\1.model.",
+            re.compile(r"^model\.(visual)\."): r"\1.",
         },
         orig_to_new_substr={
             ".to_q.": ".q_proj.",

@@ -6,10 +6,13 @@ Command-line flags, the HTTP schema and the options of the server are made from 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import cleandoc
 from numbers import Integral, Real
+from os import PathLike, fspath
+from os.path import abspath, expanduser
 from typing import Any
 
 from vllm_cosmos3.errors import InvalidRequest
@@ -28,8 +31,8 @@ FRAMEWORK_NAMES = {  # of the Cosmos Framework, for our fields
 class Spec:
     """What one field accepts, as data: its kind, range and unit, and a sentence for the help.
 
-    ``kind`` is text, int, float, bool, choice, size, ints, pair, numbers, rows, control, image, video
-    or arrays. ``low`` and ``high`` are inclusive, except that ``above`` makes ``low`` exclusive.
+    ``kind`` is text, int, float, bool, choice, size, ints, pair, numbers, rows, control, image,
+    video, arrays or adapters. ``low`` and ``high`` are inclusive, except that ``above`` makes ``low`` exclusive.
     """
 
     kind: str
@@ -183,6 +186,34 @@ def _arrays(value: Any) -> Any:
     return value if isinstance(value, Mapping) and value else None
 
 
+def _adapters(value: Any) -> tuple[tuple[str, float], ...] | None:
+    """Paths with scales, of one PATH or PATH:SCALE, or of a list of those or of pairs."""
+    items = [value] if isinstance(value, (str, PathLike)) else value
+    if not isinstance(items, Sequence):
+        return None
+    pairs = [_adapter(item) for item in items]
+    return None if None in pairs else tuple(pair for pair in pairs if pair is not None)
+
+
+def _adapter(value: Any) -> tuple[str, float] | None:
+    if isinstance(value, (str, PathLike)):
+        path, scale = fspath(value), 1.0
+        if isinstance(path, str) and (found := _SCALED.fullmatch(path)):
+            path, scale = found["path"], float(found["scale"])
+    else:
+        pair = isinstance(value, Sequence) and len(value) == 2
+        if not pair or not isinstance(value[0], (str, PathLike)):
+            return None
+        path, number = fspath(value[0]), _number(value[1])
+        if number is None or not math.isfinite(number):
+            return None
+        scale = number
+    if not isinstance(path, str) or not path:
+        return None
+    return abspath(expanduser(path)), scale
+
+
+_SCALED = re.compile(r"(?P<path>.+):(?P<scale>[-+]?(?:\d+\.?\d*|\.\d+))")
 _NORMAL = {
     "text": _text,
     "int": _integer,
@@ -196,6 +227,7 @@ _NORMAL = {
     "image": _media,
     "video": _media,
     "arrays": _arrays,
+    "adapters": _adapters,
 }
 _POSSIBLE = {
     "text": "text",
@@ -211,6 +243,7 @@ _POSSIBLE = {
     "image": "a file, bytes, a PIL image, or an array or tensor [H,W,3] (uint8, or floats from 0 to 1)",
     "video": "a file, bytes, a list of PIL images, or an array or tensor [T,H,W,3] (uint8, or floats from 0 to 1)",
     "arrays": "a mapping of stream names to arrays",
+    "adapters": "PATH or PATH:SCALE, or a list of those",
 }
 
 

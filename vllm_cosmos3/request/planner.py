@@ -354,6 +354,7 @@ def _effective(
     for name in SPECS:
         values[name] = getattr(parameters if hasattr(parameters, name) else request, name)
     values["quantization"] = model.quantization and model.quantization.record()
+    values["adapters"] = [adapter.record() for adapter in model.adapters]
     values["size"] = f"{parameters.width}x{parameters.height}"
     if request.negative_prompt_token_ids is None:
         values["negative_prompt"] = negative

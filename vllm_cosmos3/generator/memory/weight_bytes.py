@@ -23,6 +23,7 @@ _TEXT_LAST = ("input_layernorm.", "self_attn.to_k.", "self_attn.to_v.", "self_at
 _NOT_LOADED = ("lm_head.", "norm.")
 _ROW_PARALLEL = re.compile(r"(to_out|to_add_out|down_proj)\.weight$")  # inputs are divided
 _FIRST_OF_JOINED = re.compile(r"(to_q|add_q_proj|to_out|to_add_out|gate_proj|down_proj)\.weight$")
+_MERGING = 3 * FLOAT32  # bytes of a value: the matrix, what it becomes, and what is added
 _QUANTIZING = 2 * FLOAT32 + 1  # bytes of a value, at the peak: in float32, scaled, and FP8
 
 
@@ -85,7 +86,7 @@ def loading(model: ModelConfig, parts: dict[str, int], *, element_size: int, dum
     """Bytes at the peak of loading the ``parts`` that rest on the device.
 
     An autoencoder is built in float32 before it is cast. Random weights are drawn in float32, one
-    tensor at a time; read ones come from the host.
+    tensor at a time; read ones come from the host. Adapters are merged on the device, in float32.
     """
 
     def drawn(tensors: Tensors) -> int:
@@ -95,7 +96,8 @@ def loading(model: ModelConfig, parts: dict[str, int], *, element_size: int, dum
     base = sum(parts.get(name, 0) for name in towers)
     tensors = transformer_tensors(model.transformer)
     loaded = {name: s for name, s in tensors.items() if not name.startswith(_NOT_LOADED)}
-    peak = base + max(drawn(loaded), _quantizing(model, loaded, element_size, dummy=dummy))
+    merging = _merging(model, loaded, element_size)
+    peak = base + max(drawn(loaded), merging, _quantizing(model, loaded, element_size, dummy=dummy))
     built = parts["video autoencoder"]
     cast = built * FLOAT32 // element_size
     tensors = vae_tensors(model.vae)
@@ -113,6 +115,13 @@ def _quantizing(model: ModelConfig, tensors: Tensors, element_size: int, *, dumm
         return 0
     largest = max(prod(shape) for shape in layer_matrices(tensors).values())
     return largest * (_QUANTIZING + (0 if dummy or element_size == FLOAT32 else element_size))
+
+
+def _merging(model: ModelConfig, tensors: Tensors, element_size: int) -> int:
+    """Bytes beside the weights while an adapter is merged into the largest of its matrices."""
+    changed = {name for adapter in model.adapters for name in adapter.pairs} & tensors.keys()
+    largest = max((prod(tensors[name]) for name in changed), default=0)
+    return largest * (_MERGING + element_size)
 
 
 def _sound_decoder(model: ModelConfig) -> Tensors:

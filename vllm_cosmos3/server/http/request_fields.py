@@ -94,7 +94,7 @@ NOTHING: tuple[Any, ...] = (
 UNSUPPORTED = {
     "stream": "left out: GET /v1/videos/{id}/events streams the progress of a video",
     "partial_images": "left out: GET /v1/videos/{id}/events streams the progress of a video",
-    "lora": "left out: merge the adapter into the checkpoint",
+    "lora": "left out: the server is started with --lora",
     "enable_frame_interpolation": "left out: ask for a higher fps",
     "frame_interpolation_exp": "left out: ask for a higher fps",
     "frame_interpolation_scale": "left out: ask for a higher fps",

@@ -10,12 +10,13 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from vllm_cosmos3.checkpoint.adapters.adapter import Adapter
 from vllm_cosmos3.checkpoint.config import ModelConfig
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
 from vllm_cosmos3.media_budget import Lease, media_budget
@@ -58,10 +59,11 @@ class Submission:
     remixed_from: str | None = None
     file_names: Mapping[str, str] = field(default_factory=dict)
 
-    def digest(self) -> str:
-        """What makes two requests the same."""
+    def digest(self, adapters: Sequence[Adapter] = ()) -> str:
+        """What makes two requests the same, for a model with these ``adapters``."""
         parts = [self.kind, self.request.fields, self.request.server_fields]
         parts += [self.remixed_from] if self.remixed_from else []
+        parts += [[adapter.digest for adapter in adapters]] if adapters else []
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
         for name, source in sorted(self.media.items()):
             digest.update(name.encode())
@@ -122,7 +124,7 @@ class Admission:
         """
         request = submission.request
         try:
-            body = await asyncio.to_thread(submission.digest)
+            body = await asyncio.to_thread(submission.digest, self._model.adapters)
             known = self._known(body, submission)
             with media_budget().lease() as pixels:
                 return known or await self._accept(submission, body, pixels)

@@ -71,6 +71,7 @@ def capability(service: Service) -> dict[str, Any]:
         "modes": modes,
         "sound": service.model.sound is not None,
         "quantization": quantization and quantization.record(),
+        "adapters": [adapter.record() for adapter in service.model.adapters],
         "resolutions": {
             str(tier): [f"{width}x{height}" for width, height in sizes]
             for tier, sizes in TRAINED_SIZES.items()
@@ -122,6 +123,7 @@ async def health_of(request: Request) -> Response:
         "last_sign_of_life": round(service.stage.last_sign_of_life(), 3),
         "call": {"name": status.call or None, "seconds": round(status.call_seconds, 3)},
         "guardrails": service.guardrails.state,
+        "adapters": [f"{adapter.name}:{adapter.scale:g}" for adapter in service.model.adapters],
     }
     if status.state == "starting":
         report["loaded_percent"] = service.loaded(status)
