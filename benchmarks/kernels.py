@@ -193,7 +193,7 @@ def product_figures(
     matrices = {
         "qkv": (width, query + 2 * key),
         "out": (query, width),
-        "gate_up": (width, 2 * inner),
+        "gate_up": (width, len(config.backbone.mlp_inputs) * inner),
         "down": (inner, width),
     }
     for name, length in lengths.items():

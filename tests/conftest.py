@@ -110,6 +110,14 @@ def tiny_checkpoint_fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_edge_fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint of Edge in the published layout, with float32 tensors."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny-of-nemotron"
+    write_checkpoint(folder, kind="edge", dtype="float32")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
     """Runs a function on every rank of a mesh: ``ranks(parallel, function, *args)``."""
     pool = Ranks()

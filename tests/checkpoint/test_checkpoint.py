@@ -194,6 +194,42 @@ def test_real_sizes_have_no_random_weights(
     assert not (tmp_path / "nano").exists()
 
 
+def test_edge_has_the_published_layout(tiny_edge_fp32: Path) -> None:
+    files = digests(tiny_edge_fp32)
+    assert "processor_config.json" in files
+    assert not [name for name in files if "sound" in name or name == "vision_encoder/config.json"]
+    generator = tensors(tiny_edge_fp32 / "transformer")
+    found = {name: tuple(value.shape) for name, value in generator.items()}
+    assert found == transformer_tensors(read_config(tiny_edge_fp32).transformer)
+    root = json.loads((tiny_edge_fp32 / "model.safetensors.index.json").read_text())["weight_map"]
+    assert "layers.0.self_attn.k_norm_und_for_gen.weight" in root
+    assert not [name for name in root if "moe_gen" in name or "add_q_proj" in name]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_edge_fp32)
+    marks = ("<unk>", "<s>", "<|im_end|>", "<|video_pad|>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>")  # fmt: skip
+    assert tokenizer.convert_tokens_to_ids(list(marks)) == [0, 1, 11, 18, 19, 20, 21]
+    asked = [{"role": "user", "content": "Why?"}]
+    for thinking, opening in ((True, "<think>\n"), (False, "<think></think>")):
+        text = tokenizer.apply_chat_template(
+            asked, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+        )
+        assert text == f"<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n{opening}"
+
+
+@pytest.mark.parametrize(("size", "kind"), [("nano", "edge"), ("edge", "base")])
+def test_a_size_of_another_backbone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], size: str, kind: str
+) -> None:
+    command = ["make-checkpoint", str(tmp_path / "no"), "--size", size, "--kind", kind]
+    assert main([*command, "--no-weights"]) == 2
+    assert f"for the size {size}" in capsys.readouterr().err
+
+
+def test_the_size_edge_is_of_the_kind_edge(tmp_path: Path) -> None:
+    command = ["make-checkpoint", str(tmp_path / "edge"), "--size", "edge", "--no-weights"]
+    assert main(command) == 0
+    assert read_config(tmp_path / "edge").kind == "edge"
+
+
 @pytest.mark.parametrize(("kind", "fps"), [("distilled-t2i", 24), ("distilled-i2v", 16)])
 def test_distilled_checkpoints(tmp_path: Path, kind: str, fps: int) -> None:
     folder = tmp_path / kind

@@ -183,11 +183,10 @@ def test_wrong_values_are_named(
 @pytest.mark.parametrize(
     ("file", "changed", "sentence"),
     [
-        (TRANSFORMER, {"hidden_act": "relu2"}, "Cosmos3 Edge"),
-        (TRANSFORMER, {"use_und_k_norm_for_gen": True}, "Cosmos3 Edge"),
-        (TRANSFORMER, {"backbone_type": "nemotron"}, "Cosmos3 Edge"),
-        (SCHEDULER, {"_class_name": "Cosmos3EdgeUniPCMultistepScheduler"}, "Cosmos3 Edge"),
-        ("model_index.json", {"_class_name": "Cosmos3EdgePipeline"}, "Cosmos3 Edge"),
+        (TRANSFORMER, {"hidden_act": "gelu"}, "'gelu', this version runs only 'silu' or 'relu2'"),
+        (TRANSFORMER, {"hidden_act": "relu2"}, "qk_norm_for_text is True"),
+        (TRANSFORMER, {"use_und_k_norm_for_gen": True}, "use_und_k_norm_for_gen is True"),
+        (TRANSFORMER, {"backbone_type": "cosmos3_multiview"}, "one view at a time"),
         (TRANSFORMER, {"quantization_config": {"quant_method": "modelopt"}}, "quant_algo None"),
         (TRANSFORMER, {"attention_bias": True}, "attention_bias is True"),
         (VAE, {"is_residual": False}, "is_residual is False"),

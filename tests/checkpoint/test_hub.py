@@ -71,11 +71,12 @@ class Hub:
 def repositories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("repositories")
     write_checkpoint(root / "tiny")
-    write_checkpoint(root / "edge")
+    write_checkpoint(root / "many")
     write_checkpoint(root / "silent", kind="distilled-t2i")
-    config = root / "edge" / "transformer" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_act": "relu2"}))
-    names = ("tiny", "edge", "silent")
+    config = root / "many" / "transformer" / "config.json"
+    several = {"backbone_type": "cosmos3_multiview"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | several))
+    names = ("tiny", "many", "silent")
     return {f"team/{name}": root / name for name in names} | {"team/private": root / "tiny"}
 
 
@@ -231,10 +232,10 @@ def test_an_unreachable_hub(hub: Hub) -> None:
     assert "hub cannot be reached; check the network" in message
 
 
-def test_edge_is_refused_before_any_weights(hub: Hub) -> None:
-    kind, message = hub.resolve("team/edge")
+def test_what_cannot_run_is_refused_before_any_weights(hub: Hub) -> None:
+    kind, message = hub.resolve("team/many")
     assert kind == "Unsupported"
-    assert "Cosmos3 Edge" in message
+    assert "one view at a time" in message
     assert not [path for path in hub.asked if path.endswith(".safetensors")]
 
 

@@ -10,11 +10,14 @@ from vllm_cosmos3.checkpoint.config import (
     ModelConfig,
     VisionConfig,
     read_config,
+    read_json,
     read_vision_config,
+    siglip_config,
 )
 from vllm_cosmos3.checkpoint.synthetic import write_checkpoint
 from vllm_cosmos3.checkpoint.tensors import (
     parameters,
+    siglip_tensors,
     sound_tensors,
     transformer_tensors,
     vae_tensors,
@@ -66,6 +69,19 @@ def test_super_has_more_query_width_than_hidden_width(released: Released) -> Non
     shapes = transformer_tensors(released["super"][0].transformer)
     assert shapes["layers.63.self_attn.add_q_proj.weight"] == (8192, 5120)
     assert shapes["layers.63.self_attn.to_add_out.weight"] == (5120, 8192)
+
+
+def test_edge(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "edge", size="edge", kind="edge", weights=False)
+    found = transformer_tensors(read_config(tmp_path / "edge").transformer)
+    assert (len(found), parameters(found)) == (549, 3_369_657_024)
+    assert found["layers.27.self_attn.k_norm_und_for_gen.weight"] == (128,)
+    assert not [name for name in found if "gate_proj" in name or ".norm_q." in name]
+    root = read_json(tmp_path / "edge" / "config.json")
+    seen = siglip_tensors(siglip_config(root))
+    assert (len(seen), parameters(seen)) == (443, 489_342_704)
+    del root["projector_config"]  # which transformers does not write
+    assert siglip_tensors(siglip_config(root)) == seen
 
 
 def test_tiny_has_every_tensor_of_its_layers(tiny_checkpoint: Path) -> None:

@@ -14,6 +14,7 @@ from vllm_cosmos3.checkpoint.tensors import vae_tensors
 from vllm_cosmos3.checkpoint.weights import identity_table, load_dummy_weights
 from vllm_cosmos3.compat import fused_qk_norm_rope
 from vllm_cosmos3.engine_options import ParallelConfig
+from vllm_cosmos3.generator.models.backbone import NormedHeads
 from vllm_cosmos3.generator.models.kernels import add_with_bias, norm_silu
 from vllm_cosmos3.generator.models.transformer import Layer
 from vllm_cosmos3.generator.models.vae import VideoVAE, rms_normalised, to_frames, to_pixels
@@ -97,14 +98,16 @@ def test_a_layer_without_the_fused_pass_computes_the_same(
 ) -> None:
     layer = pipeline.transformer.layers[0]
     assert isinstance(layer, Layer)
-    assert layer._fused is not None
+    heads = layer.heads
+    assert isinstance(heads, NormedHeads)
+    assert heads._fused is not None
     positions = torch.arange(3 * 50, device="cpu").view(3, 50).float()
     rope = pipeline.transformer.rope(positions)
     x = noise(device, 50, pipeline.model.transformer.hidden_size).bfloat16()
     with torch.inference_mode():
-        fused = layer._norm_rotate(layer.qkv(x), rope)
-        monkeypatch.setattr(layer, "_fused", None)
-        plain = layer._norm_rotate(layer.qkv(x), rope)
+        fused = heads(layer.qkv(x), rope)
+        monkeypatch.setattr(heads, "_fused", None)
+        plain = heads(layer.qkv(x), rope)
     for a, b in zip(fused, plain, strict=True):
         assert apart(a, b) <= 1e-2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -85,16 +86,18 @@ MESHES = {  # cfg x ulysses x tp
 }
 
 
-def run_all(mesh: Mesh, folder: Path, parallel: ParallelConfig) -> dict[str, tuple[Sample, Sample]]:
+def run_all(
+    mesh: Mesh, folder: Path, parallel: ParallelConfig, names: Sequence[str] = tuple(REQUESTS)
+) -> dict[str, tuple[Sample, Sample]]:
     """The latents and the decoded result of each request."""
     config = EngineConfig(model=folder, dtype="float32", device="cpu", **asdict(parallel))
     pipeline = Pipeline.load(config, mesh, "cpu")
     return {
         name: (
-            run(pipeline, GenerateRequest(**COMMON, **fields, output_type="latent")),
-            run(pipeline, GenerateRequest(**COMMON, **fields)),
+            run(pipeline, GenerateRequest(**COMMON, **REQUESTS[name], output_type="latent")),
+            run(pipeline, GenerateRequest(**COMMON, **REQUESTS[name])),
         )
-        for name, fields in REQUESTS.items()
+        for name in names
     }
 
 
@@ -119,7 +122,25 @@ def test_a_mesh_equals_one_rank(
     tiny_checkpoint_fp32: Path,
     alone: dict[str, tuple[Sample, Sample]],
 ) -> None:
-    results, *others = ranks(MESHES[mesh], run_all, tiny_checkpoint_fp32, MESHES[mesh])
+    check_equal(alone, *ranks(MESHES[mesh], run_all, tiny_checkpoint_fp32, MESHES[mesh]))
+
+
+@pytest.mark.parametrize("mesh", ["1x1x2", "1x2x2"])
+def test_a_mesh_equals_one_rank_with_the_layers_of_edge(
+    mesh: str, ranks: Ranks, tiny_edge_fp32: Path
+) -> None:
+    """Whose text has keys that only the generation tower sees, shared like the others."""
+    names = ("odd latent size", "image to video", "policy with a state")
+    (alone,) = ranks(ParallelConfig(), run_all, tiny_edge_fp32, ParallelConfig(), names)
+    check_equal(alone, *ranks(MESHES[mesh], run_all, tiny_edge_fp32, MESHES[mesh], names))
+
+
+def check_equal(
+    alone: dict[str, tuple[Sample, Sample]],
+    results: dict[str, tuple[Sample, Sample]],
+    *others: dict[str, tuple[Sample, Sample]],
+) -> None:
+    """What the ranks of a mesh made is what one rank made."""
     for name, (latents, made) in results.items():
         expected_latents, expected = alone[name]
         for stream, reference in expected_latents.latents.items():

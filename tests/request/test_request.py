@@ -67,7 +67,7 @@ WRONG: dict[str, list[Any]] = {
     "fps": [*NOT_NUMBERS, 0, -24, 1e9],
     "num_inference_steps": [*NOT_INTEGERS, 0, 201],
     "guidance_scale": [*NOT_NUMBERS, -1, 21],
-    "guidance_interval": [5, "0,1", [1], [1, 2, 3], [600, 400], [-1, 5], [0, 1001], ["a", "b"]],
+    "guidance_interval": [5, "0,1", [1], [1, 2, 3], [600, 400], [-1, 5], [0, 1002], ["a", "b"]],
     "preset": ["best", "", 1],
     "step_cache": ["tea", "", True],
     "step_cache_threshold": [*NOT_NUMBERS, -0.1, 11],

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vllm_cosmos3.checkpoint.adapters.adapter import Adapter
+from vllm_cosmos3.checkpoint.backbone import BACKBONES, Backbone, backbone_of
 from vllm_cosmos3.checkpoint.kinds import KINDS, check_kind, kind_of
 from vllm_cosmos3.checkpoint.quantization import Quantization, read_quantization
 from vllm_cosmos3.errors import CheckpointError, Unsupported
@@ -24,8 +25,9 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransformerConfig:
-    """``transformer/config.json``. Both towers share these dimensions."""
+    """``transformer/config.json``. Both towers share these dimensions, and the backbone."""
 
+    backbone: Backbone
     hidden_size: int
     num_hidden_layers: int
     num_attention_heads: int
@@ -98,7 +100,7 @@ class SoundConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VisionConfig:
-    """``vision_encoder/config.json``: the reasoner's vision transformer. The generator uses none."""
+    """``vision_encoder/config.json``: Qwen3-VL's vision transformer. The generator uses none."""
 
     depth: int
     hidden_size: int
@@ -111,6 +113,21 @@ class VisionConfig:
     num_position_embeddings: int
     out_hidden_size: int
     deepstack_visual_indexes: tuple[int, ...]  # blocks that also feed the language model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiglipConfig:
+    """The vision encoder of Edge, SigLIP 2 with a projector, as the root ``config.json`` has it."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_channels: int
+    patch_size: int
+    num_patches: int  # of the learned table of positions, which is square
+    spatial_merge_size: int
+    projector_hidden_size: int
+    out_hidden_size: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,11 +170,10 @@ def read_config(folder: Path, kind: str | None = None) -> ModelConfig:
     ``kind`` replaces the kind that the files tell.
 
     Raises CheckpointError that names all missing keys of a file, Unsupported for checkpoints that
-    are recognised but cannot be run, such as 4-bit weights and the Edge architecture, and
-    InvalidRequest for a ``kind`` that the checkpoint cannot be.
+    are recognised but cannot be run, such as 4-bit weights, and InvalidRequest for a ``kind`` that
+    the checkpoint cannot be.
     """
     found = read_kind(folder)
-    _refuse_unsupported(folder, found)
     if kind is not None:
         check_kind(kind, found)
     file = folder / "transformer" / "config.json"
@@ -194,6 +210,29 @@ def read_vision_config(folder: Path) -> VisionConfig:
     return _read(VisionConfig, file, read_json(file))
 
 
+def siglip_config(root: Mapping[str, Any]) -> SiglipConfig:
+    """Dimensions of Edge's vision encoder in a root ``config.json``; KeyError where one is missing.
+
+    The projector's stand in a block of its own, or, as transformers writes them, beside the others.
+    """
+    text, vision = root["text_config"], root["vision_config"]
+    projector = root.get("projector_config") or {
+        "merger_intermediate_size": root["projector_hidden_size"],
+        "spatial_merge_size": vision["spatial_merge_size"],
+        "out_hidden_size": text["hidden_size"],
+    }
+    names = (
+        "hidden_size", "intermediate_size", "num_hidden_layers", "num_channels", "patch_size",
+        "num_patches",
+    )  # fmt: skip
+    return SiglipConfig(
+        **{name: vision[name] for name in names},
+        spatial_merge_size=projector["spatial_merge_size"],
+        projector_hidden_size=projector["merger_intermediate_size"],
+        out_hidden_size=projector["out_hidden_size"],
+    )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from ``path``; CheckpointError if it is absent or not an object."""
     try:
@@ -212,34 +251,44 @@ def _optional(path: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def _refuse_unsupported(folder: Path, kind: str) -> None:
-    """Name the checkpoints that this version does not run, from the JSON files alone."""
-    if kind == "edge":
-        raise Unsupported(
-            f"{folder} is a Cosmos3 Edge checkpoint, which this version cannot generate with; "
-            "use Cosmos3-Nano or Cosmos3-Super"
-        )
-
-
 def _read_transformer(file: Path) -> TransformerConfig:
     values = read_json(file)
+    backbone = backbone_of(values)
+    if backbone is None:
+        raise Unsupported(
+            f"{_short(file)}: hidden_act is {values['hidden_act']!r}, "
+            f"this version runs only {' or '.join(map(repr, BACKBONES))}"
+        )
     _require(
         file,
         values,
         attention_bias=False,
-        hidden_act="silu",
-        qk_norm_for_text=True,
+        qk_norm_for_text=backbone.qk_norm_for_text,
+        use_und_k_norm_for_gen=backbone.use_und_k_norm_for_gen,
         unified_3d_mrope_reset_spatial_ids=True,
     )
+    _refuse_views(file, values)
     # Older exports have no rope_axes_dim; distilled ones leave out what they do not generate.
     scaling = values.get("rope_scaling") or {}
-    fallback = {"rope_axes_dim": scaling.get("mrope_section", [24, 20, 20])}
+    fallback = {
+        "backbone": backbone,
+        "rope_axes_dim": scaling.get("mrope_section", [24, 20, 20]),
+    }
     if values.get("action_gen") is False:
         fallback |= {"action_dim": 0, "num_embodiment_domains": 0}
     if values.get("sound_gen") is False:
         fallback |= {"sound_dim": 0, "sound_latent_fps": 0}
     names = {"temporal_margin": "unified_3d_mrope_temporal_modality_margin"}
     return _read(TransformerConfig, file, values, names, fallback)
+
+
+def _refuse_views(file: Path, values: Mapping[str, Any]) -> None:
+    """Refuse checkpoints of several views, whose towers are Nano's and whose attention is not."""
+    found = values.get("backbone_type")  # which Nano and Super do not have
+    if found is not None and "multiview" in found:
+        raise Unsupported(
+            f"{_short(file)}: backbone_type is {found!r}, this version generates one view at a time"
+        )
 
 
 def _read_vae(file: Path) -> VAEConfig:

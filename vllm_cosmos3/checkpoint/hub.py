@@ -29,6 +29,8 @@ SHORT_NAMES: dict[str, Path | str] = {
     "Cosmos3-Super-Text2Image-4Step": "nvidia/Cosmos3-Super-Text2Image-4Step",
     "Cosmos3-Super-Image2Video-4Step": "nvidia/Cosmos3-Super-Image2Video-4Step",
     "Cosmos3-Edge": "nvidia/Cosmos3-Edge",
+    "Cosmos3-Edge-Policy-DROID": "nvidia/Cosmos3-Edge-Policy-DROID",
+    "edge": "nvidia/Cosmos3-Edge",
 }
 PUBLISHED = tuple(place for place in SHORT_NAMES.values() if isinstance(place, str))
 

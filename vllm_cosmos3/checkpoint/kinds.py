@@ -7,10 +7,11 @@ make noise, so it is refused before it is queued.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vllm_cosmos3.checkpoint.backbone import NEMOTRON, QWEN3, Backbone, backbone_of
 from vllm_cosmos3.errors import InvalidRequest
 
 VIDEO_MODES = ("text2video", "image2video", "video2video")
@@ -19,18 +20,32 @@ ACTION_MODES = ("forward_dynamics", "inverse_dynamics", "policy")
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What the checkpoints of one kind were trained for: modes, whether fixed steps, size of images.
+    """What the checkpoints of one kind were trained for.
 
-    Sound and actions also need their weights, whatever the kind.
+    ``distilled`` says that they have fixed steps, ``image_size`` is the width and height of pictures
+    where a request has none, ``tiers`` are the sizes of `sizes.TRAINED_SIZES`, ``frames`` the shortest
+    and longest videos at any size. ``robot`` is what a policy moves. Sound and actions also need
+    their weights, whatever the kind.
     """
 
     modes: tuple[str, ...]
     distilled: bool = False
-    image_size: tuple[int, int] = (960, 960)  # width and height, where a request has none
+    image_size: tuple[int, int] = (960, 960)
+    backbone: Backbone = QWEN3
+    tiers: tuple[int, ...] = (256, 480, 704, 720, 768)
+    frames: tuple[int, int] = (24, 400)
+    robot: str | None = None
 
 
 _LARGE_IMAGE = (1024, 1024)  # of the tier 768
 _BASE_MODES = ("text2image", *VIDEO_MODES, "transfer", *ACTION_MODES)
+_EDGE = Kind(
+    ("text2image", *VIDEO_MODES, *ACTION_MODES),
+    image_size=(640, 640),
+    backbone=NEMOTRON,
+    tiers=(256, 480),
+    frames=(50, 150),
+)
 
 
 KINDS = {
@@ -38,8 +53,9 @@ KINDS = {
     "text2image": Kind(_BASE_MODES, image_size=_LARGE_IMAGE),
     "distilled-t2i": Kind(("text2image",), distilled=True, image_size=_LARGE_IMAGE),
     "distilled-i2v": Kind(("image2video",), distilled=True),
-    "policy-droid": Kind(("policy",)),
-    "edge": Kind(("text2image", "text2video", "image2video", *ACTION_MODES)),
+    "policy-droid": Kind(("policy",), robot="droid"),
+    "edge": _EDGE,
+    "edge-policy-droid": replace(_EDGE, modes=("policy",), robot="droid"),
 }
 ASKED_BY = {  # what a request of a mode has that the others lack
     "text2image": "num_frames=1",
@@ -64,37 +80,40 @@ def kind_of(
 ) -> str:
     """The kind of the checkpoint in ``folder``, given its JSON files; ``pipeline`` is the index.
 
-    Policies and Super-Text2Image have the files of base checkpoints and are told by the name of their
+    Policies and Super-Text2Image have the files of other checkpoints and are told by the name of their
     repository: in the root configuration, of the folder, or of the folder in the Hugging Face cache.
     """
-    if (
-        transformer.get("hidden_act") == "relu2"
-        or transformer.get("use_und_k_norm_for_gen") is True
-        or "qwen" not in transformer.get("backbone_type", "qwen")  # Nano and Super have none
-        or "Edge" in str(scheduler.get("_class_name"))
-        or "Edge" in str(pipeline.get("_class_name"))
-    ):
-        return "edge"
     if scheduler.get("fixed_step_sampler_config") or pipeline.get("is_distilled"):
         fps = transformer.get("base_fps")
         return "distilled-i2v" if fps == _IMAGE2VIDEO_FPS else "distilled-t2i"
     cached = folder.parent.parent.name if folder.parent.name == "snapshots" else ""
     names = (str(root.get("_name_or_path", "")), folder.name, cached)
     told = {"policy": "policy-droid", "text2image": "text2image"}
-    return next((kind for word, kind in told.items() if word in " ".join(names).lower()), "base")
+    usual = "base"
+    if backbone_of(transformer) is NEMOTRON:
+        told, usual = {"policy": "edge-policy-droid"}, "edge"
+    return next((kind for word, kind in told.items() if word in " ".join(names).lower()), usual)
 
 
 def check_kind(chosen: str, found: str) -> None:
     """Refuse a kind that the user has chosen for files that cannot be of that kind."""
-    distilled = KINDS[found].distilled
+    distilled, backbone = KINDS[found].distilled, KINDS[found].backbone
     possible = [
-        name for name, kind in KINDS.items() if kind.distilled == distilled and name != "edge"
+        name
+        for name, kind in KINDS.items()
+        if (kind.distilled, kind.backbone) == (distilled, backbone)
     ]
     if chosen not in possible:
-        reason = "fixed steps" if distilled else "no fixed steps"
+        reason = f"{'fixed steps' if distilled else 'no fixed steps'} and {backbone.name}'s layers"
         raise InvalidRequest(
             "checkpoint_kind", chosen, f"one of {', '.join(possible)}: this checkpoint has {reason}"
         )
+
+
+def base_kind(kind: str) -> str:
+    """The kind with the same layers that has the most modes."""
+    alike = [name for name in KINDS if KINDS[name].backbone is KINDS[kind].backbone]
+    return max(alike, key=lambda name: len(KINDS[name].modes))
 
 
 def check_mode(kind: str, mode: str) -> None:

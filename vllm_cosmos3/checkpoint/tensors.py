@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 
-from vllm_cosmos3.checkpoint.config import SoundConfig, TransformerConfig, VAEConfig, VisionConfig
+from vllm_cosmos3.checkpoint.config import (
+    SiglipConfig,
+    SoundConfig,
+    TransformerConfig,
+    VAEConfig,
+    VisionConfig,
+)
 
 Tensors = dict[str, tuple[int, ...]]
 
 TIME_FREQUENCIES = 256  # sinusoids that enter the time embedder
+GENERATION_NORMS = ("norm_added_q", "norm_added_k")
 
 
 def transformer_tensors(cfg: TransformerConfig) -> Tensors:
@@ -42,6 +50,13 @@ def transformer_tensors(cfg: TransformerConfig) -> Tensors:
     return tensors
 
 
+# Names of ``transformer/`` that are the generation tower's or one of its adapters'.
+GENERATION = re.compile(
+    r"_moe_gen\.|\.add_[qkv]_proj\.|\.to_add_out\.|\.norm_added_[qk]\."
+    r"|^(proj_in|proj_out|time_embedder|audio_|action_)"
+)
+
+
 def layer_matrices(tensors: Tensors) -> Tensors:
     """The matrices in the layers of both towers, which FP8 checkpoints hold as F8_E4M3."""
     return {n: s for n, s in tensors.items() if n.startswith("layers.") and len(s) == 2}
@@ -57,7 +72,7 @@ def scale_tensors(tensors: Tensors) -> Tensors:
 
 
 def vision_tensors(cfg: VisionConfig) -> Tensors:
-    """``vision_encoder/``: the Qwen3-VL vision transformer that the reasoner sees with."""
+    """``vision_encoder/``: the Qwen3-VL vision transformer that most reasoners see with."""
     width, merged = cfg.hidden_size, cfg.hidden_size * cfg.spatial_merge_size**2
     patch = (cfg.in_channels, cfg.temporal_patch_size, cfg.patch_size, cfg.patch_size)
     tensors: Tensors = {
@@ -87,6 +102,33 @@ def vision_tensors(cfg: VisionConfig) -> Tensors:
             **_linear(f"{merger}.linear_fc2", merged, cfg.out_hidden_size),
         }
     return tensors
+
+
+def siglip_tensors(cfg: SiglipConfig) -> Tensors:
+    """``vision_encoder/`` of Edge: SigLIP 2, and the projector that merges its patches."""
+    width, merged = cfg.hidden_size, cfg.hidden_size * cfg.spatial_merge_size**2
+    visual, projector = "model.visual", "model.projector"
+    patch = cfg.num_channels * cfg.patch_size**2
+    tensors: Tensors = {
+        **_linear(f"{visual}.embeddings.patch_embedding", patch, width),
+        f"{visual}.embeddings.position_embedding.weight": (cfg.num_patches, width),
+    }
+    for index in range(cfg.num_hidden_layers):
+        layer = f"{visual}.encoder.layers.{index}"
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            tensors |= _linear(f"{layer}.self_attn.{part}", width, width)
+        tensors |= {
+            **_layer_norm(f"{layer}.layer_norm1", width),
+            **_layer_norm(f"{layer}.layer_norm2", width),
+            **_linear(f"{layer}.mlp.fc1", width, cfg.intermediate_size),
+            **_linear(f"{layer}.mlp.fc2", cfg.intermediate_size, width),
+        }
+    return tensors | {
+        **_layer_norm(f"{visual}.post_layernorm", width),
+        **_layer_norm(f"{projector}.norm", width),
+        **_linear(f"{projector}.linear_fc1", merged, cfg.projector_hidden_size),
+        **_linear(f"{projector}.linear_fc2", cfg.projector_hidden_size, cfg.out_hidden_size),
+    }
 
 
 def vae_tensors(cfg: VAEConfig) -> Tensors:
@@ -120,29 +162,22 @@ def _transformer_layer(layer: str, cfg: TransformerConfig) -> Tensors:
     queries = cfg.num_attention_heads * cfg.head_dim
     keys = cfg.num_key_value_heads * cfg.head_dim
     towers = (
-        ("to_q", "to_k", "to_v", "to_out", "norm_q", "norm_k", ""),
-        (
-            "add_q_proj",
-            "add_k_proj",
-            "add_v_proj",
-            "to_add_out",
-            "norm_added_q",
-            "norm_added_k",
-            "_moe_gen",
-        ),
+        ("to_q", "to_k", "to_v", "to_out", cfg.backbone.text_norms, ""),
+        ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", GENERATION_NORMS, "_moe_gen"),
     )
     tensors: Tensors = {}
-    for q, k, v, out, norm_q, norm_k, suffix in towers:
+    for q, k, v, out, norms, suffix in towers:
         attention, mlp = f"{layer}.self_attn", f"{layer}.mlp{suffix}"
         tensors |= {
             f"{attention}.{q}.weight": (queries, width),
             f"{attention}.{k}.weight": (keys, width),
             f"{attention}.{v}.weight": (keys, width),
             f"{attention}.{out}.weight": (width, queries),
-            f"{attention}.{norm_q}.weight": (cfg.head_dim,),
-            f"{attention}.{norm_k}.weight": (cfg.head_dim,),
-            f"{mlp}.gate_proj.weight": (cfg.intermediate_size, width),
-            f"{mlp}.up_proj.weight": (cfg.intermediate_size, width),
+            **{f"{attention}.{norm}.weight": (cfg.head_dim,) for norm in norms},
+            **{
+                f"{mlp}.{matrix}.weight": (cfg.intermediate_size, width)
+                for matrix in cfg.backbone.mlp_inputs
+            },
             f"{mlp}.down_proj.weight": (width, cfg.intermediate_size),
             f"{layer}.input_layernorm{suffix}.weight": (width,),
             f"{layer}.post_attention_layernorm{suffix}.weight": (width,),

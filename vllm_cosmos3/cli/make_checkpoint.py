@@ -10,8 +10,10 @@ from vllm_cosmos3.checkpoint.kinds import KINDS
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="where to write; made if it does not exist")
-    parser.add_argument("--size", choices=("tiny", "nano", "super"), default="tiny")
-    parser.add_argument("--kind", choices=tuple(KINDS), default="base")
+    parser.add_argument("--size", choices=("tiny", "nano", "super", "edge"), default="tiny")
+    parser.add_argument(
+        "--kind", choices=tuple(KINDS), help="default: edge for the size edge, else base"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--quantization", choices=("none", "fp8"), default="none", help="fp8: as the published FP8 revisions")  # fmt: skip
@@ -31,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     write_checkpoint(
         args.folder,
         size=args.size,
-        kind=args.kind,
+        kind=args.kind or ("edge" if args.size == "edge" else "base"),
         seed=args.seed,
         dtype=args.dtype,
         quantization=args.quantization,

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from vllm_cosmos3.checkpoint.config import ModelConfig, read_config
 from vllm_cosmos3.checkpoint.hub import resolve
 from vllm_cosmos3.checkpoint.latents import pixel_frames
-from vllm_cosmos3.checkpoint.synthetic.files import SIZES, published_files
+from vllm_cosmos3.checkpoint.synthetic.files import published_files
+from vllm_cosmos3.checkpoint.synthetic.sizes import SIZES
 from vllm_cosmos3.cli.flags import add_engine_flags, given
 from vllm_cosmos3.engine_options import OPTIONS, EngineConfig, EngineOptions
 from vllm_cosmos3.errors import InvalidRequest, did_you_mean
@@ -36,7 +37,7 @@ PHASES = {  # of the estimate; the largest peak counts
     "decode": "decoding",
     "sound": "decoding sound",
 }
-WITHOUT_CHECKPOINT = ("nano", "super")
+WITHOUT_CHECKPOINT = {"nano": "base", "super": "base", "edge": "edge"}  # size -> kind
 WITHOUT_MEMORY = ("device", "attention_backend", "distributed_executor_backend")  # of the options
 GPU_MEMORY = Spec(
     kind="float", low=0, above=True, high=100_000, unit="GiB", help="memory of one GPU"
@@ -50,13 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="checkpoint folder, Hugging Face repository, demo, nano or super",
+        help="checkpoint folder, Hugging Face repository, demo, nano, super or edge",
     )
     add_engine_flags(parser, [name for name in OPTIONS if name not in WITHOUT_MEMORY])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cuda, or cpu for what torch allocates there (default: cuda)")  # fmt: skip
     parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="memory of one GPU (default: 80)")  # fmt: skip
-    parser.add_argument("--size", default="1280x720", metavar="WxH", help="output size (default: 1280x720)")  # fmt: skip
-    parser.add_argument("--num-frames", type=int, default=189, metavar="N", help="number of frames; 1 for an image (default: 189)")  # fmt: skip
+    parser.add_argument("--size", metavar="WxH", help="output size (default: of the checkpoint)")  # fmt: skip
+    parser.add_argument("--num-frames", type=int, metavar="N", help="number of frames; 1 for an image (default: of the checkpoint)")  # fmt: skip
     parser.add_argument("--guidance-scale", type=float, metavar="X", help="guidance scale; 1: no negative prompt (default: of the checkpoint)")  # fmt: skip
     parser.add_argument("--generate-sound", action="store_true", help="include a sound track")
     parser.add_argument("--step-cache", choices=SPECS["step_cache"].choices, default="none", help="sea: keep what SeaCache reuses (default: none)")  # fmt: skip
@@ -100,13 +101,15 @@ def known_model(name: str, revision: str | None = None, kind: str | None = None)
             else did_you_mean(name.lower(), WITHOUT_CHECKPOINT)
         )
         if near:
-            raise InvalidRequest("model", name, f"a folder, a repository, nano or super; {near}")
+            raise InvalidRequest(
+                "model", name, f"a folder, a repository, nano, super or edge; {near}"
+            )
         found = resolve(name, revision, weights=False)
         return read_config(found, kind)
     size = SIZES[name]
     assert size.vocab_size is not None  # tiny alone takes it from its tokenizer
     ids: dict[str, int] = defaultdict(int)  # of markup tokens, which take no memory
-    files = published_files(size, "base", size.vocab_size, ids, "bfloat16")
+    files = published_files(size, WITHOUT_CHECKPOINT[name], size.vocab_size, ids, "bfloat16")
     with tempfile.TemporaryDirectory() as folder:
         for file, contents in files.items():
             path = Path(folder) / file

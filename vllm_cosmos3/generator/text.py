@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from vllm_cosmos3.generator.models.modalities import MODALITIES
+from vllm_cosmos3.generator.models.rope import Rope
 from vllm_cosmos3.generator.models.text_cache import TextKVCache
-from vllm_cosmos3.generator.models.transformer import Context, Rope, TextKV, Transformer
+from vllm_cosmos3.generator.models.transformer import Context, TextKV, Transformer
 from vllm_cosmos3.generator.sampling import positions
 from vllm_cosmos3.request.plan import Plan
 

@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from vllm_cosmos3.checkpoint.config import VisionConfig, read_json
-from vllm_cosmos3.checkpoint.tensors import Tensors, vision_tensors
+from vllm_cosmos3.checkpoint.tensors import GENERATION, Tensors, vision_tensors
 from vllm_cosmos3.errors import CheckpointError
 
 TEXT, VISION = "transformer", "vision_encoder"  # the two folders that are read
 
 # Tensors of the generator, which shares the folder and its layers with the reasoner.
 GENERATOR = re.compile(
-    r"_moe_gen\.|\.add_[qkv]_proj\.|\.to_add_out\.|\.norm_added_[qk]\.|k_norm_und_for_gen"
-    r"|^(proj_in|proj_out|time_embedder|audio_|action_)"
-    r"|\.(input|weight|output)_quantizer\."  # ModelOpt's own dialect, which vLLM does not read
+    GENERATION.pattern
+    + r"|\.k_norm_und_for_gen\."  # of the text, for the generator's eyes
+    + r"|\.(input|weight|output)_quantizer\."  # ModelOpt's own dialect, which vLLM does not read
 )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from vllm_cosmos3.checkpoint.kinds import KINDS, VIDEO_MODES
 from vllm_cosmos3.request.step_cache import StepCache
 
 
@@ -21,6 +23,7 @@ class Defaults:
     condition_frame_indexes_vision: tuple[int, ...]
     negative_prompts: tuple[str, ...]  # files under assets/ of the checkpoint; none: empty text
     negative_metadata_mode: str = "same"
+    guidance_interval: tuple[float, float] | None = None  # None: every step is guided
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +34,6 @@ class Parameters(Defaults):
     sound_duration: float | None  # None: no sound
     schedule: str
     noise: str
-    guidance_interval: tuple[float, float] | None
     control_guidance: float | None  # None: no controls
     control_guidance_interval: tuple[float, float] | None
     preset: str | None  # None: fields chosen one by one
@@ -99,6 +101,35 @@ ACTION = replace(
     negative_prompts=(),
     negative_metadata_mode="none",
 )
+_EDGE_VIDEO = {
+    mode: replace(
+        DEFAULTS[mode], width=832, height=480, num_frames=121, guidance_scale=5.0, flow_shift=3.0
+    )
+    for mode in VIDEO_MODES
+}
+_EDGE = {"text2image": replace(DEFAULTS["text2image"], guidance_scale=7.0), **_EDGE_VIDEO}
+_EDGE_ACTION = replace(ACTION, flow_shift=5.0)
+_EDGE_POLICY = replace(  # guided at its first step alone
+    _EDGE_ACTION,
+    num_inference_steps=4,
+    guidance_scale=3.0,
+    guidance_interval=(960.0, 1001.0),
+)
+# Kinds with defaults of their own.
+_PROMPTS = {"edge": _EDGE, "edge-policy-droid": _EDGE}
+_ACTIONS = {"edge": _EDGE_ACTION, "edge-policy-droid": _EDGE_POLICY}
 TRANSFER = replace(_VIDEO, negative_prompts=())  # where they are those of the clips
 TRANSFER_TIER = 720  # of sizes, where the request names none
 TEXT_TOKENS = 2048  # of a text whose length is not known; the published negative prompt has 1,904
+
+
+def defaults_of(kind: str) -> Mapping[str, Defaults]:
+    """The defaults by mode that a checkpoint of this kind has for images and videos from prompts."""
+    width, height = KINDS[kind].image_size
+    modes = _PROMPTS.get(kind, DEFAULTS)
+    return {**modes, "text2image": replace(modes["text2image"], width=width, height=height)}
+
+
+def action_defaults(kind: str) -> Defaults:
+    """The defaults with actions, where size, length and rate are not of the checkpoint."""
+    return _ACTIONS.get(kind, ACTION)

@@ -16,19 +16,18 @@ from vllm_cosmos3.checkpoint.latents import latent_frames, round_frames
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.request.actions import Action, too_long
 from vllm_cosmos3.request.defaults import (
-    ACTION,
-    DEFAULTS,
     TRANSFER,
     TRANSFER_TIER,
     Defaults,
     Parameters,
+    action_defaults,
+    defaults_of,
 )
 from vllm_cosmos3.request.presets import Chosen
 from vllm_cosmos3.request.presets import chosen as chosen_preset
 from vllm_cosmos3.request.request import GenerateRequest, parse_size
 from vllm_cosmos3.request.sizes import (
     MAX_AREA,
-    MIN_TRAINED_FRAMES,
     TRAINED_FPS,
     frame_limits,
     is_too_large,
@@ -58,14 +57,11 @@ def prompt_parameters(request: GenerateRequest, model: ModelConfig) -> Parameter
     Raises:
         InvalidRequest: the combination does not fit the checkpoint or the sizes it was trained for.
     """
-    default = DEFAULTS[request.mode]
+    default = defaults_of(model.kind)[request.mode]
     check_mode(model.kind, request.mode)
-    if request.num_frames == 1:
-        width, height = KINDS[model.kind].image_size
-        default = replace(default, width=width, height=height)
     width, height = _size(request, default)
     fps = request.fps or default.fps
-    warnings = [*_check_area(request, width, height), *_check_fps(request, fps)]
+    warnings = [*_check_area(request, model, width, height), *_check_fps(request, fps)]
     num_frames, rounded = _frames(request, model, default, fps)
     warnings += [*rounded, *_check_frames(request, model, num_frames, fps, width, height)]
     known = request.condition_frame_indexes_vision or default.condition_frame_indexes_vision
@@ -90,14 +86,15 @@ def action_parameters(
     The size is that of the canvas on which the picture is laid.
     """
     width, height = nearest_size(action.image_size, *picture)
-    width, height = _size(request, replace(ACTION, width=width, height=height))
+    default = action_defaults(model.kind)
+    width, height = _size(request, replace(default, width=width, height=height))
     warnings = [
         *action.warnings,
-        *_check_area(request, width, height),
+        *_check_area(request, model, width, height),
         *_check_chunk(request, model, action, width, height),
     ]
     default = replace(
-        ACTION,
+        default,
         width=width,
         height=height,
         num_frames=action.num_frames,
@@ -119,7 +116,7 @@ def transfer_parameters(
     warnings = [
         *transfer.warnings,
         *_beyond_training("num_video_frames_per_chunk", chunks.frames, trained, width, height),
-        *_check_area(request, width, height),
+        *_check_area(request, model, width, height),
         *_check_fps(request, transfer.fps),
     ]
     default = replace(
@@ -150,6 +147,9 @@ def _parameters(
         guidance_scale=guidance,
         flow_shift=request.flow_shift or default.flow_shift,
         negative_metadata_mode=request.negative_metadata_mode or default.negative_metadata_mode,
+        guidance_interval=(
+            request.guidance_interval or preset.guidance_interval or default.guidance_interval
+        ),
     )
     return Parameters(
         **asdict(chosen),
@@ -157,7 +157,6 @@ def _parameters(
         sound_duration=_sound_duration(request, model, default.num_frames / default.fps),
         schedule=request.schedule,
         noise=request.noise,
-        guidance_interval=request.guidance_interval or preset.guidance_interval,
         control_guidance=control_guidance,
         control_guidance_interval=request.control_guidance_interval,
         preset=preset.name,
@@ -176,7 +175,9 @@ def of_all_chunks(request: GenerateRequest, chunk: Parameters) -> Parameters:
     return replace(chunk, num_frames=frames)
 
 
-def fitting(request: GenerateRequest, width: int, height: int) -> tuple[int, int]:
+def fitting(
+    request: GenerateRequest, model: ModelConfig, width: int, height: int
+) -> tuple[int, int]:
     """The size of a transfer for that of its input. A wrong one should not wait for the clips."""
     if request.size is not None:
         width, height = parse_size(request.size)
@@ -184,7 +185,7 @@ def fitting(request: GenerateRequest, width: int, height: int) -> tuple[int, int
         width, height = request.width, request.height
     else:
         width, height = nearest_size(request.image_size or TRANSFER_TIER, width, height)
-    _check_area(request, width, height)
+    _check_area(request, model, width, height)
     return width, height
 
 
@@ -197,10 +198,11 @@ def _size(request: GenerateRequest, default: Defaults) -> tuple[int, int]:
     return request.width or default.width, request.height or default.height
 
 
-def _check_area(request: GenerateRequest, width: int, height: int) -> list[str]:
-    if is_trained(width, height):
+def _check_area(request: GenerateRequest, model: ModelConfig, width: int, height: int) -> list[str]:
+    tiers = KINDS[model.kind].tiers
+    if is_trained(width, height, tiers):
         return []
-    nearest = "x".join(map(str, nearest_trained(width, height)))
+    nearest = "x".join(map(str, nearest_trained(width, height, tiers)))
     if is_too_large(width, height) and not request.allow_untrained_size:
         possible = f"at most {MAX_AREA:,} pixels, such as {nearest}, or allow_untrained_size set"
         raise InvalidRequest("size", f"{width}x{height}", possible, "too_large")
@@ -237,17 +239,19 @@ def _check_frames(
     request: GenerateRequest, model: ModelConfig, frames: int, fps: float, width: int, height: int
 ) -> list[str]:
     trained, limit = frame_limits(width, height)
+    least, most = KINDS[model.kind].frames
+    trained = min(trained, most)
     if frames > round_frames(limit, model.vae) and not request.allow_untrained_size:
-        field, most = "num_frames", float(limit)
+        field, longest = "num_frames", float(limit)
         if request.num_frames is None:
-            field, most = "seconds", limit / fps
+            field, longest = "seconds", limit / fps
         given = getattr(request, field)
-        possible = f"at most {most:g} at {width}x{height}, or allow_untrained_size set"
+        possible = f"at most {longest:g} at {width}x{height}, or allow_untrained_size set"
         raise InvalidRequest(field, given, possible, "too_large")
     if frames > round_frames(trained, model.vae):
         return _beyond_training("num_frames", frames, trained, width, height)
-    if 1 < frames < MIN_TRAINED_FRAMES:
-        return [f"num_frames {frames} is below the trained {MIN_TRAINED_FRAMES}"]
+    if 1 < frames < least:
+        return [f"num_frames {frames} is below the trained {least}"]
     return []
 
 

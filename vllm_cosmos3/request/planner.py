@@ -68,7 +68,9 @@ def make_draft(request: GenerateRequest, model: ModelConfig) -> Draft:
     """The part of `make_plan` that is the same for every prompt: numbers and pixels."""
     action = actions.resolve_action(request, model)
     with media_budget().lease() as lease:
-        transfer = transfers.resolve_transfer(request, model, partial(fitting, request), lease)
+        transfer = transfers.resolve_transfer(
+            request, model, partial(fitting, request, model), lease
+        )
         if action is not None:
             parameters, chunks = _with_actions(request, model, action, lease)
         elif transfer is not None:

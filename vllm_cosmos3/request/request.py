@@ -265,8 +265,8 @@ class GenerateRequest:
     guidance_interval: tuple[float, float] | None = _field(
         kind="pair",
         low=0,
-        high=1000,
-        help="lowest and highest timestep with guidance (default: all)",
+        high=1001,
+        help="lowest and highest timestep with guidance (default: all; of Edge's policy 960 to 1001)",
     )
     preset: str | None = _field(
         kind="choice",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 ASPECT_RATIOS = ("1,1", "4,3", "3,4", "16,9", "9,16")
 TRAINED_SIZES = {  # tier: (width, height) for each of ASPECT_RATIOS
@@ -15,7 +16,6 @@ TRAINED_SIZES = {  # tier: (width, height) for each of ASPECT_RATIOS
 MAX_AREA = max(width * height for sizes in TRAINED_SIZES.values() for width, height in sizes)
 # Larger ones that OpenAI's API lists: its clients' users choose from these.
 LISTED_SIZES = {(1024, 1536), (1536, 1024), (1024, 1792), (1792, 1024)}
-MIN_TRAINED_FRAMES = 24
 MAX_TRAINED_FRAMES = {256: 400, 480: 300, 704: 200, 720: 200, 768: 200}
 DOCUMENTED_FRAMES = 300  # that the model card gives for all tiers, beyond training for large ones
 TRAINED_FPS = (10, 30)
@@ -26,9 +26,9 @@ def nearest_size(tier: int, width: int, height: int) -> tuple[int, int]:
     return min(TRAINED_SIZES[tier], key=lambda size: abs(size[1] / size[0] - height / width))
 
 
-def is_trained(width: int, height: int) -> bool:
-    """Whether the models were trained with this size."""
-    return any((width, height) in sizes for sizes in TRAINED_SIZES.values())
+def is_trained(width: int, height: int, tiers: Collection[int]) -> bool:
+    """Whether a model of these tiers was trained with this size."""
+    return any((width, height) in TRAINED_SIZES[tier] for tier in tiers)
 
 
 def is_too_large(width: int, height: int) -> bool:
@@ -36,9 +36,11 @@ def is_too_large(width: int, height: int) -> bool:
     return width * height > MAX_AREA and (width, height) not in LISTED_SIZES
 
 
-def nearest_trained(width: int, height: int) -> tuple[int, int]:
-    """The trained width and height of about this area whose shape is nearest."""
-    sizes = TRAINED_SIZES[tier_of(width, height)]
+def nearest_trained(
+    width: int, height: int, tiers: Collection[int] = tuple(TRAINED_SIZES)
+) -> tuple[int, int]:
+    """The trained width and height of about this area whose shape is nearest, of these tiers."""
+    sizes = TRAINED_SIZES[min(tier_of(width, height), max(tiers))]
     return min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - math.log(width / height)))
 
 

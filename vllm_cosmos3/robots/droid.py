@@ -24,7 +24,9 @@ from vllm_cosmos3.poses import (
     rotations,
 )
 
-KIND = "policy-droid"  # of the checkpoints that do this
+NAME = "droid"  # of the robot, in `kinds.KINDS`
+# How the checkpoints of each kind were told what to do; Edge's by a JSON caption.
+PROMPT_FORMATS = {"policy-droid": "plain", "edge-policy-droid": "auto"}
 JOINT_POS, MIDTRAIN = "joint_pos", "midtrain"  # what an action is about: joints, end effector
 JOINTS = 7
 WIDTH = 8  # of an answer: seven joints, or position and quaternion; and the gripper
@@ -103,16 +105,19 @@ def read(message: Mapping[str, Any], space: str = JOINT_POS) -> Observation:
     )
 
 
-def request_fields(observation: Observation, *, seed: int | None) -> dict[str, Any]:
+def request_fields(
+    observation: Observation, *, seed: int | None, kind: str = "policy-droid"
+) -> dict[str, Any]:
     """The policy request of one observation, for `Cosmos3.generate` or `request.from_fields`.
 
-    No pixels are made of it, only actions.
+    ``kind`` is the checkpoint's, policy-droid or edge-policy-droid. No pixels are made of it, only
+    actions.
     """
     state = observation.state.copy()
     state[-1] = 1 - state[-1]  # the model's gripper is 1 when open
     return {
         "prompt": observation.prompt,
-        "prompt_format": "plain",
+        "prompt_format": PROMPT_FORMATS[kind],
         "action_mode": "policy",
         "domain_name": "droid_lerobot",
         "raw_action_dim": len(state),

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_cosmos3.checkpoint.kinds import KINDS
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.robots import droid
 from vllm_cosmos3.server.options import Options
@@ -114,7 +115,7 @@ def announce(service: Service, surface: str, url: str) -> None:
         ),
         "url": f"{url} (the generator loads now; /health/ready is 200 when it can work)",
     }
-    if service.model.kind == droid.KIND:
+    if KINDS[service.model.kind].robot == droid.NAME:
         socket = url.replace("http", "ws", 1).removesuffix("/v1")
         lines["robots"] = f"{socket}/ or {socket}{robots.PATH}"
     former = former_default()

@@ -46,7 +46,7 @@ MATRICES = {  # of a layer of one tower: the joined ones, as the files name them
     "out": (("to_out", "to_add_out"),),
     "kv": (("to_k", "add_k_proj"), ("to_v", "add_v_proj")),
 }
-MLP = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
+MLP = {"up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
 
 
 def made(pipeline: Pipeline, **fields: Any) -> dict[str, np.ndarray]:

@@ -19,14 +19,13 @@ from vllm_cosmos3.checkpoint.tensors import parameters, transformer_tensors
 from vllm_cosmos3.checkpoint.weights import choose_kernels, load_dummy_weights, load_weights
 from vllm_cosmos3.engine_options import ParallelConfig
 from vllm_cosmos3.generator.models.modalities import frame_mask
+from vllm_cosmos3.generator.models.rope import Rope, rotate
 from vllm_cosmos3.generator.models.transformer import (
     Context,
-    Rope,
     TextKV,
     TimeEmbedding,
     Transformer,
     join,
-    rotate,
     sinusoid,
     weight_table,
 )

@@ -13,16 +13,29 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from vllm_cosmos3.checkpoint.config import read_config, read_vision_config
-from vllm_cosmos3.checkpoint.synthetic.files import SIZES, published_files, with_fp8
+from vllm_cosmos3.checkpoint.backbone import NEMOTRON
+from vllm_cosmos3.checkpoint.config import (
+    ModelConfig,
+    read_config,
+    read_json,
+    read_vision_config,
+    siglip_config,
+)
+from vllm_cosmos3.checkpoint.kinds import KINDS
+from vllm_cosmos3.checkpoint.synthetic.files import published_files, with_fp8
 from vllm_cosmos3.checkpoint.synthetic.random_weights import draw, in_fp8
+from vllm_cosmos3.checkpoint.synthetic.sizes import SIZES
 from vllm_cosmos3.checkpoint.synthetic.tokenizer import (
+    MARKUP,
     spoken_ids,
     token_ids,
     train_tokenizer,
     write_tokenizer,
 )
 from vllm_cosmos3.checkpoint.tensors import (
+    GENERATION,
+    Tensors,
+    siglip_tensors,
     sound_tensors,
     transformer_tensors,
     vae_tensors,
@@ -48,8 +61,8 @@ def write_checkpoint(
 ) -> None:
     """Write a checkpoint of ``size`` into ``folder``; the same arguments give the same bytes.
 
-    ``size`` is one of SIZES and ``kind`` one of `kinds.KINDS`; tiny alone can
-    have weights, and Edge cannot.
+    ``size`` is one of SIZES and ``kind`` one of `kinds.KINDS`; tiny alone can have weights. The
+    size edge is that of the kinds with Nemotron's layers, nano and super are those of the others.
     ``dtype`` is that of the transformers and the video autoencoder. The sound autoencoder is always
     float32, as published. With the ``quantization`` fp8 the matrices of the layers are FP8, as in the
     published revisions of that name. Without ``weights`` only the configuration and the tokenizer are written.
@@ -57,19 +70,23 @@ def write_checkpoint(
     """
     if weights and size != "tiny":
         raise InvalidRequest("--size", size, "tiny, or given together with --no-weights")
-    if weights and kind == "edge":
-        raise InvalidRequest("--kind", kind, "another one, or given together with --no-weights")
+    edge = KINDS[kind].backbone is NEMOTRON
+    if size not in (("tiny", "edge") if edge else ("tiny", "nano", "super")):
+        alike = [name for name in KINDS if KINDS[name].backbone is not KINDS[kind].backbone]
+        raise InvalidRequest("--kind", kind, f"one of {', '.join(alike)} for the size {size}")
     _clear(folder, force=force)
     chosen = SIZES[size]
-    tokenizer = train_tokenizer()
+    markup = MARKUP[KINDS[kind].backbone.name]
+    tokenizer = train_tokenizer(markup)
     for place in (folder, folder / "text_tokenizer"):
-        write_tokenizer(tokenizer, place)
-    template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    _write_json(folder / "chat_template.json", {"chat_template": template})
+        write_tokenizer(tokenizer, place, markup)
+    if not edge:
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        _write_json(folder / "chat_template.json", {"chat_template": template})
 
     tokens = tokenizer.get_vocab_size(with_added_tokens=True)
     vocab_size = chosen.vocab_size or -(-tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    files = published_files(chosen, kind, vocab_size, token_ids(tokenizer), dtype)
+    files = published_files(chosen, kind, vocab_size, token_ids(tokenizer, markup), dtype)
     if quantization == "fp8":
         files = with_fp8(files, kind)
     for name, contents in files.items():
@@ -101,11 +118,11 @@ def _write_weights(folder: Path, seed: int, dtype: torch.dtype, spoken: list[int
     if config.quantization is not None:
         transformer = in_fp8(transformer)
     shards = _write_shards(folder / "transformer", prefix, transformer, TRANSFORMER_SHARDS)
-    vision = draw(vision_tensors(read_vision_config(folder)), seed, dtype)
+    vision = draw(_vision_tensors(config), seed, dtype)
     encoder = _write_shards(folder / "vision_encoder", "model", vision, 1)
 
     # The root index is the reasoner's: it names both folders, and the generator's tensors too.
-    root = {name: f"transformer/{file}" for name, file in shards.items()}
+    root = {name: f"transformer/{file}" for name, file in _root_names(config, shards).items()}
     root |= {name: f"vision_encoder/{file}" for name, file in encoder.items()}
     _write_index(folder / "model.safetensors.index.json", root, {**transformer, **vision})
 
@@ -114,6 +131,26 @@ def _write_weights(folder: Path, seed: int, dtype: torch.dtype, spoken: list[int
     if config.sound is not None:
         sound = draw(sound_tensors(config.sound), seed, torch.float32)
         _write_shards(folder / "sound_tokenizer", prefix, sound, 1)
+
+
+def _vision_tensors(config: ModelConfig) -> Tensors:
+    if config.transformer.backbone is NEMOTRON:
+        return siglip_tensors(siglip_config(read_json(config.path / "config.json")))
+    return vision_tensors(read_vision_config(config.path))
+
+
+def _root_names(config: ModelConfig, shards: dict[str, str]) -> dict[str, str]:
+    """What the root index says of the transformer's files.
+
+    Edge's leaves the generator's tensors out. Its policy's misspells the norms that are both towers'.
+    """
+    if config.transformer.backbone is not NEMOTRON:
+        return shards
+    shared = {name: file for name, file in shards.items() if not GENERATION.search(name)}
+    if config.kind == "edge":
+        return shared
+    twice = {name: f"layers.{name}" for name in shared if "k_norm_und_for_gen" in name}
+    return {twice.get(name, name): file for name, file in shared.items()}
 
 
 def _rows(chosen: list[int], count: int, *, others: float) -> torch.Tensor:
@@ -127,6 +164,7 @@ def _write_shards(
     folder: Path, prefix: str, tensors: dict[str, torch.Tensor], count: int
 ) -> dict[str, str]:
     """Write ``tensors`` as ``count`` files of about equal length and return name -> file."""
+    folder.mkdir(exist_ok=True)
     names = list(tensors)
     length = -(-len(names) // count)
     where: dict[str, str] = {}
@@ -142,7 +180,7 @@ def _write_shards(
 
 
 def _write_index(file: Path, where: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
-    total = sum(tensor.nbytes for tensor in tensors.values())
+    total = sum(tensor.nbytes for name, tensor in tensors.items() if name in where)
     _write_json(
         file, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
     )

@@ -6,85 +6,13 @@ respect but scale. Nothing is written here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
+from vllm_cosmos3.checkpoint.backbone import NEMOTRON
 from vllm_cosmos3.checkpoint.kinds import KINDS
-
-Json = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Size:
-    """What distinguishes the members of the family."""
-
-    hidden_size: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    rope_axes: tuple[int, int, int]
-    intermediate_size: int
-    vocab_size: int | None  # None: as many as the tokenizer has
-    vision_depth: int = 27
-    vision_hidden: int = 1152
-    vision_heads: int = 16
-    vision_intermediate: int = 4304
-    vision_positions: int = 2304
-    vision_deepstack: tuple[int, ...] = (8, 16, 24)
-    image_pixels: tuple[int, int] = (65536, 16777216)  # smallest and largest area of an image
-    video_pixels: tuple[int, int] = (4096, 25165824)  # the same for all frames of a video together
-    vae_base: int = 160
-    vae_decoder_base: int = 256
-    sound_decoder_dim: int = 320
-    sound_encoder_dim: int = 192
-
-
-SIZES = {
-    "tiny": Size(
-        hidden_size=64,
-        layers=3,
-        heads=8,
-        kv_heads=4,
-        head_dim=32,  # the smallest head that vLLM's CPU attention takes
-        rope_axes=(6, 5, 5),
-        intermediate_size=128,
-        vocab_size=None,
-        vision_depth=4,
-        vision_hidden=64,
-        vision_heads=4,
-        vision_intermediate=128,
-        vision_positions=64,
-        vision_deepstack=(1, 2, 3),
-        image_pixels=(4096, 65536),
-        video_pixels=(4096, 131072),
-        vae_base=4,
-        vae_decoder_base=4,
-        sound_decoder_dim=4,
-        sound_encoder_dim=4,
-    ),
-    "nano": Size(
-        hidden_size=4096,
-        layers=36,
-        heads=32,
-        kv_heads=8,
-        head_dim=128,
-        rope_axes=(24, 20, 20),
-        intermediate_size=12288,
-        vocab_size=151936,
-    ),
-    "super": Size(
-        hidden_size=5120,
-        layers=64,
-        heads=64,
-        kv_heads=8,
-        head_dim=128,
-        rope_axes=(24, 20, 20),
-        intermediate_size=25600,
-        vocab_size=151936,
-    ),
-}
-
+from vllm_cosmos3.checkpoint.synthetic.edge_files import edge_files
+from vllm_cosmos3.checkpoint.synthetic.sizes import Json, Size
 
 # The frame rate at which positions count seconds, by kind of checkpoint.
 _BASE_FPS = dict.fromkeys(KINDS, 24) | {"distilled-i2v": 16}
@@ -98,20 +26,31 @@ def published_files(
 
     ``ids`` maps the markup tokens to their ids, ``dtype`` is that of the transformer's tensors.
     """
+    shared = {
+        "model_index.json": _model_index(),
+        "transformer/config.json": _transformer(size, vocab_size, _BASE_FPS[kind]),
+        "vae/config.json": _vae(size),
+        "scheduler/scheduler_config.json": _scheduler(),
+    }
+    if KINDS[kind].backbone is NEMOTRON:
+        files = edge_files(size, vocab_size, ids, dtype, shared)
+    else:
+        files = _qwen_files(size, vocab_size, ids, dtype, shared)
+    return _CHANGED[kind](files) if kind in _CHANGED else files
+
+
+def _qwen_files(
+    size: Size, vocab_size: int, ids: dict[str, int], dtype: str, shared: dict[str, Json]
+) -> dict[str, Json]:
     vision = _vision(size)
-    files = {
+    return shared | {
         "config.json": _root(size, vocab_size, ids, dtype, vision),
         "generation_config.json": _generation(ids),
         "preprocessor_config.json": _preprocessor(size),
         "video_preprocessor_config.json": _video_preprocessor(size),
-        "model_index.json": _model_index(),
-        "transformer/config.json": _transformer(size, vocab_size, _BASE_FPS[kind]),
         "vision_encoder/config.json": {**vision, "dtype": dtype, "model_type": "qwen3_vl_vision"},
-        "vae/config.json": _vae(size),
         "sound_tokenizer/config.json": _sound(size),
-        "scheduler/scheduler_config.json": _scheduler(),
     }
-    return _CHANGED[kind](files) if kind in _CHANGED else files
 
 
 def with_fp8(files: dict[str, Json], kind: str) -> dict[str, Json]:
@@ -155,44 +94,14 @@ _UNQUANTIZED = [
 
 def _policy(files: dict[str, Json]) -> dict[str, Json]:
     """A policy has the files of a base checkpoint and is told by its name. It makes no sound."""
-    name = {"_name_or_path": "random/Cosmos3-Policy-DROID"}
-    silent = _without_sound(files)
-    return silent | {
-        "config.json": {**silent["config.json"], **name},
+    return _named("Cosmos3-Policy-DROID", _without_sound(files)) | {
         "transformer/config.json": {**files["transformer/config.json"], "sound_gen": False},
     }
 
 
-def _text2image(files: dict[str, Json]) -> dict[str, Json]:
-    """Super-Text2Image has the files of a base checkpoint, too, and is told by its name."""
-    name = {"_name_or_path": "random/Cosmos3-Super-Text2Image"}
-    return files | {"config.json": {**files["config.json"], **name}}
-
-
-def _edge(files: dict[str, Json]) -> dict[str, Json]:
-    """What marks the Edge architecture, of which there is no more than these marks here."""
-    scheduler = "Cosmos3EdgeUniPCMultistepScheduler"
-    silent = _without_sound(files)
-    return silent | {
-        "model_index.json": {
-            **silent["model_index.json"],
-            "_class_name": "Cosmos3EdgePipeline",
-            "scheduler": ["diffusers", scheduler],
-        },
-        "transformer/config.json": {
-            **files["transformer/config.json"],
-            "hidden_act": "relu2",
-            "qk_norm_for_text": False,
-            "sound_gen": False,
-            "use_und_k_norm_for_gen": True,
-        },
-        "scheduler/scheduler_config.json": {
-            **files["scheduler/scheduler_config.json"],
-            "_class_name": scheduler,
-            "flow_shift": 3.0,
-            "use_karras_sigmas": False,
-        },
-    }
+def _named(name: str, files: dict[str, Json]) -> dict[str, Json]:
+    """The files of a repository of this name."""
+    return files | {"config.json": {**files["config.json"], "_name_or_path": f"random/{name}"}}
 
 
 def _without_sound(files: dict[str, Json]) -> dict[str, Json]:
@@ -242,12 +151,12 @@ def _distilled(files: dict[str, Json]) -> dict[str, Json]:
     return files | changed
 
 
-_CHANGED = {
+_CHANGED: dict[str, Callable[[dict[str, Json]], dict[str, Json]]] = {
     "distilled-t2i": _distilled,
     "distilled-i2v": _distilled,
     "policy-droid": _policy,
-    "text2image": _text2image,
-    "edge": _edge,
+    "text2image": partial(_named, "Cosmos3-Super-Text2Image"),
+    "edge-policy-droid": partial(_named, "Cosmos3-Edge-Policy-DROID"),
 }
 
 

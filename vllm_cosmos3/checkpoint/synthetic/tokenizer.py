@@ -1,6 +1,6 @@
-"""A small tokenizer of the same kind as the published one: Qwen's byte-level BPE and its markup.
+"""Small tokenizers of the same kind as the published ones: byte-level BPE with Qwen's markup or Nemotron's.
 
-It is trained on the package's own corpus, so that a tiny checkpoint reads and writes real text. Its
+They are trained on the package's own corpus, so that a tiny checkpoint reads and writes real text. Their
 ids differ from the published ones: every reader asks the tokenizer for the id of a markup token.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,28 @@ from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
 LEARNED = 1024  # tokens of plain text: 256 bytes and what the corpus teaches
 
-# Markup in the published order. The first group is special: it is left out of decoded text.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Markup:
+    """The markup of a tokenizer: its tokens in the order of their ids, and what some of them are for.
+
+    All but the ``plain`` ones are special: they are left out of decoded text. ``first`` says that they
+    have the lowest ids, else the highest. ``template`` is the file of the chat template.
+    """
+
+    tokens: tuple[str, ...]
+    plain: tuple[str, ...]
+    first: bool
+    roles: dict[str, str | None]
+    tokenizer_class: str
+    template: str
+
+    @property
+    def special(self) -> tuple[str, ...]:
+        return tuple(token for token in self.tokens if token not in self.plain)
+
+
+# Markup in the published order.
 SPECIAL = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -48,6 +70,40 @@ PLAIN = (
     "<think>",
     "</think>",
 )
+QWEN = Markup(
+    tokens=(*SPECIAL, *PLAIN),
+    plain=PLAIN,
+    first=False,
+    roles={
+        "bos_token": None,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": None,
+    },
+    tokenizer_class="Qwen2Tokenizer",
+    template="chat_template.jinja",
+)
+_THOUGHTS = (
+    "<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
+)  # fmt: skip
+NEMOTRON = Markup(
+    tokens=(
+        "<unk>", "<s>", "</s>", *(f"<SPECIAL_{id}>" for id in range(3, 10)),
+        "<|im_start|>", "<|im_end|>", *_THOUGHTS,
+        "<|video_pad|>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>",
+    ),
+    plain=_THOUGHTS,
+    first=True,
+    roles={
+        "bos_token": "<s>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|im_end|>",
+        "unk_token": "<unk>",
+    },
+    tokenizer_class="PreTrainedTokenizerFast",
+    template="edge_chat_template.jinja",
+)  # fmt: skip
+MARKUP = {"Qwen3": QWEN, "Nemotron": NEMOTRON}  # of the backbones
 
 # Qwen's word boundaries: contractions, words, single digits, punctuation, line ends, spaces.
 _WORDS = (
@@ -56,7 +112,7 @@ _WORDS = (
 )
 
 
-def train_tokenizer() -> Tokenizer:
+def train_tokenizer(markup: Markup = QWEN) -> Tokenizer:
     """Train on the packaged corpus. The result is the same every time."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -68,18 +124,21 @@ def train_tokenizer() -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=LEARNED, show_progress=False, initial_alphabet=ByteLevel.alphabet()
+        vocab_size=LEARNED,
+        show_progress=False,
+        initial_alphabet=ByteLevel.alphabet(),
+        special_tokens=list(markup.tokens) if markup.first else [],
     )
     tokenizer.train_from_iterator(_data("tokenizer_corpus.txt").splitlines(), trainer)
-    tokenizer.add_special_tokens([_added(token, special=True) for token in SPECIAL])
-    tokenizer.add_tokens([_added(token, special=False) for token in PLAIN])
+    tokenizer.add_special_tokens([_added(token, special=True) for token in markup.special])
+    tokenizer.add_tokens([_added(token, special=False) for token in markup.plain])
     return tokenizer
 
 
-def token_ids(tokenizer: Tokenizer) -> dict[str, int]:
+def token_ids(tokenizer: Tokenizer, markup: Markup = QWEN) -> dict[str, int]:
     """Id of every markup token."""
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    return {token: vocabulary[token] for token in (*SPECIAL, *PLAIN)}
+    return {token: vocabulary[token] for token in markup.tokens}
 
 
 def spoken_ids(tokenizer: Tokenizer) -> list[int]:
@@ -89,37 +148,39 @@ def spoken_ids(tokenizer: Tokenizer) -> list[int]:
         for token, id in tokenizer.get_vocab(with_added_tokens=False).items()
         if re.fullmatch("Ġ[A-Za-z]{2,}", token)  # Ġ stands for the space before a word
     ]
-    return [*words, token_ids(tokenizer)["<|im_end|>"]]
+    return [*words, tokenizer.get_vocab(with_added_tokens=True)["<|im_end|>"]]
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write every file that Qwen's tokenizer classes look for, chat template included."""
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, markup: Markup = QWEN) -> None:
+    """Write every file that the tokenizer's class looks for, chat template included."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    model = json.loads((folder / "tokenizer.json").read_text())["model"]
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    template = _data("chat_template.jinja")
+    template = _data(markup.template)
     texts = {
-        "vocab.json": json.dumps(model["vocab"], ensure_ascii=False),
-        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
-        "added_tokens.json": json.dumps(token_ids(tokenizer), indent=2),
-        "special_tokens_map.json": json.dumps(_roles(), indent=2),
-        "tokenizer_config.json": json.dumps(_tokenizer_config(tokenizer, template), indent=2),
+        "special_tokens_map.json": json.dumps(_roles(markup), indent=2),
+        "tokenizer_config.json": json.dumps(
+            _tokenizer_config(tokenizer, markup, template), indent=2
+        ),
         "chat_template.jinja": template,
     }
+    if markup is QWEN:  # whose class reads the parts of tokenizer.json from files of their own
+        model = json.loads((folder / "tokenizer.json").read_text())["model"]
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        texts |= {
+            "vocab.json": json.dumps(model["vocab"], ensure_ascii=False),
+            "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
+            "added_tokens.json": json.dumps(token_ids(tokenizer), indent=2),
+        }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def _roles() -> dict[str, Any]:
-    return {
-        "additional_special_tokens": list(SPECIAL[1:]),
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>",
-    }
+def _roles(markup: Markup) -> dict[str, Any]:
+    given = {role: token for role, token in markup.roles.items() if token is not None}
+    return {"additional_special_tokens": list(markup.special[1:]), **given}
 
 
-def _tokenizer_config(tokenizer: Tokenizer, template: str) -> dict[str, Any]:
+def _tokenizer_config(tokenizer: Tokenizer, markup: Markup, template: str) -> dict[str, Any]:
     added = {
         str(id): {
             "content": token,
@@ -127,23 +188,22 @@ def _tokenizer_config(tokenizer: Tokenizer, template: str) -> dict[str, Any]:
             "normalized": False,
             "rstrip": False,
             "single_word": False,
-            "special": token in SPECIAL,
+            "special": token not in markup.plain,
         }
-        for token, id in token_ids(tokenizer).items()
+        for token, id in token_ids(tokenizer, markup).items()
     }
     return {
         "add_bos_token": False,
         "add_prefix_space": False,
         "added_tokens_decoder": added,
-        **_roles(),
-        "bos_token": None,
+        "additional_special_tokens": list(markup.special[1:]),
+        **markup.roles,
         "chat_template": template,
         "clean_up_tokenization_spaces": False,
         "errors": "replace",
         "model_max_length": 262144,
         "split_special_tokens": False,
-        "tokenizer_class": "Qwen2Tokenizer",
-        "unk_token": None,
+        "tokenizer_class": markup.tokenizer_class,
     }
 
 

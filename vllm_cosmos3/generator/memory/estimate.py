@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from vllm_cosmos3.checkpoint.config import ModelConfig
-from vllm_cosmos3.checkpoint.kinds import KINDS
+from vllm_cosmos3.checkpoint.kinds import KINDS, base_kind
 from vllm_cosmos3.checkpoint.latents import pixel_frames, token_count
 from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.generator.memory.ledger import Ledger
@@ -102,7 +102,7 @@ def resolved_parameters(model: ModelConfig, request: GenerateRequest) -> Paramet
 
     All kinds take the same memory for the same sizes; a video of text stands for the others.
     """
-    return prompt_parameters(request, replace(model, kind="base"))
+    return prompt_parameters(request, replace(model, kind=base_kind(model.kind)))
 
 
 def work_with(numbers: Parameters, model: ModelConfig) -> Work:
@@ -223,7 +223,8 @@ class _Request:
         if streamed:  # the embedding with the first layer behind it, then layers
             ledger.moment(self._embedding(), self.layer * LAYERS_AHEAD)
             ledger.take(self.layer * (1 + LAYERS_AHEAD))
-        self._layer(ledger, max(self.text), keys=0)  # which go into the cache
+        fused = self.fused and self.config.backbone.qk_norm_for_text
+        self._layer(ledger, max(self.text), keys=0, fused=fused)  # keys go into the cache
         return ledger.peak
 
     def _embedding(self) -> int:
@@ -260,22 +261,26 @@ class _Request:
         if self.work.residuals:  # spectra of the latents; input and output of the layers
             ledger.moment(8 * self.latents)
             ledger.take(2 * own * width)
-        self._layer(ledger, own, max(self.text) + self.tokens)
+        self._layer(ledger, own, max(self.text) + self.tokens, fused=self.fused)
         return ledger.peak
 
-    def _layer(self, ledger: Ledger, tokens: int, keys: int) -> None:
-        """A layer for ``tokens``: attention, then the MLP beside what is still referenced."""
+    def _layer(self, ledger: Ledger, tokens: int, keys: int, *, fused: bool) -> None:
+        """A layer for ``tokens``: attention, then the MLP beside what is still referenced.
+
+        ``fused`` says that queries and keys are normed and turned in place.
+        """
         config, parallel = self.config, self.parallel
         tp = parallel.tensor_parallel_size
         width = tokens * config.hidden_size * self.element_size
         query = tokens * config.num_attention_heads * config.head_dim * self.element_size // tp
         key = tokens * config.num_key_value_heads * config.head_dim * self.element_size // tp
         inner = tokens * config.intermediate_size * self.element_size // tp
+        inputs = len(config.backbone.mlp_inputs) * inner
         with ledger.scope():
             ledger.take(2 * width)  # hidden states and residual
             self._quantized(ledger, width, config.hidden_size * (query + 2 * key) // tokens)
             ledger.take(query + 2 * key)
-            if not self.fused:
+            if not fused:
                 ledger.take(2 * width, query + key)  # normed, and turned
                 ledger.moment(tokens * config.hidden_size * FLOAT32 * 2)
             with ledger.scope():
@@ -288,10 +293,10 @@ class _Request:
                 )
             reduced = width if tp > 1 else 0
             ledger.take(width + reduced)
-            self._quantized(ledger, width, config.hidden_size * 2 * inner // tokens)
-            ledger.take(2 * inner)
+            self._quantized(ledger, width, config.hidden_size * inputs // tokens)
+            ledger.take(inputs)
             ledger.take(inner)
-            ledger.give(2 * inner)
+            ledger.give(inputs)
             self._quantized(ledger, inner, config.hidden_size * inner // tokens)
             ledger.take(width + reduced)
 

@@ -19,10 +19,10 @@ FLOAT32 = 4
 VOCABULARY_MULTIPLE = 64  # rows of vLLM's embedding
 _GENERATION = re.compile(r"^layers\.\d+\..*(moe_gen|add)")
 _LAYER = re.compile(r"^layers\.")
-_TEXT_LAST = ("input_layernorm.", "self_attn.to_k.", "self_attn.to_v.", "self_attn.norm_k.")
+_TEXT_LAST = ("input_layernorm.", "self_attn.to_k.", "self_attn.to_v.")  # and the keys' norm
 _NOT_LOADED = ("lm_head.", "norm.")
 _ROW_PARALLEL = re.compile(r"(to_out|to_add_out|down_proj)\.weight$")  # inputs are divided
-_FIRST_OF_JOINED = re.compile(r"(to_q|add_q_proj|to_out|to_add_out|gate_proj|down_proj)\.weight$")
+_FIRST_OF_JOINED = ("to_q", "add_q_proj", "to_out", "to_add_out", "down_proj")  # and of the MLP's
 _MERGING = 3 * FLOAT32  # bytes of a value: the matrix, what it becomes, and what is added
 _QUANTIZING = 2 * FLOAT32 + 1  # bytes of a value, at the peak: in float32, scaled, and FP8
 
@@ -34,6 +34,7 @@ def weights(model: ModelConfig, *, tensor_parallel_size: int, element_size: int)
     """
     config, tp = model.transformer, tensor_parallel_size
     last = f"layers.{config.num_hidden_layers - 1}."
+    text_last = (*_TEXT_LAST, f"self_attn.{config.backbone.seen_key_norm}.")
     parts = dict.fromkeys(("understanding", "embedding", "generation", "adapters"), 0)
     for name, shape in transformer_tensors(config).items():
         if name.startswith(_NOT_LOADED):
@@ -41,7 +42,7 @@ def weights(model: ModelConfig, *, tensor_parallel_size: int, element_size: int)
         if _GENERATION.search(name):
             parts["generation"] += _of_layer(model, name, shape, tp, element_size)
         elif _LAYER.search(name):
-            if not name.startswith(last) or name.removeprefix(last).startswith(_TEXT_LAST):
+            if not name.startswith(last) or name.removeprefix(last).startswith(text_last):
                 parts["understanding"] += _of_layer(model, name, shape, tp, element_size)
         elif name.startswith("embed_tokens."):
             rows = -(-shape[0] // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
@@ -78,7 +79,8 @@ def _of_layer(
     last = (
         f"layers.{config.num_hidden_layers - 1}.self_attn.to_k.weight"  # joined with values alone
     )
-    scales += model.quantization.stored and (name == last or bool(_FIRST_OF_JOINED.search(name)))
+    first = {*_FIRST_OF_JOINED, config.backbone.mlp_inputs[0]}
+    scales += model.quantization.stored and (name == last or name.split(".")[-2] in first)
     return prod(shape) // tp + scales * FLOAT32
 
 

@@ -3,7 +3,8 @@
 The understanding tower reads the text, causally, once per request and guidance branch: nothing in it
 depends on the timestep or on latents. What it leaves are the keys and values of every layer. The
 generation tower runs at each step; its tokens attend to the text's and to each other, without a
-mask. No user request, schedule or guidance is known here.
+mask. No user request, schedule or guidance is known here. What the layers are made of is a value,
+the checkpoint's `Backbone`.
 
 Under Ulysses each rank holds part of the generation tokens and, during attention, all tokens of part
 of the heads. Under tensor parallelism vLLM's layers hold part of the heads throughout.
@@ -27,8 +28,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, silu
-from vllm.model_executor.layers.activation import SiluAndMul
-from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
@@ -36,18 +35,28 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
+from vllm_cosmos3.checkpoint.backbone import Backbone
 from vllm_cosmos3.checkpoint.config import TransformerConfig
 from vllm_cosmos3.checkpoint.latents import token_count
 from vllm_cosmos3.checkpoint.quantization import Quantization
-from vllm_cosmos3.checkpoint.tensors import TIME_FREQUENCIES
+from vllm_cosmos3.checkpoint.tensors import GENERATION_NORMS, TIME_FREQUENCIES
 from vllm_cosmos3.checkpoint.weights import Target
 from vllm_cosmos3.compat import fused_qk_norm_rope
+from vllm_cosmos3.generator.models.backbone import (
+    ACTIVATIONS,
+    Heads,
+    NormedHeads,
+    RawHeads,
+    add_norm,
+    make_norm,
+)
 from vllm_cosmos3.generator.models.modalities import (
     adapter_weights,
     adapters,
     timestep_conditioned,
 )
 from vllm_cosmos3.generator.models.quantization import Fp8Layers, Precision, layers_of
+from vllm_cosmos3.generator.models.rope import Rope, rotate
 from vllm_cosmos3.generator.sampling.packing import Stream
 from vllm_cosmos3.generator.sampling.positions import rotary_table, text_positions
 from vllm_cosmos3.parallel.attention import Attend, attend_in_turn
@@ -63,20 +72,7 @@ from vllm_cosmos3.parallel.mesh import (
 )
 from vllm_cosmos3.parallel.offload import HostLayers
 
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Rope:
-    """Rotary tables of this rank's tokens, and the length of the whole sequence of one branch.
-
-    ``table`` [B s, 2 F] holds the cosines, then the sines; ``rows`` [B s] counts its rows, as
-    vLLM's kernel wants to be told which row each token takes. ``controls`` are tokens and share of
-    those streams, first in the sequence, that the others attend to in turn.
-    """
-
-    table: Tensor
-    rows: Tensor
-    length: int
-    controls: tuple[tuple[int, float], ...] = ()
+MakeHeads = Callable[[int, int], Heads]  # of so many heads of queries and of keys, on this rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -140,16 +136,19 @@ class Transformer(nn.Module):
         self.precision = Precision()
         text = Precision(native=quantization is not None and quantization.text == "native")
         quantized = layers_of(quantization)
+        normed = partial(NormedHeads, config, dtype=dtype, fused=fused)
+        of_text = partial(RawHeads, config, dtype=dtype)
         with building_layers(mesh):
             with text_device or device:
-                parts = dtype, fused, quantized(text)
+                heads = normed if config.backbone.qk_norm_for_text else of_text
+                parts = dtype, heads, quantized(text)
                 self.understanding = Understanding(config, mesh.ulysses, attend, *parts)
             with layer_device or device:
-                count, parts = config.num_hidden_layers, (dtype, fused, quantized(self.precision))
+                count, parts = config.num_hidden_layers, (dtype, normed, quantized(self.precision))
                 self.layers = nn.ModuleList(Layer(config, *parts) for _ in range(count))
                 self.sequence: Iterable[nn.Module] = tuple(self.layers)
             with device:
-                self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+                self.norm = make_norm(config, config.hidden_size, dtype)
                 self.adapters = adapters(config, dtype)
                 self.time = TimeEmbedding(config)
         self.requires_grad_(requires_grad=False)
@@ -240,7 +239,7 @@ class Transformer(nn.Module):
         return torch.where(stream.denoise_mask, velocity.float(), 0.0)
 
     def _attend_all(
-        self, texts: Sequence[Tensor], rope: Rope, q_sHD: Tensor, kv_s2hD: Tensor
+        self, texts: Sequence[Tensor], rope: Rope, q_sHD: Tensor, kv_s2hD: Tensor, _: Tensor
     ) -> Tensor:
         """Attention of each branch's tokens to its text and to each other, without a mask."""
         count = len(texts)
@@ -270,7 +269,7 @@ class Understanding(nn.Module):
         ulysses: Axis,
         attend: Attend,
         dtype: torch.dtype,
-        fused: Callable[..., None] | None,
+        heads: MakeHeads,
         quantized: Fp8Layers | None,
     ) -> None:
         super().__init__()
@@ -279,7 +278,7 @@ class Understanding(nn.Module):
             config.vocab_size, config.hidden_size, params_dtype=dtype
         )
         self.layers = nn.ModuleList(
-            Layer(config, dtype, fused, quantized) for _ in range(config.num_hidden_layers - 1)
+            Layer(config, dtype, heads, quantized) for _ in range(config.num_hidden_layers - 1)
         )
         self.last = LastLayer(config, dtype, quantized)
         self.sequence: Iterable[nn.Module] = (self.embed_tokens, *self.layers, self.last)
@@ -300,8 +299,10 @@ class Understanding(nn.Module):
             return embedding(ids_S, self.embed_tokens.weight)
         return self.embed_tokens(ids_S)
 
-    def _attend_causal(self, cache: list[Tensor], q_SHD: Tensor, kv_S2hD: Tensor) -> Tensor:
-        cache.append(self._own(kv_S2hD))
+    def _attend_causal(
+        self, cache: list[Tensor], q_SHD: Tensor, kv_S2hD: Tensor, seen_S2hD: Tensor
+    ) -> Tensor:
+        cache.append(self._own(seen_S2hD))
         k_ShD, v_ShD = kv_S2hD.unbind(1)
         return self._attend(q_SHD, k_ShD, v_ShD, causal=True)
 
@@ -316,35 +317,34 @@ class Understanding(nn.Module):
 class Layer(nn.Module):
     """One layer of either tower; ``attend`` says what its tokens see.
 
-    ``fused`` norms and rotates queries and keys in place; without it torch's operations do. Matrices
-    are ``quantized``, or of the ``dtype``.
+    ``heads`` makes queries, keys and values of a projection. Matrices are ``quantized``, or of the
+    ``dtype``.
     """
 
     def __init__(
         self,
         config: TransformerConfig,
         dtype: torch.dtype,
-        fused: Callable[..., None] | None,
+        heads: MakeHeads,
         quantized: Fp8Layers | None,
     ) -> None:
         super().__init__()
-        width, head, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        width, head, backbone = config.hidden_size, config.head_dim, config.backbone
+        count, kv_count = config.num_attention_heads, config.num_key_value_heads
         plain: dict[str, Any] = {
             "bias": False,
             "params_dtype": dtype,
             "return_bias": False,
             "quant_config": quantized,
         }
-        self._fused = fused
-        self.input_norm = RMSNorm(width, eps, dtype=dtype)
-        self.qkv = QKVParallelLinear(width, head, heads, kv_heads, **plain)
-        self.q_norm = RMSNorm(head, eps, dtype=dtype)
-        self.k_norm = RMSNorm(head, eps, dtype=dtype)
-        self.out = RowParallelLinear(heads * head, width, **plain)
-        self.post_norm = RMSNorm(width, eps, dtype=dtype)
-        self.gate_up = MergedColumnParallelLinear(width, [config.intermediate_size] * 2, **plain)
-        self.act = SiluAndMul()
+        self.input_norm = make_norm(config, width, dtype)
+        self.qkv = QKVParallelLinear(width, head, count, kv_count, **plain)
+        self.heads = heads(self.qkv.num_heads, self.qkv.num_kv_heads)
+        self.out = RowParallelLinear(count * head, width, **plain)
+        self.post_norm = make_norm(config, width, dtype)
+        inner = [config.intermediate_size] * len(backbone.mlp_inputs)
+        self.up = MergedColumnParallelLinear(width, inner, **plain)
+        self.act = ACTIVATIONS[backbone.hidden_act]()
         self.down = RowParallelLinear(config.intermediate_size, width, **plain)
 
     def forward(
@@ -352,28 +352,13 @@ class Layer(nn.Module):
         x_SD: Tensor,
         residual_SD: Tensor | None,
         rope: Rope,
-        attend: Callable[[Tensor, Tensor], Tensor],
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Hidden states and residual, which the next norm adds up."""
-        x_SD, residual_SD = _add_norm(self.input_norm, x_SD, residual_SD)
-        q_SHD, kv_S2hD = self._norm_rotate(self.qkv(x_SD), rope)
-        x_SD = self.out(attend(q_SHD, kv_S2hD).flatten(1))
-        x_SD, residual_SD = _add_norm(self.post_norm, x_SD, residual_SD)
-        return self.down(self.act(self.gate_up(x_SD))), residual_SD
-
-    def _norm_rotate(self, qkv: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """Queries [S, H, D], and keys with values [S, 2, h, D]; all but values normed and rotated."""
-        head, heads, kv_heads = self.qkv.head_size, self.qkv.num_heads, self.qkv.num_kv_heads
-        q_SHD, kv_S2hD = qkv.unflatten(1, (-1, head)).split([heads, 2 * kv_heads], dim=1)
-        kv_S2hD = kv_S2hD.unflatten(1, (2, kv_heads))
-        if self._fused is None:
-            k_ShD, v_ShD = kv_S2hD.unbind(1)
-            k_ShD = rotate(self.k_norm(k_ShD), rope)
-            return rotate(self.q_norm(q_SHD), rope), torch.stack([k_ShD, v_ShD], dim=1)
-        weights = self.q_norm.weight, self.k_norm.weight
-        sizes, epsilon, neox = (heads, kv_heads, kv_heads), self.q_norm.variance_epsilon, True
-        self._fused(qkv, *sizes, head, epsilon, *weights, rope.table, neox, rope.rows)
-        return q_SHD, kv_S2hD
+        x_SD, residual_SD = add_norm(self.input_norm, x_SD, residual_SD)
+        x_SD = self.out(attend(*self.heads(self.qkv(x_SD), rope)).flatten(1))
+        x_SD, residual_SD = add_norm(self.post_norm, x_SD, residual_SD)
+        return self.down(self.act(self.up(x_SD))), residual_SD
 
 
 class LastLayer(nn.Module):
@@ -385,7 +370,7 @@ class LastLayer(nn.Module):
         super().__init__()
         keys = config.num_key_value_heads * config.head_dim
         self._head_dim = config.head_dim
-        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.input_norm = make_norm(config, config.hidden_size, dtype)
         self.kv = MergedColumnParallelLinear(
             config.hidden_size,
             [keys] * 2,
@@ -394,10 +379,10 @@ class LastLayer(nn.Module):
             return_bias=False,
             quant_config=quantized,
         )
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype)
+        self.k_norm = make_norm(config, config.head_dim, dtype)
 
     def forward(self, x_SD: Tensor, residual_SD: Tensor | None, rope: Rope) -> Tensor:
-        x_SD, _ = _add_norm(self.input_norm, x_SD, residual_SD)
+        x_SD, _ = add_norm(self.input_norm, x_SD, residual_SD)
         k_ShD, v_ShD = self.kv(x_SD).unflatten(1, (-1, self._head_dim)).chunk(2, dim=1)
         return torch.stack([rotate(self.k_norm(k_ShD), rope), v_ShD], dim=1)
 
@@ -423,30 +408,30 @@ def sinusoid(tau: Tensor) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()])
 
 
-def rotate(x_SHD: Tensor, rope: Rope) -> Tensor:
-    """Turn each pair (i, i + D/2) of every head by its token's angle."""
-    first, second = x_SHD.chunk(2, dim=-1)
-    cos, sin = rope.table.unsqueeze(1).chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
 def weight_table(config: TransformerConfig) -> dict[str, Target]:
     """Parameters that the tensors of ``transformer/`` fill. Tensors not listed here are not needed."""
     outer = _OUTER | adapter_weights(config)
     table = {name: Target(parameter) for name, parameter in outer.items()}
-    last = config.num_hidden_layers - 1
+    backbone, last = config.backbone, config.num_hidden_layers - 1
+    text_last = _TEXT_LAST | {f"self_attn.{backbone.seen_key_norm}": ("k_norm", None)}
+    text_layer = _TEXT_LAYER | _norms(backbone.text_norms) | _mlp("mlp", backbone)
+    generation_layer = _GENERATION_LAYER | _norms(GENERATION_NORMS) | _mlp("mlp_moe_gen", backbone)
     for index in range(config.num_hidden_layers):
-        text = _TEXT_LAST if index == last else _TEXT_LAYER
+        text = text_last if index == last else text_layer
         place = "understanding.last" if index == last else f"understanding.layers.{index}"
-        for rows, module in ((text, place), (_GENERATION_LAYER, f"layers.{index}")):
+        for rows, module in ((text, place), (generation_layer, f"layers.{index}")):
             for name, (layer, part) in rows.items():
                 table[f"layers.{index}.{name}.weight"] = Target(f"{module}.{layer}.weight", part)
     return table
 
 
-def _add_norm(norm: RMSNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The norm of the sum, and the sum. vLLM's kernel may write both over its arguments."""
-    return (norm(x), x) if residual is None else norm(x, residual)
+def _norms(names: Iterable[str]) -> _Rows:
+    """The norms of a layer's queries and keys."""
+    return {f"self_attn.{name}": (_NORM_OF_HEADS[name], None) for name in names}
+
+
+def _mlp(name: str, backbone: Backbone) -> _Rows:
+    return {f"{name}.{matrix}": ("up", part) for part, matrix in enumerate(backbone.mlp_inputs)}
 
 
 def _appended(text_K2hD: Tensor, own_S2hD: Tensor) -> Tensor:
@@ -477,23 +462,25 @@ _OUTER = {
     "time_embedder.linear_2.bias": "time.linear_2.bias",
 }
 _Rows = dict[str, tuple[str, str | int | None]]
+_NORM_OF_HEADS = {
+    "norm_q": "heads.q_norm",
+    "norm_k": "heads.k_norm",
+    "k_norm_und_for_gen": "heads.seen_norm",
+    "norm_added_q": "heads.q_norm",
+    "norm_added_k": "heads.k_norm",
+}
 _TEXT_LAST: _Rows = {
     "input_layernorm": ("input_norm", None),
     "self_attn.to_k": ("kv", 0),
     "self_attn.to_v": ("kv", 1),
-    "self_attn.norm_k": ("k_norm", None),
 }
 _TEXT_LAYER: _Rows = {
     "input_layernorm": ("input_norm", None),
     "self_attn.to_q": ("qkv", "q"),
     "self_attn.to_k": ("qkv", "k"),
     "self_attn.to_v": ("qkv", "v"),
-    "self_attn.norm_q": ("q_norm", None),
-    "self_attn.norm_k": ("k_norm", None),
     "self_attn.to_out": ("out", None),
     "post_attention_layernorm": ("post_norm", None),
-    "mlp.gate_proj": ("gate_up", 0),
-    "mlp.up_proj": ("gate_up", 1),
     "mlp.down_proj": ("down", None),
 }
 _GENERATION_LAYER: _Rows = {
@@ -501,11 +488,7 @@ _GENERATION_LAYER: _Rows = {
     "self_attn.add_q_proj": ("qkv", "q"),
     "self_attn.add_k_proj": ("qkv", "k"),
     "self_attn.add_v_proj": ("qkv", "v"),
-    "self_attn.norm_added_q": ("q_norm", None),
-    "self_attn.norm_added_k": ("k_norm", None),
     "self_attn.to_add_out": ("out", None),
     "post_attention_layernorm_moe_gen": ("post_norm", None),
-    "mlp_moe_gen.gate_proj": ("gate_up", 0),
-    "mlp_moe_gen.up_proj": ("gate_up", 1),
     "mlp_moe_gen.down_proj": ("down", None),
 }

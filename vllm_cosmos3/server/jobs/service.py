@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable
 
+from vllm_cosmos3.checkpoint.kinds import KINDS
 from vllm_cosmos3.generator.models.components import loaded_values
 from vllm_cosmos3.request import prompts
 from vllm_cosmos3.request.presets import PresetRule
@@ -159,7 +160,7 @@ def _start_stage(sizing: Sizing, options: Options) -> StageClient:
         ),
         QueueConfig(
             # Requests of robots are alike: in turns each of them would take as long as all.
-            policy="fifo" if sizing.model.kind == droid.KIND else "short-first",
+            policy="fifo" if KINDS[sizing.model.kind].robot == droid.NAME else "short-first",
             max_waiting=options.max_queue,
             max_waiting_seconds=options.max_queue_gpu_seconds,
         ),

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 
 from vllm_cosmos3.checkpoint.config import ModelConfig
 from vllm_cosmos3.request import prompts
-from vllm_cosmos3.request.defaults import DEFAULTS
+from vllm_cosmos3.request.defaults import defaults_of
 from vllm_cosmos3.request.request import SPECS
 
 # Fields that say the same in other words.
@@ -38,7 +38,8 @@ def sources(
     """
     asked = in_other_words(given)
     mode = str(effective["mode"])
-    negative = DEFAULTS[mode].negative_prompts if mode in DEFAULTS else ()
+    defaults = defaults_of(model.kind)
+    negative = defaults[mode].negative_prompts if mode in defaults else ()
     checkpoint = {"negative_prompt"} if prompts.negative_file(model.path, negative) else set()
     if model.distilled:  # to these
         checkpoint |= {"num_inference_steps", "guidance_scale"}

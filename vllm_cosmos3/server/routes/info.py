@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from vllm_cosmos3.checkpoint.kinds import ACTION_MODES, KINDS
 from vllm_cosmos3.errors import Cosmos3Error
 from vllm_cosmos3.request.controls import CONTROL_GUIDANCE
-from vllm_cosmos3.request.defaults import DEFAULTS
+from vllm_cosmos3.request.defaults import defaults_of
 from vllm_cosmos3.request.embodiments import EMBODIMENTS
 from vllm_cosmos3.request.sizes import MAX_TRAINED_FRAMES, TRAINED_SIZES
 from vllm_cosmos3.robots import droid
@@ -58,11 +58,8 @@ def models(service: Service) -> dict[str, Any]:
 def capability(service: Service) -> dict[str, Any]:
     """What a user interface needs to know about the checkpoint."""
     actions = ACTION_MODES if service.model.transformer.action_gen else ()
-    modes = [
-        mode
-        for mode in KINDS[service.model.kind].modes
-        if mode in (*DEFAULTS, "transfer", *actions)
-    ]
+    kind, defaults = KINDS[service.model.kind], defaults_of(service.model.kind)
+    modes = [mode for mode in kind.modes if mode in (*defaults, "transfer", *actions)]
     quantization = service.model.quantization
     embodiments = EMBODIMENTS if set(ACTION_MODES) & set(modes) else ()
     return {
@@ -73,14 +70,16 @@ def capability(service: Service) -> dict[str, Any]:
         "quantization": quantization and quantization.record(),
         "adapters": [adapter.record() for adapter in service.model.adapters],
         "resolutions": {
-            str(tier): [f"{width}x{height}" for width, height in sizes]
-            for tier, sizes in TRAINED_SIZES.items()
+            str(tier): [f"{width}x{height}" for width, height in TRAINED_SIZES[tier]]
+            for tier in kind.tiers
         },
-        "max_frames": {str(k): v for k, v in MAX_TRAINED_FRAMES.items()},
-        "defaults": {mode: asdict(DEFAULTS[mode]) for mode in modes if mode in DEFAULTS},
+        "max_frames": {
+            str(tier): min(MAX_TRAINED_FRAMES[tier], kind.frames[1]) for tier in kind.tiers
+        },
+        "defaults": {mode: asdict(defaults[mode]) for mode in modes if mode in defaults},
         "action_domains": {row.name: asdict(row) for row in embodiments},
         "control_guidance": CONTROL_GUIDANCE if "transfer" in modes else {},
-        "robot": _robot(service) if service.model.kind == droid.KIND else None,
+        "robot": _robot(service) if kind.robot == droid.NAME else None,
         "guardrails": service.guardrails.state,
         "prompt_upsampling": service.reasoner is not None,
         "preview": service.admission.shows_previews,

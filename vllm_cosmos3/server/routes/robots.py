@@ -21,6 +21,7 @@ from typing import Any
 from fastapi import APIRouter, Request, WebSocket, WebSocketDisconnect
 from fastapi.responses import Response
 
+from vllm_cosmos3.checkpoint.kinds import KINDS
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
 from vllm_cosmos3.robots import droid, msgpack
 from vllm_cosmos3.server.http.api_errors import ApiError, envelope
@@ -37,7 +38,7 @@ PATH = "/v1/realtime/robot/openpi"
 ARRAY, DICT = "array", "dict"  # shapes of a reply
 MAX_MESSAGE = 64 * 2**20  # bytes
 MAX_SESSIONS = 1024  # that are remembered
-POLICY_CHECKPOINTS = "nvidia/Cosmos3-Nano-Policy-DROID"
+POLICY_CHECKPOINTS = "Cosmos3-Nano-Policy-DROID or Cosmos3-Edge-Policy-DROID"
 # Codes with which a WebSocket is closed (RFC 6455 and its registry).
 GOING_AWAY, POLICY_VIOLATION, TRY_AGAIN_LATER = 1001, 1008, 1013
 MAX_REASON = 123  # bytes that a closing frame has room for
@@ -191,7 +192,7 @@ class Connection:
         seed = session.seed if seed is None else seed
         space = self._service.options.robot_action_space
         observation = await asyncio.to_thread(droid.read, request, space)
-        fields = droid.request_fields(observation, seed=seed)
+        fields = droid.request_fields(observation, seed=seed, kind=self._service.model.kind)
         output = await self._service.inference.infer(fields)
         session.answers += 1
         assert output.action is not None
@@ -236,7 +237,7 @@ def _obstacle(service: Service | None, reply: str) -> tuple[int, str]:
     """Why a robot cannot be served, with the code to close its connection with; or nothing."""
     if service is None:
         return TRY_AGAIN_LATER, "the generator is loading"
-    if service.model.kind != droid.KIND:
+    if KINDS[service.model.kind].robot != droid.NAME:
         return (
             POLICY_VIOLATION,
             f"{service.names[0]} is no robot policy; serve {POLICY_CHECKPOINTS}",
