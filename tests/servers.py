@@ -54,13 +54,17 @@ def free_port() -> int:
 
 
 def environment(cache: Path) -> dict[str, str]:
-    """For servers on a shared CPU; ``cache`` is shared by the servers of a session."""
+    """For servers on a shared CPU; ``cache`` is shared by the servers of a session.
+
+    With "multiprocessing" vLLM would start a process for a single rank, too, on a CPU.
+    """
     return os.environ | {
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "VLLM_CACHE_ROOT": str(cache),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
     }
 
@@ -134,8 +138,9 @@ def _wait_until_ready(
             if httpx.get(f"{server.url}/health", timeout=5).status_code == 200:
                 return
             while_starting(server)
+            time.sleep(0.05)
         except httpx.TransportError:
-            time.sleep(0.5)
+            time.sleep(0.2)
     raise RuntimeError(f"the server did not start: {server.log.read_text()[-3000:]}")
 
 

@@ -44,7 +44,7 @@ def distilled_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")  # of few files
+@pytest.fixture(scope="session")
 def guarded_server(
     distilled_checkpoint: Path, vllm_cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:

@@ -58,7 +58,7 @@ def eventually(what: Callable[[], bool], seconds: float = HANG) -> None:
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end, "it does not happen"
-        time.sleep(0.01)
+        time.sleep(0.03)
 
 
 def refuses(server: Server) -> bool:
