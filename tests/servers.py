@@ -54,17 +54,13 @@ def free_port() -> int:
 
 
 def environment(cache: Path) -> dict[str, str]:
-    """For servers on a shared CPU; ``cache`` is shared by the servers of a session.
-
-    With "multiprocessing" vLLM would start a process for a single rank, too, on a CPU.
-    """
+    """For servers on a shared CPU; ``cache`` is shared by the servers of a session."""
     return os.environ | {
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "VLLM_CACHE_ROOT": str(cache),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
     }
 

@@ -13,7 +13,17 @@ PACKAGE = Path(__file__).parents[1] / "vllm_cosmos3"
 # A row a room, from the bottom up. A name is a folder with all that is in it, or one module; the longest
 # name that fits counts. Within a row imports may go both ways, but never in a circle.
 LAYERS = [
-    {"version", "errors", "progress", "bars", "closing", "compat", "media_budget", "files"},
+    {
+        "version",
+        "imports",
+        "errors",
+        "progress",
+        "bars",
+        "closing",
+        "compat",
+        "media_budget",
+        "files",
+    },
     {"media", "fetching", "poses", "checkpoint"},
     {"request", "engine_options", "parallel", "robots"},
     {"batch", "generator.formats", "generator.output", "generator.sampling"},

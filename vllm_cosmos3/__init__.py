@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 
+from vllm_cosmos3.imports import uncollected
 from vllm_cosmos3.version import __version__
 
 _PUBLIC = {
@@ -20,4 +21,5 @@ __all__ = ["Cosmos3", "GenerateRequest", "Output", "Question", "Reasoner", "__ve
 def __getattr__(name: str) -> object:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_PUBLIC[name]), name)
+    with uncollected():
+        return getattr(importlib.import_module(_PUBLIC[name]), name)

@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vllm_cosmos3.imports import uncollected
+
 if TYPE_CHECKING:
     import torch
 
@@ -31,7 +33,8 @@ def first_module(names: tuple[str, ...]) -> Any:
     """The first of these modules that exists; ImportError names them all."""
     for name in names:
         try:
-            return importlib.import_module(name)
+            with uncollected():
+                return importlib.import_module(name)
         except ModuleNotFoundError as error:
             if not name.startswith(str(error.name)):
                 raise

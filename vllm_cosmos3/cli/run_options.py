@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from vllm_cosmos3.cli.ranks import Part
 from vllm_cosmos3.engine_options import EngineOptions
 from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.imports import uncollected
 from vllm_cosmos3.request.request import GenerateRequest
 from vllm_cosmos3.stage.launcher import EXTERNAL, launched
 
@@ -96,7 +97,8 @@ def planner(engine: EngineOptions) -> Callable[[GenerateRequest], Plan]:
 
 def open_generator(engine: EngineOptions) -> Cosmos3:
     """The generator with its weights."""
-    from vllm_cosmos3.engine import Cosmos3
+    with uncollected():
+        from vllm_cosmos3.engine import Cosmos3
 
     return Cosmos3(**asdict(engine))
 

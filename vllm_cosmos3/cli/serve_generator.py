@@ -13,6 +13,7 @@ from typing import Any
 from vllm_cosmos3.checkpoint.hub import resolve
 from vllm_cosmos3.cli.flags import Help, add_engine_flags, add_server_flag, given
 from vllm_cosmos3.errors import Cosmos3Error, did_you_mean
+from vllm_cosmos3.imports import uncollected
 from vllm_cosmos3.server.options import ENGINE, OPTIONS, SHARED, from_mapping
 
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")  # of uvicorn
@@ -60,8 +61,9 @@ def run(checkpoint: str, host: str | None, port: int, values: Mapping[str, Any],
     folder = resolve(checkpoint, revision)
     keys = args.api_key or [os.environ.get("VLLM_API_KEY", "")]
 
-    from vllm_cosmos3.server.app import Listen
-    from vllm_cosmos3.server.command import serve_generator
+    with uncollected():
+        from vllm_cosmos3.server.app import Listen
+        from vllm_cosmos3.server.command import serve_generator
 
     listen = Listen(
         host=host or "0.0.0.0",

@@ -17,6 +17,7 @@ from vllm_cosmos3.checkpoint.config import read_json
 from vllm_cosmos3.checkpoint.hub import full_name, resolve
 from vllm_cosmos3.closing import Closing
 from vllm_cosmos3.errors import Cosmos3Error
+from vllm_cosmos3.imports import uncollected
 from vllm_cosmos3.reasoner.root_config import ARCHITECTURE
 from vllm_cosmos3.request.questions import Question
 
@@ -66,7 +67,8 @@ class Reasoner(Closing):
         enforce_eager: bool = False,
         max_model_len: int = LENGTH,
     ) -> None:
-        from vllm import LLM
+        with uncollected():
+            from vllm import LLM
 
         folder = resolve(model, revision, weights=False)
         try:

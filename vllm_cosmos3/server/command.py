@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_cosmos3.checkpoint.kinds import KINDS
 from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.imports import uncollected
 from vllm_cosmos3.robots import droid
 from vllm_cosmos3.server.options import Options
 from vllm_cosmos3.server.storage import default_folder, former_default
@@ -30,10 +31,11 @@ def share_beside(
     Raises:
         Cosmos3Error: the generator cannot run here, or not beside the reasoner.
     """
-    from vllm.platforms import current_platform
+    with uncollected():
+        from vllm.platforms import current_platform
 
-    from vllm_cosmos3.server.jobs.sampling_defaults import read_sampling_defaults
-    from vllm_cosmos3.server.memory_split import share_of_reasoner, sized
+        from vllm_cosmos3.server.jobs.sampling_defaults import read_sampling_defaults
+        from vllm_cosmos3.server.memory_split import share_of_reasoner, sized
 
     _check_storage(options)
     read_sampling_defaults(options.default_sampling_params)
@@ -48,13 +50,14 @@ def serve_generator(
 
     ``names`` are those of the model; the ``device`` is what vLLM is built for unless it is given.
     """
-    from vllm.platforms import current_platform
+    with uncollected():
+        from vllm.platforms import current_platform
 
-    from vllm_cosmos3.server.app import make_app, serve
-    from vllm_cosmos3.server.guardrails import Guardrails
-    from vllm_cosmos3.server.jobs.sampling_defaults import read_sampling_defaults
-    from vllm_cosmos3.server.jobs.service import Service
-    from vllm_cosmos3.server.memory_split import sized
+        from vllm_cosmos3.server.app import make_app, serve
+        from vllm_cosmos3.server.guardrails import Guardrails
+        from vllm_cosmos3.server.jobs.sampling_defaults import read_sampling_defaults
+        from vllm_cosmos3.server.jobs.service import Service
+        from vllm_cosmos3.server.memory_split import sized
 
     device = device or current_platform.device_type
     if device.split(":")[0] != current_platform.device_type:

@@ -49,9 +49,9 @@ from vllm_cosmos3.stage.process import (
 from vllm_cosmos3.stage.scheduler import QueueConfig
 from vllm_cosmos3.stage.worker import StageConfig
 
-BOOTSTRAP = (
-    "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); "
-    "from vllm_cosmos3.stage.process import main; sys.exit(main())"
+BOOTSTRAP = (  # the modules are frozen, as ranks that are forked would copy what the collector visits
+    "import gc, pickle, sys; gc.disable(); sys.path[:] = pickle.load(sys.stdin.buffer); "
+    "from vllm_cosmos3.stage.process import main; gc.freeze(); gc.enable(); sys.exit(main())"
 )
 STDERR = 2
 QUIET = {  # what torch and vLLM would say of an ordinary start
