@@ -9,6 +9,7 @@ import re
 import struct
 import subprocess
 import sys
+import wave
 import zlib
 from contextlib import suppress
 from fractions import Fraction
@@ -26,7 +27,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from vllm_cosmos3 import media
 from vllm_cosmos3.errors import Busy, InvalidRequest, Unsupported
-from vllm_cosmos3.media_budget import MediaBudget
+from vllm_cosmos3.media_budget import MediaBudget, media_budget
 
 TAG_ORIENTATION = 274
 
@@ -62,6 +63,76 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("video") / "clip.mp4"
     media.write_video(path, clip(20, 48, 64), fps=24)
     return path.read_bytes()
+
+
+# Sound in
+
+
+def wav(samples: np.ndarray, rate: int) -> bytes:
+    """16-bit PCM of float32 [channels, N]."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as out:
+        out.setnchannels(len(samples))
+        out.setsampwidth(2)
+        out.setframerate(rate)
+        out.writeframes((samples.T * 32767).round().astype("<i2").tobytes())
+    return file.getvalue()
+
+
+def sound_of(source: str | Path | bytes, samples: int) -> np.ndarray:
+    with media_budget().lease() as lease:
+        return media.read_sound(source, samples=samples, rate=48_000, field="sound", lease=lease)
+
+
+def test_sound_is_resampled_cut_and_filled_up() -> None:
+    time = np.arange(44_100) / 44_100
+    file = wav(0.5 * np.sin(2 * np.pi * 440 * time)[None], 44_100)
+    whole, part = sound_of(file, 60_000), sound_of(file, 1000)
+    wanted = 0.5 * np.sin(2 * np.pi * 440 * np.arange(60_000) / 48_000)
+    wanted[48_000:] = 0
+    assert (whole.shape, whole.dtype) == ((2, 60_000), np.float32)
+    assert np.array_equal(whole[0], whole[1])  # one channel sounds on both sides, as loud
+    assert np.abs(whole[0] - wanted)[100:47_900].max() < 1e-3
+    assert not whole[:, 48_100:].any()
+    assert np.array_equal(part, whole[:, :1000])
+
+
+def test_sound_of_a_clip_begins_where_its_frames_do(tmp_path: Path) -> None:
+    sound = tones(48_000) * 0.1
+    sound[1, 30_000] = 0.9
+    media.write_video(tmp_path / "v.mp4", clip(24, 32, 32), fps=24, sound=sound)
+    read = sound_of(tmp_path / "v.mp4", 48_000)
+    assert abs(int(np.abs(read[1]).argmax()) - 30_000) <= 1
+    assert np.abs(read[0] - sound[0])[5000:40_000].max() < 0.01
+
+
+@pytest.mark.parametrize("late", [-480, 480])
+def test_sound_that_begins_before_or_after_the_frames(tmp_path: Path, late: int) -> None:
+    with av.open(str(tmp_path / "v.mkv"), "w") as file:
+        picture = file.add_stream("libx264", rate=10)
+        picture.width = picture.height = 32
+        audio = file.add_stream("pcm_s16le", rate=48_000, layout="stereo")
+        pulse = np.zeros((1, 2 * 9600), np.int16)
+        pulse[0, 2 * 2400] = 30_000
+        frame = av.AudioFrame.from_ndarray(pulse, format="s16", layout="stereo")
+        frame.sample_rate, frame.pts, frame.time_base = 48_000, 4800 + late, Fraction(1, 48_000)
+        file.mux(audio.encode(frame))
+        for index, pixels in enumerate(clip(5, 32, 32)):
+            shown = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            shown.pts, shown.time_base = index + 1, Fraction(1, 10)  # the first at 0.1 s
+            file.mux(picture.encode(shown))
+        file.mux(picture.encode(None))
+    assert int(sound_of(tmp_path / "v.mkv", 9600)[0].argmax()) == 2400 + late
+
+
+def test_what_has_no_sound_is_refused(video: bytes) -> None:
+    for source, words in (
+        (video, "a file with a sound track that can be decoded"),
+        (b"garbage", "a complete WAV, MP3"),
+        (wav(tones(4096), 48_000)[:30], "a complete WAV, MP3"),
+    ):
+        with pytest.raises(InvalidRequest, match=f"^sound is .*{words}"):
+            sound_of(source, 100)
 
 
 # Out

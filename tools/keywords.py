@@ -30,6 +30,7 @@ TYPES = {
     "control": "bool | VideoSource | Mapping[str, object]",
     "image": "ImageSource",
     "video": "VideoSource",
+    "sound": "SoundSource",
     "arrays": "Mapping[str, Array]",
 }
 CAPTIONS = ("prompt", "negative_prompt")  # text, or an object that becomes one
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from vllm_cosmos3.media import ImageSource, VideoSource
+    from vllm_cosmos3.media import ImageSource, SoundSource, VideoSource
 
     Array: TypeAlias = np.ndarray[Any, Any] | torch.Tensor
 

@@ -1,5 +1,7 @@
 """Pictures and clips in and out: what users send becomes uint8 RGB arrays, and those become files.
 
+Sound comes in as the track of a file and goes out as that of a clip.
+
 Out: MP4 with H.264 and AAC, WebM with VP9 and Opus, PNG, JPEG, WebP, under a temporary name until
 they are whole. In: everything that Pillow and FFmpeg read from the formats listed below, upright, without transparency,
 with a limit on its size; anything else is an InvalidRequest of the field it came from. Whoever reads
@@ -21,7 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal, Protocol, cast
@@ -52,6 +54,7 @@ Levels = NDArray[np.uint8] | NDArray[np.floating[Any]] | Tensor
 Encoded = str | Path | bytes | Image.Image
 ImageSource = Encoded | Levels
 VideoSource = str | Path | bytes | Levels | Sequence[ImageSource]
+SoundSource = str | Path | bytes
 
 pillow_heif.register_heif_opener()  # FFmpeg reads no more of a phone's HEIC than its tiles
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "HEIF", "GIF", "BMP", "TIFF")
@@ -59,6 +62,8 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "HEIF", "GIF", "BMP", "TIFF")
 VIDEO_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts"
 AN_IMAGE = "a complete PNG, JPEG, WebP, AVIF, HEIC, GIF, BMP or TIFF image"
 A_VIDEO = "a complete MP4, MOV, WebM, MKV, AVI, GIF or MPEG-TS video"
+SOUND_FORMATS = f"{VIDEO_FORMATS},wav,mp3,flac,ogg,aac"
+A_SOUND = "a complete WAV, MP3, FLAC, OGG, AAC or M4A file, or a video with sound"
 
 HEIF_BRANDS = tuple(b"heic heix heim heis hevc hevx mif1 msf1 avif avis".split())
 HEIF = "it begins as a HEIC or AVIF picture, and cannot be read"
@@ -223,6 +228,59 @@ def rate_of(source: VideoSource, *, field: str = "video") -> float | None:
     ):
         rates = [stream.average_rate for stream in container.streams.video]
     return float(rates[0]) if rates and rates[0] else None
+
+
+def read_sound(
+    source: SoundSource, *, samples: int, rate: int, field: str, lease: Lease
+) -> NDArray[np.float32]:
+    """The sound of a file, float32 [2, samples] in [-1, 1] at ``rate``: of a sound file or a clip.
+
+    One channel is heard on both sides, more than two are mixed down; the end is cut off or filled up
+    with silence. In a clip it begins where the frames do.
+
+    Raises:
+        InvalidRequest: of ``field``, as the file is damaged or has no sound.
+        Busy: other requests hold the memory that it needs.
+    """
+    lease.reserve(2 * 4 * samples, field)
+    sound = np.zeros((2, samples), np.float32)
+    options = {"format_whitelist": SOUND_FORMATS}
+    with (
+        _decoding(source, field, A_SOUND),
+        _opened(source) as file,
+        av.open(file, options=options, **any_titles()) as container,
+    ):
+        if not container.streams.audio or container.streams.audio[0].codec_context is None:
+            possible = "a file with a sound track that can be decoded"
+            raise InvalidRequest(field, _described(source), possible, "invalid_media")
+        at = _delay(container, rate)
+        for part in _resampled(container, rate):
+            begin, end = max(at, 0), min(at + part.shape[1], samples)
+            if begin < end:
+                sound[:, begin:end] = part[:, begin - at : end - at]
+            at += part.shape[1]
+            if at >= samples:
+                break
+    return np.nan_to_num(sound, copy=False).clip(-1, 1, out=sound)
+
+
+def _delay(container: av.container.InputContainer, rate: int) -> int:
+    """Samples by which the sound begins after the frames, less than 0 where it begins before them."""
+    streams = (container.streams.audio[0], *container.streams.video[:1])
+    starts = [(each.start_time or 0) * (each.time_base or 0) for each in streams]
+    return round((starts[0] - starts[1]) * rate) if len(starts) > 1 else 0
+
+
+def _resampled(
+    container: av.container.InputContainer, rate: int
+) -> Iterator[NDArray[np.floating[Any]]]:
+    """The sound track, float [1 or 2, N] at ``rate``, frame by frame."""
+    channels = container.streams.audio[0].codec_context.channels
+    layout = "mono" if channels == 1 else "stereo"
+    resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate)
+    for frame in chain(container.decode(audio=0), [None]):  # which empties it
+        for part in resampler.resample(frame):
+            yield part.to_ndarray()
 
 
 def cover_crop(frames: Pixels, *, height: int, width: int) -> Pixels:

@@ -72,6 +72,22 @@ def test_the_ratio_alone_and_pictures(folder: Path) -> None:
     assert square == {"prompt": "a", "size": "640x640", "num_frames": 1}
 
 
+def test_edits_and_sounds(folder: Path) -> None:
+    edit = record(folder, prompt="a", model_mode="image2image", vision_path="a.png").fields
+    assert edit == {"prompt": "a", "image": str(folder / "a.png"), "num_frames": 1}
+    assert from_fields(edit).mode == "image2image"
+    for ratio in (None, "4,3"):  # without it the edit is as large as the picture
+        sized = record(
+            folder, prompt="a", model_mode="image2image", vision_path="a.png", resolution="480", aspect_ratio=ratio
+        ).fields  # fmt: skip
+        assert sized.get("size") == ("736x544" if ratio else None)
+    heard = record(
+        folder, prompt="a", model_mode="audio_image2video", vision_path="a.png", sound_path="prompt.txt", enable_sound=True
+    ).fields  # fmt: skip
+    assert heard["sound_path"] == str(folder / "prompt.txt")
+    assert from_fields(heard).mode == "image2video"
+
+
 def test_prompts_from_files_and_objects(folder: Path) -> None:
     assert record(folder, prompt_path="prompt.txt").fields["prompt"] == "a boat"
     compact = '{"temporal_caption":"it floats"}'
@@ -245,7 +261,7 @@ def test_names_order_and_globs(folder: Path) -> None:
         ({"prompt": "a", "num_stpes": 3}, "unknown field num_stpes; did you mean num_steps?"),
         ({"prompt": "a", "zzzz": 3}, "unknown field zzzz"),
         ({"prompt": "a", "model_mode": "text2music"}, "model_mode is 'text2music', must be one of text2image"),
-        ({"prompt": "a", "model_mode": "image2image"}, "model_mode is 'image2image', must be one of"),
+        ({"prompt": "a", "model_mode": "image2image"}, "vision_path is missing, must be the image of image2image"),
         ({"prompt": "a", "model_mode": "image2video"}, "vision_path is missing, must be the image of image2video"),
         ({"prompt": "a", "model_mode": "video2video", "edge": False}, "vision_path is missing, must be the video of video2video"),
         ({"prompt": "a", "model_mode": "text2video", "vision_path": "a.png"}, "must be left out for text2video"),
@@ -265,15 +281,14 @@ def test_names_order_and_globs(folder: Path) -> None:
         ({"prompt": "a", "inverse_resolution_template": "no"}, "inverse_resolution_template is 'no'"),
         ({"prompt": "a", "sampler": "edm"}, "sampler is 'edm', must be unipc"),
         ({"prompt": "a", "normalize_cfg": True}, "normalize_cfg is True, must be false"),
-        ({"prompt": "a", "sound_path": "a.wav"}, "sound_path is 'a.wav', must be left out: the sound encoder is not"),
         ({"prompt": "a", "video_save_quality": 11}, "video_save_quality is 11, must be an integer from 0 to 10"),
         ({"prompt": "a", "temperature": 0.5}, "temperature is 0.5, must be left out: it is of model_mode reasoner"),
         ({"prompt": "a", "model_mode": "reasoner", "enable_sound": True}, "enable_sound is True, must be false"),
         ({"prompt": "a", "prompt_upsampling": "yes"}, "prompt_upsampling is 'yes', must be true or false"),
         ({"prompt": "a", "prompt_upsampler_top_p": 2}, "prompt_upsampler_top_p is 2, must be"),
         ({"prompt": "a", "name": "../up"}, "name is '../up', must be one folder name"),
-        ({"model_mode": "image2image", "prompt": "a"}, "a second picture as a condition is not implemented"),
-        ({"model_mode": "audio_image2video", "prompt": "a"}, "the sound encoder is not implemented"),
+        ({"model_mode": "image2image", "prompt": "a", "vision_path": "a.png", "num_frames": 5}, "num_frames is 5, must be 1 for image2image"),
+        ({"model_mode": "audio_image2video", "prompt": "a", "vision_path": "a.png"}, "sound_path is missing, must be the sound of audio_image2video"),
         ({"prompt": "a", "name": "é" * 101}, "must be one folder name without separators, printable, of at most 200 bytes"),
         ({"prompt": "a", "name": "a\nb"}, "name is 'a\\nb', must be one folder name"),
         ({"prompt": "a", "name": "\ud800"}, "name is '\\ud800', must be one folder name"),

@@ -22,7 +22,7 @@ from vllm_cosmos3.generator.models import modalities
 from vllm_cosmos3.generator.models.text_cache import TextKVCache
 from vllm_cosmos3.generator.output import Output
 from vllm_cosmos3.generator.pipeline import Pipeline
-from vllm_cosmos3.media import Clip, read_video
+from vllm_cosmos3.media import Clip, read_video, write_video
 from vllm_cosmos3.parallel.mesh import close_mesh, init_mesh
 from vllm_cosmos3.request.planner import make_plan
 from vllm_cosmos3.request.request import from_fields
@@ -254,7 +254,7 @@ def test_latents_are_not_decoded(pipeline: Pipeline) -> None:
     decoded: list[object] = []
     hooks = [
         module.register_forward_hook(lambda *_: decoded.append(1))
-        for module in (pipeline.vae.decoder, pipeline.decoders["sound"].decoder)
+        for module in (pipeline.vae.decoder, pipeline.coders["sound"].decoder)
     ]
     output = run(pipeline, generate_sound=True)
     for hook in hooks:
@@ -266,6 +266,36 @@ def test_latents_are_not_decoded(pipeline: Pipeline) -> None:
         "vision": ((1, 48, 3, 4, 6), np.float32),
         "sound": ((64, 10), np.float32),
     }
+
+
+def test_a_video_follows_the_sound_that_is_given(pipeline: Pipeline, tmp_path: Path) -> None:
+    loud, quiet = tmp_path / "loud.mp4", tmp_path / "quiet.mp4"
+    tone = (0.5 * np.sin(np.arange(48_000) / 20)).astype(np.float32)
+    frames = np.zeros((24, 16, 16, 3), np.uint8)
+    write_video(loud, frames, fps=24, sound=np.stack([tone, tone]))
+    write_video(quiet, frames, fps=24, sound=np.zeros((2, 48_000), np.float32))
+    one, other = (run(pipeline, sound_path=path) for path in (loud, quiet))
+    assert np.abs(vision(one) - vision(other)).max() > 0.01
+    assert one.latents is not None
+    given = make_plan(
+        from_fields(SMALL | {"sound_path": loud}), pipeline.model, pipeline.tokenizer
+    ).sound
+    assert given is not None
+    encoded = pipeline.coders["sound"].encode(torch.from_numpy(given))
+    assert np.array_equal(one.latents["sound"], encoded.numpy())  # known, so not denoised
+    made = run(pipeline, sound_path=loud, output_type="pixels")
+    assert made.sound is not None
+    assert np.array_equal(made.sound, given)  # and not through the autoencoder
+
+
+def test_an_edit_depends_on_the_picture(pipeline: Pipeline) -> None:
+    fields = {"num_frames": 1, "output_type": "pixels", "image": PICTURE}
+    first, again = run(pipeline, **fields), run(pipeline, **fields)
+    assert first.image is not None
+    assert first.image.shape == (64, 96, 3)
+    assert np.array_equal(first.image, again.image)
+    other = run(pipeline, **fields | {"image": PICTURE[::-1].copy()})
+    assert not np.array_equal(first.image, other.image)
 
 
 def test_finish_reports_seconds_and_memory(pipeline: Pipeline) -> None:

@@ -253,12 +253,12 @@ def failing(
     state = pipeline.encode(make_plan(request, pipeline.model, pipeline.tokenizer))
     while not state.done:
         pipeline.step(state)
-    pipeline.decoders["sound"].decode = broken
+    pipeline.coders["sound"].decode = broken
     try:
         pipeline.decode(state)
     except OSError as error:
         said = str(error)
-    del pipeline.decoders["sound"].decode
+    del pipeline.coders["sound"].decode
     return said, [*videos, run(pipeline, request).video]
 
 

@@ -39,6 +39,7 @@ class Case:
     width: int = 7
     clean_frames: tuple[int, ...] = ()
     sound: int = 0
+    given_sound: bool = False
     rows: int = 0
     clean_rows: tuple[int, ...] = ()
     domain: int = 0
@@ -53,6 +54,7 @@ CASES = {
     "odd size": Case(timestep=1),
     "given frames": Case(clean_frames=(0, 1), timestep=227, fps=16.0),
     "sound": Case(sound=9, timestep=0),
+    "given sound": Case(clean_frames=(0,), sound=9, given_sound=True, timestep=511),
     "action": Case(rows=8, domain=31, fps=5.0),
     "everything": Case(
         clean_frames=(0,), sound=11, rows=8, clean_rows=(0,), domain=7, fps=15.0, text=40
@@ -145,7 +147,7 @@ def inputs(case: Case) -> tuple[list[Stream], Tensor]:
     vision = (1, 48, case.frames, case.height, case.width)
     streams = [stream("vision", vision, frame_mask(case.frames, case.clean_frames))]
     if case.sound:
-        free = torch.ones(1, case.sound, dtype=torch.bool)
+        free = torch.full((1, case.sound), not case.given_sound)
         streams.append(stream("sound", (64, case.sound), free))
     if case.rows:
         free = torch.ones(case.rows, 64, dtype=torch.bool)
@@ -212,10 +214,15 @@ def reference(
         sound = Cosmos3OmniPipeline._prepare_sound_segment(
             pipeline, latents["sound"], start, fps, length, CPU
         )
+        noisy = 0 if case.given_sound else case.sound
+        if case.given_sound:  # which its pipeline has no words for
+            for field in ("mse_loss_indexes", "noisy_frame_indexes"):
+                none = torch.zeros(0, dtype=torch.long)
+                sound[f"sound_{field}"] = [none] if field == "noisy_frame_indexes" else none
         segments, length = [*segments, sound], length + case.sound
         arguments |= {
             "sound_tokens": [latents["sound"]],
-            "sound_timesteps": torch.full((case.sound,), float(case.timestep)),
+            "sound_timesteps": torch.full((noisy,), float(case.timestep)),
         }
     if case.rows:
         action = Cosmos3OmniPipeline._prepare_action_segment(

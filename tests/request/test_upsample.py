@@ -125,6 +125,7 @@ def test_what_a_request_is_asked_for(planned: Callable[[GenerateRequest], Plan])
     for fields in (
         {"prompt_token_ids": [1]},
         {"prompt": "a", "action_mode": "policy", "image": picture, "domain_name": "av"},
+        {"prompt": "a", "image": picture, "num_frames": 1},
     ):
         with pytest.raises(InvalidRequest, match="upsample_prompt"):
             question_about(GenerateRequest(**fields), plan, {})  # type: ignore[arg-type]

@@ -46,6 +46,20 @@ def test_images_generate(client: OpenAI) -> None:
     )
 
 
+def test_images_edit(client: OpenAI) -> None:
+    file = ("boat.png", png(picture(128, 64)), "image/png")
+    fields = {"num_inference_steps": 1, "seed": 1}
+    answer = client.images.edit(image=file, prompt="paint it red", model="tiny", extra_body=fields)
+    (edited,) = (Image.open(BytesIO(base64.b64decode(each.b64_json or ""))) for each in answer.data)
+    assert edited.size == (512, 256)
+    sized = client.images.edit(
+        image=[file], prompt="paint it red", n=2, size="64x48", extra_body=fields
+    )  # type: ignore[call-overload]
+    pictures = [Image.open(BytesIO(base64.b64decode(each.b64_json or ""))) for each in sized.data]
+    assert [each.size for each in pictures] == [(64, 48), (64, 48)]
+    assert pictures[0].tobytes() != pictures[1].tobytes()
+
+
 def test_create_and_poll_then_download(client: OpenAI) -> None:
     fields = {k: v for k, v in SMALL.items() if k != "size"}
     video = client.videos.create_and_poll(

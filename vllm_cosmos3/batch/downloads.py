@@ -17,7 +17,13 @@ from vllm_cosmos3.request.controls import CONTROLS
 from vllm_cosmos3.request.request import GenerateRequest
 
 SECONDS = 60.0  # without a byte until a URL is given up
-FILES = ("image", "video", "action_path", "action_stats_path")  # fields of files, beside controls
+FILES = (
+    "image",
+    "video",
+    "sound_path",
+    "action_path",
+    "action_stats_path",
+)  # fields of files, beside controls
 
 
 def is_url(value: object) -> bool:

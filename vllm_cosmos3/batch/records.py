@@ -31,18 +31,16 @@ ALIASES = FRAMEWORK_NAMES | {"num_outputs": "n", "image_save_quality": "quality"
 # What a mode says of a record: which vision_path it needs, and what follows from it.
 MODEL_MODES: dict[str, tuple[str | None, dict[str, Any]]] = {
     "text2image": (None, {"num_frames": 1}),
+    "image2image": ("image", {"num_frames": 1}),
     "text2video": (None, {}),
     "image2video": ("image", {}),
     "video2video": ("video", {}),
+    "audio_image2video": ("image", {}),
     "forward_dynamics": ("image", {"action_mode": "forward_dynamics"}),
     "inverse_dynamics": ("video", {"action_mode": "inverse_dynamics"}),
     "policy": ("image", {"action_mode": "policy"}),
     "wam": ("image", {"action_mode": "policy"}),
     "reasoner": (None, {}),
-}
-ABSENT = {  # modes of the framework that are not there, and why
-    "image2image": "a second picture as a condition is not implemented; video2video continues a clip",
-    "audio_image2video": "the sound encoder is not implemented, sound is only generated",
 }
 ACTION = ("forward_dynamics", "inverse_dynamics", "policy", "wam")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -52,7 +50,6 @@ FILES = (  # fields that name a file, seen from that of the record
     "action_stats_path",
 )  # fmt: skip
 UNSUPPORTED = {
-    "sound_path": "left out: the sound encoder is not implemented, sound is only generated",
     "tensors_file": "left out: give the fields themselves",
     "pickle_file": "left out: give the fields themselves",
     "output_dir": "left out: --out has the results",
@@ -144,8 +141,7 @@ def make_record(
     values, warnings = _with_defaults(_with_said(entry, said or {}))
     mode = values.get("model_mode")
     if mode is not None and (not isinstance(mode, str) or mode not in MODEL_MODES):
-        reason = f": {ABSENT[mode]}" if isinstance(mode, str) and mode in ABSENT else ""
-        raise InvalidRequest("model_mode", mode, f"one of {', '.join(MODEL_MODES)}{reason}")
+        raise InvalidRequest("model_mode", mode, f"one of {', '.join(MODEL_MODES)}")
     fields: dict[str, Any] = {}
     names: dict[str, str] = {}
     for name, value in values.items():
@@ -290,6 +286,8 @@ def _follow_mode(mode: str | None, fields: dict[str, Any], names: dict[str, str]
     if given is not None and given not in fits and not first_frame:
         possible = f"left out for {mode}" if wanted is None else f"the {wanted} of {mode}"
         raise InvalidRequest(names[str(given)], fields[str(given)], possible, "conflict")
+    if mode == "audio_image2video" and "sound_path" not in fields:
+        raise InvalidRequest("sound_path", None, f"the sound of {mode}", "missing_required")
     for field, value in implied.items():
         if fields.setdefault(field, value) != value:
             raise InvalidRequest(names[field], fields[field], f"{value!r} for {mode}", "conflict")
@@ -466,7 +464,9 @@ def _resolution(_: Entry, value: Any, values: Mapping[str, Any]) -> dict[str, An
         return {}
     if mode in ACTION or _follows(values):
         return {} if "image_size" in values else {"image_size": tier}
-    image = mode == "text2image" or values.get("num_frames") == 1
+    if mode == "image2image" and "aspect_ratio" not in values:
+        return {}  # as large as the picture
+    image = mode in ("text2image", "image2image") or values.get("num_frames") == 1
     shape = str(values.get("aspect_ratio", "1,1" if image else "16,9")).replace(":", ",")
     if shape not in ASPECT_RATIOS:
         possible = f"one of {', '.join(map(repr, ASPECT_RATIOS))}"
@@ -485,7 +485,7 @@ def _spelled(name: str) -> Reader:
 def _aspect_ratio(entry: Entry, _: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     if values.keys() & {"resolution", "size", "width", "height"}:
         return {}  # read with the resolution, or fixed
-    mode_sizes = values.get("model_mode") in ACTION or _follows(values)
+    mode_sizes = values.get("model_mode") in (*ACTION, "image2image") or _follows(values)
     return {} if mode_sizes else _resolution(entry, 720, values)
 
 
@@ -578,6 +578,7 @@ READERS: dict[str, Reader] = {
     "vision_path": _vision,
     "image": _source("image"),
     "video": _source("video"),
+    "sound_path": _source("sound_path"),
     "action_path": _action_path,
     "action_stats_path": _source("action_stats_path"),
     "resolution": _resolution,

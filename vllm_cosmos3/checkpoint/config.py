@@ -1,7 +1,7 @@
 """What a checkpoint says of itself: every number of the model, read from the folder's JSON files.
 
 Nothing here has a default that the published files carry: a missing key is an error that names it.
-Loads no torch and no weights.
+Loads no torch and no weights; of one file it reads the names of the tensors.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import json
 import math
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
+
+from safetensors import SafetensorError, safe_open
 
 from vllm_cosmos3.checkpoint.adapters.adapter import Adapter
 from vllm_cosmos3.checkpoint.backbone import BACKBONES, Backbone, backbone_of
@@ -21,6 +23,7 @@ from vllm_cosmos3.checkpoint.quantization import Quantization, read_quantization
 from vllm_cosmos3.errors import CheckpointError, Unsupported
 
 Config = TypeVar("Config")
+SAMPLE_RATE = 48_000  # of sound, where no model has another
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +98,7 @@ class SoundConfig:
     enc_latent_dim: int
     enc_c_mults: tuple[int, ...]
     enc_strides: tuple[int, ...]
-    encoder_enabled: bool  # false: the file holds the decoder alone
+    encoder_enabled: bool  # false: the file holds the decoder alone, and no sound can be given
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +160,11 @@ class ModelConfig:
     sound: SoundConfig | None
     quantization: Quantization | None
     adapters: tuple[Adapter, ...] = ()
+
+    @property
+    def sample_rate(self) -> int:
+        """Samples a second of the sound of results, also of a sound that was given."""
+        return SAMPLE_RATE if self.sound is None else self.sound.sampling_rate
 
     @property
     def distilled(self) -> bool:
@@ -313,7 +321,18 @@ def _read_sound(file: Path) -> SoundConfig:
         latent_mean=None,
         latent_std=None,
     )
-    return _read(SoundConfig, file, values, fallback={"encoder_enabled": True})
+    config = _read(SoundConfig, file, values, fallback={"encoder_enabled": True})
+    # Published files hold the decoder alone and do not always say so.
+    return replace(config, encoder_enabled=config.encoder_enabled and _encodes(file.parent))
+
+
+def _encodes(folder: Path) -> bool:
+    """Whether the file of the autoencoder has an encoder; true where it is not there yet, or corrupt."""
+    try:
+        with safe_open(folder / "diffusion_pytorch_model.safetensors", framework="np") as tensors:
+            return any(name.startswith("encoder.") for name in tensors.keys())  # noqa: SIM118
+    except (FileNotFoundError, SafetensorError):
+        return True
 
 
 def _read_scheduler(folder: Path) -> SchedulerConfig:

@@ -38,7 +38,7 @@ class Kind:
 
 
 _LARGE_IMAGE = (1024, 1024)  # of the tier 768
-_BASE_MODES = ("text2image", *VIDEO_MODES, "transfer", *ACTION_MODES)
+_BASE_MODES = ("text2image", "image2image", *VIDEO_MODES, "transfer", *ACTION_MODES)
 _EDGE = Kind(
     ("text2image", *VIDEO_MODES, *ACTION_MODES),
     image_size=(640, 640),
@@ -59,6 +59,7 @@ KINDS = {
 }
 ASKED_BY = {  # what a request of a mode has that the others lack
     "text2image": "num_frames=1",
+    "image2image": "an image and num_frames=1",
     "text2video": "a prompt alone",
     "image2video": "an image",
     "video2video": "a video",

@@ -20,7 +20,8 @@ from vllm_cosmos3.request.fields import Spec
 WIDTH = 100  # columns of the help, and no more on wider terminals
 METAVARS = {
     "text": "TEXT", "int": "N", "float": "X", "size": "WxH", "ints": "I,J,...", "pair": "LOW,HIGH",
-    "numbers": "X,Y,...", "rows": "JSON", "image": "FILE", "video": "FILE", "arrays": "FILE.safetensors",
+    "numbers": "X,Y,...", "rows": "JSON", "image": "FILE", "video": "FILE",
+    "sound": "FILE", "arrays": "FILE.safetensors",
 }  # fmt: skip
 
 

@@ -207,7 +207,7 @@ FLAGS: Mapping[str, tuple[ForeignFlag, ...]] = {
 }  # fmt: skip
 # Fields of a record that the framework takes as flags too; they hold for all records.
 RECORD_FIELDS = (
-    "model_mode", "vision_path", "prompt_path", "sound_path", "negative_prompt_file", "resolution",
+    "model_mode", "vision_path", "prompt_path", "negative_prompt_file", "resolution",
     "aspect_ratio", "max_new_tokens",
 )  # fmt: skip
 

@@ -23,7 +23,7 @@ from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.generator.memory import check_weights, resolve_residency, usual_work
 from vllm_cosmos3.generator.memory.reservation import memory_of
 from vllm_cosmos3.generator.models.components import Component, components
-from vllm_cosmos3.generator.models.modalities import decoders
+from vllm_cosmos3.generator.models.modalities import coders
 from vllm_cosmos3.generator.models.quantization import check_device, preparation
 from vllm_cosmos3.generator.models.transformer import Transformer
 from vllm_cosmos3.generator.models.vae import VideoVAE
@@ -35,11 +35,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModels:
-    """The models of a rank, and the ``config`` with every choice made. ``decoders`` by modality."""
+    """The models of a rank, and the ``config`` with every choice made. ``coders`` by modality."""
 
     transformer: Transformer
     vae: VideoVAE
-    decoders: dict[str, nn.Module]
+    coders: dict[str, nn.Module]
     config: EngineConfig
 
 
@@ -68,11 +68,11 @@ def load_models(
     if device.type != "cpu":
         vae.channels_last()
     built = {}
-    for name, decoder in decoders(model).items():
+    for name, coder in coders(model).items():
         with device:
-            built[name] = decoder.build(model)
-        _fill(built[name], parts[decoder.folder], model, config, device)
-    return LoadedModels(transformer=transformer, vae=vae, decoders=built, config=config)
+            built[name] = coder.build(model)
+        _fill(built[name], parts[coder.folder], model, config, device)
+    return LoadedModels(transformer=transformer, vae=vae, coders=built, config=config)
 
 
 def _transformer(

@@ -107,7 +107,7 @@ class Pipeline:
         device: torch.device,
     ) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, models.config
-        self.transformer, self.vae, self.decoders = models.transformer, models.vae, models.decoders
+        self.transformer, self.vae, self.coders = models.transformer, models.vae, models.coders
         self.mesh, self.device = mesh, device
         self.texts = TextKVCache(TEXT_BYTES)
         self.budget = MemoryBudget(model, models.config, mesh.world, device)
@@ -230,7 +230,7 @@ class Pipeline:
         return Output(
             samples=tuple(state.samples),
             fps=state.plan.parameters.fps,
-            sample_rate=self._sample_rate,
+            sample_rate=self.model.sample_rate,
             timings=timings,
             effective=state.plan.effective,
             reused_steps=state.reused,
@@ -245,6 +245,8 @@ class Pipeline:
         if modality.given_as_latents:
             assert stream.source is not None  # zeros, where nothing is given
             clean = torch.from_numpy(stream.source).to(self.device)
+        elif stream.source is not None and stream.name in self.coders:
+            clean = self.coders[stream.name].encode(torch.from_numpy(stream.source).to(self.device))
         elif stream.known and (pixels := self._given_pixels(stream, taken)) is not None:
             frames = pixel_frames(stream.known[-1] + 1, self.model.vae)
             given = self.vae.encode(pixels[:, :, :frames])
@@ -392,9 +394,11 @@ class Pipeline:
     ) -> Sample:
         """A sample of the frames ``shown``, with what was made beside them."""
         made = _read(state.plan, latents)
-        for name in self.decoders.keys() & latents.keys():
+        if state.plan.sound is not None:
+            made["sound"] = state.plan.sound
+        for name in self.coders.keys() & latents.keys() - made.keys():
             with state.timers.phase(name):
-                made[name] = self.decoders[name].decode(latents[name]).float().cpu().numpy()
+                made[name] = self.coders[name].decode(latents[name]).float().cpu().numpy()
         if latents["vision"].shape[2] == 1:
             clip = None  # a picture
         with state.timers.phase("vae_decode"):
@@ -403,15 +407,11 @@ class Pipeline:
                 clip,
                 fps=state.plan.parameters.fps,
                 waveform=made.get("sound"),
-                sample_rate=self._sample_rate,
+                sample_rate=self.model.sample_rate,
             )
         if len(video) == 1:
             return Sample(seed=seed, image=video[0], **made)
         return Sample(seed=seed, video=video, clip=clip, **made)
-
-    @property
-    def _sample_rate(self) -> int | None:
-        return self.model.sound.sampling_rate if self.model.sound else None
 
 
 def _guidance(plan: Plan, schedule: Schedule) -> tuple[Scales, ...]:

@@ -85,6 +85,18 @@ DEFAULTS = {
         condition_frame_indexes_vision=(),
         negative_prompts=(),
     ),
+    # Where a request names no size it is that of the picture, see `edits`.
+    "image2image": Defaults(
+        width=512,
+        height=512,
+        num_frames=1,
+        fps=24.0,
+        num_inference_steps=35,
+        guidance_scale=6.0,
+        flow_shift=5.0,
+        condition_frame_indexes_vision=(),
+        negative_prompts=(),
+    ),
     "text2video": _VIDEO,
     "image2video": replace(
         _VIDEO,

@@ -31,8 +31,8 @@ FRAMEWORK_NAMES = {  # of the Cosmos Framework, for our fields
 class Spec:
     """What one field accepts, as data: its kind, range and unit, and a sentence for the help.
 
-    ``kind`` is text, int, float, bool, choice, size, ints, pair, numbers, rows, control, image,
-    video, arrays or adapters. ``low`` and ``high`` are inclusive, except that ``above`` makes ``low`` exclusive.
+    ``kind`` is text, int, float, bool, choice, size, ints, pair, numbers, rows, control, image, video,
+    sound, arrays or adapters. ``low`` and ``high`` are inclusive, except that ``above`` makes ``low`` exclusive.
     """
 
     kind: str
@@ -226,6 +226,7 @@ _NORMAL = {
     "numbers": _numbers,
     "image": _media,
     "video": _media,
+    "sound": _media,
     "arrays": _arrays,
     "adapters": _adapters,
 }
@@ -242,6 +243,7 @@ _POSSIBLE = {
     "control": "true, a video, or an object",
     "image": "a file, bytes, a PIL image, or an array or tensor [H,W,3] (uint8, or floats from 0 to 1)",
     "video": "a file, bytes, a list of PIL images, or an array or tensor [T,H,W,3] (uint8, or floats from 0 to 1)",
+    "sound": "a sound file, or a video with sound: its path or its bytes",
     "arrays": "a mapping of stream names to arrays",
     "adapters": "PATH or PATH:SCALE, or a list of those",
 }

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from vllm_cosmos3.media import ImageSource, VideoSource
+    from vllm_cosmos3.media import ImageSource, SoundSource, VideoSource
 
     Array: TypeAlias = np.ndarray[Any, Any] | torch.Tensor
 
@@ -24,7 +24,7 @@ class Keywords(TypedDict, total=False):
     """What to avoid (default: for videos that of the checkpoint, or one of this package)."""
 
     image: ImageSource | None
-    """Picture used as the first frame of the video."""
+    """Picture used as the first frame of the video, or (num_frames 1) to be edited."""
 
     video: VideoSource | None
     """Clip to continue."""
@@ -85,7 +85,7 @@ class Keywords(TypedDict, total=False):
     view_description: str | None
     """Description of the cameras."""
 
-    image_size: Literal[256, 480, 704, 720] | None
+    image_size: Literal[256, 480, 704, 720, 768] | None
     """Resolution tier, with the size nearest in shape to the input."""
 
     edge: bool | VideoSource | Mapping[str, object] | None
@@ -210,6 +210,12 @@ class Keywords(TypedDict, total=False):
 
     sound_duration: float | None
     """Length of the sound (default: that of the video) (0.04 to 600 seconds)."""
+
+    sound_path: SoundSource | None
+    """Sound that the video follows and gets: a sound file, or a clip with sound."""
+
+    keep_sound: bool
+    """Give the result the sound of the video or control clip."""
 
     use_resolution_template: bool
     """Append the sentence on resolution (default True)."""

@@ -78,6 +78,18 @@ def prompt_parameters(request: GenerateRequest, model: ModelConfig) -> Parameter
     return _parameters(request, model, default, warnings)
 
 
+def edit_parameters(
+    request: GenerateRequest, model: ModelConfig, size: tuple[int, int]
+) -> Parameters:
+    """The same for an edit of a picture, of width and height ``size`` if the request names none."""
+    check_mode(model.kind, request.mode)
+    default = defaults_of(model.kind)[request.mode]
+    width, height = _size(request, replace(default, width=size[0], height=size[1]))
+    warnings = [] if (width, height) == size else _check_area(request, model, width, height)
+    default = replace(default, width=width, height=height)
+    return _parameters(request, model, default, warnings)
+
+
 def action_parameters(
     request: GenerateRequest, model: ModelConfig, action: Action, picture: tuple[int, int]
 ) -> Parameters:
@@ -348,4 +360,6 @@ def _sound_duration(request: GenerateRequest, model: ModelConfig, seconds: float
         raise InvalidRequest(
             "generate_sound", request.generate_sound, possible, "unsupported_by_model"
         )
+    if request.sound_path is not None:
+        return None  # nothing of it is generated
     return request.sound_duration or seconds

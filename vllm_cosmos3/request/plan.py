@@ -23,7 +23,7 @@ class StreamPlan:
     positions on the time axis that are given rather than generated; ``source`` is what their
     latents are made from: for vision uint8 pixels [frames, H, W, 3] from the first known position
     on, which the encoder may see more of than the stream's shape keeps at the right and bottom; for
-    action float32 rows of the whole shape. ``rate`` is what a second holds of the material: pixel
+    action float32 rows of the whole shape, for sound its float32 samples [2, N]. ``rate`` is what a second holds of the material: pixel
     frames, sound latents, action rows. Of action, ``channels`` carry numbers and the rest is zero,
     and row 0 belongs to pixel frame ``first_frame``. Pixels that a later chunk takes over are filled up to
     ``canvas`` (height, width), as the source of the first was, if there is one.
@@ -88,7 +88,8 @@ class Plan:
     A long video is made in chunks: ``later_chunks`` has the streams of all but the first, in the
     same shapes, and each takes its first ``overlap`` pixel frames over from the end of the one
     before; of all together ``parameters.num_frames`` are kept, to the right of the clips
-    ``side_by_side`` [num_frames, H, W, 3]. ``seeds`` has one seed per result. ``initial`` replaces
+    ``side_by_side`` [num_frames, H, W, 3]. ``sound`` is the sound of the result where it is given,
+    float32 [2, N]. ``seeds`` has one seed per result. ``initial`` replaces
     the seeds' noise by stream name. ``decoded`` is false if the latents alone are wanted.
     ``domain_id`` is the embodiment of the actions, ``actions`` how to read them if they are
     generated. ``effective`` is the record of all parameters under their public names,
@@ -106,6 +107,7 @@ class Plan:
     later_chunks: tuple[tuple[StreamPlan, ...], ...] = ()
     overlap: int = 0
     side_by_side: tuple[np.ndarray, ...] = ()
+    sound: np.ndarray | None = None
     initial: Mapping[str, np.ndarray] = field(default_factory=dict)
     effective: Mapping[str, object] = field(default_factory=dict)
     truncated: tuple[str, ...] = ()
@@ -125,7 +127,8 @@ class Plan:
         """Bytes of the pixels that it carries until the request has ended."""
         sources = [stream.source for chunk in self.chunks for stream in chunk]
         arrays = [*(each for each in sources if each is not None), *self.side_by_side]
-        return sum(array.nbytes for array in arrays)
+        arrays += [] if self.sound is None else [self.sound]  # which may be a source, too
+        return sum(array.nbytes for array in {id(array): array for array in arrays}.values())
 
     def seen(self, branch: int) -> tuple[int, ...]:
         """Places of the streams that a branch of guidance has in its sequence."""

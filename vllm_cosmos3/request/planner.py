@@ -6,7 +6,6 @@ Numbers are resolved in `parameters`. Everything is checked before a weight is t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,11 +18,12 @@ from vllm_cosmos3.checkpoint.config import ModelConfig
 from vllm_cosmos3.checkpoint.latents import pixel_frames, vision_shape
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.media_budget import Lease, media_budget
-from vllm_cosmos3.request import actions, prompts
+from vllm_cosmos3.request import actions, prompts, sounds
 from vllm_cosmos3.request import transfer as transfers
 from vllm_cosmos3.request.actions import Action
 from vllm_cosmos3.request.controls import CONTROLS
 from vllm_cosmos3.request.defaults import Parameters
+from vllm_cosmos3.request.edits import edit_streams
 from vllm_cosmos3.request.inputs import input_frames, resized
 from vllm_cosmos3.request.parameters import (
     action_parameters,
@@ -53,6 +53,7 @@ class Draft:
     chunks: Streams
     action: Action | None
     transfer: Transfer | None
+    sound: np.ndarray | None
 
 
 def make_plan(request: GenerateRequest, model: ModelConfig, tokenizer: prompts.Tokenizer) -> Plan:
@@ -76,8 +77,14 @@ def make_draft(request: GenerateRequest, model: ModelConfig) -> Draft:
         elif transfer is not None:
             parameters = transfer_parameters(request, model, transfer)
             chunks = list(transfers.chunk_streams(transfer, model, lease))
+        elif request.mode == "image2image":
+            parameters, edit = edit_streams(request, model, lease)
+            chunks = [edit]
         else:
             parameters, chunks = _from_prompt(request, model, lease)
+        sound = sounds.given_sound(request, model, of_all_chunks(request, parameters), lease)
+        if request.sound_path is not None:
+            chunks = [(*chunks[0], sounds.sound_stream(parameters.seconds, model, sound))]
     parameters = _without_idle_cache(parameters, chunks)
     return Draft(
         request=request,
@@ -86,6 +93,7 @@ def make_draft(request: GenerateRequest, model: ModelConfig) -> Draft:
         chunks=chunks,
         action=action,
         transfer=transfer,
+        sound=sound,
     )
 
 
@@ -109,6 +117,7 @@ def with_prompts(draft: Draft, tokenizer: prompts.Tokenizer) -> Plan:
         later_chunks=tuple(later),
         overlap=1 if transfer is None else transfer.chunks.overlap,
         side_by_side=() if transfer is None else transfer.side_by_side,
+        sound=draft.sound,
         initial=_initial(request, streams, several=bool(later)),
         effective=_effective(draft, parameters, negative, token_ids),
         truncated=truncated,
@@ -152,7 +161,7 @@ def output_streams(
     )
     if parameters.sound_duration is None:
         return (vision,)
-    return vision, _sound_stream(parameters.sound_duration, model)
+    return vision, sounds.sound_stream(parameters.sound_duration, model)
 
 
 def _known_pixels(
@@ -227,22 +236,11 @@ def _crop_warning(width: int, height: int, to_width: int, to_height: int) -> lis
     ]
 
 
-def _sound_stream(duration: float, model: ModelConfig) -> StreamPlan:
-    sound = model.sound
-    assert sound is not None  # the parameters have refused checkpoints without sound
-    length = math.ceil(int(duration * sound.sampling_rate) / sound.hop_size)
-    return StreamPlan(
-        name="sound",
-        shape=(sound.vocoder_input_dim, length),
-        rate=model.transformer.sound_latent_fps,
-    )
-
-
 def _initial(
     request: GenerateRequest, streams: Sequence[StreamPlan], *, several: bool
 ) -> dict[str, np.ndarray]:
     """The caller's initial noise as float32 arrays of the streams' shapes."""
-    shapes = {stream.name: stream.shape for stream in streams}
+    shapes = {stream.name: stream.shape for stream in streams if stream.generated}
     given = {}
     if request.latents and several:
         possible = "left out, as each chunk draws its own noise"
@@ -330,6 +328,8 @@ def _facts(draft: Draft) -> prompts.Facts:
 def _system_prompt(request: GenerateRequest, facts: prompts.Facts) -> str | None:
     if request.controls:
         return prompts.SYSTEM_TRANSFER  # always: so it was trained
+    if request.mode == "image2image":
+        return prompts.SYSTEM_EDIT  # likewise
     if not request.use_system_prompt:
         return None
     return prompts.SYSTEM_IMAGE if facts.is_image else prompts.SYSTEM_VIDEO
@@ -362,6 +362,7 @@ def _effective(
         values["negative_prompt"] = negative
     values["image"] = _shown(request.image)
     values["video"] = _shown(request.video)
+    values["sound_path"] = _shown(request.sound_path)
     values |= dict.fromkeys(CONTROLS)
     values |= {} if draft.action is None else draft.action.effective()
     values |= {} if draft.transfer is None else draft.transfer.effective()

@@ -19,6 +19,7 @@ from vllm_cosmos3.request.sizes import reduced_ratio
 # Trained text, word for word: "give" is a slip of the training data.
 SYSTEM_IMAGE = "You are a helpful assistant who will generate images from a give prompt."
 SYSTEM_VIDEO = "You are a helpful assistant who will generate videos from a give prompt."
+SYSTEM_EDIT = "You are a helpful assistant who will edit images based on the user's instructions."
 SYSTEM_TRANSFER = (
     "You are a helpful assistant that generates images or videos following the user's instructions"
     " and control signals (edge maps, blur, depth, or segmentation)."

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from vllm_cosmos3.media import ImageSource, VideoSource
+    from vllm_cosmos3.media import ImageSource, SoundSource, VideoSource
 
 PRESETS = ("exact", "high", "fast")
 MAX_SEED = 2**32 - 1  # numpy's RandomState, the reference's noise rule, takes 32 bits
@@ -40,7 +40,7 @@ class GenerateRequest:
 
     The mode follows from the inputs: ``action_mode`` names one of those with actions, a control
     such as ``edge`` is transfer, ``num_frames=1`` is text-to-image, an ``image`` is image-to-video,
-    a ``video`` is video-to-video, anything else is text-to-video. A field that is
+    a ``video`` is video-to-video, anything else is text-to-video; both of the first two, an edit of the image. A field that is
     None takes the default of its mode (`defaults.DEFAULTS`); an omitted seed is drawn here, so
     that every rank and the record of the result see the same number.
 
@@ -59,7 +59,8 @@ class GenerateRequest:
         help="what to avoid (default: for videos that of the checkpoint, or one of this package)",
     )
     image: ImageSource | None = _field(  # noqa: RUF009
-        kind="image", help="picture used as the first frame of the video"
+        kind="image",
+        help="picture used as the first frame of the video, or (num_frames 1) to be edited",
     )
     video: VideoSource | None = _field(  # noqa: RUF009
         kind="video", help="clip to continue"
@@ -135,7 +136,7 @@ class GenerateRequest:
     )
     image_size: int | None = _field(
         kind="int",
-        choices=(256, 480, 704, 720),
+        choices=(256, 480, 704, 720, 768),
         help="resolution tier, with the size nearest in shape to the input",
     )
     edge: Control | None = _field(  # noqa: RUF009
@@ -332,6 +333,13 @@ class GenerateRequest:
         unit="seconds",
         help="length of the sound (default: that of the video)",
     )
+    sound_path: SoundSource | None = _field(  # noqa: RUF009
+        kind="sound",
+        help="sound that the video follows and gets: a sound file, or a clip with sound",
+    )
+    keep_sound: bool = _field(
+        default=False, kind="bool", help="give the result the sound of the video or control clip"
+    )
     use_resolution_template: bool = _field(
         default=True, kind="bool", help="append the sentence on resolution"
     )
@@ -405,6 +413,7 @@ class GenerateRequest:
         _check_size(self)
         _check_conditions(self)
         _check_chunks(self)
+        _check_sound(self)
         _check_units(self)
         _check_transfer(self)
         if self.seed is None:
@@ -426,7 +435,7 @@ class GenerateRequest:
         if self.controls:
             return "transfer"
         if self.num_frames == 1:
-            return "text2image"
+            return "text2image" if self.image is None else "image2image"
         if self.image is not None:
             return "image2video"
         return "text2video" if self.video is None else "video2video"
@@ -510,9 +519,9 @@ def _check_conditions(request: GenerateRequest) -> None:
     if request.image is not None and request.video is not None:
         raise InvalidRequest("video", request.video, "left out, as image is given", "conflict")
     if request.num_frames == 1:
-        for name in ("image", "video", "seconds"):
+        for name in ("video", "seconds", "condition_frame_indexes_vision"):
             if (value := getattr(request, name)) is not None:
-                possible = "left out, as num_frames=1 makes an image from text alone"
+                possible = "left out, as num_frames=1 makes an image"
                 raise InvalidRequest(name, value, possible, "unsupported_combination")
         if request.generate_sound:
             possible = "False, as num_frames=1 makes an image"
@@ -538,6 +547,34 @@ def _check_conditions(request: GenerateRequest) -> None:
         raise InvalidRequest("guidance_interval", request.guidance_interval, possible)
 
 
+NOT_WITH_SOUND_PATH = ("action_mode", "sound_duration")
+
+
+def _check_sound(request: GenerateRequest) -> None:
+    """A result has one sound: generated, or ``sound_path``, or the kept one of a clip."""
+    if request.sound_path is not None:
+        name = next((name for name in NOT_WITH_SOUND_PATH if getattr(request, name)), None)
+        name = (
+            "num_frames" if request.num_frames == 1 else name or next(iter(request.controls), None)
+        )
+        if name is not None:
+            possible = (
+                f"left out with this {name}: only a whole video from a prompt follows a sound"
+            )
+            raise InvalidRequest("sound_path", "given", possible, "unsupported_combination")
+    if not request.keep_sound:
+        return
+    if request.generate_sound or request.sound_path is not None:
+        possible = "False: the result has another sound"
+    elif request.video is None and not request.controls:
+        possible = "False, or given with a video, or a control, whose sound is kept"
+    elif request.action_mode is not None or request.condition_video_keep == "last":
+        possible = "False: the result does not begin where the video does"
+    else:
+        return
+    raise InvalidRequest("keep_sound", request.keep_sound, possible, "conflict")
+
+
 def _check_chunks(request: GenerateRequest) -> None:
     """A rollout is a matter of frames alone."""
     if request.num_chunks == 1:
@@ -545,6 +582,7 @@ def _check_chunks(request: GenerateRequest) -> None:
     reasons = {
         "num_frames": request.num_frames == 1 and "a picture has no last frame to go on from",
         "generate_sound": request.generate_sound and "the sound of a chunk does not go on in the next",
+        "sound_path": request.sound_path is not None and "the sound of a chunk does not go on in the next",
         "action_mode": request.action_mode in ("inverse_dynamics", "policy")
         and "it needs to see the world after each chunk",
         "action_state": request.action_state is not None and "the later states are not known",

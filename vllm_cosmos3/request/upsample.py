@@ -85,6 +85,9 @@ def question_about(
     if request.action_mode is not None:
         possible = "left out: prompts of actions have a form of their own"
         raise InvalidRequest("upsample_prompt", "true", possible, "unsupported_combination")
+    if request.mode == "image2image":
+        possible = "left out: the prompt of an edit is an instruction"
+        raise InvalidRequest("upsample_prompt", "true", possible, "unsupported_combination")
     if json_object(request.prompt) is not None:
         return None
     effective: Mapping[str, Any] = plan.effective

@@ -13,7 +13,7 @@ from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.generator.memory.ledger import Ledger
 from vllm_cosmos3.generator.memory.vae_activations import decode_peak, encode_peak
 from vllm_cosmos3.generator.memory.weight_bytes import FLOAT32, layer_bytes, loading, weights
-from vllm_cosmos3.generator.models.modalities import MODALITIES, decoders
+from vllm_cosmos3.generator.models.modalities import coders
 from vllm_cosmos3.request.defaults import TEXT_TOKENS, Parameters
 from vllm_cosmos3.request.parameters import prompt_parameters
 from vllm_cosmos3.request.plan import Plan
@@ -122,7 +122,7 @@ def work_of(plan: Plan) -> Work:
         sources=tuple(
             stream.source.shape[:3]
             for stream in plan.streams
-            if stream.source is not None and not MODALITIES[stream.name].given_as_latents
+            if stream.source is not None and stream.name == "vision"
         ),
         samples=len(plan.seeds),
         chunks=len(plan.chunks),
@@ -333,7 +333,7 @@ class _Request:
         if not self.fused:  # on a CPU the frames of the chunks before are in the same memory
             peak += (self.work.chunks - 1) * pixels
         phases = {"decode": latents + peak}
-        for name, decoder in decoders(self.model).items():
+        for name, coder in coders(self.model).items():
             for shape in (shape for each, shape in self.work.streams if each == name):
-                phases[name] = latents + decoder.nbytes(self.model, shape)
+                phases[name] = latents + coder.nbytes(self.model, shape)
         return phases

@@ -53,7 +53,7 @@ def weights(model: ModelConfig, *, tensor_parallel_size: int, element_size: int)
             )
     parts["video autoencoder"] = parameters(vae_tensors(model.vae)) * element_size
     if model.sound is not None:
-        parts["sound autoencoder"] = parameters(_sound_decoder(model)) * FLOAT32
+        parts["sound autoencoder"] = parameters(sound_tensors(model.sound)) * FLOAT32
     return parts
 
 
@@ -107,7 +107,7 @@ def loading(model: ModelConfig, parts: dict[str, int], *, element_size: int, dum
     base += built
     if model.sound is not None:
         sound = parts["sound autoencoder"]
-        peak = max(peak, base + sound + drawn(_sound_decoder(model)))
+        peak = max(peak, base + sound + drawn(sound_tensors(model.sound)))
     return peak
 
 
@@ -124,9 +124,3 @@ def _merging(model: ModelConfig, tensors: Tensors, element_size: int) -> int:
     changed = {name for adapter in model.adapters for name in adapter.pairs} & tensors.keys()
     largest = max((prod(tensors[name]) for name in changed), default=0)
     return largest * (_MERGING + element_size)
-
-
-def _sound_decoder(model: ModelConfig) -> Tensors:
-    assert model.sound is not None
-    tensors = sound_tensors(model.sound)
-    return {name: shape for name, shape in tensors.items() if name.startswith("decoder.")}

@@ -14,7 +14,7 @@ from vllm_cosmos3.checkpoint.tensors import (
     vae_tensors,
 )
 from vllm_cosmos3.checkpoint.weights import Shapes, Table, check_weights, identity_table
-from vllm_cosmos3.generator.models.modalities import LatentDecoder, decoders
+from vllm_cosmos3.generator.models.modalities import coders
 from vllm_cosmos3.generator.models.quantization import scale_table
 from vllm_cosmos3.generator.models.transformer import weight_table
 
@@ -46,15 +46,9 @@ def components(model: ModelConfig) -> Iterator[Component]:
         table |= scale_table(table, matrices)
     yield Component(folder="transformer", shapes=transformer, table=table, matrices=matrices)
     yield Component(folder="vae", shapes=vae, table=identity_table(vae))
-    for decoder in decoders(model).values():
-        yield decoder_component(decoder, model)
-
-
-def decoder_component(decoder: LatentDecoder, model: ModelConfig) -> Component:
-    """The part of a checkpoint that decodes a modality."""
-    tensors = decoder.tensors(model)
-    loaded = {name: shape for name, shape in tensors.items() if name.startswith("decoder.")}
-    return Component(folder=decoder.folder, shapes=tensors, table=identity_table(loaded))
+    for coder in coders(model).values():
+        tensors = coder.tensors(model)
+        yield Component(folder=coder.folder, shapes=tensors, table=identity_table(tensors))
 
 
 def loaded_values(model: ModelConfig) -> int:

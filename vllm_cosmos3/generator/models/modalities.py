@@ -87,12 +87,13 @@ class ActionAdapter(nn.Module):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LatentDecoder:
-    """The decoder of a modality, a part of the checkpoint of its own.
+class LatentCoder:
+    """The autoencoder of a modality, a part of the checkpoint of its own.
 
-    ``folder`` holds ``tensors``, of which those that begin with "decoder." are loaded into what
-    ``build`` makes; its ``decode(latents)`` gives float32 values. ``nbytes`` is the peak of decoding
-    latents of a shape. A checkpoint that is not ``present`` has none.
+    ``folder`` holds ``tensors``, which are loaded into what ``build`` makes; its ``decode(latents)``
+    gives float32 values, and its ``encode(values)``, where the checkpoint has an encoder, latents.
+    ``nbytes`` is the peak of decoding latents of a shape, and more than that of encoding them. A
+    checkpoint that is not ``present`` has none.
     """
 
     folder: str
@@ -110,8 +111,8 @@ class Modality:
     parameters in the checkpoint, if the checkpoint is ``trained`` for it. ``positions`` [3, S] are
     those of a stream that starts at a time. ``denoise_mask`` is True where a stream is generated,
     ``conditioned`` [S] which tokens are timestep-conditioned, by that mask, the shape of the latents
-    and the size of a patch. Sources of ``given_as_latents`` streams need no encoder. A ``decoder``
-    makes an output of latents; ``read`` makes one of the latents themselves, None where a request
+    and the size of a patch. Sources of ``given_as_latents`` streams need no encoder. A ``coder``
+    makes an output of latents, and latents of a source; ``read`` makes one of the latents themselves, None where a request
     wants none.
     """
 
@@ -122,7 +123,7 @@ class Modality:
     conditioned: Callable[[Tensor, tuple[int, ...], int], Tensor]
     trained: Callable[[TransformerConfig], bool] = lambda _: True
     given_as_latents: bool = False
-    decoder: LatentDecoder | None = None
+    coder: LatentCoder | None = None
     read: Callable[[Plan, Tensor], np.ndarray | None] = lambda _plan, _latents: None
 
 
@@ -153,10 +154,10 @@ def timestep_conditioned(stream: Stream, patch: int) -> Tensor:
     return MODALITIES[stream.name].conditioned(mask, shape, patch)
 
 
-def decoders(model: ModelConfig) -> dict[str, LatentDecoder]:
-    """The decoders that a checkpoint has, by modality. That of the video has more to it."""
-    found = ((name, modality.decoder) for name, modality in MODALITIES.items())
-    return {name: decoder for name, decoder in found if decoder and decoder.present(model)}
+def coders(model: ModelConfig) -> dict[str, LatentCoder]:
+    """The autoencoders that a checkpoint has, by modality. That of the video has more to it."""
+    found = ((name, modality.coder) for name, modality in MODALITIES.items())
+    return {name: coder for name, coder in found if coder and coder.present(model)}
 
 
 def _vision_positions(stream: StreamPlan, start: float, config: TransformerConfig) -> Tensor:
@@ -194,8 +195,15 @@ def _patch_tokens(mask: Tensor, shape: tuple[int, ...], patch: int) -> Tensor:
     return mask.view(frames, 1).expand(frames, rows * columns).flatten()
 
 
+def _moment_mask(stream: StreamPlan) -> Tensor:
+    """Moments [1, T] without those that are given."""
+    mask = torch.ones((1, stream.length), dtype=torch.bool)
+    mask[:, list(stream.known)] = False
+    return mask
+
+
 def _sound(model: ModelConfig) -> SoundConfig:
-    assert model.sound is not None  # or its decoder is not present
+    assert model.sound is not None  # or its autoencoder is not present
     return model.sound
 
 
@@ -227,13 +235,13 @@ MODALITIES = {  # in the order in which a generator of torch draws their noise
             "audio_modality_embed": "modality",
         },
         positions=_sound_positions,
-        denoise_mask=lambda stream: torch.ones((1, stream.length), dtype=torch.bool),
+        denoise_mask=_moment_mask,
         conditioned=lambda mask, _shape, _patch: mask.any(dim=0),
-        decoder=LatentDecoder(
+        coder=LatentCoder(
             folder="sound_tokenizer",
             present=lambda model: model.sound is not None,
             tensors=lambda model: sound_tensors(_sound(model)),
-            build=lambda model: SoundVAE(_sound(model), encoder=False),
+            build=lambda model: SoundVAE(_sound(model), encoder=_sound(model).encoder_enabled),
             nbytes=lambda model, shape: decode_bytes(_sound(model), shape[1]),
         ),
     ),

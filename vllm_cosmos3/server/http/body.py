@@ -28,7 +28,7 @@ JSON, URLENCODED, MULTIPART = KINDS = (
     "application/x-www-form-urlencoded",
     "multipart/form-data",
 )
-FILE_TYPES = (b"image/", b"video/", b"application/octet-stream")
+FILE_TYPES = (b"image/", b"video/", b"audio/", b"application/octet-stream")
 MAX_TEXT = 4 * 2**20  # bytes that are no media: to read them holds all other requests up
 MAX_COMMAS = 2**19  # in them, as long lists take longer than texts
 LEAST_RATE = 1000  # bytes per second, on average after the first --upload-idle seconds

@@ -1,4 +1,4 @@
-"""Pictures and clips that a request brings along: uploads, data URLs, URLs and files of the server.
+"""Pictures, clips and sounds that a request brings along: uploads, data URLs, URLs and files of the server.
 
 Each becomes a file in a folder that lives as long as the request is planned. URLs are fetched here
 and not by vLLM's media connector, which holds a whole file in memory and follows redirects to any
@@ -26,10 +26,10 @@ from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.fetching import FetchError, FetchRule, fetch
 from vllm_cosmos3.request.controls import CONTROLS
 from vllm_cosmos3.server.http.api_errors import ApiError
-from vllm_cosmos3.server.http.request_fields import ClientRequest
+from vllm_cosmos3.server.http.request_fields import SOUND, ClientRequest
 from vllm_cosmos3.server.options import Options
 
-URLS = ("image_url", "video_url", "url")  # of a reference that is an object
+URLS = ("image_url", "video_url", "audio_url", "url")  # of a reference that is an object
 SHOWN = 100  # characters of a name or a URL in messages and records
 FILE_FIELDS = {"action_path", "action_stats_path"}  # of the validator, which opens them by name
 SCHEMES = "an uploaded file, or a URL of http, https, data or (where allowed) file"
@@ -39,7 +39,7 @@ SCHEMES = "an uploaded file, or a URL of http, https, data or (where allowed) fi
 async def media_files(
     request: ClientRequest, options: Options, inputs: Path
 ) -> AsyncIterator[tuple[dict[str, Path], dict[str, str]]]:
-    """The references of a request as files, and as what they were given, by image, video and control.
+    """The references of a request as files, and as what they were given, by image, video, sound_path and control.
 
     The files live in a folder below ``inputs`` until the block ends.
 
@@ -58,6 +58,10 @@ async def media_files(
                 files[name] = file
                 continue
             path = request.paths.get(name, name)
+            if name == SOUND:  # which is read when it is planned
+                await _store(path, _as_url(_only(path, value)), file, options)
+                files[name] = file
+                continue
             await _store(path, _only(path, value), file, options)
             kind = await asyncio.to_thread(_kind, path, called(value), file)
             if kind in files:
@@ -96,7 +100,7 @@ def called(reference: Any) -> str:
 
 
 def _as_url(source: Any) -> Any:
-    """A control may be named by its path alone."""
+    """A control or a sound may be named by its path alone."""
     bare = isinstance(source, str) and "://" not in source and source[:5].lower() != "data:"
     return f"file://{source}" if bare else source
 

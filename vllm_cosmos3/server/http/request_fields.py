@@ -27,7 +27,7 @@ from vllm_cosmos3.server.http.api_errors import ApiError
 VIDEO, IMAGE = "video", "image"  # what is wanted
 
 # Of a request from another process: no arrays, no choice of what comes back.
-HIDDEN = {"latents", "output_type", "image", "video"}
+HIDDEN = {"latents", "output_type", "image", "video", "sound_path"}
 ALIASES = FRAMEWORK_NAMES | {
     "num_outputs_per_prompt": "n",
     "sound_gen": "generate_sound",
@@ -35,7 +35,10 @@ ALIASES = FRAMEWORK_NAMES | {
     "frame_rate": "fps",
     "resolved_frame_rate": "fps",
     "resolution": "image_size",
+    "audio_reference": "sound_path",
+    "source_audio": "sound_path",
 }
+SOUND = "sound_path"
 NESTED = ("extra_params", "extra_args")
 DEEPEST = 8  # objects in objects that the name of a form field makes
 REFERENCES = (
@@ -45,8 +48,10 @@ REFERENCES = (
     "video_reference",
     "image",
     "video",
+    SOUND,
 )
-MEDIA_FIELDS = {*REFERENCES, *CONTROLS, control_fields.PAIR[0]}
+_SOUNDS = {name for name, ours in ALIASES.items() if ours == SOUND}
+MEDIA_FIELDS = {*REFERENCES, *_SOUNDS, *CONTROLS, control_fields.PAIR[0]}
 STRUCTURED = ("prompt", "negative_prompt")  # may be an object in JSON, as in batch files
 # What is about the answer and not about the picture.
 SERVER_FIELDS: dict[str, Spec] = {
@@ -100,8 +105,7 @@ UNSUPPORTED = {
     "frame_interpolation_scale": "left out: ask for a higher fps",
     "frame_interpolation_model_path": "left out: ask for a higher fps",
     "source_video": "left out: use input_reference",
-    "source_audio": "left out: sound is generated, see generate_sound",
-    "audio_reference": "left out: sound is generated, see generate_sound",
+    "mask": "left out: the model changes the picture where the prompt says so",
 }
 
 
@@ -253,7 +257,7 @@ class _Translation:
         )
 
     def reference(self, path: str, name: str, value: Any) -> None:
-        """A picture or clip: a file, a URL, or an object, which forms carry as JSON."""
+        """A picture, clip or sound: a file, a URL, or an object, which forms carry as JSON."""
         if isinstance(value, str) and value.lstrip().startswith("{"):
             value = control_fields.json_object(path, value)
         self._put(self._references, name, value, path)

@@ -67,7 +67,7 @@ def continue_from(
         InvalidRequest: it has another input, or makes sound.
         ApiError: the video has been deleted.
     """
-    for name in ("image", "video"):
+    for name in ("image", "video", "sound_path"):
         if name in media:
             possible = f"left out, as {FIELD} is given"
             raise InvalidRequest(name, "given", possible, "conflict")

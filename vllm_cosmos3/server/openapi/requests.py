@@ -52,7 +52,7 @@ COMMON = (  # in the order in which people ask for them
 )  # fmt: skip
 _IMAGE_FIELDS_NOT = {
     *CONTROLS, *OF_TRANSFER, "num_chunks",
-    "seconds", "generate_sound", "sound_duration",
+    "seconds", "generate_sound", "sound_duration", "keep_sound",
     "condition_frame_indexes_vision", "condition_video_keep", "action_mode", "domain_name",
     "domain_id", "raw_action_dim", "action_chunk_size", "action", "action_path", "action_history",
     "action_state", "action_stats_path", "action_normalization", "view_point", "view_description",
@@ -64,6 +64,8 @@ JSON, FORM, TEXT_FORM = (
     "application/x-www-form-urlencoded",
 )
 _START = "picture or clip to start from"
+_EDITED = "picture to edit"
+_SOUND = "sound that the video follows"
 _CONTROL = "control clip of a transfer, of the kind control_type"
 _WAYS = "a URL of http, https, data or (where allowed) file, or an object with it as image_url, video_url or url"
 _OTHERS = "Names of other servers are read as well, such as num_steps for num_inference_steps."
@@ -76,6 +78,7 @@ EXAMPLE = {
     "seconds": 4,
     "seed": 0,
 }
+EDIT_EXAMPLE = {"prompt": "Paint the boat red", "seed": 0}
 IMAGE_EXAMPLE = {"prompt": "A paper boat on a stream", "size": "960x960", "seed": 0}
 
 
@@ -94,10 +97,27 @@ def remix_request(*headers: tuple[str, str]) -> Schema:
 
 def image_request() -> Schema:
     """The body of POST /v1/images/generations."""
+    return _body({JSON: (_object(_image_fields(), _OTHERS), IMAGE_EXAMPLE)})
+
+
+def edit_request() -> Schema:
+    """The body of POST /v1/images/edits: that of an image, and the picture to edit."""
+    fields = _image_fields()
+    form = {name: _as_text(fields[name]) for name in COMMON if name in fields}
+    fields["image"] = {"type": ["string", "object"], "description": f"{_EDITED}: {_WAYS}"}
+    form["image"] = {"type": "string", "format": "binary", "description": _EDITED}
+    return _body(
+        {
+            FORM: (_object(form, _IN_FORMS), EDIT_EXAMPLE),
+            JSON: (_object(fields, _OTHERS), EDIT_EXAMPLE),
+        }
+    )
+
+
+def _image_fields() -> Schema:
     one = {"maximum": 1, "description": "1 or left out"}
     names = SPECS.keys() - HIDDEN - _IMAGE_FIELDS_NOT
-    schema = _object(_fields(names, SERVER_FIELDS.keys() - VIDEO_ONLY, num_frames=one), _OTHERS)
-    return _body({JSON: (schema, IMAGE_EXAMPLE)})
+    return _fields(names, SERVER_FIELDS.keys() - VIDEO_ONLY, num_frames=one)
 
 
 def _video_contents(example: Schema) -> dict[str, tuple[Schema, Schema]]:
@@ -108,6 +128,7 @@ def _video_contents(example: Schema) -> dict[str, tuple[Schema, Schema]]:
         n={"maximum": 1, "description": "one video per request"},
         num_frames={"minimum": 2},
         input_reference={"type": ["string", "object", "null"], "description": f"{_START}: {_WAYS}"},
+        sound_path={"type": ["string", "object", "null"], "description": f"{_SOUND}: {_WAYS}"},
     )
     fields["extra_params"] = {
         "type": ["object", "string", "null"],
@@ -117,7 +138,11 @@ def _video_contents(example: Schema) -> dict[str, tuple[Schema, Schema]]:
     form = {name: _as_text(fields[name]) for name in COMMON if name in fields}
     form["input_reference"] = {"type": "string", "description": f"{_START}, as a URL"}
     files = {**form, "control_type": kinds}
-    for name, what in (("input_reference", _START), ("control_reference", _CONTROL)):
+    for name, what in (
+        ("input_reference", _START),
+        ("control_reference", _CONTROL),
+        ("sound_path", _SOUND),
+    ):
         files[name] = {"type": "string", "format": "binary", "description": what}
     return {
         JSON: (_object(fields, _OTHERS), example),

@@ -16,12 +16,12 @@ from fastapi.responses import JSONResponse, Response
 from vllm_cosmos3 import media
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.server.http.api_errors import ApiError
-from vllm_cosmos3.server.http.body import read_body
-from vllm_cosmos3.server.http.request_fields import IMAGE, translate
-from vllm_cosmos3.server.jobs.admission import Submission
+from vllm_cosmos3.server.http.body import JSON, MULTIPART, read_body
+from vllm_cosmos3.server.http.request_fields import IMAGE, SOUND, ClientRequest, translate
 from vllm_cosmos3.server.jobs.journal import Journal
+from vllm_cosmos3.server.jobs.service import Service
 from vllm_cosmos3.server.jobs.video_job import COMPLETED, Usage, VideoJob
-from vllm_cosmos3.server.openapi.requests import image_request
+from vllm_cosmos3.server.openapi.requests import edit_request, image_request
 from vllm_cosmos3.server.openapi.responses import (
     ImageId,
     Picture,
@@ -31,11 +31,12 @@ from vllm_cosmos3.server.openapi.responses import (
     responses,
 )
 from vllm_cosmos3.server.routes.route import Route, service_of
-from vllm_cosmos3.server.routes.videos import result, stored_file
+from vllm_cosmos3.server.routes.videos import result, stored_file, submit
 from vllm_cosmos3.server.storage import bytes_in
 
 router = APIRouter(route_class=Route, tags=["Cosmos3 images"])
 Format = Literal["png", "jpeg", "webp"]
+NOT_EDITED = ("video", "video_reference", SOUND)
 FORMATS: dict[str, Format] = {"png": "png", "jpeg": "jpeg", "jpg": "jpeg", "webp": "webp"}
 
 
@@ -52,14 +53,38 @@ async def generate(request: Request) -> Response:
     client_request = await asyncio.to_thread(translate, body, IMAGE)
     if client_request.references:
         name = next(client_request.paths.get(name, name) for name in client_request.references)
-        possible = "left out: pictures are made from text; POST /v1/videos takes a first frame"
+        possible = "left out: pictures are made from text; POST /v1/images/edits changes one, POST /v1/videos takes a first frame"
         raise InvalidRequest(name, "given", possible, "unsupported")
+    return await _made(service, request, client_request)
+
+
+@router.post(
+    "/v1/images/edits",
+    summary="Edit an image",
+    openapi_extra=edit_request(),
+    responses=responses(Pictures),
+)
+async def edit(request: Request) -> Response:
+    """Make pictures from a picture and an instruction and answer with them."""
+    service = service_of(request)
+    body = await read_body(request, service.options, (JSON, MULTIPART))
+    client_request = await asyncio.to_thread(translate, body, IMAGE)
+    given = {name: client_request.paths.get(name, name) for name in client_request.references}
+    if not given:
+        raise InvalidRequest("image", None, "the picture to edit", "missing_required")
+    if other := next((path for name, path in given.items() if name in NOT_EDITED), None):
+        raise InvalidRequest(
+            other, "given", "left out: the picture is given as image", "unsupported"
+        )
+    return await _made(service, request, client_request)
+
+
+async def _made(service: Service, request: Request, client_request: ClientRequest) -> Response:
+    """The answer with the pictures of a request."""
     shape = client_request.server_fields.get("response_format", "b64_json")
     form = FORMATS[client_request.server_fields.get("output_format", "png")]
     quality = client_request.server_fields.get("output_compression", 95)
-    job = await service.admission.create(
-        Submission(kind="image", request=client_request, deadline=service.options.sync_deadline)
-    )
+    job = await submit(service, client_request, "image", service.options.sync_deadline)
     job = await result(service, request, job)
     if shape == "url":
         names = await asyncio.to_thread(_kept, service.journal, job, form, quality)
@@ -109,13 +134,6 @@ async def picture(request: Request, image_id: ImageId, name: PictureName) -> Res
     if job is None or job.kind != "image" or job.status != COMPLETED or known is None:
         raise ApiError("not_found", f"there is no picture {f'{image_id}/{name}'!r}", param="id")
     return stored_file(service, job, name, media_type=f"image/{known[1]}")
-
-
-@router.post("/v1/images/edits", include_in_schema=False)
-async def edit(request: Request) -> Response:
-    """Not offered: the mode that the Cosmos Framework has for it is not implemented."""
-    message = "pictures cannot be edited; POST /v1/videos with input_reference animates one"
-    raise ApiError("not_implemented", message)
 
 
 @router.post("/v1/images/variations", include_in_schema=False)

@@ -60,13 +60,14 @@ def capability(service: Service) -> dict[str, Any]:
     actions = ACTION_MODES if service.model.transformer.action_gen else ()
     kind, defaults = KINDS[service.model.kind], defaults_of(service.model.kind)
     modes = [mode for mode in kind.modes if mode in (*defaults, "transfer", *actions)]
-    quantization = service.model.quantization
+    quantization, sound = service.model.quantization, service.model.sound
     embodiments = EMBODIMENTS if set(ACTION_MODES) & set(modes) else ()
     return {
         "family": "cosmos3",
         "checkpoint_kind": service.model.kind,
         "modes": modes,
-        "sound": service.model.sound is not None,
+        "sound": sound is not None,
+        "sound_input": sound is not None and sound.encoder_enabled,
         "quantization": quantization and quantization.record(),
         "adapters": [adapter.record() for adapter in service.model.adapters],
         "resolutions": {

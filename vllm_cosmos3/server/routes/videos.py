@@ -289,8 +289,22 @@ async def _create(
     service: Service, request: Request, client_request: ClientRequest, kind: str, deadline: float,
     remixed_from: str | None = None,
 ) -> VideoJob:  # fmt: skip
-    key = request.headers.get("idempotency-key") or None
-    retried = kind == "video" and request.headers.get("x-stainless-retry-count", "0") != "0"
+    return await submit(
+        service,
+        client_request,
+        kind,
+        deadline,
+        key=request.headers.get("idempotency-key") or None,
+        retried=kind == "video" and request.headers.get("x-stainless-retry-count", "0") != "0",
+        remixed_from=remixed_from,
+    )
+
+
+async def submit(
+    service: Service, client_request: ClientRequest, kind: str, deadline: float, *,
+    key: str | None = None, retried: bool = False, remixed_from: str | None = None,
+) -> VideoJob:  # fmt: skip
+    """The job of a request, whose media are read."""
     local = local_files(client_request, service.options)
     file_names = {
         str(local.fields[name]): str(client_request.fields[name])
