@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
@@ -18,10 +19,12 @@ from media_files import clip, file_server
 from PIL import Image
 from servers import BIN, environment
 
-from vllm_cosmos3.batch.downloads import Downloads
+from vllm_cosmos3.batch.claims import Claims
 from vllm_cosmos3.batch.files import read_batch
+from vllm_cosmos3.batch.store import store_at
 from vllm_cosmos3.cli import main, whole_parser
-from vllm_cosmos3.cli.batch import _ask, _checked
+from vllm_cosmos3.cli.batch import _ask
+from vllm_cosmos3.cli.batch_samples import Checker
 from vllm_cosmos3.cli.generate import run_options
 from vllm_cosmos3.cli.run_options import planner
 from vllm_cosmos3.engine import Cosmos3
@@ -57,6 +60,13 @@ def outputs(file: Path, name: str) -> dict[str, Any]:
     return record
 
 
+def index(file: Path) -> dict[str, dict[str, Any]]:
+    lines = (file.parent / "out" / "index.jsonl").read_text().splitlines()
+    found = {line["name"]: line for line in map(json.loads, lines)}
+    assert len(found) == len(lines)
+    return found
+
+
 def tree(file: Path) -> list[str]:
     out = file.parent / "out"
     return sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
@@ -80,7 +90,7 @@ def test_a_tree_of_results(
     records = ("sample_args.json", "sample_outputs.json")
     assert tree(file) == sorted(
         [f"{name}/{record}" for name in MODES for record in records]
-        + ["t2i/vision.jpg"] + [f"{name}/vision.mp4" for name in MODES if name != "t2i"]
+        + ["index.jsonl", "t2i/vision.jpg"] + [f"{name}/vision.mp4" for name in MODES if name != "t2i"]
     )  # fmt: skip
     assert {name: outputs(file, name)["args"]["mode"] for name in MODES} == MODES
     assert outputs(file, "batch_4")["args"]["edge"]["control_weight"] == 0.5
@@ -93,7 +103,12 @@ def test_a_tree_of_results(
     assert own * 0.99 <= timings["total"] < own + 1
     printed = capsys.readouterr()
     assert "6 of 6 records have their results" in printed.out
-    assert "[4/6] batch_3" in printed.err
+    assert "6 of 6 done, 0 failed" in printed.err
+    lines = index(file)
+    assert list(lines) == list(MODES)
+    assert lines["t2v"]["timings"] == timings
+    assert (lines["t2v"]["files"], lines["t2v"]["seeds"]) == (["t2v/vision.mp4"], [3])
+    assert {line["error"] for line in lines.values()} == {None}
 
 
 def test_resume_serves_what_is_new_or_has_changed(
@@ -111,9 +126,9 @@ def test_resume_serves_what_is_new_or_has_changed(
         if (tmp_path / "out" / name / "vision.mp4").stat().st_mtime_ns != times.get(name)
     }
     assert fresh == {"b", "c", "d"}
-    assert "1 of 4 records are finished" in capsys.readouterr().err
+    assert "1 of 4 records were finished before" in capsys.readouterr().err
     assert generate(tiny_checkpoint, file, "--resume", "--load-format", "dummy") == 0
-    assert "records are finished" not in capsys.readouterr().err
+    assert "records were finished before" not in capsys.readouterr().err
 
 
 SHORT = {"num_steps": 1, "guidance": 1}
@@ -128,13 +143,13 @@ def test_resume_serves_what_continues_something_new(
     shutil.copytree(tmp_path / "out" / "b", tmp_path / "old")
     shutil.rmtree(tmp_path / "out" / "a")
     assert generate(tiny_checkpoint, file, "--resume") == 0
-    assert "records are finished" not in capsys.readouterr().err
+    assert "records were finished before" not in capsys.readouterr().err
     shutil.rmtree(tmp_path / "out" / "b")
     (tmp_path / "old").rename(tmp_path / "out" / "b")  # as if the second run had ended after a
     assert generate(tiny_checkpoint, file, "--resume") == 0
-    assert "1 of 2 records are finished" in capsys.readouterr().err
+    assert "1 of 2 records were finished before" in capsys.readouterr().err
     assert generate(tiny_checkpoint, file, "--resume") == 0
-    assert "2 of 2 records are finished" in capsys.readouterr().err
+    assert "2 of 2 records were finished before" in capsys.readouterr().err
 
 
 def test_resume_looks_into_files(
@@ -151,13 +166,13 @@ def test_resume_looks_into_files(
     )
     assert generate(tiny_checkpoint, file) == 0
     assert generate(tiny_checkpoint, file, "--resume") == 0
-    assert "3 of 3 records are finished" in capsys.readouterr().err
+    assert "3 of 3 records were finished before" in capsys.readouterr().err
     for changed in (first, fetched, control):
         before, times = changed.read_bytes(), changed.stat()
         changed.write_bytes(before + b"\0")  # what it shows stays
         os.utime(changed, ns=(times.st_atime_ns, times.st_mtime_ns))
         assert generate(tiny_checkpoint, file, "--resume") == 0
-        assert "2 of 3 records are finished" in capsys.readouterr().err
+        assert "2 of 3 records were finished before" in capsys.readouterr().err
 
 
 def test_nothing_starts_while_a_record_is_invalid(
@@ -200,7 +215,9 @@ def test_a_record_that_is_refused_is_recorded_where_nothing_else_is(
     assert generate(tiny_checkpoint, file, "--dry-run") == 2
     assert not (tmp_path / "out").exists()
     assert generate(tiny_checkpoint, file, "--keep-going") == 1
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a", "batch_1", "é"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "a", "batch_1", "é", "index.jsonl",
+    }  # fmt: skip
     assert outputs(file, "a")["status"] == "success"
     assert outputs(file, "batch_1")["args"] == {"name": "batch_1"}
     assert outputs(file, "é")["message"].startswith(f"{file} record 5 (é): size is '63x64'")
@@ -222,6 +239,10 @@ def test_keep_going_past_invalid_and_failing_records(
     assert "directory" in failed["message"]
     assert "Traceback" in failed["stack_trace"]
     assert "1 of 3 records have their results" in capsys.readouterr().out
+    lines = index(file)
+    assert "directory" in lines["blocked"]["error"]
+    assert "fps is 0" in lines["bad"]["error"]
+    assert not (tmp_path / "out" / ".cosmos3").exists()
 
     batch(tmp_path, {"name": "blocked"}, {"name": "later"})
     assert generate(tiny_checkpoint, file) == 1
@@ -280,7 +301,7 @@ def test_a_record_continues_another(
 
     flags = ("--guidance-scale", 1, "--crf", 0, "--resume")
     assert generate(tiny_checkpoint, file, *flags) == 0
-    assert "2 of 2 records are finished" in capsys.readouterr().err
+    assert "2 of 2 records were finished before" in capsys.readouterr().err
     picture = {"name": "a", "num_frames": 1}
     batch(tmp_path, picture, {"continue_from": "a"}, {"name": "c"}, {"continue_from": "c", "n": 2})
     assert generate(tiny_checkpoint, file) == 2
@@ -334,14 +355,107 @@ def test_urls(
     assert generate(tiny_checkpoint, file) == 0
     assert outputs(file, "a")["args"]["mode"] == "image2video"
     capsys.readouterr()
-    batch(tmp_path, {"vision_path": f"{web}/a b.png"})
-    assert generate(tiny_checkpoint, file) == 2
-    assert "a URL that can be fetched (URL can't contain control" in capsys.readouterr().err
-    batch(tmp_path, {"vision_path": f"{web}/none.png"})
-    assert generate(tiny_checkpoint, file) == 2
-    assert (
-        "none.png', must be a URL that can be fetched (File not found)" in capsys.readouterr().err
+    batch(tmp_path, {"name": "b", "vision_path": f"{web}/a b.png?key=secret"})
+    assert generate(tiny_checkpoint, file) == 1
+    said = "".join(x for x in capsys.readouterr().err.splitlines() if "GET" not in x)
+    assert "a b.png', must be a URL that can be fetched (no such file)" in said
+    assert "secret" not in said + "".join(
+        path.read_text() for path in (tmp_path / "out").rglob("*.json*")
     )
+
+
+def test_inputs_and_results_of_other_file_systems(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    memory = fsspec.filesystem("memory")
+    Image.new("RGB", (64, 64), "teal").save(tmp_path / "first.png")
+    memory.put_file(str(tmp_path / "first.png"), "/in/first.png")
+    memory.pipe_file("/in/prompt.txt", b"a boat")
+    records = [
+        {**FAST, "prompt": None, "prompt_path": "prompt.txt", "name": "a"},
+        {**FAST, "vision_path": "first.png", "name": "b"},
+        {**FAST, "continue_from": "b", "name": "c"},
+        {
+            **FAST,
+            "vision_path": (tmp_path / "first.png").as_uri(),
+            "name": "d",
+            "num_outputs": 2,
+            "num_frames": 5,
+        },
+    ]
+    memory.pipe_file("/in/x.jsonl", "\n".join(map(json.dumps, records)).encode())
+    command = ["generate", str(tiny_checkpoint), "--input", "memory://in/*.jsonl", "--out"]
+    assert main([*command, "memory://out"]) == 0
+    assert "4 of 4 records have their results in memory://out" in capsys.readouterr().out
+    assert sorted(memory.find("/out")) == [
+        *(f"/out/{file}" for file in ("a/sample_args.json", "a/sample_outputs.json", "a/vision.mp4")),
+        *(f"/out/b/{file}" for file in ("last.png", "sample_args.json", "sample_outputs.json", "vision.mp4")),
+        *(f"/out/c/{file}" for file in ("sample_args.json", "sample_outputs.json", "vision.mp4")),
+        *(f"/out/d/{file}" for file in ("sample_args.json", "sample_outputs.json", "vision-0.mp4", "vision-1.mp4")),
+        "/out/index.jsonl",
+    ]  # fmt: skip
+    lines = [json.loads(line) for line in memory.cat_file("/out/index.jsonl").splitlines()]
+    assert [line["seeds"] for line in lines] == [[3], [3], [3], [3, 4]]
+    assert lines[3]["files"] == ["d/vision-0.mp4", "d/vision-1.mp4"]
+    memory.rm_file("/out/c/vision.mp4")
+    assert main([*command, "memory://out", "--resume"]) == 0
+    assert "3 of 4 records were finished before" in capsys.readouterr().err
+    assert main([*command, "hf://datasets/a/b/../c?token=secret"]) == 2
+    assert "secret" not in capsys.readouterr().err
+
+
+def test_shards_are_parts_of_one_batch(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = [{"name": name, **SHORT} for name in "abc"]
+    file = batch(tmp_path, *first, {"name": "d", "continue_from": "a", **SHORT})
+    assert generate(tiny_checkpoint, file, "--shard", "3/2") == 2
+    assert "shard is '3/2', must be I/N" in capsys.readouterr().err
+    assert generate(tiny_checkpoint, file, "--shard", "1/2") == 0
+    assert "3 of 3 records have" in capsys.readouterr().out
+    assert generate(tiny_checkpoint, file, "--shard", "2/2") == 0
+    assert "1 of 1 records have" in capsys.readouterr().out
+    out = tmp_path / "out"
+    names = [
+        [json.loads(line)["name"] for line in part.read_text().splitlines()]
+        for part in sorted(out.glob("index-*"))
+    ]
+    assert names == [["b", "a", "d"], ["c"]]
+    assert [path.name for path in sorted(out.glob("index*"))] == [
+        "index-00001-of-00002.jsonl", "index-00002-of-00002.jsonl",
+    ]  # fmt: skip
+    assert generate(tiny_checkpoint, file, "--resume") == 0
+    assert "4 of 4 records were finished before" in capsys.readouterr().err
+
+
+def test_two_runs_on_one_output_and_one_that_died(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = batch(tmp_path, *({"name": name, **SHORT} for name in "abc"))
+    other = Claims(store_at(str(tmp_path / "out")))
+    other.start((0, 1))
+    assert other.take("b")
+    assert generate(tiny_checkpoint, file) == 2
+    assert "another run is writing to it" in capsys.readouterr().err
+    assert generate(tiny_checkpoint, file, "--resume", "--keep-going") == 0
+    said = capsys.readouterr().out
+    assert "2 of 3 records have" in said
+    assert "1 are being made by another run" in said
+    assert list(index(file)) == ["a", "c"]
+
+    state = tmp_path / "out" / ".cosmos3" / "runs" / f"{other.run}.json"
+    died = json.loads(state.read_text()) | {"started": "1"}  # another process has its number now
+    state.write_text(json.dumps(died))
+    (tmp_path / "out" / "b").mkdir()
+    (tmp_path / "out" / "b" / ".cafe.part").write_bytes(b"half a video")
+    assert generate(tiny_checkpoint, file, "--resume") == 0
+    assert "2 of 3 records were finished before" in capsys.readouterr().err
+    assert sorted(index(file)) == ["a", "b", "c"]
+    assert tree(file) == sorted(
+        ["index.jsonl"]
+        + [f"{name}/{x}" for name in "abc" for x in ("sample_args.json", "sample_outputs.json", "vision.mp4")]
+    )  # fmt: skip
+    assert not (tmp_path / "out" / ".cosmos3").exists()
 
 
 def test_pictures_of_questions_are_read_before_the_reasoner_starts(
@@ -371,14 +485,10 @@ def test_no_frame_is_shown_that_is_not_made_yet(tiny_checkpoint: Path, tmp_path:
     )
     command = ["generate", str(tiny_checkpoint), "--dry-run"]
     options = run_options(whole_parser(["generate"]).parse_args(command))
-    samples, problems = _checked(
-        read_batch([str(file)], {}).records,
-        planner(EngineOptions(tiny_checkpoint)),
-        Downloads(tmp_path),
-        options,
-    )
-    assert not problems
-    first, second = (sample.upsampling for sample in samples)
+    records = read_batch([str(file)], {}).records
+    checked = Checker(planner(EngineOptions(tiny_checkpoint)), options).check(records)
+    assert not checked.refused
+    first, second = (sample.upsampling for sample in checked.samples)
     assert first is not None
     assert second is not None
     assert (first.image, second.image) == (str(tmp_path / "first.png"), None)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
-import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.batch.locations import fetch, is_url, shown
 from vllm_cosmos3.request.controls import CONTROLS
 from vllm_cosmos3.request.request import GenerateRequest
 
-SECONDS = 60.0  # without a byte until a URL is given up
 FILES = (
     "image",
     "video",
@@ -24,11 +20,6 @@ FILES = (
     "action_path",
     "action_stats_path",
 )  # fields of files, beside controls
-
-
-def is_url(value: object) -> bool:
-    """Whether a value is a URL that has to be fetched."""
-    return isinstance(value, str) and value.lower().startswith(("http://", "https://"))
 
 
 class Downloads:
@@ -48,24 +39,15 @@ class Downloads:
         """The file of ``url``; InvalidRequest of ``field`` if it cannot be had."""
         if url not in self._known:
             path = self._folder / f"{len(self._known)}{Path(url.split('?')[0]).suffix}"
-            try:
-                with (
-                    urllib.request.urlopen(url, timeout=SECONDS) as answer,
-                    path.open("wb") as file,
-                ):
-                    shutil.copyfileobj(answer, file)
-            except (OSError, ValueError, HTTPException) as error:
-                reason = " ".join(str(getattr(error, "reason", error)).split())
-                possible = f"a URL that can be fetched ({reason})"
-                raise InvalidRequest(field, url, possible, "fetch_failed") from None
+            fetch(field, url, path)
             self._known[url] = path
         return str(self._known[url])
 
 
 def urls_of(request: GenerateRequest) -> dict[str, str]:
-    """The URLs among the files of a request, by field. Those of controls are not among them."""
+    """The URLs among the files of a request, by field, as they are shown. Controls are left out."""
     given = {name: getattr(request, name) for name in FILES}
-    return {name: value for name, value in given.items() if is_url(value)}
+    return {name: shown(value) for name, value in given.items() if is_url(value)}
 
 
 @contextmanager
@@ -76,7 +58,8 @@ def local_files(request: GenerateRequest) -> Iterator[GenerateRequest]:
         InvalidRequest: of a field whose URL cannot be fetched.
     """
     clips = {name: control.clip for name, control in request.controls.items()}
-    urls = urls_of(request) | {name: str(clip) for name, clip in clips.items() if is_url(clip)}
+    given: dict[str, Any] = {name: getattr(request, name) for name in FILES} | clips
+    urls = {name: str(value) for name, value in given.items() if is_url(value)}
     if not urls:
         yield request
         return

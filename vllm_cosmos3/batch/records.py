@@ -7,13 +7,12 @@ and `questions`.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_cosmos3.batch.downloads import is_url
+from vllm_cosmos3.batch.locations import file_system, is_url, joined, parent_of, reaching, shown
 from vllm_cosmos3.errors import InvalidRequest, did_you_mean
 from vllm_cosmos3.request import prompts
 from vllm_cosmos3.request.controls import CONTROLS
@@ -63,6 +62,9 @@ OURS = {  # of a record, beside the fields of a request
     "name": Spec(kind="text", high=200, help="folder of the results"),
     "upsample_prompt": Spec(kind="bool", help="let the reasoner write the structured prompt"),
     "continue_from": Spec(kind="text", high=200, help="record whose last frame is the first"),
+    "caption": Spec(
+        kind="bool", help="let the reasoner describe the video or picture that was made"
+    ),
     "quality": Spec(kind="int", low=0, high=100, help="of a JPEG"),
     "crf": Spec(kind="int", low=0, high=51, help="quality of H.264, 0 is lossless"),
 }
@@ -72,10 +74,13 @@ UPSAMPLING = {f"{UPSAMPLER}{name}": spec for name, spec in SAMPLING_SPECS.items(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """A record as it stands in its file; ``name`` is what it is called unless it says so."""
+    """A record as it stands in its file; ``name`` is what it is called unless it says so.
+
+    ``folder`` is that of its file, from which its paths are seen: a path or a URL.
+    """
 
     where: str
-    folder: Path
+    folder: Path | str
     name: str
     values: Mapping[str, Any]
 
@@ -96,6 +101,7 @@ class Record:
     names: Mapping[str, str]
     upsample: Mapping[str, Any] | None
     continue_from: str | None
+    caption: bool
     crf: int | None
     quality: int | None
     warnings: tuple[str, ...]
@@ -207,9 +213,10 @@ def _with_defaults(entry: Entry) -> tuple[dict[str, Any], list[str]]:
     defaults = parse_json(_text_of(entry, "defaults_file", given["defaults_file"]))
     if not isinstance(defaults, dict):
         raise InvalidRequest("defaults_file", given["defaults_file"], "a file with a JSON object")
-    folder = Path(_file(entry, "defaults_file", given["defaults_file"])).parent
+    place = _file(entry, "defaults_file", given["defaults_file"])
+    folder = parent_of(place if is_url(place) else Path(place))
     defaults = {  # files are seen from where they were written
-        name: str(folder / value)
+        name: joined(folder, value)
         if name in FILES and isinstance(value, str) and not is_url(value)
         else value
         for name, value in defaults.items()
@@ -347,6 +354,12 @@ def _sorted(
     name = ours.get("name", entry.name)
     check_name(name)
     if mode == "reasoner":
+        if ours.get("caption"):
+            possible = "left out: a record of the reasoner makes nothing to describe"
+            raise InvalidRequest("caption", "true", possible, "conflict")
+        if before is not None:
+            possible = "left out: a record of the reasoner makes no video"
+            raise InvalidRequest("continue_from", before, possible, "conflict")
         fields = _question(fields)
     elif drawn := next((field for field in SAMPLING if field in fields), None):
         possible = "left out: it is of model_mode reasoner"
@@ -360,6 +373,7 @@ def _sorted(
         names=dict(names),
         upsample=sampling if ours.get("upsample_prompt") else None,
         continue_from=ours.get("continue_from"),
+        caption=ours.get("caption", False),
         crf=ours.get("crf"),
         quality=ours.get("quality"),
         warnings=tuple(warnings),
@@ -380,33 +394,37 @@ def _file(entry: Entry, name: str, value: Any) -> str:
     """A URL as it is, and a file relative to that of the record."""
     if not isinstance(value, str) or not value:
         raise InvalidRequest(name, value, "a file or a URL", "invalid_type")
-    if is_url(value):
-        return value
-    path = entry.folder / os.path.expanduser(value)  # leaves a user that nobody knows as it is
-    if not path.is_file():
-        possible = f"a file that exists, seen from {entry.folder}, or a URL of http or https"
+    path = joined(entry.folder, value)
+    if not is_url(path) and not Path(path).is_file():
+        possible = f"a file that exists, seen from {shown(entry.folder)}, or a URL"
         raise InvalidRequest(name, value, possible)
-    return str(path)
+    return path
 
 
 def _text_of(entry: Entry, name: str, value: Any) -> str:
     """The text of a file that a record names; a JSON file as one line."""
     path = _file(entry, name, value)
-    if is_url(path):
-        raise InvalidRequest(name, value, "a file of this machine")
     try:
-        text = Path(path).read_text(encoding="utf-8-sig").strip()
+        text = _bytes_of(name, path).decode("utf-8-sig").strip()
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise InvalidRequest(name, value, f"a file that can be read ({reason})") from None
     except UnicodeDecodeError:
-        raise InvalidRequest(name, value, "a text file in UTF-8") from None
+        raise InvalidRequest(name, shown(value), "a text file in UTF-8") from None
     if not path.lower().endswith(".json"):
         return text
     parsed = parse_json(text)
     if isinstance(parsed, str):
-        raise InvalidRequest(name, value, f"a JSON file; it is {parsed}", "invalid_json")
+        raise InvalidRequest(name, shown(value), f"a JSON file; it is {parsed}", "invalid_json")
     return json.dumps(parsed, separators=(",", ":"))
+
+
+def _bytes_of(name: str, path: str) -> bytes:
+    if not is_url(path):
+        return Path(path).read_bytes()
+    with reaching(name, path, "a URL that can be fetched"):
+        system, place = file_system(path)
+        return bytes(system.cat_file(place))
 
 
 def _text(field: str) -> Reader:

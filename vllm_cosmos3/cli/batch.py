@@ -1,68 +1,53 @@
 """``vllm-cosmos3 generate --input``: records of files, one folder of results for each.
 
-Everything is checked before a weight is loaded. The reasoner answers first and is closed; then the
-generator is loaded, once, for all pictures: they need not fit into the memory together.
+Records are streamed: first a pass that counts and checks them, then one that makes them. A reasoner
+of this checkpoint has passes of its own, before the generator and after it, as they need not fit into
+memory together; one behind a URL answers beside the generator.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 import time
-import traceback
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-
-from vllm_cosmos3 import media
-from vllm_cosmos3.batch.downloads import Downloads, is_url
-from vllm_cosmos3.batch.files import read_batch
-from vllm_cosmos3.batch.records import REASONER, Record, Refused
+from vllm_cosmos3.batch.claims import Claims
+from vllm_cosmos3.batch.files import Contents, Source, Unit, input_files
+from vllm_cosmos3.batch.index import SECONDS as INDEX_SECONDS
+from vllm_cosmos3.batch.index import Index
+from vllm_cosmos3.batch.locations import redacted
+from vllm_cosmos3.batch.records import REASONER, Refused
+from vllm_cosmos3.batch.store import Store, store_at
+from vllm_cosmos3.cli.batch_making import Asked, Making, Opened, Outcome
+from vllm_cosmos3.cli.batch_progress import ProgressLine
+from vllm_cosmos3.cli.batch_results import Results
+from vllm_cosmos3.cli.batch_samples import BatchSample, Checked, Checker
 from vllm_cosmos3.cli.benchmark_file import write_benchmark
-from vllm_cosmos3.cli.ranks import Part
-from vllm_cosmos3.cli.results import generate, sample_folder, write
+from vllm_cosmos3.cli.results import OUTPUTS
 from vllm_cosmos3.cli.run_options import RunOptions, open_generator, open_reasoner, planner
 from vllm_cosmos3.cli.terminal import quiet_libraries
 from vllm_cosmos3.cli.versions import check_vllm
-from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
-from vllm_cosmos3.files import write_text
-from vllm_cosmos3.request.controls import CONTROLS
-from vllm_cosmos3.request.questions import QUESTION, Question, question_of
-from vllm_cosmos3.request.request import GenerateRequest, from_fields
-from vllm_cosmos3.request.upsample import caption_of, question_about
+from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.request.questions import Question
+from vllm_cosmos3.request.upsample import caption_of
 
 if TYPE_CHECKING:
-    from vllm_cosmos3.engine import Cosmos3
     from vllm_cosmos3.reasoner.offline import Answer, Reasoner
-    from vllm_cosmos3.request.plan import Plan
+
+T = TypeVar("T")
 
 AT_ONCE = 64  # questions, whose pictures are in memory together
-ARGUMENTS, OUTPUTS, TEXT = "sample_args.json", "sample_outputs.json", "reasoner_text.txt"
-LAST = "last.png"  # the last frame of a video that another record continues
-START = "continued_frame"  # in the outputs: the hash of the frame that the video starts from
-FILES = ("image", "video", "action_path", "action_stats_path", *CONTROLS)  # fields that name files
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class BatchSample:
-    """A checked record: what to ask whom, what it comes to as JSON, and the mark of its results.
-
-    ``continued`` says whether another record starts from its last frame.
-    """
-
-    record: Record
-    request: GenerateRequest | Question
-    effective: Mapping[str, Any]
-    warnings: tuple[str, ...]
-    digest: str
-    continued: bool
-    upsampling: Question | None  # to be asked for the prompt before the generator is
+AHEAD = 2  # units that are checked while others are made
+THREADS = 2  # one makes, another one publishes what was made or asks about it
+POLL_SECONDS = 1.0  # until more is known of another run
 
 
 class BatchAborted(Exception):
@@ -79,252 +64,328 @@ def run(options: RunOptions, overrides: Mapping[str, Any], said: Mapping[str, An
     if options.timings_json is not None:
         possible = f"left out with --input, as each {OUTPUTS} has its timings"
         raise InvalidRequest("timings_json", str(options.timings_json), possible, "conflict")
-    batch = read_batch(options.inputs, overrides, said)
-    if any(_needs_one_process(record) for record in batch.records):
-        alone = options.alone()
-        if alone is None:
-            return 0
-        options = alone
-    engine = options.engine
-    plan = planner(engine)
-    with TemporaryDirectory(prefix="cosmos3-input-") as cache:
-        samples, found = _checked(batch.records, plan, Downloads(Path(cache)), options)
-        problems = [*batch.refused, *found]
-        for problem in problems if options.speaks else ():
-            print(f"vllm-cosmos3 generate: {problem.error}", file=sys.stderr)
-        if not samples and not problems:
-            raise InvalidRequest(
-                "input", " ".join(options.inputs), "files with at least one record"
-            )
-        if options.speaks and not options.dry_run:
-            _write_refused(problems, {sample.record.name for sample in samples}, options.out)
-        if problems and not options.keep_going:
-            return 2
-        if options.dry_run:
-            return _dry_run(samples, problems) if options.speaks else 0
-        check_vllm()
-        samples = _own(samples, options.part)
-        for sample in samples:  # an unwritable place should fail before minutes of work
-            sample_folder(options.out, sample.record.name)
-        todo = _unfinished(samples, options) if options.resume else samples
-        _say(samples, todo)
-        served = _serve(todo, options)
+    alone = options.alone()
+    if alone is None:
+        return 0
+    with TemporaryDirectory(prefix="cosmos3-batch-") as cache:
+        source = Source(input_files(alone.inputs, Path(cache)), overrides, said)
+        return _run(alone, source, Path(cache))
+
+
+def _run(options: RunOptions, source: Source, cache: Path) -> int:
+    contents = source.contents()
+    checker = Checker(planner(options.engine), options)
+    if options.dry_run:
+        return _dry_run(source, contents, checker)
+    found = [] if options.keep_going else _problems(source, contents, checker, options)
+    problems = [*(contents.refused if options.speaks else ()), *found]
+    _say(problems)
+    if not contents.names and not contents.refused:
+        raise InvalidRequest("input", " ".join(options.inputs), "files with at least one record")
+    check_vllm()
+    store = store_at(options.location)
+    claims = Claims(store)
+    results = Results(store, options, claims.run)
+    served = contents.names - {problem.name for problem in found}
+    lines = [results.refuse(problem, served) for problem in problems]
+    if (problems or contents.refused) and not options.keep_going:
+        return 2
+    names = [record.name for unit in _own(source, contents, options) for record in unit]
+    with ExitStack() as stack:
+        refused = [line["name"] for line in lines if line is not None]
+        index = Index(cache, {*names, *refused}, options.part.index_file)
+        stack.callback(index.close)
+        total = len(names) + len(problems)
+        run = BatchRun(options, source, contents, checker, store, claims, results, index, total)
+        for line in filter(None, lines):
+            index.add(line)
+        _join(claims, options)
+        claims.start(options.part.place)
+        stack.callback(claims.close)
+        stack.callback(index.write, store)
+        run.serve()
     if options.benchmark and options.speaks:
-        write_benchmark(options.out, [_timings(sample, options) for sample in todo])
-    done, refused = len(samples) - len(todo) + served, len(problems) if options.speaks else 0
-    total = len(samples) + refused
-    print(f"{done} of {total} records have their results in {options.out}")
+        write_benchmark(Path(options.location), run.timings)
+    if run.kept:
+        print(f"{run.kept} of {total} records were finished before", file=sys.stderr)
+    print(f"{index.done} of {total} records have their results in {store.called}")
+    if run.elsewhere:
+        print(f"{len(run.elsewhere)} are being made by another run")
+    complete = index.done + len(run.elsewhere) == total
     # torchrun would end the other replicas at a status that is not 0.
-    goes_on = options.keep_going and options.part.count > 1
-    return 0 if done == total or goes_on else 1
+    goes_on = options.keep_going and options.replica
+    return 0 if complete or goes_on else 1
 
 
-def _dry_run(samples: Sequence[BatchSample], problems: Sequence[Refused]) -> int:
-    _say(samples, samples)
-    print(json.dumps([dict(sample.effective) for sample in samples], indent=2))
-    return 1 if problems else 0
+def _problems(
+    source: Source, contents: Contents, checker: Checker, options: RunOptions
+) -> list[Refused]:
+    """What is wrong with the records of this process, as far as it is seen without URLs."""
+    units = _own(source, contents, options)
+    return [problem for unit in units for problem in checker.problems(unit)]
 
 
-def _own(samples: list[BatchSample], part: Part) -> list[BatchSample]:
-    """The samples of this process, where several share a batch."""
-    names = part.of(sample.record for sample in samples)
-    return [sample for sample in samples if sample.record.name in names]
+def _own(source: Source, contents: Contents, options: RunOptions) -> Iterator[Unit]:
+    """The units of this process, where several share a batch."""
+    part = options.part
+    return islice(source.units(contents.chains), part.index, None, part.count)
 
 
-def _needs_one_process(record: Record) -> bool:
-    """Whether one process has to know what another one would have made."""
-    return (
-        record.kind == REASONER or record.upsample is not None or record.continue_from is not None
-    )
+def _join(claims: Claims, options: RunOptions) -> None:
+    """Refuse to make records again that another run is making.
 
-
-def _timings(sample: BatchSample, options: RunOptions) -> Mapping[str, float]:
-    """The timings in the results of a sample; none where there are no results."""
-    try:
-        done = json.loads((options.out / sample.record.name / OUTPUTS).read_text())
-    except (OSError, ValueError):
-        return {}
-    timings: Mapping[str, float] = done.get("timings", {})
-    return timings
-
-
-def _serve(samples: Sequence[BatchSample], options: RunOptions) -> int:
-    """Make the results of all samples. Returns how many have them now."""
-    questions = [sample for sample in samples if sample.record.kind == REASONER]
-    requests = [sample for sample in samples if sample.record.kind != REASONER]
-    served = 0
-    try:
-        with quiet_libraries():
-            if questions or any(sample.upsampling is not None for sample in requests):
-                with open_reasoner(options) as reasoner:
-                    for made in _answered(reasoner, questions, options):
-                        served += made
-                    requests = _upsampled(reasoner, requests, options)
-            for made in _generated(requests, options):
-                served += made
-    except BatchAborted:
-        print("stopped at the first failure; --keep-going goes on", file=sys.stderr)
-    return served
-
-
-# Before a weight is loaded.
-
-
-def _checked(
-    records: Sequence[Record],
-    plan: Callable[[GenerateRequest], Plan],
-    downloads: Downloads,
-    options: RunOptions,
-) -> tuple[list[BatchSample], list[Refused]]:
-    """The records that can be served, and the others with what is wrong with them."""
-    samples: dict[str, BatchSample] = {}
-    refused: list[Refused] = []
-    wanted = {record.continue_from for record in records}
-    for record in records:
-        upsampling = None
-        try:
-            fields = {name: downloads.local(name, x) for name, x in record.fields.items()}
-            before = _before(record, samples)
-            request, planned = _planned(record, fields, before, plan)
-            if record.upsample is not None and isinstance(request, GenerateRequest) and planned:
-                # The frame of another record is not made yet: there is nothing to show.
-                shown = request if before is None else replace(request, image=None)
-                upsampling = question_about(shown, planned, record.upsample)
-        except InvalidRequest as error:
-            error = record.placed(error)
-            refused.append(Refused(name=record.name, values=record.fields, error=error))
-            continue
-        urls = {name: value for name, value in record.fields.items() if is_url(value)}
-        samples[record.name] = BatchSample(
-            record=record,
-            request=request,
-            effective={"name": record.name, **_effective(request, planned), **urls},
-            warnings=(*record.warnings, *(planned.warnings if planned else ())),
-            digest=_digest(record, fields, before, options),
-            continued=record.name in wanted,
-            upsampling=upsampling,
-        )
-    return list(samples.values()), refused
-
-
-def _before(record: Record, samples: Mapping[str, BatchSample]) -> BatchSample | None:
-    """The sample whose last frame a record starts from."""
-    if record.continue_from is None:
-        return None
-    before = samples.get(record.continue_from)
-    video = before is not None and before.effective.get("num_frames", 1) > 1
-    if before is None or not video or before.effective["n"] != 1:
-        possible = "the name of a valid record that makes one video"
-        raise InvalidRequest("continue_from", record.continue_from, possible)
-    return before
-
-
-def _planned(
-    record: Record,
-    fields: Mapping[str, Any],
-    before: BatchSample | None,
-    plan: Callable[[GenerateRequest], Plan],
-) -> tuple[GenerateRequest, Plan] | tuple[Question, None]:
-    """The request of a record and its plan, or its question."""
-    if record.kind == REASONER:
-        question = question_of(fields)
-        if question.image is not None:  # a broken one should not wait for the reasoner
-            media.read_image(question.image)
-        if question.video is not None:
-            media.read_video(question.video, frames=1)
-        return question, None
-    if before is not None:  # a picture of the right size stands for the frame to come
-        shape = (before.effective["height"], before.effective["width"], 3)
-        fields = {**fields, "image": np.zeros(shape, np.uint8)}
-    request = from_fields(fields)
-    return request, plan(request)
-
-
-def _effective(request: GenerateRequest | Question, plan: Plan | None) -> dict[str, Any]:
-    """Every parameter of a request or a question."""
-    if plan is not None:
-        return dict(plan.effective)
-    names = [name for name in QUESTION if name != "schema"]
-    return {"mode": REASONER} | {name: getattr(request, name) for name in names}
-
-
-def _digest(
-    record: Record, fields: Mapping[str, Any], before: BatchSample | None, options: RunOptions
-) -> str:
-    """What makes the results of two runs the same, seeds that are drawn apart.
-
-    ``fields`` are those of the record with local files, whose contents count as their names do.
+    Raises:
+        InvalidRequest: there is such a run.
     """
-    engine = options.engine
-    values = [
-        str(engine.model), engine.revision, engine.dtype, record.kind, dict(record.fields), record.upsample,
-        record.crf, options.crf, record.quality, options.image_quality, options.image_type,
-        engine.load_format, engine.checkpoint_kind,
-        None if before is None else before.digest,
-        {name: _contents(fields[name]) for name in FILES if name in fields},
-    ]  # fmt: skip
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=_plain).encode()).hexdigest()
+    if options.resume:
+        return
+    while claims.rivals(options.part.place):
+        if not claims.undecided():
+            possible = "another folder, or used with --resume: another run is writing to it"
+            raise InvalidRequest("out", options.location, possible, "conflict")
+        time.sleep(POLL_SECONDS)
 
 
-def _contents(value: Any) -> Any:
-    """A value with the hashes of its files instead of their names."""
-    if isinstance(value, Mapping):
-        return {name: _contents(item) for name, item in value.items()}
-    return _hash_of(Path(value)) if isinstance(value, str) and Path(value).is_file() else None
+def _dry_run(source: Source, contents: Contents, checker: Checker) -> int:
+    problems, progress, first = list(contents.refused), ProgressLine(0), True
+    for unit in source.units(contents.chains):
+        checked = checker.check(unit)
+        checked.close()
+        problems += checked.refused
+        for sample in checked.samples:
+            progress.warn(sample.record.where, sample.warnings)
+            print("[" if first else ",")
+            print(json.dumps(dict(sample.effective), indent=2), end="")
+            first = False
+    print("[]" if first else "\n]")
+    _say(problems)
+    return 2 if problems else 0
 
 
-def _hash_of(file: Path) -> str:
-    found = hashlib.sha256()
-    with file.open("rb") as opened:
-        while piece := opened.read(2**20):
-            found.update(piece)
-    return found.hexdigest()
+def _say(problems: Iterable[Refused]) -> None:
+    for problem in problems:
+        print(f"vllm-cosmos3 generate: {redacted(str(problem.error))}", file=sys.stderr)
 
 
-def _plain(value: object) -> str:
-    """What JSON does not know as a text: all numbers of an array."""
-    if isinstance(value, np.ndarray):
-        return f"{value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
-    return str(value)
+class BatchRun:
+    """One run over the units of a batch: what it makes, counts and records.
+
+    ``elsewhere`` are the records that another run had at the end, ``kept`` is how many were
+    finished before, and ``timings`` are those of ``--benchmark``.
+    """
+
+    def __init__(
+        self,
+        options: RunOptions,
+        source: Source,
+        contents: Contents,
+        checker: Checker,
+        store: Store,
+        claims: Claims,
+        results: Results,
+        index: Index,
+        total: int,
+    ) -> None:
+        self._options, self._source, self._contents = options, source, contents
+        self._checker, self._store, self._claims, self._results = checker, store, claims, results
+        self._index, self._progress = index, ProgressLine(total)
+        self._making = Making(options, results, claims)
+        self._written = time.monotonic()
+        self._failed: set[str] = (
+            set()
+        )  # in this round, so that they are left out of its other passes
+        self._again: set[str] = set()
+        self.elsewhere: set[str] = set()
+        self.kept = 0
+        self.timings: list[Mapping[str, float]] = []
+
+    def serve(self) -> None:
+        """Make everything, and once more what has failed or was left to a run that died."""
+        try:
+            with quiet_libraries():
+                self._round(None)
+                if names := self._again | self.elsewhere:
+                    while self.elsewhere and self._claims.undecided():
+                        time.sleep(POLL_SECONDS)
+                        self._look()
+                    self._again, self.elsewhere, self._failed = set(), set(), set()
+                    self._round(names)
+        except BatchAborted:
+            self._progress.say("stopped at the first failure; --keep-going goes on")
+        finally:
+            self._progress.close()
+
+    def _look(self) -> None:
+        """Find out more about the runs that have the records."""
+        self._claims.rivals(self._options.part.place)
+
+    def _round(self, only: Collection[str] | None) -> None:
+        """All passes over all units, or over those of some records."""
+        options = self._options
+        if options.reasoner_url is not None:
+            from vllm_cosmos3.reasoner.server import ReasonerServer
+
+            with ReasonerServer(options.reasoner_url) as server:
+                self._making.reasoner = server
+                if self._contents.asks:
+                    self._each(_questions(self._units(only)), self._making.answered, AT_ONCE)
+                self._generate(only)
+            return
+        if self._contents.asks:
+            with Opened(lambda: open_reasoner(options)) as reasoner:
+                self._ask(self._units(only), reasoner)
+        self._generate(only)
+        if self._contents.captions:
+            with Opened(lambda: open_reasoner(options)) as reasoner:
+                self._describe(self._units(only), reasoner)
+
+    def _units(self, only: Collection[str] | None) -> Iterator[Unit]:
+        for unit in _own(self._source, self._contents, self._options):
+            if only is None or any(record.name in only for record in unit):
+                yield unit
+
+    def _generate(self, only: Collection[str] | None) -> None:
+        pictures = (unit for unit in self._units(only) if unit[0].kind != REASONER)
+        rest = (unit for unit in pictures if not self._failed & {record.name for record in unit})
+        threads = THREADS if self._options.keep_going else 1  # nothing begins after a failure
+        with Opened(lambda: open_generator(self._options.engine)) as model:
+            self._each(rest, lambda checked: self._making.generated(checked, model), threads)
+
+    def _each(
+        self, units: Iterable[Unit], serve: Callable[[Checked], list[Outcome]], threads: int
+    ) -> None:
+        """Serve units on some threads, in their order."""
+        with ThreadPoolExecutor(1) as checking, ThreadPoolExecutor(threads) as pool:
+            waiting: deque[Future[list[Outcome]]] = deque()
+            try:
+                for checked in _ahead(checking, self._checker.check, units):
+                    waiting.append(pool.submit(serve, checked))
+                    while waiting and (len(waiting) > threads or waiting[0].done() or threads == 1):
+                        self._note(waiting.popleft().result())
+                while waiting:
+                    self._note(waiting.popleft().result())
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _note(self, outcomes: Iterable[Outcome]) -> None:
+        """Count and record what became of records."""
+        for outcome in outcomes:
+            if outcome.line is None:
+                self.elsewhere.add(outcome.name)
+                continue
+            self._index.add(outcome.line)
+            failed = outcome.error is not None
+            if failed:
+                self._progress.say(f"vllm-cosmos3 generate: {redacted(outcome.error)}")
+                self._failed.add(outcome.name)
+            elif outcome.made:
+                self._progress.warn(outcome.where, outcome.line["warnings"])
+                self.timings += [outcome.line["timings"]] if self._options.benchmark else []
+            else:
+                self.kept += 1
+            if outcome.again:
+                self._again.add(outcome.name)
+            self._progress.update(
+                done=self._index.done, failed=self._index.failed, made=outcome.made
+            )
+            if failed and not self._options.keep_going:
+                raise BatchAborted
+        if time.monotonic() - self._written >= INDEX_SECONDS:
+            self._written = time.monotonic()
+            self._index.write(self._store)
+
+    # The passes of a reasoner of this process, many questions at once.
+
+    def _ask(self, units: Iterable[Unit], reasoner: Opened[Reasoner]) -> None:
+        """Answer questions, and write prompts for the generator."""
+        for some in _chunks(map(self._checker.check, _asking(units)), AT_ONCE):
+            asked: list[tuple[BatchSample, Question]] = []
+            taken: list[Checked] = []
+            for checked in some:
+                found = [self._question(sample) for sample in checked.samples]
+                questions = [pair for pair in found if pair is not None]
+                if unit_of_reasoner(checked) and not questions:
+                    self._note(self._making.settled(checked))
+                elif questions and not self._claims.take(checked.root):
+                    self._note(self._making.left(checked, set()))
+                else:
+                    taken.append(checked)
+                    asked += questions
+            begun = time.perf_counter()
+            answers = _ask(reasoner.get(), [question for _, question in asked]) if asked else []
+            seconds = time.perf_counter() - begun
+            for (sample, _), answer in zip(asked, answers, strict=True):
+                self._note(self._taken(sample, answer, seconds))
+            for checked in taken:
+                self._claims.release(checked.root)
+                checked.close()
+
+    def _question(self, sample: BatchSample) -> tuple[BatchSample, Question] | None:
+        """What is to be asked for a sample, None where that was done or the results are there."""
+        question = sample.request if isinstance(sample.request, Question) else sample.upsampling
+        if question is None or self._making.kept(sample, captioned=False) is not None:
+            return None
+        written = sample.upsampling is not None and self._results.upsampled(sample) is not None
+        return None if written else (sample, question)
+
+    def _taken(
+        self, sample: BatchSample, answer: Answer | Exception, seconds: float
+    ) -> list[Outcome]:
+        """The answer for a sample is recorded; the outcome, where there is one by now."""
+        try:
+            if isinstance(answer, Exception):
+                raise answer
+            if sample.upsampling is None:
+                line = self._results.answer(sample, answer, seconds)
+                return [Outcome(name=sample.record.name, line=line, made=True)]
+            prompt = caption_of(answer.text, complete=answer.complete)
+            self._results.keep_prompt(sample, prompt)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it ends this one alone
+            return [self._making.failed(sample, error, again=False)]
+        return []
+
+    def _describe(self, units: Iterable[Unit], reasoner: Opened[Reasoner]) -> None:
+        """Write the captions of what was made."""
+        wanted = (unit for unit in units if any(record.caption for record in unit))
+        for some in _chunks(map(self._checker.check, wanted), AT_ONCE):
+            for checked in some:
+                self._note(self._described(checked, reasoner))
+                checked.close()
+
+    def _described(self, checked: Checked, reasoner: Opened[Reasoner]) -> Iterator[Outcome]:
+        for sample in checked.samples:
+            made = self._making.kept(sample, captioned=False) is not None
+            if not sample.record.caption or not made or self._making.kept(sample, captioned=True):
+                continue
+            if not self._claims.take(checked.root):
+                yield Outcome(name=sample.record.name, line=None)
+                return
+            try:
+                line = self._making.described(sample, reasoner.get())
+            except Exception as error:  # noqa: BLE001 - whatever it is, it ends this one alone
+                yield self._making.failed(sample, error, again=False)
+            else:
+                yield Outcome(name=sample.record.name, line=line)
+            finally:
+                self._claims.release(checked.root)
 
 
-def _unfinished(samples: Sequence[BatchSample], options: RunOptions) -> list[BatchSample]:
-    """The samples that an earlier run has not left the results of, and those that continue them."""
-    todo: dict[str, BatchSample] = {}
-    for sample in samples:
-        if sample.record.continue_from in todo or not _finished(options, sample):
-            todo[sample.record.name] = sample
-    return list(todo.values())
+def unit_of_reasoner(checked: Checked) -> bool:
+    """Whether a unit is a question."""
+    return checked.unit[0].kind == REASONER
 
 
-def _finished(options: RunOptions, sample: BatchSample) -> bool:
-    """Whether an earlier run has left the results of this very record."""
-    folder = options.out / sample.record.name
-    try:
-        done = json.loads((folder / OUTPUTS).read_text())
-        files = [folder / name for output in done["outputs"] for name in output["files"]]
-    except (OSError, ValueError, LookupError, TypeError):
-        return False  # none, or of another program
-    files += [folder / LAST] if sample.continued else []
-    same = done.get("status") == "success" and done.get("digest") == sample.digest
-    if not same or not all(file.is_file() for file in files):
-        return False
-    start = _start(options, sample)
-    return start is None or done.get(START) == _hash_of(start)
+def _questions(units: Iterable[Unit]) -> Iterator[Unit]:
+    return (unit for unit in units if unit[0].kind == REASONER)
 
 
-def _start(options: RunOptions, sample: BatchSample) -> Path | None:
-    """The frame that a sample starts from, as another one has left it."""
-    before = sample.record.continue_from
-    if before is None or sample.record.kind == REASONER:
-        return None
-    return Path(options.out) / before / LAST
+def _asking(units: Iterable[Unit]) -> Iterator[Unit]:
+    for unit in units:
+        if any(record.kind == REASONER or record.upsample is not None for record in unit):
+            yield unit
 
 
-# The results.
-
-
-def _ask(reasoner: Reasoner, questions: Sequence[Question]) -> list[Answer | Exception]:
+def _ask(reasoner: Asked, questions: Sequence[Question]) -> list[Answer | Exception]:
     """The answer to each question, or why there is none: a bad question spoils no other."""
     try:
         return list(reasoner.ask(questions))
@@ -334,146 +395,24 @@ def _ask(reasoner: Reasoner, questions: Sequence[Question]) -> list[Answer | Exc
     return [answer for question in questions for answer in _ask(reasoner, [question])]
 
 
-def _answered(
-    reasoner: Reasoner, samples: Sequence[BatchSample], options: RunOptions
-) -> Iterator[bool]:
-    """Ask the reasoner everything, many questions at once; whether each has its answer."""
-    for start in range(0, len(samples), AT_ONCE):
-        some = samples[start : start + AT_ONCE]
-        questions = [sample.request for sample in some if isinstance(sample.request, Question)]
-        begun = time.perf_counter()
-        answers = _ask(reasoner, questions)
-        seconds = time.perf_counter() - begun
-        for sample, answer in zip(some, answers, strict=True):
-            with _failures(sample, options) as failed:
-                if isinstance(answer, Exception):
-                    raise answer
-                _write_answer(sample, answer, seconds, options)
-            yield not failed
-
-
-def _upsampled(
-    reasoner: Reasoner, samples: Sequence[BatchSample], options: RunOptions
-) -> list[BatchSample]:
-    """The samples with the prompts that the reasoner writes, without those that it cannot write."""
-    wanted = {s.record.name: s.upsampling for s in samples if s.upsampling is not None}
-    if not wanted:
-        return list(samples)
-    print(f"upsample {len(wanted)} prompts", file=sys.stderr)
-    answers = dict(zip(wanted, _ask(reasoner, list(wanted.values())), strict=True))
-    written = []
-    for sample in samples:
-        if sample.upsampling is None:
-            written.append(sample)
-            continue
-        with _failures(sample, options):
-            assert isinstance(sample.request, GenerateRequest)  # so says its kind
-            answer = answers[sample.record.name]
-            if isinstance(answer, Exception):
-                raise answer
-            prompt = caption_of(answer.text, complete=answer.complete)
-            written.append(replace(sample, request=replace(sample.request, prompt=prompt)))
-    return written
-
-
-def _write_answer(sample: BatchSample, answer: Answer, seconds: float, options: RunOptions) -> None:
-    """``seconds`` are those of all questions that were asked at once."""
-    folder = sample_folder(options.out, sample.record.name)
-    write_text(folder / TEXT, answer.text)
-    content = {"text": answer.text, "tokens": answer.tokens, "complete": answer.complete}
-    outputs = [{"content": content, "files": [TEXT]}]
-    _record(sample, folder, status="success", outputs=outputs, timings={"answer": seconds})
-    print(f"{folder / TEXT}  {answer.tokens} tokens")
-
-
-def _generated(samples: Sequence[BatchSample], options: RunOptions) -> Iterator[bool]:
-    """Load the generator once and make everything; whether each has its pictures."""
-    if not samples:
-        return
-    with open_generator(options.engine) as model:
-        for number, sample in enumerate(samples, 1):
-            print(f"[{number}/{len(samples)}] {sample.record.name}", file=sys.stderr)
-            with _failures(sample, options) as failed:
-                _generate(model, sample, options)
-            yield not failed
-
-
-def _generate(model: Cosmos3, sample: BatchSample, options: RunOptions) -> None:
-    assert isinstance(sample.request, GenerateRequest)  # so says its kind
-    record = sample.record
-    own = replace(
-        options,
-        name=record.name,
-        crf=options.crf if record.crf is None else record.crf,
-        image_quality=options.image_quality if record.quality is None else record.quality,
-    )
-    original_prompt = None if sample.upsampling is None else record.fields["prompt"]
-    folder = sample_folder(options.out, record.name)
-    for name in (OUTPUTS, LAST):  # of an earlier run
-        (folder / name).unlink(missing_ok=True)
-    request, mark = sample.request, {"digest": sample.digest}
-    if (start := _start(options, sample)) is not None:
-        request = replace(request, image=media.read_image(start, field="continue_from"))
-        mark[START] = _hash_of(start)
-    output, files, timings = generate(model, request, own, folder)
-    if files:  # with several processes under torchrun the first one has the results
-        if sample.continued and output.video is not None:
-            made = output.video[-1][:, -sample.effective["width"] :]  # controls may be beside it
-            media.write_image(folder / LAST, made)
-        write(own, folder, output, files, timings, original_prompt)
-        _warn(sample, [text for text in output.warnings if text not in sample.warnings])
-        done = json.loads((folder / OUTPUTS).read_text())
-        write_text(folder / OUTPUTS, json.dumps(done | mark, indent=2) + "\n")
-
-
-@contextmanager
-def _failures(sample: BatchSample, options: RunOptions) -> Iterator[list[Exception]]:
-    """What goes wrong inside is recorded in the folder of this sample, and given as a list.
-
-    Raises:
-        BatchAborted: something went wrong and the user did not ask to go on.
-    """
-    failed: list[Exception] = []
+def _ahead(
+    pool: ThreadPoolExecutor, check: Callable[[Unit], Checked], units: Iterable[Unit]
+) -> Iterator[Checked]:
+    """Units that are checked, some of them before they are asked for."""
+    waiting: deque[Future[Checked]] = deque()
     try:
-        yield failed
-    except Exception as error:  # whatever it is, it is the end of this one alone
-        failed.append(error)
-        message = str(error) or type(error).__name__
-        stack = None if isinstance(error, Cosmos3Error) else traceback.format_exc()
-        folder = sample_folder(options.out, sample.record.name)
-        _record(sample, folder, status="error", message=message, stack_trace=stack)
-        print(f"vllm-cosmos3 generate: {sample.record.where}: {message}", file=sys.stderr)
-        if not options.keep_going:
-            raise BatchAborted from error
+        for unit in units:
+            waiting.append(pool.submit(check, unit))
+            if len(waiting) > AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.result().close()
 
 
-def _record(sample: BatchSample, folder: Path, **values: Any) -> None:
-    """The two JSON records of a sample that no picture was made for."""
-    said = {"warnings": list(sample.warnings), "digest": sample.digest}
-    _write_records(folder, dict(sample.effective), **values, **said)
-
-
-def _write_refused(refused: Sequence[Refused], served: Container[str], out: Path) -> None:
-    """The two JSON records of what is not even started, unless another record has the folder."""
-    for item in refused:
-        if item.name is not None and item.name not in served:
-            arguments = {"name": item.name, **item.values}
-            _write_records(sample_folder(out, item.name), arguments, message=str(item.error))
-
-
-def _write_records(folder: Path, arguments: Mapping[str, Any], **values: Any) -> None:
-    write_text(folder / ARGUMENTS, json.dumps(arguments, indent=2, default=str) + "\n")
-    record = {"status": "error", "message": "", "args": arguments, "outputs": [], **values}
-    write_text(folder / OUTPUTS, json.dumps(record, indent=2, default=str) + "\n")
-
-
-def _say(samples: Sequence[BatchSample], todo: Sequence[BatchSample]) -> None:
-    for sample in todo:
-        _warn(sample, sample.warnings)
-    if len(todo) < len(samples):
-        print(f"{len(samples) - len(todo)} of {len(samples)} records are finished", file=sys.stderr)
-
-
-def _warn(sample: BatchSample, warnings: Sequence[str]) -> None:
-    for warning in warnings:
-        print(f"warning: {sample.record.where}: {warning}", file=sys.stderr)
+def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while some := list(islice(iterator, size)):
+        yield some

@@ -10,20 +10,22 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_cosmos3.batch.downloads import local_files, urls_of
+from vllm_cosmos3.batch.locations import is_url, shown
 from vllm_cosmos3.cli import batch, config_file, phyai
 from vllm_cosmos3.cli.benchmark_file import write_benchmark
 from vllm_cosmos3.cli.defaults_table import defaults_table
 from vllm_cosmos3.cli.flags import add_engine_flags, add_flag, given, integer
 from vllm_cosmos3.cli.foreign_flags import add_generate_flags
-from vllm_cosmos3.cli.ranks import divided
+from vllm_cosmos3.cli.ranks import Part, divided, shard
 from vllm_cosmos3.cli.results import check_file, generate, sample_folder, write
 from vllm_cosmos3.cli.run_options import RunOptions, open_generator, open_reasoner, planner
-from vllm_cosmos3.cli.terminal import quiet_libraries
+from vllm_cosmos3.cli.terminal import progress_shown, quiet_libraries
 from vllm_cosmos3.cli.versions import check_vllm
 from vllm_cosmos3.engine_options import OPTIONS, EngineOptions
 from vllm_cosmos3.errors import InvalidRequest
@@ -79,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint", dest="phyai_checkpoint", help=argparse.SUPPRESS)
     config_file.add_flag(parser)
     add = parser.add_argument_group("output").add_argument
-    add("-o", "--out", "--output-dir", dest="out", type=Path, metavar="DIR", help="folder for the results, written to DIR/NAME/")  # fmt: skip
+    add("-o", "--out", "--output-dir", dest="out", metavar="DIR", help="folder for the results, written to DIR/NAME/; with --input also a URL (s3://, gs://, ...)")  # fmt: skip
     add("--name", default="sample", help="folder of this sample (default: sample)")
     add("--crf", type=integer, metavar="N", help="H.264 quality, 0 (lossless) to 51 (default: 18)")
     add("--image-type", metavar="TYPE", help="png, jpg or webp (default: png; jpg with --input)")
@@ -88,9 +90,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dry-run", action="store_true", help="print the resolved parameters as JSON, load no weights")  # fmt: skip
     add("--print-defaults", action="store_true", help="print the defaults of every mode and exit")
     add = parser.add_argument_group("batch files").add_argument
-    add("-i", "--input", nargs="+", metavar="FILE", help="JSON, JSONL or YAML files of records, or globs")  # fmt: skip
-    add("--resume", action="store_true", help="skip records whose results already exist in --out")
-    add("--keep-going", action="store_true", help="continue after a record that is invalid or fails")  # fmt: skip
+    add("-i", "--input", nargs="+", metavar="FILE", help="JSON, JSONL or YAML files of records, globs or URLs")  # fmt: skip
+    add("--resume", action="store_true", help="skip records whose results already exist in --out; also joins a run that writes there")  # fmt: skip
+    add("--keep-going", action="store_true", help="continue after a record that is invalid or fails twice")  # fmt: skip
+    add("--shard", metavar="I/N", help="make every N-th record only, from the I-th (1 to N) on")
+    add("--reasoner-url", metavar="URL", help="served reasoner that answers, upsamples and captions beside the generator")  # fmt: skip
     group: argparse._ActionsContainer = parser
     for item in fields(GenerateRequest):
         if item.name in HEADINGS:
@@ -135,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
     request_fields, record = fields_of(args), dict(args.record or ())
     if options.inputs:
         return batch.run(options, request_fields | _formats(args), record)
-    if options.part.index > 0:  # there is one request, which the first replica makes
+    if not options.leads:  # there is one request, which the first replica makes
         return 0
     if options.links:
         request_fields = phyai.with_prompt(request_fields)
@@ -170,7 +174,9 @@ def _run_one(request: GenerateRequest, urls: Mapping[str, str], options: RunOpti
         facts = f"{engine.model} ({kind}), {model.device}, {engine.dtype}"
         if options.speaks:
             print(f"{facts}, loaded in {model.load_seconds:.3g} s", file=sys.stderr)
-        output, files, timings = generate(model, written, options, folder)
+        bars = progress_shown(terminal=sys.stderr.isatty()) if options.speaks else nullcontext()
+        with bars as report:
+            output, files, timings = generate(model, written, options, folder, report=report)
         load = model.load_seconds
         timings = {"model_load": load, **timings, "total": load + timings["total"]}
         output = replace(output, effective={**output.effective, **urls})
@@ -217,12 +223,15 @@ def run_options(args: argparse.Namespace) -> RunOptions | None:
         return None
     return RunOptions(
         engine=engine,
-        part=part,
+        part=part.within(_shard(args)),
+        replica=part.count > 1,
+        leads=part.index == 0,
         benchmark=args.benchmark,
         links=args.phyai_checkpoint is not None,
         reasoner_ranks=engine.tensor_parallel_size,
+        reasoner_url=args.reasoner_url,
         inputs=tuple(args.input or ()),
-        out=args.out or Path(),
+        location=_location(args),
         name=args.name,
         crf=CRF.checked("crf", 18 if args.crf is None else args.crf),
         image_type=image_type,
@@ -234,6 +243,28 @@ def run_options(args: argparse.Namespace) -> RunOptions | None:
         upsample_prompt=args.upsample_prompt,
         enforce_eager=args.enforce_eager,
     )
+
+
+def _location(args: argparse.Namespace) -> str:
+    """Where the results are written to."""
+    location: str = args.out or "."
+    if is_url(location) and not args.input:
+        raise InvalidRequest("out", shown(location), "a folder of this machine without --input")
+    if is_url(location) and args.benchmark:
+        raise InvalidRequest("out", shown(location), "a folder of this machine with --benchmark")
+    return location
+
+
+def _shard(args: argparse.Namespace) -> Part:
+    if args.shard is None:
+        return Part()
+    if not args.input:
+        raise InvalidRequest("shard", args.shard, "left out without --input", "conflict")
+    try:
+        return shard(args.shard)
+    except ValueError:
+        possible = "I/N with I from 1 to N, such as 2/8"
+        raise InvalidRequest("shard", args.shard, possible) from None
 
 
 def fields_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -6,16 +6,12 @@ Ranks make one mesh, or several meshes side by side that divide the records of b
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from vllm_cosmos3.engine_options import EngineOptions
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.stage.launcher import executor_backend, launched
-
-if TYPE_CHECKING:
-    from vllm_cosmos3.batch.records import Record
 
 PRESETS = ("latency", "throughput")
 BRANCHES = 2  # of guidance
@@ -23,22 +19,41 @@ BRANCHES = 2  # of guidance
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One of several equal parts of the work, the first one of one unless it says otherwise."""
+    """One of several equal parts of the work, the first one of one unless it says otherwise.
+
+    Of the units of a batch it has every ``count``-th, from ``index`` on.
+    """
 
     index: int = 0
     count: int = 1
 
-    def of(self, records: Iterable[Record]) -> set[str]:
-        """The names of the records of this part; one that continues another stays with it."""
-        places: dict[str, int] = {}
-        begun = 0
-        for record in records:
-            if record.continue_from in places:
-                places[record.name] = places[record.continue_from]
-            else:
-                places[record.name] = begun % self.count
-                begun += 1
-        return {name for name, place in places.items() if place == self.index}
+    @property
+    def place(self) -> tuple[int, int]:
+        """Its index, and of how many."""
+        return self.index, self.count
+
+    @property
+    def index_file(self) -> str:
+        """The name of the index of what this part has made."""
+        if self.count == 1:
+            return "index.jsonl"
+        return f"index-{self.index + 1:05d}-of-{self.count:05d}.jsonl"
+
+    def within(self, shard: Part) -> Part:
+        """This part of a part."""
+        return Part(index=shard.index * self.count + self.index, count=shard.count * self.count)
+
+
+def shard(text: str) -> Part:
+    """The part that ``--shard I/N`` names, counted from 1.
+
+    Raises:
+        ValueError: it names none.
+    """
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise ValueError(text)
+    return Part(index=int(index) - 1, count=int(count))
 
 
 def divided(

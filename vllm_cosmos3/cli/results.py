@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 
 from vllm_cosmos3.cli.run_options import RunOptions
-from vllm_cosmos3.cli.terminal import progress_shown
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.files import write_text
+from vllm_cosmos3.progress import Report
 from vllm_cosmos3.request.request import GenerateRequest
 
 if TYPE_CHECKING:
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
 
     from vllm_cosmos3.engine import Cosmos3, Output, Sample
 
+ARGUMENTS, OUTPUTS = "sample_args.json", "sample_outputs.json"
 PER_STEP = "per_step"  # the timing of one step, which is a part of denoise
 
 
@@ -56,15 +55,18 @@ def check_file(field: str, path: Path) -> None:
 
 
 def generate(
-    model: Cosmos3, request: GenerateRequest, options: RunOptions, folder: Path
+    model: Cosmos3,
+    request: GenerateRequest,
+    options: RunOptions,
+    folder: Path,
+    *,
+    report: Report | bool | None,
 ) -> tuple[Output, list[Path], dict[str, float]]:
     """Run the request and write its media. Returns the files and the timings but for the load."""
     from vllm_cosmos3.media import Clip
 
     clip = Clip(path=folder / "vision.mp4", crf=options.crf)
-    shown = progress_shown(terminal=sys.stderr.isatty()) if options.speaks else nullcontext()
-    with shown as report:
-        output = model.generate(request, progress=report, clip=clip)
+    output = model.generate(request, progress=report, clip=clip)
     start = time.perf_counter()
     name = "latents" if output.latents is not None else "vision"
     if output.image is not None:
@@ -89,6 +91,29 @@ def write(
 
     ``original_prompt`` is the one that the reasoner has rewritten, None where it has not.
     """
+    arguments, record = described(options, output, files, timings, original_prompt)
+    write_json(folder / ARGUMENTS, arguments)
+    write_json(folder / OUTPUTS, record)
+    if options.timings_json:
+        write_json(options.timings_json, dict(timings))
+    for file, sample in zip(files, output.samples, strict=False):
+        print(f"{file}  {sample.described(output.fps, output.sample_rate)}")
+    for file in files[len(output.samples) :]:
+        print(f"{file}  actions")
+    print("\n".join(_table(timings)))
+    if output.reused_steps:
+        print(f"{'reused':12} {output.reused_steps:6} steps of the step cache")
+    print(f"{'peak memory':12} {output.peak_memory / 2**30:10.3f} GiB")
+
+
+def described(
+    options: RunOptions,
+    output: Output,
+    files: list[Path],
+    timings: Mapping[str, float],
+    original_prompt: str | None,
+) -> tuple[dict[str, object], dict[str, object]]:
+    """The parameters of a result, and the record of what it is."""
     engine = options.engine
     settings: dict[str, object] = {"model": str(engine.model), "dtype": engine.dtype}
     settings |= {"name": options.name, "crf": options.crf}
@@ -96,7 +121,7 @@ def write(
         settings["original_prompt"] = original_prompt
     arguments = {**settings, **output.effective}
     names = [file.name for file in files]
-    record = {
+    record: dict[str, object] = {
         "status": "success",
         "message": "",
         "args": arguments,
@@ -112,18 +137,12 @@ def write(
         "peak_memory_bytes": output.peak_memory,
         "reused_steps": output.reused_steps,
     }
-    write_text(folder / "sample_args.json", json.dumps(arguments, indent=2) + "\n")
-    write_text(folder / "sample_outputs.json", json.dumps(record, indent=2) + "\n")
-    if options.timings_json:
-        write_text(options.timings_json, json.dumps(dict(timings), indent=2) + "\n")
-    for file, sample in zip(files, output.samples, strict=False):
-        print(f"{file}  {sample.described(output.fps, output.sample_rate)}")
-    for file in files[len(output.samples) :]:
-        print(f"{file}  actions")
-    print("\n".join(_table(timings)))
-    if output.reused_steps:
-        print(f"{'reused':12} {output.reused_steps:6} steps of the step cache")
-    print(f"{'peak memory':12} {output.peak_memory / 2**30:10.3f} GiB")
+    return arguments, record
+
+
+def write_json(path: Path, value: object) -> None:
+    """A file of JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
 
 
 def _table(timings: Mapping[str, float]) -> Iterator[str]:

@@ -25,8 +25,10 @@ class RunOptions:
     """How requests are run and their results written.
 
     ``crf`` is the quality of H.264, ``image_quality`` that of pictures with losses, and ``inputs``
-    are the batch files, if any. ``links`` names results as phyai does, too. ``part`` is what this process does of the work, ``reasoner_ranks``
-    how many ranks share the reasoner.
+    are the batch files, if any. ``location`` is the folder of the results, for batch files perhaps a
+    URL. ``reasoner_url`` is that of a reasoner beside the generator. ``links`` names results as phyai does,
+    too. ``part`` is what this process does of the work, a ``replica`` beside others of one command, of which one ``leads``, ``reasoner_ranks`` how many ranks share the
+    reasoner.
 
     Raises:
         InvalidRequest: results cannot be written like that.
@@ -34,7 +36,7 @@ class RunOptions:
 
     engine: EngineOptions
     inputs: tuple[str, ...]
-    out: Path
+    location: str
     name: str
     crf: int
     image_type: str
@@ -46,9 +48,17 @@ class RunOptions:
     upsample_prompt: bool
     enforce_eager: bool
     part: Part
+    replica: bool
+    leads: bool
     benchmark: bool
     links: bool
     reasoner_ranks: int
+    reasoner_url: str | None
+
+    @property
+    def out(self) -> Path:
+        """The folder of the results, where it is one of this machine."""
+        return Path(self.location)
 
     @property
     def launched(self) -> bool:
@@ -59,7 +69,7 @@ class RunOptions:
     def speaks(self) -> bool:
         """Whether this process tells what all processes of the command know."""
         place = launched()
-        return self.part.index == 0 and (place is None or place.rank == 0)
+        return self.leads and (place is None or place.rank == 0)
 
     def alone(self) -> RunOptions | None:
         """The same for one process that starts the ranks itself; None where that is another rank.

@@ -1,0 +1,112 @@
+"""Claims of several runs on one store: one gets a record, and the dead lose theirs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from vllm_cosmos3.batch.claims import CLAIMS, RUNS, STALE_SECONDS, Claims, _process
+from vllm_cosmos3.batch.store import Store, store_at
+
+
+@pytest.fixture(params=["file", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    places = {"file": str(tmp_path / "out"), "memory": f"memory://{uuid.uuid4().hex}"}
+    return store_at(places[request.param])
+
+
+def claims(store: Store, share: tuple[int, int] = (0, 1)) -> Claims:
+    made = Claims(store)
+    made.start(share)
+    return made
+
+
+def left_by(store: Store, name: str, state: dict[str, object]) -> None:
+    """What a run leaves that ended without a word."""
+    store.write(f"{RUNS}/old.json", json.dumps({"run": "old", "share": [0, 1], **state}).encode())
+    assert store.create(f"{CLAIMS}/{name}.0", b"old")
+
+
+def test_one_of_two_runs_gets_a_record(store: Store) -> None:
+    first, second = claims(store), claims(store)
+    assert first.take("a.b")
+    assert not second.take("a.b")
+    assert second.take("c")
+    assert first.holds("a.b")
+    first.release("a.b")
+    assert second.take("a.b")
+    first.close()
+    second.close()
+    assert store.names("") == []
+
+
+def test_one_of_many_at_once_gets_a_record(store: Store) -> None:
+    several = [claims(store) for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        taken = list(pool.map(lambda one: [one.take(str(n)) for n in range(20)], several))
+    assert [sum(column) for column in zip(*taken, strict=True)] == [1] * 20
+    for one in several:
+        one.close()
+    assert store.names("") == []
+
+
+def test_the_claim_of_a_process_that_ended_is_taken_over(store: Store) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        left_by(store, "a", _process(process.pid))
+        run = claims(store)
+        assert run.left == {"a"}
+        assert not run.take("a")  # it lives
+        process.kill()
+    assert run.take("a")
+    assert not claims(store).take("a")
+    run.close()
+    assert store.names(RUNS) != ["old.json"]
+
+
+def test_a_run_of_another_machine_is_dead_when_it_stops_beating(store: Store) -> None:
+    now = 0.0
+    left_by(store, "a", {"machine": "other", "pid": 1, "started": "1", "beat": 0})
+    run = Claims(store, clock=lambda: now)
+    assert not run.take("a")
+    assert run.undecided()
+    now = STALE_SECONDS - 1
+    state = {"run": "old", "share": [0, 1], "machine": "other", "pid": 1, "started": "1", "beat": 1}
+    store.write(f"{RUNS}/old.json", json.dumps(state).encode())
+    assert not run.take("a")
+    assert not run.undecided()  # it has moved
+    now += STALE_SECONDS - 1
+    assert not run.take("a")
+    now += 1
+    assert run.take("a")
+
+
+def test_a_slow_run_sees_that_it_has_lost_a_record(store: Store) -> None:
+    slow = claims(store)
+    assert slow.take("a")
+    store.delete(f"{RUNS}/{slow.run}.json")  # as if it had been taken for dead
+    other = claims(store)
+    assert other.take("a")
+    assert not slow.holds("a")
+    assert other.holds("a")
+
+
+def test_runs_of_other_shards_are_no_rivals(store: Store) -> None:
+    claims(store, (0, 2))
+    run = claims(store, (1, 2))
+    assert not run.rivals((1, 2))
+    assert run.rivals((0, 2))
+    assert run.rivals((1, 3))
+    assert run.rivals((0, 1))
+
+
+def test_a_worker_that_replaces_a_dead_one_of_its_run_takes_its_claim(store: Store) -> None:
+    run = claims(store)
+    assert Claims(store, run.run).take("a")
+    assert Claims(store, run.run).take("a")
+    assert not claims(store).take("a")
