@@ -209,7 +209,7 @@ def _digest(
     values = [
         str(engine.model), engine.revision, engine.dtype, record.kind, given, record.upsample,
         record.crf, options.crf, record.quality, options.image_quality, options.image_type,
-        engine.load_format, engine.checkpoint_kind,
+        engine.load_format, engine.checkpoint_kind, engine.lora, engine.lora_alpha,
         None if before is None else before.digest,
         {name: _contents(fields[name]) for name in sorted(FILES & fields.keys())},
     ]  # fmt: skip
