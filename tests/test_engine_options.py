@@ -27,6 +27,7 @@ def test_cosmos3_takes_the_documented_arguments() -> None:
         "tensor_parallel_size": 1,
         "cfg_parallel_size": 1,
         "ulysses_degree": 1,
+        "data_parallel_size": 1,
         "vae_parallel": "halo",
         "distributed_executor_backend": None,
         "attention_backend": "auto",
@@ -105,6 +106,7 @@ def test_every_option_is_one_of_the_server_unless_vllm_has_it() -> None:
         "revision",
         "device",
     }
+    assert from_mapping({"generator_replicas": 2}).engine == {"data_parallel_size": 2}
     values = {
         "generator_dtype": "float32",
         "ulysses_degree": 2,

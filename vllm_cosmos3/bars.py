@@ -66,6 +66,13 @@ def request_bars(*, leave: bool = True) -> Iterator[Report]:
             bar.close()
 
 
+@contextmanager
+def requests_bar(count: int) -> Iterator[Callable[[object], None]]:
+    """A bar of requests that run at the same time. What it gives is called as each has ended."""
+    with _bar("requests", count, STEPS, unit="request") as bar:
+        yield lambda _: _move(bar, bar.n + 1)
+
+
 def each_of(count: int) -> Iterator[AbstractContextManager[Report]]:
     """`request_bars` of one request after the other, under a bar of them all."""
     with _bar("requests", count, STEPS, unit="request") as bar:

@@ -1,8 +1,8 @@
 """`Cosmos3`: images and videos from Python.
 
-Loads a checkpoint once and runs requests one after the other: in the calling process, or with
-several ranks in processes that import nothing of the caller, so scripts need no ``__main__`` guard
-and notebooks work.
+Loads a checkpoint once and runs requests one after the other, or on each replica one: in the calling
+process, or with several ranks in processes that import nothing of the caller, so scripts need no
+``__main__`` guard and notebooks work.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import inspect
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
@@ -80,6 +81,25 @@ def _takes(
     return decorated
 
 
+class _Slots:
+    """One request at a time on each replica, whatever threads ask; a list takes all replicas."""
+
+    def __init__(self, replicas: int) -> None:
+        self._replicas, self._free = replicas, threading.Semaphore(replicas)
+        self._taking = threading.Lock()  # by one thread after the other, which may need several
+
+    @contextmanager
+    def taken(self, *, all_of_them: bool) -> Iterator[None]:
+        count = self._replicas if all_of_them else 1
+        with self._taking:
+            for _ in range(count):
+                self._free.acquire()
+        try:
+            yield
+        finally:
+            self._free.release(count)
+
+
 class Cosmos3(Closing):
     """A Cosmos 3 generator.
 
@@ -113,7 +133,7 @@ class Cosmos3(Closing):
         loading = bars.loading_bar(loaded_values(self._model)) if self._shows else _silent()
         with loading as loaded:
             self._runner: Runner | None = make_runner(config, loaded)
-        self._lock = threading.Lock()  # one request at a time, also from several threads
+        self._slots = _Slots(self._runner.replicas)
         self.load_seconds = time.perf_counter() - start
 
     @classmethod
@@ -151,6 +171,7 @@ class Cosmos3(Closing):
         ``requests`` is a prompt, a mapping of fields or a `GenerateRequest`, or a list of those,
         which gives a list of outputs; so does a list of prompts as ``prompt``. Fields given by name
         hold for all of a list, instead of its own, and all are checked before the first one runs.
+        Replicas (``data_parallel_size``) share a list.
         Pictures and clips are files, URLs, bytes, pictures of Pillow, arrays or tensors.
 
         Bars show the progress on a terminal and in a notebook, unless ``progress`` is False. It may
@@ -193,7 +214,7 @@ class Cosmos3(Closing):
 
     def close(self) -> None:
         """Free the models and their memory, and end their processes. Waits for a running request."""
-        with self._lock:
+        with self._slots.taken(all_of_them=True):
             runner, self._runner = self._runner, None
         if runner is not None:
             runner.close()
@@ -221,17 +242,15 @@ class Cosmos3(Closing):
         if clip is not None:  # another process writes it, in a working directory of its own
             clip = replace(clip, path=Path(clip.path).resolve())
         given = requests if several else [requests]
-        with self._lock:
+        with self._slots.taken(all_of_them=several):
             runner = self._open()
             with runner.raising_together("the request"):
                 asked = [_request(one, fields) for one in given]  # type: ignore[union-attr, arg-type]
                 plans = [self._planned(one) for one in asked]
-            outputs = []
-            for reporting, plan in zip(
-                self._reports(progress, plans, several=several), plans, strict=False
-            ):
-                with reporting as report:
-                    outputs.append(self._run(runner, plan, report, cancelled, clip))
+            if runner.replicas == 1 or len(plans) == 1:
+                outputs = self._run_in_turn(runner, plans, progress, cancelled, clip, several)
+            else:
+                outputs = self._run_together(runner, plans, progress, cancelled)
         outputs = [
             replace(output, effective={**output.effective, **urls_of(one)})
             for output, one in zip(outputs, asked, strict=True)
@@ -251,6 +270,44 @@ class Cosmos3(Closing):
         if not (self._shows if progress is None else progress):
             return repeat(nullcontext(_ignore))
         return bars.each_of(len(plans)) if several else iter([bars.request_bars()])
+
+    def _run_in_turn(
+        self,
+        runner: Runner,
+        plans: Sequence[Plan],
+        progress: Shown,
+        cancelled: threading.Event,
+        clip: Clip | None,
+        several: bool,  # noqa: FBT001
+    ) -> list[Output]:
+        outputs = []
+        for reporting, plan in zip(
+            self._reports(progress, plans, several=several), plans, strict=False
+        ):
+            with reporting as report:
+                outputs.append(self._run(runner, plan, report, cancelled, clip))
+        return outputs
+
+    def _run_together(
+        self, runner: Runner, plans: Sequence[Plan], progress: Shown, cancelled: threading.Event
+    ) -> list[Output]:
+        """One request on each replica at a time. The first that fails ends the others."""
+        shown = self._shows if progress is None else progress is True
+        report = progress if callable(progress) else _ignore
+        with (
+            bars.requests_bar(len(plans)) if shown else nullcontext(_ignore) as ended,
+            ThreadPoolExecutor(runner.replicas) as pool,
+        ):
+            runs = [pool.submit(self._run, runner, plan, report, cancelled, None) for plan in plans]
+            try:
+                for one in as_completed(runs):
+                    one.result()
+                    ended(None)
+            except BaseException:
+                cancelled.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return [one.result() for one in runs]
 
     def _run(
         self,
@@ -298,7 +355,7 @@ def _memory_of(device: torch.device) -> int | None:
     return None if device.type == "cpu" else int(current_platform.get_device_total_memory())
 
 
-def _ignore(_: Progress) -> None:
+def _ignore(_: Progress | None) -> None:
     return None
 
 

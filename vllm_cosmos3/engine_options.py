@@ -121,6 +121,15 @@ class EngineOptions:
     ulysses_degree: int = _option(
         1, kind="int", low=1, high=64, help="Ulysses sequence-parallel ranks"
     )
+    data_parallel_size: int = _option(
+        1,
+        flags=("--dp", "--generator-replicas"),
+        server="generator_replicas",
+        kind="int",
+        low=1,
+        high=256,
+        help="replicas of the generator behind one queue, each on devices of its own",
+    )
     vae_parallel: str = _option(
         "halo",
         kind="choice",

@@ -44,6 +44,24 @@ def test_json_of_a_checkpoint_on_a_mesh(
     assert [name for name, _ in record["work"]["streams"]] == ["vision", "sound"]
 
 
+def test_layouts_of_several_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "nano", "--gpus", "8"]) == 0
+    latency, throughput = capsys.readouterr().out.splitlines()[-2:]
+    assert " 1 replica of 8 GPUs: --cfg-parallel-size 2 --ulysses-degree 4 (" in latency
+    assert " 8 replicas of 1 GPU: --data-parallel-size 8 (" in throughput
+    assert main(["plan", "super", "--gpus", "8", "--und-residency", "gpu", "--json"]) == 0
+    divided = json.loads(capsys.readouterr().out)["layouts"]
+    assert divided["latency"]["parallel"]["tensor_parallel_size"] > 1  # its weights are too large
+    assert (divided["throughput"]["replicas"], divided["throughput"]["flags"]) == (
+        4,
+        "--data-parallel-size 4 --tensor-parallel-size 2",
+    )
+    assert all(layout["needed"] <= 80 * 2**30 for layout in divided.values())
+    assert main(["plan", "nano", "--gpus", "4", "--gpu-memory", "1"]) == 1
+    assert "4 GPUs of 1 GiB: the request fits in no mesh" in capsys.readouterr().out
+    assert main(["plan", "nano", "--gpus", "0"]) == 2
+
+
 def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "nano", "--tensor-parallel-size", "3"]) == 2
     assert "--tensor-parallel-size is 3, must be 1, 2, 4 or 8" in capsys.readouterr().err

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from limits import HANG
 from safetensors.numpy import load_file
 
 from vllm_cosmos3 import Cosmos3
+from vllm_cosmos3.cli import main
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.generator.output import Output, Progress
 from vllm_cosmos3.media import Clip
@@ -37,6 +40,55 @@ def staged(tiny_checkpoint_fp32: Path) -> Iterator[Cosmos3]:
         tiny_checkpoint_fp32, dtype="float32", device="cpu:0", ulysses_degree=2, cfg_parallel_size=2
     ) as model:
         yield model
+
+
+@pytest.fixture(scope="module")
+def replicas(tiny_checkpoint_fp32: Path) -> Iterator[Cosmos3]:
+    """Two replicas of one rank."""
+    with Cosmos3(
+        tiny_checkpoint_fp32, dtype="float32", device="cpu", data_parallel_size=2
+    ) as model:
+        yield model
+
+
+def test_replicas_share_a_list_and_give_what_one_gives(
+    replicas: Cosmos3, alone: tuple[Output, Output]
+) -> None:
+    heard: list[Progress] = []
+    outputs = replicas.generate([REQUEST, REQUEST | {"seed": 4}, REQUEST], progress=heard.append)
+    assert [output.samples[0].seed for output in outputs] == [3, 4, 3]
+    assert np.abs(outputs[0].video.astype(int) - alone[0].video.astype(int)).max() <= 1
+    assert np.array_equal(outputs[0].video, outputs[2].video)
+    assert sum(progress.phase == "decode" for progress in heard) == 3
+
+    def stop(progress: Progress) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        replicas.generate([REQUEST] * 5, progress=stop)
+    assert replicas.generate(**REQUEST).samples[0].seed == 3
+
+
+def test_replicas_share_a_batch_file(
+    replicas: Cosmos3,
+    tiny_checkpoint_fp32: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One that continues another waits for it."""
+    small = ["--num-frames", "5", "--size", "64x64", "--num-inference-steps", "2"]
+    records = [{"prompt": "a boat", "name": name} for name in ("one", "two", "three")]
+    records.append({"prompt": "it sails on", "name": "four", "continue_from": "one"})
+    (tmp_path / "records.jsonl").write_text("\n".join(map(json.dumps, records)))
+    monkeypatch.setattr("vllm_cosmos3.cli.batch.open_generator", lambda _: nullcontext(replicas))
+    flags = ["--input", str(tmp_path / "records.jsonl"), "--out", str(tmp_path / "out"), *small]
+    command = ["generate", str(tiny_checkpoint_fp32), "--data-parallel-size", "2"]
+    assert main([*command, *flags]) == 0
+    for name in ("one", "two", "three", "four"):
+        assert (tmp_path / "out" / name / "vision.mp4").is_file()
+    assert main([*command, "--prompt", "a boat", "--out", str(tmp_path / "one")]) == 2
+    assert "data_parallel_size is 2, must be 1 without --input" in capsys.readouterr().err
 
 
 def test_a_stage_gives_what_one_rank_gives(staged: Cosmos3, alone: tuple[Output, Output]) -> None:

@@ -141,6 +141,9 @@ def run(args: argparse.Namespace) -> int:
         return batch.run(options, request_fields | _formats(args), record)
     if not options.leads:  # there is one request, which the first replica makes
         return 0
+    if options.engine.data_parallel_size > 1:
+        possible = "1 without --input: one request runs on one replica"
+        raise InvalidRequest("data_parallel_size", options.engine.data_parallel_size, possible)
     if options.links:
         request_fields = phyai.with_prompt(request_fields)
     asked = from_fields(single_record(request_fields, record) if record else request_fields)

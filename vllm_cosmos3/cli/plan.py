@@ -10,6 +10,7 @@ import json
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +28,7 @@ from vllm_cosmos3.request.fields import Spec
 from vllm_cosmos3.request.request import SPECS
 
 if TYPE_CHECKING:  # torch, which --help should not wait for
-    from vllm_cosmos3.generator.memory import MemoryEstimate, Work
+    from vllm_cosmos3.generator.memory import Layout, MemoryEstimate, Work
 
 GIB = 2**30
 PHASES = {  # of the estimate; the largest peak counts
@@ -42,6 +43,11 @@ WITHOUT_MEMORY = ("device", "attention_backend", "distributed_executor_backend")
 GPU_MEMORY = Spec(
     kind="float", low=0, above=True, high=100_000, unit="GiB", help="memory of one GPU"
 )
+GPUS = Spec(kind="int", low=1, high=4096, help="in all")
+PURPOSES = {
+    "latency": "latency: one request is done soonest",
+    "throughput": "throughput: most requests an hour",
+}
 LENGTH = Spec(
     kind="int", low=1, high=SPECS["max_sequence_length"].high, unit="tokens", help="of each prompt"
 )
@@ -56,6 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_flags(parser, [name for name in OPTIONS if name not in WITHOUT_MEMORY])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cuda, or cpu for what torch allocates there (default: cuda)")  # fmt: skip
     parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="memory of one GPU (default: 80)")  # fmt: skip
+    parser.add_argument(
+        "--gpus",
+        type=int,
+        metavar="N",
+        help="also say how to divide so many GPUs, for latency and for throughput",
+    )
     parser.add_argument("--size", metavar="WxH", help="output size (default: of the checkpoint)")  # fmt: skip
     parser.add_argument("--num-frames", type=int, metavar="N", help="number of frames; 1 for an image (default: of the checkpoint)")  # fmt: skip
     parser.add_argument("--guidance-scale", type=float, metavar="X", help="guidance scale; 1: no negative prompt (default: of the checkpoint)")  # fmt: skip
@@ -67,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, or JSON. Status 1 where the request does not fit."""
-    from vllm_cosmos3.generator.memory import estimate, resolve_residency, suggestions
+    from vllm_cosmos3.generator.memory import estimate, layouts, resolve_residency, suggestions
     from vllm_cosmos3.parallel.mesh import check_degrees
 
     options = EngineOptions(
@@ -80,15 +92,20 @@ def run(args: argparse.Namespace) -> int:
     gpu = GPU_MEMORY.checked("gpu_memory", args.gpu_memory)
     engine = engine.limited(round(gpu * GIB))
     limit = round(min(gpu, engine.memory_limit or gpu) * GIB)
+    gpus = None if args.gpus is None else GPUS.checked("gpus", args.gpus)
+    divided = {} if gpus is None else layouts(model, engine, work, limit, gpus)
     engine = resolve_residency(model, engine, work, limit)
     memory = estimate(model, engine, work)
-    fits = memory.needed <= limit
+    fits = bool(divided) or memory.needed <= limit
     advice = [] if fits else suggestions(model, engine, work, limit)
     if args.json:
-        print(json.dumps(record(memory, engine, work, limit, advice), indent=2))
+        said = record(memory, engine, work, limit, advice)
+        print(json.dumps(said | {"layouts": layout_records(divided)}, indent=2))
     else:
         print("\n".join(table(args.model, memory, engine, work, model)))
         print("\n".join(verdict(memory.needed, limit, advice)))
+        if gpus is not None:
+            print("\n".join(layout_lines(divided, gpus, limit)))
     return 0 if fits else 1
 
 
@@ -145,7 +162,9 @@ def table(
 ) -> list[str]:
     """What a person reads, in GiB."""
     mesh, (_, shape) = engine.parallel, work.streams[0]
-    ranks = f"{mesh.world_size} GPU{'s' if mesh.world_size > 1 else ''}"
+    ranks = _gpus(mesh.world_size)
+    if engine.data_parallel_size > 1:
+        ranks = f"{engine.data_parallel_size} replicas of {ranks}"
     axes, degrees = (" x ".join(map(str, part)) for part in zip(*mesh.degrees.items(), strict=True))
     frames, scale = pixel_frames(shape[2], model.vae), model.vae.scale_factor_spatial
     adapted = "".join(f" + {adapter.name}:{adapter.scale:g}" for adapter in model.adapters)
@@ -180,6 +199,37 @@ def verdict(needed: int, limit: int, advice: list[tuple[str, int]]) -> list[str]
     lines = [f"does not fit in {limit / GIB:g} GiB: needs {needed / GIB:.2f} GiB"]
     lines += [f"would fit with {flags}: {size / GIB:.2f} GiB" for flags, size in advice]
     return lines if advice else [*lines, "ask for fewer frames or a smaller size"]
+
+
+def layout_lines(divided: Mapping[str, Layout], gpus: int, limit: int) -> list[str]:
+    """How to divide the GPUs, a line for each purpose."""
+    if not divided:
+        return ["", f"{_gpus(gpus)} of {limit / GIB:g} GiB: the request fits in no mesh of them"]
+    lines = ["", f"{_gpus(gpus)} of {limit / GIB:g} GiB"]
+    for purpose, layout in divided.items():
+        count, ranks = layout.engine.data_parallel_size, layout.engine.parallel.world_size
+        lines.append(
+            f"{PURPOSES[purpose]:42} {count} replica{'s' if count > 1 else ''} of {_gpus(ranks)}: {layout.flags}"
+            f" ({layout.needed / GIB:.2f} GiB each)"
+        )
+    return lines
+
+
+def layout_records(divided: Mapping[str, Layout]) -> dict[str, object]:
+    """The same for programs."""
+    return {
+        purpose: {
+            "replicas": layout.engine.data_parallel_size,
+            "parallel": asdict(layout.engine.parallel),
+            "flags": layout.flags,
+            "needed": layout.needed,
+        }
+        for purpose, layout in divided.items()
+    }
+
+
+def _gpus(count: int) -> str:
+    return f"{count} GPU{'s' if count > 1 else ''}"
 
 
 def record(

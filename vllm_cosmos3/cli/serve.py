@@ -36,7 +36,14 @@ from vllm_cosmos3.reasoner.media.limits import (
 from vllm_cosmos3.reasoner.required_tensors import check_folder, expected_tensors
 from vllm_cosmos3.reasoner.root_config import ARCHITECTURE
 from vllm_cosmos3.server.command import share_beside
-from vllm_cosmos3.server.options import KEEP_ALIVE, ONE_PROCESS, OPTIONS, SHARED, from_mapping
+from vllm_cosmos3.server.options import (
+    KEEP_ALIVE,
+    ONE_ENGINE,
+    ONE_PROCESS,
+    OPTIONS,
+    SHARED,
+    from_mapping,
+)
 from vllm_cosmos3.stage.launcher import launched
 
 TAKES_REST = TAKES_CONFIG = True
@@ -198,6 +205,9 @@ def beside_generator(values: Mapping[str, Any], folder: Path, rest: list[str]) -
     processes = _value_of("--api-server-count", rest)
     if processes not in (None, "1"):
         raise InvalidRequest("--api-server-count", processes, ONE_PROCESS)
+    engines = _value_of("--data-parallel-size", rest)
+    if engines not in (None, "1"):
+        raise InvalidRequest("--data-parallel-size", engines, ONE_ENGINE)
     additional = _json_flag("--additional-config", rest) or {}
     given_before = additional.get("cosmos3", {})
     if not isinstance(given_before, dict):

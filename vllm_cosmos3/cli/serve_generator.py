@@ -19,7 +19,8 @@ from vllm_cosmos3.server.options import ENGINE, OPTIONS, SHARED, from_mapping
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")  # of uvicorn
 # Engine options that have a flag of vLLM.
 VLLM_NAMES = (
-    "revision", "device", "tensor_parallel_size", "dtype", "load_format", "gpu_memory_utilization",
+    "revision", "device", "tensor_parallel_size", "data_parallel_size", "dtype", "load_format",
+    "gpu_memory_utilization",
 )  # fmt: skip
 
 

@@ -110,6 +110,7 @@ def announce(service: Service, surface: str, url: str) -> None:
         "checkpoint": service.model.kind,
         "surface": surface,
         "mesh": ", ".join(f"{name} {size}" for name, size in parallel.degrees.items()),
+        "replicas": _replicas(service),
         "memory": str(service.sizing),
         "queue": f"{options.max_queue} requests",
         "storage": str(options.storage),
@@ -130,6 +131,13 @@ def announce(service: Service, surface: str, url: str) -> None:
     chat = "chat, " if surface.startswith("both") else ""
     shown = url.removesuffix("/v1").replace("//0.0.0.0:", "//127.0.0.1:")
     service.when_ready = lambda: _ready(f"{shown} ({chat}images, videos)")
+
+
+def _replicas(service: Service) -> str:
+    """How many replicas, and the devices of each where they were assigned."""
+    members = service.stage.members
+    places = [f"{at} on {member.devices}" for at, member in enumerate(members) if member.devices]
+    return f"{len(members)} ({'; '.join(places)})" if places else str(len(members))
 
 
 def _ready(what: str) -> None:

@@ -23,6 +23,7 @@ from vllm_cosmos3.parallel.attention import check_backend
 from vllm_cosmos3.parallel.mesh import check_degrees
 from vllm_cosmos3.reasoner.required_tensors import expected_tensors
 from vllm_cosmos3.server.options import Options
+from vllm_cosmos3.stage.replicas import check_replicas
 
 GIB = 2**30
 MOST_MEMORY = 0.92  # of a device that both surfaces take together, as vLLM alone does
@@ -35,7 +36,8 @@ class Sizing:
     """A generator that was checked against its checkpoint and its devices.
 
     ``memory`` is that of the largest request of the defaults, ``device`` the bytes of a device and
-    ``limit`` those that a rank may use of it, None where nobody counts them.
+    ``limit`` those that a rank may use of it, None where nobody counts them. ``devices`` is how many
+    there are, None on a CPU and where Ray gives them out.
     """
 
     model: ModelConfig
@@ -43,6 +45,7 @@ class Sizing:
     memory: MemoryEstimate
     device: int | None
     limit: int | None
+    devices: int | None = None
 
     def __str__(self) -> str:
         """Of the memory, for the operator."""
@@ -72,13 +75,9 @@ def sized(folder: Path, options: Options, device: str) -> Sizing:
     count, size = devices(options, device)
     engine = engine.limited(size)
     limit = size if engine.memory_limit is None else round(engine.memory_limit * GIB)
-    local = engine.distributed_executor_backend != "ray"
-    check_degrees(
-        engine.parallel,
-        model.transformer,
-        devices=count if local else None,
-        guided=not model.distilled,
-    )
+    local = None if engine.distributed_executor_backend == "ray" else count
+    check_degrees(engine.parallel, model.transformer, devices=local, guided=not model.distilled)
+    check_replicas(engine.data_parallel_size, engine.parallel.world_size, local)
     if engine.load_format != "dummy":
         check_files(model)
     work = usual_work(model)
@@ -90,7 +89,9 @@ def sized(folder: Path, options: Options, device: str) -> Sizing:
             f"the generator needs {_gib(needed)} of each device for its weights alone, and may use "
             f"{_gib(limit)}{_advice(suggestions(model, engine, work, limit))}"
         )
-    return Sizing(model=model, engine=engine, memory=memory, device=size, limit=limit)
+    return Sizing(
+        model=model, engine=engine, memory=memory, device=size, limit=limit, devices=local
+    )
 
 
 def engine_of(folder: Path, options: Options, device: str) -> EngineConfig:

@@ -196,7 +196,8 @@ class Options:
         "",
         "generator",
         "text",
-        "devices of the generator, e.g. 1,2,3 (default: all visible ones)",
+        "devices of the generator, e.g. 1,2,3, which replicas take in this order (default: all "
+        "visible ones)",
     )
     default_sampling_params: str = _option(
         "",
@@ -300,7 +301,11 @@ KEEP_ALIVE = 75
 """Seconds that an idle connection is kept: longer than clients and balancers keep theirs (httpx and
 OpenAI's client 5, AWS 60), so that none of them sends a request on a connection that is being closed."""
 ONE_PROCESS = (  # of vLLM's --api-server-count
-    "1, as each API process would start a generator of its own: run several servers, each on its "
-    "devices, with the same --storage-path"
+    "1, as each API process would start a generator of its own: --generator-replicas makes replicas "
+    "behind one process; or run several servers, each on its devices, with the same --storage-path"
+)
+ONE_ENGINE = (  # of vLLM's --data-parallel-size
+    "1 beside a generator, as it starts several API processes: --generator-replicas is for the "
+    "generator, --surface reasoner serves replicas of the reasoner"
 )
 SHARED = ("allowed_local_media_path", "allowed_media_domains")  # flags of vLLM too

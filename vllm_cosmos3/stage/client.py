@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import math
 import os
 import pickle
 import shutil
@@ -17,9 +16,6 @@ import sys
 import tempfile
 import threading
 import time
-import uuid
-from collections.abc import Callable
-from concurrent.futures import Future
 from concurrent.futures import TimeoutError as StillWaiting
 from dataclasses import replace
 from getpass import getuser
@@ -29,9 +25,10 @@ from typing import Any
 import zmq
 
 from vllm_cosmos3.errors import Cosmos3Error, DeadlineExceeded, WorkerDied
-from vllm_cosmos3.progress import Preview, Progress, Report
 from vllm_cosmos3.stage.executor import check_backend
 from vllm_cosmos3.stage.heartbeat import silence
+from vllm_cosmos3.stage.job import StageJob, Stages
+from vllm_cosmos3.stage.launcher import DEVICES
 from vllm_cosmos3.stage.process import (
     Accepted,
     Cancel,
@@ -61,86 +58,12 @@ QUIET = {  # what torch and vLLM would say of an ordinary start
 STOP_SECONDS = 20.0  # until a stage that was told to stop is killed
 ACCEPT_SECONDS = 30.0  # until a request that is not answered is given up
 SILENT_SECONDS = 10.0  # without a sign of life, after which nothing is expected of the stage
-GRACE_SECONDS = 5.0  # beyond a deadline for the stage, or for the call under way, to end by itself
 
 
-class StageJob:
-    """A submitted request. ``future`` gets its result, or the error that ended it."""
-
-    def __init__(
-        self,
-        name: str,
-        cancel: Callable[[str], None],
-        report: Report | None,
-        deadline: float | None,
-        show: Callable[[Preview], None] | None = None,
-    ) -> None:
-        self.name = name
-        self.overdue = math.inf if deadline is None else time.monotonic() + deadline + GRACE_SECONDS
-        self.future: Future[Any] = Future()
-        self.future.set_running_or_notify_cancel()  # it is ended by the stage alone
-        self.position: int | None = None  # in the queue, by its last message
-        self.progress: Progress | None = None  # by its last message
-        self._cancel = cancel
-        self._report = report
-        self._show = show
-        self._raised: BaseException | None = None  # by report
-        self._accepted: Future[None] = Future()
-
-    def result(self, timeout: float | None = None) -> Any:
-        """Wait for the end: what the stage made, or the files it saved it to.
-
-        Raises:
-            Cosmos3Error: why there is no result.
-            TimeoutError: it takes longer than ``timeout`` seconds.
-        """
-        return self.future.result(timeout)
-
-    def cancel(self) -> None:
-        """End the request with its current step; the future then raises Cancelled."""
-        self._cancel(self.name)
-
-    def _handle(self, message: object) -> None:
-        match message:
-            case Accepted(position=position):
-                self.position = position
-                if not self._accepted.done():
-                    self._accepted.set_result(None)
-            case ProgressUpdate(progress=progress):
-                self.progress = progress
-                self._report_progress(progress)
-            case PreviewUpdate(preview=preview):
-                if self._show is not None:
-                    self._show(preview)
-            case Done(value=value):
-                self._take(value)
-            case Failure(error=error):
-                if not self._accepted.done():
-                    self._accepted.set_exception(error)
-                self.future.set_exception(self._raised or error)
-
-    def _take(self, value: Any) -> None:
-        try:
-            result = _unspooled(value)
-        except BaseException as error:  # noqa: BLE001 - the other jobs go on
-            self._raised = self._raised or Cosmos3Error(f"the result cannot be read: {error}")
-        if self._raised is None:
-            self.future.set_result(result)
-        else:  # of a report: too late to cancel
-            self.future.set_exception(self._raised)
-
-    def _report_progress(self, progress: Progress) -> None:
-        if self._report is None:
-            return
-        try:
-            self._report(progress)
-        except BaseException as error:  # noqa: BLE001 - the owner's, and the owner gets it
-            self._raised, self._report = error, None
-            self.cancel()
-
-
-class StageClient:
+class StageClient(Stages):
     """A stage in a process of its own. Returns at once; ``wait_ready`` waits for the weights.
+
+    ``devices`` are those that it sees, in the words of CUDA_VISIBLE_DEVICES; None: all.
 
     Raises:
         InvalidRequest: the backend cannot run here.
@@ -152,8 +75,10 @@ class StageClient:
         queue: QueueConfig | None = None,
         *,
         drain_seconds: float = 600.0,
+        devices: str | None = None,
     ) -> None:
         check_backend(stage)
+        self.devices, self.process_restarts = devices, 0
         self._stage, self._queue = stage, queue or QueueConfig()
         self._drain_seconds = drain_seconds
         self._folder = Path(tempfile.mkdtemp(prefix="cosmos3-"))
@@ -174,12 +99,6 @@ class StageClient:
         atexit.register(self.close)
 
     def wait_ready(self, timeout: float | None = None) -> None:
-        """Wait until the stage can serve.
-
-        Raises:
-            Cosmos3Error: why it never will.
-            TimeoutError: it takes longer than ``timeout`` seconds.
-        """
         with self._changed:
             if not self._changed.wait_for(
                 lambda: self._error is not None or self._status.state == "ready", timeout
@@ -190,52 +109,35 @@ class StageClient:
 
     @property
     def error(self) -> Cosmos3Error | None:
-        """Why the stage will never serve again, None as long as it may."""
         return self._error
 
-    def submit(
-        self,
-        plan: Any,
-        *,
-        seconds: float = 0.0,
-        save: Path | None = None,
-        clip: Any = None,
-        deadline: float | None = None,
-        report: Report | None = None,
-        show: Callable[[Preview], None] | None = None,
-    ) -> StageJob:
-        """Queue a request, which is a plan of the stage.
-
-        ``seconds`` estimate its work. With ``save`` rank 0 writes the result there; ``clip`` is
-        handed to the stage's decode. ``deadline`` are the seconds it may take, waiting included. ``report`` is called in another thread,
-        as is ``show`` with previews, which are made if it is given.
+    def hand_over(self, job: StageJob, request: Submit) -> None:
+        """Give the stage a request, which it accepts or refuses later.
 
         Raises:
-            Busy: the queue is full, or the stage is stopping.
-            Cosmos3Error: the stage is gone, or does not answer.
+            Cosmos3Error: the stage is gone, or gives no sign of life.
         """
-        job = StageJob(uuid.uuid4().hex, self._cancel, report, deadline, show)
         with self._changed:
             self._check_open()
             self._jobs[job.name] = job
-            self._send(
-                Submit(
-                    job=job.name,
-                    plan=plan,
-                    seconds=seconds,
-                    save=save,
-                    clip=clip,
-                    deadline=deadline,
-                    preview=show is not None,
-                ),
-                job.name,
-            )
+            self._send(request, job.name)
+
+    def _take(self, job: StageJob, request: Submit) -> None:
+        self.hand_over(job, request)
         try:
-            job._accepted.result(ACCEPT_SECONDS)
+            job.accepted.result(ACCEPT_SECONDS)
         except StillWaiting:
             self._give_up(job, WorkerDied(f"the stage did not answer for {ACCEPT_SECONDS:.0f} s"))
             job.result()
-        return job
+
+    @property
+    def members(self) -> tuple[Stages, ...]:
+        return (self,)
+
+    @property
+    def can_serve(self) -> bool:
+        up = self._error is None and not self._closing and self._status.state == "ready"
+        return up and not self.silent
 
     def last_sign_of_life(self) -> float:
         """Seconds since the stage's process, or that of its ranks which is silent longest, gave one."""
@@ -247,7 +149,7 @@ class StageClient:
         return self._status.state == "ready" and self.last_sign_of_life() > SILENT_SECONDS
 
     def status(self, timeout: float = 10.0) -> Status:
-        """Status of the stage. While its process does not answer, the last that it sent."""
+        """While the stage's process does not answer, the last that it sent."""
         with self._changed:
             if self._error is None and not self._closing and not self.silent:
                 answered = self._answered
@@ -255,8 +157,12 @@ class StageClient:
                 self._changed.wait_for(lambda: self._answered > answered, timeout)
             return self._status
 
+    def cancel(self, name: str) -> None:
+        with self._changed:
+            if name in self._jobs:
+                self._send(Cancel(name), name)
+
     def close(self) -> None:
-        """End the stage now. Can be repeated."""
         with self._changed:
             if self._closing:
                 return
@@ -273,7 +179,7 @@ class StageClient:
             self._thread.join()
         self._wake.close(linger=0)
         for job in self._jobs.values():
-            job._handle(Failure(job.name, WorkerDied("the stage was closed")))
+            job.handle(Failure(job.name, WorkerDied("the stage was closed")))
         self._jobs.clear()
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -331,11 +237,11 @@ class StageClient:
                     self._changed.notify_all()
             case Accepted(job=name) | ProgressUpdate(job=name) | PreviewUpdate(job=name):
                 if name in self._jobs:
-                    self._jobs[name]._handle(message)
+                    self._jobs[name].handle(message)
             case Done(job=name) | Failure(job=str(name)):
                 job = self._jobs.pop(name, None)
                 if job is not None:
-                    job._handle(message)
+                    job.handle(message)
                 elif isinstance(message, Done) and isinstance(message.value, Path):
                     message.value.unlink(missing_ok=True)  # too late
 
@@ -343,18 +249,13 @@ class StageClient:
         """Hand a message to the listening thread; one about a job is dropped with the job."""
         self._wake.send_multipart([job.encode(), pickle.dumps(message)])
 
-    def _cancel(self, name: str) -> None:
-        with self._changed:
-            if name in self._jobs:
-                self._send(Cancel(name), name)
-
     def _give_up(self, job: StageJob, error: Cosmos3Error) -> None:
         """End a job here and now; the stage is told, for when it listens."""
         with self._changed:
             known = self._jobs.pop(job.name, None)
             self._send(Cancel(job.name))
         if known is not None:
-            job._handle(Failure(job.name, error))
+            job.handle(Failure(job.name, error))
 
     def _end_overdue(self) -> None:
         """Keep the deadlines that the stage does not: it is stopped, or a rank hangs in a call."""
@@ -394,6 +295,7 @@ class StageClient:
                 "TORCHINDUCTOR_CACHE_DIR", f"{temporary}/torchinductor_{getuser()}"
             ),
         }
+        environment |= {} if self.devices is None else {DEVICES: self.devices}
         process = subprocess.Popen(
             [sys.executable, "-c", BOOTSTRAP],
             stdin=subprocess.PIPE,
@@ -416,6 +318,7 @@ class StageClient:
                 if was_up:
                     self._status = Status(state="starting")
                     self._process = self._start_process()
+                    self.process_restarts += 1
                 else:
                     self._error = error
             if self._error is not None:
@@ -423,16 +326,5 @@ class StageClient:
             alive = self._process.poll() is None
             self._changed.notify_all()
         for job in jobs:
-            job._handle(Failure(job.name, error))
+            job.handle(Failure(job.name, error))
         return alive
-
-
-def _unspooled(value: Any) -> Any:
-    """The result itself where it was left in a file."""
-    if not isinstance(value, Path):
-        return value
-    try:
-        with value.open("rb") as file:
-            return pickle.load(file)
-    finally:
-        value.unlink(missing_ok=True)

@@ -27,9 +27,9 @@ from vllm_cosmos3.parallel.mesh import check_degrees, close_mesh, init_mesh
 from vllm_cosmos3.progress import Progress, Report
 from vllm_cosmos3.request.plan import Plan
 from vllm_cosmos3.stage.call_sequence import CallSequence
-from vllm_cosmos3.stage.client import StageClient
 from vllm_cosmos3.stage.executor import StageExecutor
-from vllm_cosmos3.stage.launcher import EXTERNAL, executor_backend
+from vllm_cosmos3.stage.launcher import EXTERNAL, executor_backend, launched
+from vllm_cosmos3.stage.replicas import start_stages
 from vllm_cosmos3.stage.worker import StageConfig, is_out_of_memory, public_error
 
 PATIENCE = 30.0  # seconds until ranks that nobody can replace are given up
@@ -37,7 +37,9 @@ LOOK_SECONDS = 0.2  # between two looks at how far a stage has loaded
 
 
 class Runner(Protocol):
-    """Runs one request at a time, with the weights loaded."""
+    """Runs one request at a time on each replica, with the weights loaded."""
+
+    replicas: int  # requests that run at the same time
 
     def run(
         self, plan: Plan, report: Report, cancelled: Event, clip: Clip | None = None
@@ -59,12 +61,18 @@ def make_runner(config: EngineConfig, loaded: Callable[[int], None]) -> Runner:
         InvalidRequest: the mesh does not suit the checkpoint or the machine.
         CheckpointError: the checkpoint is missing, incomplete or of another kind.
     """
-    backend = executor_backend(config.distributed_executor_backend, config.parallel.world_size)
+    replicas, ranks = config.data_parallel_size, config.parallel.world_size
+    if replicas > 1 and launched() is not None:
+        possible = "1 under torchrun, where --parallelism-preset throughput makes replicas"
+        raise InvalidRequest("data_parallel_size", replicas, possible, "conflict")
+    # A rank of a replica does not compute in the stage's own process, which would hear nothing meanwhile.
+    wanted = config.distributed_executor_backend or ("mp" if replicas > 1 else None)
+    backend = executor_backend(wanted, ranks)
     here = backend in ("uni", "mp") and torch.device(config.device).type != "cpu"
     devices = torch.accelerator.device_count() if here else None
     model = config.read_model()
     check_degrees(config.parallel, model.transformer, guided=not model.distilled, devices=devices)
-    if backend == "uni" and config.parallel.world_size == 1:
+    if backend == "uni" and ranks == replicas == 1:
         with told(loaded):
             return LocalRunner(config)
     if torch.device(config.device).index:
@@ -73,11 +81,13 @@ def make_runner(config: EngineConfig, loaded: Callable[[int], None]) -> Runner:
     if backend == EXTERNAL:
         with told(loaded):
             return LauncherRunner(StageConfig(engine=config, backend=backend, grace=PATIENCE))
-    return StageRunner(StageConfig(engine=config, backend=backend), loaded)
+    return StageRunner(StageConfig(engine=config, backend=backend), devices, loaded)
 
 
 class LocalRunner:
     """One rank: the pipeline itself. Starts nothing."""
+
+    replicas = 1
 
     def __init__(self, config: EngineConfig) -> None:
         # One rank makes no collective: vLLM's layers look their group up while they are built, and
@@ -147,6 +157,8 @@ class LauncherRunner:
     rank ends it on all. It cannot be cancelled: the ranks would have to agree on when.
     """
 
+    replicas = 1
+
     def __init__(self, stage: StageConfig) -> None:
         self._executor = StageExecutor(stage)
         self._executor.start()
@@ -187,10 +199,13 @@ class LauncherRunner:
 
 
 class StageRunner:
-    """Ranks in processes of their own, behind the stage process."""
+    """Ranks in processes of their own, behind the stage process of each replica."""
 
-    def __init__(self, stage: StageConfig, loaded: Callable[[int], None]) -> None:
-        self._client = StageClient(stage)
+    def __init__(
+        self, stage: StageConfig, devices: int | None, loaded: Callable[[int], None]
+    ) -> None:
+        self.replicas = stage.engine.data_parallel_size
+        self._client = start_stages(stage, devices=devices)
         try:
             while not self._ready():
                 loaded(self._client.status(LOOK_SECONDS).loaded)

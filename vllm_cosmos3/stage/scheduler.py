@@ -1,11 +1,13 @@
-"""Scheduler of requests: a bounded queue, a few residents, and fair turns between them.
+"""Scheduler of requests: a bounded queue, a few residents on each replica, fair turns between them.
 
-Pure bookkeeping: no clock, no process. A resident has its state on the ranks and takes turns, one
-call each. Seconds are estimates of a request's whole work where nothing else is said.
+Pure bookkeeping: no clock, no process. A resident has its state on the ranks of a replica and takes
+turns there, one call each. Seconds are estimates of a request's whole work where nothing else is said.
+The stage process has a scheduler for its own ranks, and `replicas` has one for several stages.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_cosmos3.errors import Busy, InvalidRequest
@@ -22,7 +24,8 @@ class QueueConfig:
     before the others, but none is passed over more than ``max_passed`` times; long ones keep their
     order. Turns go to the resident that was served least.
 
-    ``max_waiting`` and ``max_waiting_seconds`` bound the queue; what comes then is Busy.
+    ``max_waiting`` and ``max_waiting_seconds`` bound the queue; what comes then is Busy. The bounds
+    of residents are those of each replica.
     """
 
     policy: str = "short-first"
@@ -42,72 +45,108 @@ class QueueConfig:
 
 @dataclass(slots=True, eq=False)
 class QueueEntry:
-    """One request in the queue or resident."""
+    """One request in the queue or resident. ``costs`` are its seconds on each replica."""
 
     name: str
-    seconds: float
+    costs: tuple[float, ...]
     passed: int = 0  # how often a later request was admitted before
     served: float = 0.0  # seconds of turns, counted from the least served at admission
+    share: float = 0.0  # of its work that is done, where somebody says so
+    replica: int = 0  # where it is resident
     alone: bool = False  # waits until nothing is resident: there was no memory for it beside others
+
+    @property
+    def seconds(self) -> float:
+        """Its work where it is done fastest."""
+        return min(self.costs)
+
+    @property
+    def remaining(self) -> float:
+        """Seconds of work that a resident has left."""
+        return self.costs[self.replica] * (1 - self.share)
 
 
 class Scheduler:
-    """Requests by name: ``submit``, then ``admit`` until it gives none, then ``turn``."""
+    """Requests by name: ``submit``, then ``admit`` until it gives none, then ``turn``.
 
-    def __init__(self, config: QueueConfig) -> None:
+    ``closed`` are the replicas that take nothing new.
+    """
+
+    def __init__(self, config: QueueConfig, replicas: int = 1) -> None:
         self.config = config
         self.waiting: list[QueueEntry] = []  # in order of arrival
         self.resident: list[QueueEntry] = []  # in order of admission
+        self.closed: set[int] = set()
+        self._replicas = range(replicas)
 
     @property
     def waiting_seconds(self) -> float:
         return sum(entry.seconds for entry in self.waiting)
 
-    def submit(self, name: str, seconds: float) -> None:
-        """Put a request at the end of the queue.
+    def submit(self, name: str, seconds: float | Sequence[float]) -> None:
+        """Put a request at the end of the queue. ``seconds`` may differ by replica.
 
         Raises:
             Busy: the queue is full.
         """
+        costs = (
+            tuple(seconds) if isinstance(seconds, Sequence) else (seconds,) * len(self._replicas)
+        )
+        entry = QueueEntry(name, costs)
         count, limit = len(self.waiting), self.config.max_waiting
         if count >= limit:
             raise Busy(f"the queue is full: {count} of {limit} requests wait")
         total, most = self.waiting_seconds, self.config.max_waiting_seconds
-        if self.waiting and total + seconds > most:
+        if self.waiting and total + entry.seconds > most:
             raise Busy(f"the queue is full: {total:.0f} of {most:.0f} seconds of work wait")
-        self.waiting.append(QueueEntry(name, seconds))
+        self.waiting.append(entry)
 
     def admit(self) -> str | None:
-        """Make the next waiting request resident; None if none may come in now."""
-        candidates = [entry for entry in self.waiting if self._fits(entry)]
-        overdue = [e for e in self.waiting if e.alone and e.passed >= self.config.max_passed]
-        if overdue and self.resident:
-            return None  # the residents end, and then it is its turn
+        """Make the next waiting request resident; None if none may come in now.
+
+        It goes where it is expected to be done first, see `replica_of`.
+        """
+        kinds = [self._kind(entry) for entry in self.waiting]
+        places = {kind: self._places(kind) for kind in set(kinds)}
+        candidates = [e for e, kind in zip(self.waiting, kinds, strict=True) if places[kind]]
         if not candidates:
             return None
         chosen = min(candidates, key=self._rank)
         for entry in self.waiting[: self._order(chosen)]:
             if entry in candidates or entry.alone:
                 entry.passed += 1
+        chosen.replica = min(places[self._kind(chosen)], key=lambda at: self._expected(chosen, at))
         self.waiting.remove(chosen)
-        chosen.served = min((entry.served for entry in self.resident), default=0.0)
+        chosen.served = min((entry.served for entry in self.residents(chosen.replica)), default=0.0)
         self.resident.append(chosen)
         return chosen.name
 
-    def turn(self) -> str | None:
-        """The resident whose turn it is."""
-        if not self.resident:
-            return None
-        return min(self.resident, key=lambda entry: entry.served).name
+    def residents(self, replica: int = 0) -> list[QueueEntry]:
+        """The requests on a replica."""
+        return [entry for entry in self.resident if entry.replica == replica]
+
+    def replica_of(self, name: str) -> int | None:
+        """Where a request is resident; None if it waits or is not known."""
+        return next((entry.replica for entry in self.resident if entry.name == name), None)
+
+    def turn(self, replica: int = 0) -> str | None:
+        """The resident of a replica whose turn it is."""
+        here = self.residents(replica)
+        return min(here, key=lambda entry: entry.served).name if here else None
 
     def charge(self, name: str, seconds: float) -> None:
         """A turn of ``name`` took ``seconds``."""
-        next(entry for entry in self.resident if entry.name == name).served += seconds
+        self._resident(name).served += seconds
+
+    def progress(self, name: str, share: float) -> None:
+        """So much of the work of a resident is done, from 0 to 1."""
+        self._resident(name).share = share
 
     def readmit(self, name: str, *, alone: bool = False) -> None:
         """Put a resident back to the front of the queue: its state is lost, or was never made."""
-        entry = next(entry for entry in self.resident if entry.name == name)
+        entry = self._resident(name)
         entry.alone |= alone
+        entry.share = 0.0
         self.resident.remove(entry)
         self.waiting.insert(0, entry)
 
@@ -121,17 +160,40 @@ class Scheduler:
         names = [entry.name for entry in self.waiting]
         return names.index(name) if name in names else 0
 
+    def _resident(self, name: str) -> QueueEntry:
+        return next(entry for entry in self.resident if entry.name == name)
+
     def _is_short(self, entry: QueueEntry) -> bool:
         return entry.seconds <= self.config.short_seconds
 
-    def _fits(self, entry: QueueEntry) -> bool:
-        if entry.alone and self.resident:
+    def _kind(self, entry: QueueEntry) -> tuple[bool, bool]:
+        """What decides where a request fits: whether it is short, and whether it has to be alone."""
+        return self._is_short(entry), entry.alone
+
+    def _places(self, kind: tuple[bool, bool]) -> list[int]:
+        """The replicas that could take a request of this kind now."""
+        overdue = any(e.alone and e.passed >= self.config.max_passed for e in self.waiting)
+        return [
+            at
+            for at in self._replicas
+            if at not in self.closed and self._fits(kind, self.residents(at), overdue=overdue)
+        ]
+
+    def _fits(self, kind: tuple[bool, bool], here: list[QueueEntry], *, overdue: bool) -> bool:
+        short, alone = kind
+        if not here:
+            return True
+        if alone or overdue:  # the residents end, and then it is its turn
             return False
-        if self.config.policy == "fifo":
-            return not self.resident
-        if len(self.resident) >= self.config.max_resident:
+        if self.config.policy == "fifo" or len(here) >= self.config.max_resident:
             return False
-        return self._is_short(entry) or all(map(self._is_short, self.resident))
+        return short or all(map(self._is_short, here))
+
+    def _expected(self, entry: QueueEntry, replica: int) -> tuple[float, int, float]:
+        """When a request is done on a replica: its turns and those of the others until then."""
+        here, cost = self.residents(replica), entry.costs[replica]
+        seconds = cost + sum(min(other.remaining, cost) for other in here)
+        return (seconds, len(here), sum(other.remaining for other in here))
 
     def _rank(self, entry: QueueEntry) -> tuple[bool, bool, float, int]:
         """Smaller is admitted earlier."""

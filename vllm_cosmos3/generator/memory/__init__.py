@@ -19,14 +19,17 @@ from vllm_cosmos3.generator.memory.estimate import (
     work_with,
 )
 from vllm_cosmos3.generator.memory.fit import check_weights, resolve_residency, suggestions
+from vllm_cosmos3.generator.memory.layouts import Layout, layouts
 
 __all__ = [
     "RESERVE",
     "WORKSPACES",
+    "Layout",
     "MemoryEstimate",
     "Work",
     "check_weights",
     "estimate",
+    "layouts",
     "resolve_residency",
     "resolved_parameters",
     "suggestions",

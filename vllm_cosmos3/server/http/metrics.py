@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -24,6 +25,16 @@ class Metrics:
         )
         self.running = Gauge(
             "cosmos3:requests_running", "requests running on the ranks", multiprocess_mode="sum"
+        )
+        self.waiting_seconds = Gauge(
+            "cosmos3:queue_seconds",
+            "estimated seconds of work that wait, on one replica",
+            multiprocess_mode="sum",
+        )
+        self._ready = _by_replica("cosmos3:replica_ready", "1 if the replica can take work, else 0")
+        self._running = _by_replica("cosmos3:replica_running", "requests running on the replica")
+        self._restarts = _by_replica(
+            "cosmos3:replica_restarts", "times that the replica's ranks were replaced"
         )
         self.stored = Gauge(
             "cosmos3:stored_bytes", "bytes of stored results", multiprocess_mode="max"
@@ -53,6 +64,13 @@ class Metrics:
         for code in ("out_of_memory", "worker_lost", "deadline_exceeded", "internal_error"):
             self.failed.labels(code)
 
+    def replica(self, report: Mapping[str, Any]) -> None:
+        """How a replica is, as /health reports it."""
+        name = str(report["replica"])
+        self._ready.labels(name).set(report["state"] == "ready")
+        self._running.labels(name).set(report["running"])
+        self._restarts.labels(name).set(report["restarts"])
+
     def failure(self, code: str) -> None:
         """Count an accepted request that came to nothing."""
         if code == "cancelled":
@@ -75,6 +93,10 @@ class Metrics:
     def refused(self, error: Cosmos3Error) -> None:
         """Count a request that is refused, by the code of its answer."""
         self.rejected.labels(slug(error)).inc()
+
+
+def _by_replica(name: str, help: str) -> Gauge:
+    return Gauge(name, help, ["replica"], multiprocess_mode="sum")
 
 
 _made: list[Metrics] = []

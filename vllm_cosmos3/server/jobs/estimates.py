@@ -18,10 +18,10 @@ NEWEST_WEIGHT = 0.3  # of the last request in the average
 
 
 class ThroughputEstimate:
-    """Seconds per unit of work. Unknown until a first request has made a step."""
+    """Seconds per unit of work on a replica. Unknown until a first request has made a step."""
 
-    def __init__(self) -> None:
-        self._rate = 0.0
+    def __init__(self, replicas: int = 1) -> None:
+        self._rate, self._replicas = 0.0, replicas
 
     def observe(self, work: float, seconds: float) -> None:
         """A whole request of so much work took so long."""
@@ -45,6 +45,10 @@ class ThroughputEstimate:
             return whole
         return job.eta if job.eta is not None else max(0.0, whole - (time.time() - job.started))
 
+    def wait(self, before: Iterable[VideoJob]) -> float:
+        """Seconds until the replicas, which share the work, have done all of these."""
+        return sum(map(self.remaining, before)) / self._replicas
+
     def queue_eta(self, job: VideoJob, others: Iterable[VideoJob]) -> float | None:
         """Seconds until a waiting request is done, behind those that run or wait before it."""
         if not self.seconds(job.work):
@@ -55,7 +59,7 @@ class ThroughputEstimate:
             for other in others
             if other.started is not None or (other.position is not None and other.position < place)
         ]
-        return round(self.remaining(job) + sum(map(self.remaining, before)), 1)
+        return round(self.remaining(job) + self.wait(before), 1)
 
 
 def work(plan: Plan, patch: int) -> float:

@@ -18,7 +18,7 @@ from vllm_cosmos3.server.http.request_fields import ClientRequest
 from vllm_cosmos3.server.jobs.admission import Admission
 from vllm_cosmos3.server.jobs.estimates import ThroughputEstimate
 from vllm_cosmos3.server.jobs.live_jobs import LiveJobs, cancel
-from vllm_cosmos3.stage.client import StageClient, StageJob
+from vllm_cosmos3.stage.job import StageJob, Stages
 
 
 class Inference:
@@ -28,7 +28,7 @@ class Inference:
         self,
         admission: Admission,
         jobs: LiveJobs,
-        stage: StageClient,
+        stage: Stages,
         throughput: ThroughputEstimate,
         *,
         deadline: float,

@@ -33,7 +33,7 @@ from vllm_cosmos3.server.jobs.video_job import (
     VideoJob,
 )
 from vllm_cosmos3.server.options import Options
-from vllm_cosmos3.stage.client import StageClient, StageJob
+from vllm_cosmos3.stage.job import StageJob, Stages
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class LiveJobs:
     def __init__(
         self,
         journal: Journal,
-        stage: StageClient,
+        stage: Stages,
         options: Options,
         throughput: ThroughputEstimate,
         *,
@@ -166,7 +166,7 @@ class LiveJobs:
     def estimated_wait(self) -> float:
         """Seconds of work before a new request; 0 if nothing is known."""
         with self._lock:
-            return sum(map(self._throughput.remaining, self._jobs.values()))
+            return self._throughput.wait(self._jobs.values())
 
     def queue_full(self, message: str) -> ApiError:
         """The answer where no more may wait, with when to come back."""

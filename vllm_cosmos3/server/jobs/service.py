@@ -10,6 +10,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 from vllm_cosmos3.checkpoint.kinds import KINDS
 from vllm_cosmos3.generator.models.components import loaded_values
@@ -30,8 +31,9 @@ from vllm_cosmos3.server.jobs.sampling_defaults import read_sampling_defaults
 from vllm_cosmos3.server.jobs.upsampling import EngineReasoner
 from vllm_cosmos3.server.memory_split import Sizing
 from vllm_cosmos3.server.options import Options, read_call_limits
-from vllm_cosmos3.stage.client import StageClient
+from vllm_cosmos3.stage.job import Stages
 from vllm_cosmos3.stage.process import Status
+from vllm_cosmos3.stage.replicas import start_stages
 from vllm_cosmos3.stage.scheduler import QueueConfig
 from vllm_cosmos3.stage.worker import StageConfig
 
@@ -54,8 +56,9 @@ class Service:
         self._values = loaded_values(self.model)
         metrics().limit.set(options.max_queue)
         self.journal = Journal(options.storage)
-        self.stage = _start_stage(sizing, options)
-        ranks, throughput = sizing.engine.parallel.world_size, ThroughputEstimate()
+        self.stage = _start_stages(sizing, options)
+        ranks = sizing.engine.parallel.world_size
+        throughput = ThroughputEstimate(len(self.stage.members))
         self.jobs = LiveJobs(self.journal, self.stage, options, throughput, ranks=ranks)
         self.admission = Admission(
             self.jobs,
@@ -116,7 +119,27 @@ class Service:
         status = self.stage.status(timeout)
         metrics().waiting.set(status.waiting)
         metrics().running.set(status.running)
+        metrics().waiting_seconds.set(status.waiting_seconds)
         return status
+
+    def replicas(self) -> list[dict[str, Any]]:
+        """How each replica is, as it was last heard, for /health and /metrics."""
+        reports = []
+        for at, member in enumerate(self.stage.members):
+            status = member.status(0)
+            state = "failed" if member.error else "silent" if member.silent else status.state
+            report = {
+                "replica": at,
+                "devices": member.devices,
+                "state": state,
+                "running": status.running,
+                "restarts": status.restarts + member.process_restarts,
+                "last_sign_of_life": round(member.last_sign_of_life(), 3),
+                "call": {"name": status.call or None, "seconds": round(status.call_seconds, 3)},
+            }
+            metrics().replica(report)
+            reports.append(report)
+        return reports
 
     def reason(self, status: Status) -> str:
         """Why the generator can take no work, as a sentence."""
@@ -138,6 +161,7 @@ class Service:
 
     def _tick(self) -> None:
         self.jobs.write_changes()
+        self.replicas()
         if self.status().state == "ready":
             self.when_ready, tell = _nothing, self.when_ready
             tell()
@@ -147,11 +171,11 @@ def _nothing() -> None:
     return None
 
 
-def _start_stage(sizing: Sizing, options: Options) -> StageClient:
+def _start_stages(sizing: Sizing, options: Options) -> Stages:
     if options.generator_devices:
         # This process computes nothing, and the reasoner's processes have started before.
         os.environ["CUDA_VISIBLE_DEVICES"] = options.generator_devices
-    return StageClient(
+    return start_stages(
         StageConfig(
             engine=sizing.engine,
             stage=STAGE,
@@ -164,5 +188,6 @@ def _start_stage(sizing: Sizing, options: Options) -> StageClient:
             max_waiting=options.max_queue,
             max_waiting_seconds=options.max_queue_gpu_seconds,
         ),
+        devices=sizing.devices,
         drain_seconds=options.drain_seconds,
     )

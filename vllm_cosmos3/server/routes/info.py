@@ -86,6 +86,11 @@ def capability(service: Service) -> dict[str, Any]:
         "preview": service.admission.shows_previews,
         "presets": service.admission.presets,
         "queue_limit": service.options.max_queue,
+        "replicas": {
+            "count": len(service.stage.members),
+            "mesh": service.sizing.engine.parallel.degrees,
+            "devices": [member.devices for member in service.stage.members],
+        },
     }
 
 
@@ -109,7 +114,10 @@ async def ready(request: Request) -> Response:
 
 
 async def health_of(request: Request) -> Response:
-    """200 when every served surface can take work, else 503 with the reason."""
+    """200 when every served surface can take work, else 503 with the reason.
+
+    The generator can where one of its replicas can; the status is degraded while another cannot.
+    """
     service = request.app.state.cosmos3
     if service is None:
         return unready("loading", "the server is starting", None)
@@ -120,6 +128,7 @@ async def health_of(request: Request) -> Response:
         "surfaces": {"generator": status.state},
         "queue": {"waiting": status.waiting, "running": status.running, "limit": status.limit},
         "restarts": status.restarts,
+        "replicas": service.replicas(),
         "last_sign_of_life": round(service.stage.last_sign_of_life(), 3),
         "call": {"name": status.call or None, "seconds": round(status.call_seconds, 3)},
         "guardrails": service.guardrails.state,
@@ -142,7 +151,11 @@ async def health_of(request: Request) -> Response:
         return unready("worker_lost", service.reason(status), report)
     if status.state != "ready":
         return unready("loading", service.reason(status), report)
-    return JSONResponse({"status": "healthy", **report})
+    down = [each for each in report["replicas"] if each["state"] != "ready"]
+    if not down:
+        return JSONResponse({"status": "healthy", **report})
+    which = ", ".join(f"replica {each['replica']} is {each['state']}" for each in down)
+    return JSONResponse({"status": "degraded", "reason": which, **report})
 
 
 async def reasoner_trouble(

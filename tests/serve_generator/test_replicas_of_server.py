@@ -1,0 +1,104 @@
+"""A server with two replicas: one is killed, the other goes on, and everything is whole again."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from generators import LONG, PICTURE, SMALL, create, eventually, finished, generator
+from limits import HANG
+from prometheus_client.parser import text_string_to_metric_families
+from ranks import processes_below
+from servers import Server
+
+pytestmark = pytest.mark.serve
+# By its estimate, which SMALL alone has taught, it is long too: it does not run beside another.
+QUEUED = {"size": "256x256", "num_frames": 21, "num_inference_steps": 40, "guidance_scale": 1}
+
+
+@pytest.fixture(scope="module")
+def two_replicas(
+    tiny_checkpoint: Path, vllm_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """Two replicas of one rank."""
+    folder = tmp_path_factory.mktemp("replicas")
+    flags = ["--data-parallel-size", "2"]
+    with generator(tiny_checkpoint, folder, vllm_cache, *flags) as server:
+        eventually(lambda: health(server)["status"] == "healthy")
+        yield server
+
+
+def get(server: Server, path: str) -> httpx.Response:
+    return httpx.get(f"{server.url}{path}", timeout=HANG)
+
+
+def health(server: Server) -> dict[str, Any]:
+    report: dict[str, Any] = get(server, "/health").json()
+    return report
+
+
+def by_replica(server: Server, name: str) -> list[float]:
+    """The values of a family of /metrics by replica."""
+    families = text_string_to_metric_families(get(server, "/metrics").text)
+    samples = next(family.samples for family in families if family.name == name)
+    return [s.value for s in sorted(samples, key=lambda sample: sample.labels["replica"])]
+
+
+def status_of(server: Server, job: dict[str, Any]) -> str:
+    return str(get(server, f"/v1/videos/{job['id']}").json()["status"])
+
+
+def test_replicas_are_shown(two_replicas: Server) -> None:
+    block = get(two_replicas, "/v1/models").json()["data"][0]["cosmos3"]["replicas"]
+    assert block == {
+        "count": 2,
+        "mesh": {"cfg": 1, "ulysses": 1, "tp": 1},
+        "devices": [None, None],  # a CPU
+    }
+    report = health(two_replicas)
+    assert [each["state"] for each in report["replicas"]] == ["ready", "ready"]
+    assert report["surfaces"]["generator"] == "ready"
+    eventually(lambda: by_replica(two_replicas, "cosmos3:replica_ready") == [1, 1])
+    assert "serve: replicas: 2\n" in two_replicas.log.read_text()
+
+
+def test_one_replica_is_killed_and_the_other_serves(two_replicas: Server) -> None:
+    before = finished(two_replicas, create(two_replicas, **SMALL))  # by the first, as both are idle
+    first, second = create(two_replicas, **LONG), create(two_replicas, **LONG)
+    for job in (first, second):
+        eventually(lambda job=job: status_of(two_replicas, job) == "in_progress")
+    queued = create(two_replicas, **QUEUED)
+    assert health(two_replicas)["queue"]["waiting"] == 1
+
+    stages = [
+        process
+        for process in processes_below(two_replicas.pid)
+        if b"vllm_cosmos3.stage.process" in Path(f"/proc/{process}/cmdline").read_bytes()
+    ]
+    os.kill(min(stages), signal.SIGKILL)  # the first one
+    eventually(lambda: health(two_replicas)["status"] == "degraded")
+    answer = get(two_replicas, "/health")
+    assert answer.status_code == 200
+    assert answer.json()["reason"] == "replica 0 is starting"
+    eventually(lambda: by_replica(two_replicas, "cosmos3:replica_ready") == [0, 1])
+    eventually(lambda: status_of(two_replicas, first) == "failed")
+    error = get(two_replicas, f"/v1/videos/{first['id']}").json()["error"]
+    assert error["code"] == "worker_lost"
+    assert "the stage process ended with status -9" in error["message"]
+    longer = finished(two_replicas, create(two_replicas, **SMALL, continue_from=before["id"]))
+    assert (longer["status"], longer["num_frames"]) == ("completed", 9)
+    assert status_of(two_replicas, second) == "in_progress"
+    httpx.delete(f"{two_replicas.url}/v1/videos/{second['id']}", timeout=HANG)
+    assert finished(two_replicas, queued)["status"] == "completed"
+
+    eventually(lambda: health(two_replicas)["status"] == "healthy")
+    assert [each["restarts"] for each in health(two_replicas)["replicas"]] == [1, 0]
+    eventually(lambda: by_replica(two_replicas, "cosmos3:replica_restarts") == [1, 0])
+    picture = PICTURE | {"prompt": "a boat"}
+    answer = httpx.post(f"{two_replicas.url}/v1/images/generations", json=picture, timeout=HANG)
+    assert answer.status_code == 200

@@ -1,0 +1,149 @@
+"""Several stages behind one queue: who gets what, and what is left when one dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+import pytest
+from generators import eventually
+from limits import HANG
+from test_executor import stage
+from toy_stage import ToyPlan
+
+from vllm_cosmos3.errors import Busy, Cancelled, DeadlineExceeded, InvalidRequest, WorkerDied
+from vllm_cosmos3.stage.client import StageClient
+from vllm_cosmos3.stage.job import StageJob
+from vllm_cosmos3.stage.replicas import Replicas, devices_of, start_stages
+from vllm_cosmos3.stage.scheduler import QueueConfig
+
+LONG = 1000.0  # seconds of work in the scheduler's eyes: one on each replica
+QUEUE = QueueConfig(max_waiting=3)
+
+
+@pytest.fixture(scope="module")
+def replicas() -> Iterator[Replicas]:
+    """Two stages of one rank, which the tests leave able to serve."""
+    made = Replicas(stage(), QUEUE, ["0", "1"])
+    made.wait_ready(HANG)
+    yield made
+    made.close()
+
+
+def long(replicas: Replicas, **submitted: float) -> tuple[StageJob, threading.Event]:
+    """A request that does not end by itself, and what is set when it has begun."""
+    begun = threading.Event()
+    plan = ToyPlan(steps=100_000, seconds=0.01)
+    job = replicas.submit(plan, seconds=LONG, report=lambda _: begun.set(), **submitted)
+    return job, begun
+
+
+def cancelled(*jobs: StageJob) -> None:
+    """End these, and wait until they have ended."""
+    for job in jobs:
+        job.cancel()
+    for job in jobs:
+        with pytest.raises(Cancelled):
+            job.result(HANG)
+
+
+def test_requests_run_at_the_same_time_on_different_replicas(replicas: Replicas) -> None:
+    jobs = [long(replicas) for _ in range(2)]
+    for _, begun in jobs:
+        assert begun.wait(HANG)
+    waiting, _ = long(replicas)
+    assert waiting.position == 0
+    status = replicas.status()
+    assert (status.state, status.running, status.waiting, status.limit) == ("ready", 2, 1, 3)
+    assert status.waiting_seconds == LONG
+    cancelled(waiting, *(job for job, _ in jobs))
+    pids = set()
+    for _ in range(2):
+        pids |= set(replicas.submit(ToyPlan(steps=1)).result(HANG).pids)
+    assert len(pids) == 1  # both were idle
+
+
+def test_a_short_request_runs_beside_a_long_one(replicas: Replicas) -> None:
+    jobs = [long(replicas) for _ in range(2)]
+    assert replicas.submit(ToyPlan(steps=3), seconds=1.0).result(HANG).total == 0
+    cancelled(*(job for job, _ in jobs))
+
+
+def test_the_queue_is_one_and_has_an_end(replicas: Replicas) -> None:
+    jobs = [long(replicas) for _ in range(2)]
+    waiting = [long(replicas)[0] for _ in range(3)]
+    assert [job.position for job in waiting] == [0, 1, 2]
+    with pytest.raises(Busy, match="3 of 3 requests wait"):
+        replicas.submit(ToyPlan(), seconds=LONG)
+    cancelled(waiting[1])
+    eventually(lambda: waiting[2].position == 1)
+    late, _ = long(replicas, deadline=0.2)
+    with pytest.raises(DeadlineExceeded):
+        late.result(HANG)
+    cancelled(waiting[0], waiting[2], *(job for job, _ in jobs))
+
+
+def test_a_replica_that_dies_fails_its_own_and_comes_back(replicas: Replicas) -> None:
+    first, second = long(replicas), long(replicas)
+    for _, begun in (first, second):
+        assert begun.wait(HANG)
+    waiting = [replicas.submit(ToyPlan(steps=2), seconds=LONG) for _ in range(2)]
+    killed = cast("StageClient", replicas.members[0])
+    os.kill(killed._process.pid, signal.SIGKILL)
+    with pytest.raises(WorkerDied, match="the stage process ended with status -9"):
+        first[0].result(HANG)
+    assert not second[0].future.done()
+    assert [member.can_serve for member in replicas.members] == [False, True]
+    assert replicas.status().state == "ready"
+    assert replicas.error is None
+    second[0].cancel()  # which makes room on the replica that is left
+    assert [job.result(HANG).total for job in waiting] == [0, 0]
+    replicas.wait_ready(HANG)
+    assert [member.process_restarts for member in replicas.members] == [1, 0]
+
+
+def test_what_waits_ends_with_the_replicas(replicas: Replicas) -> None:
+    jobs = [long(replicas)[0] for _ in range(3)]
+    replicas.close()
+    replicas.close()
+    for job in jobs:
+        with pytest.raises((WorkerDied, Cancelled)):
+            job.result(HANG)
+    with pytest.raises(WorkerDied, match="was closed"):
+        replicas.submit(ToyPlan())
+
+
+def test_replicas_that_cannot_start_say_why(tmp_path: Path) -> None:
+    replicas = Replicas(stage(model=tmp_path / "none"), QUEUE, [None, None])
+    job = replicas.submit(ToyPlan())
+    with pytest.raises(WorkerDied, match="none is missing"):
+        job.result(HANG)
+    assert "none is missing" in str(replicas.error)
+    assert replicas.status().state == "failed"
+    replicas.close()
+
+
+@pytest.mark.parametrize(
+    ("visible", "devices", "expected"),
+    [
+        ("", 6, ["0,1", "2,3", "4,5"]),
+        ("3, 4,5,6,7,0", 6, ["3,4", "5,6", "7,0"]),
+        ("", None, [None] * 3),
+    ],
+)
+def test_each_replica_has_devices_of_its_own(
+    visible: str, devices: int | None, expected: list[str | None]
+) -> None:
+    assert devices_of(3, 2, devices, {"CUDA_VISIBLE_DEVICES": visible}) == expected
+
+
+def test_too_few_devices_are_refused() -> None:
+    config = stage(1, 2, 1)
+    object.__setattr__(config.engine, "data_parallel_size", 4)
+    possible = "data_parallel_size is 4, must be at most 3: 7 devices, 2 for each replica"
+    with pytest.raises(InvalidRequest, match=possible):
+        start_stages(config, devices=7)

@@ -1,0 +1,283 @@
+"""Replicas: several stages behind one queue, each with devices of its own.
+
+Requests wait here, in the `Scheduler` of all replicas, and go to the one where they are expected to be
+done first. A replica that dies fails what it was making and is started again; what waits is served by
+the others meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from vllm_cosmos3.errors import (
+    Cancelled,
+    Cosmos3Error,
+    DeadlineExceeded,
+    InvalidRequest,
+    WorkerDied,
+)
+from vllm_cosmos3.stage.client import StageClient
+from vllm_cosmos3.stage.job import StageJob, Stages
+from vllm_cosmos3.stage.launcher import DEVICES
+from vllm_cosmos3.stage.process import Accepted, Failure, Status, Submit
+from vllm_cosmos3.stage.scheduler import QueueConfig, Scheduler
+from vllm_cosmos3.stage.worker import StageConfig
+
+logger = logging.getLogger(__name__)
+
+LOOK_SECONDS = 0.1  # between looks at deadlines and at replicas that come back
+RETRY_SECONDS = 30.0  # until a replica that cannot start is tried again, while others serve
+
+
+def check_replicas(replicas: int, ranks: int, devices: int | None) -> None:
+    """Raise InvalidRequest unless so many replicas of so many ranks have a device for each rank.
+
+    ``devices`` is how many accelerators there are; None means any number.
+    """
+    if devices is not None and replicas > 1 and replicas * ranks > devices:
+        possible = f"at most {devices // ranks}: {devices} devices, {ranks} for each replica"
+        raise InvalidRequest("data_parallel_size", replicas, possible)
+
+
+def devices_of(
+    replicas: int, ranks: int, devices: int | None, environment: Mapping[str, str] = os.environ
+) -> list[str | None]:
+    """The devices of each replica, as CUDA_VISIBLE_DEVICES has them; None where nobody chooses.
+
+    ``devices`` is how many this process sees, None on a CPU and where Ray gives them out.
+    """
+    if devices is None or replicas == 1:
+        return [None] * replicas
+    named = [name.strip() for name in environment.get(DEVICES, "").split(",") if name.strip()]
+    names = named or [str(index) for index in range(devices)]
+    return [",".join(names[at * ranks : (at + 1) * ranks]) for at in range(replicas)]
+
+
+def start_stages(
+    stage: StageConfig,
+    queue: QueueConfig | None = None,
+    *,
+    devices: int | None = None,
+    drain_seconds: float = 600.0,
+) -> Stages:
+    """Start the stages of as many replicas as the engine options say. Returns at once.
+
+    ``devices`` is how many accelerators this process sees, None where it does not choose.
+
+    Raises:
+        InvalidRequest: the backend cannot run here, or there are not enough devices.
+    """
+    count, ranks = stage.engine.data_parallel_size, stage.engine.parallel.world_size
+    check_replicas(count, ranks, devices)
+    queue = queue or QueueConfig()
+    one = replace(stage, engine=replace(stage.engine, data_parallel_size=1))
+    if count == 1:
+        return StageClient(one, queue, drain_seconds=drain_seconds)
+    return Replicas(one, queue, devices_of(count, ranks, devices), drain_seconds=drain_seconds)
+
+
+@dataclass(slots=True, eq=False)
+class _Accepted:
+    """A request of the queue. ``expires`` is when its time is over."""
+
+    job: StageJob
+    request: Submit
+    expires: float | None
+
+
+class Replicas(Stages):
+    """Stages of one configuration, one for each entry of ``devices``.
+
+    Raises:
+        InvalidRequest: the backend cannot run here.
+    """
+
+    def __init__(
+        self,
+        stage: StageConfig,
+        queue: QueueConfig,
+        devices: list[str | None],
+        *,
+        drain_seconds: float = 600.0,
+    ) -> None:
+        self._stage, self._queue, self._drain_seconds = stage, queue, drain_seconds
+        self._scheduler = Scheduler(queue, len(devices))
+        self._jobs: dict[str, _Accepted] = {}
+        self._lock = threading.RLock()  # of the two above; a stage's own lock is taken within it
+        self._closing = threading.Event()
+        self._given_up: dict[int, float] = {}  # replica -> when it is tried again
+        self._members = [self._start(place) for place in devices]
+        self._thread = threading.Thread(target=self._watch, name="replicas", daemon=True)
+        self._thread.start()
+
+    @property
+    def members(self) -> tuple[Stages, ...]:
+        return tuple(self._members)
+
+    @property
+    def can_serve(self) -> bool:
+        return any(member.can_serve for member in self._members)
+
+    @property
+    def error(self) -> Cosmos3Error | None:
+        errors = [member.error for member in self._members]
+        return errors[0] if all(errors) else None
+
+    @property
+    def silent(self) -> bool:
+        return all(member.silent for member in self._members)
+
+    def last_sign_of_life(self) -> float:
+        return min(member.last_sign_of_life() for member in self._members)
+
+    def wait_ready(self, timeout: float | None = None) -> None:
+        """Wait until every replica can serve."""
+        end = None if timeout is None else time.monotonic() + timeout
+        for member in self.members:
+            member.wait_ready(None if end is None else max(0.0, end - time.monotonic()))
+
+    def status(self, timeout: float = 10.0) -> Status:
+        """Of all together: ready if one is."""
+        members = self.members
+        found = [member.status(timeout / len(members)) for member in members]
+        up = [member.can_serve for member in members]
+        states = [status.state for status in found]
+        alive = [state for state in states if state != "failed"]
+        busiest = max(found, key=lambda status: status.call_seconds)
+        with self._lock:
+            waiting, seconds = len(self._scheduler.waiting), self._scheduler.waiting_seconds
+        return Status(
+            state="ready" if any(up) else (alive or states)[0],
+            waiting=waiting + sum(status.waiting for status in found),
+            waiting_seconds=seconds + sum(status.waiting_seconds for status in found),
+            running=sum(status.running for status in found),
+            limit=self._queue.max_waiting,
+            restarts=sum(status.restarts for status in found),
+            loaded=max(status.loaded for status in found),
+            call=busiest.call,
+            call_seconds=busiest.call_seconds,
+        )
+
+    def cancel(self, name: str) -> None:
+        with self._lock:
+            at = self._scheduler.replica_of(name)
+            if at is not None:
+                self._members[at].cancel(name)
+                return
+            accepted = self._withdraw(name)
+        if accepted is not None:
+            accepted.job.handle(Failure(name, Cancelled("the request was cancelled")))
+
+    def close(self) -> None:
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        self._thread.join()
+        for name in list(self._jobs):
+            self._end(name, WorkerDied("the stage was closed"))
+        with ThreadPoolExecutor(len(self._members)) as pool:
+            list(pool.map(lambda member: member.close(), self._members))
+
+    # The queue.
+
+    def _take(self, job: StageJob, request: Submit) -> None:
+        expires = None if request.deadline is None else time.monotonic() + request.deadline
+        with self._lock:
+            if self._closing.is_set():
+                raise WorkerDied("the stage was closed")
+            if (error := self.error) is not None:
+                raise error
+            self._scheduler.submit(job.name, request.seconds)
+            self._jobs[job.name] = _Accepted(job, request, expires)
+            job.handle(Accepted(job.name, self._scheduler.position(job.name)))
+        job.future.add_done_callback(lambda _: self._forget(job.name))
+        self._dispatch()
+
+    def _dispatch(self) -> None:
+        """Hand requests over as long as a replica takes one."""
+        with self._lock:
+            if self._closing.is_set():
+                return
+            self._scheduler.closed = {
+                at for at, member in enumerate(self._members) if not member.can_serve
+            }
+            for entry in self._scheduler.resident:
+                progress = self._jobs[entry.name].job.progress
+                if progress is not None and progress.steps:
+                    self._scheduler.progress(entry.name, progress.step / progress.steps)
+            while (name := self._scheduler.admit()) is not None:
+                self._hand_over(name)
+            for index, entry in enumerate(self._scheduler.waiting):
+                job = self._jobs[entry.name].job
+                if job.position != index:
+                    job.handle(Accepted(entry.name, index))
+
+    def _hand_over(self, name: str) -> None:
+        at, accepted = self._scheduler.replica_of(name), self._jobs[name]
+        assert at is not None
+        expires, member = accepted.expires, self._members[at]
+        left = None if expires is None else max(0.0, expires - time.monotonic())
+        try:
+            member.hand_over(accepted.job, replace(accepted.request, deadline=left))
+        except Cosmos3Error:  # it went at this moment
+            self._scheduler.closed.add(at)
+            self._scheduler.readmit(name)
+
+    def _forget(self, name: str) -> None:
+        """A request has ended, wherever it was: there is room for another."""
+        with self._lock:
+            self._jobs.pop(name, None)
+            self._scheduler.remove(name)
+        self._dispatch()
+
+    def _end(self, name: str, error: Cosmos3Error) -> None:
+        """End a request if it waits here. Its owner is told outside of the lock."""
+        with self._lock:
+            accepted = self._withdraw(name)
+        if accepted is not None:
+            accepted.job.handle(Failure(name, error))
+
+    def _withdraw(self, name: str) -> _Accepted | None:
+        """Take a request out of the queue; None if it does not wait there any more."""
+        if self._scheduler.replica_of(name) is not None:
+            return None
+        self._scheduler.remove(name)
+        return self._jobs.pop(name, None)
+
+    # Life.
+
+    def _start(self, devices: str | None) -> StageClient:
+        return StageClient(
+            self._stage, self._queue, drain_seconds=self._drain_seconds, devices=devices
+        )
+
+    def _watch(self) -> None:
+        """Keep deadlines, notice replicas that come back, and try those again that were given up."""
+        while not self._closing.wait(LOOK_SECONDS):
+            now = time.monotonic()
+            with self._lock:
+                jobs = list(self._jobs.items())
+            gone = self.error
+            for name, accepted in jobs:
+                if gone is not None:
+                    self._end(name, WorkerDied(f"the stage ended: {gone}"))
+                if accepted.expires is not None and now > accepted.expires:
+                    self._end(name, DeadlineExceeded("the request has run out of its time"))
+            self._retry(now)
+            self._dispatch()
+
+    def _retry(self, now: float) -> None:
+        """Start a replica again that could not be started, unless all of them could not."""
+        for at, member in enumerate(self._members):
+            if member.error is None or self.error is not None:
+                self._given_up.pop(at, None)
+            elif now > self._given_up.setdefault(at, now + RETRY_SECONDS):
+                logger.warning("replica %d is started again: %s", at, member.error)
+                member.close()
+                self._members[at] = self._start(member.devices)
