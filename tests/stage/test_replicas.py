@@ -118,7 +118,7 @@ def test_what_waits_ends_with_the_replicas(replicas: Replicas) -> None:
 
 
 def test_replicas_that_cannot_start_say_why(tmp_path: Path) -> None:
-    replicas = Replicas(stage(model=tmp_path / "none"), QUEUE, [None, None])
+    replicas = Replicas(stage(model=tmp_path / "none"), QUEUE, [None])
     job = replicas.submit(ToyPlan())
     with pytest.raises(WorkerDied, match="none is missing"):
         job.result(HANG)

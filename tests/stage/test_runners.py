@@ -88,7 +88,7 @@ def test_replicas_share_a_batch_file(
     for name in ("one", "two", "three", "four"):
         assert (tmp_path / "out" / name / "vision.mp4").is_file()
     assert main([*command, "--prompt", "a boat", "--out", str(tmp_path / "one")]) == 2
-    assert "data_parallel_size is 2, must be 1 without --input" in capsys.readouterr().err
+    assert "--data-parallel-size is 2, must be 1 without --input" in capsys.readouterr().err
 
 
 def test_a_stage_gives_what_one_rank_gives(staged: Cosmos3, alone: tuple[Output, Output]) -> None:
