@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 AT_ONCE = 64  # questions, whose pictures are in memory together
 AHEAD = 2  # units that are checked while others are made
-THREADS = 2  # one makes, another one publishes what was made or asks about it
+PUBLISHING = 1  # more threads than replicas: it publishes what was made, or asks about it
 POLL_SECONDS = 1.0  # until more is known of another run
 
 
@@ -247,7 +247,9 @@ class BatchRun:
     def _generate(self, only: Collection[str] | None) -> None:
         pictures = (unit for unit in self._units(only) if unit[0].kind != REASONER)
         rest = (unit for unit in pictures if not self._failed & {record.name for record in unit})
-        threads = THREADS if self._options.keep_going else 1  # nothing begins after a failure
+        replicas = self._options.engine.data_parallel_size
+        # Nothing begins after a failure, but on other replicas.
+        threads = replicas + PUBLISHING if self._options.keep_going else replicas
         with Opened(lambda: open_generator(self._options.engine)) as model:
             self._each(rest, lambda checked: self._making.generated(checked, model), threads)
 
