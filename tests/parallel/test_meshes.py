@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from ranks import Ranks
 
 from vllm_cosmos3.engine_options import EngineConfig, ParallelConfig
 from vllm_cosmos3.generator.output import Sample
-from vllm_cosmos3.generator.pipeline import Pipeline
+from vllm_cosmos3.generator.pipeline import Pipeline, RequestState
 from vllm_cosmos3.parallel.mesh import Mesh
 from vllm_cosmos3.request.planner import make_plan
 from vllm_cosmos3.request.request import GenerateRequest
@@ -92,21 +92,34 @@ def run_all(
     """The latents and the decoded result of each request."""
     config = EngineConfig(model=folder, dtype="float32", device="cpu", **asdict(parallel))
     pipeline = Pipeline.load(config, mesh, "cpu")
-    return {
-        name: (
-            run(pipeline, GenerateRequest(**COMMON, **REQUESTS[name], output_type="latent")),
-            run(pipeline, GenerateRequest(**COMMON, **REQUESTS[name])),
-        )
-        for name in names
-    }
+    requests = {name: GenerateRequest(**COMMON, **REQUESTS[name]) for name in names}
+    return {name: made_twice(pipeline, request) for name, request in requests.items()}
+
+
+def made_twice(pipeline: Pipeline, request: GenerateRequest) -> tuple[Sample, Sample]:
+    """What a request comes to with ``output_type`` latent, and decoded, after the same steps."""
+    state = stepped(pipeline, request)
+    plan, denoised, frames = state.plan, [*state.denoised], [*state.frames]
+    state.plan = replace(plan, decoded=False)
+    pipeline.decode(state)
+    latents = state.samples.pop()
+    state.plan, state.denoised, state.frames = plan, denoised, frames
+    pipeline.decode(state)
+    return latents, pipeline.finish(state).samples[0]
 
 
 def run(pipeline: Pipeline, request: GenerateRequest) -> Sample:
+    state = stepped(pipeline, request)
+    pipeline.decode(state)
+    return pipeline.finish(state).samples[0]
+
+
+def stepped(pipeline: Pipeline, request: GenerateRequest) -> RequestState:
+    """The state of a request whose steps are made."""
     state = pipeline.encode(make_plan(request, pipeline.model, pipeline.tokenizer))
     while not state.done:
         pipeline.step(state)
-    pipeline.decode(state)
-    return pipeline.finish(state).samples[0]
+    return state
 
 
 @pytest.fixture(scope="module")
