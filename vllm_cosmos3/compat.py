@@ -23,6 +23,7 @@ _DELTA_MESSAGE = (
     "vllm.entrypoints.generate.base.protocol",  # from 0.30
     "vllm.entrypoints.openai.engine.protocol",  # up to 0.28
 )
+LOOK_MS = 100
 _FRONTEND_ARGS = (
     "vllm.entrypoints.launchers.cli_args",  # from 0.30
     "vllm.entrypoints.openai.cli_args",  # up to 0.28
@@ -76,6 +77,28 @@ def http_error(status: HTTPStatus, message: str) -> Exception:
 
     graceful = getattr(vllm.exceptions, "GracefulHTTPError", None)
     return ValueError(message) if graceful is None else graceful(message, status)
+
+
+def readers_sleep() -> None:
+    """Let readers of the queues of vLLM's executors, made from now on in this process, sleep.
+
+    They would look for a second after each message without a pause, for models whose steps take
+    milliseconds: a core for each rank that waits, and one for the process that waits for the ranks.
+    """
+    from vllm.distributed.device_communicators import shm_broadcast
+
+    condition: Any = getattr(shm_broadcast, "SpinCondition", None)
+    if condition is None or condition.__module__ == __name__:
+        return
+
+    class SleepingCondition(condition):
+        """Woken by the writer. It looks by itself, too: a message about a message may be lost."""
+
+        def wait(self, timeout_ms: int | None = None) -> None:
+            self.busy_loop_s = 0.0
+            super().wait(LOOK_MS if timeout_ms is None else min(timeout_ms, LOOK_MS))
+
+    shm_broadcast.SpinCondition = SleepingCondition
 
 
 def image_formats() -> tuple[str, ...] | None:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from vllm_cosmos3.compat import readers_sleep
 from vllm_cosmos3.errors import Cosmos3Error, DeadlineExceeded, InvalidRequest, WorkerDied
 from vllm_cosmos3.stage.launcher_sync import FailureConsensus, end_with_failure
 from vllm_cosmos3.stage.worker import NoModel, Reply, StageConfig
@@ -269,6 +270,7 @@ def _make_executor(config: StageConfig) -> Any:
     from vllm.config import DeviceConfig, ParallelConfig, VllmConfig
     from vllm.v1.executor import Executor
 
+    readers_sleep()
     in_process = config.backend in ("uni", "external_launcher")
     # On the CPU vLLM starts workers afresh, to bind the threads of each; unbound ones can be forked,
     # which takes a tenth of the time.
