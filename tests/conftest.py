@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+from lora_files import of_reasoner
 from ranks import Ranks
 from servers import ARCHITECTURE, BIN, SMALL, Server, running
 
@@ -211,15 +212,26 @@ def reasoner_server(
 
 
 @pytest.fixture(scope="session")
+def reasoner_adapters(
+    tiny_checkpoint_fp32: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """A LoRA adapter of the reasoner, in two dialects."""
+    return of_reasoner(tmp_path_factory.mktemp("lora"), tiny_checkpoint_fp32)
+
+
+@pytest.fixture(scope="session")
 def reasoner_server_tp2(
     tiny_checkpoint_fp32: Path,
+    reasoner_adapters: tuple[Path, Path],
     media_folder: Path,
     vllm_cache: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Server]:
-    """``vllm-cosmos3 serve`` with two ranks."""
+    """``vllm-cosmos3 serve`` with two ranks, and vLLM's own LoRA."""
     command = [str(BIN / "vllm-cosmos3"), "serve", str(tiny_checkpoint_fp32)]
     command += ["--surface", "reasoner", "--tensor-parallel-size", "2", "--max-video-fps", "8"]
     command += ["--allowed-local-media-path", str(media_folder), "--max-logprobs", "-1", *SMALL]
+    command += ["--enable-lora", "--max-lora-rank", "8", "--lora-modules"]
+    command += [f"{folder.name}={folder}" for folder in reasoner_adapters]
     with running(command, tmp_path_factory.mktemp("server"), vllm_cache) as server:
         yield server

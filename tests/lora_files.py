@@ -36,6 +36,31 @@ def saved(folder: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
     return folder
 
 
+def of_reasoner(folder: Path, checkpoint: Path) -> tuple[Path, Path]:
+    """The same adapter of the text tower twice: in the names of transformers and of the checkpoint."""
+    ours = {
+        "q_proj": "to_q",
+        "v_proj": "to_v",
+        "o_proj": "to_out",
+        "mlp.down_proj": "mlp.down_proj",
+    }
+    checkpoint_names, transformers_names = {}, {}
+    for theirs, name in ours.items():
+        module = name if "." in name else f"self_attn.{name}"
+        other = theirs if "." in theirs else f"self_attn.{theirs}"
+        for old, tensor in halves(checkpoint, f"layers.1.{module}").items():
+            path = old.removeprefix("transformer.")
+            checkpoint_names[f"base_model.model.{path}"] = 0.4 * tensor
+            path = path.replace(module, other)
+            transformers_names[f"base_model.model.model.language_model.{path}"] = 0.4 * tensor
+    words = "|".join(name.rpartition(".")[2] for name in ours)
+    config = {"lora_alpha": 4, "r": 2, "target_modules": rf".*language_model\.layers\.1\..*({words})"}  # fmt: skip
+    return (
+        saved(folder / "transformers", transformers_names, **config),
+        saved(folder / "checkpoint", checkpoint_names, **config),
+    )
+
+
 def adapter(folder: Path, checkpoint: Path) -> Path:
     """An adapter that says its alpha."""
     return saved(folder, halves(checkpoint, QUERIES, DOWN), lora_alpha=4)

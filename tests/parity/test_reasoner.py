@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from media_files import clip, data_url, picture, png
+from peft import PeftModel
 from servers import Server
 from transformers import AutoProcessor, Cosmos3OmniForConditionalGeneration
 
@@ -42,7 +43,12 @@ def reference(checkpoint: Path) -> tuple[Any, Any]:
 @cache
 def expected(checkpoint: Path, case: str, video: Path) -> tuple[list[int], list[int], np.ndarray]:
     """Prompt ids, greedy tokens and their log-probabilities [TOKENS, vocabulary]."""
-    processor, model = reference(checkpoint)
+    return of(*reference(checkpoint), case, video)
+
+
+def of(
+    processor: Any, model: Any, case: str, video: Path
+) -> tuple[list[int], list[int], np.ndarray]:
     ask = CASES[case]
     inputs: dict[str, Any] = {}
     parts = [{"type": "image"} for _ in ask.get("images", [])]
@@ -72,7 +78,9 @@ def expected(checkpoint: Path, case: str, video: Path) -> tuple[list[int], list[
     return batch["input_ids"][0].tolist(), out.sequences[0, length:].tolist(), logprobs.numpy()
 
 
-def served(server: Server, case: str, video: Path) -> tuple[list[int], list[int], np.ndarray]:
+def served(
+    server: Server, case: str, video: Path, name: str | None = None
+) -> tuple[list[int], list[int], np.ndarray]:
     ask = CASES[case]
     parts: list[dict[str, Any]] = [
         {"type": "image_url", "image_url": {"url": data_url(png(picture(seed=seed)), "image/png")}}
@@ -84,7 +92,7 @@ def served(server: Server, case: str, video: Path) -> tuple[list[int], list[int]
     if ask.get("fps"):
         extra["mm_processor_kwargs"] = {"fps": ask["fps"], "do_sample_frames": True}
     answer = server.client().chat.completions.create(
-        model=server.model,
+        model=name or server.model,
         messages=[{"role": "user", "content": [*parts, TEXT]}],  # type: ignore[list-item]
         max_tokens=TOKENS,
         temperature=0,
@@ -130,3 +138,22 @@ def test_log_probabilities_equal_those_of_transformers(
     assert served_prompt == prompt
     assert served_tokens == tokens
     assert np.abs(served_logprobs - logprobs).max() < 1e-4
+
+
+def test_vllms_lora_is_what_peft_computes(
+    video: Path,
+    tiny_checkpoint_fp32: Path,
+    reasoner_server_tp2: Server,
+    reasoner_adapters: tuple[Path, Path],
+) -> None:
+    """``--enable-lora --lora-modules``: names of transformers and of the checkpoint, on two ranks."""
+    processor, _ = reference(tiny_checkpoint_fp32)
+    model = Cosmos3OmniForConditionalGeneration.from_pretrained(tiny_checkpoint_fp32, dtype=torch.float32)  # fmt: skip
+    adapted = PeftModel.from_pretrained(model, reasoner_adapters[0]).eval()
+    prompt, tokens, logprobs = of(processor, adapted, "one image", video)
+    _, _, plain = expected(tiny_checkpoint_fp32, "one image", video)
+    assert np.abs(logprobs[0] - plain[0]).max() > 0.1
+    for folder in reasoner_adapters:
+        found = served(reasoner_server_tp2, "one image", video, folder.name)
+        assert found[:2] == (prompt, tokens)
+        assert np.abs(found[2] - logprobs).max() < 1e-4
