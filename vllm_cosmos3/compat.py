@@ -23,7 +23,6 @@ _DELTA_MESSAGE = (
     "vllm.entrypoints.generate.base.protocol",  # from 0.30
     "vllm.entrypoints.openai.engine.protocol",  # up to 0.28
 )
-LOOK_MS = 100
 _FRONTEND_ARGS = (
     "vllm.entrypoints.launchers.cli_args",  # from 0.30
     "vllm.entrypoints.openai.cli_args",  # up to 0.28
@@ -79,26 +78,14 @@ def http_error(status: HTTPStatus, message: str) -> Exception:
     return ValueError(message) if graceful is None else graceful(message, status)
 
 
-def readers_sleep() -> None:
-    """Let readers of the queues of vLLM's executors, made from now on in this process, sleep.
+def let_sleep(queue: Any) -> None:
+    """Let the reader of a queue of vLLM's executor sleep until a message is there.
 
-    They would look for a second after each message without a pause, for models whose steps take
-    milliseconds: a core for each rank that waits, and one for the process that waits for the ranks.
+    By itself it looks without a pause for a second after each one, which takes a core.
     """
-    from vllm.distributed.device_communicators import shm_broadcast
-
-    condition: Any = getattr(shm_broadcast, "SpinCondition", None)
-    if condition is None or condition.__module__ == __name__:
-        return
-
-    class SleepingCondition(condition):
-        """Woken by the writer. It looks by itself, too: a message about a message may be lost."""
-
-        def wait(self, timeout_ms: int | None = None) -> None:
-            self.busy_loop_s = 0.0
-            super().wait(LOOK_MS if timeout_ms is None else min(timeout_ms, LOOK_MS))
-
-    shm_broadcast.SpinCondition = SleepingCondition
+    condition = getattr(queue, "_spin_condition", None)
+    if condition is not None:
+        condition.busy_loop_s = 0.0
 
 
 def image_formats() -> tuple[str, ...] | None:

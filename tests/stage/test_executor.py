@@ -9,7 +9,6 @@ from importlib.util import find_spec
 from inspect import getsource, signature
 from pathlib import Path
 
-import psutil
 import pytest
 from ranks import in_new_process, processes_below, remaining, segments_of
 from toy_stage import ToyPlan, ToyResult
@@ -70,25 +69,21 @@ def test_a_request_through_all_calls(shape: tuple[int, int, int], tmp_path: Path
     assert saved == str(result.total)
 
 
-def waiting() -> tuple[float, float]:
-    """Seconds of the processor that waiting for a call of two seconds takes, here and in a rank."""
+def waiting() -> float:
+    """Seconds of the processor that waiting for a call of two seconds takes."""
     executor = StageExecutor(stage(1, 1, 1))
     executor.start()
-    (rank,) = executor._executor.workers
-    process = psutil.Process(rank.proc.pid)
     executor.call("encode", "job", ToyPlan(steps=1, seconds=2.0))
-    before = time.thread_time(), sum(process.cpu_times()[:2])
+    before = time.thread_time()
     executor.call("step", "job")
-    after = time.thread_time(), sum(process.cpu_times()[:2])
+    after = time.thread_time()
     executor.close()
-    return after[0] - before[0], after[1] - before[1]
+    return after - before
 
 
 def test_nobody_looks_without_a_pause() -> None:
-    """As vLLM's readers do for a second after each message, where models answer sooner."""
-    here, there = in_new_process(waiting)
-    assert here < 0.5
-    assert there < 0.5
+    """As vLLM's reader does for a second after each message: on a CPU the ranks need that core."""
+    assert in_new_process(waiting) < 0.5
 
 
 FAULTS = {

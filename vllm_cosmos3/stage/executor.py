@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from vllm_cosmos3.compat import readers_sleep
+from vllm_cosmos3.compat import let_sleep
 from vllm_cosmos3.errors import Cosmos3Error, DeadlineExceeded, InvalidRequest, WorkerDied
 from vllm_cosmos3.stage.launcher_sync import FailureConsensus, end_with_failure
 from vllm_cosmos3.stage.worker import NoModel, Reply, StageConfig
@@ -61,6 +61,9 @@ class StageExecutor:
         """
         try:
             self._executor = _make_executor(self._config)
+            if torch.device(self._config.engine.device).type == "cpu":  # whose cores the ranks need
+                for queue in getattr(self._executor, "response_mqs", ()):
+                    let_sleep(queue)
             if self._config.backend == "external_launcher":
                 self._consensus = FailureConsensus()
         except Exception as error:
@@ -270,7 +273,6 @@ def _make_executor(config: StageConfig) -> Any:
     from vllm.config import DeviceConfig, ParallelConfig, VllmConfig
     from vllm.v1.executor import Executor
 
-    readers_sleep()
     in_process = config.backend in ("uni", "external_launcher")
     # On the CPU vLLM starts workers afresh, to bind the threads of each; unbound ones can be forked,
     # which takes a tenth of the time.

@@ -26,7 +26,6 @@ from vllm.config import VllmConfig
 from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_cosmos3.checkpoint.load_progress import counted
-from vllm_cosmos3.compat import readers_sleep
 from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.errors import Cosmos3Error, OutOfMemory, file_error
 from vllm_cosmos3.parallel.mesh import Mesh, barrier, close_mesh, from_first, init_mesh
@@ -113,7 +112,6 @@ class DiffusionWorker(WorkerBase):
         **_: object,  # arguments that some versions add
     ) -> None:
         set_log_level()
-        readers_sleep()
         vllm_config.model_config = None
         super().__init__(vllm_config, local_rank, rank, distributed_init_method, is_driver_worker)
         self._config: StageConfig = vllm_config.additional_config["cosmos3"]
