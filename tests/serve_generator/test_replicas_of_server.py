@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import promql_parser
 import pytest
+import yaml
 from generators import LONG, PICTURE, SMALL, create, eventually, finished, generator
 from limits import HANG
 from prometheus_client.parser import text_string_to_metric_families
 from ranks import processes_below
 from servers import Server
 
+ROOT = Path(__file__).parents[2]
+OF_TARGETS = {
+    "instance",
+    "job",
+    "namespace",
+    "pod",
+    "le",
+}  # labels that Prometheus adds, and buckets
 pytestmark = pytest.mark.serve
 # By its estimate, which SMALL alone has taught, it is long too: it does not run beside another.
 QUEUED = {"size": "256x256", "num_frames": 21, "num_inference_steps": 40, "guidance_scale": 1}
@@ -102,3 +114,39 @@ def test_one_replica_is_killed_and_the_other_serves(two_replicas: Server) -> Non
     picture = PICTURE | {"prompt": "a boat"}
     answer = httpx.post(f"{two_replicas.url}/v1/images/generations", json=picture, timeout=HANG)
     assert answer.status_code == 200
+
+
+def queries() -> list[str]:
+    """Every query of the dashboard, the alerts and the autoscaler."""
+    board = json.loads((ROOT / "deploy/grafana/dashboards/cosmos3.json").read_text())
+    found = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    alerts = yaml.safe_load((ROOT / "deploy/alerts.yaml").read_text())
+    found += [rule["expr"] for group in alerts["groups"] for rule in group["rules"]]
+    adapter = yaml.safe_load((ROOT / "deploy/kubernetes/prometheus-adapter.yaml").read_text())
+    for rule in adapter["rules"]["custom"]:
+        found += [rule["seriesQuery"], re.sub(r"<<.LabelMatchers>>", "", rule["metricsQuery"]).replace("<<.GroupBy>>", "pod")]  # fmt: skip
+    return found
+
+
+def test_queries_are_of_families_that_the_server_has(two_replicas: Server) -> None:
+    """After a request of every kind of end, with the labels that they have."""
+    text = get(two_replicas, "/metrics").text
+    labels: dict[str, set[str]] = {"up": set()}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels.setdefault(sample.name, set()).update(sample.labels)
+    for query in queries():
+        families: list[str] = []
+        named: set[str] = set()
+
+        def visit(node: object, families: list[str] = families, named: set[str] = named) -> None:
+            if isinstance(node, promql_parser.VectorSelector):
+                families.append(node.name)
+                named.update(matcher.name for matcher in node.matchers.matchers)
+            elif isinstance(node, promql_parser.AggregateExpr) and node.modifier is not None:
+                named.update(node.modifier.labels)
+
+        promql_parser.walk(promql_parser.parse(query), visit)
+        assert families
+        assert set(families) <= labels.keys(), query
+        assert named <= OF_TARGETS.union(*(labels[name] for name in families)), query
