@@ -186,7 +186,7 @@ def test_wrong_values_are_named(
         (TRANSFORMER, {"hidden_act": "gelu"}, "'gelu', this version runs only 'silu' or 'relu2'"),
         (TRANSFORMER, {"hidden_act": "relu2"}, "qk_norm_for_text is True"),
         (TRANSFORMER, {"use_und_k_norm_for_gen": True}, "use_und_k_norm_for_gen is True"),
-        (TRANSFORMER, {"backbone_type": "cosmos3_multiview"}, "one view at a time"),
+        (TRANSFORMER, {"backbone_type": "cosmos3_multiview"}, "Transfer-Auto"),
         (TRANSFORMER, {"quantization_config": {"quant_method": "modelopt"}}, "quant_algo None"),
         (TRANSFORMER, {"attention_bias": True}, "attention_bias is True"),
         (VAE, {"is_residual": False}, "is_residual is False"),

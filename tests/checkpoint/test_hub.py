@@ -235,7 +235,7 @@ def test_an_unreachable_hub(hub: Hub) -> None:
 def test_what_cannot_run_is_refused_before_any_weights(hub: Hub) -> None:
     kind, message = hub.resolve("team/many")
     assert kind == "Unsupported"
-    assert "one view at a time" in message
+    assert "Transfer-Auto" in message
     assert not [path for path in hub.asked if path.endswith(".safetensors")]
 
 

@@ -20,6 +20,7 @@ from vllm_cosmos3.checkpoint.adapters.adapter import Adapter
 from vllm_cosmos3.checkpoint.backbone import BACKBONES, Backbone, backbone_of
 from vllm_cosmos3.checkpoint.kinds import KINDS, check_kind, kind_of
 from vllm_cosmos3.checkpoint.quantization import Quantization, read_quantization
+from vllm_cosmos3.checkpoint.simulators import UNSERVED, CausalConfig, read_causal
 from vllm_cosmos3.errors import CheckpointError, Unsupported
 
 Config = TypeVar("Config")
@@ -148,8 +149,8 @@ class ModelConfig:
     """A whole checkpoint folder. ``sound`` is None where the checkpoint makes no sound.
 
     ``kind`` is one of `kinds.KINDS`, and says which modes the checkpoint was made for.
-    ``quantization`` is None where matrices are loaded as they are. ``adapters`` are merged into the
-    transformer while it is loaded.
+    ``quantization`` is None where matrices are loaded as they are, ``causal`` where the checkpoint is
+    no simulator. ``adapters`` are merged into the transformer while it is loaded.
     """
 
     path: Path
@@ -159,6 +160,7 @@ class ModelConfig:
     scheduler: SchedulerConfig
     sound: SoundConfig | None
     quantization: Quantization | None
+    causal: CausalConfig | None = None
     adapters: tuple[Adapter, ...] = ()
 
     @property
@@ -182,10 +184,13 @@ def read_config(folder: Path, kind: str | None = None) -> ModelConfig:
     the checkpoint cannot be.
     """
     found = read_kind(folder)
+    if found in UNSERVED:
+        raise Unsupported(f"{folder} is {UNSERVED[found]}")
     if kind is not None:
         check_kind(kind, found)
     file = folder / "transformer" / "config.json"
     transformer, quantization = _read_transformer(file), read_quantization(folder, read_json(file))
+    causal = read_causal(file, read_json(file))
     sound = folder / "sound_tokenizer" / "config.json"
     config = ModelConfig(
         path=folder,
@@ -193,8 +198,9 @@ def read_config(folder: Path, kind: str | None = None) -> ModelConfig:
         transformer=transformer,
         vae=_read_vae(folder / "vae" / "config.json"),
         scheduler=_read_scheduler(folder),
-        sound=_read_sound(sound) if transformer.sound_gen else None,
+        sound=_read_sound(sound) if transformer.sound_gen and causal is None else None,
         quantization=quantization,
+        causal=causal,
     )
     _check_agreement(config)
     return config
@@ -275,7 +281,6 @@ def _read_transformer(file: Path) -> TransformerConfig:
         use_und_k_norm_for_gen=backbone.use_und_k_norm_for_gen,
         unified_3d_mrope_reset_spatial_ids=True,
     )
-    _refuse_views(file, values)
     # Older exports have no rope_axes_dim; distilled ones leave out what they do not generate.
     scaling = values.get("rope_scaling") or {}
     fallback = {
@@ -288,15 +293,6 @@ def _read_transformer(file: Path) -> TransformerConfig:
         fallback |= {"sound_dim": 0, "sound_latent_fps": 0}
     names = {"temporal_margin": "unified_3d_mrope_temporal_modality_margin"}
     return _read(TransformerConfig, file, values, names, fallback)
-
-
-def _refuse_views(file: Path, values: Mapping[str, Any]) -> None:
-    """Refuse checkpoints of several views, whose towers are Nano's and whose attention is not."""
-    found = values.get("backbone_type")  # which Nano and Super do not have
-    if found is not None and "multiview" in found:
-        raise Unsupported(
-            f"{_short(file)}: backbone_type is {found!r}, this version generates one view at a time"
-        )
 
 
 def _read_vae(file: Path) -> VAEConfig:
@@ -363,7 +359,7 @@ def _read_scheduler(folder: Path) -> SchedulerConfig:
 def _check_agreement(config: ModelConfig) -> None:
     """Numbers that several files or keys state must be the same in all of them."""
     transformer, vae, sound = config.transformer, config.vae, config.sound
-    equal = {
+    equal: dict[str, tuple[object, object]] = {
         f"fixed steps of the kind {config.kind} and of the scheduler": (
             KINDS[config.kind].distilled,
             config.distilled,
@@ -380,6 +376,9 @@ def _check_agreement(config: ModelConfig) -> None:
             0,
         ),
     }
+    if config.causal is not None:
+        steps = config.causal.sigmas, config.scheduler.t_list
+        equal["fixed steps of the simulator and of the scheduler"] = steps
     if sound is not None:
         equal |= {
             "sound vocoder_input_dim and transformer sound_dim": (

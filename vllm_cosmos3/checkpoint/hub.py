@@ -23,6 +23,7 @@ SHORT_NAMES: dict[str, Path | str] = {
     "demo": CLONE / "checkpoints" / "demo",
     "Cosmos3-Nano": "nvidia/Cosmos3-Nano",
     "Cosmos3-Nano-Policy-DROID": "nvidia/Cosmos3-Nano-Policy-DROID",
+    "Cosmos3-Nano-Sim-Bimanual": "nvidia/Cosmos3-Nano-Sim-Bimanual",
     "Cosmos3-Super": "nvidia/Cosmos3-Super",
     "Cosmos3-Super-Text2Image": "nvidia/Cosmos3-Super-Text2Image",
     "Cosmos3-Super-Image2Video": "nvidia/Cosmos3-Super-Image2Video",

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from vllm_cosmos3.checkpoint.backbone import NEMOTRON, QWEN3, Backbone, backbone_of
+from vllm_cosmos3.checkpoint.simulators import simulator_kind
 from vllm_cosmos3.errors import InvalidRequest
 
+WORLD_MODEL = "world_model"  # the mode of a simulator, which has sessions instead of requests
 VIDEO_MODES = ("text2video", "image2video", "video2video")
 ACTION_MODES = ("forward_dynamics", "inverse_dynamics", "policy")
 
@@ -56,6 +58,8 @@ KINDS = {
     "policy-droid": Kind(("policy",), robot="droid"),
     "edge": _EDGE,
     "edge-policy-droid": replace(_EDGE, modes=("policy",), robot="droid"),
+    "sim-bimanual": Kind((WORLD_MODEL,), distilled=True),
+    "sim-bimanual-camera": Kind((WORLD_MODEL,), distilled=True),
 }
 ASKED_BY = {  # what a request of a mode has that the others lack
     "text2image": "num_frames=1",
@@ -67,6 +71,7 @@ ASKED_BY = {  # what a request of a mode has that the others lack
     "forward_dynamics": "action_mode=forward_dynamics",
     "inverse_dynamics": "action_mode=inverse_dynamics",
     "policy": "action_mode=policy",
+    WORLD_MODEL: "a session: Cosmos3.session",
 }
 _IMAGE2VIDEO_FPS = 16  # base_fps of the published distilled checkpoint; the other one has 24
 
@@ -84,6 +89,8 @@ def kind_of(
     Policies and Super-Text2Image have the files of other checkpoints and are told by the name of their
     repository: in the root configuration, of the folder, or of the folder in the Hugging Face cache.
     """
+    if (simulator := simulator_kind(transformer, pipeline)) is not None:
+        return simulator
     if scheduler.get("fixed_step_sampler_config") or pipeline.get("is_distilled"):
         fps = transformer.get("base_fps")
         return "distilled-i2v" if fps == _IMAGE2VIDEO_FPS else "distilled-t2i"
@@ -99,10 +106,12 @@ def kind_of(
 def check_kind(chosen: str, found: str) -> None:
     """Refuse a kind that the user has chosen for files that cannot be of that kind."""
     distilled, backbone = KINDS[found].distilled, KINDS[found].backbone
+    simulates = WORLD_MODEL in KINDS[found].modes
     possible = [
         name
         for name, kind in KINDS.items()
         if (kind.distilled, kind.backbone) == (distilled, backbone)
+        and (WORLD_MODEL in kind.modes) == simulates
     ]
     if chosen not in possible:
         reason = f"{'fixed steps' if distilled else 'no fixed steps'} and {backbone.name}'s layers"

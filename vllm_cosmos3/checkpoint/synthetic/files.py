@@ -12,6 +12,7 @@ from functools import partial
 from vllm_cosmos3.checkpoint.backbone import NEMOTRON
 from vllm_cosmos3.checkpoint.kinds import KINDS
 from vllm_cosmos3.checkpoint.synthetic.edge_files import edge_files
+from vllm_cosmos3.checkpoint.synthetic.simulators import simulator
 from vllm_cosmos3.checkpoint.synthetic.sizes import Json, Size
 
 # The frame rate at which positions count seconds, by kind of checkpoint.
@@ -104,6 +105,14 @@ def _named(name: str, files: dict[str, Json]) -> dict[str, Json]:
     return files | {"config.json": {**files["config.json"], "_name_or_path": f"random/{name}"}}
 
 
+def _sim_unified(files: dict[str, Json]) -> dict[str, Json]:
+    return simulator(_without_sound(files), "sim-bimanual")
+
+
+def _sim_camera(files: dict[str, Json]) -> dict[str, Json]:
+    return simulator(_without_sound(files), "sim-bimanual-camera")
+
+
 def _without_sound(files: dict[str, Json]) -> dict[str, Json]:
     kept = {name: json for name, json in files.items() if not name.startswith("sound_tokenizer/")}
     return kept | {
@@ -157,6 +166,8 @@ _CHANGED: dict[str, Callable[[dict[str, Json]], dict[str, Json]]] = {
     "policy-droid": _policy,
     "text2image": partial(_named, "Cosmos3-Super-Text2Image"),
     "edge-policy-droid": partial(_named, "Cosmos3-Edge-Policy-DROID"),
+    "sim-bimanual": _sim_unified,
+    "sim-bimanual-camera": _sim_camera,
 }
 
 
