@@ -134,6 +134,12 @@ class WorkerDied(Cosmos3Error):
     code = "worker_died"
 
 
+class SessionLost(Cosmos3Error):
+    """A session of a simulator is no longer there."""
+
+    code = "session_lost"
+
+
 class DiskFull(Cosmos3Error):
     """A file could not be written as there is no room for it."""
 

@@ -89,7 +89,7 @@ def simulator_kind(transformer: Mapping[str, Any], pipeline: Mapping[str, Any]) 
         conditioning = transformer[BLOCK].get("conditioning") or {}
         if "SimTransfer" in name or conditioning.get("mode") == "control_video":
             return "sim-transfer"
-        return SERVED.get(conditioning.get("schema_version"), SERVED[UNIFIED])
+        return SERVED[RAW if conditioning.get("schema_version") == RAW else UNIFIED]
     return "sim-legacy" if LEGACY_BLOCK in transformer else None
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from vllm_cosmos3.generator.models.modalities import MODALITIES
 from vllm_cosmos3.generator.models.rope import Rope
 from vllm_cosmos3.generator.models.text_cache import TextKVCache
-from vllm_cosmos3.generator.models.transformer import Context, TextKV, Transformer
+from vllm_cosmos3.generator.models.transformer import Context, Past, Transformer
 from vllm_cosmos3.generator.sampling import positions
 from vllm_cosmos3.request.plan import Plan
 
@@ -22,7 +22,7 @@ def read_prompts(
 
     A text that another branch or a recent request has read is not read again.
     """
-    texts: dict[tuple[int, ...], TextKV] = {}
+    texts: dict[tuple[int, ...], Past] = {}
     contexts = {}
     for branch in branches:
         ids = tuple(plan.token_ids[branch])

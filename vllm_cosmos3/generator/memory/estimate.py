@@ -11,7 +11,7 @@ from vllm_cosmos3.checkpoint.kinds import KINDS, base_kind
 from vllm_cosmos3.checkpoint.latents import pixel_frames, token_count
 from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.generator.memory.ledger import Ledger
-from vllm_cosmos3.generator.memory.vae_activations import decode_peak, encode_peak
+from vllm_cosmos3.generator.memory.vae_activations import decode_kept, decode_peak, encode_peak
 from vllm_cosmos3.generator.memory.weight_bytes import FLOAT32, layer_bytes, loading, weights
 from vllm_cosmos3.generator.models.modalities import coders
 from vllm_cosmos3.request.defaults import TEXT_TOKENS, Parameters
@@ -19,6 +19,7 @@ from vllm_cosmos3.request.parameters import prompt_parameters
 from vllm_cosmos3.request.plan import Plan
 from vllm_cosmos3.request.planner import output_streams
 from vllm_cosmos3.request.request import GenerateRequest
+from vllm_cosmos3.request.world import Opening, SessionRequest, opening_of
 
 WORKSPACES = 2**30  # bytes: see the package
 RESERVE = WORKSPACES + 2**29  # with the CUDA context
@@ -35,7 +36,8 @@ class Work:
     ``streams`` are names and latent shapes, ``text`` the tokens of each text, ``sources`` the frames,
     height and width of what is encoded for known frames. ``chunks`` are made one after the other,
     and all but the last are decoded while the request goes on. ``residuals`` are the outputs of the
-    layers that a step cache keeps, of all branches of guidance.
+    layers that a step cache keeps, of all branches of guidance. ``history`` are the tokens of the
+    frames that a session of a simulator remembers and works at; there are so many ``sessions``.
     """
 
     streams: tuple[tuple[str, tuple[int, ...]], ...]
@@ -45,6 +47,8 @@ class Work:
     chunks: int = 1
     decoded: bool = True
     residuals: int = 0
+    history: int = 0
+    sessions: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +95,8 @@ def usual_work(model: ModelConfig, request: GenerateRequest | None = None) -> Wo
     Raises:
         InvalidRequest: as `prompt_parameters`.
     """
+    if model.causal is not None:
+        return session_work(model, opening_of(model, SessionRequest(), TEXT_TOKENS))
     if request is None:
         images = KINDS[model.kind].modes == ("text2image",)
         request = GenerateRequest(prompt="any", num_frames=1 if images else None)
@@ -128,6 +134,24 @@ def work_of(plan: Plan) -> Work:
         chunks=len(plan.chunks),
         decoded=plan.decoded,
         residuals=reuse.kept * len(plan.token_ids) if reuse else 0,
+    )
+
+
+def session_work(model: ModelConfig, opening: Opening, sessions: int = 1) -> Work:
+    """The sizes of a session of a simulator, while a whole chunk of it is made."""
+    causal = model.causal
+    assert causal is not None  # as there is an opening
+    shape = (*opening.frame[:2], opening.chunk, *opening.frame[3:])
+    rows = (opening.chunk * causal.rows_per_frame, model.transformer.action_dim)
+    streams = (("action", rows), ("vision", shape))
+    patch = model.transformer.latent_patch_size
+    frame = sum(token_count(name, each, patch) for name, each in streams) // opening.chunk
+    return Work(
+        streams=streams,
+        text=(len(opening.token_ids),),
+        sources=() if opening.source is None else (opening.source.shape[:3],),
+        history=frame * (opening.sinks + opening.history + opening.chunk),
+        sessions=sessions,
     )
 
 
@@ -177,18 +201,22 @@ class _Request:
     @property
     def texts(self) -> int:
         """Keys and values of this rank's heads and branches."""
+        return sum(self.text) * self._token
+
+    @property
+    def _token(self) -> int:
+        """Keys and values of one token in all layers."""
         config, parallel = self.config, self.parallel
         heads = config.num_key_value_heads // (
             parallel.tensor_parallel_size * parallel.ulysses_degree
         )
-        token = 2 * heads * config.head_dim * config.num_hidden_layers * self.element_size
-        return sum(self.text) * token
+        return 2 * heads * config.head_dim * config.num_hidden_layers * self.element_size
 
     @property
     def context(self) -> int:
         """The context of the generation tokens: texts, and rotary tables of their own positions."""
         table = self.own_tokens * (self.config.head_dim * self.element_size + INT64)
-        return self.texts + len(self.text) * table
+        return self.texts + self.work.history * self._token + len(self.text) * table
 
     @property
     def own_tokens(self) -> int:
@@ -198,7 +226,22 @@ class _Request:
     def held(self) -> int:
         """Between two steps: text, what is known, the latents, and the solver's three of them."""
         done = (self.work.samples * self.work.chunks - 1) * self.latents
-        return self.context + self.latents * 5 + done + self._residuals
+        return self.context + self.latents * 5 + done + self._residuals + self._clip
+
+    @property
+    def _clip(self) -> int:
+        """What the video decoder of a session remembers from chunk to chunk."""
+        if not self.work.history:
+            return 0
+        vision = next(shape for name, shape in self.work.streams if name == "vision")
+        return decode_kept(
+            self.model.vae,
+            vision,
+            world=self.parallel.world_size,
+            parallel=self.parallel.vae_parallel,
+            element_size=self.element_size,
+            fused=self.fused,
+        )
 
     @property
     def _residuals(self) -> int:
@@ -214,12 +257,15 @@ class _Request:
             phases["encode"] = self._encode()
         if self.work.decoded:
             phases |= self._decode()
-        return phases
+        others = (self.work.sessions - 1) * self.held
+        return {name: size + others for name, size in phases.items()}
 
     def _text(self) -> int:
         ledger = Ledger()
         streamed = self.engine.und_residency == "host"
         ledger.take(self.context)
+        if self.work.history:  # the text itself, before it is copied
+            ledger.take(self.texts)
         if streamed:  # the embedding with the first layer behind it, then layers
             ledger.moment(self._embedding(), self.layer * LAYERS_AHEAD)
             ledger.take(self.layer * (1 + LAYERS_AHEAD))
@@ -315,7 +361,8 @@ class _Request:
 
     def _decode(self) -> dict[str, int]:
         latents = self.work.samples * self.work.chunks * self.latents
-        latents += self.held if self.work.chunks > 1 else min(self.texts, TEXT_BYTES)
+        stays = self.work.chunks > 1 or self.work.history
+        latents += self.held if stays else min(self.texts, TEXT_BYTES)
         # Of several the last is the result; the others are controls.
         vision = next(shape for name, shape in reversed(self.work.streams) if name == "vision")
         peak = decode_peak(

@@ -89,6 +89,30 @@ def decode_peak(
     return max(map(of_rank, range(world)))
 
 
+def decode_kept(
+    config: VAEConfig,
+    shape: Sequence[int],
+    *,
+    world: int,
+    parallel: str,
+    element_size: int,
+    fused: bool,
+) -> int:
+    """Bytes that a clip of this ``shape`` keeps for its next latents, on the fullest rank."""
+
+    def of_rank(rank: int) -> int:
+        kept = 0
+        for part in divide(shape[3], shape[4], Axis("world", world, rank, None), parallel):
+            walk = Walk(Ledger(), element_size, fused, part.strips)
+            for _ in range(CHUNKS):
+                with walk.ledger.scope():
+                    walk.decoder(config, Shape(config.z_dim, 1, *_extent(part)))
+            kept += walk.ledger.kept
+        return kept
+
+    return max(map(of_rank, range(world)))
+
+
 def encode_peak(
     config: VAEConfig,
     frames: int,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from vllm_cosmos3.generator.models.transformer import TextKV
+from vllm_cosmos3.generator.models.transformer import Past
 
 TokenIds = tuple[int, ...]
 
@@ -22,12 +22,12 @@ class TextKVCache:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._texts: OrderedDict[TokenIds, TextKV] = OrderedDict()
+        self._texts: OrderedDict[TokenIds, Past] = OrderedDict()
 
-    def find(self, ids: TokenIds) -> TextKV | None:
+    def find(self, ids: TokenIds) -> Past | None:
         return self._texts.get(ids)
 
-    def keep(self, ids: TokenIds, text: TextKV) -> None:
+    def keep(self, ids: TokenIds, text: Past) -> None:
         """Make this the latest text, at the cost of the oldest ones."""
         self._texts[ids] = text
         self._texts.move_to_end(ids)

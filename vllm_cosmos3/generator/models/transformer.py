@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,25 @@ from vllm_cosmos3.parallel.offload import HostLayers
 MakeHeads = Callable[[int, int], Heads]  # of so many heads of queries and of keys, on this rank
 
 
+Extend = Callable[
+    [Tensor], Tensor
+]  # of a layer's own keys and values [S, 2, h, D]: all that it sees
+
+
+class Past(Protocol):
+    """What lies before the generation tokens: a text, or a text and clean frames.
+
+    ``extends`` has a function for each layer: from keys and values of the tokens to those that their
+    queries see [K, 2, h, D].
+    """
+
+    @property
+    def extends(self) -> Sequence[Extend]: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TextKV:
     """Keys and values of a text by layer, of this rank's heads, to which generation tokens attend.
@@ -85,6 +104,10 @@ class TextKV:
     layers: tuple[Tensor, ...]
 
     @property
+    def extends(self) -> tuple[Extend, ...]:
+        return tuple(partial(_appended, layer) for layer in self.layers)
+
+    @property
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self.layers)
 
@@ -93,7 +116,7 @@ class TextKV:
 class Context:
     """The context of the generation tokens: the text of each branch, and their own positions."""
 
-    texts: tuple[TextKV, ...]
+    texts: tuple[Past, ...]
     rope: Rope
 
 
@@ -204,7 +227,7 @@ class Transformer(nn.Module):
     def run_layers(self, x_sD: Tensor, context: Context) -> Tensor:
         """What leaves the layers, normed. They may write over ``x_sD``."""
         residual_sD = None
-        for layer, *texts in zip(self.sequence, *(t.layers for t in context.texts), strict=True):
+        for layer, *texts in zip(self.sequence, *(t.extends for t in context.texts), strict=True):
             attend = partial(self._attend_all, texts, context.rope)
             x_sD, residual_sD = layer(x_sD, residual_sD, context.rope, attend)
         x_sD, _ = self.norm(x_sD, residual_sD)
@@ -239,7 +262,7 @@ class Transformer(nn.Module):
         return torch.where(stream.denoise_mask, velocity.float(), 0.0)
 
     def _attend_all(
-        self, texts: Sequence[Tensor], rope: Rope, q_sHD: Tensor, kv_s2hD: Tensor, _: Tensor
+        self, texts: Sequence[Extend], rope: Rope, q_sHD: Tensor, kv_s2hD: Tensor, _: Tensor
     ) -> Tensor:
         """Attention of each branch's tokens to its text and to each other, without a mask."""
         count = len(texts)
@@ -247,12 +270,10 @@ class Transformer(nn.Module):
         o_sHD = [self._attend_branch(text, rope, q, kv) for text, q, kv in parts]
         return o_sHD[0] if count == 1 else torch.cat(o_sHD)
 
-    def _attend_branch(
-        self, text_K2hD: Tensor, rope: Rope, q_sHD: Tensor, kv_s2hD: Tensor
-    ) -> Tensor:
+    def _attend_branch(self, extend: Extend, rope: Rope, q_sHD: Tensor, kv_s2hD: Tensor) -> Tensor:
         """The tokens that only fill the last rank's part are cut off before and put back after."""
         q_SHD, kv_S2hD = (scatter_heads(x, self._ulysses) for x in (q_sHD, kv_s2hD))
-        k_KhD, v_KhD = _appended(text_K2hD, kv_S2hD[: rope.length]).unbind(1)
+        k_KhD, v_KhD = extend(kv_S2hD[: rope.length]).unbind(1)
         attend = partial(self._attend, causal=False)
         if rope.controls:
             attend = partial(attend_in_turn, attend, rope.controls)

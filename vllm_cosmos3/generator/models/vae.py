@@ -12,6 +12,7 @@ W width, S positions; small letters where the axis is divided.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -64,11 +65,12 @@ class VideoVAE(nn.Module):
         return (sum_over(canvas, self.world) - mean) / std
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Iterator[Tensor]:
+    def decode(self, latents: Tensor, clip: DecodedClip | None = None) -> Iterator[Tensor]:
         """Pixels of normalised ``latents`` [1, 48, T, h, w] in [-1, 1]: one frame, then four at a time.
 
         Each chunk is float32 [1, 3, 1 or 4, 16 h, 16 w]. Several ranks must all exhaust the
-        iterator, since they send each other borders while they compute.
+        iterator, since they send each other borders while they compute. With a ``clip`` these latents
+        are the next ones of it, and it remembers them.
         """
         config = self.config
         scale = config.scale_factor_spatial
@@ -76,20 +78,26 @@ class VideoVAE(nn.Module):
         mean, std = self._statistics(latents.device)
         z = (latents.float() * std + mean).to(self.quant_conv.weight.dtype)
         parts = divide(height, width, self.world, self.parallel)
-        caches = [CausalCache(part.strips) for part in parts]
-        for index, frame in enumerate(z.split(1, dim=2)):
+        clip = self.begin_clip(height, width) if clip is None else clip
+        for frame in z.split(1, dim=2):
             shape = (
                 1,
                 3,
-                config.scale_factor_temporal if index else 1,
+                config.scale_factor_temporal if clip.frames else 1,
                 height * scale,
                 width * scale,
             )
             canvas = frame.new_zeros(shape, dtype=torch.float32)
-            for part, cache in zip(parts, caches, strict=True):
+            for part, cache in zip(parts, clip.caches, strict=True):
                 own = self.decoder(self.post_quant_conv(part.cut(frame)), cache)
                 part.add_to(canvas, depth_to_space(own, config.patch_size), scale)
+            clip.frames += 1
             yield sum_over(canvas, self.world).clamp_(-1, 1)
+
+    def begin_clip(self, height: int, width: int) -> DecodedClip:
+        """A clip of which nothing is decoded, with so many rows and columns of latents."""
+        parts = divide(height, width, self.world, self.parallel)
+        return DecodedClip(caches=[CausalCache(part.strips) for part in parts])
 
     def channels_last(self) -> VideoVAE:
         """Lay all weights out with channels innermost, as tensor cores want; cuDNN's outputs follow."""
@@ -125,6 +133,12 @@ class CausalCache:
         self.first = True  # the chunk of the single first frame
         self._past: dict[nn.Module, Tensor] = {}
 
+    def copy(self) -> CausalCache:
+        """Another one that goes on from here; what both remember is there once."""
+        other = CausalCache(self.strips)
+        other.first, other._past = self.first, dict(self._past)
+        return other
+
     def extend(
         self, conv: nn.Module, x: Tensor, frames: int, rows: int, through: Fill = Tensor.copy_
     ) -> Tensor:
@@ -140,6 +154,18 @@ class CausalCache:
         extended = self.strips.surround(x, rows, rows, past, through)
         self._past[conv] = extended[:, :, -frames:].clone()  # a view would keep all of it alive
         return extended
+
+
+@dataclass(slots=True, eq=False)
+class DecodedClip:
+    """What is remembered of a clip that is decoded in several calls, with a cache for each part."""
+
+    caches: list[CausalCache]
+    frames: int = 0  # latent ones, so far
+
+    def copy(self) -> DecodedClip:
+        """Another one that goes on from here; what both remember is there once."""
+        return DecodedClip([cache.copy() for cache in self.caches], self.frames)
 
 
 class Encoder(nn.Module):

@@ -46,6 +46,23 @@ def step_noise(
     return _after(shapes, seed, chunk * (1 + fresh) + 1 + index)
 
 
+# Simulators: pure functions of the seed, of the first latent frame of a chunk and of the step, so that a
+# session has no state of a generator. The strides are those of the models' own sampler.
+FRAME_STRIDE, STEP_STRIDE = 1_000_003, 9_176
+
+
+def rollout_noise(shape: tuple[int, ...], *, seed: int, first: int) -> Tensor:
+    """Initial noise of a chunk of a rollout: drawn in bfloat16, as in training, float32."""
+    generator = torch.Generator().manual_seed(seed + first)
+    return torch.randn(shape, generator=generator, dtype=torch.bfloat16).float()
+
+
+def rollout_step_noise(shape: tuple[int, ...], *, seed: int, first: int, index: int) -> Tensor:
+    """The noise that is added after step ``index`` of a chunk of a rollout."""
+    own = seed + first * FRAME_STRIDE + (index + 1) * STEP_STRIDE
+    return torch.randn(shape, generator=torch.Generator().manual_seed(own))
+
+
 def _after(shapes: LatentShapes, seed: int, draws: int) -> dict[str, Tensor]:
     """What torch's generator draws after so many others of the same shapes."""
     generator = torch.Generator().manual_seed(seed)

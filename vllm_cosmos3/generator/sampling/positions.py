@@ -59,6 +59,34 @@ def action_positions(
     return _on_time_axis(time)
 
 
+def rollout_positions(
+    frames: tuple[int, int],
+    rows: int,
+    columns: int,
+    actions: int,
+    *,
+    start: float,
+    fps: float,
+    config: TransformerConfig,
+) -> Tensor:
+    """[3, S] of a range of latent frames of a rollout: all its actions, then all its patches.
+
+    ``actions`` rows lead to each frame, the last one to its own time; those of frame 0, which do
+    nothing, have all that time. A single frame is modulated like several.
+    """
+    rate = fps / TEMPORAL_COMPRESSION
+    time = torch.arange(*frames, dtype=torch.float32)
+    before = torch.arange(1 - actions, 1, dtype=torch.float32) / actions
+    acted = (time.unsqueeze(1) + before).clamp(min=0).flatten()
+    row = torch.arange(rows, dtype=torch.float32)
+    column = torch.arange(columns, dtype=torch.float32)
+    scale = config.base_fps / TEMPORAL_COMPRESSION
+    patches = torch.stack(
+        torch.meshgrid(time / rate * scale + start, row, column, indexing="ij")
+    ).flatten(1)
+    return torch.cat([_on_time_axis(acted / rate * scale + start), patches], dim=1)
+
+
 def next_start(positions: Tensor) -> float:
     """Start of a stream that does not share the positions of the stream before it."""
     return float(math.ceil(float(positions.max())) + 1)
