@@ -31,6 +31,7 @@ LAYERS = [
     {"generator.memory"},
     {"generator", "plugin"},
     {"stage"},
+    {"session"},
     {"engine", "compare"},
     {"server.options", "server.storage", "server.engine_heartbeat"},
     {"server.http"},

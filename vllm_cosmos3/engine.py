@@ -22,7 +22,7 @@ from typing import Any, Concatenate, ParamSpec, Unpack, overload
 import torch
 
 from vllm_cosmos3 import bars
-from vllm_cosmos3.batch.downloads import local_files, urls_of
+from vllm_cosmos3.batch.downloads import local_files, local_image, urls_of
 from vllm_cosmos3.checkpoint.hub import resolve
 from vllm_cosmos3.closing import Closing
 from vllm_cosmos3.engine_options import DEFAULTS, OPTIONS, EngineOptions
@@ -38,6 +38,14 @@ from vllm_cosmos3.request.plan import Plan
 from vllm_cosmos3.request.planner import make_plan
 from vllm_cosmos3.request.prompts import load_tokenizer
 from vllm_cosmos3.request.request import FIELD_DEFAULTS, SPECS, GenerateRequest, from_fields
+from vllm_cosmos3.request.world import (
+    SESSION_DEFAULTS,
+    SESSION_SPECS,
+    ChunkPlan,
+    make_world,
+    session_request,
+)
+from vllm_cosmos3.session import Session
 from vllm_cosmos3.stage.runners import Runner, make_runner
 
 __all__ = ["Cosmos3", "Output", "Progress", "Sample"]
@@ -134,6 +142,7 @@ class Cosmos3(Closing):
         with loading as loaded:
             self._runner: Runner | None = make_runner(config, loaded)
         self._slots = _Slots(self._runner.replicas)
+        self._sessions = 0  # so far, by which ranks that were started together name them alike
         self.load_seconds = time.perf_counter() - start
 
     @classmethod
@@ -212,6 +221,24 @@ class Cosmos3(Closing):
         self._open()
         return self._planned(_request(requests, fields))
 
+    def session(self, prompt: str = "", **fields: Any) -> Session:
+        """A session of a causal simulator: a world that answers to actions, chunk by chunk.
+
+        Its first frame is there when this returns. Close it, or use it in a ``with`` block: until then
+        its history stays on the devices.
+
+        Raises:
+            InvalidRequest: a field has a value that cannot be served, or the checkpoint is no simulator.
+            OutOfMemory: its history does not fit beside those of the sessions that are open.
+        """
+        request = session_request({"prompt": prompt, **fields})
+        with self._slots.taken(all_of_them=False):
+            runner = self._open()
+            self._sessions += 1
+            with runner.raising_together("the session"), local_image(request) as local:
+                world = make_world(local, self._model, self._tokenizer, f"session-{self._sessions}")
+        return Session(world, self._run_chunk, self._release)
+
     def close(self) -> None:
         """Free the models and their memory, and end their processes. Waits for a running request."""
         with self._slots.taken(all_of_them=True):
@@ -256,6 +283,15 @@ class Cosmos3(Closing):
             for output, one in zip(outputs, asked, strict=True)
         ]
         return outputs if several else outputs[0]
+
+    def _run_chunk(self, plan: ChunkPlan) -> Output:
+        with self._slots.taken(all_of_them=False):
+            return self._open().run(plan, _ignore, threading.Event())
+
+    def _release(self, session: str) -> None:
+        with self._slots.taken(all_of_them=False):
+            if self._runner is not None:
+                self._runner.release(session)
 
     def _planned(self, request: GenerateRequest) -> Plan:
         with local_files(request) as local:
@@ -365,3 +401,4 @@ def _silent() -> AbstractContextManager[Callable[[int], None]]:
 
 for _method in (Cosmos3.generate, Cosmos3.agenerate):
     _method.__doc__ = with_arguments(_method.__doc__, SPECS, FIELD_DEFAULTS)
+Cosmos3.session.__doc__ = with_arguments(Cosmos3.session.__doc__, SESSION_SPECS, SESSION_DEFAULTS)

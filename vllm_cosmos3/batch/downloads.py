@@ -12,6 +12,7 @@ from typing import Any
 from vllm_cosmos3.batch.locations import fetch, is_url, shown
 from vllm_cosmos3.request.controls import CONTROLS
 from vllm_cosmos3.request.request import GenerateRequest
+from vllm_cosmos3.request.world import SessionRequest
 
 FILES = (
     "image",
@@ -69,3 +70,13 @@ def local_files(request: GenerateRequest) -> Iterator[GenerateRequest]:
         for name in files.keys() & CONTROLS:
             files[name] = replace(request.controls[name], clip=files[name])
         yield replace(request, **files)
+
+
+@contextmanager
+def local_image(request: SessionRequest) -> Iterator[SessionRequest]:
+    """The same for the picture that a session begins with."""
+    if not is_url(request.image):
+        yield request
+        return
+    with TemporaryDirectory(prefix="cosmos3-input-") as folder:
+        yield replace(request, image=Downloads(Path(folder)).file("image", str(request.image)))

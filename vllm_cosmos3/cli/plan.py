@@ -43,6 +43,7 @@ WITHOUT_MEMORY = ("device", "attention_backend", "distributed_executor_backend")
 GPU_MEMORY = Spec(
     kind="float", low=0, above=True, high=100_000, unit="GiB", help="memory of one GPU"
 )
+SESSIONS = Spec(kind="int", low=1, high=10_000, help="sessions at once")
 GPUS = Spec(kind="int", low=1, high=4096, help="in all")
 PURPOSES = {
     "latency": "latency: one request is done soonest",
@@ -74,6 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--generate-sound", action="store_true", help="include a sound track")
     parser.add_argument("--step-cache", choices=SPECS["step_cache"].choices, default="none", help="sea: keep what SeaCache reuses (default: none)")  # fmt: skip
     parser.add_argument("--text-tokens", type=int, default=TEXT_TOKENS, metavar="N", help=f"length of each prompt in tokens (default: {TEXT_TOKENS:,})")  # fmt: skip
+    parser.add_argument("--history", type=int, metavar="N", help="of a simulator: latent frames that a session remembers (default: 226)")  # fmt: skip
+    parser.add_argument("--sessions", type=int, default=1, metavar="N", help="of a simulator: sessions at once (default: 1)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes")
 
 
@@ -137,9 +140,18 @@ def known_model(name: str, revision: str | None = None, kind: str | None = None)
 
 def work_of(args: argparse.Namespace, model: ModelConfig) -> Work:
     """The sizes of a request with these flags, checked as a request is; warnings go to stderr."""
-    from vllm_cosmos3.generator.memory import resolved_parameters, work_with
+    from vllm_cosmos3.generator.memory import resolved_parameters, session_work, work_with
     from vllm_cosmos3.request.request import GenerateRequest
+    from vllm_cosmos3.request.world import opening_of, session_request
 
+    length = LENGTH.checked("text_tokens", args.text_tokens)
+    if model.causal is not None:
+        fields = {"size": args.size, "history": args.history}
+        asked = session_request(
+            {name: value for name, value in fields.items() if value is not None}
+        )
+        sessions = SESSIONS.checked("sessions", args.sessions)
+        return session_work(model, opening_of(model, asked, length), sessions)
     request = GenerateRequest(
         prompt="any",
         size=args.size,
@@ -149,7 +161,6 @@ def work_of(args: argparse.Namespace, model: ModelConfig) -> Work:
         step_cache=args.step_cache,
         allow_untrained_size=True,
     )
-    length = LENGTH.checked("text_tokens", args.text_tokens)
     numbers = resolved_parameters(model, request)
     for warning in numbers.warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -161,18 +172,25 @@ def table(
     name: str, memory: MemoryEstimate, engine: EngineConfig, work: Work, model: ModelConfig
 ) -> list[str]:
     """What a person reads, in GiB."""
-    mesh, (_, shape) = engine.parallel, work.streams[0]
+    mesh = engine.parallel
+    shape = next(shape for name, shape in work.streams if name == "vision")
     ranks = _gpus(mesh.world_size)
     if engine.data_parallel_size > 1:
         ranks = f"{engine.data_parallel_size} replicas of {ranks}"
     axes, degrees = (" x ".join(map(str, part)) for part in zip(*mesh.degrees.items(), strict=True))
     frames, scale = pixel_frames(shape[2], model.vae), model.vae.scale_factor_spatial
     adapted = "".join(f" + {adapter.name}:{adapter.scale:g}" for adapter in model.adapters)
+    size, length = f"{shape[4] * scale}x{shape[3] * scale}", f"{frames} frames"
+    sessions = []
+    if work.history:
+        length = f"{work.sessions} session{'s' if work.sessions > 1 else ''} in chunks of {shape[2]} latent frames"
+        sessions = [("kept by each session", memory.held)]
     quantized = f" and {model.quantization.scheme}" if model.quantization else ""
     rows = [
         *((f"weights: {part}", size) for part, size in memory.weights.items()),
         ("all weights", memory.resident),
         ("start, at its peak", memory.loading),
+        *sessions,
         *(
             (f"peak while {PHASES[phase]}", memory.resident + n)
             for phase, n in memory.phases.items()
@@ -183,8 +201,7 @@ def table(
     ]
     return [
         f"{name}{adapted}, {engine.dtype}{quantized}, on {ranks} ({axes}: {degrees})",
-        f"{shape[4] * scale}x{shape[3] * scale}, {frames} frames, text {' and '.join(map(str, work.text))}"
-        f" tokens, text tower on the {engine.und_residency}",
+        f"{size}, {length}, text {' and '.join(map(str, work.text))} tokens, text tower on the {engine.und_residency}",
         "",
         f"{'GiB of each GPU':28}",
         *(f"{what:28}{size / GIB:9.2f}" for what, size in rows),
@@ -248,6 +265,7 @@ def record(
         "weights": dict(memory.weights),
         "host": dict(memory.host),
         "loading": memory.loading,
+        "held": memory.held,
         "phases": dict(memory.phases),
         "peak": memory.peak,
         "reserve": memory.reserve,

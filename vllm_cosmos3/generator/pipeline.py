@@ -238,6 +238,9 @@ class Pipeline:
             peak_memory=peak_memory(self.device),
         )
 
+    def release(self, name: str) -> None:
+        """Nothing: all of a request ends with it."""
+
     def _known(self, stream: StreamPlan, taken: Tensor | None = None) -> Conditioning:
         """The given part of a stream: by its source, or the pixels ``taken`` from elsewhere."""
         modality = MODALITIES[stream.name]

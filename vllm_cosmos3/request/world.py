@@ -226,7 +226,8 @@ class World:
         count, possible = self.shape[0], f"numbers of the shape [{self.shape[0]}, {space.width}]"
         possible += f": a row for each frame that {space.name} leads to"
         try:
-            given = np.asarray(actions, np.float32)
+            with np.errstate(over="ignore"):
+                given = np.asarray(actions, np.float32)
         except (TypeError, ValueError, OverflowError):
             raise InvalidRequest("actions", actions, possible, "invalid_type") from None
         if given.ndim != 2 or given.shape[0] != count or given.shape[1] not in (space.width, space.slots):  # fmt: skip
@@ -236,7 +237,8 @@ class World:
             raise InvalidRequest("actions", "other numbers", possible)
         if space.offset is not None and space.scale is not None:
             offset, scale = (np.array(x, np.float32) for x in (space.offset, space.scale))
-            given = (given - offset) / scale
+            with np.errstate(over="ignore"):
+                given = (given - offset) / scale
             if not np.isfinite(given).all():
                 possible = "within the range of float32, in the units of the model as well"
                 raise InvalidRequest("actions", "other numbers", possible)

@@ -26,7 +26,7 @@ class CallSequence:
             self._started = time.monotonic()
             report(self.progress())
             call("encode", self.plan)
-            self._enter("denoise")
+            self._enter("denoise" if self.plan.steps else "decode")
         elif self.phase == "denoise":
             self._reused = call("step")
             self.step += 1

@@ -36,6 +36,7 @@ from vllm_cosmos3.stage.process import (
     Failure,
     PreviewUpdate,
     ProgressUpdate,
+    Release,
     Setup,
     Status,
     StatusRequest,
@@ -138,6 +139,11 @@ class StageClient(Stages):
     def can_serve(self) -> bool:
         up = self._error is None and not self._closing and self._status.state == "ready"
         return up and not self.silent
+
+    def release(self, name: str) -> None:
+        with self._changed:
+            if not self._closing:
+                self._send(Release(name))
 
     def last_sign_of_life(self) -> float:
         """Seconds since the stage's process, or that of its ranks which is silent longest, gave one."""

@@ -192,6 +192,10 @@ class Stages(ABC):
         """End a request with its current step."""
 
     @abstractmethod
+    def release(self, name: str) -> None:
+        """Give up what is kept under this name between requests, if anything is; returns at once."""
+
+    @abstractmethod
     def close(self) -> None:
         """End everything now. Can be repeated."""
 

@@ -68,6 +68,13 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
+class Release:
+    """Give up what the ranks keep under this name between requests, after the call under way."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class StatusRequest:
     """Answered with `Status`."""
 
@@ -173,6 +180,7 @@ class StageCore:
         self._executor = StageExecutor(setup.stage)
         self._scheduler = Scheduler(setup.queue)
         self._jobs: dict[str, JobState] = {}
+        self._released: list[str] = []  # names that are to be given up
         self._clients: set[bytes] = set()
         self._state = "starting"
         self._restarts = 0
@@ -218,6 +226,7 @@ class StageCore:
     def _run_turn(self) -> bool:
         """Make one call for one request; False if there is nothing to do."""
         self._end_expired()
+        self._release()
         while self._scheduler.admit() is not None:
             pass
         self._send_positions()
@@ -301,6 +310,14 @@ class StageCore:
         except Cosmos3Error as error:
             logger.error("the workers were lost: %s", error)
             self._replace_ranks()
+
+    def _release(self) -> None:
+        while self._released:
+            try:
+                self._call("release", self._released.pop(0))
+            except Cosmos3Error as error:
+                logger.error("the workers were lost: %s", error)
+                self._replace_ranks()
 
     def _replace_ranks(self) -> None:
         """New workers. Requests that were on the old ones start again, but not for ever."""
@@ -406,6 +423,8 @@ class StageCore:
             case Cancel(job=name):
                 if name in self._jobs:
                     self._jobs[name].cancelled = True
+            case Release(name=name):
+                self._released.append(name)
             case Stop():
                 self._state, self._stop_at = "draining", 0.0
             case StatusRequest():

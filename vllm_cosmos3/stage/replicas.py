@@ -174,6 +174,10 @@ class Replicas(Stages):
         if accepted is not None:
             accepted.job.handle(Failure(name, Cancelled("the request was cancelled")))
 
+    def release(self, name: str) -> None:
+        for member in self.members:
+            member.release(name)
+
     def close(self) -> None:
         if self._closing.is_set():
             return

@@ -16,16 +16,19 @@ from typing import Any, Protocol
 
 import torch
 
+from vllm_cosmos3.checkpoint.config import ModelConfig
 from vllm_cosmos3.checkpoint.load_progress import told
 from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.errors import Cancelled, InvalidRequest, Unsupported
 from vllm_cosmos3.generator.memory.reservation import lift_limit
 from vllm_cosmos3.generator.output import Output, Sample
 from vllm_cosmos3.generator.pipeline import Pipeline
+from vllm_cosmos3.generator.world import WorldPipeline
 from vllm_cosmos3.media import Clip
 from vllm_cosmos3.parallel.mesh import check_degrees, close_mesh, init_mesh
 from vllm_cosmos3.progress import Progress, Report
 from vllm_cosmos3.request.plan import Plan
+from vllm_cosmos3.request.world import ChunkPlan
 from vllm_cosmos3.stage.call_sequence import CallSequence
 from vllm_cosmos3.stage.executor import StageExecutor
 from vllm_cosmos3.stage.launcher import EXTERNAL, executor_backend, launched
@@ -34,6 +37,7 @@ from vllm_cosmos3.stage.worker import StageConfig, is_out_of_memory, public_erro
 
 PATIENCE = 30.0  # seconds until ranks that nobody can replace are given up
 LOOK_SECONDS = 0.2  # between two looks at how far a stage has loaded
+AnyPlan = Plan | ChunkPlan
 
 
 class Runner(Protocol):
@@ -42,8 +46,11 @@ class Runner(Protocol):
     replicas: int  # requests that run at the same time
 
     def run(
-        self, plan: Plan, report: Report, cancelled: Event, clip: Clip | None = None
+        self, plan: AnyPlan, report: Report, cancelled: Event, clip: Clip | None = None
     ) -> Output: ...
+
+    def release(self, name: str) -> None:
+        """Close a session of a simulator, or do nothing if there is none of this name."""
 
     def raising_together(self, what: str) -> AbstractContextManager[object]:
         """A block in which all ranks, of which the caller may be one, raise what one of them raises."""
@@ -72,16 +79,38 @@ def make_runner(config: EngineConfig, loaded: Callable[[int], None]) -> Runner:
     devices = torch.accelerator.device_count() if here else None
     model = config.read_model()
     check_degrees(config.parallel, model.transformer, guided=not model.distilled, devices=devices)
+    check_sessions(model, config)
     if backend == "uni" and ranks == replicas == 1:
         with told(loaded):
-            return LocalRunner(config)
+            return LocalRunner(config, pipeline_of(model))
     if torch.device(config.device).index:
         possible = "without a number, as each rank has a device of its own"
         raise InvalidRequest("device", config.device, possible)
     if backend == EXTERNAL:
         with told(loaded):
-            return LauncherRunner(StageConfig(engine=config, backend=backend, grace=PATIENCE))
-    return StageRunner(StageConfig(engine=config, backend=backend), devices, loaded)
+            return LauncherRunner(
+                StageConfig(engine=config, stage=stage_name(model), backend=backend, grace=PATIENCE)
+            )
+    stage = StageConfig(engine=config, stage=stage_name(model), backend=backend)
+    return StageRunner(stage, devices, loaded)
+
+
+def check_sessions(model: ModelConfig, config: EngineConfig) -> None:
+    """Refuse replicas of a simulator, whose sessions stay where their history is."""
+    if model.causal is not None and config.data_parallel_size > 1:
+        possible = "1, as a session of a simulator stays on the devices that have its history"
+        raise InvalidRequest("data_parallel_size", config.data_parallel_size, possible)
+
+
+def pipeline_of(model: ModelConfig) -> type[Pipeline] | type[WorldPipeline]:
+    """What a rank runs of a checkpoint: requests, or the sessions of a simulator."""
+    return Pipeline if model.causal is None else WorldPipeline
+
+
+def stage_name(model: ModelConfig) -> str:
+    """The same as `StageConfig` has it."""
+    pipeline = pipeline_of(model)
+    return f"{pipeline.__module__}:{pipeline.__qualname__}"
 
 
 class LocalRunner:
@@ -89,7 +118,9 @@ class LocalRunner:
 
     replicas = 1
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(
+        self, config: EngineConfig, pipeline: type[Pipeline] | type[WorldPipeline]
+    ) -> None:
         # One rank makes no collective: vLLM's layers look their group up while they are built, and
         # closing it at once lets several models live in one process.
         if torch.distributed.is_initialized():  # whose groups would be used, and then closed
@@ -100,7 +131,9 @@ class LocalRunner:
         mesh = init_mesh(config.parallel)
         try:
             with current(config.device):
-                self._pipeline: Pipeline | None = Pipeline.load(config, mesh, config.device)
+                self._pipeline: Pipeline | WorldPipeline | None = pipeline.load(
+                    config, mesh, config.device
+                )
         except BaseException:
             if config.memory_limit is not None:
                 lift_limit(torch.device(config.device))
@@ -108,8 +141,10 @@ class LocalRunner:
         finally:
             close_mesh(mesh)
 
-    def run(self, plan: Plan, report: Report, cancelled: Event, clip: Clip | None = None) -> Output:
-        pipeline = self._pipeline
+    def run(
+        self, plan: AnyPlan, report: Report, cancelled: Event, clip: Clip | None = None
+    ) -> Output:
+        pipeline: Any = self._pipeline
         assert pipeline is not None
         state = None
 
@@ -131,6 +166,10 @@ class LocalRunner:
         state = None
         _free_caches()
         raise error
+
+    def release(self, name: str) -> None:
+        if self._pipeline is not None:
+            self._pipeline.release(name)
 
     def raising_together(self, what: str) -> AbstractContextManager[object]:
         return nullcontext()
@@ -163,7 +202,9 @@ class LauncherRunner:
         self._executor = StageExecutor(stage)
         self._executor.start()
 
-    def run(self, plan: Plan, report: Report, cancelled: Event, clip: Clip | None = None) -> Output:
+    def run(
+        self, plan: AnyPlan, report: Report, cancelled: Event, clip: Clip | None = None
+    ) -> Output:
         rank = torch.distributed.get_rank()
 
         def call(method: str, *args: Any) -> Any:
@@ -182,6 +223,10 @@ class LauncherRunner:
         if rank == 0:
             return output
         return replace(output, samples=tuple(Sample(seed=s.seed) for s in output.samples))
+
+    def release(self, name: str) -> None:
+        if self._executor.healthy:
+            self._executor.call("release", name)
 
     @contextmanager
     def raising_together(self, what: str) -> Iterator[None]:
@@ -220,7 +265,9 @@ class StageRunner:
             return False
         return True
 
-    def run(self, plan: Plan, report: Report, cancelled: Event, clip: Clip | None = None) -> Output:
+    def run(
+        self, plan: AnyPlan, report: Report, cancelled: Event, clip: Clip | None = None
+    ) -> Output:
         job = self._client.submit(plan, report=report, clip=clip)
         try:
             while not cancelled.is_set():
@@ -236,6 +283,9 @@ class StageRunner:
             job.cancel()
             raise
 
+    def release(self, name: str) -> None:
+        self._client.release(name)
+
     def raising_together(self, what: str) -> AbstractContextManager[object]:
         return nullcontext()
 
@@ -250,7 +300,7 @@ def _free_caches() -> None:
 
 
 def _run_calls(
-    call: Callable[..., Any], plan: Plan, report: Report, cancelled: Event, clip: Clip | None
+    call: Callable[..., Any], plan: AnyPlan, report: Report, cancelled: Event, clip: Clip | None
 ) -> Output:
     """Make the pipeline's calls one after the other; a cancelled request ends between two steps."""
     calls = CallSequence(plan, clip)

@@ -39,6 +39,8 @@ class Stage(Protocol):
     ``step`` follows, which returns how many of them were reused so far; then ``decode``, then ``finish``, whose value on rank 0 is the result, which ``save(path)`` writes to files. What
     ``decode`` makes may go to ``clip`` meanwhile, if the request has one. Between two steps ``preview``
     may be called, whose value on rank 0 is a JPEG of what is coming and the seconds that it took.
+
+    What outlives a request has a name, by which ``release`` gives it up: the sessions of a simulator.
     """
 
     @classmethod
@@ -53,6 +55,8 @@ class Stage(Protocol):
     def decode(self, state: Any, clip: Any) -> None: ...
 
     def finish(self, state: Any) -> Any: ...
+
+    def release(self, name: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,6 +216,10 @@ class DiffusionWorker(WorkerBase):
         gc.collect()
         if self.device.type != "cpu":
             torch.accelerator.empty_cache()
+
+    def release(self, name: str) -> None:
+        """Give up what the stage keeps under this name between requests."""
+        self._stage.release(name)
 
 
 def set_log_level() -> None:

@@ -113,14 +113,6 @@ def _sim_camera(files: dict[str, Json]) -> dict[str, Json]:
     return simulator(_without_sound(files), "sim-bimanual-camera")
 
 
-def _sim_unified(files: dict[str, Json]) -> dict[str, Json]:
-    return simulator(_without_sound(files), "sim-bimanual")
-
-
-def _sim_camera(files: dict[str, Json]) -> dict[str, Json]:
-    return simulator(_without_sound(files), "sim-bimanual-camera")
-
-
 def _without_sound(files: dict[str, Json]) -> dict[str, Json]:
     kept = {name: json for name, json in files.items() if not name.startswith("sound_tokenizer/")}
     return kept | {

@@ -216,7 +216,7 @@ class _Request:
     def context(self) -> int:
         """The context of the generation tokens: texts, and rotary tables of their own positions."""
         table = self.own_tokens * (self.config.head_dim * self.element_size + INT64)
-        return self.texts + self.work.history * self._token + len(self.text) * table
+        return self.texts + len(self.text) * table
 
     @property
     def own_tokens(self) -> int:
@@ -224,15 +224,18 @@ class _Request:
 
     @property
     def held(self) -> int:
-        """Between two steps: text, what is known, the latents, and the solver's three of them."""
+        """Between two steps: text, what is known, the latents, and the solver's three of them.
+
+        Of a session between two chunks: text, history, the last latents, what the decoder remembers.
+        """
+        if self.work.history:
+            return self.texts + self.work.history * self._token + self.latents + self._clip
         done = (self.work.samples * self.work.chunks - 1) * self.latents
-        return self.context + self.latents * 5 + done + self._residuals + self._clip
+        return self.context + self.latents * 5 + done + self._residuals
 
     @property
     def _clip(self) -> int:
         """What the video decoder of a session remembers from chunk to chunk."""
-        if not self.work.history:
-            return 0
         vision = next(shape for name, shape in self.work.streams if name == "vision")
         return decode_kept(
             self.model.vae,
@@ -264,8 +267,8 @@ class _Request:
         ledger = Ledger()
         streamed = self.engine.und_residency == "host"
         ledger.take(self.context)
-        if self.work.history:  # the text itself, before it is copied
-            ledger.take(self.texts)
+        if self.work.history:
+            ledger.take(self.held)
         if streamed:  # the embedding with the first layer behind it, then layers
             ledger.moment(self._embedding(), self.layer * LAYERS_AHEAD)
             ledger.take(self.layer * (1 + LAYERS_AHEAD))
@@ -291,13 +294,15 @@ class _Request:
             )
             for source in self.work.sources
         ]
-        return self.context + self.latents + max(peaks)
+        return (self.held if self.work.history else self.context) + self.latents + max(peaks)
 
     def _denoise(self) -> int:
         """One forward; then velocities of all branches, and the solver's next state."""
         config, own = self.config, self.own_tokens
         ledger = Ledger()
         ledger.take(self.held)
+        if self.work.history:  # those of the chunk before are held
+            ledger.take(self.latents, self.context - self.texts)
         ledger.moment(self.latents * (2 * len(self.work.text) + 4))
         ledger.take(self.latents)  # of the other branch's velocities
         ledger.take(self.layer * (1 + LAYERS_AHEAD) * self.engine.enable_layerwise_offload)

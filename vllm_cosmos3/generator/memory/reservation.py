@@ -94,16 +94,20 @@ class MemoryBudget:
 
     def _refusal(self, work: Work, needed: int, room: int, weights: int) -> OutOfMemory:
         others = len(self._reservations)
-        advice = "ask for fewer frames or a smaller size"
+        what, smaller = (
+            ("session", "a shorter history") if work.history else ("request", "fewer frames")
+        )
+        advice = f"ask for {smaller} or a smaller size"
         found = suggestions(self._model, self._engine, work, max(0, room) + weights + WORKSPACES)
         if others:
-            advice = f"wait for {others} other request{'s' if others > 1 else ''}, or {advice}"
+            ended = f"{'close' if work.history else 'wait for'} {others} other {what}"
+            advice = f"{ended}{'s' if others > 1 else ''}, or {advice}"
         if found:
             advice += f", or start with {found[0][0]}"
         mine = estimate(self._model, self._engine, work).request
         freed = room + sum(reservation.held for reservation in self._reservations)
         return OutOfMemory(
-            f"the request needs {needed:,} bytes ({needed / GIB:.3g} GiB) of a device beside the "
+            f"the {what} needs {needed:,} bytes ({needed / GIB:.3g} GiB) of a device beside the "
             f"weights, and {max(0, room):,} ({max(0, room) / GIB:.3g} GiB) are free; {advice}",
             crowded=others > 0 and mine <= freed,
         )
