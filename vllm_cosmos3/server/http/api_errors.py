@@ -38,6 +38,7 @@ STATUS = {  # every slug that is not a 400
     "guardrails_unavailable": 409,
     "cancelled": 409,
     "expired": 410,
+    "session_lost": 410,
     "field_too_large": 413,
     "payload_too_large": 413,
     "unsupported_media_type": 415,
