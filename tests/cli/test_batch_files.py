@@ -18,6 +18,7 @@ from limits import HANG
 from media_files import clip, file_server
 from PIL import Image
 from servers import BIN, environment
+from webdataset import WebDataset
 
 from vllm_cosmos3.batch.claims import Claims
 from vllm_cosmos3.batch.files import read_batch
@@ -402,6 +403,45 @@ def test_inputs_and_results_of_other_file_systems(
     assert "3 of 4 records were finished before" in capsys.readouterr().err
     assert main([*command, "hf://datasets/a/b/../c?token=secret"]) == 2
     assert "secret" not in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")  # of the reader, which leaves its files to be collected
+def test_results_in_shards_of_webdataset(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = {"num_frames": 1, "num_steps": 1}
+    records = [{"name": name, **picture} for name in ("a", "b.c", "d", "e")]
+    file = batch(tmp_path, *records, {"name": "f", **picture, "num_outputs": 2})
+    out, packed = tmp_path / "out", ("--format", "webdataset", "--shard-size", 2)
+    assert generate(tiny_checkpoint, file, *packed) == 0
+    shards = [f"shard-{number:06d}" for number in range(3)]
+    assert tree(file) == sorted(
+        ["index.jsonl", *(f"{shard}.{end}" for shard in shards for end in ("tar", "jsonl"))]
+    )
+    assert not [path for path in out.iterdir() if path.is_dir()]
+    lines = index(file)
+    assert [lines[name]["shard"] for name in ("a", "b.c", "d", "e", "f")] == [
+        f"{shard}.tar" for shard in [shards[0], shards[0], shards[1], shards[1], shards[2]]
+    ]
+    urls = [str(out / f"{shard}.tar") for shard in shards]
+    samples = list(WebDataset(urls, shardshuffle=False, empty_check=False).decode("rgb8"))
+    assert [sample["__key__"] for sample in samples][2:] == ["d", "e", "f-0", "f-1"]
+    assert [sample["json"]["content"]["seed"] for sample in samples] == [3, 3, 3, 3, 3, 4]
+    assert {sample["jpg"].shape for sample in samples} == {(64, 64, 3)}
+    assert {sample["txt"] for sample in samples} == {"a boat"}
+
+    assert generate(tiny_checkpoint, file, *packed) == 2
+    assert "there are shards in it" in capsys.readouterr().err
+    (out / "shard-000001.jsonl").unlink()  # as if a run had been killed before it wrote the lines
+    assert generate(tiny_checkpoint, file, *packed, "--resume") == 0
+    assert "3 of 5 records were finished before" in capsys.readouterr().err
+    numbers = [lines["shard"] for lines in map(index(file).get, ("d", "e")) if lines]
+    assert numbers == ["shard-000003.tar"] * 2
+    batch(tmp_path, {"name": "a"}, {"continue_from": "a"})
+    assert generate(tiny_checkpoint, file, *packed) == 2
+    assert (
+        "continue_from is 'a', must be left out with --format webdataset" in capsys.readouterr().err
+    )
 
 
 def test_shards_are_parts_of_one_batch(

@@ -86,7 +86,7 @@ class Source:
         overrides: Mapping[str, Any],
         said: Mapping[str, Any] | None = None,
     ) -> None:
-        self._files, self._overrides, self._said = tuple(files), overrides, said or {}
+        self._files, self.overrides, self.said = tuple(files), overrides, said or {}
 
     def items(self) -> Iterator[Record | Refused]:
         """The records in their order, and in place of others what is wrong with them."""
@@ -96,7 +96,7 @@ class Source:
                 yield item
                 continue
             try:
-                record = make_record(item, self._overrides, self._said)
+                record = make_record(item, self.overrides, self.said)
                 _check_names(record, places)
             except InvalidRequest as error:
                 error = placed(item.where, error)

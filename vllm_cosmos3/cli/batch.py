@@ -8,6 +8,7 @@ memory together; one behind a URL answers beside the generator.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections import deque
@@ -24,8 +25,10 @@ from vllm_cosmos3.batch.files import Contents, Source, Unit, input_files
 from vllm_cosmos3.batch.index import SECONDS as INDEX_SECONDS
 from vllm_cosmos3.batch.index import Index
 from vllm_cosmos3.batch.locations import redacted
+from vllm_cosmos3.batch.packs import Packs
 from vllm_cosmos3.batch.records import REASONER, Refused
 from vllm_cosmos3.batch.store import Store, store_at
+from vllm_cosmos3.cli import batch_ray
 from vllm_cosmos3.cli.batch_making import Asked, Making, Opened, Outcome
 from vllm_cosmos3.cli.batch_progress import ProgressLine
 from vllm_cosmos3.cli.batch_results import Results
@@ -83,6 +86,7 @@ def _run(options: RunOptions, source: Source, cache: Path) -> int:
     if not contents.names and not contents.refused:
         raise InvalidRequest("input", " ".join(options.inputs), "files with at least one record")
     check_vllm()
+    _check_ways(options, contents)
     store = store_at(options.location)
     claims = Claims(store)
     results = Results(store, options, claims.run)
@@ -100,6 +104,9 @@ def _run(options: RunOptions, source: Source, cache: Path) -> int:
         for line in filter(None, lines):
             index.add(line)
         _join(claims, options)
+        if run.packs is not None and not options.resume and not run.packs.empty():
+            possible = "another folder, or used with --resume: there are shards in it"
+            raise InvalidRequest("out", store.called, possible, "conflict")
         claims.start(options.part.place)
         stack.callback(claims.close)
         stack.callback(index.write, store)
@@ -129,6 +136,17 @@ def _own(source: Source, contents: Contents, options: RunOptions) -> Iterator[Un
     """The units of this process, where several share a batch."""
     part = options.part
     return islice(source.units(contents.chains), part.index, None, part.count)
+
+
+def _check_ways(options: RunOptions, contents: Contents) -> None:
+    """Refuse what a way to make or to keep results cannot do."""
+    packed, reasons = options.shard_size is not None, contents.asks or contents.captions
+    if packed and contents.chains:
+        possible = "left out with --format webdataset, which keeps no last frames"
+        raise InvalidRequest("continue_from", next(iter(contents.chains)), possible, "conflict")
+    if (packed or options.ray is not None) and reasons and options.reasoner_url is None:
+        possible = "the URL of a reasoner beside the generator, with --ray or --format webdataset"
+        raise InvalidRequest("reasoner_url", None, possible, "missing_required")
 
 
 def _join(claims: Claims, options: RunOptions) -> None:
@@ -189,7 +207,11 @@ class BatchRun:
         self._options, self._source, self._contents = options, source, contents
         self._checker, self._store, self._claims, self._results = checker, store, claims, results
         self._index, self._progress = index, ProgressLine(total)
-        self._making = Making(options, results, claims)
+        own, (place, count) = contents.units, options.part.place
+        self._total = max(0, math.ceil((own - place) / count))  # of its units
+        self.packs = Packs(store, claims) if options.shard_size else None
+        self._making = Making(options, results, claims, self.packs)
+        self._unpacked: list[str] = []
         self._written = time.monotonic()
         self._failed: set[str] = (
             set()
@@ -213,6 +235,7 @@ class BatchRun:
         except BatchAborted:
             self._progress.say("stopped at the first failure; --keep-going goes on")
         finally:
+            self._pack(at_least=1)
             self._progress.close()
 
     def _look(self) -> None:
@@ -222,6 +245,10 @@ class BatchRun:
     def _round(self, only: Collection[str] | None) -> None:
         """All passes over all units, or over those of some records."""
         options = self._options
+        if options.ray is not None:
+            with batch_ray.on_cluster(options.ray):
+                self._make_with_ray(only)
+            return
         if options.reasoner_url is not None:
             from vllm_cosmos3.reasoner.server import ReasonerServer
 
@@ -238,6 +265,21 @@ class BatchRun:
         if self._contents.captions:
             with Opened(lambda: open_reasoner(options)) as reasoner:
                 self._describe(self._units(only), reasoner)
+
+    def _make_with_ray(self, only: Collection[str] | None) -> None:
+        units = enumerate(_own(self._source, self._contents, self._options))
+        numbers = None
+        if only is not None:
+            numbers = [i for i, unit in units if any(record.name in only for record in unit)]
+        work = batch_ray.Work(
+            options=self._options,
+            overrides=self._source.overrides,
+            said=self._source.said,
+            chains=self._contents.chains,
+            run=self._claims.run,
+        )
+        for outcome in batch_ray.outcomes(work, numbers, self._total):
+            self._note([outcome])
 
     def _units(self, only: Collection[str] | None) -> Iterator[Unit]:
         for unit in _own(self._source, self._contents, self._options):
@@ -292,9 +334,19 @@ class BatchRun:
             )
             if failed and not self._options.keep_going:
                 raise BatchAborted
+            if self._making.packable(outcome):
+                self._unpacked.append(outcome.name)
+                self._pack(at_least=self._options.shard_size or 1)
         if time.monotonic() - self._written >= INDEX_SECONDS:
             self._written = time.monotonic()
             self._index.write(self._store)
+
+    def _pack(self, at_least: int) -> None:
+        """Pack what was made, if it is enough for a shard."""
+        if self.packs is not None and len(self._unpacked) >= at_least:
+            names, self._unpacked = self._unpacked, []
+            for line in self.packs.pack(names):
+                self._index.add(line)
 
     # The passes of a reasoner of this process, many questions at once.
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from vllm_cosmos3.batch.claims import Claims, LostClaim
 from vllm_cosmos3.batch.index import line_of
+from vllm_cosmos3.batch.packs import Packs
 from vllm_cosmos3.cli.batch_results import Line, Results, caption_question
 from vllm_cosmos3.cli.batch_samples import BatchSample, Checked
 from vllm_cosmos3.cli.run_options import RunOptions
@@ -77,16 +78,19 @@ class Opened(Generic[T]):
 
 
 class Making:
-    """Makes units for a run. ``reasoner`` is one that answers beside the generator, if there is one."""
+    """Makes units for a run. ``reasoner`` is one that answers beside the generator, if there is one;
+    with ``packs`` results stay claimed until they are packed."""
 
     def __init__(
         self,
         options: RunOptions,
         results: Results,
         claims: Claims,
-        reasoner: Asked | None = None,
+        packs: Packs | None = None,
     ) -> None:
-        self.options, self.results, self.claims, self.reasoner = options, results, claims, reasoner
+        self.packs = packs
+        self.reasoner: Asked | None = None
+        self.options, self.results, self.claims = options, results, claims
 
     def generated(self, checked: Checked, model: Opened[Cosmos3]) -> list[Outcome]:
         """Make the pictures of a unit."""
@@ -139,19 +143,42 @@ class Making:
         captioned: bool,
     ) -> list[Outcome]:
         try:
-            kept = list(self._kept(checked, captioned=captioned))
+            there = self._kept if self.packs is None else self._packed
+            kept = list(there(checked, captioned=captioned))
             if len(kept) == len(checked.unit):
-                if checked.root in self.claims.left and self.claims.take(checked.root):
-                    self.claims.release(checked.root)  # of a run that died before it could
+                if checked.root in self.claims.left:  # by a run that died before it could
+                    self._tidy(checked.root)
                 return kept
             if not self.claims.take(checked.root):
                 return kept + self.left(checked, {outcome.name for outcome in kept})
+            outcomes: list[Outcome] = []
             try:
-                return list(self._each(checked, work, captioned=captioned))
+                outcomes += self._each(checked, work, captioned=captioned)
             finally:
-                self.claims.release(checked.root)
+                if not any(map(self.packable, outcomes)):
+                    self.claims.release(checked.root)
+            return outcomes
         finally:
             checked.close()
+
+    def packable(self, outcome: Outcome) -> bool:
+        """Whether the result of a record is to be packed."""
+        line = outcome.line
+        done = line is not None and line["status"] == "success" and line["shard"] is None
+        return self.packs is not None and done
+
+    def _tidy(self, name: str) -> None:
+        if self.packs is not None:
+            self.packs.remove(name)
+        elif self.claims.take(name):
+            self.claims.release(name)
+
+    def _packed(self, checked: Checked, *, captioned: bool) -> Iterator[Outcome]:
+        assert self.packs is not None
+        for sample in checked.samples:
+            line = self.packs.line(sample.record.name, sample.digest)
+            if line is not None:
+                yield Outcome(name=sample.record.name, line=line)
 
     def _kept(self, checked: Checked, *, captioned: bool) -> Iterator[Outcome]:
         changed = False
@@ -164,6 +191,10 @@ class Making:
 
     def kept(self, sample: BatchSample, *, captioned: bool) -> Line | None:
         """The line of results that are there: of this run, or of any where it resumes."""
+        if self.packs is not None:
+            line = self.packs.line(sample.record.name, sample.digest)
+            if line is not None:
+                return line
         done = self.results.kept(sample, captioned=captioned)
         if done is None or not (self.options.resume or done.get("run") == self.claims.run):
             return None

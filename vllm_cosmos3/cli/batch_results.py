@@ -198,8 +198,8 @@ class Results:
 def caption_question(file: Path) -> Question:
     """What the reasoner is asked about a picture or a clip that was made."""
     if file.suffix == ".mp4":
-        return Question(prompt=DESCRIBE.format(kind="video"), video=str(file))
-    return Question(prompt=DESCRIBE.format(kind="picture"), image=str(file))
+        return Question(prompt=DESCRIBE.format(kind="video"), video=str(file), max_new_tokens=512)
+    return Question(prompt=DESCRIBE.format(kind="picture"), image=str(file), max_new_tokens=512)
 
 
 def _captioned(outputs: Mapping[str, Any]) -> bool:

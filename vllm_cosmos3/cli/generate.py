@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ from vllm_cosmos3.cli.run_options import RunOptions, open_generator, open_reason
 from vllm_cosmos3.cli.terminal import progress_shown, quiet_libraries
 from vllm_cosmos3.cli.versions import check_vllm
 from vllm_cosmos3.engine_options import OPTIONS, EngineOptions
-from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.errors import InvalidRequest, Unsupported
 from vllm_cosmos3.request.request import SPECS, GenerateRequest, from_fields
 
 if TYPE_CHECKING:
@@ -94,6 +95,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="skip records whose results already exist in --out; also joins a run that writes there")  # fmt: skip
     add("--keep-going", action="store_true", help="continue after a record that is invalid or fails twice")  # fmt: skip
     add("--shard", metavar="I/N", help="make every N-th record only, from the I-th (1 to N) on")
+    add("--format", choices=("files", "webdataset"), default="files", help="a folder for each record (default), or tar shards of WebDataset")  # fmt: skip
+    add("--shard-size", type=integer, default=1000, metavar="N", help="records in a shard of --format webdataset (default: 1000)")  # fmt: skip
+    add("--ray", nargs="?", const="", metavar="ADDRESS", help="make the records with Ray Data on this cluster; without an address on RAY_ADDRESS or this machine")  # fmt: skip
     add("--reasoner-url", metavar="URL", help="served reasoner that answers, upsamples and captions beside the generator")  # fmt: skip
     group: argparse._ActionsContainer = parser
     for item in fields(GenerateRequest):
@@ -233,6 +237,8 @@ def run_options(args: argparse.Namespace) -> RunOptions | None:
         links=args.phyai_checkpoint is not None,
         reasoner_ranks=engine.tensor_parallel_size,
         reasoner_url=args.reasoner_url,
+        shard_size=_shard_size(args),
+        ray=args.ray,
         inputs=tuple(args.input or ()),
         location=_location(args),
         name=args.name,
@@ -256,6 +262,20 @@ def _location(args: argparse.Namespace) -> str:
     if is_url(location) and args.benchmark:
         raise InvalidRequest("out", shown(location), "a folder of this machine with --benchmark")
     return location
+
+
+def _shard_size(args: argparse.Namespace) -> int | None:
+    """How many records a shard has; None where results stay files."""
+    if args.format == "files":
+        return None
+    if not args.input:
+        raise InvalidRequest("format", args.format, "files without --input", "conflict")
+    if args.shard_size < 1:
+        raise InvalidRequest("shard_size", args.shard_size, "at least 1")
+    if find_spec("webdataset") is None:
+        raise Unsupported("webdataset is not installed: pip install 'vllm-cosmos3[webdataset]'")
+    size: int = args.shard_size
+    return size
 
 
 def _shard(args: argparse.Namespace) -> Part:

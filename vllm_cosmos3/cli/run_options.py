@@ -27,7 +27,8 @@ class RunOptions:
     ``crf`` is the quality of H.264, ``image_quality`` that of pictures with losses, and ``inputs``
     are the batch files, if any. ``location`` is the folder of the results, for batch files perhaps a
     URL. ``reasoner_url`` is that of a reasoner beside the generator. ``links`` names results as phyai does,
-    too. ``part`` is what this process does of the work, a ``replica`` beside others of one command, of which one ``leads``, ``reasoner_ranks`` how many ranks share the
+    too. ``shard_size`` is how many results a WebDataset shard has, None where they stay files, ``ray``
+    the address of a cluster, empty for one of this machine, None without Ray. ``part`` is what this process does of the work, a ``replica`` beside others of one command, of which one ``leads``, ``reasoner_ranks`` how many ranks share the
     reasoner.
 
     Raises:
@@ -54,6 +55,8 @@ class RunOptions:
     links: bool
     reasoner_ranks: int
     reasoner_url: str | None
+    shard_size: int | None
+    ray: str | None
 
     @property
     def out(self) -> Path:

@@ -1,0 +1,112 @@
+"""``vllm-cosmos3 generate --ray``: batch files on a small cluster, of which parts are killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from limits import HANG
+from servers import environment
+
+from vllm_cosmos3.cli import main
+
+RECORDS = 40
+FAST = {"size": "64x64", "num_steps": 1, "guidance": 1, "num_frames": 1, "prompt": "a boat"}
+
+
+@pytest.fixture
+def cluster(vllm_cache: Path) -> Iterator[dict[str, str]]:
+    """The environment of processes that find a cluster of two processors: one actor, and one for Ray's own tasks."""
+    ray = Path(sys.executable).with_name("ray")
+    port = "6399"
+    settings = environment(vllm_cache) | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
+    settings |= {"PYTHONPATH": os.pathsep.join(sys.path), "RAY_USAGE_STATS_ENABLED": "0"}
+    command = [ray, "start", "--head", "--port", port, "--num-cpus", "2", "--num-gpus", "0"]
+    command += ["--include-dashboard", "false", "--object-store-memory", str(10**8), "--block"]
+    with subprocess.Popen(
+        list(map(str, command)), env=settings, stdout=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        yield settings
+        os.killpg(process.pid, signal.SIGKILL)  # a polite end takes half a minute
+
+
+def finished(out: Path) -> dict[str, int]:
+    """The records that have their results, and when."""
+    found = out.glob("*/sample_outputs.json")
+    return {path.parent.name: path.stat().st_mtime_ns for path in found}
+
+
+def wait_for(count: int, out: Path) -> dict[str, int]:
+    end = time.monotonic() + HANG
+    while len(done := finished(out)) < count:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return done
+
+
+def makers() -> list[int]:
+    """The processes of the actors that make records."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes()
+        except OSError:
+            continue
+        if line.startswith(b"ray::") and b"MapBatches(Maker)" in line:
+            found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")  # of Ray, in this process
+def test_a_killed_driver_and_a_killed_actor_lose_nothing(
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    cluster: dict[str, str],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file, out = tmp_path / "x.jsonl", tmp_path / "out"
+    chain = {"num_frames": 5}
+    records = [FAST | {"name": f"r{number}"} for number in range(RECORDS)]
+    records[30] |= chain
+    records[35] |= chain | {"continue_from": "r30"}
+    records[38] |= {"fps": 0}
+    file.write_text("\n".join(map(json.dumps, records)))
+    command = ["generate", str(tiny_checkpoint), "--input", str(file), "--out", str(out)]
+    command += ["--ray", "--keep-going"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "vllm_cosmos3", *command], env=cluster, start_new_session=True
+    ) as driver:
+        wait_for(5, out)
+        driver.send_signal(signal.SIGKILL)
+    first = finished(out)
+    assert len(first) < RECORDS
+
+    def kill_an_actor() -> None:
+        wait_for(len(first) + 5, out)
+        os.kill(makers()[0], signal.SIGKILL)
+
+    monkeypatch.setenv("RAY_ADDRESS", cluster["RAY_ADDRESS"])
+    killer = threading.Thread(target=kill_an_actor)
+    killer.start()
+    assert main([*command, "--resume"]) == 1
+    killer.join()
+    said = capfd.readouterr()
+    assert f"{RECORDS - 1} of {RECORDS} records have their results" in said.out
+    assert "fps is 0" in said.err
+    lines = [json.loads(line) for line in (out / "index.jsonl").read_text().splitlines()]
+    assert sorted(line["name"] for line in lines) == sorted(f"r{n}" for n in range(RECORDS))
+    assert [line["name"] for line in lines if line["status"] == "error"] == ["r38"]
+    last = finished(out)
+    later = [name for name, at in first.items() if last[name] != at]
+    assert set(later) <= {"r38"}  # nothing is made twice, but what was refused is tried again
+    assert not (out / ".cosmos3").exists()
+    assert not list(out.rglob("*.part"))
