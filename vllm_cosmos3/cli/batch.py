@@ -267,6 +267,8 @@ class BatchRun:
                 self._describe(self._units(only), reasoner)
 
     def _make_with_ray(self, only: Collection[str] | None) -> None:
+        if self._total == 0:
+            return
         units = enumerate(_own(self._source, self._contents, self._options))
         numbers = None
         if only is not None:
