@@ -95,5 +95,5 @@ def test_what_needs_a_served_reasoner_says_so(
     ]
     assert main([*command, "--format", "webdataset"]) == 2
     assert "--reasoner-url is missing, must be the URL of a reasoner" in capsys.readouterr().err
-    assert main([*command, "--reasoner-url", "http://127.0.0.1:9"]) == 1
+    assert main([*command, "--reasoner-url", "http://127.0.0.1:9"]) == 2
     assert "the reasoner at http://127.0.0.1:9 does not answer" in capsys.readouterr().err
