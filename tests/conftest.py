@@ -233,5 +233,6 @@ def reasoner_server_tp2(
     command += ["--allowed-local-media-path", str(media_folder), "--max-logprobs", "-1", *SMALL]
     command += ["--enable-lora", "--max-lora-rank", "8", "--lora-modules"]
     command += [f"{folder.name}={folder}" for folder in reasoner_adapters]
+    command.append("--allow-private-media")
     with running(command, tmp_path_factory.mktemp("server"), vllm_cache) as server:
         yield server

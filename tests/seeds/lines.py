@@ -1,7 +1,8 @@
 """Command lines of other programs' documents, as data, and what is replaced to run them here.
 
 ``commands.jsonl`` has each command with the places where it stands; ``records/`` the framework's
-sample inputs, rewritten with short prompts and local files.
+sample inputs and ``chats.jsonl`` the requests of the reasoner's notebook, both rewritten with short
+prompts and local files.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 from media_files import clip
@@ -76,6 +78,9 @@ class Line:
         return dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
 
 
+CHATS: list[dict[str, Any]] = [
+    json.loads(row) for row in (HERE / "chats.jsonl").read_text().splitlines()
+]
 LINES = [
     Line(command=row["command"], places=tuple(row["places"]))
     for row in map(json.loads, (HERE / "commands.jsonl").read_text().splitlines())

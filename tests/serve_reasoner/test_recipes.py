@@ -11,7 +11,8 @@ import httpx
 import openai
 import pytest
 from limits import HANG
-from media_files import clip, data_url, picture, png
+from lines import CHATS
+from media_files import clip, data_url, file_server, picture, png
 from servers import Server
 
 from vllm_cosmos3.compat import has_serve_flag
@@ -140,6 +141,22 @@ def test_schema_holds_with_the_reasoning_parser(reasoner_server: Server) -> None
     assert answer.keys() == {"label", "moving"}
 
 
+@pytest.mark.parametrize("chat", CHATS, ids=lambda chat: chat["cell"])
+def test_every_cell_of_the_notebook_is_answered(
+    chat: dict[str, Any], reasoner_server: Server, media_folder: Path, two_seconds: Path
+) -> None:
+    """As the notebook of the Cosmos cookbook asks, but for the files and the longest answer."""
+    frame = media_folder / "frame.png"
+    frame.write_bytes(png(picture()))
+    part = {"type": "image_url", "image_url": {"url": frame.as_uri()}}
+    shown = video(two_seconds) if chat["media"] == "video" else part
+    options = chat["options"] | {"max_tokens": 4}
+    answer = ask(reasoner_server, shown, text(chat["prompt"]), **options)
+    assert 0 < answer.usage.completion_tokens <= 4
+    words = ask(reasoner_server, text(chat["prompt"]), max_tokens=1).usage.prompt_tokens
+    assert answer.usage.prompt_tokens > words + (16 if chat["media"] == "video" else 2)
+
+
 def test_64_requests_at_once(reasoner_server: Server, two_seconds: Path) -> None:
     """Text, images and video, streaming and not, all at the same time."""
 
@@ -210,15 +227,24 @@ def test_tags_stay_in_the_text_without_the_parser(reasoner_server_tp2: Server) -
     assert reply.choices[0].message.content == "<think>ab</think>cd"
 
 
-def test_cosmos3_serve_takes_flat_urls(reasoner_server_tp2: Server, two_seconds: Path) -> None:
+@pytest.mark.parametrize("flat", ["file", "http"])
+def test_cosmos3_serve_takes_flat_urls(
+    flat: str, reasoner_server_tp2: Server, two_seconds: Path
+) -> None:
     """As the README of Cosmos writes a message."""
+    with file_server(two_seconds.parent) as files:
+        place = two_seconds.as_uri() if flat == "file" else f"{files}/{two_seconds.name}"
+        check_flat_url(reasoner_server_tp2, place)
+
+
+def check_flat_url(server: Server, place: str) -> None:
     content = [
-        {"type": "video_url", "video_url": two_seconds.as_uri()},
+        {"type": "video_url", "video_url": place},
         {"type": "text", "text": "List the notable events with approximate timestamps."},
     ]
     system = [{"type": "text", "text": "You are a helpful assistant."}]
     messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
-    body = {"model": reasoner_server_tp2.model, "messages": messages, "max_tokens": 2}
-    reply = httpx.post(f"{reasoner_server_tp2.url}/v1/chat/completions", json=body, timeout=HANG)
+    body = {"model": server.model, "messages": messages, "max_tokens": 2}
+    reply = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=HANG)
     assert reply.status_code == 200, reply.text
     assert reply.json()["usage"]["prompt_tokens"] > 50  # of the clip
