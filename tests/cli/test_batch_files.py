@@ -32,7 +32,9 @@ from vllm_cosmos3.engine import Cosmos3
 from vllm_cosmos3.engine_options import EngineOptions
 from vllm_cosmos3.media import read_image, read_video
 from vllm_cosmos3.reasoner.offline import Answer, Reasoner
+from vllm_cosmos3.request.prompts import Facts
 from vllm_cosmos3.request.questions import Question
+from vllm_cosmos3.request.sizes import aspect_ratio
 from vllm_cosmos3.request.upsample import schema_of
 
 FAST = {"size": "64x64", "num_steps": 2, "num_frames": 5, "prompt": "a boat", "seed": 3}
@@ -595,7 +597,9 @@ def test_the_reasoner_answers_its_records_and_writes_prompts(
     assert outputs(file, "video")["outputs"][0]["files"] == ["vision.mp4"]
     written = outputs(file, "written")["args"]
     assert written["original_prompt"] == "a boat"
-    Draft202012Validator(schema_of("image")).validate(json.loads(written["prompt"]))
+    width, height = map(int, written["size"].split("x"))
+    facts = Facts(num_frames=1, fps=24, height=height, width=width, aspect_ratio=aspect_ratio(width, height))  # fmt: skip
+    Draft202012Validator(schema_of(facts)).validate(json.loads(written["prompt"]))
     assert "was cut at its longest length" in outputs(file, "cut")["message"]
 
 

@@ -41,6 +41,8 @@ def planned(tiny_checkpoint: Path) -> Callable[[GenerateRequest], Plan]:
 
 def example(schema: dict[str, Any]) -> Any:
     """The smallest value that a schema allows."""
+    if "enum" in schema:
+        return schema["enum"][0]
     if schema["type"] == "object":
         return {name: example(part) for name, part in schema.get("properties", {}).items()}
     if schema["type"] == "array":
@@ -48,22 +50,25 @@ def example(schema: dict[str, Any]) -> Any:
     return {"string": "word", "integer": 0}[schema["type"]]
 
 
-@pytest.mark.parametrize("kind", ["image", "video"])
-def test_the_schema_is_one_and_allows_no_other_keys(kind: str) -> None:
-    schema = schema_of(kind)
+@pytest.mark.parametrize("facts", [IMAGE, VIDEO], ids=["image", "video"])
+def test_the_schema_is_one_and_allows_no_other_keys(facts: Facts) -> None:
+    schema = schema_of(facts)
     Draft202012Validator.check_schema(schema)
     caption = example(schema)
     validator = Draft202012Validator(schema)
     validator.validate(caption)
-    assert not validator.is_valid(caption | {"resolution": {}})
+    assert not validator.is_valid(caption | {"resolution": {"H": 1, "W": 1}})
+    assert not validator.is_valid(caption | {"mood": "calm"})
     assert not validator.is_valid({k: v for k, v in caption.items() if k != "lighting"})
 
 
 def test_the_keys_are_those_of_the_published_prompts() -> None:
     shared = ["background_setting", "lighting", "aesthetics", "cinematography", "style_medium", "artistic_style", "context"]  # fmt: skip
-    schemas = {kind: schema_of(kind)["properties"] for kind in ("image", "video")}
-    assert list(schemas["image"]) == ["scene_imagination", "comprehensive_t2i_caption", "subjects", "subject_details", *shared, "text_and_signage_elements", "quadrant_scan"]  # fmt: skip
-    assert list(schemas["video"]) == ["scene_imagination", "temporal_caption", "audio_description", "subjects", *shared, "actions", "text_and_signage_elements", "segments", "transitions"]  # fmt: skip
+    schemas = {
+        kind: schema_of(facts)["properties"] for kind, facts in (("image", IMAGE), ("video", VIDEO))
+    }
+    assert list(schemas["image"]) == ["scene_imagination", "comprehensive_t2i_caption", "subjects", "subject_details", *shared, "text_and_signage_elements", "quadrant_scan", "resolution", "aspect_ratio"]  # fmt: skip
+    assert list(schemas["video"]) == ["scene_imagination", "temporal_caption", "audio_description", "subjects", *shared, "actions", "text_and_signage_elements", "segments", "transitions", "resolution", "aspect_ratio", "duration", "fps"]  # fmt: skip
     subject = {kind: list(schemas[kind]["subjects"]["items"]["properties"]) for kind in schemas}
     assert subject["video"][6:9] == ["pose", "action", "state_changes"]
     assert subject["image"][6:8] == ["pose", "clothing"]
@@ -86,7 +91,16 @@ def test_the_question_and_the_documented_sampling() -> None:
     drawn = sampling_params(question)
     assert (drawn.max_tokens, drawn.temperature, drawn.top_p, drawn.top_k) == (20000, 0.7, 0.8, 20)
     assert (drawn.repetition_penalty, drawn.presence_penalty, drawn.seed) == (1.0, 1.5, 3407)
-    assert drawn.structured_outputs.json == schema_of("video")
+    assert drawn.structured_outputs.json == schema_of(VIDEO)
+
+
+@pytest.mark.parametrize("facts", [IMAGE, VIDEO], ids=["image", "video"])
+def test_the_generator_reads_the_keys_in_the_order_of_the_published_prompts(facts: Facts) -> None:
+    """The facts stay where they are in a caption; one without them gets them in another order."""
+    caption = caption_of(json.dumps(example(schema_of(facts))), complete=True)
+    read = positive_text(caption, facts, style="auto", duration=True, resolution=True)
+    assert list(json.loads(read)) == list(schema_of(facts)["properties"])
+    assert json.loads(read) == json.loads(caption)
 
 
 def test_sampling_can_be_chosen() -> None:

@@ -24,6 +24,7 @@ from servers import BIN, Server, running
 from servers import SMALL as SMALL_ENGINE
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+from vllm_cosmos3.request.prompts import Facts
 from vllm_cosmos3.request.upsample import schema_of
 from vllm_cosmos3.server.jobs.journal import Journal
 
@@ -134,7 +135,9 @@ def test_the_reasoner_writes_the_prompt(server: Server) -> None:
     answer = httpx.post(f"{server.url}/v1/images/generations", json=body, headers=KEY, timeout=HANG)
     assert answer.status_code == 200, answer.text
     written = answer.json()["cosmos3"]["upsampled_prompt"]
-    Draft202012Validator(schema_of("image")).validate(json.loads(written))
+    facts = Facts(num_frames=1, fps=24, height=64, width=64, aspect_ratio=None)
+    Draft202012Validator(schema_of(facts)).validate(json.loads(written))
+    assert list(json.loads(written)) == list(schema_of(facts)["properties"])
     assert answer.json()["data"][0]["revised_prompt"] == written
     assert answer.json()["cosmos3"]["effective"]["prompt"] == written
     assert answer.json()["cosmos3"]["sources"]["prompt"] == "reasoner"

@@ -207,16 +207,19 @@ def json_object(prompt: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def stated(facts: Facts) -> dict[str, Any]:
+    """The keys of a caption that state the facts, in the order in which one without them gets them."""
+    told: dict[str, Any] = {}
+    if not facts.is_image:
+        told |= {"duration": f"{int(facts.num_frames / facts.fps)}s", "fps": float(facts.fps)}
+    told["resolution"] = {"H": facts.height, "W": facts.width}
+    return told if facts.aspect_ratio is None else {**told, "aspect_ratio": facts.aspect_ratio}
+
+
 def _with_facts(caption: dict[str, Any], facts: Facts) -> dict[str, Any]:
     if facts.is_image:
         caption = {k: v for k, v in caption.items() if k not in ("duration", "fps")}
-    else:
-        caption["duration"] = f"{int(facts.num_frames / facts.fps)}s"
-        caption["fps"] = float(facts.fps)
-    caption["resolution"] = {"H": facts.height, "W": facts.width}
-    if facts.aspect_ratio is not None:
-        caption["aspect_ratio"] = facts.aspect_ratio
-    return caption
+    return caption | stated(facts)
 
 
 def _sentences(

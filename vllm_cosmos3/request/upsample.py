@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from vllm_cosmos3 import media
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
 from vllm_cosmos3.request.plan import Plan
-from vllm_cosmos3.request.prompts import Facts, json_object
+from vllm_cosmos3.request.prompts import Facts, json_object, stated
 from vllm_cosmos3.request.questions import QUESTION, Question
 from vllm_cosmos3.request.request import GenerateRequest
+from vllm_cosmos3.request.sizes import aspect_ratio
 
 if TYPE_CHECKING:
     from vllm_cosmos3.media import ImageSource
@@ -96,7 +97,7 @@ def question_about(
         fps=effective["fps"],
         height=effective["height"],
         width=effective["width"],
-        aspect_ratio=None,
+        aspect_ratio=aspect_ratio(effective["width"], effective["height"]),
     )
     return upsampling_question(
         request.prompt, facts, image=_first_frame(request, plan), sampling=sampling
@@ -150,7 +151,7 @@ def upsampling_question(
         image=image,
         max_new_tokens=drawn.pop("max_tokens"),
         do_sample=drawn["temperature"] > 0,
-        schema=schema_of(kind),
+        schema=schema_of(facts),
         **drawn,
     )
 
@@ -182,9 +183,12 @@ class UpsamplingFailed(Cosmos3Error):
 # The schema. Lengths are bounds for an answer that runs wild, far beyond what is usual.
 
 
-def schema_of(kind: str) -> dict[str, Any]:
-    """JSON schema of the structured prompt of an "image" or a "video"; keys in trained order."""
-    video = kind == "video"
+def schema_of(facts: Facts) -> dict[str, Any]:
+    """JSON schema of the structured prompt of an output with these facts; keys in trained order.
+
+    The facts are the last keys, each with the one value that it can have.
+    """
+    video = not facts.is_image
     camera = ("framing", "camera_angle", "depth_of_field", "focus", "lens_focal_length")
     place = "spatial_temporal" if video else "spatial"
     told = {"temporal_caption": _CAPTION, "audio_description": _LONG}
@@ -204,9 +208,8 @@ def schema_of(kind: str) -> dict[str, Any]:
     written = _list(_texts("text", "category", "appearance", place, "context"))
     if not video:
         corners = ("top_left", "top_right", "bottom_left", "bottom_right", "absolute_center")
-        return _object(
-            keys | {"text_and_signage_elements": written, "quadrant_scan": _texts(*corners)}
-        )
+        keys |= {"text_and_signage_elements": written, "quadrant_scan": _texts(*corners)}
+        return _object(keys | _known(facts))
     segment = _object(
         {
             "segment_index": _COUNT,
@@ -222,7 +225,21 @@ def schema_of(kind: str) -> dict[str, Any]:
         "segments": _list(segment, least=1),
         "transitions": _list(_SHORT),
     }
-    return _object(keys)
+    return _object(keys | _known(facts))
+
+
+def _known(facts: Facts) -> dict[str, Any]:
+    """The keys of the facts that a caption states."""
+    kinds = {int: "integer", float: "number", str: "string"}
+
+    def only(value: Any) -> dict[str, Any]:
+        if isinstance(value, Mapping):
+            return _object({name: only(part) for name, part in value.items()})
+        return {"type": kinds[type(value)], "enum": [value]}
+
+    told = stated(facts)
+    order = ("resolution", "aspect_ratio", "duration", "fps")
+    return {name: only(told[name]) for name in order if name in told}
 
 
 def _subject(*, moves: bool) -> dict[str, Any]:
