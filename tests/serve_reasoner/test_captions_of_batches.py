@@ -72,6 +72,9 @@ def test_captions_answers_and_a_second_try(
     assert {name: len(line["captions"]) for name, line in found.items()} == {
         "text": 0, "clip": 1, "pictures": 2, "plain": 0,
     }  # fmt: skip
+    assert {name: line["attempts"] for name, line in found.items()} == {
+        "text": 1, "clip": 2, "pictures": 1, "plain": 1,
+    }  # fmt: skip
     assert all(text for line in lines for text in line["captions"])
     assert (tmp_path / "out" / "text" / "reasoner_text.txt").read_text()
     outputs = json.loads((tmp_path / "out" / "clip" / "sample_outputs.json").read_text())

@@ -29,8 +29,8 @@ from vllm_cosmos3.batch.packs import Packs
 from vllm_cosmos3.batch.records import REASONER, Refused
 from vllm_cosmos3.batch.store import Store, store_at
 from vllm_cosmos3.cli import batch_ray
-from vllm_cosmos3.cli.batch_making import Asked, Making, Opened, Outcome
-from vllm_cosmos3.cli.batch_progress import ProgressLine
+from vllm_cosmos3.cli.batch_making import TRIES, Asked, Making, Opened, Outcome
+from vllm_cosmos3.cli.batch_progress import LOG_SECONDS, ProgressLine
 from vllm_cosmos3.cli.batch_results import Results
 from vllm_cosmos3.cli.batch_samples import BatchSample, Checked, Checker
 from vllm_cosmos3.cli.benchmark_file import write_benchmark
@@ -88,6 +88,9 @@ def _run(options: RunOptions, source: Source, cache: Path) -> int:
     check_vllm()
     _check_ways(options, contents)
     store = store_at(options.location)
+    if not store.exclusive:
+        text = f"warning: {store.called} cannot hold claims: give several runs on it --shard"
+        print(text, file=sys.stderr)
     claims = Claims(store)
     results = Results(store, options, claims.run)
     served = contents.names - {problem.name for problem in found}
@@ -128,8 +131,14 @@ def _problems(
     source: Source, contents: Contents, checker: Checker, options: RunOptions
 ) -> list[Refused]:
     """What is wrong with the records of this process, as far as it is seen without URLs."""
-    units = _own(source, contents, options)
-    return [problem for unit in units for problem in checker.problems(unit)]
+    found: list[Refused] = []
+    said = time.monotonic()
+    for number, unit in enumerate(_own(source, contents, options)):
+        found += checker.problems(unit)
+        if time.monotonic() - said >= LOG_SECONDS:
+            said = time.monotonic()
+            print(f"{number + 1} records checked", file=sys.stderr, flush=True)
+    return found
 
 
 def _own(source: Source, contents: Contents, options: RunOptions) -> Iterator[Unit]:
@@ -212,6 +221,7 @@ class BatchRun:
         self.packs = Packs(store, claims) if options.shard_size else None
         self._making = Making(options, results, claims, self.packs)
         self._unpacked: list[str] = []
+        self._second: set[str] = set()  # records that have failed once
         self._written = time.monotonic()
         self._failed: set[str] = (
             set()
@@ -230,6 +240,7 @@ class BatchRun:
                     while self.elsewhere and self._claims.undecided():
                         time.sleep(POLL_SECONDS)
                         self._look()
+                    self._second = names & self._again
                     self._again, self.elsewhere, self._failed = set(), set(), set()
                     self._round(names)
         except BatchAborted:
@@ -319,6 +330,8 @@ class BatchRun:
             if outcome.line is None:
                 self.elsewhere.add(outcome.name)
                 continue
+            if outcome.made and outcome.name in self._second:
+                outcome.line["attempts"] = TRIES
             self._index.add(outcome.line)
             failed = outcome.error is not None
             if failed:

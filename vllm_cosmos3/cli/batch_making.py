@@ -222,7 +222,7 @@ class Making:
             name = str(refused.name)
             yield Outcome(name=name, line=line, made=True, again=again, error=str(refused.error))
         changed = False
-        for sample in checked.samples:
+        for place, sample in enumerate(checked.samples):
             line = None if changed else self.kept(sample, captioned=captioned)
             if line is not None:
                 yield Outcome(name=sample.record.name, line=line)
@@ -231,7 +231,9 @@ class Making:
             try:
                 yield self._tried(sample, lambda sample=sample: work(sample, held))  # type: ignore[misc]
             except LostClaim:
-                yield Outcome(name=sample.record.name, line=None)
+                for lost in checked.samples[place:]:
+                    yield Outcome(name=lost.record.name, line=None)
+                return
 
     def _tried(self, sample: BatchSample, work: Callable[[], Line]) -> Outcome:
         """What becomes of a sample; one that fails is tried again now where nothing comes after it."""
