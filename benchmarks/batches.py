@@ -22,7 +22,8 @@ RECORD = {"size": "64x64", "num_steps": 1, "guidance": 1, "num_frames": 1}
 
 
 def main() -> None:
-    args = _parser().parse_args()
+    ours, _, flags = " ".join(sys.argv[1:]).partition(" -- ")
+    args = _parser().parse_args(ours.split())
     with TemporaryDirectory() as folder:
         file, out = Path(folder) / "records.jsonl", Path(folder) / "out"
         lines = (
@@ -31,7 +32,7 @@ def main() -> None:
         )
         file.write_text("\n".join(lines))
         command = [sys.executable, "-m", "vllm_cosmos3", "generate", args.checkpoint]
-        command += ["--input", str(file), "--out", str(out), "--keep-going", *args.flags]
+        command += ["--input", str(file), "--out", str(out), "--keep-going", *flags.split()]
         begun = time.perf_counter()
         memory: list[tuple[int, float]] = []
         made = 0  # by the last process, which was not killed
@@ -83,7 +84,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("checkpoint")
     parser.add_argument("--records", type=int, default=2000)
     parser.add_argument("--kills", type=int, default=0)
-    parser.add_argument("flags", nargs="*", help="flags of the command, after --")
     return parser
 
 

@@ -12,7 +12,7 @@ from vllm_cosmos3.cli.batch_progress import WARNINGS, ProgressLine, described
     [
         ((0, 0, 9, 0, 1.0), "0 of 9 done, 0 failed"),
         ((6, 1, 9, 4, 40.0), "6 of 9 done, 1 failed, 360 an hour, ETA 0:00:20"),
-        ((1204, 3, 100_000, 412, 3600.0), "1204 of 100000 done, 3 failed, 412 an hour, ETA 9 d 23:47:58"),
+        ((1204, 3, 100_000, 412, 3600.0), "1204 of 100000 done, 3 failed, 412 an hour, ETA 9 d 23:47:20"),
         ((9, 0, 9, 9, 0.5), "9 of 9 done, 0 failed, 64,800 an hour, ETA 0:00:00"),
     ],
 )  # fmt: skip
