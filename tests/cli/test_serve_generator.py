@@ -12,6 +12,7 @@ import pytest
 
 from vllm_cosmos3.checkpoint.config import read_config
 from vllm_cosmos3.cli import main
+from vllm_cosmos3.cli.deploy_file import deploy_flags
 from vllm_cosmos3.errors import OutOfMemory
 from vllm_cosmos3.generator.memory import MemoryEstimate
 from vllm_cosmos3.server.memory_split import GIB, Sizing, engine_of, share_of_reasoner, sized
@@ -193,6 +194,16 @@ def test_one_api_process(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[st
     line = refused(capsys, *argv)
     assert line.startswith("--api-server-count is '2', must be 1, as each API process would start")
     assert line.endswith("with the same --storage-path")
+    line = refused(capsys, *argv[:3], "--data-parallel-size", "2")
+    assert line.startswith("--data-parallel-size is '2', must be 1 beside a generator")
+    assert "--generator-replicas" in line
+
+
+def test_replicas_by_either_name(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = (str(tiny_checkpoint), "--surface", "generator", "--port", "0")
+    for name in ("--data-parallel-size", "--generator-replicas"):
+        line = refused(capsys, *flags, name, "257")
+        assert line == f"{name} is 257, must be an integer from 1 to 256"
 
 
 def test_a_reasoner_alone_has_no_queue(capsys: pytest.CaptureFixture[str]) -> None:
@@ -269,3 +280,9 @@ def test_nobody_divides_memory_on_a_cpu(tiny_checkpoint: Path) -> None:
     made = sized(tiny_checkpoint, Options(), "cpu")
     root = json.loads((tiny_checkpoint / "config.json").read_text())
     assert share_of_reasoner(made, root, 1) is None
+
+
+def test_replicas_of_a_deploy_file(tmp_path: Path) -> None:
+    (tmp_path / "stage.yaml").write_text("stages: [{num_replicas: 2, devices: '0,1'}]")
+    flags = ["--generator-replicas", "2", "--generator-devices", "0,1"]
+    assert deploy_flags(str(tmp_path / "stage.yaml")) == flags

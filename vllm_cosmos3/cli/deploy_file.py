@@ -12,7 +12,8 @@ from vllm_cosmos3.errors import InvalidRequest
 FLAG = "--deploy-config"
 SECTIONS = ("engine_args", "parallel_config", "model_config")  # whose keys stand for themselves
 INERT = ("stage_id", "stage_type", "final_output", "final_output_type")
-NAMES = {"devices": "generator_devices"}  # of ours, for keys that are no flag
+# Of ours, for keys that are no flag.
+NAMES = {"devices": "generator_devices", "num_replicas": "generator_replicas"}
 
 
 def deploy_flags(path: str) -> Sequence[str]:
