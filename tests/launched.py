@@ -106,6 +106,10 @@ def failures(checkpoint: Path, out: Path, large: dict[str, Any], **settings: Any
         )
 
 
+def engine_then_several(checkpoint: Path, out: Path) -> list[str]:
+    return engine(checkpoint, out) + several(checkpoint, out)
+
+
 def several(checkpoint: Path, out: Path) -> list[str]:
     """One generator after the other, each on a mesh of its own."""
 
@@ -147,7 +151,6 @@ def heard(*requests: Callable[[], object]) -> list[str]:
 
 if __name__ == "__main__":
     name, checkpoint, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    lines = {"engine": engine, "gpus": gpus, "several": several, "stuck": stuck}[name](
-        checkpoint, out
-    )
+    made = {"engine_then_several": engine_then_several, "gpus": gpus, "stuck": stuck}[name]
+    lines = made(checkpoint, out)
     (out / f"{RANK}.json").write_text(json.dumps(lines))

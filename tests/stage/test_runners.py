@@ -157,20 +157,26 @@ def test_torchrun(tiny_checkpoint_fp32: Path, alone: tuple[Output, Output], tmp_
     assert np.abs(latents - reference).max() < 1e-5 * np.abs(reference).max()
 
 
-def test_launched_ranks_fail_a_request_together_and_go_on(
-    tiny_checkpoint_fp32: Path, tmp_path: Path
-) -> None:
-    status, met = launch("engine", tiny_checkpoint_fp32, tmp_path)
+@pytest.fixture(scope="module")
+def met(
+    tiny_checkpoint_fp32: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, list[str]]:
+    """What two ranks met: eight requests to one generator, then one to each of four others."""
+    folder = tmp_path_factory.mktemp("launched")
+    status, met = launch("engine_then_several", tiny_checkpoint_fp32, folder)
     assert status == 0
-    assert_failed_together(met)
+    return met
 
 
-def test_launched_ranks_make_one_generator_after_the_other(
-    tiny_checkpoint: Path, tmp_path: Path
-) -> None:
-    status, met = launch("several", tiny_checkpoint, tmp_path)
-    assert status == 0
-    assert met == {0: ["served"] * 4, 1: ["served"] * 4}
+def test_launched_ranks_fail_a_request_together_and_go_on(met: dict[int, list[str]]) -> None:
+    assert_failed_together({rank: lines[:8] for rank, lines in met.items()})
+
+
+def test_launched_ranks_make_one_generator_after_the_other(met: dict[int, list[str]]) -> None:
+    assert {rank: lines[8:] for rank, lines in met.items()} == {
+        0: ["served"] * 4,
+        1: ["served"] * 4,
+    }
 
 
 def test_launched_ranks_that_wait_for_each_other_end(tmp_path: Path) -> None:
