@@ -19,6 +19,7 @@ from limits import HANG
 
 from vllm_cosmos3 import Cosmos3
 from vllm_cosmos3.generator.output import Progress
+from vllm_cosmos3.imports import end_at_once
 from vllm_cosmos3.media import Clip
 from vllm_cosmos3.stage.executor import StageExecutor
 
@@ -150,6 +151,7 @@ def heard(*requests: Callable[[], object]) -> list[str]:
 
 
 if __name__ == "__main__":
+    end_at_once()
     name, checkpoint, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     made = {"engine_then_several": engine_then_several, "gpus": gpus, "stuck": stuck}[name]
     lines = made(checkpoint, out)

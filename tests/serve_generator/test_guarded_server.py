@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from generators import eventually
 from limits import HANG
-from servers import BIN, Server, run_to_end
+from servers import Server
 
+from vllm_cosmos3.cli import main
 from vllm_cosmos3.media import encode_image
 from vllm_cosmos3.request.prompts import encode, load_tokenizer
 
@@ -196,13 +197,12 @@ def test_row_54_sound(field: str, fields: dict[str, Any], client: httpx.Client) 
 
 
 def test_it_does_not_start_without_required_guardrails(
-    tiny_checkpoint: Path, tmp_path: Path, vllm_cache: Path
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [str(BIN / "vllm-cosmos3"), "serve", str(tiny_checkpoint), "--surface", "generator"]
+    command = ["serve", str(tiny_checkpoint), "--surface", "generator"]
     command += ["--port", "0", "--storage-path", str(tmp_path), "--guardrails", "required"]
-    status, output = run_to_end(command, vllm_cache)
-    assert status == 2
-    last = output.strip().splitlines()[-1]
+    assert main(command) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("vllm-cosmos3 serve: --guardrails required, but ")
     assert last.endswith("with its models, or start with --guardrails auto or off")
 

@@ -366,6 +366,8 @@ def test_a_missing_checkpoint_is_told_once() -> None:
 SCRIPT = """
 import sys, time
 sys.path[:0] = {paths!r}
+from vllm_cosmos3.imports import end_at_once
+end_at_once()
 from ranks import processes_below, remaining, segments_of
 from test_executor import stage
 from toy_stage import ToyPlan

@@ -19,6 +19,7 @@ from vllm_cosmos3.cli import foreign_flags
 from vllm_cosmos3.cli.config_file import expanded
 from vllm_cosmos3.cli.flags import Help, UnknownFlag
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest, did_you_mean
+from vllm_cosmos3.imports import end_at_once
 from vllm_cosmos3.version import __version__
 
 COMMANDS = {
@@ -66,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     _write_anything()
+    end_at_once()
     chosen = next((a for a in argv if not a.startswith("-")), None)
     if chosen is not None and chosen not in COMMANDS:
         near = did_you_mean(chosen, COMMANDS)
