@@ -123,6 +123,11 @@ def name_text_architecture(config: Any) -> None:
         config.text_config.architectures = ["Qwen3ForCausalLM"]
 
 
+def has_edge_reasoner() -> bool:
+    """Whether vLLM has the model of Edge's reasoner; 0.26 has not."""
+    return find_spec("vllm.model_executor.models.cosmos3_edge") is not None
+
+
 def normalises_on_device(model_config: Any) -> bool:
     """Whether vLLM's vision encoder takes pixels as bytes; 0.26 cannot."""
     return bool(getattr(model_config.multimodal_config, "mm_device_do_normalize", False))

@@ -125,7 +125,7 @@ def test_a_mode_is_served_or_refused_at_once(
     with pytest.raises(InvalidRequest) as refusal:
         make_plan(request, model, tokenizer)
     assert refusal.value.code == "unsupported_by_model"
-    assert f"as this is a {kind} checkpoint" in str(refusal.value)
+    assert f"as the kind of this checkpoint is {kind}" in str(refusal.value)
     assert all(served in str(refusal.value) for served in KINDS[kind].modes)
 
 

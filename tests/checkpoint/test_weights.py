@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,13 @@ from vllm_cosmos3.checkpoint.tensors import transformer_tensors
 from vllm_cosmos3.checkpoint.weights import (
     STEM,
     Target,
+    check_weights,
     identity_table,
     load_dummy_weights,
     load_weights,
 )
 from vllm_cosmos3.errors import CheckpointError
+from vllm_cosmos3.generator.models.transformer import weight_table
 
 SHAPES = {
     "proj.weight": (4, 3),
@@ -165,6 +168,45 @@ def test_a_transformer_without_one_tensor_is_refused(tiny_checkpoint: Path, tmp_
     shapes = transformer_tensors(read_config(tiny_checkpoint).transformer)
     with pytest.raises(CheckpointError, match=f"missing: {name}"):
         load_weights(nn.Module(), identity_table(shapes), folder, shapes)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "layers.0.self_attn.k_norm_und_for_gen.weight",
+        "layers.2.self_attn.k_norm_und_for_gen.weight",
+        "layers.1.mlp.up_proj.weight",
+        "layers.1.mlp_moe_gen.down_proj.weight",
+        "action_proj_in.fc.weight",
+    ],
+)
+def test_tensors_of_edge_that_are_absent_renamed_or_misshapen(
+    tiny_edge_fp32: Path, tmp_path: Path, name: str
+) -> None:
+    config = read_config(tiny_edge_fp32).transformer
+    shapes, table = transformer_tensors(config), weight_table(config)
+
+    def problem(change: Callable[[dict[str, Tensor]], None]) -> str:
+        folder = tmp_path / "transformer"
+        shutil.copytree(tiny_edge_fp32 / "transformer", folder, dirs_exist_ok=True)
+        for file in folder.glob("*.safetensors"):
+            content = load_file(file)
+            if name in content:
+                change(content)
+                save_file(content, file)
+        with pytest.raises(CheckpointError) as error:
+            check_weights(table, folder, shapes)
+        return str(error.value)
+
+    def rename(content: dict[str, Tensor]) -> None:
+        content[f"layers.{name}"] = content.pop(name)
+
+    def cut(content: dict[str, Tensor]) -> None:
+        content[name] = content[name][:-1].clone()
+
+    assert problem(lambda content: content.__delitem__(name)).endswith(f"missing: {name}")
+    assert problem(rename).endswith(f"missing: {name}; unexpected: layers.{name}")
+    assert f"of another shape: {name} [{shapes[name][0] - 1}" in problem(cut)
 
 
 def test_dummy_weights_are_reproducible() -> None:

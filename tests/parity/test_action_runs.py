@@ -123,7 +123,9 @@ def fields(case: Case) -> dict[str, Any]:
     }
 
 
-def reference(oracle: Cosmos3OmniPipeline, case: Case) -> tuple[np.ndarray, np.ndarray | None]:
+def reference(
+    oracle: Cosmos3OmniPipeline, case: Case, **more: Any
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Final video latents of the oracle, and its actions."""
     rows, frames = given_rows(case), clip(case)
     inverse = case.mode == "inverse_dynamics"
@@ -145,6 +147,7 @@ def reference(oracle: Cosmos3OmniPipeline, case: Case) -> tuple[np.ndarray, np.n
         generator=torch.Generator().manual_seed(SEED),
         output_type="latent",
         use_system_prompt=False,
+        **more,
     )
     return out.video.numpy(), None if out.action is None else out.action[0].numpy()
 

@@ -1,14 +1,16 @@
-"""Whole requests to Edge against Cosmos3OmniPipeline of diffusers, float32: every mode that Edge has."""
+"""Whole requests to Edge and to its policy against Cosmos3OmniPipeline of diffusers, float32."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from diffusers import Cosmos3OmniPipeline
+from diffusers import Cosmos3OmniPipeline, UniPCMultistepScheduler
 from oracles import edge
 from safetensors.torch import load_file
 from test_action_runs import Case as ActionCase
@@ -18,6 +20,12 @@ from test_action_runs import reference as action_reference
 from test_full_runs import BOUND, CASES, fields, furthest, reference, source
 
 from vllm_cosmos3.engine import Cosmos3
+from vllm_cosmos3.engine_options import EngineConfig, ParallelConfig
+from vllm_cosmos3.generator import prediction
+from vllm_cosmos3.generator.pipeline import Pipeline
+from vllm_cosmos3.parallel.mesh import close_mesh, init_mesh
+from vllm_cosmos3.request.planner import make_plan
+from vllm_cosmos3.request.request import from_fields
 
 pytestmark = pytest.mark.parity
 
@@ -96,3 +104,49 @@ def test_the_second_keys_are_what_the_generator_sees(
             assert furthest(mine, reference(oracle, case, 3, {})) > 100 * BOUND
         finally:
             norm.weight.mul_(-1)
+
+
+POLICY = ActionCase(mode="policy", domain="droid_lerobot", fps=15)
+LEFT_OUT = ("num_inference_steps", "guidance_scale")  # for the defaults of the policy
+
+
+def test_the_policy_with_its_defaults(
+    oracle: Cosmos3OmniPipeline, tiny_edge_fp32: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four steps, of which the first is guided: five forwards on both sides, and the same actions."""
+    mesh = init_mesh(ParallelConfig())
+    try:
+        config = EngineConfig(
+            model=tiny_edge_fp32, dtype="float32", checkpoint_kind="edge-policy-droid"
+        )
+        pipeline = Pipeline.load(config, mesh, "cpu")
+    finally:
+        close_mesh(mesh)
+    monkeypatch.setattr(prediction, "JOINED_TOKENS", 0)  # one forward for each branch
+    ours, theirs = [], []
+    pipeline.transformer.register_forward_hook(lambda *_: ours.append(1))
+    hook = oracle.transformer.register_forward_hook(lambda *_: theirs.append(1))
+    asked = {k: v for k, v in action_fields(POLICY).items() if k not in LEFT_OUT}
+    state = pipeline.encode(make_plan(from_fields(asked), pipeline.model, pipeline.tokenizer))
+    while not state.done:
+        pipeline.step(state)
+    pipeline.decode(state)
+    mine = pipeline.finish(state).samples[0]
+
+    def unguided(pipe: Any, *_: Any) -> dict[str, Any]:
+        pipe._guidance_scale = 1.0  # from the second step on
+        return {}
+
+    usual = oracle.scheduler
+    oracle.scheduler = UniPCMultistepScheduler.from_config(usual.config, flow_shift=5.0)
+    case = replace(POLICY, steps=4, guidance=3.0)
+    try:
+        video, action = action_reference(oracle, case, callback_on_step_end=unguided)
+    finally:
+        oracle.scheduler = usual
+        hook.remove()
+    assert (len(ours), len(theirs)) == (5, 5)
+    assert mine.latents is not None
+    assert_close(mine.latents["vision"], video)
+    assert action is not None
+    assert_close(np.asarray(mine.action), action)

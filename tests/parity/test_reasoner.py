@@ -17,10 +17,20 @@ import torch
 from media_files import clip, data_url, picture, png
 from peft import PeftModel
 from servers import Server
-from transformers import AutoProcessor, Cosmos3OmniForConditionalGeneration
+from transformers import (
+    AutoProcessor,
+    Cosmos3EdgeForConditionalGeneration,
+    Cosmos3OmniForConditionalGeneration,
+)
+
+from vllm_cosmos3.checkpoint.config import read_json
 
 pytestmark = [pytest.mark.parity, pytest.mark.serve]
 
+MODELS = {
+    "cosmos3_omni": Cosmos3OmniForConditionalGeneration,
+    "cosmos3_edge": Cosmos3EdgeForConditionalGeneration,
+}
 TOKENS = 16
 TEXT = {"type": "text", "text": "describe the image in detail"}
 # Pictures by seed, the sampling rate of a clip (0: none asked for), or neither.
@@ -36,7 +46,8 @@ CASES: dict[str, dict[str, Any]] = {
 @cache
 def reference(checkpoint: Path) -> tuple[Any, Any]:
     processor = AutoProcessor.from_pretrained(checkpoint)
-    model = Cosmos3OmniForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+    kind = MODELS[read_json(checkpoint / "config.json")["model_type"]]
+    model = kind.from_pretrained(checkpoint, dtype=torch.float32)
     return processor, model.eval()
 
 
@@ -121,6 +132,15 @@ def decode(video: Path) -> tuple[np.ndarray, float]:
     return np.stack(frames), fps
 
 
+def check(server: Server, checkpoint: Path, case: str, video: Path) -> None:
+    """Prompt, greedy tokens and log-probabilities are those of transformers."""
+    prompt, tokens, logprobs = expected(checkpoint, case, video)
+    served_prompt, served_tokens, served_logprobs = served(server, case, video)
+    assert served_prompt == prompt
+    assert served_tokens == tokens
+    assert np.abs(served_logprobs - logprobs).max() < 1e-4
+
+
 @pytest.fixture(scope="session")
 def video(media_folder: Path) -> Path:
     return clip(media_folder / "parity.mp4", frames=60, fps=24)
@@ -132,12 +152,7 @@ def test_log_probabilities_equal_those_of_transformers(
     case: str, ranks: int, video: Path, tiny_checkpoint_fp32: Path, request: pytest.FixtureRequest
 ) -> None:
     fixture = {1: "reasoner_server", 2: "reasoner_server_tp2"}[ranks]
-    server: Server = request.getfixturevalue(fixture)
-    prompt, tokens, logprobs = expected(tiny_checkpoint_fp32, case, video)
-    served_prompt, served_tokens, served_logprobs = served(server, case, video)
-    assert served_prompt == prompt
-    assert served_tokens == tokens
-    assert np.abs(served_logprobs - logprobs).max() < 1e-4
+    check(request.getfixturevalue(fixture), tiny_checkpoint_fp32, case, video)
 
 
 def test_vllms_lora_is_what_peft_computes(

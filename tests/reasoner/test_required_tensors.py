@@ -9,8 +9,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from vllm_cosmos3.checkpoint.config import read_config, read_json, read_vision_config
-from vllm_cosmos3.checkpoint.tensors import transformer_tensors, vision_tensors
+from vllm_cosmos3.checkpoint.config import (
+    read_config,
+    read_json,
+    read_vision_config,
+    siglip_config,
+)
+from vllm_cosmos3.checkpoint.tensors import siglip_tensors, transformer_tensors, vision_tensors
 from vllm_cosmos3.errors import CheckpointError
 from vllm_cosmos3.reasoner.required_tensors import (
     Expected,
@@ -54,6 +59,43 @@ def test_expected_are_the_inventory_without_the_generator(
     wanted |= vision_tensors(read_vision_config(tiny_checkpoint))
     assert {name: e.shape for name, e in expected.items()} == wanted
     assert not any(is_generator(name) for name in expected)
+
+
+def test_expected_of_edge(tiny_edge_fp32: Path) -> None:
+    """The text without the norms of the generator's keys, and SigLIP with its projector."""
+    config = read_json(tiny_edge_fp32 / "config.json")
+    both = transformer_tensors(read_config(tiny_edge_fp32).transformer)
+    wanted = {name: shape for name, shape in both.items() if not is_generator(name)}
+    wanted |= siglip_tensors(siglip_config(config))
+    expected = expected_tensors(config)
+    assert {name: e.shape for name, e in expected.items()} == wanted
+    check_folder(tiny_edge_fp32, expected)
+    assert not [name for name in expected if "k_norm" in name]
+
+
+@pytest.mark.parametrize(
+    "name", [NAME, "layers.2.mlp.up_proj.weight", "model.projector.linear_fc1.weight"]
+)
+def test_missing_and_misshapen_tensors_of_edge_are_named(
+    tiny_edge_fp32: Path, tmp_path: Path, name: str
+) -> None:
+    folder = shutil.copytree(tiny_edge_fp32, tmp_path / "broken")
+    expected = expected_tensors(read_json(folder / "config.json"))
+    shard = shard_of(folder, name)
+    tensors = load_file(shard)
+    save_file(tensors | {name: tensors[name][:-1].clone()}, shard)
+    with pytest.raises(CheckpointError, match=f"^{name} in {shard} has shape"):
+        check_folder(folder, expected)
+    save_file({n: t for n, t in tensors.items() if n != name}, shard)
+    with pytest.raises(CheckpointError, match=f"^{name} is missing in {shard.parent}$"):
+        check_folder(folder, expected)
+
+
+def test_edge_without_its_root_config(tiny_edge_fp32: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_edge_fp32, tmp_path / "broken")
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="which describes Edge's reasoner, is missing"):
+        assemble(folder)
 
 
 def test_root_config_can_be_put_together_from_the_parts(

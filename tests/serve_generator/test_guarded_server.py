@@ -163,7 +163,7 @@ def test_row_75_a_mode_that_the_checkpoint_was_not_made_for(client: httpx.Client
         error = answer.json()["error"]
         assert (answer.status_code, error["code"]) == (400, "unsupported_by_model")
         assert error["message"] == (
-            f"mode is '{mode}', must be image2video (an image), as this is a distilled-i2v checkpoint"
+            f"mode is '{mode}', must be image2video (an image), as the kind of this checkpoint is distilled-i2v"
         )
     block = client.get("/v1/cosmos3/models").json()["data"][0]["cosmos3"]
     assert (block["checkpoint_kind"], block["modes"]) == ("distilled-i2v", ["image2video"])

@@ -130,5 +130,5 @@ def check_mode(kind: str, mode: str) -> None:
     """Refuse a mode that a checkpoint of ``kind`` was not made for."""
     if mode not in KINDS[kind].modes:
         served = " or ".join(f"{name} ({ASKED_BY[name]})" for name in KINDS[kind].modes)
-        possible = f"{served}, as this is a {kind} checkpoint"
+        possible = f"{served}, as the kind of this checkpoint is {kind}"
         raise InvalidRequest("mode", mode, possible, "unsupported_by_model")

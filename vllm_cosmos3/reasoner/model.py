@@ -1,17 +1,16 @@
-"""The reasoner: vLLM's Qwen3-VL with the tensor names of a Cosmos 3 checkpoint.
+"""The reasoner: vLLM's Qwen3-VL with the tensor names of a Cosmos 3 checkpoint, or Edge's model.
 
 The understanding tower lies in ``transformer/`` beside the generator, the vision encoder in
-``vision_encoder/``. Layers, attention, parallelism and image processing are vLLM's.
+``vision_encoder/``. Layers, attention, parallelism and image processing are vLLM's. One name in vLLM's
+registry stands for both: the checkpoint chooses.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from typing import Any
 
-import torch
 from vllm.config import VllmConfig
-from vllm.logger import init_logger
 from vllm.model_executor.models.qwen3_vl import (
     Qwen3VLDummyInputsBuilder,
     Qwen3VLForConditionalGeneration,
@@ -20,25 +19,31 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vllm_cosmos3.compat import name_text_architecture, normalises_on_device
+from vllm_cosmos3.reasoner.checked_weights import CheckedWeights
 from vllm_cosmos3.reasoner.media.limits import uses_reference
 from vllm_cosmos3.reasoner.media.normalisation import normalise_pixels
-from vllm_cosmos3.reasoner.media.processing import ReasonerProcessingInfo, ReasonerProcessor
-from vllm_cosmos3.reasoner.required_tensors import (
-    GENERATOR,
-    TEXT,
-    VISION,
-    expected_tensors,
-    is_generator,
-    only_expected,
-)
+from vllm_cosmos3.reasoner.media.processing import ReasonerProcessingInfo
+from vllm_cosmos3.reasoner.required_tensors import GENERATOR
+from vllm_cosmos3.reasoner.root_config import EDGE_MODEL_TYPE
 
-logger = init_logger(f"vllm.{__name__}")
+
+def _info(context: Any) -> Any:
+    """What vLLM asks about the media of a checkpoint."""
+    if context.get_hf_config().model_type == EDGE_MODEL_TYPE:
+        from vllm_cosmos3.reasoner.edge import EdgeProcessingInfo
+
+        return EdgeProcessingInfo(context)
+    return ReasonerProcessingInfo(context)
+
+
+def _processor(info: Any, *args: Any, **kwargs: Any) -> Any:
+    return info.processor(info, *args, **kwargs)
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    ReasonerProcessor, info=ReasonerProcessingInfo, dummy_inputs=Qwen3VLDummyInputsBuilder
+    _processor, info=_info, dummy_inputs=Qwen3VLDummyInputsBuilder
 )
-class Cosmos3ReasonerForConditionalGeneration(Qwen3VLForConditionalGeneration):
+class Cosmos3ReasonerForConditionalGeneration(CheckedWeights, Qwen3VLForConditionalGeneration):
     """Text, images and video in, text out."""
 
     # transformer/ and vision_encoder/, but not vae/ or sound_tokenizer/. A pattern that lists the
@@ -67,6 +72,14 @@ class Cosmos3ReasonerForConditionalGeneration(Qwen3VLForConditionalGeneration):
         },
     )
 
+    def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "model") -> Any:
+        """The class for the checkpoint's backbone."""
+        if vllm_config.model_config.hf_config.model_type == EDGE_MODEL_TYPE:
+            from vllm_cosmos3.reasoner.edge import EdgeReasoner
+
+            return EdgeReasoner(vllm_config=vllm_config, prefix=prefix)
+        return super().__new__(cls)
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "model") -> None:
         config = vllm_config.model_config.hf_config
         name_text_architecture(config)
@@ -75,27 +88,4 @@ class Cosmos3ReasonerForConditionalGeneration(Qwen3VLForConditionalGeneration):
         sees = hasattr(self.visual, "patch_embed")  # not where the operator left the encoder out
         if sees and not uses_reference() and not normalises_on_device(model):
             normalise_pixels(self.visual.patch_embed, model.model, model.revision)
-        # A checkpoint that is stored quantized has tensors of other names and shapes, which
-        # vLLM's quantization method checks itself.
-        self._stored_quantized = hasattr(config, "quantization_config")
-        self._expected = expected_tensors(config.to_dict())
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load the reasoner's tensors; CheckpointError names one that is missing or misshapen."""
-        if self._stored_quantized:
-            reasoner = (item for item in weights if not is_generator(item[0]))
-            loaded: set[str] = super().load_weights(reasoner)
-            return loaded
-        parts = {TEXT: self.language_model, VISION: self.visual}  # the operator can leave one out
-        built = {folder for folder, part in parts.items() if any(True for _ in part.parameters())}
-        expected = {name: e for name, e in self._expected.items() if e.folder in built}
-        unknown: list[str] = []
-        loaded = super().load_weights(only_expected(weights, expected, unknown))
-        unknown = [name for name in unknown if name not in self._expected]
-        if unknown:
-            logger.warning(
-                "Ignored %d tensors that are not part of a Cosmos 3 reasoner: %s",
-                len(unknown),
-                ", ".join(unknown[:8]) + (", ..." if len(unknown) > 8 else ""),
-            )
-        return loaded
+        self.expect(config)

@@ -15,8 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from vllm_cosmos3.checkpoint.config import VisionConfig, read_json
-from vllm_cosmos3.checkpoint.tensors import GENERATION, Tensors, vision_tensors
+from vllm_cosmos3.checkpoint.backbone import NEMOTRON, Backbone, backbone_of
+from vllm_cosmos3.checkpoint.config import VisionConfig, read_json, siglip_config
+from vllm_cosmos3.checkpoint.tensors import GENERATION, Tensors, siglip_tensors, vision_tensors
 from vllm_cosmos3.errors import CheckpointError
 
 TEXT, VISION = "transformer", "vision_encoder"  # the two folders that are read
@@ -57,9 +58,14 @@ def expected_tensors(config: Mapping[str, Any]) -> dict[str, Expected]:
     ``config`` is the root ``config.json``; CheckpointError names a key that it lacks.
     """
     try:
-        tied = bool(config.get("tie_word_embeddings"))
-        text = _text_tensors(config["text_config"], tied=tied)
-        vision = vision_tensors(_vision_config(config["vision_config"]))
+        tied, backbone = bool(config.get("tie_word_embeddings")), backbone_of(config["text_config"])
+        if backbone is None:
+            raise CheckpointError(
+                f"config.json: hidden_act is {config['text_config']['hidden_act']!r}, which no "
+                "Cosmos 3 reasoner has"
+            )
+        text = _text_tensors(config["text_config"], backbone, tied=tied)
+        vision = _vision_tensors(config, backbone)
     except KeyError as missing:
         raise CheckpointError(f"config.json lacks the key {missing}") from None
     return {name: Expected(TEXT, shape) for name, shape in text.items()} | {
@@ -118,7 +124,7 @@ def check_shape(name: str, shape: tuple[int, ...], expected: Expected, place: st
         )
 
 
-def _text_tensors(c: Mapping[str, Any], *, tied: bool) -> Tensors:
+def _text_tensors(c: Mapping[str, Any], backbone: Backbone, *, tied: bool) -> Tensors:
     hidden, mlp, head = c["hidden_size"], c["intermediate_size"], c["head_dim"]
     query, kv = c["num_attention_heads"] * head, c["num_key_value_heads"] * head
     layer = {
@@ -128,12 +134,11 @@ def _text_tensors(c: Mapping[str, Any], *, tied: bool) -> Tensors:
         "self_attn.to_k": (kv, hidden),
         "self_attn.to_v": (kv, hidden),
         "self_attn.to_out": (hidden, query),
-        "self_attn.norm_q": (head,),
-        "self_attn.norm_k": (head,),
-        "mlp.gate_proj": (mlp, hidden),
-        "mlp.up_proj": (mlp, hidden),
         "mlp.down_proj": (hidden, mlp),
     }
+    layer |= {f"mlp.{matrix}": (mlp, hidden) for matrix in backbone.mlp_inputs}
+    if backbone.qk_norm_for_text:
+        layer |= {f"self_attn.{norm}": (head,) for norm in backbone.text_norms}
     tensors = {"embed_tokens.weight": (c["vocab_size"], hidden), "norm.weight": (hidden,)}
     if not tied:
         tensors["lm_head.weight"] = (c["vocab_size"], hidden)
@@ -142,9 +147,12 @@ def _text_tensors(c: Mapping[str, Any], *, tied: bool) -> Tensors:
     return tensors
 
 
-def _vision_config(values: Mapping[str, Any]) -> VisionConfig:
+def _vision_tensors(config: Mapping[str, Any], backbone: Backbone) -> Tensors:
+    if backbone is NEMOTRON:
+        return siglip_tensors(siglip_config(config))
+    values = config["vision_config"]
     chosen = {field.name: values[field.name] for field in dataclasses.fields(VisionConfig)}
-    return VisionConfig(**chosen)
+    return vision_tensors(VisionConfig(**chosen))
 
 
 def _read_header(shard: Path) -> Tensors:

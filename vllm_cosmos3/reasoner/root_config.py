@@ -10,10 +10,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vllm_cosmos3.checkpoint.backbone import NEMOTRON, backbone_of
 from vllm_cosmos3.checkpoint.config import read_json
 from vllm_cosmos3.errors import CheckpointError
 
-MODEL_TYPE = "cosmos3_omni"
+MODEL_TYPE, EDGE_MODEL_TYPE = "cosmos3_omni", "cosmos3_edge"
 ARCHITECTURE = "Cosmos3ReasonerForConditionalGeneration"  # of the reasoner, in vLLM's registry
 _SPECIAL = {
     "image_token_id": "<|image_pad|>",
@@ -39,6 +40,10 @@ _TEXT_KEYS = (
 def assemble(folder: Path) -> dict[str, Any]:
     """What the root ``config.json`` of the published checkpoints says, from the parts."""
     transformer = read_json(folder / "transformer" / "config.json")
+    if backbone_of(transformer) is NEMOTRON:
+        raise CheckpointError(
+            f"config.json, which describes Edge's reasoner, is missing in {folder}"
+        )
     vision = read_json(folder / "vision_encoder" / "config.json")
     absent = [key for key in _TEXT_KEYS if key not in transformer]
     if absent:

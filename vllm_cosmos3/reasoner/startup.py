@@ -15,7 +15,8 @@ from typing import Any
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from vllm_cosmos3.compat import has_serve_flag
+from vllm_cosmos3.compat import has_edge_reasoner, has_serve_flag
+from vllm_cosmos3.errors import InvalidRequest, Unsupported
 from vllm_cosmos3.media_budget import media_budget
 from vllm_cosmos3.reasoner.media.limits import (
     CONNECTOR,
@@ -24,6 +25,7 @@ from vllm_cosmos3.reasoner.media.limits import (
     uses_reference,
 )
 from vllm_cosmos3.reasoner.required_tensors import TEXT, VISION, check_folder, expected_tensors
+from vllm_cosmos3.reasoner.root_config import EDGE_MODEL_TYPE
 
 logger = logging.getLogger("vllm.cosmos3")  # which vLLM shows
 
@@ -54,6 +56,8 @@ class ReasonerStartup(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
         """Choose our connector and video loader for this model unless the operator named others."""
+        if model_config.hf_config.model_type == EDGE_MODEL_TYPE:
+            _fit_edge(model_config.multimodal_config)
         max_video_frames()  # a wrong limit should stop the start, not the first request
         max_video_fps()
         media_budget()
@@ -84,6 +88,19 @@ class ReasonerStartup(VerifyAndUpdateConfig):
             needed = _folders(model.multimodal_config)
             expected = expected_tensors(model.hf_config.to_dict())
             check_folder(folder, {n: e for n, e in expected.items() if e.folder in needed})
+
+
+def _fit_edge(multimodal: Any) -> None:
+    """Take back what vLLM has concluded from our class, which is Qwen3-VL's: Edge's model cannot do it."""
+    if not has_edge_reasoner():
+        raise Unsupported(
+            "this vLLM has no model of Edge's reasoner; update it, or serve --surface generator"
+        )
+    if getattr(multimodal, "video_pruning_rate", None):
+        possible = "left out: Edge sees every frame whole"
+        raise InvalidRequest("--video-pruning-rate", multimodal.video_pruning_rate, possible)
+    if hasattr(multimodal, "mm_device_do_normalize"):
+        multimodal.mm_device_do_normalize = False
 
 
 def _folders(multimodal: Any) -> set[str]:

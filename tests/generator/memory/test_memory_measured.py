@@ -71,14 +71,17 @@ FP8: list[tuple[dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-def peaks(folder: Path) -> list[tuple[int, int]]:
+Case = tuple[Path, dict[str, Any], dict[str, Any]]  # folder, options, fields
+
+
+def peaks(cases: list[Case]) -> list[tuple[int, int]]:
     """Of each request in turn, from the first weight on: measured and planned.
 
     On a CPU vLLM packs matrices into memory of oneDNN, which torch does not see. So the weights are
     counted by their parameters, which another test compares with the plan byte by byte.
     """
     mesh, found = init_mesh(ParallelConfig()), []
-    for options, fields in [*(({"dtype": dtype}, fields) for dtype, fields in REQUESTS), *FP8]:
+    for folder, options, fields in cases:
         config = EngineConfig(model=folder, und_residency="gpu", **options)
         model = config.read_model()
         with LiveTensors() as live:
@@ -98,9 +101,14 @@ def peaks(folder: Path) -> list[tuple[int, int]]:
     return found
 
 
-def test_the_plan_is_within_a_tenth_of_the_peak(tiny_checkpoint: Path) -> None:
-    for (options, fields), (measured, planned) in zip(
-        [*REQUESTS, *FP8], in_new_process(peaks, tiny_checkpoint), strict=True
+def test_the_plan_is_within_a_tenth_of_the_peak(
+    tiny_checkpoint: Path, tiny_edge_fp32: Path
+) -> None:
+    cases: list[Case] = [(tiny_checkpoint, {"dtype": dtype}, fields) for dtype, fields in REQUESTS]
+    cases += [(tiny_checkpoint, *case) for case in FP8]
+    cases += [(tiny_edge_fp32, {"dtype": dtype}, VIDEO) for dtype in ("bfloat16", "float32")]
+    for (_, options, fields), (measured, planned) in zip(
+        cases, in_new_process(peaks, cases), strict=True
     ):
         assert abs(planned - measured) <= 0.1 * measured, (options, fields, measured, planned)
 
@@ -157,7 +165,13 @@ def parameter_bytes(mesh: Mesh, folder: Path, quantization: str | None) -> dict[
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize(
     ("checkpoint", "quantization"),
-    [("tiny_checkpoint", None), ("tiny_checkpoint", "fp8"), ("tiny_checkpoint_fp8", None)],
+    [
+        ("tiny_checkpoint", None),
+        ("tiny_checkpoint", "fp8"),
+        ("tiny_checkpoint_fp8", None),
+        ("tiny_edge_fp32", None),
+        ("tiny_edge_fp32", "fp8"),
+    ],
 )
 def test_weights_are_those_of_the_layers(
     request: pytest.FixtureRequest,

@@ -31,7 +31,7 @@ class Markup:
     plain: tuple[str, ...]
     first: bool
     roles: dict[str, str | None]
-    tokenizer_class: str
+    settings: dict[str, object]  # of the tokenizer's class
     template: str
 
     @property
@@ -80,7 +80,7 @@ QWEN = Markup(
         "pad_token": "<|endoftext|>",
         "unk_token": None,
     },
-    tokenizer_class="Qwen2Tokenizer",
+    settings={"tokenizer_class": "Qwen2Tokenizer"},
     template="chat_template.jinja",
 )
 _THOUGHTS = (
@@ -100,7 +100,7 @@ NEMOTRON = Markup(
         "pad_token": "<|im_end|>",
         "unk_token": "<unk>",
     },
-    tokenizer_class="PreTrainedTokenizerFast",
+    settings={"return_mm_token_type_ids": True, "tokenizer_class": "PreTrainedTokenizerFast"},
     template="edge_chat_template.jinja",
 )  # fmt: skip
 MARKUP = {"Qwen3": QWEN, "Nemotron": NEMOTRON}  # of the backbones
@@ -203,7 +203,7 @@ def _tokenizer_config(tokenizer: Tokenizer, markup: Markup, template: str) -> di
         "errors": "replace",
         "model_max_length": 262144,
         "split_special_tokens": False,
-        "tokenizer_class": markup.tokenizer_class,
+        **markup.settings,
     }
 
 

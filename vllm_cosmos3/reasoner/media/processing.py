@@ -34,6 +34,10 @@ _MOST_ENLARGED = 2**24  # pixels; the published processors reduce what is larger
 class ReasonerProcessingInfo(Qwen3VLProcessingInfo):
     """Qwen3-VL's, for whatever class the configuration of this checkpoint has."""
 
+    @property
+    def processor(self) -> type[ReasonerProcessor]:
+        return ReasonerProcessor
+
     def get_hf_config(self) -> Any:
         return self.ctx.get_hf_config()
 
