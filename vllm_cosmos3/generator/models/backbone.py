@@ -90,8 +90,8 @@ class NormedHeads(nn.Module):
         q_SHD, kv_S2hD = split_heads(qkv, self._heads, self._kv_heads, self._head_dim)
         if self._fused is None:
             k_ShD, v_ShD = kv_S2hD.unbind(1)
-            q_SHD = rotate(self.q_norm(q_SHD), rope)
-            kv_S2hD = torch.stack([rotate(self.k_norm(k_ShD), rope), v_ShD], dim=1)
+            k_ShD, q_SHD = rotate(self.k_norm(k_ShD), rope), rotate(self.q_norm(q_SHD), rope)
+            kv_S2hD = torch.stack([k_ShD, v_ShD], dim=1)
             return q_SHD, kv_S2hD, kv_S2hD
         weights, neox = (self.q_norm.weight, self.k_norm.weight), True
         sizes = self._heads, self._kv_heads, self._kv_heads, self._head_dim

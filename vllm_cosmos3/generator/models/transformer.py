@@ -377,7 +377,8 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Hidden states and residual, which the next norm adds up."""
         x_SD, residual_SD = add_norm(self.input_norm, x_SD, residual_SD)
-        x_SD = self.out(attend(*self.heads(self.qkv(x_SD), rope)).flatten(1))
+        q_SHD, kv_S2hD, seen_S2hD = self.heads(self.qkv(x_SD), rope)
+        x_SD = self.out(attend(q_SHD, kv_S2hD, seen_S2hD).flatten(1))
         x_SD, residual_SD = add_norm(self.post_norm, x_SD, residual_SD)
         return self.down(self.act(self.up(x_SD))), residual_SD
 
