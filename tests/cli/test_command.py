@@ -42,11 +42,11 @@ GENERATE = "generate CKPT --prompt a --out OUT"
         ),
         (
             "plan nanno",
-            "model is 'nanno', must be a folder, a repository, nano or super; did you mean nano?",
+            "model is 'nanno', must be a folder, a repository, nano, super or edge; did you mean nano?",
         ),
         (
             "plan Super",
-            "model is 'Super', must be a folder, a repository, nano or super; did you mean super?",
+            "model is 'Super', must be a folder, a repository, nano, super or edge; did you mean super?",
         ),
         (f"{GENERATE} --frames 9", "unknown flag --frames; did you mean --num-frames?"),
         (
