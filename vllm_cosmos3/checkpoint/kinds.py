@@ -71,7 +71,7 @@ ASKED_BY = {  # what a request of a mode has that the others lack
     "forward_dynamics": "action_mode=forward_dynamics",
     "inverse_dynamics": "action_mode=inverse_dynamics",
     "policy": "action_mode=policy",
-    WORLD_MODEL: "a session: Cosmos3.session",
+    WORLD_MODEL: "a session: Cosmos3.session, or the WebSocket /v1/realtime_video/generate",
 }
 _IMAGE2VIDEO_FPS = 16  # base_fps of the published distilled checkpoint; the other one has 24
 

@@ -26,7 +26,7 @@ from vllm_cosmos3.server.jobs.service import Service
 from vllm_cosmos3.server.openapi.document import describe
 from vllm_cosmos3.server.openapi.responses import TEXT, ModelName, Models, file_responses, responses
 from vllm_cosmos3.server.options import KEEP_ALIVE
-from vllm_cosmos3.server.routes import images, info, playground, robots, videos
+from vllm_cosmos3.server.routes import images, info, playground, robots, videos, worlds
 from vllm_cosmos3.server.routes.route import Route, service_of
 from vllm_cosmos3.version import __version__
 
@@ -63,7 +63,8 @@ def show_log() -> None:
 
 def routers() -> tuple[APIRouter, ...]:
     """What both hosts serve."""
-    return videos.router, images.router, info.router, robots.router, playground.router
+    found = videos, images, info, robots, worlds, playground
+    return tuple(module.router for module in found)
 
 
 def make_app(make_service: Callable[[], Service], listen: Listen) -> FastAPI:

@@ -154,6 +154,18 @@ class Options:
         low=0,
         high=1e6,
     )
+    max_sessions: int = _option(
+        8, "load", "int", "sessions of a simulator that may be open at once", low=1, high=10_000
+    )
+    session_idle_timeout: float = _option(
+        300.0,
+        "load",
+        "float",
+        "time without a message after which a session of a simulator is closed; 0: never",
+        unit="seconds",
+        low=0,
+        high=1e6,
+    )
     allowed_local_media_path: str = _option(
         "", "inputs", "text", "folder that file:// URLs may read (default: none)"
     )

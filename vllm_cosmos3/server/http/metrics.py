@@ -26,6 +26,11 @@ class Metrics:
         self.running = Gauge(
             "cosmos3:requests_running", "requests running on the ranks", multiprocess_mode="sum"
         )
+        self.sessions = Gauge(
+            "cosmos3:sessions_open",
+            "sessions of a simulator that are open",
+            multiprocess_mode="sum",
+        )
         self.waiting_seconds = Gauge(
             "cosmos3:queue_seconds",
             "estimated seconds of work that wait, on one replica",

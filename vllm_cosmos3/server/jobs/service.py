@@ -29,17 +29,21 @@ from vllm_cosmos3.server.jobs.journal import Journal
 from vllm_cosmos3.server.jobs.live_jobs import LiveJobs
 from vllm_cosmos3.server.jobs.sampling_defaults import read_sampling_defaults
 from vllm_cosmos3.server.jobs.upsampling import EngineReasoner
+from vllm_cosmos3.server.jobs.worlds import Worlds
 from vllm_cosmos3.server.memory_split import Sizing
 from vllm_cosmos3.server.options import Options, read_call_limits
 from vllm_cosmos3.stage.job import Stages
 from vllm_cosmos3.stage.process import Status
 from vllm_cosmos3.stage.replicas import start_stages
+from vllm_cosmos3.stage.runners import check_sessions, stage_name
 from vllm_cosmos3.stage.scheduler import QueueConfig
 from vllm_cosmos3.stage.worker import StageConfig
 
 
 class Service:
     """Everything that lives as long as the server. ``start`` it in the event loop."""
+
+    worlds: Worlds | None = None  # of a simulator
 
     def __init__(
         self,
@@ -79,6 +83,15 @@ class Service:
             deadline=options.sync_deadline,
             ranks=ranks,
         )
+        if self.model.causal is not None:
+            self.worlds = Worlds(
+                self.model,
+                prompts.load_tokenizer(self.model.path),
+                self.stage,
+                self.check_open,
+                limit=options.max_sessions,
+                deadline=options.sync_deadline,
+            )
         self._clock = Clock(self._tick, self.jobs.sweep)
         self.when_ready: Callable[[], None] = _nothing  # called once
 
@@ -172,13 +185,14 @@ def _nothing() -> None:
 
 
 def _start_stages(sizing: Sizing, options: Options) -> Stages:
+    check_sessions(sizing.model, sizing.engine)
     if options.generator_devices:
         # This process computes nothing, and the reasoner's processes have started before.
         os.environ["CUDA_VISIBLE_DEVICES"] = options.generator_devices
     return start_stages(
         StageConfig(
             engine=sizing.engine,
-            stage=STAGE,
+            stage=STAGE if sizing.model.causal is None else stage_name(sizing.model),
             backend=sizing.engine.distributed_executor_backend or "mp",
             call_limits=read_call_limits(options.call_limits),
         ),

@@ -134,6 +134,8 @@ async def health_of(request: Request) -> Response:
         "guardrails": service.guardrails.state,
         "adapters": [f"{adapter.name}:{adapter.scale:g}" for adapter in service.model.adapters],
     }
+    if service.worlds is not None:
+        report["sessions"] = {"open": service.worlds.open, "limit": service.worlds.limit}
     if status.state == "starting":
         report["loaded_percent"] = service.loaded(status)
     engine = request.app.state.cosmos3_engine

@@ -1,0 +1,182 @@
+"""The WebSocket of simulators, with a real stage behind it: frames, turns, and what goes wrong."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from limits import HANG
+from PIL import Image
+from ranks import processes_below
+from rollouts import PICTURE
+from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
+
+from vllm_cosmos3 import Cosmos3
+from vllm_cosmos3.checkpoint.synthetic import write_checkpoint
+from vllm_cosmos3.server.app import Listen, make_app
+from vllm_cosmos3.server.guardrails import Guardrails
+from vllm_cosmos3.server.jobs.service import Service
+from vllm_cosmos3.server.memory_split import sized
+from vllm_cosmos3.server.options import Options
+
+PATH = "/v1/realtime_video/generate"
+ROWS = np.random.RandomState(2).standard_normal((16, 59)).astype(np.float32)
+
+
+def png() -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(PICTURE).save(data, "png")
+    return data.getvalue()
+
+
+INIT = {
+    "type": "init",
+    "prompt": "A robot arm",
+    "size": "48x64",
+    "seed": 5,
+    "first_frame": png(),
+    "realtime_causal_kv_cache_num_frames": 6,
+    "max_chunks": 2,
+    "condition_inputs": {"action_rows": ROWS.tolist()},
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("simulator") / "tiny"
+    write_checkpoint(folder, kind="sim-bimanual", dtype="float32")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def client(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    """An app in this process, and a stage in processes of its own."""
+    storage = str(tmp_path_factory.mktemp("storage"))
+    options = Options(storage_path=storage, max_sessions=2, engine={"dtype": "float32"})
+    sizing, guardrails = sized(checkpoint, options, "cpu"), Guardrails(options)
+    app = make_app(lambda: Service(sizing, ("tiny",), options, guardrails), Listen())
+    with TestClient(app) as made:
+        app.state.cosmos3.stage.wait_ready(HANG)
+        yield made
+
+
+def say(socket: Any, **message: Any) -> None:
+    socket.send_bytes(msgspec.msgpack.encode(message))
+
+
+def told(socket: Any) -> list[dict[str, Any]]:
+    """All messages until the server closes, and last its code."""
+    messages = []
+    while True:
+        try:
+            messages.append(msgspec.msgpack.decode(socket.receive_bytes()))
+        except WebSocketDisconnect as end:
+            return [*messages, {"type": "end", "code": end.code, "reason": end.reason}]
+
+
+def sessions(client: TestClient, count: int) -> None:
+    """Wait until so many are open."""
+    deadline = time.monotonic() + HANG
+    while client.get("/health").json()["sessions"]["open"] != count:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_frames_are_those_of_python(client: TestClient, checkpoint: Path) -> None:
+    start = {"prompt": "A robot arm", "size": "48x64", "seed": 5, "image": PICTURE, "history": 6}
+    with (
+        Cosmos3(checkpoint, dtype="float32", device="cpu") as model,
+        model.session(**start) as session,
+    ):
+        expected = np.concatenate(list(session.rollout(ROWS.reshape(2, 8, 59))))
+    with client.websocket_connect(PATH) as socket:
+        say(socket, **INIT)
+        messages = told(socket)
+    sent = [m for m in messages if m["type"] == "frame_batch"]
+    assert [(m["chunk_index"], m["frame_batch_index"], m["num_frames"]) for m in sent] == [
+        (0, 0, 1),
+        (0, 1, 8),
+        (1, 0, 8),
+    ]
+    assert [m["is_final_frame_batch"] for m in sent] == [False, True, True]
+    data = b"".join(m["payload"] for m in sent)
+    made = np.frombuffer(data, np.uint8).reshape(-1, 64, 48, 3)
+    assert np.abs(made.astype(int) - expected.astype(int)).max() <= 1
+    stats = [m for m in messages if m["type"] == "chunk_stats"]
+    assert [m["chunk_index"] for m in stats] == [0, 1]
+    assert all(m["denoise_ms"] > 0 for m in stats)
+    assert messages[-1]["code"] == 1000
+
+
+def test_pictures_events_and_wrong_rows(client: TestClient) -> None:
+    changes = {"condition_inputs": {}, "realtime_output_format": "webp", "max_chunks": 3}
+    with client.websocket_connect(PATH) as socket:
+        say(socket, **INIT | changes)
+        say(socket, type="event", kind="action", payload=[[1.0] * 7], event_id=1)
+        say(socket, type="event", kind="action", payload=[0.5] * 59, event_id=2)
+        say(socket, type="event", kind="jump", payload=[])
+        messages = told(socket)
+    errors = [m["content"] for m in messages if m["type"] == "error"]
+    assert "rows of 59 finite numbers" in errors[0]
+    assert "jump" in errors[1]
+    sent = [m for m in messages if m["type"] == "frame_batch"]
+    assert len(sent) == 1 + 3 * 8
+    assert {m["event_id"] for m in sent} <= {None, 2}
+    with Image.open(io.BytesIO(sent[-1]["payload"])) as picture:
+        assert (picture.format, picture.size) == ("WEBP", (48, 64))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"size": "50x50"}, "size is '50x50'"),
+        ({"first_frame": "/etc/passwd"}, "base64"),
+        ({"type": "event"}, "init: "),
+        ({"condition_inputs": {"domain_name": "cat"}}, "one of agibotworld"),
+        ({"condition_inputs": {"action_rows": [[1.0]]}}, "rows of 59"),
+    ],
+)
+def test_a_session_that_cannot_begin(client: TestClient, change: dict[str, Any], reason: str) -> None:  # fmt: skip
+    with client.websocket_connect(PATH) as socket:
+        say(socket, **INIT | change)
+        error, end = told(socket)
+    assert reason in error["content"]
+    assert end["code"] == 1008
+    sessions(client, 0)
+
+
+def test_too_many_a_client_that_goes_and_a_rank_that_dies(client: TestClient) -> None:
+    endless = {k: v for k, v in INIT.items() if k != "max_chunks"}
+    with client.websocket_connect(PATH) as one:
+        say(one, **endless)
+        one.receive_bytes()
+        with client.websocket_connect(PATH) as two:
+            say(two, **endless)
+            two.receive_bytes()
+            sessions(client, 2)
+            with client.websocket_connect(PATH) as third:
+                say(third, **INIT)
+                error, end = told(third)
+            assert error["content"] == "2 of 2 sessions are open"
+            assert (error["code"], end["code"]) == ("queue_full", 1008)
+            two.close()
+            sessions(client, 1)
+        service = client.app.state.cosmos3  # type: ignore[attr-defined]
+        os.kill(max(processes_below(service.stage._process.pid)), signal.SIGKILL)
+        *_, error, end = told(one)
+        assert error["code"] in ("worker_lost", "session_lost")
+        assert end["code"] == 1011
+    sessions(client, 0)
+    assert "cosmos3:sessions_open 0.0" in client.get("/metrics").text
+    with client.websocket_connect(PATH) as again:
+        say(again, **INIT)
+        assert told(again)[-1]["code"] == 1000
