@@ -16,6 +16,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -132,6 +133,8 @@ class Connection:
                 await self._serve(init, world)
         except WebSocketDisconnect:
             logger.debug("a client went away")
+        except TimeoutError:  # before the first message
+            await self._socket.close(GOING_AWAY, f"no message for {self._idle:g} seconds")
         except Busy as error:
             await self._end(POLICY_VIOLATION, error)
         except Cosmos3Error as error:
@@ -238,8 +241,9 @@ class Connection:
         await self._socket.send_bytes(msgspec.msgpack.encode(message))
 
     async def _end(self, code: int, error: Cosmos3Error) -> None:
-        await self._tell(type="error", content=str(error), code=slug(error))
-        await self._socket.close(code, str(error)[:MAX_REASON])
+        with suppress(WebSocketDisconnect, RuntimeError):  # it may have gone meanwhile
+            await self._tell(type="error", content=str(error), code=slug(error))
+            await self._socket.close(code, str(error)[:MAX_REASON])
 
 
 def session_fields(init: Init) -> SessionRequest:
