@@ -22,6 +22,8 @@ from servers import Server
 
 pytestmark = pytest.mark.serve
 LONG = {"size": "256x256", "num_frames": 121, "num_inference_steps": 200, "guidance_scale": 1}
+# With fewer httpx closes idle connections in one thread that another one has just chosen.
+MANY = httpx.Limits(max_connections=200, max_keepalive_connections=200)
 
 
 def get(server: Server, path: str, **options: Any) -> httpx.Response:
@@ -274,7 +276,7 @@ def under_way(server: Server) -> Iterator[str]:
 def test_two_hundred_polls_while_denoising(generator_server: Server) -> None:
     with (
         under_way(generator_server) as job,
-        httpx.Client(base_url=generator_server.url, timeout=HANG) as client,
+        httpx.Client(base_url=generator_server.url, timeout=HANG, limits=MANY) as client,
     ):
 
         def poll(_: int) -> httpx.Response:
