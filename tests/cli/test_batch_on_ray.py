@@ -11,10 +11,11 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from limits import HANG
-from servers import environment
+from servers import environment, free_port
 
 from vllm_cosmos3.cli import main
 
@@ -25,15 +26,21 @@ FAST = {"size": "64x64", "num_steps": 1, "guidance": 1, "num_frames": 1, "prompt
 @pytest.fixture
 def cluster(vllm_cache: Path) -> Iterator[dict[str, str]]:
     """The environment of processes that find a cluster of two processors: one actor, and one for Ray's own tasks."""
-    ray = Path(sys.executable).with_name("ray")
-    port = "6399"
+    ray, port = Path(sys.executable).with_name("ray"), free_port()
     settings = environment(vllm_cache) | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
     settings |= {"PYTHONPATH": os.pathsep.join(sys.path), "RAY_USAGE_STATS_ENABLED": "0"}
     command = [ray, "start", "--head", "--port", port, "--num-cpus", "2", "--num-gpus", "0"]
-    command += ["--include-dashboard", "false", "--object-store-memory", str(10**8), "--block"]
-    with subprocess.Popen(
-        list(map(str, command)), env=settings, stdout=subprocess.DEVNULL, start_new_session=True
-    ) as process:
+    command += ["--include-dashboard", "false", "--object-store-memory", 10**8, "--block"]
+    with (
+        # Of its own, as Ray remembers the last cluster of a folder, dead or not; with a short name.
+        TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder,
+        subprocess.Popen(
+            list(map(str, [*command, "--temp-dir", folder])),
+            env=settings,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        ) as process,
+    ):
         yield settings
         os.killpg(process.pid, signal.SIGKILL)  # a polite end takes half a minute
 
