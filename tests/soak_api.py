@@ -80,6 +80,8 @@ def soak(url: str, examples: int) -> tuple[Counter[str], int]:
         except Exception as error:  # noqa: BLE001 - a group of all that is not as described
             wrong[f"{where} {' '.join(str(error).split())[:300]}"] += 1
         delete(url, response)
+        if case.operation.path.endswith("/sleep"):
+            httpx.post(f"{url}/v1/cosmos3/wake_up", timeout=120)
 
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
     for found in schema.get_all_operations():

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from vllm_cosmos3.compat import fused_qk_norm_rope, swagger_ui, takes_heads
+from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.generator.weight_updates import OfVllm
+from vllm_cosmos3.parallel.mesh import Axis
 
 CPU = torch.device("cpu")
 
@@ -40,3 +43,20 @@ def test_no_fused_kernel_on_the_cpu(dtype: torch.dtype) -> None:
 def test_swagger_ui_is_where_it_is_looked_for() -> None:
     assert (swagger_ui() / "swagger-ui.css").stat().st_size > 1000
     assert b"SwaggerUIBundle" in (swagger_ui() / "swagger-ui-bundle.js").read_bytes()
+
+
+def test_vllms_engines_for_weight_transfer_hand_tensors_to_a_receiver() -> None:
+    """What is used of them; meeting a trainer needs GPUs."""
+    got: list[tuple[str, torch.Tensor]] = []
+    axis = Axis(name="world", size=2, rank=1, group=None)
+    receiver = OfVllm("nccl", axis, torch.device("cpu"))
+    engine = receiver._engine
+    assert engine.model is receiver
+    assert (engine.parallel_config.rank, engine.parallel_config.world_size) == (1, 2)
+    told = {"names": ["a"], "dtype_names": ["float32"], "shapes": [[2]]}
+    engine.receive_weights = lambda info: engine.model.load_weights([(info.names[0], torch.zeros(2))])  # fmt: skip
+    receiver.receive(told, got.extend)
+    assert [name for name, _ in got] == ["a"]
+    for method, wrong in ((receiver.init, {"port": 1}), (lambda info: receiver.receive(info, got.extend), {"names": ["a"]})):  # fmt: skip
+        with pytest.raises(InvalidRequest, match="as vLLM's backend has it"):
+            method(wrong)

@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from vllm_cosmos3 import Cosmos3, GenerateRequest, Output
-from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
+from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest, Sleeping
 from vllm_cosmos3.generator.output import Progress
 from vllm_cosmos3.media import Clip
 
@@ -57,6 +57,20 @@ def test_sound_is_stereo_in_range(model: Cosmos3) -> None:
     assert (output.sound.shape, output.sound.dtype) == ((2, 10 * 1920), np.float32)
     assert np.abs(output.sound).max() <= 1
     assert output.sample_rate == 48000
+
+
+def test_asleep_nothing_is_made(model: Cosmos3) -> None:
+    picture = {"prompt": "a boat", **SMALL, "num_frames": 1}
+    before = model.generate(**picture).image
+    model.sleep()
+    model.sleep()
+    assert model.is_sleeping
+    with pytest.raises(Sleeping, match=r"this Cosmos3 sleeps; call wake_up\(\) first"):
+        model.generate(**picture)
+    assert model.plan(**picture).steps == 2
+    model.wake_up()
+    assert not model.is_sleeping
+    assert np.array_equal(model.generate(**picture).image, before)
 
 
 def test_a_list_is_checked_before_it_runs(model: Cosmos3) -> None:

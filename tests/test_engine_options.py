@@ -42,6 +42,7 @@ def test_cosmos3_takes_the_documented_arguments() -> None:
         "gpu_memory_utilization": None,
         "lora": (),
         "lora_alpha": None,
+        "weight_transfer": None,
         "checkpoint_kind": None,
         "progress": None,
     }

@@ -81,7 +81,8 @@ class Toy:
 
     def __init__(self, mesh: Mesh, device: torch.device) -> None:
         self.mesh, self.device = mesh, device
-        self.crowded = False
+        self.crowded = self.asleep = False
+        self.weights = self.updated = 0
 
     @classmethod
     def load(cls, config: EngineConfig, mesh: Mesh, device: torch.device) -> Toy:
@@ -90,6 +91,7 @@ class Toy:
         return cls(mesh, device)
 
     def encode(self, plan: ToyPlan) -> ToyState:
+        assert not self.asleep
         self._moment(plan, "encode")
         return ToyState(plan)
 
@@ -115,6 +117,33 @@ class Toy:
         if state.plan.result != "sound":
             return Faulty(state.plan.result)
         return ToyResult(state.total, tuple(int(pid) for pid in pids))
+
+    def sleep(self) -> None:
+        self._sum()
+        self.asleep = True
+
+    def start_weight_update(self) -> None:
+        self._sum()
+        self.updated = 0
+
+    def update_weights(self, info: dict[str, object]) -> None:
+        self._sum()
+        last = self.mesh.world.rank == self.mesh.world.size - 1
+        if info.get("fault") == "one" and last:
+            raise RuntimeError("only the last rank fails")
+        self.updated += 1
+
+    def finish_weight_update(self, version: str | None) -> None:
+        self._sum()
+        self.weights = self.updated
+
+    def abort_weight_update(self) -> None:
+        self._sum()
+        self.updated = 0
+
+    def wake_up(self) -> None:
+        self._sum()
+        self.asleep = False
 
     def _sum(self) -> int:
         axes = (self.mesh.world, self.mesh.cfg, self.mesh.ulysses, self.mesh.tp)

@@ -11,9 +11,12 @@ from collections.abc import Callable
 from functools import cache
 from http import HTTPStatus
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vllm_cosmos3.errors import Unsupported
 from vllm_cosmos3.imports import uncollected
 
 if TYPE_CHECKING:
@@ -188,3 +191,29 @@ def __getattr__(name: str) -> Any:
     if name == "DeltaMessage":
         return first_module(_DELTA_MESSAGE).DeltaMessage
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def weight_transfer_engine(
+    backend: str, rank: int, world: int, device: torch.device, model: object
+) -> Any:
+    """vLLM's engine of this name that receives weights for a rank and hands them to ``model.load_weights``.
+
+    Raises:
+        Unsupported: this vLLM has none, or one of another form.
+    """
+    try:
+        from vllm.config.weight_transfer import WeightTransferConfig
+        from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+        from vllm.distributed.weight_transfer.base import WeightTransferEngine
+    except ImportError:
+        parameters: list[str] = []
+    else:
+        parameters = [*signature(WeightTransferEngine.__init__).parameters]
+    if parameters != ["self", "config", "vllm_config", "device", "model"]:  # from 0.30
+        raise Unsupported(f"this vLLM has no weight transfer by {backend} that fits; take files")
+    place = SimpleNamespace(rank=rank, world_size=world, data_parallel_index=0)
+    config = SimpleNamespace(parallel_config=place, model_config=None)
+    engine: Any = WeightTransferEngineFactory.create_engine(
+        WeightTransferConfig(backend=backend), config, device, model
+    )
+    return engine

@@ -26,7 +26,7 @@ from vllm_cosmos3.batch.downloads import local_files, local_image, urls_of
 from vllm_cosmos3.checkpoint.hub import resolve
 from vllm_cosmos3.closing import Closing
 from vllm_cosmos3.engine_options import DEFAULTS, OPTIONS, EngineOptions
-from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
+from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest, Sleeping
 from vllm_cosmos3.generator.models.components import loaded_values
 from vllm_cosmos3.generator.output import Output, Progress, Report, Sample
 from vllm_cosmos3.media import Clip
@@ -47,9 +47,16 @@ from vllm_cosmos3.request.world import (
 )
 from vllm_cosmos3.session import Session
 from vllm_cosmos3.stage.runners import Runner, make_runner
+from vllm_cosmos3.stage.worker import ENDING
 
 __all__ = ["Cosmos3", "Output", "Progress", "Sample"]
 
+_PAUSES = {  # calls between requests, and why nothing is generated after them
+    "sleep": "sleeps; call wake_up() first",
+    "wake_up": "",
+    "start_weight_update": "is being updated; call finish_weight_update() first",
+    "finish_weight_update": "",
+}
 Request = GenerateRequest | Mapping[str, Any] | str  # a string is a prompt
 Shown = Report | bool | None  # what is done with the progress: told, shown or not, shown if seen
 P = ParamSpec("P")
@@ -143,6 +150,7 @@ class Cosmos3(Closing):
             self._runner: Runner | None = make_runner(config, loaded)
         self._slots = _Slots(self._runner.replicas)
         self._sessions = 0  # so far, by which ranks that were started together name them alike
+        self._paused = ""  # why nothing is generated
         self.load_seconds = time.perf_counter() - start
 
     @classmethod
@@ -233,11 +241,61 @@ class Cosmos3(Closing):
         """
         request = session_request({"prompt": prompt, **fields})
         with self._slots.taken(all_of_them=False):
-            runner = self._open()
+            runner = self._awake()
             self._sessions += 1
             with runner.raising_together("the session"), local_image(request) as local:
                 world = make_world(local, self._model, self._tokenizer, f"session-{self._sessions}")
         return Session(world, self._run_chunk, self._release)
+
+    def sleep(self) -> None:
+        """Leave the weights in the host's memory, for others to use the devices. Waits for a running request.
+
+        Until `wake_up` nothing is generated.
+        """
+        self._maintain("sleep")
+
+    def wake_up(self) -> None:
+        """Bring the weights back to the devices, bit by bit what they were.
+
+        Raises:
+            OutOfMemory: others have taken the room meanwhile; it still sleeps then.
+        """
+        self._maintain("wake_up")
+
+    def init_weight_transfer_engine(self, init_info: Mapping[str, Any]) -> None:
+        """Meet a trainer, as vLLM's backend ``weight_transfer`` has it; for files there is nobody to meet."""
+        self._maintain("init_weight_transfer_engine", dict(init_info))
+
+    def start_weight_update(self) -> None:
+        """Begin to take new weights of the transformer. Until the update ends nothing is generated."""
+        self._maintain("start_weight_update")
+
+    def update_weights(self, update_info: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+        """Take some tensors of the checkpoint: of files those in ``{"path": FILE_OR_FOLDER}``.
+
+        Raises:
+            InvalidRequest: a tensor is unknown or misshapen; the update has ended, the old weights are back.
+        """
+        self._maintain("update_weights", update_info)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Generate with the new weights from now on."""
+        self._maintain("finish_weight_update", weight_version)
+
+    def _maintain(self, method: str, *args: Any) -> None:
+        with self._slots.taken(all_of_them=True):
+            try:
+                self._open().maintain(method, *args)
+            except Exception:
+                if method in ENDING and self._paused == _PAUSES["start_weight_update"]:
+                    self._paused = ""
+                raise
+            self._paused = _PAUSES.get(method, self._paused)
+
+    @property
+    def is_sleeping(self) -> bool:
+        """Whether the weights are in the host's memory."""
+        return self._paused == _PAUSES["sleep"]
 
     def close(self) -> None:
         """Free the models and their memory, and end their processes. Waits for a running request."""
@@ -250,6 +308,12 @@ class Cosmos3(Closing):
         if self._runner is None:
             raise Cosmos3Error("this Cosmos3 is closed; make a new one")
         return self._runner
+
+    def _awake(self) -> Runner:
+        runner = self._open()
+        if self._paused:
+            raise Sleeping(f"this Cosmos3 {self._paused}")
+        return runner
 
     def _generate(
         self,
@@ -270,7 +334,7 @@ class Cosmos3(Closing):
             clip = replace(clip, path=Path(clip.path).resolve())
         given = requests if several else [requests]
         with self._slots.taken(all_of_them=several):
-            runner = self._open()
+            runner = self._awake()
             with runner.raising_together("the request"):
                 asked = [_request(one, fields) for one in given]  # type: ignore[union-attr, arg-type]
                 plans = [self._planned(one) for one in asked]
@@ -286,7 +350,7 @@ class Cosmos3(Closing):
 
     def _run_chunk(self, plan: ChunkPlan) -> Output:
         with self._slots.taken(all_of_them=False):
-            return self._open().run(plan, _ignore, threading.Event())
+            return self._awake().run(plan, _ignore, threading.Event())
 
     def _release(self, session: str) -> None:
         with self._slots.taken(all_of_them=False):

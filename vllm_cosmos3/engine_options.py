@@ -217,6 +217,12 @@ class EngineOptions:
         high=1e6,
         help="alpha of adapters whose files do not say theirs",
     )
+    weight_transfer: str | None = _option(
+        kind="choice",
+        choices=("files", "nccl", "ipc"),
+        help="accept new weights of the transformer from a trainer: files that all ranks can read, or "
+        "vLLM's weight transfer",
+    )
     checkpoint_kind: str | None = _option(
         kind="text",
         help=f"kind of checkpoint: {', '.join(KINDS)} (default: detected from its files)",
@@ -248,6 +254,12 @@ class EngineOptions:
         """
         model = self._quantized(model)
         stored = model.quantization is not None and model.quantization.stored
+        if self.weight_transfer is not None and stored:
+            possible = "left out: this checkpoint holds FP8 weights, which no trainer sends"
+            raise InvalidRequest("weight_transfer", self.weight_transfer, possible, "conflict")
+        if self.weight_transfer in ("nccl", "ipc") and self.data_parallel_size > 1:
+            possible = "files for several replicas: vLLM's trainer knows the ranks of one"
+            raise InvalidRequest("weight_transfer", self.weight_transfer, possible, "conflict")
         if self.lora and stored:
             possible = (
                 "left out: this checkpoint holds FP8 weights, which adapters are not rounded into; "

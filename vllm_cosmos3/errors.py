@@ -140,6 +140,12 @@ class SessionLost(Cosmos3Error):
     code = "session_lost"
 
 
+class Sleeping(Cosmos3Error):
+    """Nothing is made until somebody wakes the generator, or has finished an update of its weights."""
+
+    code = "sleeping"
+
+
 class DiskFull(Cosmos3Error):
     """A file could not be written as there is no room for it."""
 

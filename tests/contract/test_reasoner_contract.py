@@ -118,3 +118,6 @@ def test_every_name_of_the_checkpoint_has_a_place(tiny_checkpoint: Path) -> None
     assert "language_model.model.layers.0.self_attn.o_proj.weight" in places
     dropped = ["layers.0.self_attn.to_add_out.weight", "proj_in.bias", "audio_modality_embed"]
     assert not list(mapper.apply((name, None) for name in dropped))
+    adapter = ["model.language_model.layers.0.mlp.up_proj.lora_A.weight"]  # of transformers
+    (place,) = (name for name, _ in mapper.apply((name, None) for name in adapter))
+    assert place == "language_model.model.layers.0.mlp.up_proj.lora_A.weight"

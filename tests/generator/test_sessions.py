@@ -16,7 +16,7 @@ from rollouts import CASES, PICTURE, Case, actions, checkpoints, open_world, rol
 from vllm_cosmos3 import Cosmos3
 from vllm_cosmos3.checkpoint.config import read_config
 from vllm_cosmos3.engine_options import EngineConfig, ParallelConfig
-from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest, OutOfMemory, SessionLost
+from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest, OutOfMemory, SessionLost, Sleeping
 from vllm_cosmos3.generator.memory import estimate, session_work
 from vllm_cosmos3.generator.memory.reservation import GIB
 from vllm_cosmos3.generator.world import WorldPipeline
@@ -87,6 +87,18 @@ def test_sessions_take_turns(model: Cosmos3) -> None:
         one.step(rows[0])
     one.close()
     assert not model._runner._pipeline.sessions  # type: ignore[union-attr]
+
+
+def test_sessions_end_when_weights_move(model: Cosmos3) -> None:
+    with model.session(**START) as session:
+        model.sleep()
+        with pytest.raises(Sleeping, match="this Cosmos3 sleeps"):
+            session.step(np.zeros((16, 9)))
+        model.wake_up()
+        with pytest.raises(SessionLost, match="the session is gone"):
+            session.step(np.zeros((16, 9)))
+    with model.session(**START) as session:
+        assert session.step(np.zeros((16, 9))).shape == (16, 64, 48, 3)
 
 
 @pytest.mark.parametrize(

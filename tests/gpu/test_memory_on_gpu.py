@@ -12,7 +12,7 @@ import torch
 
 from vllm_cosmos3 import Cosmos3
 from vllm_cosmos3.engine_options import EngineConfig, ParallelConfig
-from vllm_cosmos3.errors import OutOfMemory
+from vllm_cosmos3.errors import InvalidRequest, OutOfMemory
 from vllm_cosmos3.generator.memory import estimate, work_of
 from vllm_cosmos3.generator.pipeline import Pipeline
 from vllm_cosmos3.parallel.mesh import close_mesh, init_mesh
@@ -137,3 +137,32 @@ def test_a_limit_holds_the_allocator(wide_checkpoint: Path, device: torch.device
             torch.empty(10 * 2**30, dtype=torch.uint8, device=device)
         assert model.generate(**IMAGE).image is not None
     assert torch.empty(11 * 2**30, dtype=torch.uint8, device=device).is_cuda
+
+
+def test_asleep_the_device_is_free_and_awake_nothing_has_changed(
+    wide_checkpoint: Path, device: torch.device
+) -> None:
+    before = torch.cuda.memory_allocated()
+    with Cosmos3(wide_checkpoint, device=str(device), load_format="dummy") as model:
+        expected = model.generate(**IMAGE).image
+        held = torch.cuda.memory_allocated() - before
+        for _ in range(2):
+            model.sleep()
+            assert torch.cuda.memory_allocated() - before < 0.01 * held
+            model.wake_up()
+            assert (model.generate(**IMAGE).image == expected).all()
+
+
+def test_an_update_that_is_given_up_leaves_the_weights(
+    wide_checkpoint: Path, device: torch.device
+) -> None:
+    """A request long enough for CUDA graphs, before an update that is given up and after it."""
+    fields = IMAGE | {"num_inference_steps": 10}
+    with Cosmos3(
+        wide_checkpoint, device=str(device), load_format="dummy", weight_transfer="files"
+    ) as model:
+        expected = model.generate(**fields).image
+        model.start_weight_update()
+        with pytest.raises(InvalidRequest):
+            model.update_weights({"path": "/absent"})
+        assert (model.generate(**fields).image == expected).all()

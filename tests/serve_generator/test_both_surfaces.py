@@ -76,6 +76,28 @@ def test_chat_about_a_generated_video(server: Server) -> None:
     assert f"{video.id} completed after" in server.log.read_text()
 
 
+def test_chat_answers_while_the_generator_sleeps(server: Server) -> None:
+    """vLLM's own engine sleeps where it was started for it, which needs a GPU."""
+    moved = httpx.post(f"{server.url}/v1/cosmos3/sleep", headers=KEY, timeout=HANG)
+    assert moved.json()["surfaces"] == {
+        "generator": "sleeping",
+        "reasoner": "ready: started without --enable-sleep-mode",
+    }
+    try:
+        refused = httpx.post(f"{server.url}/v1/videos", json={"prompt": "a"}, headers=KEY)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "sleeping")
+        health = httpx.get(f"{server.url}/health", timeout=HANG)
+        surfaces = {"generator": "sleeping", "reasoner": "ready"}
+        assert (health.status_code, health.json()["surfaces"]) == (503, surfaces)
+        asked = [{"role": "user", "content": "hello"}]
+        answer = server.client().chat.completions.create(model="tiny", messages=asked, max_tokens=2)  # type: ignore[arg-type]
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens > 0
+    finally:
+        woken = httpx.post(f"{server.url}/v1/cosmos3/wake_up", headers=KEY, timeout=HANG)
+    assert woken.json()["surfaces"]["generator"] == "ready"
+
+
 @pytest.mark.browser
 def test_the_playground_asks_about_a_picture(server: Server) -> None:
     with browsing() as browser, visiting(browser) as context:

@@ -287,6 +287,13 @@ ROWS = [
     Row(number=101, status=409, code="guardrails_unavailable", param="extra_params.guardrails", send=body(extra_params={"guardrails": True})),
     Row(number=107, status=405, code="method_not_allowed", method="PUT", path=VIDEOS),
     Row(number=107, status=404, code="not_found", method="GET", path="/v1/nothing"),
+    Row(number=150, status=400, code="unsupported", param="lora", send=body(lora={"name": "snow"}), says="--lora"),
+    Row(number=151, status=400, code="invalid_value", param="timeout", path="/v1/cosmos3/sleep?timeout=-1"),
+    Row(number=151, status=400, code="invalid_value", param="timeout", path="/v1/cosmos3/sleep?timeout=long"),
+    Row(number=151, status=405, code="method_not_allowed", method="GET", path="/v1/cosmos3/sleep"),
+    Row(number=152, status=403, code="permission_denied", path="/v1/cosmos3/start_weight_update", says="--weight-transfer"),
+    Row(number=152, status=403, code="permission_denied", path="/v1/cosmos3/update_weights", send={"json": {"update_info": {"path": "/x"}}}),
+    Row(number=152, status=400, code="invalid_value", param="update_info", path="/v1/cosmos3/update_weights", send={"json": {}}),
 ]  # fmt: skip
 
 

@@ -14,8 +14,9 @@ from generators import eventually
 from limits import HANG
 from servers import Server
 
+from vllm_cosmos3.checkpoint.synthetic import write_checkpoint
 from vllm_cosmos3.cli import main
-from vllm_cosmos3.media import encode_image
+from vllm_cosmos3.media import encode_image, read_video
 from vllm_cosmos3.request.prompts import encode, load_tokenizer
 
 pytestmark = pytest.mark.serve
@@ -27,6 +28,8 @@ PATHS = [
     ("POST", "/v1/videos/sync"), ("GET", "/v1/videos/x"), ("DELETE", "/v1/videos/x"),
     ("GET", "/v1/videos/x/content"), ("GET", "/v1/videos/x/events"), ("POST", "/v1/videos/x/remix"),
     ("GET", "/v1/models"), ("GET", "/v1/cosmos3/models"), ("POST", "/v1/images/edits"), ("GET", "/v1/nothing"),
+    ("POST", "/v1/cosmos3/sleep"), ("POST", "/v1/cosmos3/wake_up"),
+    ("POST", "/v1/cosmos3/start_weight_update"), ("POST", "/v1/cosmos3/update_weights"),
 ]  # fmt: skip
 
 
@@ -215,3 +218,50 @@ def test_an_adapter_is_said_wherever_somebody_may_ask(client: httpx.Client) -> N
     job = post(client).json()
     assert job["status"] == "completed", job
     assert job["cosmos3"]["effective"]["adapters"] == [known]
+
+
+def test_new_weights_and_the_old_ones_again(
+    client: httpx.Client, distilled_checkpoint: Path, tmp_path: Path
+) -> None:
+    """The same request is made anew each time: of other weights, which its texts have been read with."""
+    write_checkpoint(tmp_path / "other", kind="distilled-i2v", seed=1)
+
+    def call(method: str, **body: Any) -> httpx.Response:
+        return client.post(f"/v1/cosmos3/{method}", json=body or None)
+
+    def frame() -> np.ndarray:  # the last one: the first is given
+        answer = client.post("/v1/videos/sync", json=SMALL)
+        assert answer.status_code == 200, answer.text
+        last: np.ndarray = read_video(answer.content, frames=5)[-1].astype(float)
+        return last
+
+    frames = [frame()]
+    assert client.get("/health").json()["weight_version"] is None
+    for version, folder in (("other", tmp_path / "other"), ("old", distilled_checkpoint)):
+        assert call("init_weight_transfer_engine", init_info={}).status_code == 200
+        assert call("start_weight_update").json() == {"message": "start_weight_update is done"}
+        health = client.get("/health")
+        assert (health.status_code, health.json()["surfaces"]["generator"]) == (503, "updating")
+        update = call("update_weights", update_info={"path": str(folder / "transformer")})
+        assert update.status_code == 200
+        assert call("finish_weight_update", weight_version=version).status_code == 200
+        assert client.get("/health").json()["weight_version"] == version
+        frames.append(frame())
+    before, other, again = frames
+    assert np.abs(other - before).mean() > 2
+    assert np.abs(again - before).mean() < 0.5  # x264 does not always make the same of the same
+
+
+def test_an_update_that_fails_leaves_the_weights(client: httpx.Client, tmp_path: Path) -> None:
+    assert client.post("/v1/cosmos3/start_weight_update").status_code == 200
+    body = {"update_info": {"path": str(tmp_path / "absent")}}
+    refused = client.post("/v1/cosmos3/update_weights", json=body)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "update_info.path")
+    assert client.get("/health").json()["surfaces"]["generator"] == "ready"
+    for method, body, param in (
+        ("finish_weight_update", {}, "finish_weight_update"),
+        ("update_weights", {}, "update_info"),
+        ("init_weight_transfer_engine", {"init_info": 1}, "init_info"),
+    ):
+        refused = client.post(f"/v1/cosmos3/{method}", json=body)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, param), method

@@ -362,3 +362,35 @@ def test_every_metric_family_is_there(generator_server: Server) -> None:
     finished(generator_server, create(generator_server, **SMALL))
     time.sleep(3)  # the storage is measured every two seconds
     assert sample(generator_server, "cosmos3:stored_bytes") > stored
+
+
+def test_asleep_new_requests_are_refused_and_old_ones_wait(generator_server: Server) -> None:
+    idle(generator_server)
+    moved = httpx.post(f"{generator_server.url}/v1/cosmos3/sleep?timeout=30", timeout=HANG)
+    try:
+        assert moved.json()["surfaces"] == {"generator": "sleeping"}
+        refused = httpx.post(f"{generator_server.url}/v1/videos", json={"prompt": "a boat"})
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "10")
+        assert refused.json()["error"]["code"] == "sleeping"
+        assert "POST /v1/cosmos3/wake_up" in refused.json()["error"]["message"]
+        health = get(generator_server, "/health")
+        assert (health.status_code, health.json()["surfaces"]["generator"]) == (503, "sleeping")
+        assert health.json()["error"]["code"] == "sleeping"
+        assert get(generator_server, "/health/live").status_code == 200
+        assert sample(generator_server, "cosmos3:sleeping") == 1
+        assert get(generator_server, "/v1/videos").status_code == 200
+    finally:
+        woken = httpx.post(f"{generator_server.url}/v1/cosmos3/wake_up", timeout=HANG)
+    assert woken.json()["surfaces"] == {"generator": "ready"}
+    assert get(generator_server, "/health").status_code == 200
+    assert sample(generator_server, "cosmos3:sleeping") == 0
+    job = finished(generator_server, create(generator_server, **SMALL))
+    assert job["status"] == "completed"
+
+
+def test_it_stays_awake_for_a_request_that_does_not_end(generator_server: Server) -> None:
+    job = running(generator_server, create(generator_server, **LONG))
+    refused = httpx.post(f"{generator_server.url}/v1/cosmos3/sleep?timeout=0", timeout=HANG)
+    assert refused.status_code == 429
+    assert "1 request is still running after 0 s; the generator stays awake" in refused.text
+    assert httpx.delete(f"{generator_server.url}/v1/videos/{job['id']}").status_code == 200

@@ -51,6 +51,31 @@ def cancelled(*jobs: StageJob) -> None:
             job.result(HANG)
 
 
+def test_replicas_sleep_together_or_not_at_all(replicas: Replicas) -> None:
+    job, begun = long(replicas)
+    assert begun.wait(HANG)
+    with pytest.raises(Busy, match="1 request is still running"):
+        replicas.maintain("sleep", patience=0.1)
+    assert [member.status().state for member in replicas.members] == ["ready", "ready"]
+    cancelled(job)
+    replicas.maintain("sleep")
+    waiting = replicas.submit(ToyPlan(steps=1))
+    status = replicas.status()
+    assert (status.state, status.waiting, status.running) == ("sleeping", 1, 0)
+    replicas.maintain("wake_up")
+    assert len(waiting.result(HANG).pids) == 1
+    assert replicas.status().state == "ready"
+
+
+def test_replicas_are_updated_together(replicas: Replicas) -> None:
+    replicas.maintain("start_weight_update")
+    assert replicas.status().state == "updating"
+    replicas.maintain("update_weights", {})
+    replicas.maintain("finish_weight_update", "second")
+    status = replicas.status()
+    assert (status.state, status.weights) == ("ready", "second")
+
+
 def test_requests_run_at_the_same_time_on_different_replicas(replicas: Replicas) -> None:
     jobs = [long(replicas) for _ in range(2)]
     for _, begun in jobs:

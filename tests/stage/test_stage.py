@@ -105,6 +105,65 @@ def test_a_result_that_is_lost_on_its_way_leaves_nothing(
     assert client.submit(ToyPlan(steps=1)).result(HANG).total == 2
 
 
+def test_asleep_requests_wait_until_it_is_woken(client: StageClient) -> None:
+    running = client.submit(ToyPlan(steps=20, seconds=0.01))
+    client.maintain("sleep")
+    assert running.future.done()
+    assert running.result(HANG).total == 2 * 20
+    waiting = client.submit(ToyPlan(steps=1))
+    client.maintain("sleep")  # which it does
+    status = client.status()
+    assert (status.state, status.waiting, status.running) == ("sleeping", 1, 0)
+    client.maintain("wake_up")
+    assert waiting.result(HANG).total == 2
+    client.maintain("wake_up")  # which it is
+    assert client.status().state == "ready"
+
+
+def test_it_stays_awake_if_requests_do_not_end(client: StageClient) -> None:
+    job = client.submit(ToyPlan(steps=10_000, seconds=0.02), seconds=LONG)
+    eventually(lambda: client.status().running == 1)
+    with pytest.raises(Busy, match=r"1 request is still running after 0\.1 s"):
+        client.maintain("sleep", patience=0.1)
+    assert client.status().state == "ready"
+    job.cancel()
+    with pytest.raises(Cancelled):
+        job.result(HANG)
+    assert client.submit(ToyPlan(steps=1)).result(HANG).total == 2
+
+
+def test_requests_wait_for_the_end_of_a_weight_update(client: StageClient) -> None:
+    client.maintain("start_weight_update")
+    waiting = client.submit(ToyPlan(steps=1))
+    client.maintain("update_weights", {})
+    status = client.status()
+    assert (status.state, status.waiting, status.weights) == ("updating", 1, None)
+    client.maintain("finish_weight_update", "second")
+    assert waiting.result(HANG).total == 2
+    status = client.status()
+    assert (status.state, status.weights) == ("ready", "second")
+
+
+def test_a_rank_that_fails_in_an_update_ends_it_on_all(client: StageClient) -> None:
+    client.maintain("start_weight_update")
+    waiting = client.submit(ToyPlan(steps=1))
+    with pytest.raises(Cosmos3Error, match="only the last rank fails"):
+        client.maintain("update_weights", {"fault": "one"})
+    assert waiting.result(HANG).total == 2
+    assert client.status().state == "ready"
+
+
+def test_ranks_that_are_lost_asleep_are_replaced_awake(client: StageClient) -> None:
+    pids = client.submit(ToyPlan(steps=1)).result(HANG).pids
+    client.maintain("sleep")
+    waiting = client.submit(ToyPlan(steps=1))
+    os.kill(pids[-1], signal.SIGKILL)
+    with pytest.raises(WorkerDied, match="a worker process ended in wake_up"):
+        client.maintain("wake_up")
+    assert waiting.result(HANG).total == 2
+    assert client.status().state == "ready"
+
+
 def test_a_short_request_overtakes_a_long_one(client: StageClient) -> None:
     long = client.submit(ToyPlan(steps=200, seconds=0.02), seconds=LONG)
     order: list[str] = []

@@ -63,14 +63,18 @@ def load_weights(
     shapes: Shapes,
     fp8: Collection[str] = (),
     prepare: Prepare = as_it_is,
+    *,
+    keep: bool = False,
 ) -> None:
     """Fill ``module`` from the shards in ``folder``.
 
     ``shapes`` lists every tensor that the folder may hold, ``table`` those of them that are
     needed, ``fp8`` those that are F8_E4M3. ``prepare`` makes of a tensor and its target what is
-    loaded. Raises one CheckpointError that names what is missing, unexpected, of another shape or type.
+    loaded. With ``keep`` weights can be loaded again. Raises one CheckpointError that names what is
+    missing, unexpected, of another shape or type.
     """
-    _fill(module, table, _read(folder, table, shapes, fp8), prepare)
+    fill(module, table, _read(folder, table, shapes, fp8), prepare)
+    choose_kernels(module, keep=keep)
 
 
 def check_weights(table: Table, folder: Path, shapes: Shapes, fp8: Collection[str] = ()) -> None:
@@ -88,6 +92,7 @@ def load_dummy_weights(
     device: torch.device,
     seed: int = 0,
     prepare: Prepare = as_it_is,
+    keep: bool = False,
 ) -> None:
     """Fill ``module`` with reproducible noise that keeps activations near one.
 
@@ -95,10 +100,11 @@ def load_dummy_weights(
     generator on ``device``, so every rank of a mesh gets its part of the same weights.
     """
     drawn = ((name, _dummy(name, shapes[name], device, seed)) for name in table)
-    _fill(module, table, drawn, prepare)
+    fill(module, table, drawn, prepare)
+    choose_kernels(module, keep=keep)
 
 
-def _fill(
+def fill(
     module: nn.Module, table: Table, tensors: Iterable[tuple[str, Tensor]], prepare: Prepare
 ) -> None:
     """Hand each tensor to its parameter's own loader, which knows how the parameter is sharded."""
@@ -109,16 +115,21 @@ def _fill(
             load: Any = getattr(parameter, "weight_loader", _copy)  # set by vLLM's layers
             load(parameter, value, *(() if target.part is None else (target.part,)))
         load_progress.count(tensor.numel())
-    choose_kernels(module)
 
 
-def choose_kernels(module: nn.Module) -> None:
-    """vLLM's linear layers choose their kernel after loading; the CPU ones cannot run before."""
+def choose_kernels(module: nn.Module, *, keep: bool = False) -> None:
+    """vLLM's linear layers choose their kernel after loading; the CPU ones cannot run before.
+
+    Those give up the weights that they have packed, unless ``keep``.
+    """
     from vllm.model_executor.layers.linear import LinearBase
 
     for layer in module.modules():
         if isinstance(layer, LinearBase):
+            weight = layer.weight
             layer.quant_method.process_weights_after_loading(layer)
+            if keep:
+                layer.weight = weight
 
 
 def _copy(parameter: Tensor, tensor: Tensor) -> None:

@@ -108,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         for add_more in BESIDE.get(item.name, ()):
             add_more(group)
     run = parser.add_argument_group("model and device")
-    add_engine_flags(run, OPTIONS)
+    add_engine_flags(run, [name for name in OPTIONS if name != "weight_transfer"])  # one request
     run.add_argument("--enforce-eager", action="store_true", help="reasoner without CUDA graphs: faster start, slower answers")  # fmt: skip
     add_generate_flags(parser)
 

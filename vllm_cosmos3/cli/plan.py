@@ -39,7 +39,12 @@ PHASES = {  # of the estimate; the largest peak counts
     "sound": "decoding sound",
 }
 WITHOUT_CHECKPOINT = {"nano": "base", "super": "base", "edge": "edge"}  # size -> kind
-WITHOUT_MEMORY = ("device", "attention_backend", "distributed_executor_backend")  # of the options
+WITHOUT_MEMORY = (  # of the options
+    "weight_transfer",
+    "device",
+    "attention_backend",
+    "distributed_executor_backend",
+)
 GPU_MEMORY = Spec(
     kind="float", low=0, above=True, high=100_000, unit="GiB", help="memory of one GPU"
 )

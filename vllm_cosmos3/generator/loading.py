@@ -27,6 +27,7 @@ from vllm_cosmos3.generator.models.modalities import coders
 from vllm_cosmos3.generator.models.quantization import check_device, preparation
 from vllm_cosmos3.generator.models.transformer import Transformer
 from vllm_cosmos3.generator.models.vae import VideoVAE
+from vllm_cosmos3.generator.weight_updates import WeightUpdates, make_receiver
 from vllm_cosmos3.parallel.attention import make_attend
 from vllm_cosmos3.parallel.mesh import Mesh
 
@@ -35,12 +36,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModels:
-    """The models of a rank, and the ``config`` with every choice made. ``coders`` by modality."""
+    """The models of a rank, and the ``config`` with every choice made. ``coders`` by modality.
+
+    ``updates`` are those of the transformer by a trainer, where the options allow them.
+    """
 
     transformer: Transformer
     vae: VideoVAE
     coders: dict[str, nn.Module]
     config: EngineConfig
+    updates: WeightUpdates | None
 
 
 def load_models(
@@ -72,7 +77,15 @@ def load_models(
         with device:
             built[name] = coder.build(model)
         _fill(built[name], parts[coder.folder], model, config, device)
-    return LoadedModels(transformer=transformer, vae=vae, coders=built, config=config)
+    updates = None
+    if config.weight_transfer is not None:
+        part = parts["transformer"]
+        receiver = make_receiver(config.weight_transfer, mesh.world, device)
+        prepare = _prepare(part, model, device, dummy=False)
+        updates = WeightUpdates(transformer, part, prepare, receiver, mesh.world.rank)
+    return LoadedModels(
+        transformer=transformer, vae=vae, coders=built, config=config, updates=updates
+    )
 
 
 def _transformer(
@@ -104,17 +117,26 @@ def _fill(
     config: EngineConfig,
     device: torch.device,
 ) -> None:
-    dummy = config.load_format == "dummy"
-    prepare = preparation(model.quantization, part.matrices, part.shapes, device, dummy=dummy)
-    if model.adapters and part.folder == "transformer":
-        prepare = _merged_first(Merging(model.adapters, device), prepare)
+    dummy, keep = config.load_format == "dummy", config.weight_transfer is not None
+    prepare = _prepare(part, model, device, dummy=dummy)
+    if part.folder == "transformer":
         _tell_unused(model.adapters, part.table)
     if dummy:
-        load_dummy_weights(module, part.table, part.shapes, device=device, prepare=prepare)
+        load_dummy_weights(
+            module, part.table, part.shapes, device=device, prepare=prepare, keep=keep
+        )
     else:
         folder, fp8 = config.model / part.folder, part.fp8_in(model)
-        load_weights(module, part.table, folder, part.shapes, fp8, prepare)
+        load_weights(module, part.table, folder, part.shapes, fp8, prepare, keep=keep)
     module.eval()
+
+
+def _prepare(part: Component, model: ModelConfig, device: torch.device, *, dummy: bool) -> Prepare:
+    """What becomes of the tensors of a component before they are shared among ranks."""
+    prepare = preparation(model.quantization, part.matrices, part.shapes, device, dummy=dummy)
+    if model.adapters and part.folder == "transformer":
+        return _merged_first(Merging(model.adapters, device), prepare)
+    return prepare
 
 
 def _merged_first(merge: Merging, prepare: Prepare) -> Prepare:

@@ -32,6 +32,7 @@ from vllm_cosmos3.generator.models.modalities import MODALITIES
 from vllm_cosmos3.generator.models.text_cache import TextKVCache
 from vllm_cosmos3.generator.models.transformer import Context
 from vllm_cosmos3.generator.models.vae import to_frames, to_pixels
+from vllm_cosmos3.generator.movable import MovableWeights
 from vllm_cosmos3.generator.output import Output, Sample
 from vllm_cosmos3.generator.prediction import Predictor
 from vllm_cosmos3.generator.preview import reduced, seconds_and_jpeg
@@ -95,7 +96,7 @@ class RequestState:
         return self.index // self.plan.parameters.num_inference_steps
 
 
-class Pipeline:
+class Pipeline(MovableWeights):
     """The models of one checkpoint on one rank, and the four calls. Build it with ``load``."""
 
     def __init__(
@@ -106,6 +107,7 @@ class Pipeline:
         mesh: Mesh,
         device: torch.device,
     ) -> None:
+        super().__init__(models)
         self.model, self.tokenizer, self.config = model, tokenizer, models.config
         self.transformer, self.vae, self.coders = models.transformer, models.vae, models.coders
         self.mesh, self.device = mesh, device
@@ -124,6 +126,9 @@ class Pipeline:
         model = config.read_model()
         tokenizer = prompts.load_tokenizer(config.model)
         return cls(model, tokenizer, load_models(model, config, mesh, device), mesh, device)
+
+    def forget(self) -> None:
+        self.texts.clear()
 
     @torch.inference_mode()
     def encode(self, plan: Plan) -> RequestState:

@@ -27,6 +27,7 @@ from vllm_cosmos3.generator.memory.reservation import MemoryBudget, Reservation
 from vllm_cosmos3.generator.models.history import HistoryKV
 from vllm_cosmos3.generator.models.transformer import Context
 from vllm_cosmos3.generator.models.vae import DecodedClip, to_frames, to_pixels
+from vllm_cosmos3.generator.movable import MovableWeights
 from vllm_cosmos3.generator.output import Output, Sample
 from vllm_cosmos3.generator.pipeline import peak_memory
 from vllm_cosmos3.generator.sampling.noise import rollout_noise, rollout_step_noise
@@ -101,12 +102,13 @@ class ChunkState:
         return self.index == self.plan.steps
 
 
-class WorldPipeline:
+class WorldPipeline(MovableWeights):
     """The models of a simulator on one rank, its sessions, and the four calls. Build it with ``load``."""
 
     def __init__(
         self, model: ModelConfig, models: LoadedModels, mesh: Mesh, device: torch.device
     ) -> None:
+        super().__init__(models)
         self.model, self.config = model, models.config
         self.transformer, self.vae = models.transformer, models.vae
         self.mesh, self.device = mesh, device
@@ -197,6 +199,10 @@ class WorldPipeline:
             peak_memory=peak_memory(self.device),
         )
 
+    def forget(self) -> None:
+        """Close all sessions: their history is on the device, and of these weights."""
+        self.sessions.clear()
+
     def release(self, name: str) -> None:
         """Close a session, if there is one of this name, and give its memory back."""
         if self.sessions.pop(name, None) is not None:
@@ -210,7 +216,7 @@ class WorldPipeline:
         session = self.sessions.get(plan.session)
         if session is None:
             raise SessionLost(
-                "the session is gone: it was closed, or the workers were lost; open a new one"
+                "the session is gone: it was closed, or workers or weights were replaced; open a new one"
             )
         if session.next != plan.first:
             raise SessionLost(

@@ -26,7 +26,15 @@ from vllm_cosmos3.server.jobs.service import Service
 from vllm_cosmos3.server.openapi.document import describe
 from vllm_cosmos3.server.openapi.responses import TEXT, ModelName, Models, file_responses, responses
 from vllm_cosmos3.server.options import KEEP_ALIVE
-from vllm_cosmos3.server.routes import images, info, playground, robots, videos, worlds
+from vllm_cosmos3.server.routes import (
+    images,
+    info,
+    playground,
+    robots,
+    videos,
+    weights,
+    worlds,
+)
 from vllm_cosmos3.server.routes.route import Route, service_of
 from vllm_cosmos3.version import __version__
 
@@ -63,7 +71,7 @@ def show_log() -> None:
 
 def routers() -> tuple[APIRouter, ...]:
     """What both hosts serve."""
-    found = videos, images, info, robots, worlds, playground
+    found = videos, images, info, weights, robots, worlds, playground
     return tuple(module.router for module in found)
 
 

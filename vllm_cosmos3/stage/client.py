@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from concurrent.futures import TimeoutError as StillWaiting
 from dataclasses import replace
 from getpass import getuser
@@ -27,13 +28,14 @@ import zmq
 from vllm_cosmos3.errors import Cosmos3Error, DeadlineExceeded, WorkerDied
 from vllm_cosmos3.stage.executor import check_backend
 from vllm_cosmos3.stage.heartbeat import silence
-from vllm_cosmos3.stage.job import StageJob, Stages
+from vllm_cosmos3.stage.job import PATIENCE, StageJob, Stages
 from vllm_cosmos3.stage.launcher import DEVICES
 from vllm_cosmos3.stage.process import (
     Accepted,
     Cancel,
     Done,
     Failure,
+    Maintain,
     PreviewUpdate,
     ProgressUpdate,
     Release,
@@ -58,6 +60,7 @@ QUIET = {  # what torch and vLLM would say of an ordinary start
 }
 STOP_SECONDS = 20.0  # until a stage that was told to stop is killed
 ACCEPT_SECONDS = 30.0  # until a request that is not answered is given up
+UP = ("ready", "sleeping", "updating")
 SILENT_SECONDS = 10.0  # without a sign of life, after which nothing is expected of the stage
 
 
@@ -102,7 +105,7 @@ class StageClient(Stages):
     def wait_ready(self, timeout: float | None = None) -> None:
         with self._changed:
             if not self._changed.wait_for(
-                lambda: self._error is not None or self._status.state == "ready", timeout
+                lambda: self._error is not None or self._status.state in UP, timeout
             ):
                 raise TimeoutError(f"the stage is {self._status.state}")
             if self._error is not None:
@@ -145,6 +148,15 @@ class StageClient(Stages):
             if not self._closing:
                 self._send(Release(name))
 
+    def maintain(self, method: str, *args: Any, patience: float = PATIENCE) -> Any:
+        job = StageJob(uuid.uuid4().hex, _keep, None, None)
+        with self._changed:
+            self._check_open()
+            self._jobs[job.name] = job
+            call = Maintain(job=job.name, method=method, args=args, patience=patience)
+            self._send(call, job.name)
+        return job.result()
+
     def last_sign_of_life(self) -> float:
         """Seconds since the stage's process, or that of its ranks which is silent longest, gave one."""
         return silence(self._folder)
@@ -152,7 +164,7 @@ class StageClient(Stages):
     @property
     def silent(self) -> bool:
         """Whether a stage that was ready has given no sign of life for too long."""
-        return self._status.state == "ready" and self.last_sign_of_life() > SILENT_SECONDS
+        return self._status.state in UP and self.last_sign_of_life() > SILENT_SECONDS
 
     def status(self, timeout: float = 10.0) -> Status:
         """While the stage's process does not answer, the last that it sent."""
@@ -334,3 +346,7 @@ class StageClient(Stages):
         for job in jobs:
             job.handle(Failure(job.name, error))
         return alive
+
+
+def _keep(_: str) -> None:
+    """Calls between requests are not cancelled."""

@@ -27,6 +27,7 @@ from vllm_cosmos3.stage.process import (
     Submit,
 )
 
+PATIENCE = 600.0  # for running requests, before a call that none may be in the midst of
 GRACE_SECONDS = 5.0  # beyond a deadline for the stage, or for the call under way, to end by itself
 
 
@@ -185,6 +186,18 @@ class Stages(ABC):
         Raises:
             Cosmos3Error: why it never will.
             TimeoutError: it takes longer than ``timeout`` seconds.
+        """
+
+    @abstractmethod
+    def maintain(self, method: str, *args: Any, patience: float = PATIENCE) -> Any:
+        """Call a method of the stage on all ranks between two requests; the value of the first rank.
+
+        Running requests end before, others wait: after ``sleep`` until ``wake_up``, and after
+        ``start_weight_update`` until the update ends.
+
+        Raises:
+            Busy: running requests have not ended within ``patience`` seconds; nothing was called.
+            Cosmos3Error: the call failed, or the stage is gone.
         """
 
     @abstractmethod

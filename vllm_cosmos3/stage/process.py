@@ -39,13 +39,20 @@ from vllm_cosmos3.stage.call_sequence import CallSequence
 from vllm_cosmos3.stage.executor import StageExecutor
 from vllm_cosmos3.stage.preview_pace import PreviewPace
 from vllm_cosmos3.stage.scheduler import QueueConfig, Scheduler
-from vllm_cosmos3.stage.worker import StageConfig, end_with_parent, set_log_level
+from vllm_cosmos3.stage.worker import ENDING, StageConfig, end_with_parent, set_log_level
 
 logger = logging.getLogger(__name__)
 
 IDLE_SECONDS = 0.2  # between looks at the parent and the clock while there is nothing to do
 ATTEMPTS = 2  # of a request whose ranks were lost through no fault of its own
 ORPHAN_SECONDS = 15.0  # for an orderly end after the parent's death
+PAUSES = {  # calls between requests, and whether requests may run after them
+    "sleep": "sleeping",
+    "wake_up": "",
+    "start_weight_update": "updating",
+    "finish_weight_update": "",
+    "abort_weight_update": "",
+}
 RESTARTS = 3  # tries to replace the ranks before giving up
 
 
@@ -60,6 +67,19 @@ class Submit:
     clip: Any = None  # for the stage's decode
     deadline: float | None = None
     preview: bool = False  # between steps, as `PreviewPace` allows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Maintain:
+    """A call to all ranks that no request may be in the midst of: running ones end first, others wait.
+
+    It is given up if they have not ended ``patience`` seconds from now.
+    """
+
+    job: str
+    method: str
+    args: tuple[Any, ...] = ()
+    patience: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +140,9 @@ class Failure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """``state`` is starting, ready, recovering, draining or failed.
+    """``state`` is starting, ready, sleeping, updating, recovering, draining or failed.
+
+    ``weights`` is the version that a trainer has given its last update, None where there was none.
 
     ``loaded`` counts the values of the checkpoint that are in place while the ranks start. ``call``
     is what all ranks are computing, if anything, for ``call_seconds`` so far.
@@ -132,6 +154,7 @@ class Status:
     running: int = 0
     limit: int = 0
     restarts: int = 0
+    weights: str | None = None
     loaded: int = 0
     call: str = ""
     call_seconds: float = 0.0
@@ -165,6 +188,15 @@ class JobState:
         self.calls = CallSequence(self.request.plan, self.request.clip)
 
 
+@dataclass(frozen=True, slots=True)
+class Maintenance:
+    """A call of that kind, who waits for it, and when it is given up."""
+
+    client: bytes
+    call: Maintain
+    expires: float
+
+
 class Stopped(Exception):
     """Raised in the middle of a call when nobody waits for its end any more."""
 
@@ -181,6 +213,9 @@ class StageCore:
         self._scheduler = Scheduler(setup.queue)
         self._jobs: dict[str, JobState] = {}
         self._released: list[str] = []  # names that are to be given up
+        self._maintenance: list[Maintenance] = []
+        self._paused = ""  # why no request may run: sleeping, updating
+        self._weights: str | None = None
         self._clients: set[bytes] = set()
         self._state = "starting"
         self._restarts = 0
@@ -227,7 +262,10 @@ class StageCore:
         """Make one call for one request; False if there is nothing to do."""
         self._end_expired()
         self._release()
-        while self._scheduler.admit() is not None:
+        if self._maintenance and not self._scheduler.resident:
+            self._maintain(self._maintenance.pop(0))
+            return True
+        while not (self._maintenance or self._paused) and self._scheduler.admit() is not None:
             pass
         self._send_positions()
         name = self._scheduler.turn()
@@ -243,6 +281,35 @@ class StageCore:
             if name in self._jobs:
                 self._scheduler.charge(name, time.monotonic() - start)
         return True
+
+    def _maintain(self, one: Maintenance) -> None:
+        """Make a call between requests, and tell who waits for it."""
+        name, method = one.call.job, one.call.method
+        try:
+            value = self._call(method, *one.call.args)[0]
+        except Cosmos3Error as error:
+            logger.error("%s failed: %s", method, error)
+            if self._executor.healthy and self._paused == "updating" and method in ENDING:
+                self._abort_update()
+            self._send(one.client, Failure(name, error))
+            if not self._executor.healthy:
+                self._replace_ranks()
+            return
+        self._paused = PAUSES.get(method, self._paused)
+        if method == "finish_weight_update":
+            (self._weights,) = one.call.args
+        self._send_all(self._status())
+        self._send(one.client, Done(name, value))
+
+    def _abort_update(self) -> None:
+        """What goes wrong in an update ends it, on all ranks: they have the weights of before."""
+        try:
+            self._call("abort_weight_update")
+        except Cosmos3Error as error:
+            logger.error("the workers were lost: %s", error)
+            self._executor.healthy = False
+        self._paused = ""
+        self._send_all(self._status())
 
     def _advance(self, job: JobState) -> None:
         """The next call of this request, and what its owner is told of it."""
@@ -340,6 +407,7 @@ class StageCore:
                 if attempt == RESTARTS:
                     raise
         self._restarts += 1
+        self._paused, self._weights = "", None  # they have just loaded the checkpoint
         if self._state == "recovering":
             self._become("ready")
 
@@ -353,6 +421,17 @@ class StageCore:
             self._fail(job, error)
             if resident:
                 self._drop(job)
+        self._end_impatient()
+
+    def _end_impatient(self) -> None:
+        """Give up calls between requests that have waited for the running ones too long."""
+        now = time.monotonic()
+        for one in [one for one in self._maintenance if now > one.expires]:
+            self._maintenance.remove(one)
+            count = len(self._scheduler.resident)
+            running = "1 request is" if count == 1 else f"{count} requests are"
+            reason = f"{running} still running after {one.call.patience:g} s"
+            self._send(one.client, Failure(one.call.job, Busy(reason)))
 
     def _end_waiting(self) -> None:
         """End what was cancelled or has run out of time before it began, also during a call."""
@@ -368,7 +447,7 @@ class StageCore:
             return Cancelled("the request was cancelled")
         if job.expires is not None and now > job.expires:
             return DeadlineExceeded("the request has run out of its time")
-        if self._stop_at is not None and now > self._stop_at:
+        if self._stop_at is not None and (self._paused or now > self._stop_at):
             return Cancelled("the server was stopped")
         return None
 
@@ -378,6 +457,9 @@ class StageCore:
     def _end_all(self, error: Cosmos3Error) -> None:
         for job in list(self._jobs.values()):
             self._fail(job, error)
+        for one in self._maintenance:
+            self._send(one.client, Failure(one.call.job, error))
+        self._maintenance.clear()
 
     def _spool(self, job: JobState) -> Path:
         """File in which rank 0 leaves the result of a request."""
@@ -420,6 +502,9 @@ class StageCore:
         match message:
             case Submit():
                 self._submit(client, message)
+            case Maintain():
+                expires = time.monotonic() + message.patience
+                self._maintenance.append(Maintenance(client, message, expires))
             case Cancel(job=name):
                 if name in self._jobs:
                     self._jobs[name].cancelled = True
@@ -458,12 +543,13 @@ class StageCore:
 
     def _status(self) -> Status:
         return Status(
-            state=self._state,
+            state=self._paused if self._paused and self._state == "ready" else self._state,
             waiting=len(self._scheduler.waiting),
             waiting_seconds=self._scheduler.waiting_seconds,
             running=len(self._scheduler.resident),
             limit=self._setup.queue.max_waiting,
             restarts=self._restarts,
+            weights=self._weights,
             loaded=slowest(self._setup.folder),
             call=self._calling,
             call_seconds=time.monotonic() - self._call_started if self._calling else 0.0,
@@ -479,7 +565,7 @@ class StageCore:
     # Life.
 
     def _finished(self) -> bool:
-        return self._stop_at is not None and not self._jobs
+        return self._stop_at is not None and not self._jobs and not self._maintenance
 
     def _while_serving(self, work: Callable[[], None]) -> None:
         """Do ``work`` in another thread and answer messages meanwhile; raises what it raised."""

@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 from vllm_cosmos3.errors import (
     Cancelled,
@@ -23,7 +24,7 @@ from vllm_cosmos3.errors import (
     WorkerDied,
 )
 from vllm_cosmos3.stage.client import StageClient
-from vllm_cosmos3.stage.job import StageJob, Stages
+from vllm_cosmos3.stage.job import PATIENCE, StageJob, Stages
 from vllm_cosmos3.stage.launcher import DEVICES
 from vllm_cosmos3.stage.process import Accepted, Failure, Status, Submit
 from vllm_cosmos3.stage.scheduler import QueueConfig, Scheduler
@@ -32,6 +33,11 @@ from vllm_cosmos3.stage.worker import StageConfig
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.1  # between looks at deadlines and at replicas that come back
+UNDO = {  # what replicas do that have succeeded where another has failed
+    "sleep": "wake_up",
+    "start_weight_update": "abort_weight_update",
+    "update_weights": "abort_weight_update",
+}
 RETRY_SECONDS = 30.0  # until a replica that cannot start is tried again, while others serve
 
 
@@ -159,10 +165,31 @@ class Replicas(Stages):
             running=sum(status.running for status in found),
             limit=self._queue.max_waiting,
             restarts=sum(status.restarts for status in found),
+            weights=found[0].weights if len({one.weights for one in found}) == 1 else None,
             loaded=max(status.loaded for status in found),
             call=busiest.call,
             call_seconds=busiest.call_seconds,
         )
+
+    def maintain(self, method: str, *args: Any, patience: float = PATIENCE) -> Any:
+        """On all replicas together: where one fails, the others do not stay asleep or half updated."""
+        members = self.members
+
+        def call(member: Stages, method: str, *args: Any) -> Any:
+            return member.maintain(method, *args, patience=patience)
+
+        with ThreadPoolExecutor(len(members)) as pool:
+            calls = [pool.submit(call, member, method, *args) for member in members]
+            errors = {at: error for at, one in enumerate(calls) if (error := one.exception())}
+            if not errors:
+                return calls[0].result()
+            if (undo := UNDO.get(method)) is not None:
+                undone = [
+                    pool.submit(call, m, undo) for at, m in enumerate(members) if at not in errors
+                ]
+                for one in undone:
+                    one.exception()
+        raise errors[min(errors)]
 
     def cancel(self, name: str) -> None:
         with self._lock:

@@ -6,11 +6,11 @@ of who starts the ranks; nothing above has to know.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from concurrent.futures import TimeoutError as StillRunning
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from threading import Event
 from typing import Any, Protocol
 
@@ -21,11 +21,13 @@ from vllm_cosmos3.checkpoint.load_progress import told
 from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.errors import Cancelled, InvalidRequest, Unsupported
 from vllm_cosmos3.generator.memory.reservation import lift_limit
+from vllm_cosmos3.generator.movable import MovableWeights
 from vllm_cosmos3.generator.output import Output, Sample
 from vllm_cosmos3.generator.pipeline import Pipeline
 from vllm_cosmos3.generator.world import WorldPipeline
 from vllm_cosmos3.media import Clip
 from vllm_cosmos3.parallel.mesh import check_degrees, close_mesh, init_mesh
+from vllm_cosmos3.parallel.offload import free_caches
 from vllm_cosmos3.progress import Progress, Report
 from vllm_cosmos3.request.plan import Plan
 from vllm_cosmos3.request.world import ChunkPlan
@@ -33,7 +35,7 @@ from vllm_cosmos3.stage.call_sequence import CallSequence
 from vllm_cosmos3.stage.executor import StageExecutor
 from vllm_cosmos3.stage.launcher import EXTERNAL, executor_backend, launched
 from vllm_cosmos3.stage.replicas import start_stages
-from vllm_cosmos3.stage.worker import StageConfig, is_out_of_memory, public_error
+from vllm_cosmos3.stage.worker import ENDING, StageConfig, is_out_of_memory, public_error
 
 PATIENCE = 30.0  # seconds until ranks that nobody can replace are given up
 LOOK_SECONDS = 0.2  # between two looks at how far a stage has loaded
@@ -51,6 +53,9 @@ class Runner(Protocol):
 
     def release(self, name: str) -> None:
         """Close a session of a simulator, or do nothing if there is none of this name."""
+
+    def maintain(self, method: str, *args: Any) -> None:
+        """Call a method of the pipeline on all ranks between two requests."""
 
     def raising_together(self, what: str) -> AbstractContextManager[object]:
         """A block in which all ranks, of which the caller may be one, raise what one of them raises."""
@@ -164,12 +169,17 @@ class LocalRunner:
             error = public_error(raised, "the request")
         # Raised here, where nothing refers to the tensors of the failed call any more.
         state = None
-        _free_caches()
+        free_caches()
         raise error
 
     def release(self, name: str) -> None:
         if self._pipeline is not None:
             self._pipeline.release(name)
+
+    def maintain(self, method: str, *args: Any) -> None:
+        assert self._pipeline is not None
+        with current(self._pipeline.device):
+            _maintain(partial(_call, self._pipeline), method, *args)
 
     def raising_together(self, what: str) -> AbstractContextManager[object]:
         return nullcontext()
@@ -179,7 +189,7 @@ class LocalRunner:
         if pipeline is not None and pipeline.config.memory_limit is not None:
             lift_limit(pipeline.device)
         del pipeline
-        _free_caches()
+        free_caches()
 
 
 def current(device: str | torch.device) -> AbstractContextManager[object]:
@@ -227,6 +237,9 @@ class LauncherRunner:
     def release(self, name: str) -> None:
         if self._executor.healthy:
             self._executor.call("release", name)
+
+    def maintain(self, method: str, *args: Any) -> None:
+        _maintain(self._executor.call, method, *args)
 
     @contextmanager
     def raising_together(self, what: str) -> Iterator[None]:
@@ -286,17 +299,14 @@ class StageRunner:
     def release(self, name: str) -> None:
         self._client.release(name)
 
+    def maintain(self, method: str, *args: Any) -> None:
+        self._client.maintain(method, *args)
+
     def raising_together(self, what: str) -> AbstractContextManager[object]:
         return nullcontext()
 
     def close(self) -> None:
         self._client.close()
-
-
-def _free_caches() -> None:
-    gc.collect()
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
 
 
 def _run_calls(
@@ -309,3 +319,17 @@ def _run_calls(
             raise Cancelled(f"cancelled after {calls.step} of {plan.steps} steps")
     output: Output = call("finish")
     return output
+
+
+def _call(pipeline: MovableWeights, method: str, *args: Any) -> None:
+    getattr(pipeline, method)(*args)
+
+
+def _maintain(call: Callable[..., object], method: str, *args: Any) -> None:
+    """A call between requests; a failure in an update ends it with the weights of before."""
+    try:
+        call(method, *args)
+    except Exception:
+        if method in ENDING:
+            call("abort_weight_update")
+        raise

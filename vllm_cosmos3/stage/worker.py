@@ -41,6 +41,7 @@ class Stage(Protocol):
     may be called, whose value on rank 0 is a JPEG of what is coming and the seconds that it took.
 
     What outlives a request has a name, by which ``release`` gives it up: the sessions of a simulator.
+    While there are no states its other methods may be called, such as ``sleep`` and ``wake_up``.
     """
 
     @classmethod
@@ -77,6 +78,9 @@ class StageConfig:
     call_limits: Mapping[str, float] = field(default_factory=dict)
     grace: float = 2.0
     scratch: Path | None = None
+
+
+ENDING = ("update_weights", "finish_weight_update")  # calls whose failure ends an update
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,11 +160,12 @@ class DiffusionWorker(WorkerBase):
     def call(self, number: int, method: str, args: tuple[Any, ...]) -> Reply:
         """The one remote call. Never raises: a raise would leave vLLM's queues out of step."""
         try:
-            return Reply(number, getattr(self, method)(*args))
+            owner = self if hasattr(self, method) else self._stage
+            return Reply(number, getattr(owner, method)(*args))
         except Exception as error:  # noqa: BLE001 - the process boundary
             return Reply(number, error=public_error(error, method), trace=traceback.format_exc())
 
-    # What ``call`` can call.
+    # What ``call`` can call, beside the stage's methods of other names.
 
     def load(self) -> None:
         module, name = self._config.stage.split(":")

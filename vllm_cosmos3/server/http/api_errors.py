@@ -52,6 +52,7 @@ STATUS = {  # every slug that is not a 400
     "interrupted": 503,
     "loading": 503,
     "draining": 503,
+    "sleeping": 503,
     "guardrail_error": 503,
     "estimated_wait_exceeds_deadline": 503,
     "storage_unavailable": 503,

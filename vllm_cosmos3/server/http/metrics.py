@@ -41,6 +41,9 @@ class Metrics:
         self._restarts = _by_replica(
             "cosmos3:replica_restarts", "times that the replica's ranks were replaced"
         )
+        self.sleeping = Gauge(
+            "cosmos3:sleeping", "1 while the weights rest in host memory", multiprocess_mode="max"
+        )
         self.stored = Gauge(
             "cosmos3:stored_bytes", "bytes of stored results", multiprocess_mode="max"
         )
@@ -64,7 +67,7 @@ class Metrics:
         self.phase = Histogram(
             "cosmos3:phase_seconds", "seconds per phase of a request", ["phase"], buckets=BUCKETS
         )
-        for reason in ("queue_full", "invalid_value", "draining", "loading"):
+        for reason in ("queue_full", "invalid_value", "draining", "loading", "sleeping"):
             self.rejected.labels(reason)
         for code in ("out_of_memory", "worker_lost", "deadline_exceeded", "internal_error"):
             self.failed.labels(code)

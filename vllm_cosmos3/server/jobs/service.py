@@ -126,6 +126,9 @@ class Service:
         status = self.stage.status(0)
         if status.state in ("starting", "failed"):
             raise ApiError("loading", self.reason(status), headers={"Retry-After": "10"})
+        if status.state == "sleeping":
+            message = f"{self.reason(status)}; POST /v1/cosmos3/wake_up wakes it"
+            raise ApiError("sleeping", message, headers={"Retry-After": "10"})
 
     def status(self, timeout: float = 1.0) -> Status:
         """How the stage is, as it says or as it was last heard."""
@@ -133,6 +136,7 @@ class Service:
         metrics().waiting.set(status.waiting)
         metrics().running.set(status.running)
         metrics().waiting_seconds.set(status.waiting_seconds)
+        metrics().sleeping.set(status.state == "sleeping")
         return status
 
     def replicas(self) -> list[dict[str, Any]]:

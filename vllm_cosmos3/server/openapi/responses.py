@@ -55,6 +55,19 @@ class Pictures(ApiModel):
     cosmos3: Details
 
 
+class Surfaces(ApiModel):
+    """Where the weights of each surface are."""
+
+    surfaces: dict[str, str] = Field(description="ready or sleeping, for generator and reasoner")
+    seconds: float = Field(description="that it took")
+
+
+class Message(ApiModel):
+    """That it is done."""
+
+    message: str
+
+
 class Models(ApiModel):
     """The served models, one entry for each name; its block ``cosmos3`` says what it can do."""
 

@@ -129,6 +129,7 @@ async def health_of(request: Request) -> Response:
         "queue": {"waiting": status.waiting, "running": status.running, "limit": status.limit},
         "restarts": status.restarts,
         "replicas": service.replicas(),
+        "weight_version": status.weights,
         "last_sign_of_life": round(service.stage.last_sign_of_life(), 3),
         "call": {"name": status.call or None, "seconds": round(status.call_seconds, 3)},
         "guardrails": service.guardrails.state,
@@ -152,7 +153,8 @@ async def health_of(request: Request) -> Response:
     if service.stage.silent:
         return unready("worker_lost", service.reason(status), report)
     if status.state != "ready":
-        return unready("loading", service.reason(status), report)
+        code = "sleeping" if status.state == "sleeping" else "loading"
+        return unready(code, service.reason(status), report)
     down = [each for each in report["replicas"] if each["state"] != "ready"]
     if not down:
         return JSONResponse({"status": "healthy", **report})

@@ -1,0 +1,90 @@
+"""Weights that move: to the host's memory and back, and from a trainer. Every pipeline has them.
+
+All ranks make these calls together, and none while a request is in flight. From the start of an update to
+its end there must be none either.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.generator.loading import LoadedModels
+from vllm_cosmos3.generator.weight_updates import WeightUpdates
+from vllm_cosmos3.parallel.offload import HostCopy, free_caches
+
+
+class MovableWeights(ABC):
+    """Base of a pipeline with these ``models``."""
+
+    def __init__(self, models: LoadedModels) -> None:
+        self._modules = (models.transformer, models.vae, *models.coders.values())
+        self._updates = models.updates
+        self._asleep: HostCopy | None = None
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Give up what is kept on the device from one request to the next: it is of these weights."""
+
+    @torch.inference_mode()
+    def sleep(self) -> None:
+        """Leave the weights in the host's memory."""
+        self._check_no_update("sleep")
+        if self._asleep is None:
+            self.forget()
+            self._asleep = HostCopy(self._modules, release=True)
+            free_caches()
+
+    @torch.inference_mode()
+    def wake_up(self) -> None:
+        """Bring the weights back to the device, bit by bit what they were.
+
+        Raises:
+            OutOfMemory: others have taken the room meanwhile; it still sleeps then.
+        """
+        self._check_no_update("wake_up")
+        if self._asleep is not None:
+            self._asleep.restore()
+            self._asleep = None
+
+    @torch.inference_mode()
+    def init_weight_transfer_engine(self, info: Mapping[str, Any]) -> None:
+        """Meet a trainer."""
+        self._weight_updates().init(info)
+
+    @torch.inference_mode()
+    def start_weight_update(self) -> None:
+        """Begin an update: see `WeightUpdates`."""
+        if self._asleep is not None:
+            raise InvalidRequest("start_weight_update", "called", "called after wake_up", "conflict")  # fmt: skip
+        self._weight_updates().start()
+
+    @torch.inference_mode()
+    def update_weights(self, info: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+        """Receive tensors; ``info`` is that of all ranks, or one for each."""
+        rank = self._weight_updates().rank
+        self._weight_updates().update(info if isinstance(info, Mapping) else info[rank])
+
+    @torch.inference_mode()
+    def finish_weight_update(self, version: str | None = None) -> None:
+        """Keep what was received."""
+        self._weight_updates().finish()
+        self.forget()
+
+    @torch.inference_mode()
+    def abort_weight_update(self) -> None:
+        """Put the weights of before the update back."""
+        self._weight_updates().abort()
+
+    def _check_no_update(self, method: str) -> None:
+        if self._updates is not None and self._updates.begun:
+            raise InvalidRequest(method, "called", "called after finish_weight_update", "conflict")
+
+    def _weight_updates(self) -> WeightUpdates:
+        if self._updates is None:
+            raise InvalidRequest("weight_transfer", None, "given when the generator is loaded")
+        return self._updates
