@@ -143,7 +143,7 @@ def test_what_a_session_is_not(model: Cosmos3, tiny_checkpoint: Path) -> None:
         model.session(histori=3)
     with (
         Cosmos3(tiny_checkpoint, device="cpu") as base,
-        pytest.raises(InvalidRequest, match="base checkpoint"),
+        pytest.raises(InvalidRequest, match="kind of this checkpoint is base"),
     ):
         base.session("A robot arm")
 
