@@ -64,8 +64,7 @@ DEAR = (
     "tests/generator",
     "tests/cli",
 )
-
-
+POOL = Ranks()
 NO_BROWSER = "VLLM_COSMOS3_NO_BROWSER"  # an environment variable of those who have none
 
 
@@ -135,6 +134,13 @@ def pytest_runtest_setup() -> None:
     os.environ.pop("VLLM_WORKER_MULTIPROC_METHOD", None)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """End ranks that no later test needs: each has a dozen threads that look for messages."""
+    if nextitem is None or group(nextitem.nodeid) != group(item.nodeid):
+        POOL.stop()
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint in the published layout and dtypes."""
@@ -170,9 +176,8 @@ def tiny_edge_fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
     """Runs a function on every rank of a mesh: ``ranks(parallel, function, *args)``."""
-    pool = Ranks()
-    yield pool
-    pool.close()
+    yield POOL
+    POOL.close()
 
 
 @pytest.fixture(scope="session")

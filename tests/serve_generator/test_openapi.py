@@ -133,7 +133,7 @@ def test_other_spellings_are_described(fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"guidance_interval": [0, 1001]}, {"control_guidance_interval": [-1, 5]}, {"n": 2},
+        {"guidance_interval": [0, 1002]}, {"control_guidance_interval": [-1, 5]}, {"n": 2},
         {"condition_frame_indexes_vision": [1001]}, {"prompt_token_ids": [-1]}, {"seed": 1.5},
         {"domain_name": "x" * 101}, {"prompt": "x" * (2**20 + 1)}, {"prompt_token_ids": []},
         {"action": [[]]}, {"num_frames": 1},

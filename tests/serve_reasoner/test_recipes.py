@@ -191,7 +191,8 @@ def test_64_requests_at_once(reasoner_server: Server, two_seconds: Path) -> None
 
 def test_cosmos3_serve_prints_the_stock_command(reasoner_server_tp2: Server) -> None:
     log = reasoner_server_tp2.log.read_text()
-    assert "vllm-cosmos3 serve: running VLLM_COSMOS3_MAX_VIDEO_FPS=8 " in log
+    assert "vllm-cosmos3 serve: running VLLM_COSMOS3_ALLOW_PRIVATE_MEDIA=1 " in log
+    assert " VLLM_COSMOS3_MAX_VIDEO_FPS=8 " in log
     assert f" vllm serve {reasoner_server_tp2.model} " in log
     warned = "--trust-request-mm-kwargs: lets requests choose" in log
     assert warned == has_serve_flag("trust-request-mm-kwargs")

@@ -61,7 +61,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def client(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     """An app in this process, and a stage in processes of its own."""
     storage = str(tmp_path_factory.mktemp("storage"))
-    options = Options(storage_path=storage, max_sessions=2, engine={"dtype": "float32"})
+    engine = {"dtype": "float32"}
+    options = Options(storage_path=storage, max_sessions=2, guardrails="off", engine=engine)
     sizing, guardrails = sized(checkpoint, options, "cpu"), Guardrails(options)
     app = make_app(lambda: Service(sizing, ("tiny",), options, guardrails), Listen())
     with TestClient(app) as made:
