@@ -18,7 +18,7 @@ import torch
 from hypothesis import settings
 from lora_files import of_reasoner
 from ranks import Ranks
-from servers import ARCHITECTURE, BIN, SMALL, Server, running
+from servers import ARCHITECTURE, BIN, SMALL, Server, end_servers, running
 
 from vllm_cosmos3.checkpoint.synthetic import write_checkpoint
 from vllm_cosmos3.compat import has_serve_flag
@@ -136,8 +136,9 @@ def pytest_runtest_setup() -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """End ranks that no later test needs: each has a dozen threads that look for messages."""
+    """End servers and ranks that no later test needs: each has a dozen threads that look for messages."""
     if nextitem is None or group(nextitem.nodeid) != group(item.nodeid):
+        end_servers()
         POOL.stop()
 
 

@@ -65,6 +65,9 @@ def environment(cache: Path) -> dict[str, str]:
     }
 
 
+RUNNING: list[subprocess.Popen[bytes]] = []
+
+
 @contextmanager
 def running(
     command: list[str],
@@ -97,13 +100,22 @@ def running(
             start_new_session=True,
         )
     server = Server(url=f"http://127.0.0.1:{port}", model=command[2], log=log, pid=process.pid)
+    RUNNING.append(process)
     try:
         _wait_until_ready(server, process, while_starting)
         yield server
     finally:
         for client in server.clients:
             client.close()
-        _stop(process)
+        if process in RUNNING:
+            RUNNING.remove(process)
+            _stop(process)
+
+
+def end_servers() -> None:
+    """End those of this process that run, as nobody will ask them again."""
+    while RUNNING:
+        _stop(RUNNING.pop())
 
 
 def run_to_end(command: list[str], cache: Path) -> tuple[int, str]:
