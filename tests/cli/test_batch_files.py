@@ -485,6 +485,9 @@ def test_two_runs_on_one_output_and_one_that_died(
     assert "1 are being made by another run" in said
     assert list(index(file)) == ["a", "c"]
 
+    other._stopped.set()
+    assert other._thread is not None
+    other._thread.join()  # which would write its file anew
     state = tmp_path / "out" / ".cosmos3" / "runs" / f"{other.run}.json"
     died = json.loads(state.read_text()) | {"started": "1"}  # another process has its number now
     state.write_text(json.dumps(died))
