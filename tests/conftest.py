@@ -28,9 +28,8 @@ settings.register_profile("shared", deadline=None)
 settings.load_profile("shared")
 
 if not torch.cuda.is_available():
-    # vLLM would start a process for a single rank, too, and compile small functions in every process,
-    # which takes ten seconds each.
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"}
+    # vLLM would compile small functions in every process, which takes ten seconds each.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 # Each client of httpx reads the certificates of all authorities, ten times as long as a request takes.
 ssl.create_default_context = cache(ssl.create_default_context)
