@@ -11,14 +11,15 @@ REPOSITORY = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]["ur
 
 
 def absolute(found: re.Match[str]) -> str:
-    """A link, or a picture, to a file of the repository."""
+    """A link to a file or a heading of the repository, or a picture."""
     kind = "raw" if found[1] else "blob"
-    return f"{found[1]}[{found[2]}]({REPOSITORY}/{kind}/main/{found[3]})"
+    target = f"README.md{found[3]}" if found[3].startswith("#") else found[3]
+    return f"{found[1]}[{found[2]}]({REPOSITORY}/{kind}/main/{target})"
 
 
 setup(
     long_description=re.sub(
-        r"(!?)\[([^\]]*)\]\((?!https?:|#)([^)]+)\)", absolute, (HERE / "README.md").read_text()
+        r"(!?)\[([^\]]*)\]\((?!https?:)([^)]+)\)", absolute, (HERE / "README.md").read_text()
     ),
     long_description_content_type="text/markdown",
 )

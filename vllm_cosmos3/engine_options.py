@@ -128,7 +128,7 @@ class EngineOptions:
         kind="int",
         low=1,
         high=256,
-        help="replicas of the generator behind one queue, each on devices of its own",
+        help="replicas behind one queue, on separate devices",
     )
     vae_parallel: str = _option(
         "halo",
@@ -208,7 +208,7 @@ class EngineOptions:
     lora: tuple[tuple[str, float], ...] = _option(
         (),
         kind="adapters",
-        help="LoRA adapter of the generator to merge while loading, by default at scale 1; several add up",
+        help="LoRA adapter merged at load (default: scale 1); repeatable",
     )
     lora_alpha: float | None = _option(
         kind="float",

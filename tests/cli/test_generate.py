@@ -174,11 +174,17 @@ def test_flags_as_phyai_spells_them(
 def test_print_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     assert generate("--print-defaults") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["text2image", "text2video", "image2video", "video2video"]
+    assert lines[0].split() == [
+        "text2image",
+        "image2image",
+        "text2video",
+        "image2video",
+        "video2video",
+    ]
     rows = {line.split()[0]: line.split()[1:] for line in lines if len(line.split()) > 1}
-    assert rows["guidance_scale"] == ["4", "6", "6", "6"]
-    assert rows["num_frames"] == ["1", "189", "189", "189"]
-    assert rows["negative_metadata_mode"] == ["same"] * 4
+    assert rows["guidance_scale"] == ["4", "6", "6", "6", "6"]
+    assert rows["num_frames"] == ["1", "1", "189", "189", "189"]
+    assert rows["negative_metadata_mode"] == ["same"] * 5
     assert rows["seg"] == ["2", "3", "93", "5000"]
     assert rows["wsm"] == ["3", "1", "101", "101"]
     assert rows["umi"] == ["10", "20", "16", "256", "wrist_view"]

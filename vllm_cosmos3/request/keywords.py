@@ -21,10 +21,10 @@ class Keywords(TypedDict, total=False):
     """What to show: plain text, or a structured JSON caption."""
 
     negative_prompt: str | Mapping[str, object] | None
-    """What to avoid (default: for videos that of the checkpoint, or one of this package)."""
+    """What to avoid (default: for videos the checkpoint's or ours)."""
 
     image: ImageSource | None
-    """Picture used as the first frame of the video, or (num_frames 1) to be edited."""
+    """First frame of the video, or picture to edit (num_frames 1)."""
 
     video: VideoSource | None
     """Clip to continue."""
@@ -128,7 +128,7 @@ class Keywords(TypedDict, total=False):
     """Most frames used of a control clip (default: 5000) (2 to 18000 frames)."""
 
     share_vision_temporal_positions: bool | None
-    """Same positions in time for controls and video (default: true)."""
+    """Same time positions of controls and video (default: true)."""
 
     emphasize_control_in_prompt: bool | None
     """Append a sentence on the controls (default: true)."""
@@ -168,14 +168,14 @@ class Keywords(TypedDict, total=False):
     """Classifier-free guidance; 1: off, half the time (0 to 20)."""
 
     guidance_interval: Sequence[float] | None
-    """Lowest and highest timestep with guidance (default: all; of Edge's policy 960 to 1001)."""
+    """Lowest and highest timestep with guidance (default: all)."""
 
     preset: Literal["exact", "high", "fast"] | None
-    """Exact, high or fast: speed for exactness, as a set of other fields, which come first if given
-    (default: exact, or what the server says)."""
+    """Speed for exactness, as a set of other fields, which win if given (default: exact, or the
+    server's)."""
 
     step_cache: Literal["none", "sea"] | None
-    """Sea: reuse steps in which little changes (SeaCache): faster, not exact (default: none)."""
+    """SeaCache reuses similar steps; not exact (default: none)."""
 
     step_cache_threshold: float | None
     """Change that adds up until a step is computed; larger reuses more (default: 0.25) (0 to
@@ -189,7 +189,7 @@ class Keywords(TypedDict, total=False):
     1) (0 to 1)."""
 
     flow_shift: float | None
-    """Noise schedule shift; larger: more steps for structure (0.01 to 100)."""
+    """Noise schedule shift; larger favours structure (0.01 to 100)."""
 
     schedule: Literal["native", "diffusers", "karras"]
     """Noise schedule: that of the reference, or the flow or Karras schedule of diffusers (karras
@@ -212,7 +212,7 @@ class Keywords(TypedDict, total=False):
     """Length of the sound (default: that of the video) (0.04 to 600 seconds)."""
 
     sound_path: SoundSource | None
-    """Sound that the video follows and gets: a sound file, or a clip with sound."""
+    """Sound file, or clip with sound, that the video follows."""
 
     keep_sound: bool
     """Give the result the sound of the video or control clip."""

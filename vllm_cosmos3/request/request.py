@@ -56,11 +56,11 @@ class GenerateRequest:
     negative_prompt: str | None = _field(
         kind="text",
         high=2**20,
-        help="what to avoid (default: for videos that of the checkpoint, or one of this package)",
+        help="what to avoid (default: for videos the checkpoint's or ours)",
     )
     image: ImageSource | None = _field(  # noqa: RUF009
         kind="image",
-        help="picture used as the first frame of the video, or (num_frames 1) to be edited",
+        help="first frame of the video, or picture to edit (num_frames 1)",
     )
     video: VideoSource | None = _field(  # noqa: RUF009
         kind="video", help="clip to continue"
@@ -206,7 +206,7 @@ class GenerateRequest:
         help="most frames used of a control clip (default: 5000)",
     )
     share_vision_temporal_positions: bool | None = _field(
-        kind="bool", help="same positions in time for controls and video (default: true)"
+        kind="bool", help="same time positions of controls and video (default: true)"
     )
     emphasize_control_in_prompt: bool | None = _field(
         kind="bool", help="append a sentence on the controls (default: true)"
@@ -267,18 +267,17 @@ class GenerateRequest:
         kind="pair",
         low=0,
         high=1001,
-        help="lowest and highest timestep with guidance (default: all; of Edge's policy 960 to 1001)",
+        help="lowest and highest timestep with guidance (default: all)",
     )
     preset: str | None = _field(
         kind="choice",
         choices=PRESETS,
-        help="exact, high or fast: speed for exactness, as a set of other fields, which come first if given"
-        " (default: exact, or what the server says)",
+        help="speed for exactness, as a set of other fields, which win if given (default: exact, or the server's)",
     )
     step_cache: str | None = _field(
         kind="choice",
         choices=("none", "sea"),
-        help="sea: reuse steps in which little changes (SeaCache): faster, not exact (default: none)",
+        help="SeaCache reuses similar steps; not exact (default: none)",
     )
     step_cache_threshold: float | None = _field(
         kind="float",
@@ -299,7 +298,7 @@ class GenerateRequest:
         kind="float",
         low=0.01,
         high=100,
-        help="noise schedule shift; larger: more steps for structure",
+        help="noise schedule shift; larger favours structure",
     )
     schedule: str = _field(
         default="native",
@@ -335,7 +334,7 @@ class GenerateRequest:
     )
     sound_path: SoundSource | None = _field(  # noqa: RUF009
         kind="sound",
-        help="sound that the video follows and gets: a sound file, or a clip with sound",
+        help="sound file, or clip with sound, that the video follows",
     )
     keep_sound: bool = _field(
         default=False, kind="bool", help="give the result the sound of the video or control clip"
