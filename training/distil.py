@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from training import ranks
 from training.captions import Caption
 from training.observing import confirm_all
 from training.optimisation import Kind, Plan, train
@@ -144,9 +145,11 @@ def _clips(
 
 def main(argv: list[str] | None = None) -> None:
     a = _arguments(argv)
+    a.first += ranks.rank() * ranks.SEEDS
     began, out, canvas = time.time(), Path(a.out), Canvas(*a.size)
     out.mkdir(parents=True, exist_ok=True)
     drawn = draw(a.first, a.pool, canvas, grown=a.grown, workers=a.workers)
+    ranks.join()
     torch.manual_seed(a.first + 3)
     tokenizer = Tokenizer.from_file(a.tokenizer)
     codec = Codec(Path(a.vae), a.encoder, a.decoder, DEVICE)
@@ -169,6 +172,9 @@ def main(argv: list[str] | None = None) -> None:
         end_loss, student, teacher, pool, max(1, a.batch // len(LEVELS)), a.guidance, a.path
     )
     log = train(list(student.named_parameters()), [Kind(loss)], plan)
+    ranks.leave()
+    if ranks.rank():  # all have the same weights: one scores them
+        return
     uncompile_layers(student)
     changed = {
         name: p.detach().to(torch.bfloat16).contiguous()

@@ -287,7 +287,7 @@ def _sound_losses(parts: Parts, drawn: Any, a: Namespace) -> list[Callable[[], T
         ids, lengths = (x.to(parts.codec.device) for x in encoded(parts.tokenizer, texts))
         pool = SoundPool(
             torch.cat(list(_encoded_parts(parts.codec, packed, parts.pool.canvas))),
-            torch.cat([_heard(vae, torch.from_numpy(s)) for s in np.array_split(sounds, len(sounds))]),
+            torch.cat([_heard(vae, part) for part in torch.from_numpy(sounds).split(32)]),
             ids, lengths, fps,
         )  # fmt: skip
         losses.append(partial(sound_loss, parts, pool, max(2, a.batch // 2), a.shift))

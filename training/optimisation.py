@@ -11,7 +11,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from training import ranks
+
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of Jordan et al. 2024
+_TOGETHER = 10  # steps between looks at the clock, at which ranks also average their weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +98,8 @@ def train(
     """Train; the parameters end as their average.
 
     Of several kinds of steps the one goes that has waited longest for its turn. ``save`` is called from time to
-    time while the parameters are their average.
+    time while the parameters are their average. Under torchrun each rank takes the same kinds of steps on its own
+    data, and all end with the same parameters.
     """
     params = [p for _, p in named if p.requires_grad]
     device = params[0].device
@@ -109,6 +113,7 @@ def train(
     adam = torch.optim.AdamW(
         others, betas=(0.9, 0.98), eps=1e-8, weight_decay=plan.decay, **graphed
     )
+    ranks.begin_equal(params)
     average = [p.detach().clone() for p in params]
     held = torch.zeros(len(kinds), device=device)
 
@@ -137,9 +142,15 @@ def train(
     print(f"{plan.label}: ready after {time.time() - began:.1f} s", flush=True)
 
     began, saved, log, done = time.time(), time.time(), [], 0
+    clock = torch.zeros(1, device=device)
     taken = [-kind.every for kind in kinds]  # when each kind of step was taken last
     while True:
-        used = time.time() - began
+        if done % _TOGETHER == 0:
+            if cuda:
+                torch.cuda.synchronize()  # so that the clock is true
+            clock.fill_(time.time() - began)
+            ranks.average([clock, *params])
+            used = float(clock)
         share = max(used / plan.seconds, done / plan.steps if plan.steps else 0.0)
         if share >= 1:
             break
@@ -160,13 +171,12 @@ def train(
             print(f"{plan.label} step {done} {log[-1][1]} s loss {values}", flush=True)
             if not all(map(math.isfinite, values)):
                 raise SystemExit(f"{plan.label}: loss is {values}")
-        elif done % 20 == 0 and cuda:
-            torch.cuda.synchronize()  # so that the clock is true
         if save and time.time() - saved > save_every and done % 20 == 0:
             _swap(params, average)
             save()
             _swap(params, average)
             saved = time.time()
+    ranks.average(average)
     _swap(params, average)
     seconds = time.time() - began
     print(f"{plan.label}: {done} steps in {seconds:.1f} s, {done / seconds:.1f}/s", flush=True)
@@ -190,7 +200,8 @@ def _captured(
         for p in params:
             p.grad = None
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # NCCL's own thread may ask for events meanwhile.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             step(index)
         pool = graph.pool()
         runs.append(graph.replay)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from training import ranks
 from training.contact_sheet import write_sheet
 from training.flow import Flow, flow_loss
 from training.judging import PROMPTS, Setting, generated, judge, judge_questions, judge_reasoner
@@ -140,6 +141,7 @@ def named(parts: Parts) -> list[tuple[str, nn.Parameter]]:
 
 def main() -> None:
     a = arguments()
+    a.first += ranks.rank() * ranks.SEEDS
     began = time.time()
     out = Path(a.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -147,6 +149,7 @@ def main() -> None:
     drawn = draw(a.first, a.pool, canvas, grown=a.grown, workers=a.workers)
     modes = draw_modes(a)
     print(f"{a.pool} scenes in {time.time() - began:.1f} s", flush=True)
+    ranks.join()
     torch.manual_seed(a.first + 1)
     torch.backends.cudnn.benchmark = True
     parts = assemble(a, drawn, canvas)
@@ -159,6 +162,9 @@ def main() -> None:
     )  # fmt: skip
     kinds = [*losses(parts, a, held), *kinds_of(parts, modes, a)]
     log = train(named(parts), kinds, plan, lambda: save(parts, out))
+    ranks.leave()
+    if ranks.rank():  # all have the same weights: one scores them
+        return
     uncompile_layers(parts.model)
     save(parts, out)
     flowed, chatted = held.tolist()
@@ -189,7 +195,9 @@ def report(parts: Parts, a: argparse.Namespace, out: Path, log: dict[str, object
 
 
 def save(parts: Parts, out: Path) -> None:
-    """The weights in bfloat16."""
+    """The weights in bfloat16, by the first rank."""
+    if ranks.rank():
+        return
     for name, module in (("transformer", parts.model), ("vision", parts.vision)):
         tensors = {k: v.to(torch.bfloat16).contiguous() for k, v in module.state_dict().items()}
         names, count = sorted(tensors), SHARDS[name]
