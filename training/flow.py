@@ -61,7 +61,7 @@ def flow_loss(
         given = torch.rand(batch, 1, device=device)
         frame = torch.arange(clean.shape[1], device=device)
         known = (given < flow.one_given) & (frame == 0) | (given < flow.two_given) & (frame == 1)
-        known &= frame[-1] > 0  # of a picture something is left to make
+        known &= frame < frame[-1]  # something is left to make
         drop = torch.rand(batch, device=device) < flow.dropped
         other = pool.which[index] * 2 + (torch.rand(batch, device=device) < flow.empty)
         text = torch.where(drop[:, None], none[other], ids[index])
