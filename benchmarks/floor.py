@@ -120,7 +120,8 @@ def tower_work(config: TransformerConfig, length: int, attended: float) -> Work:
     """One tower on ``length`` tokens of which each attends to ``attended`` on average."""
     query = config.num_attention_heads * config.head_dim
     key = config.num_key_value_heads * config.head_dim
-    matrices = config.hidden_size * (2 * query + 2 * key + 3 * config.intermediate_size)
+    mlp = (len(config.backbone.mlp_inputs) + 1) * config.intermediate_size
+    matrices = config.hidden_size * (2 * query + 2 * key + mlp)
     layers = config.num_hidden_layers
     return Work(
         product=2 * layers * length * matrices,

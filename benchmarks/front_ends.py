@@ -6,6 +6,7 @@ it also says where the time went, by timers in the server (``timed_server.py``).
 
     python benchmarks/front_ends.py CKPT -- --load-format dummy --no-enable-prefix-caching
     python benchmarks/front_ends.py CKPT --servers ours --also 'four=--api-server-count 4'
+    python benchmarks/front_ends.py CKPT --servers ours ours-fp8 --rows 1:1:1:24:4 1:1:1:12:12:again
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ sys.path.append(str(HERE.parent / "tools"))
 from local_server import LocalServer, ServerFailed, group_members, local_server  # noqa: E402
 
 UPSTREAM = json.dumps({"architectures": ["Cosmos3ForConditionalGeneration"]})
+FP8 = ("--quantization", "fp8", "--kv-cache-dtype", "fp8")
 # What the table of stages says, and the timers that it adds up and takes away.
 STAGES = {
     "base64": ("load", "-decode"),
@@ -50,13 +52,22 @@ STAGES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """A load: ``requests`` measured ones after ``warmup`` others, ``concurrency`` at a time."""
+    """A load: ``requests`` measured ones after ``warmup`` others, ``concurrency`` at a time.
+
+    ``again``: the measured ones are second questions about the clips of the others.
+    """
 
     fps: float
     output_tokens: int
     concurrency: int
     requests: int
     warmup: int
+    again: bool
+
+    @property
+    def clips(self) -> int:
+        """Different ones."""
+        return self.warmup if self.again else self.warmup + self.requests
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +96,7 @@ def main() -> None:
     measured: list[Body] = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as pool:
         coming = pool.submit(start, args, *kinds[0], Path(folder))
-        clips = make_all("video", shape, range(sum(row.requests + row.warmup for row in rows)))
+        clips = make_all("video", shape, range(sum(row.clips for row in rows)))
         print(f"{len(clips)} clips of {statistics.mean(map(len, clips)) / 1e3:.0f} kB", flush=True)
         for place, (name, _) in enumerate(kinds):
             started = coming.result()
@@ -94,8 +105,11 @@ def main() -> None:
             for row in rows if started else ():
                 if args.overlap and following and row is rows[-1]:
                     coming = pool.submit(start, args, *following.pop(), Path(folder))
-                numbers = range(row.warmup + row.requests)
-                bodies = [body(row, next(unused), n, fps_in=args.fps_in) for n in numbers]
+                asked = [next(unused) for _ in range(row.clips)]
+                bodies = [
+                    body(row, asked[n % row.clips], n, fps_in=args.fps_in)
+                    for n in range(row.warmup + row.requests)
+                ]
                 measured.append({"server": name, **measure(started, row, bodies)})
                 print_row(measured[-1])
             if started:
@@ -123,8 +137,9 @@ def arguments() -> argparse.Namespace:
         "--rows",
         nargs="+",
         default=["1:1:1:20:4", "1:1:64:256:64", "1:100:64:256:64"],
-        metavar="FPS:OUT:C:N:WARMUP",
-        help="frames a second, output tokens, concurrency, requests, warm-up (default: %(default)s)",
+        metavar="FPS:OUT:C:N:WARMUP[:again]",
+        help="frames a second, output tokens, concurrency, requests, warm-up (default: %(default)s); "
+        "again: the requests ask about the clips of the warm-up, which caches may know by then",
     )
     parser.add_argument("--width", type=int, default=832)
     parser.add_argument("--height", type=int, default=480)
@@ -153,13 +168,16 @@ def arguments() -> argparse.Namespace:
 
 
 def parse_row(text: str) -> Row:
-    fps, tokens, concurrency, requests, warmup = text.split(":")
+    fps, tokens, concurrency, requests, warmup, *more = text.split(":")
+    if more not in ([], ["again"]) or (more and not int(warmup)):
+        sys.exit(f"--rows {text}: must be FPS:OUT:C:N:WARMUP, or end in :again after a warm-up")
     return Row(
         fps=float(fps),
         output_tokens=int(tokens),
         concurrency=int(concurrency),
         requests=int(requests),
         warmup=int(warmup),
+        again=bool(more),
     )
 
 
@@ -176,6 +194,7 @@ def server_kinds(args: argparse.Namespace) -> dict[str, Kind]:
     upstream = Kind(program="vllm", flags=tuple(flags), environment=("VLLM_PLUGINS=none",))
     known = {
         "ours": ours,
+        "ours-fp8": Kind(program=ours.program, flags=(*ours.flags, *FP8)),
         "reference": Kind(
             program=ours.program,
             flags=ours.flags,
@@ -296,7 +315,7 @@ def stages_of(folder: Path, since: float, requests: int) -> dict[str, float]:
 
 def print_header() -> None:
     print(
-        f"{'server':>14}{'fps':>4}{'out':>5}{'C':>4}{'n':>5}{'err':>4}{'TTFT mean':>11}{'p50':>9}"
+        f"{'server':>14}{'clip':>6}{'fps':>4}{'out':>5}{'C':>4}{'n':>5}{'err':>4}{'TTFT mean':>11}{'p50':>9}"
         f"{'p99':>9}{'latency':>9}{'req/s':>8}{'tok/s':>8}{'prompt':>8}{'CPU s/req':>10}",
         flush=True,
     )
@@ -310,7 +329,7 @@ def print_row(row: Body) -> None:
         else ["-" * 9] * 3
     )  # type: ignore[index]
     print(
-        f"{row['server']:>14}{row['fps']:4g}{row['output_tokens']:5}{row['concurrency']:4}"
+        f"{row['server']:>14}{'again' if row['again'] else 'new':>6}{row['fps']:4g}{row['output_tokens']:5}{row['concurrency']:4}"
         f"{row['requests']:5}{row['errors']:4}{''.join(cells)}"
         f"{latency['p50'] if latency else 0:9.0f}{row['requests_per_second']:8.2f}"  # type: ignore[index]
         f"{row['output_tokens_per_second']:8.1f}{row['prompt_tokens']:8.0f}{row['cpu_seconds']:10.3f}",

@@ -4,8 +4,9 @@ On a CPU one small request, on a GPU the rows of ROWS (``--rows``); ``--size`` a
 make a request of your own instead. Each runs through `Cosmos3.generate`: once cold, which is the
 first request of its shape in this process, then ``--repeat`` times. Of long rows ``--measured-steps
 N`` makes 3 + N steps only and counts the others as the median of the last N, marked with ~.
-Rows of FASTER are made only where they are named: they are not exact, or not of 35 guided steps. FP8
-is a setting of the engine, ``--engine '{"quantization": "fp8"}'``, which the report repeats.
+Rows of FASTER and EDGE are made only where they are named: those are not exact, or not of 35 guided
+steps; these are what Cosmos3-Edge makes by default. FP8 is a setting of the engine, ``--engine
+'{"quantization": "fp8"}'``, which the report repeats.
 
 Phases and steps are timed by events on the device that nothing waits for, the total by the host's
 clock. The tail is what is left of the total: sound, frames to the host, Python. Writing MP4 is not
@@ -39,12 +40,13 @@ from vllm_cosmos3.checkpoint.hub import resolve
 from vllm_cosmos3.engine import Cosmos3
 from vllm_cosmos3.errors import Cosmos3Error
 from vllm_cosmos3.generator.output import Output
+from vllm_cosmos3.request.defaults import defaults_of
 from vllm_cosmos3.request.request import parse_size
 
 Fields = dict[str, Any]
 
 WARM_STEPS = 3  # of an extrapolated row, not counted
-LONG = ["t2v-480p", "t2v-720p"]  # rows of which --measured-steps makes a part
+LONG = ["t2v-480p", "t2v-720p", "edge-t2v-default"]  # rows of which --measured-steps makes a part
 CUSTOM = "custom"  # the row that options make up
 PROFILED_STEPS = 2  # of a video; five times as many of an image, whose graph needs a few to record
 VIDEO = {"num_frames": 189, "fps": 24, "num_inference_steps": 35, "guidance_scale": 6.0}
@@ -83,7 +85,21 @@ FASTER: dict[str, Fields] = {
     "t2v-720p-4step": {**ROWS["t2v-720p"], **FOUR},
     "i2v-720p-4step": {**ROWS["t2v-720p"], **FOUR, "image": True},
 }
-NAMED = ROWS | FASTER
+
+
+def default_row(kind: str, mode: str) -> Fields:
+    """What a checkpoint of this kind makes where a request names only its prompt."""
+    usual = defaults_of(kind)[mode]
+    names = ("num_frames", "fps", "num_inference_steps", "guidance_scale", "flow_shift")
+    fields = {name: getattr(usual, name) for name in names}
+    return {**fields, "size": f"{usual.width}x{usual.height}"}
+
+
+EDGE: dict[str, Fields] = {
+    "edge-t2i-default": default_row("edge", "text2image"),  # 640x640, 50 steps
+    "edge-t2v-default": default_row("edge", "text2video"),  # 832x480, 121 frames, 35 steps
+}
+NAMED = ROWS | FASTER | EDGE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -370,7 +386,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("model", help="checkpoint folder or repository")
     parser.add_argument("--rows", nargs="+", choices=NAMED, metavar="ROW", help=", ".join(NAMED))
-    parser.add_argument("--frames", type=int, help="of the rows' videos, instead of 189")
+    parser.add_argument("--frames", type=int, help="of the rows' videos, instead of theirs")
     parser.add_argument("--size", help="of a request of your own; default 320x192")
     parser.add_argument("--num-frames", type=int, default=25)
     parser.add_argument("--num-inference-steps", type=int, help="default: 35 for rows, else 8")
@@ -395,7 +411,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--measured-rows",
         nargs="+",
-        choices=ROWS,
+        choices=NAMED,
         default=LONG,
         metavar="ROW",
         help="the long rows",

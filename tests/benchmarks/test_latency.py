@@ -128,6 +128,18 @@ def test_work_at_the_real_size(
     assert text_work(nano.transformer, wanted).total / 1e12 == pytest.approx(2 * 7.2, rel=0.02)
 
 
+def test_work_of_edge(tmp_path: Path) -> None:
+    """An MLP of two matrices, and what its checkpoints make by default."""
+    write_checkpoint(tmp_path / "edge", size="edge", kind="edge", weights=False)
+    model = read_config(tmp_path / "edge")
+    fields = latency.request(latency.EDGE["edge-t2v-default"], [512, 512], 0)
+    wanted = make_plan(from_fields(fields), model, load_tokenizer(model.path))
+    assert tokens(wanted, model.transformer.latent_patch_size)["vision"] == 31 * 15 * 26
+    assert (wanted.parameters.flow_shift, wanted.parameters.guidance_scale) == (3.0, 5.0)
+    matrices = 2048 * (2 * 2048 + 2 * 1024 + 2 * 9216)
+    assert step_work(model.transformer, wanted).weights == 2 * 28 * matrices
+
+
 def test_a_floor_is_bound_by_the_slowest_resource() -> None:
     rates = Rates(product=100.0, attention=50.0, read=10.0)
     assert Work(product=200, attention=50, weights=5).floor(rates) == 3
