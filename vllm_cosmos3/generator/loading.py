@@ -29,6 +29,7 @@ from vllm_cosmos3.generator.models.transformer import Transformer
 from vllm_cosmos3.generator.models.vae import VideoVAE
 from vllm_cosmos3.generator.weight_updates import WeightUpdates, make_receiver
 from vllm_cosmos3.parallel.attention import make_attend
+from vllm_cosmos3.parallel.host_copy import HostCopy, tensors_of
 from vllm_cosmos3.parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)
@@ -38,13 +39,15 @@ logger = logging.getLogger(__name__)
 class LoadedModels:
     """The models of a rank, and the ``config`` with every choice made. ``coders`` by modality.
 
-    ``updates`` are those of the transformer by a trainer, where the options allow them.
+    ``copy`` is that of all weights on the device. ``updates`` are those of the transformer by a
+    trainer, where the options allow them.
     """
 
     transformer: Transformer
     vae: VideoVAE
     coders: dict[str, nn.Module]
     config: EngineConfig
+    copy: HostCopy
     updates: WeightUpdates | None
 
 
@@ -77,14 +80,21 @@ def load_models(
         with device:
             built[name] = coder.build(model)
         _fill(built[name], parts[coder.folder], model, config, device)
+    modules = (transformer, vae, *built.values())
+    copy = HostCopy(t for t in tensors_of(modules) if t.device.type != "cpu")
     updates = None
     if config.weight_transfer is not None:
         part = parts["transformer"]
         receiver = make_receiver(config.weight_transfer, mesh.world, device)
         prepare = _prepare(part, model, device, dummy=False)
-        updates = WeightUpdates(transformer, part, prepare, receiver, mesh.world.rank)
+        updates = WeightUpdates(transformer, part, prepare, receiver, copy, mesh.world.rank)
     return LoadedModels(
-        transformer=transformer, vae=vae, coders=built, config=config, updates=updates
+        transformer=transformer,
+        vae=vae,
+        coders=built,
+        config=config,
+        copy=copy,
+        updates=updates,
     )
 
 

@@ -15,16 +15,15 @@ import torch
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.generator.loading import LoadedModels
 from vllm_cosmos3.generator.weight_updates import WeightUpdates
-from vllm_cosmos3.parallel.offload import HostCopy, free_caches
+from vllm_cosmos3.parallel.host_copy import free_caches
 
 
 class MovableWeights(ABC):
     """Base of a pipeline with these ``models``."""
 
     def __init__(self, models: LoadedModels) -> None:
-        self._modules = (models.transformer, models.vae, *models.coders.values())
-        self._updates = models.updates
-        self._asleep: HostCopy | None = None
+        self._copy, self._updates = models.copy, models.updates
+        self._asleep = False
 
     @abstractmethod
     def forget(self) -> None:
@@ -34,9 +33,11 @@ class MovableWeights(ABC):
     def sleep(self) -> None:
         """Leave the weights in the host's memory."""
         self._check_no_update("sleep")
-        if self._asleep is None:
+        if not self._asleep:
             self.forget()
-            self._asleep = HostCopy(self._modules, release=True)
+            self._copy.save()
+            self._copy.release()
+            self._asleep = True
             free_caches()
 
     @torch.inference_mode()
@@ -47,9 +48,9 @@ class MovableWeights(ABC):
             OutOfMemory: others have taken the room meanwhile; it still sleeps then.
         """
         self._check_no_update("wake_up")
-        if self._asleep is not None:
-            self._asleep.restore()
-            self._asleep = None
+        if self._asleep:
+            self._copy.bring_back()
+            self._asleep = False
 
     @torch.inference_mode()
     def init_weight_transfer_engine(self, info: Mapping[str, Any]) -> None:
@@ -59,7 +60,7 @@ class MovableWeights(ABC):
     @torch.inference_mode()
     def start_weight_update(self) -> None:
         """Begin an update: see `WeightUpdates`."""
-        if self._asleep is not None:
+        if self._asleep:
             raise InvalidRequest("start_weight_update", "called", "called after wake_up", "conflict")  # fmt: skip
         self._weight_updates().start()
 

@@ -19,8 +19,8 @@ from vllm_cosmos3.compat import weight_transfer_engine
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.generator.models.components import Component
 from vllm_cosmos3.generator.models.transformer import Transformer
+from vllm_cosmos3.parallel.host_copy import HostCopy, tensors_of
 from vllm_cosmos3.parallel.mesh import Axis
-from vllm_cosmos3.parallel.offload import HostCopy
 
 Load = Callable[[Iterable[tuple[str, Tensor]]], None]
 Info = Mapping[str, Any]
@@ -38,7 +38,8 @@ class Receiver(Protocol):
 class WeightUpdates:
     """The updates of one rank, one session at a time, during which no request may run.
 
-    Whatever goes wrong in a session, `abort` leaves the weights of before it.
+    Whatever goes wrong in a session, `abort` leaves the weights of before it. ``copy`` is that of all
+    weights on devices.
     """
 
     def __init__(
@@ -47,17 +48,16 @@ class WeightUpdates:
         part: Component,
         prepare: Prepare,
         receiver: Receiver,
+        copy: HostCopy,
         rank: int,
     ) -> None:
         self.rank = rank  # among those that a trainer counts
         self._transformer, self._part, self._prepare = transformer, part, prepare
-        self._receiver = receiver
-        self._before: HostCopy | None = None
-
-    @property
-    def begun(self) -> bool:
-        """Whether there is a session."""
-        return self._before is not None
+        self._receiver, self._copy = receiver, copy
+        self._resting: list[
+            tuple[Tensor, Tensor]
+        ] = []  # those that are on the host, and their copies
+        self.begun = False  # whether there is a session
 
     def init(self, info: Info) -> None:
         """Meet the trainer."""
@@ -69,9 +69,12 @@ class WeightUpdates:
         Raises:
             InvalidRequest: there is one.
         """
-        if self._before is not None:
+        if self.begun:
             raise InvalidRequest("start_weight_update", "called again", "followed by finish_weight_update first")  # fmt: skip
-        self._before = HostCopy([self._transformer], release=False)
+        self._copy.save()
+        resting = (t for t in tensors_of([self._transformer]) if t.device.type == "cpu")
+        self._resting = [(tensor, tensor.clone()) for tensor in resting]
+        self.begun = True
 
     def update(self, info: Info) -> None:
         """Receive some tensors.
@@ -79,7 +82,7 @@ class WeightUpdates:
         Raises:
             InvalidRequest: no session has begun, or a tensor is unknown or misshapen.
         """
-        if self._before is None:
+        if not self.begun:
             raise InvalidRequest("update_weights", "called", f"with {START}")
         for name, shape in zip(info.get("names", ()), info.get("shapes", ()), strict=False):
             self._check(name, tuple(shape))
@@ -91,17 +94,23 @@ class WeightUpdates:
         Raises:
             InvalidRequest: no session has begun.
         """
-        if self._before is None:
+        if not self.begun:
             raise InvalidRequest("finish_weight_update", "called", f"with {START}")
-        choose_kernels(self._transformer, keep=True)
-        self._before = None
+        self._copy.changed()
+        self._end()
 
     def abort(self) -> None:
         """Put the weights of before the session back, if there is one."""
-        if self._before is not None:
-            self._before.restore()
-            choose_kernels(self._transformer, keep=True)
-            self._before = None
+        if self.begun:
+            self._copy.put_back()
+            for tensor, copy in self._resting:
+                tensor.data.copy_(copy)
+            self._end()
+
+    def _end(self) -> None:
+        choose_kernels(self._transformer, keep=True)
+        self._resting.clear()
+        self.begun = False
 
     def _load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         fill(self._transformer, self._part.table, self._needed(tensors), self._prepare)

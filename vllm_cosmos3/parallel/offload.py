@@ -7,7 +7,6 @@ one copy at the full speed of the bus. On a CPU the same copies are made, which 
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -91,69 +90,6 @@ class _Resting:
     def bind(self, buffer: Tensor) -> None:
         for parameter, start in self._places:
             parameter.data = _part(buffer, parameter, start)
-
-
-class HostCopy:
-    """Parameters and buffers of modules in the host's memory, pinned where they come from a GPU.
-
-    ``restore`` puts them back as they were when this was made: to their devices, bit by bit.
-    """
-
-    def __init__(self, modules: Iterable[nn.Module], *, release: bool) -> None:
-        """``release`` leaves nothing of them on a device until then."""
-        self._released = release
-        self._copies: list[tuple[Tensor, Tensor, torch.device]] = []
-        for tensor in _tensors(modules):
-            device, copy = tensor.device, tensor.data
-            if device.type != "cpu" or not release:
-                copy = torch.empty_like(tensor, device="cpu", pin_memory=device.type == "cuda")
-                copy.copy_(tensor, non_blocking=True)
-            self._copies.append((tensor, copy, device))
-        self._synchronize()
-        self._release()
-
-    @property
-    def nbytes(self) -> int:
-        return sum(copy.nbytes for _, copy, _ in self._copies)
-
-    def restore(self) -> None:
-        """Can be repeated. After a failure, such as a lack of memory, what was released is so again."""
-        try:
-            for tensor, copy, device in self._copies:
-                if self._released:
-                    tensor.data = copy.to(device, non_blocking=True)
-                else:
-                    tensor.data.copy_(copy, non_blocking=True)
-        except BaseException:
-            self._release()
-            raise
-        self._synchronize()
-
-    def _release(self) -> None:
-        if self._released:
-            for tensor, copy, _ in self._copies:
-                tensor.data = copy
-
-    def _synchronize(self) -> None:
-        if any(device.type != "cpu" for _, _, device in self._copies):
-            torch.accelerator.synchronize()
-
-
-def free_caches() -> None:
-    """Give memory that nothing refers to any more back to the devices."""
-    gc.collect()
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
-
-
-def _tensors(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
-    """Each parameter and buffer once."""
-    seen: set[int] = set()
-    for module in modules:
-        for tensor in (*module.parameters(), *module.buffers()):
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                yield tensor
 
 
 def _part(buffer: Tensor, parameter: nn.Parameter, start: int) -> Tensor:

@@ -26,8 +26,8 @@ from vllm_cosmos3.generator.output import Output, Sample
 from vllm_cosmos3.generator.pipeline import Pipeline
 from vllm_cosmos3.generator.world import WorldPipeline
 from vllm_cosmos3.media import Clip
+from vllm_cosmos3.parallel.host_copy import free_caches
 from vllm_cosmos3.parallel.mesh import check_degrees, close_mesh, init_mesh
-from vllm_cosmos3.parallel.offload import free_caches
 from vllm_cosmos3.progress import Progress, Report
 from vllm_cosmos3.request.plan import Plan
 from vllm_cosmos3.request.world import ChunkPlan
