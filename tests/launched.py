@@ -13,14 +13,17 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import PIL.Image
+import torch
 from limits import HANG
 
 from vllm_cosmos3 import Cosmos3
 from vllm_cosmos3.generator.output import Progress
 from vllm_cosmos3.imports import end_at_once
 from vllm_cosmos3.media import Clip
+from vllm_cosmos3.parallel.graphs import ON_MESHES, Recording
 from vllm_cosmos3.stage.executor import StageExecutor
 
 SMALL: dict[str, Any] = {
@@ -139,6 +142,47 @@ def stuck(_: Path, out: Path) -> list[str]:
     )
 
 
+def graphs(checkpoint: Path, out: Path) -> list[str]:
+    """Graphs over the collectives of two GPUs against launched kernels: pictures and a short video.
+
+    A line says how many were recorded here, and on the first rank how far the latents are apart.
+    """
+    made: list[object] = []
+    record = Recording._record
+
+    def counted(recording: Recording, arguments: tuple[Any, ...]) -> None:
+        made.append(recording)
+        record(recording, arguments)
+
+    def latents(*, recorded: bool) -> Any:
+        with patch.dict(os.environ, {ON_MESHES: str(int(recorded))}):
+            return model.generate(**SMALL | fields).samples[0].latents
+
+    lines = []
+    steps = {"num_inference_steps": 12, "guidance_scale": 6.0, "output_type": "latent"}
+    for axis in ("ulysses_degree", "cfg_parallel_size"):
+        with (
+            patch.object(Recording, "_record", counted),
+            Cosmos3(
+                checkpoint,
+                load_format="dummy",
+                distributed_executor_backend="external_launcher",
+                **{axis: 2},
+            ) as model,
+        ):
+            for size, frames in (("320x192", 1), ("1280x720", 1), ("320x192", 29)):
+                fields = {**steps, "size": size, "num_frames": frames}
+                launched, count = latents(recorded=False), len(made)
+                replayed = latents(recorded=True)
+                line = f"{axis} {size} {frames}: {count} and {len(made) - count} recorded"
+                if launched is not None:
+                    a, b = (torch.from_numpy(each["vision"]) for each in (launched, replayed))
+                    line += f", {float((a - b).norm() / a.norm()):.1e} apart"
+                lines.append(line)
+                made.clear()
+    return lines
+
+
 def heard(*requests: Callable[[], object]) -> list[str]:
     lines = []
     for request in requests:
@@ -153,6 +197,12 @@ def heard(*requests: Callable[[], object]) -> list[str]:
 if __name__ == "__main__":
     end_at_once()
     name, checkpoint, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    made = {"engine_then_several": engine_then_several, "gpus": gpus, "stuck": stuck}[name]
+    kinds = {
+        "engine_then_several": engine_then_several,
+        "gpus": gpus,
+        "graphs": graphs,
+        "stuck": stuck,
+    }
+    made = kinds[name]
     lines = made(checkpoint, out)
     (out / f"{RANK}.json").write_text(json.dumps(lines))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -79,3 +80,19 @@ def test_launched_ranks_fail_a_request_together_and_go_on(
     status, met = launch("gpus", wide_checkpoint, tmp_path)
     assert status == 0
     assert_failed_together(met)
+
+
+def test_graphs_over_collectives_equal_launched_kernels(
+    wide_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Of pictures and a short video; none is recorded unless the environment asks for it."""
+    status, met = launch("graphs", wide_checkpoint, tmp_path)
+    assert status == 0
+    print("", *met[0], sep="\n")  # noqa: T201 pytest -rP
+    for rank, lines in met.items():
+        assert len(lines) == 6
+        for line in lines:
+            before, after = re.findall(r"(\d+) and (\d+) recorded", line)[0]
+            assert (int(before), int(after) > 0) == (0, True), (rank, line)
+    apart = [float(line.split(", ")[1].removesuffix(" apart")) for line in met[0]]
+    assert max(apart) <= 5e-3  # as on one GPU

@@ -155,7 +155,7 @@ class Pipeline(MovableWeights):
             transformer=self.transformer,
             plan=plan,
             contexts=contexts,
-            world=self.mesh.world,
+            mesh=self.mesh,
             offloaded=self.config.enable_layerwise_offload,
         )
         return RequestState(

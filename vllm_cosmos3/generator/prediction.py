@@ -14,7 +14,7 @@ from vllm_cosmos3.generator.models.transformer import Context, Transformer, join
 from vllm_cosmos3.generator.sampling.packing import Stream
 from vllm_cosmos3.generator.sampling.step_cache import Reuse
 from vllm_cosmos3.parallel.graphs import Recording, launches_matter
-from vllm_cosmos3.parallel.mesh import Axis
+from vllm_cosmos3.parallel.mesh import Mesh
 from vllm_cosmos3.request.plan import Plan
 
 JOINED_TOKENS = 2048  # of all branches, up to which one forward is faster than one for each
@@ -35,7 +35,7 @@ class Predictor:
     transformer: Transformer
     plan: Plan
     contexts: Mapping[int, Context]
-    world: Axis
+    mesh: Mesh
     offloaded: bool
     _forwards: dict[tuple[Branches, bool], Forward] = field(default_factory=dict)
     _reuse: Reuse | None = None
@@ -135,12 +135,12 @@ class Predictor:
             seen, context, domain_id = self._given(streams, branches)
             evaluate = _evaluate if self._reuse is None else _evaluate_with_residual
             forward = partial(evaluate, self.transformer, seen, context, domain_id)
-            tokens = context.rope.table.shape[0]
+            tokens = context.rope.table.shape[0]  # of this rank, and the same on its neighbours
             # Of several chunks each has forwards of its own.
             whole = not self.plan.later_chunks
             steps = self.plan.steps if whole else self.plan.parameters.num_inference_steps
             recorded = not self.offloaded and launches_matter(
-                tokens, steps, self.world, self.transformer.device
+                tokens, steps, self.mesh, self.transformer.device
             )
             self._forwards[key] = Recording(forward) if recorded else forward
         return self._forwards[key]

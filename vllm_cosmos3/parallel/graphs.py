@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from vllm_cosmos3.parallel.mesh import Axis
+from vllm_cosmos3.parallel.mesh import Mesh
 
 Outputs = Sequence[tuple[Tensor, ...]]
 
 TOKENS = 2048  # in one forward; with more of them the kernels take longer than their launches
 STEPS = 8  # of a request; recording takes as long as two or three steps save
+ON_MESHES = "VLLM_COSMOS3_GRAPHS_ON_MESHES"
 
 
-def launches_matter(tokens: int, steps: int, world: Axis, device: torch.device) -> bool:
-    """Whether a forward of so many tokens, repeated so often, is worth recording."""
-    return device.type == "cuda" and world.size == 1 and tokens <= TOKENS and steps >= STEPS
+def launches_matter(tokens: int, steps: int, mesh: Mesh, device: torch.device) -> bool:
+    """Whether a forward of so many tokens on this rank, repeated so often, is to be recorded."""
+    return device.type == "cuda" and few(tokens, steps) and recordable(mesh)
+
+
+def few(tokens: int, steps: int) -> bool:
+    """Whether replaying saves more than recording takes."""
+    return tokens <= TOKENS and steps >= STEPS
+
+
+def recordable(mesh: Mesh) -> bool:
+    """Whether the collectives within a forward can be recorded, and on several ranks are to be.
+
+    Ulysses asks NCCL, which records as it launches: the ranks of a group have the same shapes, so they
+    record in the same call, and its communicators are connected by the first one. The all-reduce of
+    vLLM's tensor-parallel layers writes the addresses of every recording into a table that is
+    never emptied, and each request makes recordings of its own: those meshes launch their kernels.
+    """
+    asked = os.environ.get(ON_MESHES, "0") not in ("", "0")
+    return mesh.world.size == 1 or (asked and mesh.tp.size == 1)
 
 
 class Recording:
