@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -32,19 +32,25 @@ class ClipShape:
 
 def clip(shape: ClipShape, index: int) -> bytes:
     """The MP4 with this number."""
-    texture, steps = _texture(shape, index)
     buffer = io.BytesIO()
     rate = Fraction(shape.fps).limit_denominator(1000)
     with av.open(buffer, "w", format="mp4") as container:
         options = {"preset": "ultrafast", "crf": "26", "threads": "1"}
         stream = container.add_stream("libx264", rate=rate, options=options)
         stream.width, stream.height, stream.pix_fmt = shape.width, shape.height, "yuv420p"
-        for number in range(max(1, round(shape.seconds * shape.fps))):
-            frame = av.VideoFrame.from_ndarray(_window(texture, steps, shape, number), "rgb24")
+        for number, pixels in enumerate(frames_of(shape, index)):
+            frame = av.VideoFrame.from_ndarray(pixels, "rgb24")
             frame.pts, frame.time_base = number, 1 / rate
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return buffer.getvalue()
+
+
+def frames_of(shape: ClipShape, index: int) -> Iterator[np.ndarray]:
+    """The frames of the clip with this number, uint8 [H, W, 3]."""
+    texture, steps = _texture(shape, index)
+    for number in range(max(1, round(shape.seconds * shape.fps))):
+        yield _window(texture, steps, shape, number)
 
 
 def picture(shape: ClipShape, index: int) -> bytes:

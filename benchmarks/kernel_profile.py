@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from clock import synchronize
 
 CATEGORIES = {  # the first that matches a kernel's name
+    "collectives": r"nccl|cross_device_reduce",  # the wait for the slowest rank is in them
     "attention": r"flash|fmha|attention|sdpa|FlashAttn|cudnn.*sdpa",
     "convolutions": r"convolution|conv[123]d|implicit|fprop|cudnn",
     "products": r"gemm|nvjet|cutlass|cublas|addmm|\bmm\b|splitK|gemv|linear",

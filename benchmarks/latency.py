@@ -4,9 +4,9 @@ On a CPU one small request, on a GPU the rows of ROWS (``--rows``); ``--size`` a
 make a request of your own instead. Each runs through `Cosmos3.generate`: once cold, which is the
 first request of its shape in this process, then ``--repeat`` times. Of long rows ``--measured-steps
 N`` makes 3 + N steps only and counts the others as the median of the last N, marked with ~.
-Rows of FASTER and EDGE are made only where they are named: those are not exact, or not of 35 guided
-steps; these are what Cosmos3-Edge makes by default. FP8 is a setting of the engine, ``--engine
-'{"quantization": "fp8"}'``, which the report repeats.
+Rows of BESIDE, FASTER and EDGE are made only where they are named: the first are as long as another,
+the second not exact, or not of 35 guided steps, the last what Cosmos3-Edge makes by default. FP8 is a
+setting of the engine, ``--engine '{"quantization": "fp8"}'``, which the report repeats.
 
 Phases and steps are timed by events on the device that nothing waits for, the total by the host's
 clock. The tail is what is left of the total: sound, frames to the host, Python. Writing MP4 is not
@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -39,14 +39,20 @@ from vllm_cosmos3.checkpoint.config import ModelConfig, read_config
 from vllm_cosmos3.checkpoint.hub import resolve
 from vllm_cosmos3.engine import Cosmos3
 from vllm_cosmos3.errors import Cosmos3Error
-from vllm_cosmos3.generator.output import Output
+from vllm_cosmos3.generator.output import Output, Report
 from vllm_cosmos3.request.defaults import defaults_of
+from vllm_cosmos3.request.plan import Plan
 from vllm_cosmos3.request.request import parse_size
 
 Fields = dict[str, Any]
 
 WARM_STEPS = 3  # of an extrapolated row, not counted
-LONG = ["t2v-480p", "t2v-720p", "edge-t2v-default"]  # rows of which --measured-steps makes a part
+LONG = [
+    "t2v-480p",
+    "t2v-720p",
+    "i2v-720p",
+    "edge-t2v-default",
+]  # of which --measured-steps makes a part
 CUSTOM = "custom"  # the row that options make up
 PROFILED_STEPS = 2  # of a video; five times as many of an image, whose graph needs a few to record
 VIDEO = {"num_frames": 189, "fps": 24, "num_inference_steps": 35, "guidance_scale": 6.0}
@@ -73,6 +79,7 @@ ROWS: dict[str, Fields] = {
         "output_type": "latent",
     },
 }
+BESIDE: dict[str, Fields] = {"i2v-720p": {**ROWS["t2v-720p"], "image": True}}
 SEA = {"step_cache": "sea"}
 FOUR = {"num_inference_steps": 4, "guidance_scale": 1.0}  # as a distilled checkpoint
 FASTER: dict[str, Fields] = {
@@ -99,7 +106,17 @@ EDGE: dict[str, Fields] = {
     "edge-t2i-default": default_row("edge", "text2image"),  # 640x640, 50 steps
     "edge-t2v-default": default_row("edge", "text2video"),  # 832x480, 121 frames, 35 steps
 }
-NAMED = ROWS | FASTER | EDGE
+NAMED = ROWS | BESIDE | FASTER | EDGE
+
+
+class Model(Protocol):
+    """What is measured: a `Cosmos3`, or one rank of a mesh."""
+
+    device: torch.device
+
+    def plan(self, fields: Fields, /) -> Plan: ...
+
+    def generate(self, fields: Fields, /, *, progress: Report = ...) -> Output: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,9 +193,7 @@ def measure_all(model: Cosmos3, config: ModelConfig, args: argparse.Namespace) -
         print(line(asdict(row) | {"rate": row.rate}), flush=True)
         rows.append(asdict(row) | {"rate": row.rate})
         if args.profile:
-            for latents in (True,) if "output_type" in fields else (True, False):
-                few = short(fields, next(numbers), latents=latents)
-                profiles.append(profile(model, name, few))
+            profiles += profiles_of(model, name, fields, numbers)
     return {
         "machine": facts,
         "model_load_s": model.load_seconds,
@@ -212,7 +227,7 @@ def requests(args: argparse.Namespace, device: torch.device) -> dict[str, Fields
 
 
 def measure(
-    model: Cosmos3,
+    model: Model,
     config: ModelConfig,
     name: str,
     fields: Fields,
@@ -227,7 +242,7 @@ def measure(
         measured = None
     if measured:
         fields = {**fields, "num_inference_steps": WARM_STEPS + measured}
-    lengths = args.tokens or ([512, 512] if model.device.type != "cpu" else None)
+    lengths = text_lengths(args, model.device)
     plan = model.plan(request(fields, lengths, 0))
     runs = [
         run(model, request(fields, lengths, next(numbers)), measured, steps, save=args.save)
@@ -260,6 +275,11 @@ def measure(
     )
 
 
+def text_lengths(args: argparse.Namespace, device: torch.device) -> list[int] | None:
+    """Tokens of the prompt and of the negative one; None for real texts."""
+    return args.tokens or ([512, 512] if device.type != "cpu" else None)
+
+
 def request(fields: Fields, lengths: list[int] | None, seed: int) -> Fields:
     """The fields of one run: its own prompt, a seed, and pixels where a picture is asked for."""
     fields = {**fields, "seed": seed, "allow_untrained_size": True}
@@ -276,7 +296,7 @@ def request(fields: Fields, lengths: list[int] | None, seed: int) -> Fields:
     return fields
 
 
-def run(model: Cosmos3, fields: Fields, measured: int | None, steps: int, *, save: bool) -> Run:
+def run(model: Model, fields: Fields, measured: int | None, steps: int, *, save: bool) -> Run:
     """One request. Steps that were not made count as the median of the last ``measured`` ones."""
     clock = StepClock(model.device)
     if model.device.type != "cpu":  # whose peak is that of the process's life
@@ -313,14 +333,23 @@ def medians(runs: list[Mapping[str, float]]) -> dict[str, float]:
     return {name: statistics.median(each[name] for each in runs) for name in runs[0]}
 
 
+def profiles_of(model: Model, name: str, fields: Fields, numbers: Iterator[int]) -> list[Profile]:
+    """Of a few steps, and of a few steps with what follows them."""
+    kinds = (True,) if "output_type" in fields else (True, False)
+    few = (short(fields, next(numbers), latents=latents) for latents in kinds)
+    return [profile(model, name, each) for each in few]
+
+
 def short(fields: Fields, number: int, *, latents: bool) -> Fields:
     """A few steps of a row, with or without what follows them."""
-    steps = PROFILED_STEPS if fields["num_frames"] > 1 else 5 * PROFILED_STEPS
+    steps, few = fields["num_inference_steps"], FOUR["num_inference_steps"]
+    if steps > few:  # else those of a distilled checkpoint, which makes no others
+        steps = PROFILED_STEPS if fields["num_frames"] > 1 else 5 * PROFILED_STEPS
     fields = {**request(fields, [512, 512], number), "num_inference_steps": steps}
     return {**fields, "output_type": "latent"} if latents else fields
 
 
-def profile(model: Cosmos3, name: str, fields: Fields) -> Profile:
+def profile(model: Model, name: str, fields: Fields) -> Profile:
     """Kernels of a request whose shape was run before."""
     what = f"{name}, {fields['num_inference_steps']} steps"
     if "output_type" not in fields:

@@ -1,6 +1,7 @@
 """The generator on several meshes of one machine: seconds per step and per decode, and equality.
 
     python benchmarks/scaling.py CHECKPOINT --devices 4 --sizes 320x192 1280x720 --json scaling.json
+    python benchmarks/scaling.py --whole CHECKPOINT --devices 4     # whole requests: whole_requests.py
 
 Every mesh denoises the same noise with the same token ids, so the latents after ``--steps`` steps
 must agree with those of one device up to rounding; the largest difference is a column of the table.
@@ -11,21 +12,22 @@ Meshes are written cfg x ulysses x tp. One group of processes serves all meshes 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.multiprocessing as processes
 
-from vllm_cosmos3.engine_options import EngineConfig
+import whole_requests
+from meshes import device_of, on_mesh, ranks
 from vllm_cosmos3.generator.pipeline import Pipeline
-from vllm_cosmos3.parallel.mesh import close_mesh, init_mesh
 from vllm_cosmos3.request.planner import make_plan
 from vllm_cosmos3.request.request import GenerateRequest
 
@@ -52,6 +54,8 @@ class Row:
 
 
 def main() -> None:
+    if "--whole" in sys.argv[1:]:
+        sys.exit(whole_requests.main([word for word in sys.argv[1:] if word != "--whole"]))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
@@ -77,44 +81,27 @@ def main() -> None:
         args.json.write_text(json.dumps(rows, indent=1))
 
 
-def ranks(mesh: str) -> int:
-    cfg, ulysses, tp = map(int, mesh.split("x"))
-    return cfg * ulysses * tp
-
-
 def serve(rank: int, world: int, meshes: list[str], args: argparse.Namespace) -> None:
     """One rank of all meshes of one size; rank 0 appends to the rows on disk."""
-    device = torch.device(args.device, rank) if args.device == "cuda" else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    for mesh_name in meshes:
-        cfg, ulysses, tp = map(int, mesh_name.split("x"))
-        config = EngineConfig(
-            model=args.checkpoint,
-            dtype=args.dtype,
-            device=str(device),
-            load_format=args.load_format,
-            cfg_parallel_size=cfg,
-            ulysses_degree=ulysses,
-            tensor_parallel_size=tp,
-        )
-        meeting = args.folder / f"{world}-{mesh_name}"
-        mesh = init_mesh(
-            config.parallel,
-            rank=rank,
-            local_rank=rank,
-            init_method=f"file://{meeting}" if world > 1 else None,
-        )
-        pipeline = Pipeline.load(config, mesh, device)
+    device = device_of(args.device, rank)
+
+    def rows(mesh: str, pipeline: Pipeline) -> None:
         for size in args.sizes:
-            row = measure(pipeline, mesh_name, size, args)
+            row = measure(pipeline, mesh, size, args)
             if rank == 0:
                 append(row, args.folder / "rows.json")
-        del pipeline
-        gc.collect()  # layers that point at each other would stay beside the next mesh's
-        close_mesh(mesh)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+
+    for mesh in meshes:
+        on_mesh(
+            mesh,
+            rank,
+            device,
+            args.folder / f"{world}-{mesh}",
+            partial(rows, mesh),
+            model=args.checkpoint,
+            dtype=args.dtype,
+            load_format=args.load_format,
+        )
 
 
 def measure(pipeline: Pipeline, mesh: str, size: str, args: argparse.Namespace) -> Row:

@@ -50,6 +50,7 @@ SHARED = {
         "tests/generator/memory/test_memory_measured.py",
         "tests/truth/test_placements.py",
         "tests/parity/test_lora.py",
+        "tests/benchmarks/test_whole_requests.py",
     ),
     "trained checkpoint": ("tests/truth",),
 }

@@ -184,6 +184,7 @@ def test_percentile(percent: float, value: float) -> None:
         ("void vllm::act_and_mul_kernel<c10::BFloat16, silu>", "activations"),
         ("void at::native::CatArrayBatchedCopy<at::native::OpaqueType<2>>", "copies"),
         ("Memcpy DtoH (Device -> Pinned)", "copies"),
+        ("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "collectives"),
         ("void at::native::vectorized_elementwise_kernel<4, AddFunctor>", OTHER),
     ],
 )
