@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from ranks import in_new_process
 
-from vllm_cosmos3.compat import fused_qk_norm_rope, swagger_ui, takes_heads
+from vllm_cosmos3.compat import device_index, fused_qk_norm_rope, swagger_ui, takes_heads
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.generator.weight_updates import OfVllm
 from vllm_cosmos3.parallel.mesh import Axis
@@ -38,6 +40,16 @@ def test_an_argument_that_no_kernel_takes_is_not_hidden() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_fused_kernel_on_the_cpu(dtype: torch.dtype) -> None:
     assert fused_qk_norm_rope(128, dtype, CPU) is None
+
+
+def of_two_devices() -> list[int]:
+    told = SimpleNamespace(assigned_physical_gpu_ids=[2, 5])
+    return [device_index(told, local_rank) for local_rank in (0, 1)]
+
+
+def test_a_worker_of_ray_has_the_device_that_it_was_given() -> None:
+    assert in_new_process(of_two_devices) == [2, 5]
+    assert device_index(SimpleNamespace(), 1) == 1  # which sees no others
 
 
 def test_swagger_ui_is_where_it_is_looked_for() -> None:

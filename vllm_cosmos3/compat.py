@@ -91,6 +91,23 @@ def let_sleep(queue: Any) -> None:
         condition.busy_loop_s = 0.0
 
 
+def device_index(parallel_config: Any, local_rank: int) -> int:
+    """The number that a worker's device has for torch.
+
+    Ray's workers see all devices of their host and are told which are the mesh's; in versions that do not
+    tell them they see those of the mesh only.
+    """
+    assigned = getattr(parallel_config, "assigned_physical_gpu_ids", None)
+    if assigned is None:
+        return local_rank
+    from vllm.platforms import current_platform, interface
+
+    interface.set_assigned_physical_gpu_ids(
+        assigned
+    )  # also for what asks how devices are connected
+    return int(current_platform.logical_device_id_to_visible_device_id(local_rank))
+
+
 def image_formats() -> tuple[str, ...] | None:
     """Pillow's formats that vLLM decodes; None where it does not choose."""
     import vllm.multimodal.image

@@ -11,11 +11,10 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 from limits import HANG
-from servers import environment, free_port
+from ray_nodes import cluster
 
 from vllm_cosmos3.cli import main
 
@@ -24,25 +23,10 @@ FAST = {"size": "64x64", "num_steps": 1, "guidance": 1, "num_frames": 1, "prompt
 
 
 @pytest.fixture
-def cluster(vllm_cache: Path) -> Iterator[dict[str, str]]:
+def two_processors(vllm_cache: Path) -> Iterator[dict[str, str]]:
     """The environment of processes that find a cluster of two processors: one actor, and one for Ray's own tasks."""
-    ray, port = Path(sys.executable).with_name("ray"), free_port()
-    settings = environment(vllm_cache) | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
-    settings |= {"PYTHONPATH": os.pathsep.join(sys.path), "RAY_USAGE_STATS_ENABLED": "0"}
-    command = [ray, "start", "--head", "--port", port, "--num-cpus", "2", "--num-gpus", "0"]
-    command += ["--include-dashboard", "false", "--object-store-memory", 10**8, "--block"]
-    with (
-        # Of its own, as Ray remembers the last cluster of a folder, dead or not; with a short name.
-        TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder,
-        subprocess.Popen(
-            list(map(str, [*command, "--temp-dir", folder])),
-            env=settings,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        ) as process,
-    ):
+    with cluster(vllm_cache, "--num-cpus", 2, "--num-gpus", 0) as settings:
         yield settings
-        os.killpg(process.pid, signal.SIGKILL)  # a polite end takes half a minute
 
 
 def finished(out: Path) -> dict[str, int]:
@@ -76,7 +60,7 @@ def makers() -> list[int]:
 def test_a_killed_driver_and_a_killed_actor_lose_nothing(
     tiny_checkpoint: Path,
     tmp_path: Path,
-    cluster: dict[str, str],
+    two_processors: dict[str, str],
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -90,7 +74,7 @@ def test_a_killed_driver_and_a_killed_actor_lose_nothing(
     command = ["generate", str(tiny_checkpoint), "--input", str(file), "--out", str(out)]
     command += ["--ray", "--keep-going"]
     with subprocess.Popen(
-        [sys.executable, "-m", "vllm_cosmos3", *command], env=cluster, start_new_session=True
+        [sys.executable, "-m", "vllm_cosmos3", *command], env=two_processors, start_new_session=True
     ) as driver:
         wait_for(5, out)
         driver.send_signal(signal.SIGKILL)
@@ -101,7 +85,7 @@ def test_a_killed_driver_and_a_killed_actor_lose_nothing(
         wait_for(len(first) + 5, out)
         os.kill(makers()[0], signal.SIGKILL)
 
-    monkeypatch.setenv("RAY_ADDRESS", cluster["RAY_ADDRESS"])
+    monkeypatch.setenv("RAY_ADDRESS", two_processors["RAY_ADDRESS"])
     killer = threading.Thread(target=kill_an_actor)
     killer.start()
     assert main([*command, "--resume"]) == 1

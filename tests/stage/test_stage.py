@@ -164,6 +164,15 @@ def test_ranks_that_are_lost_asleep_are_replaced_awake(client: StageClient) -> N
     assert client.status().state == "ready"
 
 
+def test_ranks_that_are_lost_while_there_is_nothing_to_do_are_replaced(client: StageClient) -> None:
+    pids = client.submit(ToyPlan(steps=1)).result(HANG).pids
+    restarts, processes = client.status().restarts, client.process_restarts
+    os.kill(pids[-1], signal.SIGKILL)
+    eventually(lambda: client.status().restarts > restarts)
+    assert client.submit(ToyPlan(steps=1)).result(HANG).total == 2
+    assert client.process_restarts == processes
+
+
 def test_a_short_request_overtakes_a_long_one(client: StageClient) -> None:
     long = client.submit(ToyPlan(steps=200, seconds=0.02), seconds=LONG)
     order: list[str] = []

@@ -308,6 +308,8 @@ class StageClient(Stages):
         environment |= {
             # Sockets and rendezvous files of vLLM go where they are removed even after a SIGKILL.
             "TMPDIR": str(self._folder),
+            # But Ray looks there for the cluster of this host.
+            "RAY_TMPDIR": os.environ.get("RAY_TMPDIR", temporary),
             # What the compiler keeps is worth more than that.
             "TORCHINDUCTOR_CACHE_DIR": os.environ.get(
                 "TORCHINDUCTOR_CACHE_DIR", f"{temporary}/torchinductor_{getuser()}"

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch.distributed as dist
 
 from vllm_cosmos3.compat import let_sleep
 from vllm_cosmos3.errors import Cosmos3Error, DeadlineExceeded, InvalidRequest, WorkerDied
+from vllm_cosmos3.stage import ray_cluster
 from vllm_cosmos3.stage.launcher_sync import FailureConsensus, end_with_failure
 from vllm_cosmos3.stage.worker import NoModel, Reply, StageConfig
 
@@ -48,6 +50,7 @@ class StageExecutor:
         check_backend(config)
         self._config = config
         self._executor: Any = None
+        self._places: Any = None  # of the ranks on a Ray cluster
         self._number = 0
         self._consensus: FailureConsensus | None = None
         self.healthy = False
@@ -60,13 +63,16 @@ class StageExecutor:
             WorkerDied: the workers did not come up.
         """
         try:
-            self._executor = _make_executor(self._config)
+            if self._config.backend == "ray":
+                self._places = ray_cluster.reserve(self._config.engine.parallel.world_size)
+            self._executor = _make_executor(self._config, self._places)
             if torch.device(self._config.engine.device).type == "cpu":  # whose cores the ranks need
                 for queue in getattr(self._executor, "response_mqs", ()):
                     let_sleep(queue)
             if self._config.backend == "external_launcher":
                 self._consensus = FailureConsensus()
         except Exception as error:
+            self._give_back()
             raise WorkerDied(
                 f"the workers did not start ({error}); the log has the cause"
             ) from error
@@ -98,6 +104,12 @@ class StageExecutor:
             executor._finalizer.detach()  # it would keep the executor for ever
         for segment in segments:
             segment.unlink(missing_ok=True)
+        self._give_back()
+
+    @property
+    def lost(self) -> bool:
+        """Whether a worker process has ended, also while nothing was called."""
+        return bool(getattr(self._executor, "is_failed", False))
 
     def call(
         self,
@@ -147,6 +159,11 @@ class StageExecutor:
             self._lose()
             raise WorkerDied(f"the other ranks do not answer; {START_AGAIN}") from None
         return errors[min(errors)] if errors else None
+
+    def _give_back(self) -> None:
+        places, self._places = self._places, None
+        if places is not None:
+            ray_cluster.give_back(places)
 
     def _check(self) -> None:
         if self.healthy:
@@ -226,9 +243,9 @@ class StageExecutor:
                     replies[rank] = reply
             if not failed and any(reply.error is not None for reply in replies.values()):
                 failed = True
-                deadline = min(deadline, time.monotonic() + self._config.grace)
-            if self._executor.is_failed:
-                raise WorkerDied(f"a worker process ended in {method}")
+                deadline = min(deadline, time.monotonic() + self._grace())
+            if self.lost:
+                raise WorkerDied(f"a worker process ended in {method}{self._lost_hosts()}")
             if time.monotonic() > deadline and len(replies) < len(queues):
                 if failed:
                     break
@@ -238,13 +255,22 @@ class StageExecutor:
                 while_waiting()
         return replies
 
+    def _grace(self) -> float:
+        """Seconds that the other ranks have to answer, or their deaths to be noticed."""
+        return self._config.grace if self._places is None else ray_cluster.NOTICE_SECONDS
+
+    def _lost_hosts(self) -> str:
+        if self._places is None:
+            return ""
+        return ray_cluster.lost_hosts(self._executor.ray_worker_handles)
+
     def _receive(self, queue: Any, seconds: float) -> Reply | None:
         try:
             _, reply = queue.dequeue(timeout=seconds)
         except TimeoutError:
             return None
         except RuntimeError:  # vLLM closed the queue because a worker ended
-            if self._executor.is_failed:
+            if self.lost:
                 return None
             raise
         if not isinstance(reply, Reply):  # vLLM's text of an error outside of the worker's call
@@ -255,10 +281,8 @@ class StageExecutor:
 def check_backend(config: StageConfig) -> None:
     """Refuse an executor that cannot run here, before anything starts."""
     world = config.engine.parallel.world_size
-    if config.backend == "ray" and torch.device(config.engine.device).type == "cpu":
-        raise InvalidRequest(
-            "distributed_executor_backend", "ray", "mp on the CPU: vLLM's Ray executor needs GPUs"
-        )
+    if config.backend == "ray":
+        _check_ray()
     if config.backend == "uni" and world > 1:
         raise InvalidRequest("distributed_executor_backend", "uni", f"mp or ray for {world} ranks")
     if config.backend == "external_launcher" and os.environ.get("WORLD_SIZE") != str(world):
@@ -269,7 +293,21 @@ def check_backend(config: StageConfig) -> None:
         )
 
 
-def _make_executor(config: StageConfig) -> Any:
+def _check_ray() -> None:
+    from vllm.platforms import current_platform
+
+    if not current_platform.ray_device_key:
+        possible = (
+            f"mp on the {current_platform.device_name.upper()}: vLLM's Ray executor needs GPUs"
+        )
+    elif find_spec("ray") is None:
+        possible = "mp, or ray once it is installed: pip install 'vllm-cosmos3[ray]'"
+    else:
+        return
+    raise InvalidRequest("distributed_executor_backend", "ray", possible)
+
+
+def _make_executor(config: StageConfig, places: Any) -> Any:
     from vllm.config import DeviceConfig, ParallelConfig, VllmConfig
     from vllm.v1.executor import Executor
 
@@ -289,6 +327,7 @@ def _make_executor(config: StageConfig) -> Any:
                 # For vLLM all ranks are tensor parallel; the worker knows better.
                 tensor_parallel_size=config.engine.parallel.world_size,
                 distributed_executor_backend=config.backend,
+                placement_group=places,
                 worker_cls="vllm_cosmos3.stage.worker.DiffusionWorker",
             ),
             device_config=DeviceConfig(device=torch.device(config.engine.device).type),

@@ -261,6 +261,10 @@ class StageCore:
     def _run_turn(self) -> bool:
         """Make one call for one request; False if there is nothing to do."""
         self._end_expired()
+        if self._executor.lost:  # while there was nothing to do
+            logger.error("a worker process has ended")
+            self._executor.healthy = False
+            self._replace_ranks()
         self._release()
         if self._maintenance and not self._scheduler.resident:
             self._maintain(self._maintenance.pop(0))

@@ -26,6 +26,7 @@ from vllm.config import VllmConfig
 from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_cosmos3.checkpoint.load_progress import counted
+from vllm_cosmos3.compat import device_index
 from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.errors import Cosmos3Error, OutOfMemory, file_error
 from vllm_cosmos3.parallel.mesh import Mesh, barrier, close_mesh, from_first, init_mesh
@@ -139,7 +140,7 @@ class DiffusionWorker(WorkerBase):
         self.device = torch.device("cpu")
         kind = torch.device(self._config.engine.device).type
         if kind != "cpu":
-            self.device = torch.device(kind, self.local_rank)
+            self.device = torch.device(kind, device_index(self.parallel_config, self.local_rank))
             torch.accelerator.set_device_index(self.device)
         elif self._config.backend == "mp" and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // parallel.world_size))

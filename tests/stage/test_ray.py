@@ -1,0 +1,60 @@
+"""One mesh over two nodes of a Ray cluster, of which one is killed."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray_platform
+from ray_nodes import cluster, kill, node
+from vllm.platforms import current_platform
+
+from vllm_cosmos3 import Cosmos3
+from vllm_cosmos3.errors import WorkerDied
+from vllm_cosmos3.progress import Progress
+
+REQUEST = {"prompt": "A paper boat", "num_frames": 5, "size": "64x64", "seed": 3}
+REQUEST |= {"num_inference_steps": 3}
+LONG = {"size": "256x256", "num_inference_steps": 200}
+MESH = {"dtype": "float32", "device": "cpu", "ulysses_degree": 2}
+ONE = ("--num-cpus", 1, "--num-gpus", 1)
+
+
+@pytest.fixture
+def start_second(
+    vllm_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
+    """Starts the second node of a cluster, in which each has one device for Ray."""
+    ray_platform.install(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    # This process has chosen its platform already.
+    monkeypatch.setattr(current_platform, "ray_device_key", "GPU")
+    noticed_at_once = {"RAY_health_check_period_ms": "300"}
+    with ExitStack() as stack, cluster(vllm_cache, *ONE, **noticed_at_once) as settings:
+        address = settings["RAY_ADDRESS"]
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        yield lambda: stack.enter_context(node(settings, "--address", address, *ONE))
+
+
+def test_a_mesh_over_two_hosts_gives_what_one_gives_and_survives_the_loss_of_one(
+    tiny_checkpoint_fp32: Path, start_second: Callable[[], subprocess.Popen[bytes]]
+) -> None:
+    second = start_second()
+    with Cosmos3(tiny_checkpoint_fp32, **MESH) as model:
+        local = model.generate(**REQUEST).video
+
+    def lose_the_second(progress: Progress) -> None:
+        if progress.step == 1:
+            kill(second)
+
+    with Cosmos3(tiny_checkpoint_fp32, **MESH, distributed_executor_backend="ray") as model:
+        assert np.array_equal(model.generate(**REQUEST).video, local)
+        reason = r"a worker process ended in step: the Ray cluster has lost \S+, the host of rank 1"
+        with pytest.raises(WorkerDied, match=reason):
+            model.generate(**REQUEST | LONG, progress=lose_the_second)
+        start_second()
+        assert np.array_equal(model.generate(**REQUEST).video, local)
