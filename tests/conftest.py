@@ -18,6 +18,7 @@ import torch
 from hypothesis import settings
 from lora_files import of_reasoner
 from ranks import Ranks
+from s3_server import BUCKET, s3_server
 from servers import ARCHITECTURE, BIN, SMALL, Server, end_servers, running
 
 from vllm_cosmos3.checkpoint.synthetic import write_checkpoint
@@ -188,6 +189,15 @@ def vllm_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "vllm-cache"
     folder.mkdir(exist_ok=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """URL of a bucket on an S3 server of this machine, which is that of the environment from then on."""
+    with s3_server() as settings, pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        yield f"s3://{BUCKET}"
 
 
 @pytest.fixture(scope="session")

@@ -407,6 +407,32 @@ def test_inputs_and_results_of_other_file_systems(
     assert "secret" not in capsys.readouterr().err
 
 
+def test_inputs_and_results_on_s3(
+    tiny_checkpoint: Path, s3: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With the credentials of the environment, which are said and recorded nowhere."""
+    system = fsspec.filesystem("s3")
+    records = [{**FAST, "name": "a"}, {**FAST, "name": "b", "prompt": "a kite"}]
+    system.pipe_file(f"{s3}/in/x.jsonl", "\n".join(map(json.dumps, records)).encode())
+    command = ["generate", str(tiny_checkpoint), "--input", f"{s3}/in/*.jsonl"]
+    command += ["--out", f"{s3}/out", "--resume"]
+    assert main(command) == 0
+    bucket = s3.removeprefix("s3://")
+    files = ("sample_args.json", "sample_outputs.json", "vision.mp4")
+    made = [f"{bucket}/out/{name}/{file}" for name in ("a", "b") for file in files]
+    assert sorted(system.find(f"{s3}/out")) == [*made, f"{bucket}/out/index.jsonl"]
+    lines = [json.loads(line) for line in system.cat_file(f"{s3}/out/index.jsonl").splitlines()]
+    assert {line["name"]: line["status"] for line in lines} == {"a": "success", "b": "success"}
+    assert main(command) == 0
+    said = capfd.readouterr()
+    assert "2 of 2 records were finished before" in said.err
+    system.invalidate_cache()
+    everything = b"".join(map(system.cat_file, system.find(f"{s3}/out")))
+    for secret in (os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]):
+        assert secret not in said.out + said.err
+        assert secret.encode() not in everything
+
+
 @pytest.mark.filterwarnings("ignore")  # of the reader, which leaves its files to be collected
 def test_results_in_shards_of_webdataset(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
