@@ -54,7 +54,7 @@ def continuing(server: Server, job: dict[str, Any]) -> tuple[int, str]:
 
 
 def test_jobs_outlive_servers(tiny_checkpoint: Path, vllm_cache: Path, tmp_path: Path) -> None:
-    """A server is killed; two others share its storage; one of them is asked to stop."""
+    """A server is killed; two others, one with replicas, share its storage; one of them is asked to stop."""
 
     def start(stack: ExitStack, *flags: str) -> Server:
         return stack.enter_context(generator(tiny_checkpoint, tmp_path, vllm_cache, *flags))
@@ -67,7 +67,7 @@ def test_jobs_outlive_servers(tiny_checkpoint: Path, vllm_cache: Path, tmp_path:
         waiting = create(killed, **LONG)
         os.killpg(killed.pid, signal.SIGKILL)
 
-        first = start(stack)
+        first = start(stack, "--data-parallel-size", "2")
         assert job_of(first, done) == done
         assert content(first, done).status_code == 200
         for lost in (cut, waiting):
