@@ -53,8 +53,8 @@ from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
 from vllm_cosmos3.generator.output import Output, Sample
 from vllm_cosmos3.generator.pipeline import Pipeline
 from vllm_cosmos3.parallel.graphs import ON_MESHES, Recording, few
+from vllm_cosmos3.parallel.host_copy import free_caches
 from vllm_cosmos3.parallel.mesh import check_degrees
-from vllm_cosmos3.parallel.offload import free_caches
 from vllm_cosmos3.progress import Report
 from vllm_cosmos3.request.plan import Plan
 from vllm_cosmos3.request.planner import make_plan
