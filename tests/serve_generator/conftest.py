@@ -67,7 +67,7 @@ def guarded_server(
     ]
     folder = tmp_path_factory.mktemp("guarded")
     flags += ["--lora", f"{adapter(folder / 'snow', distilled_checkpoint)}:0.5"]
-    flags += ["--weight-transfer", "files"]
+    flags += ["--weight-transfer", "files", "--weight-update-timeout", "6"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", path)
         with generator(distilled_checkpoint, folder, vllm_cache, *flags) as server:

@@ -166,6 +166,15 @@ class Options:
         low=0,
         high=1e6,
     )
+    weight_update_timeout: float = _option(
+        600.0,
+        "load",
+        "float",
+        "time without a call of the trainer after which a weight update is given up, with the old weights; 0: never",
+        unit="seconds",
+        low=0,
+        high=1e6,
+    )
     allowed_local_media_path: str = _option(
         "", "inputs", "text", "folder that file:// URLs may read (default: none)"
     )

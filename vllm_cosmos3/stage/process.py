@@ -30,6 +30,7 @@ from vllm_cosmos3.errors import (
     Cancelled,
     Cosmos3Error,
     DeadlineExceeded,
+    InvalidRequest,
     OutOfMemory,
     WorkerDied,
 )
@@ -143,6 +144,7 @@ class Status:
     """``state`` is starting, ready, sleeping, updating, recovering, draining or failed.
 
     ``weights`` is the version that a trainer has given its last update, None where there was none.
+    ``given_up`` counts the updates that ended because nothing was heard of the trainer any more.
 
     ``loaded`` counts the values of the checkpoint that are in place while the ranks start. ``call``
     is what all ranks are computing, if anything, for ``call_seconds`` so far.
@@ -155,6 +157,7 @@ class Status:
     limit: int = 0
     restarts: int = 0
     weights: str | None = None
+    given_up: int = 0
     loaded: int = 0
     call: str = ""
     call_seconds: float = 0.0
@@ -216,6 +219,9 @@ class StageCore:
         self._maintenance: list[Maintenance] = []
         self._paused = ""  # why no request may run: sleeping, updating
         self._weights: str | None = None
+        self._heard = 0.0  # when the last call of an update ended
+        self._given_up = 0
+        self._late = False  # whether the trainer does not know yet that its update was given up
         self._clients: set[bytes] = set()
         self._state = "starting"
         self._restarts = 0
@@ -266,6 +272,7 @@ class StageCore:
             self._executor.healthy = False
             self._replace_ranks()
         self._release()
+        self._end_silent_update()
         if self._maintenance and not self._scheduler.resident:
             self._maintain(self._maintenance.pop(0))
             return True
@@ -290,6 +297,7 @@ class StageCore:
         """Make a call between requests, and tell who waits for it."""
         name, method = one.call.job, one.call.method
         try:
+            self._check_in_time(method)
             value = self._call(method, *one.call.args)[0]
         except Cosmos3Error as error:
             logger.error("%s failed: %s", method, error)
@@ -300,10 +308,38 @@ class StageCore:
                 self._replace_ranks()
             return
         self._paused = PAUSES.get(method, self._paused)
+        self._heard = time.monotonic()
+        if method == "start_weight_update":
+            self._late = False
         if method == "finish_weight_update":
             (self._weights,) = one.call.args
         self._send_all(self._status())
         self._send(one.client, Done(name, value))
+
+    def _end_silent_update(self) -> None:
+        """Give an update up whose trainer has gone away."""
+        limit = self._setup.stage.update_timeout
+        over = time.monotonic() - self._heard > limit
+        if self._paused == "updating" and over and not self._maintenance:
+            logger.warning(
+                "the weight update is given up: no call of the trainer for %g s; the old weights are back",
+                limit,
+            )
+            self._given_up += 1
+            self._late = True
+            self._abort_update()
+            if not self._executor.healthy:
+                self._replace_ranks()
+
+    def _check_in_time(self, method: str) -> None:
+        """Tell a trainer that comes back too late what has become of its update."""
+        if method in ENDING and self._late:
+            limit = self._setup.stage.update_timeout
+            possible = (
+                "called after start_weight_update again: the update was given up, with the old "
+                f"weights, after {limit:g} s without a call"
+            )
+            raise InvalidRequest(method, "called", possible, "conflict")
 
     def _abort_update(self) -> None:
         """What goes wrong in an update ends it, on all ranks: they have the weights of before."""
@@ -554,6 +590,7 @@ class StageCore:
             limit=self._setup.queue.max_waiting,
             restarts=self._restarts,
             weights=self._weights,
+            given_up=self._given_up,
             loaded=slowest(self._setup.folder),
             call=self._calling,
             call_seconds=time.monotonic() - self._call_started if self._calling else 0.0,

@@ -166,6 +166,7 @@ class Replicas(Stages):
             limit=self._queue.max_waiting,
             restarts=sum(status.restarts for status in found),
             weights=found[0].weights if len({one.weights for one in found}) == 1 else None,
+            given_up=max(status.given_up for status in found),
             loaded=max(status.loaded for status in found),
             call=busiest.call,
             call_seconds=busiest.call_seconds,

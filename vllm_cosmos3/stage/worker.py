@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import importlib
 import logging
+import math
 import os
 import pickle
 import threading
@@ -69,7 +70,8 @@ class StageConfig:
     local processes, "uni" for the calling process, "ray", "external_launcher" under torchrun.
     In ``scratch``, where it is given, ranks say how much they have loaded, and that they live.
     Seconds: ``timeout`` until a call that does not answer is taken for hung, unless ``call_limits``
-    has others for the call's name; ``grace`` that other ranks have to answer once one has failed.
+    has others for the call's name; ``grace`` that other ranks have to answer once one has failed;
+    ``update_timeout`` without a call of the trainer after which a weight update is given up.
     """
 
     engine: EngineConfig
@@ -78,6 +80,7 @@ class StageConfig:
     timeout: float = 1800.0
     call_limits: Mapping[str, float] = field(default_factory=dict)
     grace: float = 2.0
+    update_timeout: float = math.inf
     scratch: Path | None = None
 
 

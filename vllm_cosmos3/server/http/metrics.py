@@ -44,6 +44,11 @@ class Metrics:
         self.sleeping = Gauge(
             "cosmos3:sleeping", "1 while the weights rest in host memory", multiprocess_mode="max"
         )
+        self.given_up = Gauge(
+            "cosmos3:weight_updates_given_up",
+            "weight updates that ended because their trainer was silent",
+            multiprocess_mode="max",
+        )
         self.stored = Gauge(
             "cosmos3:stored_bytes", "bytes of stored results", multiprocess_mode="max"
         )

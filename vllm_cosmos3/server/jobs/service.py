@@ -7,6 +7,7 @@ One service per API process.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
 from collections.abc import Callable
@@ -38,6 +39,8 @@ from vllm_cosmos3.stage.replicas import start_stages
 from vllm_cosmos3.stage.runners import check_sessions, stage_name
 from vllm_cosmos3.stage.scheduler import QueueConfig
 from vllm_cosmos3.stage.worker import StageConfig
+
+TRAINED = ("init_weight_transfer_engine", "update_weights")  # calls in which ranks wait for a trainer
 
 
 class Service:
@@ -137,6 +140,7 @@ class Service:
         metrics().running.set(status.running)
         metrics().waiting_seconds.set(status.waiting_seconds)
         metrics().sleeping.set(status.state == "sleeping")
+        metrics().given_up.set(status.given_up)
         return status
 
     def replicas(self) -> list[dict[str, Any]]:
@@ -193,12 +197,16 @@ def _start_stages(sizing: Sizing, options: Options) -> Stages:
     if options.generator_devices:
         # This process computes nothing, and the reasoner's processes have started before.
         os.environ["CUDA_VISIBLE_DEVICES"] = options.generator_devices
+    limits, update_timeout = read_call_limits(options.call_limits), options.weight_update_timeout
+    if update_timeout and sizing.engine.weight_transfer in ("nccl", "ipc"):
+        limits |= dict.fromkeys(TRAINED, update_timeout)
     return start_stages(
         StageConfig(
             engine=sizing.engine,
             stage=STAGE if sizing.model.causal is None else stage_name(sizing.model),
             backend=sizing.engine.distributed_executor_backend or "mp",
-            call_limits=read_call_limits(options.call_limits),
+            call_limits=limits,
+            update_timeout=update_timeout or math.inf,
         ),
         QueueConfig(
             # Requests of robots are alike: in turns each of them would take as long as all.
