@@ -21,8 +21,8 @@ from vllm_cosmos3.robots import droid
 from vllm_cosmos3.server.guardrails import Guardrails
 from vllm_cosmos3.server.http.api_errors import ApiError
 from vllm_cosmos3.server.http.metrics import metrics
+from vllm_cosmos3.server.jobs import artifacts, chunks
 from vllm_cosmos3.server.jobs.admission import Admission
-from vllm_cosmos3.server.jobs.artifacts import STAGE
 from vllm_cosmos3.server.jobs.clock import Clock
 from vllm_cosmos3.server.jobs.estimates import ThroughputEstimate
 from vllm_cosmos3.server.jobs.inference import Inference
@@ -36,11 +36,14 @@ from vllm_cosmos3.server.options import Options, read_call_limits
 from vllm_cosmos3.stage.job import Stages
 from vllm_cosmos3.stage.process import Status
 from vllm_cosmos3.stage.replicas import start_stages
-from vllm_cosmos3.stage.runners import check_sessions, stage_name
+from vllm_cosmos3.stage.runners import check_sessions
 from vllm_cosmos3.stage.scheduler import QueueConfig
 from vllm_cosmos3.stage.worker import StageConfig
 
-TRAINED = ("init_weight_transfer_engine", "update_weights")  # calls in which ranks wait for a trainer
+TRAINED = (
+    "init_weight_transfer_engine",
+    "update_weights",
+)  # calls in which ranks wait for a trainer
 
 
 class Service:
@@ -91,6 +94,7 @@ class Service:
                 self.model,
                 prompts.load_tokenizer(self.model.path),
                 self.stage,
+                guardrails,
                 self.check_open,
                 limit=options.max_sessions,
                 deadline=options.sync_deadline,
@@ -203,7 +207,7 @@ def _start_stages(sizing: Sizing, options: Options) -> Stages:
     return start_stages(
         StageConfig(
             engine=sizing.engine,
-            stage=STAGE if sizing.model.causal is None else stage_name(sizing.model),
+            stage=artifacts.STAGE if sizing.model.causal is None else chunks.STAGE,
             backend=sizing.engine.distributed_executor_backend or "mp",
             call_limits=limits,
             update_timeout=update_timeout or math.inf,

@@ -12,8 +12,10 @@ from vllm_cosmos3.errors import Busy, Cosmos3Error
 from vllm_cosmos3.generator.output import Output
 from vllm_cosmos3.request import prompts
 from vllm_cosmos3.request.world import ChunkPlan, SessionRequest, World, make_world
-from vllm_cosmos3.server.http.api_errors import slug
+from vllm_cosmos3.server.guardrails import Guardrails
+from vllm_cosmos3.server.http.api_errors import ApiError, slug
 from vllm_cosmos3.server.http.metrics import metrics
+from vllm_cosmos3.server.jobs.chunks import Refusal
 from vllm_cosmos3.stage.job import StageJob, Stages
 
 
@@ -25,6 +27,7 @@ class Worlds:
         model: ModelConfig,
         tokenizer: prompts.Tokenizer,
         stages: Stages,
+        guardrails: Guardrails,
         check_open: Callable[[], None],
         *,
         limit: int,
@@ -32,6 +35,7 @@ class Worlds:
     ) -> None:
         self.open, self.limit = 0, limit
         self._model, self._tokenizer, self._stages = model, tokenizer, stages
+        self._guardrails = guardrails
         self._check_open, self._deadline = check_open, deadline
 
     @asynccontextmanager
@@ -40,6 +44,7 @@ class Worlds:
 
         Raises:
             Busy: as many as may be are open.
+            ApiError: the guardrails refuse the prompt, or cannot judge it.
             Cosmos3Error: none can be opened now, or not this one.
         """
         self._check_open()
@@ -49,14 +54,23 @@ class Worlds:
         metrics().sessions.set(self.open)
         name = uuid.uuid4().hex
         try:
-            yield await asyncio.to_thread(make_world, request, self._model, self._tokenizer, name)
+            yield await asyncio.to_thread(self._begun, request, name)
         finally:
             self.open -= 1
             metrics().sessions.set(self.open)
             self._stages.release(name)
 
+    def _begun(self, request: SessionRequest, name: str) -> World:
+        """The session, if the guardrails let its prompt pass."""
+        self._guardrails.check({"prompt": request.prompt}, self._tokenizer, requested=None)
+        return make_world(request, self._model, self._tokenizer, name)
+
     async def run(self, world: World, plan: ChunkPlan) -> Output:
-        """The frames of a chunk. Cancelling this stops the stage's work, and the session stays where it was."""
+        """The frames of a chunk. Cancelling this stops the stage's work, and the session stays where it was.
+
+        Raises:
+            Cosmos3Error: it failed, or the guardrails refuse the frames.
+        """
         submitted = asyncio.ensure_future(
             asyncio.to_thread(self._stages.submit, plan, deadline=self._deadline)
         )
@@ -83,8 +97,10 @@ class Worlds:
         loop, end = asyncio.get_running_loop(), asyncio.Event()
         job.future.add_done_callback(lambda _: loop.call_soon_threadsafe(end.set))
         await end.wait()
-        output: Output = job.future.result()
-        return output
+        made: Output | Refusal = job.future.result()
+        if isinstance(made, Refusal):
+            raise ApiError(made.code, made.message)
+        return made
 
 
 def _abandon(submitted: asyncio.Future[StageJob]) -> None:

@@ -27,8 +27,8 @@ from PIL import Image
 from vllm_cosmos3.errors import Busy, Cosmos3Error, InvalidRequest
 from vllm_cosmos3.generator.output import Output
 from vllm_cosmos3.request.world import SessionRequest, World
+from vllm_cosmos3.server.http import keys
 from vllm_cosmos3.server.http.api_errors import slug
-from vllm_cosmos3.server.http.keys import API_KEY, BEARER, refused
 from vllm_cosmos3.server.jobs.service import Service
 from vllm_cosmos3.server.jobs.worlds import Worlds
 from vllm_cosmos3.server.routes.robots import (
@@ -90,8 +90,8 @@ class Event(msgspec.Struct):
 async def generate(socket: WebSocket) -> None:
     """Let a client in and serve its session, or say why not."""
     state = socket.app.state
-    if not state.cosmos3_keys.admit(socket.scope, BEARER, API_KEY):
-        await socket.send_denial_response(refused("websocket"))
+    if not state.cosmos3_keys.admit(socket.scope, keys.BEARER, keys.API_KEY):
+        await socket.send_denial_response(keys.refused("websocket"))
         return
     await socket.accept()
     service: Service | None = state.cosmos3
@@ -109,8 +109,6 @@ def _obstacle(service: Service | None) -> tuple[int, str]:
         return TRY_AGAIN_LATER, "the generator is loading"
     if service.worlds is None:
         return POLICY_VIOLATION, f"{service.names[0]} is no simulator"
-    if service.guardrails.state == "active":
-        return POLICY_VIOLATION, "guardrails are active here, and they check no session"
     return 0, ""
 
 
@@ -138,7 +136,8 @@ class Connection:
         except Busy as error:
             await self._end(POLICY_VIOLATION, error)
         except Cosmos3Error as error:
-            code = POLICY_VIOLATION if isinstance(error, InvalidRequest) else FAILED
+            refused = isinstance(error, InvalidRequest) or slug(error) == "guardrail_blocked"
+            code = POLICY_VIOLATION if refused else FAILED
             await self._end(code, error)
 
     async def _init(self) -> Init:
