@@ -565,6 +565,36 @@ def test_no_frame_is_shown_that_is_not_made_yet(tiny_checkpoint: Path, tmp_path:
     assert (first.image, second.image) == (str(tmp_path / "first.png"), None)
 
 
+def test_a_step_at_a_bound_of_an_interval_is_said(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """The framework's intervals are open, ours are closed: omni_mot_model.py, `lo < t < hi`.
+
+    The first timestep of the native schedule is 999, whatever the shift.
+    """
+    small = {"prompt": "a", "size": "64x64", "num_frames": 1, "num_inference_steps": 2}
+    file = batch(
+        tmp_path,
+        {"name": "met", **small, "guidance_interval": [400, 999]},
+        {"name": "missed", **small, "guidance_interval": [400, 1000]},
+        {"name": "unguided", **small, "guidance_interval": [400, 999], "guidance": 1},
+    )
+    command = ["generate", str(tiny_checkpoint), "--dry-run"]
+    options = run_options(whole_parser(["generate"]).parse_args(command))
+    checker = Checker(planner(EngineOptions(tiny_checkpoint)), options)
+    found = {
+        sample.record.name: [text for text in sample.warnings if "bound" in text]
+        for record in read_batch([str(file)], {}).records
+        for sample in checker.check((record,)).samples
+    }
+    assert found == {
+        "met": [
+            "guidance_interval [400, 999] has step 1 (timestep 999) at a bound: it is guided here, and "
+            "not in the Cosmos Framework, which leaves bounds out"
+        ],
+        "missed": [],
+        "unguided": [],
+    }
+
+
 class NoVowels(Reasoner):
     """Answers with the question, if it has no vowel."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +21,8 @@ from vllm_cosmos3.batch.downloads import Downloads
 from vllm_cosmos3.batch.files import Unit
 from vllm_cosmos3.batch.locations import is_url, redacted, shown
 from vllm_cosmos3.batch.records import REASONER, Record, Refused
-from vllm_cosmos3.cli.run_options import RunOptions
+from vllm_cosmos3.cli.framework_bounds import steps_at_bounds
+from vllm_cosmos3.cli.run_options import Planner, RunOptions
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.request.controls import CONTROLS
 from vllm_cosmos3.request.questions import QUESTION, Question, question_of
@@ -78,7 +79,7 @@ class Checked:
 class Checker:
     """Checks records with everything but the weights."""
 
-    def __init__(self, plan: Callable[[GenerateRequest], Plan], options: RunOptions) -> None:
+    def __init__(self, plan: Planner, options: RunOptions) -> None:
         self._plan, self._options = plan, options
 
     def check(self, unit: Unit) -> Checked:
@@ -140,12 +141,18 @@ class Checker:
             record=record,
             request=request,
             effective={"name": record.name, **_effective(request, planned), **urls},
-            warnings=(*record.warnings, *(planned.warnings if planned else ())),
+            warnings=(*record.warnings, *self._warnings(fields, planned)),
             digest=_digest(record, fields, before, self._options),
             continued=continued,
             urls=urls,
             upsampling=upsampling,
         )
+
+    def _warnings(self, fields: Mapping[str, Any], planned: Plan | None) -> tuple[str, ...]:
+        if planned is None:
+            return ()
+        scheduler = self._plan.model.scheduler
+        return (*planned.warnings, *steps_at_bounds(fields, planned, scheduler))
 
     def _planned(
         self, record: Record, fields: Mapping[str, Any], before: BatchSample | None

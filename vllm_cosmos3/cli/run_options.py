@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,9 +14,11 @@ from vllm_cosmos3.request.request import GenerateRequest
 from vllm_cosmos3.stage.launcher import EXTERNAL, launched
 
 if TYPE_CHECKING:  # vLLM, which --help should not wait for
+    from vllm_cosmos3.checkpoint.config import ModelConfig
     from vllm_cosmos3.engine import Cosmos3
     from vllm_cosmos3.reasoner.offline import Reasoner
     from vllm_cosmos3.request.plan import Plan
+    from vllm_cosmos3.request.prompts import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,17 +96,28 @@ class RunOptions:
         return replace(self, engine=engine, reasoner_ranks=ranks)
 
 
-def planner(engine: EngineOptions) -> Callable[[GenerateRequest], Plan]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planner:
     """Plans requests with everything but the weights: a mistake should not wait for them."""
+
+    model: ModelConfig
+    tokenizer: Tokenizer
+
+    def __call__(self, request: GenerateRequest) -> Plan:
+        from vllm_cosmos3.request.planner import make_plan
+
+        return make_plan(request, self.model, self.tokenizer)
+
+
+def planner(engine: EngineOptions) -> Planner:
+    """The planner of a checkpoint, of which all but the weights is fetched if need be."""
     from vllm_cosmos3.checkpoint.config import read_config
     from vllm_cosmos3.checkpoint.hub import resolve
-    from vllm_cosmos3.request.planner import make_plan
     from vllm_cosmos3.request.prompts import load_tokenizer
 
     folder = resolve(engine.model, engine.revision, weights=False)
     config = engine.applied(read_config(folder, engine.checkpoint_kind))
-    tokenizer = load_tokenizer(config.path)
-    return lambda request: make_plan(request, config, tokenizer)
+    return Planner(model=config, tokenizer=load_tokenizer(config.path))
 
 
 def open_generator(engine: EngineOptions) -> Cosmos3:
