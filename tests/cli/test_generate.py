@@ -180,14 +180,46 @@ def test_print_defaults(capsys: pytest.CaptureFixture[str]) -> None:
         "text2video",
         "image2video",
         "video2video",
+        "actions",
     ]
     rows = {line.split()[0]: line.split()[1:] for line in lines if len(line.split()) > 1}
-    assert rows["guidance_scale"] == ["4", "6", "6", "6", "6"]
-    assert rows["num_frames"] == ["1", "1", "189", "189", "189"]
-    assert rows["negative_metadata_mode"] == ["same"] * 5
+    assert rows["guidance_scale"] == ["4", "6", "6", "6", "6", "1"]
+    assert rows["num_frames"] == ["1", "1", "189", "189", "189", "-"]
+    assert rows["negative_metadata_mode"] == [*["same"] * 5, "none"]
     assert rows["seg"] == ["2", "3", "93", "5000"]
     assert rows["wsm"] == ["3", "1", "101", "101"]
     assert rows["umi"] == ["10", "20", "16", "256", "wrist_view"]
+
+
+def test_print_defaults_of_a_checkpoint(
+    tiny_edge_fp32: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Edge: 832x480, 121 frames, guidance 5, shift 3; pictures 640x640 with guidance 7 (OM's and SG's numbers)."""
+
+    def table(*words: object) -> dict[str, list[str]]:
+        assert generate(*words, "--print-defaults") == 0
+        lines = [line.split() for line in capsys.readouterr().out.splitlines() if line]
+        assert lines[0]
+        return {line[0]: line[1:] for line in lines} | {"modes": lines[0]}
+
+    edge = table(tiny_edge_fp32)
+    assert edge["modes"] == ["text2image", "text2video", "image2video", "video2video", "actions"]
+    assert edge["width"] == ["640", "832", "832", "832", "-"]
+    assert edge["num_frames"] == ["1", "121", "121", "121", "-"]
+    assert edge["guidance_scale"] == ["7", "5", "5", "5", "1"]
+    assert edge["flow_shift"] == ["3", "3", "3", "3", "5"]
+    assert "wsm" not in edge  # it has no transfer
+    policy = table(tiny_edge_fp32, "--checkpoint-kind", "edge-policy-droid")
+    assert (policy["modes"], policy["num_inference_steps"]) == (["actions"], ["4"])
+    assert policy["guidance_interval"] == ["960,1001"]
+    assert main(["make-checkpoint", str(tmp_path / "d"), "--kind", "distilled-i2v"]) == 0
+    capsys.readouterr()
+    distilled = table(tmp_path / "d")
+    assert distilled["modes"] == ["image2video"]
+    assert (distilled["num_inference_steps"], distilled["guidance_scale"]) == (["4"], ["1"])
+    assert main(["make-checkpoint", str(tmp_path / "s"), "--kind", "sim-bimanual"]) == 0
+    capsys.readouterr()
+    assert table(tmp_path / "s")["history"] == ["226"]
 
 
 def test_a_reader_that_has_gone_is_no_traceback(vllm_cache: Path) -> None:

@@ -89,7 +89,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image-quality", type=integer, metavar="N", help="JPEG/WebP quality, 0 to 100 (default: 95)")  # fmt: skip
     add("--timings-json", type=Path, metavar="FILE", help="also write the timings to this file")
     add("--dry-run", action="store_true", help="print the resolved parameters as JSON, load no weights")  # fmt: skip
-    add("--print-defaults", action="store_true", help="print the defaults of every mode and exit")
+    add(
+        "--print-defaults",
+        action="store_true",
+        help="print the defaults of every mode, of MODEL if it is given, and exit",
+    )
     add = parser.add_argument_group("batch files").add_argument
     add("-i", "--input", nargs="+", metavar="FILE", help="JSON, JSONL or YAML files of records, globs or URLs")  # fmt: skip
     add("--resume", action="store_true", help="skip records with results in --out; joins a running command")  # fmt: skip
@@ -132,10 +136,29 @@ BESIDE = {  # flags that are no fields, after the field that they belong to
 }
 
 
+def _defaults(args: argparse.Namespace) -> str:
+    """The defaults of the checkpoint that is named, or of one that has them all."""
+    from vllm_cosmos3.checkpoint.config import read_config
+    from vllm_cosmos3.checkpoint.hub import resolve
+
+    model = _model(args)
+    if model is None:
+        return defaults_table(args.checkpoint_kind or "base")
+    config = read_config(resolve(model, args.revision, weights=False), args.checkpoint_kind)
+    fixed = config.scheduler.t_list
+    return defaults_table(config.kind, None if fixed is None else len(fixed))
+
+
+def _model(args: argparse.Namespace) -> str | None:
+    """The checkpoint, in whichever words it was named."""
+    named: str | None = args.model or args.checkpoint or args.phyai_checkpoint
+    return named
+
+
 def run(args: argparse.Namespace) -> int:
     """Make one sample, or those of batch files. Returns 0, or what `batch.run` returns."""
     if args.print_defaults:
-        print(defaults_table())
+        print(_defaults(args))
         return 0
     options = run_options(args)
     if options is None:  # other ranks do all of it
@@ -214,7 +237,7 @@ def run_options(args: argparse.Namespace) -> RunOptions | None:
     from vllm_cosmos3.generator.formats import IMAGE_SUFFIXES
     from vllm_cosmos3.generator.output import CRF, QUALITY
 
-    model = args.model or args.checkpoint or args.phyai_checkpoint
+    model = _model(args)
     if model is None:
         raise InvalidRequest("model", None, "a checkpoint folder or repository", "missing_required")
     if args.out is None and not args.dry_run:
