@@ -6,6 +6,7 @@ are downloaded while the engine starts.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -122,3 +123,28 @@ def test_each_missing_tensor_is_named(
 def test_dummy_weights_need_no_files(vllm_config: Any, tmp_path: Path) -> None:
     model = load(vllm_config, tmp_path, load_format="dummy")
     assert all(torch.isfinite(weight).all() for weight in model.parameters())
+
+
+def test_each_missing_tensor_of_edge_is_named(
+    vllm_config: Any, tiny_edge_fp32: Path, tmp_path: Path
+) -> None:
+    """One of each name of a layer, and all outside of the layers."""
+    from vllm.config import set_current_vllm_config
+    from vllm.engine.arg_utils import EngineArgs
+
+    config = EngineArgs(
+        model=str(tiny_edge_fp32),
+        hf_overrides={"architectures": [ARCHITECTURE]},
+        enforce_eager=True,
+        max_model_len=512,
+    ).create_engine_config()
+    names = expected_tensors(read_json(tiny_edge_fp32 / "config.json"))
+    chosen = {name: e for name, e in names.items() if not re.search(r"layers\.[1-9]", name)}
+    assert {"layers.0.mlp.up_proj.weight", "model.projector.linear_fc1.weight"} <= chosen.keys()
+    broken = Breakable(tiny_edge_fp32, tmp_path / "broken")
+    with set_current_vllm_config(config):
+        load(config, tiny_edge_fp32)
+        for name, where in chosen.items():
+            with pytest.raises(CheckpointError) as error:
+                load(config, broken.without(name))
+            assert str(error.value) == f"{name} is missing in {where.folder}/ of the checkpoint"
