@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -34,22 +34,19 @@ from training.rendering import pack, render
 from training.sampling import guided, sample
 from training.scenes import Canvas, Scene
 from training.shares import confirmed_shares
-from training.transformer import Shape, Transformer, compile_layers, uncompile_layers
+from training.transformer import (
+    Shape,
+    Transformer,
+    compile_layers,
+    is_text,
+    save_changed,
+    uncompile_layers,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LEVELS = (1.0, 15 / 16, 5 / 6, 5 / 8)  # of the published distilled models
 FPS = 16.0  # base rate by which image-to-video is told from the others
-TEXT = ("to_", "norm_q", "norm_k", "mlp.", "input_layernorm.", "post_attention_layernorm.")
 HELD_OUT = 20_000_000
-
-
-def is_text(name: str) -> bool:
-    """Whether a tensor belongs to the text tower alone, which the student shares with its teacher."""
-    if name.startswith(("embed_tokens", "lm_head", "norm.", "action_", "audio_")):
-        return True
-    inner = name.split(".", 2)[2] if name.startswith("layers.") else name
-    inner = inner.removeprefix("self_attn.")
-    return inner.startswith(TEXT) and not inner.startswith("to_add_out")
 
 
 def path_from(level: float, steps: int, shift: float) -> list[float]:
@@ -176,15 +173,10 @@ def main(argv: list[str] | None = None) -> None:
     if ranks.rank():  # all have the same weights: one scores them
         return
     uncompile_layers(student)
-    changed = {
-        name: p.detach().to(torch.bfloat16).contiguous()
-        for name, p in student.named_parameters()
-        if p.requires_grad
-    }
-    save_file(changed, out / "changed.safetensors", {"format": "pt"})
-    with torch.no_grad():
-        for name, p in student.named_parameters():
-            p.copy_(changed.get(name, p).float())
+    save_changed(student, out)
+    with torch.no_grad():  # judged as they are stored
+        for p in student.parameters():
+            p.copy_(p.to(torch.bfloat16).float())
     log |= {"scores": judge(student, codec, tokenizer, canvas, a.judged), "arguments": vars(a)}
     (out / "distil.json").write_text(json.dumps(log))
     print(json.dumps(log["scores"]), f"{time.time() - began:.0f} s", flush=True)

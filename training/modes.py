@@ -1,6 +1,6 @@
 """Further modes of the towers, as kinds of steps beside video after text.
 
-``--modes pictures sizes actions transfer sound`` of `train_towers` adds them. Each draws its scenes before
+``--modes pictures sizes actions policy transfer sound`` of `train_towers` adds them. Each draws its scenes before
 CUDA starts, encodes them with the trained autoencoder, and has losses whose turn comes every so many steps.
 """
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from training.train_towers import Parts
 
+FORWARD, INVERSE, POLICY = range(3)  # rows to clip, clip to rows, both
 LONG = 2 * CHUNK + 1  # frames of the scenes whose windows teach actions
 EDGES = (100, 200)  # of Canny's hysteresis: the package's preset of medium strength
 CANVASES = {
@@ -134,7 +135,9 @@ def _acted_chunk(
     return [packed.things.numpy(), packed.gripper.numpy(), packed.tone.numpy()], rows, texts
 
 
-def _action_losses(parts: Parts, drawn: list[Any], a: Namespace) -> list[Callable[[], Tensor]]:
+def _action_losses(
+    tasks: tuple[int, ...], parts: Parts, drawn: list[Any], a: Namespace
+) -> list[Callable[[], Tensor]]:
     codec, width = parts.codec, parts.model.shape.action
     packed = Packed(*(torch.from_numpy(np.concatenate([d[0][i] for d in drawn])) for i in range(3)))
     canvas = parts.pool.canvas
@@ -144,20 +147,23 @@ def _action_losses(parts: Parts, drawn: list[Any], a: Namespace) -> list[Callabl
     pool = ActionPool(
         latents, F.pad(rows, (0, width - WIDTH)), ids.to(codec.device), lengths.to(codec.device)
     )
-    return [partial(action_loss, parts, pool, max(2, a.batch // 2), a.shift)]
+    return [partial(action_loss, parts, pool, max(2, a.batch // 2), a.shift, tasks)]
 
 
-def action_loss(parts: Parts, pool: ActionPool, batch: int, shift: float) -> Tensor:
-    """Error of the velocities of clips and rows: forward dynamics, inverse dynamics and policy alike."""
+def action_loss(
+    parts: Parts, pool: ActionPool, batch: int, shift: float, tasks: tuple[int, ...]
+) -> Tensor:
+    """Error of the velocities of clips and rows, whose ``tasks`` are drawn for each clip alike."""
     model, device = parts.model, pool.latents.device
     with torch.no_grad():
         index = (torch.rand(batch, device=device) * len(pool.latents)).long()
         clean, rows = pool.latents[index].float(), pool.rows[index]
         sigma = drawn_levels(batch, shift, device)
-        mode = (torch.rand(batch, 1, device=device) * 3).long()  # forward, inverse, policy
+        choices = torch.tensor(tasks, device=device)
+        task = choices[(torch.rand(batch, 1, device=device) * len(tasks)).long()]
         frames = torch.arange(clean.shape[1], device=device)
-        known_frames = (frames == 0) | (mode == 1)
-        known_rows = (mode == 0).expand(-1, rows.shape[1])
+        known_frames = (frames == 0) | (task == INVERSE)
+        known_rows = (task == FORWARD).expand(-1, rows.shape[1])
         fps = torch.full((batch,), float(FPS), device=device)
         streams = (
             Video(clean, known_frames, fps),
@@ -352,7 +358,8 @@ def _encoded_parts(
 MODES = {
     "pictures": Mode(partial(_draw_sized, "pictures"), partial(_sized_losses, "pictures", 3.0), 7),
     "sizes": Mode(partial(_draw_sized, "sizes"), partial(_sized_losses, "sizes", 8.0), 8),
-    "actions": Mode(_draw_actions, _action_losses, 3),
+    "actions": Mode(_draw_actions, partial(_action_losses, (FORWARD, INVERSE, POLICY)), 3),
+    "policy": Mode(_draw_actions, partial(_action_losses, (POLICY,)), 3),
     "transfer": Mode(_draw_transfer, _transfer_losses, 5),
     "sound": Mode(_draw_sounds, _sound_losses, 9),
 }

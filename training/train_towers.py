@@ -29,11 +29,18 @@ from training.optimisation import Kind, Plan, train
 from training.pools import Codec, Drawn, Pool, draw, make_pool
 from training.rendering import Packed, render
 from training.scenes import Canvas
-from training.transformer import Shape, Transformer, compile_layers, uncompile_layers
+from training.transformer import (
+    Shape,
+    Transformer,
+    compile_layers,
+    is_text,
+    save_changed,
+    uncompile_layers,
+)
 from training.vision import ChatFrame, Chats, VisionEncoder, VisionShape, hidden_states
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-UNTRAINED = {"actions": "action_", "sound": "audio_"}  # tensors that rest unless the mode is taught
+UNTRAINED = {("actions", "policy"): "action_", ("sound",): "audio_"}  # rest unless a mode is taught
 SHARDS = {"transformer": 2, "vision": 1}  # files of less than 16 MiB
 
 
@@ -92,9 +99,11 @@ def assemble(a: argparse.Namespace, drawn: Drawn, canvas: Canvas) -> Parts:
     if started:
         model.load_state_dict({k: started[k] for k in model.state_dict()})
         vision.load_state_dict({k: started[k] for k in vision.state_dict()})
-    rest = tuple(prefix for mode, prefix in UNTRAINED.items() if mode not in a.modes)
+    rest = tuple(prefix for modes, prefix in UNTRAINED.items() if not {*modes} & {*a.modes})
     for name, p in model.named_parameters():
-        p.requires_grad_(not (a.vision_only or name.startswith(rest)))
+        left = a.vision_only or name.startswith(rest) or (a.changed and is_text(name))
+        p.requires_grad_(not left)
+    vision.requires_grad_(not a.changed)
     print(
         f"{len(pool.latents)} clips encoded in {time.time() - began:.1f} s, latents "
         f"{tuple(pool.latents.shape)} std {pool.latents[:4096].float().std():.3f}, texts of "
@@ -127,6 +136,8 @@ def losses(parts: Parts, a: argparse.Namespace, held: Tensor) -> list[Kind]:
     def structured() -> Tensor:
         return flow_loss(parts.model, parts.pool, a.batch, flow, structured=True)
 
+    if a.changed:
+        return []
     if a.vision_only:
         return [Kind(chatting)]
     kinds = [Kind(plain)]
@@ -161,11 +172,14 @@ def main() -> None:
         warmup=a.warmup, ema=a.ema, label="towers", every=a.every,
     )  # fmt: skip
     kinds = [*losses(parts, a, held), *kinds_of(parts, modes, a)]
-    log = train(named(parts), kinds, plan, lambda: save(parts, out))
+    log = train(named(parts), kinds, plan, None if a.changed else lambda: save(parts, out))
     ranks.leave()
     if ranks.rank():  # all have the same weights: one scores them
         return
     uncompile_layers(parts.model)
+    if a.changed:
+        save_changed(parts.model, out)
+        return
     save(parts, out)
     flowed, chatted = held.tolist()
     log |= {"flow_loss": flowed, "chat_loss": chatted, "arguments": vars(a)}
@@ -239,6 +253,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--every", type=int, default=1000)
     add("--workers", type=int, default=12 if DEVICE == "cuda" else 1)
     add("--vision-only", action="store_true", help="chats alone, and leave both towers")
+    add(
+        "--changed",
+        action="store_true",
+        help="the generation tower and --modes alone; leaves changed.safetensors",
+    )
     add("--compile", action="store_true")
     add("--flexible", action="store_true", help="attention as a Triton kernel")
     add(

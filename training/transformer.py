@@ -10,13 +10,17 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 
 from training.streams import Stream, Video
+
+_TEXT = ("to_", "norm_q", "norm_k", "mlp.", "input_layernorm.", "post_attention_layernorm.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +271,25 @@ class Transformer(nn.Module):
             tokens = layer.generate(tokens, table, text, lengths, self.attend)
         split = self.norm_moe_gen(tokens).split([part.shape[1] for part in parts], 1)
         return [stream.velocity(self, x) for stream, x in zip(streams, split, strict=True)]
+
+
+def is_text(name: str) -> bool:
+    """Whether a tensor rests where only the generation tower is trained: the text tower's, and the adapters."""
+    if name.startswith(("embed_tokens", "lm_head", "norm.", "action_", "audio_")):
+        return True
+    inner = name.split(".", 2)[2] if name.startswith("layers.") else name
+    inner = inner.removeprefix("self_attn.")
+    return inner.startswith(_TEXT) and not inner.startswith("to_add_out")
+
+
+def save_changed(model: Transformer, out: Path) -> None:
+    """The generation tower's tensors that were trained, for a checkpoint that differs from its base in them."""
+    changed = {
+        name: p.detach().to(torch.bfloat16).contiguous()
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+    save_file(changed, out / "changed.safetensors", {"format": "pt"})
 
 
 def rotary(places: Tensor, s: Shape) -> tuple[Tensor, Tensor]:

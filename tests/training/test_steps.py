@@ -17,7 +17,9 @@ from training.optimisation import Muon, orthogonalised
 from training.questions import ASK
 from training.scenes import Canvas
 from training.tokenizer import train_demo_tokenizer
+from training.transformer import is_text
 from vllm_cosmos3 import Cosmos3
+from vllm_cosmos3.errors import InvalidRequest
 
 SMALL = ["--size", "96", "64", "5", "--steps", "2", "--every", "1"]
 
@@ -74,7 +76,7 @@ def test_further_modes_are_taught_in_turns(
                       "--hops", "5", "--judged", "1"])  # fmt: skip
     files = [str(f) for f in sorted(parts.glob("transformer-*")) + sorted(parts.glob("vision-*"))]
     call(train_towers, str(tmp_path), str(parts), str(parts / "tokenizer.json"), "--size", "96", "64",
-         "5", "--steps", "20", "--every", "1", "--pool", "4", "--batch", "2", "--chats", "0",
+         "5", "--steps", "24", "--every", "1", "--pool", "4", "--batch", "2", "--chats", "0",
          "--structured-every", "0", "--muon-rate", "0", "--judged", "1", "--settings", "3,1,10,0", "--workers", "1",
          "--modes", *modes.MODES, "--sound", str(tmp_path / "sound.safetensors"), "--init", *files)  # fmt: skip
     log = json.loads((tmp_path / "towers.json").read_text())
@@ -105,7 +107,7 @@ def test_four_steps_are_distilled_into_a_checkpoint_of_their_kind(
                  "--batch", "4", "--path", "2", "--muon-rate", "0", "--judged", "2", "--workers", "1", "--init", *files])  # fmt: skip
     changed = load_file(tmp_path / "changed.safetensors")
     assert changed
-    assert not any(distil.is_text(name) for name in changed)
+    assert not any(is_text(name) for name in changed)
     assert sum(v.nbytes for v in changed.values()) <= 8 * 2**20
     base, made = tmp_path / "base", tmp_path / "demo-4step"
     export(base, [parts])
@@ -117,6 +119,33 @@ def test_four_steps_are_distilled_into_a_checkpoint_of_their_kind(
         )
     assert out.effective["num_inference_steps"] == 4
     assert out.video is not None
+
+
+def test_a_policy_is_what_differs_in_the_generation_tower(parts: Path, tmp_path: Path) -> None:
+    files = [str(f) for f in sorted(parts.glob("transformer-*")) + sorted(parts.glob("vision-*"))]
+    call(train_towers, str(tmp_path), str(parts), str(parts / "tokenizer.json"), *SMALL, "--pool", "4",
+         "--batch", "2", "--muon-rate", "0", "--workers", "1", "--modes", "policy", "--changed",
+         "--init", *files)  # fmt: skip
+    changed = load_file(tmp_path / "changed.safetensors")
+    assert changed
+    assert not any(is_text(name) for name in changed)
+    before = weights(parts)
+    assert not all(torch.equal(before[name], tensor) for name, tensor in changed.items())
+    export(tmp_path / "base", [parts])
+    derive(tmp_path / "policy", tmp_path / "base", tmp_path / "changed.safetensors", "policy-droid")
+    picture = torch.zeros(64, 96, 3, dtype=torch.uint8).numpy()
+    with Cosmos3(tmp_path / "policy", device="cpu") as model:
+        out = model.generate(
+            prompt="Lift it.",
+            action_mode="policy",
+            domain_name="umi",
+            image=picture,
+            size="96x64",
+            num_inference_steps=1,
+        )
+        with pytest.raises(InvalidRequest, match="policy"):
+            model.generate(prompt="a red square")
+    assert out.action is not None
 
 
 def test_the_decoder_goes_on_alone(parts: Path, tmp_path: Path) -> None:
