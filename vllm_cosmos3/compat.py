@@ -144,7 +144,7 @@ def name_text_architecture(config: Any) -> None:
 
 
 def has_edge_reasoner() -> bool:
-    """Whether vLLM has the model of Edge's reasoner; 0.26 has not."""
+    """Whether vLLM has the model of Edge's reasoner; 0.25 has not, 0.26 has."""
     return find_spec("vllm.model_executor.models.cosmos3_edge") is not None
 
 

@@ -94,7 +94,8 @@ def _fit_edge(multimodal: Any) -> None:
     """Take back what vLLM has concluded from our class, which is Qwen3-VL's: Edge's model cannot do it."""
     if not has_edge_reasoner():
         raise Unsupported(
-            "this vLLM has no model of Edge's reasoner; update it, or serve --surface generator"
+            "this vLLM has no model of Edge's reasoner, which 0.26 was the first to have; update it, or "
+            "serve --surface generator"
         )
     if getattr(multimodal, "video_pruning_rate", None):
         possible = "left out: Edge sees every frame whole"
