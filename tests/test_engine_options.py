@@ -42,6 +42,7 @@ def test_cosmos3_takes_the_documented_arguments() -> None:
         "gpu_memory_utilization": None,
         "lora": (),
         "lora_alpha": None,
+        "max_batch_size": 1,
         "weight_transfer": None,
         "checkpoint_kind": None,
         "progress": None,
@@ -118,6 +119,15 @@ def test_every_option_is_one_of_the_server_unless_vllm_has_it() -> None:
         "ulysses_degree": 2,
         "distributed_executor_backend": "ray",
     }
+
+
+def test_exact_requests_have_no_company_on_a_gpu() -> None:
+    options = EngineOptions("nvidia/Cosmos3-Nano", max_batch_size=8)
+    sizes = {
+        device: [options.on(Path("/"), device).batch_size(exact=exact) for exact in (True, False)]
+        for device in ("cpu", "cuda:1")
+    }
+    assert sizes == {"cpu": [8, 8], "cuda:1": [1, 8]}
 
 
 def test_the_server_takes_zero_and_nothing_for_what_is_not_set() -> None:

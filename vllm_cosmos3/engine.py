@@ -31,6 +31,7 @@ from vllm_cosmos3.generator.models.components import loaded_values
 from vllm_cosmos3.generator.output import Output, Progress, Report, Sample
 from vllm_cosmos3.media import Clip
 from vllm_cosmos3.parallel.attention import check_backend
+from vllm_cosmos3.request.batching import with_batch
 from vllm_cosmos3.request.fields import with_arguments
 from vllm_cosmos3.request.foreign_names import own_names
 from vllm_cosmos3.request.keywords import Keywords
@@ -142,7 +143,7 @@ class Cosmos3(Closing):
         self.device = device_of(options.device)
         config = options.on(resolve(options.model, options.revision), str(self.device))
         config = config.limited(_memory_of(self.device))
-        self._model = config.read_model()
+        self._config, self._model = config, config.read_model()
         self._tokenizer = load_tokenizer(config.model)
         self._shows = bars.are_seen() if options.progress is None else options.progress
         loading = bars.loading_bar(loaded_values(self._model)) if self._shows else _silent()
@@ -359,7 +360,10 @@ class Cosmos3(Closing):
 
     def _planned(self, request: GenerateRequest) -> Plan:
         with local_files(request) as local:
-            return make_plan(local, self._model, self._tokenizer)
+            plan = make_plan(local, self._model, self._tokenizer)
+        limit = self._config.batch_size(exact=plan.parameters.preset == "exact")
+        patch = self._model.transformer.latent_patch_size
+        return with_batch(plan, patch=patch, limit=limit)
 
     def _reports(
         self, progress: Shown, plans: Sequence[Plan], *, several: bool

@@ -217,6 +217,13 @@ class EngineOptions:
         high=1e6,
         help="alpha of adapters whose files do not say theirs",
     )
+    max_batch_size: int = _option(
+        1,
+        kind="int",
+        low=1,
+        high=64,
+        help="most small samples in one forward",
+    )
     weight_transfer: str | None = _option(
         kind="choice",
         choices=("files", "nccl", "ipc"),
@@ -225,7 +232,7 @@ class EngineOptions:
     )
     checkpoint_kind: str | None = _option(
         kind="text",
-        help=f"kind of checkpoint: {', '.join(KINDS)} (default: detected from its files)",
+        help=f"kind of checkpoint: {', '.join(KINDS)} (default: as detected)",
     )
 
     def __post_init__(self) -> None:
@@ -331,6 +338,13 @@ class EngineConfig(EngineOptions):
             raise InvalidRequest("gpu_memory_utilization", fraction, possible, "conflict")
         gib = fraction * device_bytes / 2**30
         return dataclasses.replace(self, gpu_memory_utilization=None, memory_limit=gib)
+
+    def batch_size(self, *, exact: bool) -> int:
+        """Most samples in one forward, of a request whose preset is exact or not.
+
+        On a GPU the kernel of a product depends on its number of rows, and so do the last bits.
+        """
+        return 1 if exact and self.device.split(":")[0] != "cpu" else self.max_batch_size
 
     def read_model(self) -> ModelConfig:
         """What the checkpoint says of itself, with what the options change.

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vllm_cosmos3.errors import InvalidRequest, Unsupported
-from vllm_cosmos3.parallel.attention import attend_in_turn, make_attend
+from vllm_cosmos3.parallel.attention import Sequences, attend_in_turn, make_attend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -50,6 +50,20 @@ def test_sdpa_is_attention(
     torch.testing.assert_close(
         actual.double(), definition(q, k, v, causal=causal), atol=1e-5, rtol=0
     )
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 7), st.integers(1, 9)), min_size=1, max_size=5))
+def test_several_sequences_attend_to_themselves_alone(lengths: list[tuple[int, int]]) -> None:
+    queries, keys = zip(*lengths, strict=True)
+    generator = torch.Generator().manual_seed(len(lengths))
+    q = torch.randn(sum(queries), 4, 16, generator=generator)
+    k, v = (torch.randn(sum(keys), 2, 16, generator=generator) for _ in range(2))
+    attend = make_attend("sdpa", device=CPU, dtype=torch.float32, head_dim=16)
+    together = attend(q, k, v, causal=False, sequences=Sequences.of(queries, keys, CPU))
+    parts = zip(q.split(queries), k.split(keys), v.split(keys), strict=True)
+    expected = torch.cat([definition(*each, causal=False) for each in parts])
+    torch.testing.assert_close(together.double(), expected, atol=1e-5, rtol=0)
 
 
 @settings(max_examples=30, deadline=None)

@@ -14,6 +14,7 @@ from vllm_cosmos3.engine_options import EngineConfig, ParallelConfig
 from vllm_cosmos3.generator.output import Sample
 from vllm_cosmos3.generator.pipeline import Pipeline, RequestState
 from vllm_cosmos3.parallel.mesh import Mesh
+from vllm_cosmos3.request.batching import with_batch
 from vllm_cosmos3.request.planner import make_plan
 from vllm_cosmos3.request.request import GenerateRequest
 
@@ -168,6 +169,43 @@ def check_equal(
             assert relative(made.action, expected.action) < BOUND, name
         if expected.sound is not None:
             assert relative(made.sound, expected.sound) < 10 * BOUND
+
+
+COMPANY = ("A boat", "A paper boat on a stream", "Snow")
+
+
+def batched(mesh: Mesh, folder: Path, parallel: ParallelConfig, limit: int) -> dict[str, Sample]:
+    """The latents of pictures of COMPANY, which share their steps as far as ``limit`` lets them."""
+    config = EngineConfig(model=folder, dtype="float32", device="cpu", **asdict(parallel))
+    pipeline, states = Pipeline.load(config, mesh, "cpu"), []
+    for seed, prompt in enumerate(COMPANY):
+        fields = {"num_frames": 1, "height": 96, "width": 96, "output_type": "latent"}
+        request = GenerateRequest(**COMMON | {"prompt": prompt, "seed": seed}, **fields)
+        plan = make_plan(request, pipeline.model, pipeline.tokenizer)
+        states.append(pipeline.encode(with_batch(plan, patch=2, limit=limit)))
+    size = 1 if states[0].plan.batch is None else states[0].plan.batch.size
+    while not states[-1].done:
+        for first in range(0, len(states), size):
+            pipeline.step_together(states[first : first + size])
+    results = {}
+    for state, prompt in zip(states, COMPANY, strict=True):
+        pipeline.decode(state)
+        output = pipeline.finish(state)
+        assert output.batch_size == min(size, len(COMPANY))
+        results[prompt] = output.samples[0]
+    return results
+
+
+def test_a_batch_on_a_mesh_is_what_each_is_alone(ranks: Ranks, tiny_checkpoint_fp32: Path) -> None:
+    """Of nine tokens, which Ulysses cannot divide evenly."""
+    one = ParallelConfig()
+    (alone,) = ranks(one, batched, tiny_checkpoint_fp32, one, 1)
+    for mesh in (one, MESHES["2x1x1"], MESHES["1x2x1"], MESHES["1x1x2"]):
+        first, *others = ranks(mesh, batched, tiny_checkpoint_fp32, mesh, 8)
+        for prompt, sample in alone.items():
+            made = first[prompt].latents["vision"]
+            assert relative(made, sample.latents["vision"]) < BOUND, (mesh, prompt)
+            assert all(np.array_equal(each[prompt].latents["vision"], made) for each in others)
 
 
 def work_of(

@@ -136,6 +136,7 @@ def described(
         "timings": dict(timings),
         "peak_memory_bytes": output.peak_memory,
         "reused_steps": output.reused_steps,
+        "batch_size": output.batch_size,
     }
     return arguments, record
 

@@ -123,6 +123,7 @@ class Output:
     ``peak_memory`` are the most bytes that were in use on the device of rank 0, weights included:
     by this request if it ran alone, and else since the first of those in flight with it began. On
     a CPU it is the peak of the process so far. ``reused_steps`` were taken from the step cache.
+    ``batch_size`` are the most samples that were denoised in one forward, of this and other requests.
     """
 
     samples: tuple[Sample, ...]
@@ -133,6 +134,7 @@ class Output:
     warnings: tuple[str, ...] = ()
     peak_memory: int = 0
     reused_steps: int = 0
+    batch_size: int = 1
 
     @property
     def video(self) -> np.ndarray | None:

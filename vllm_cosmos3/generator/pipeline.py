@@ -1,7 +1,7 @@
 """One request from plan to output in four calls: encode, step, decode, finish.
 
 The calls work on one explicit `RequestState` and nothing loops over steps below them: whoever calls may
-stop, report or serve another request between two steps. On several ranks each rank makes the same
+stop, report or serve another request between two steps. Requests of one batch may share their steps. On several ranks each rank makes the same
 calls; only the first one gets pixels out. Everything that distinguishes one kind of request from
 another is in the streams of its plan.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import resource
 from collections import deque
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -34,7 +35,7 @@ from vllm_cosmos3.generator.models.transformer import Context
 from vllm_cosmos3.generator.models.vae import to_frames, to_pixels
 from vllm_cosmos3.generator.movable import MovableWeights
 from vllm_cosmos3.generator.output import Output, Sample
-from vllm_cosmos3.generator.prediction import Predictor
+from vllm_cosmos3.generator.prediction import Predictor, stacked
 from vllm_cosmos3.generator.preview import reduced, seconds_and_jpeg
 from vllm_cosmos3.generator.sampling.guidance import (
     Scales,
@@ -47,7 +48,12 @@ from vllm_cosmos3.generator.sampling.guidance import (
 from vllm_cosmos3.generator.sampling.noise import initial_noise, step_noise
 from vllm_cosmos3.generator.sampling.packing import Stream, filled_up, start_stream
 from vllm_cosmos3.generator.sampling.schedule import Schedule, make_schedule
-from vllm_cosmos3.generator.sampling.solvers import SOLVERS, SolverState
+from vllm_cosmos3.generator.sampling.solvers import (
+    SOLVERS,
+    SolverState,
+    stacked_states,
+    unstacked_states,
+)
 from vllm_cosmos3.generator.text import keep_texts, read_prompts
 from vllm_cosmos3.media import Clip
 from vllm_cosmos3.parallel.mesh import Mesh
@@ -66,7 +72,10 @@ class Conditioning:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class RequestState:
-    """State of one request in flight. ``index`` counts steps over all its samples."""
+    """State of one request in flight. ``index`` counts steps over all its samples.
+
+    ``streams`` and ``solver`` have those of each sample that is denoised now, one after the other.
+    """
 
     plan: Plan
     reservation: Reservation
@@ -78,6 +87,7 @@ class RequestState:
     predictor: Predictor
     index: int = 0
     reused: int = 0  # steps that were not computed
+    batch_size: int = 1  # most samples in one forward, of this and other requests
     known: tuple[Conditioning, ...] = ()  # by stream, like all tuples below
     streams: tuple[Stream, ...] = ()
     solver: tuple[SolverState, ...] = ()
@@ -92,8 +102,19 @@ class RequestState:
 
     @property
     def place(self) -> int:
-        """Chunks that are denoised, of all samples."""
+        """Chunks that are denoised, of all samples; those that are made together count once."""
         return self.index // self.plan.parameters.num_inference_steps
+
+    @property
+    def step(self) -> int:
+        """Steps of the chunk at work that are made."""
+        return self.index % self.plan.parameters.num_inference_steps
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Seeds of the samples at work."""
+        first = self.place // len(self.plan.chunks) * self.plan.together
+        return self.plan.seeds[first : first + self.plan.together]
 
 
 class Pipeline(MovableWeights):
@@ -151,13 +172,6 @@ class Pipeline(MovableWeights):
             contexts = read_prompts(plan, branches, self.transformer, self.texts)
         with timers.phase("vae_encode"):
             known = tuple(self._known(stream) for stream in plan.streams)
-        predictor = Predictor(
-            transformer=self.transformer,
-            plan=plan,
-            contexts=contexts,
-            mesh=self.mesh,
-            offloaded=self.config.enable_layerwise_offload,
-        )
         return RequestState(
             plan=plan,
             reservation=reservation,
@@ -166,31 +180,42 @@ class Pipeline(MovableWeights):
             timers=timers,
             timesteps=timesteps,
             contexts=contexts,
-            predictor=predictor,
+            predictor=self._predictor(plan, contexts),
             known=known,
         )
 
-    @torch.inference_mode()
     def step(self, state: RequestState) -> int:
-        """One denoising step of one sample. The first step of a sample draws its noise.
+        """One denoising step of one sample, or of those that are made together.
 
         Returns how many steps of the request were reused so far rather than computed.
         """
-        plan = state.plan
-        place, index = state.place, state.index % plan.parameters.num_inference_steps
-        sample, chunk = divmod(place, len(plan.chunks))
-        if index == 0 and plan.later_chunks:
-            self._take_over(state, chunk)
-        with state.timers.phase("denoise", paced=True):
-            if index == 0:
-                self._start(state, plan.seeds[sample], chunk)
-            self._advance(state, plan.seeds[sample], chunk, index)
-        state.index += 1
-        if index + 1 == plan.parameters.num_inference_steps:
-            streams = zip(plan.streams, state.streams, strict=True)
-            state.denoised.append({stream.name: now.x for stream, now in streams})
-            state.streams, state.solver = (), ()
-        return state.reused
+        reused: int
+        (reused,) = self.step_together([state])
+        return reused
+
+    @torch.inference_mode()
+    def step_together(self, states: Sequence[RequestState]) -> list[int]:
+        """The same of several requests of one batch in one forward. All are at the same step.
+
+        The first step of a sample draws its noise.
+        """
+        first = states[0]
+        chunk = first.place % len(first.plan.chunks)
+        for state in states:
+            if state.step == 0 and state.plan.later_chunks:
+                self._take_over(state, chunk)
+        with ExitStack() as timing:
+            for state in states:
+                timing.enter_context(state.timers.phase("denoise", paced=True))
+            for state in states:
+                if state.step == 0:
+                    self._start(state, chunk)
+            self._advance(states, chunk)
+        samples = sum(len(state.seeds) for state in states)
+        for state in states:
+            state.batch_size = max(state.batch_size, samples)
+            self._leave(state)
+        return [state.reused for state in states]
 
     @torch.inference_mode()
     def preview(self, state: RequestState) -> tuple[float, bytes] | None:
@@ -239,6 +264,7 @@ class Pipeline(MovableWeights):
             timings=timings,
             effective=state.plan.effective,
             reused_steps=state.reused,
+            batch_size=state.batch_size,
             warnings=(*state.plan.warnings, *idle_ranks(state.guidance, self.mesh.cfg)),
             peak_memory=peak_memory(self.device),
         )
@@ -297,60 +323,118 @@ class Pipeline(MovableWeights):
             state.frames.append(torch.cat(frames)[skip:] if keep else end.new_empty(0))
         return end
 
-    def _start(self, state: RequestState, seed: int, chunk: int) -> None:
+    def _predictor(self, plan: Plan, *contexts: dict[int, Context]) -> Predictor:
+        """The predictor of a request, or of several of one batch."""
+        return Predictor(
+            transformer=self.transformer,
+            plan=plan,
+            contexts=contexts,
+            mesh=self.mesh,
+            offloaded=self.config.enable_layerwise_offload,
+        )
+
+    def _start(self, state: RequestState, chunk: int) -> None:
         plan = state.plan
         planned = plan.chunks[chunk]
-        shapes = _shapes(planned)
-        noise = initial_noise(
-            shapes, seed=seed, rule=plan.parameters.noise, chunk=chunk, fresh=_fresh(plan)
-        )
-        noise |= {name: torch.from_numpy(x) for name, x in plan.initial.items()}
-        state.streams = tuple(
-            start_stream(
-                stream.name,
-                noise=noise[stream.name].to(self.device),
-                clean_latent=known.clean_latent,
-                denoise_mask=known.denoise_mask,
+        shapes, streams = _shapes(planned), []
+        for seed in state.seeds:
+            noise = initial_noise(
+                shapes, seed=seed, rule=plan.parameters.noise, chunk=chunk, fresh=_fresh(plan)
             )
-            for stream, known in zip(planned, state.known, strict=True)
-        )
+            noise |= {name: torch.from_numpy(x) for name, x in plan.initial.items()}
+            streams += [
+                start_stream(
+                    stream.name,
+                    noise=noise[stream.name].to(self.device),
+                    clean_latent=known.clean_latent,
+                    denoise_mask=known.denoise_mask,
+                )
+                for stream, known in zip(planned, state.known, strict=True)
+            ]
+        state.streams = tuple(streams)
         state.predictor.start(fresh=bool(plan.later_chunks))
-        state.solver = tuple(SolverState() for stream in planned if stream.generated)
+        moving = sum(stream.generated for stream in planned)
+        state.solver = (SolverState(),) * moving * len(state.seeds)
 
-    def _advance(self, state: RequestState, seed: int, chunk: int, index: int) -> None:
-        """Predict, guide, step, and put back what is known. The solver works in float32."""
-        plan, schedule = state.plan, state.schedule
+    def _leave(self, state: RequestState) -> None:
+        """Count a step; what is denoised is kept until it is decoded."""
+        state.index += 1
+        if state.step:
+            return
+        names = [stream.name for stream in state.plan.streams]
+        xs = [stream.x for stream in state.streams]
+        for first in range(0, len(xs), len(names)):
+            sample = xs[first : first + len(names)]
+            state.denoised.append(dict(zip(names, sample, strict=True)))
+        state.streams, state.solver = (), ()
+
+    def _advance(self, states: Sequence[RequestState], chunk: int) -> None:
+        """Predict, guide, step, and put back what is known. The solver works in float32.
+
+        What is not of one sample alone is that of any of the states.
+        """
+        one = states[0]
+        plan, schedule, index = one.plan, one.schedule, one.step
         planned = plan.chunks[chunk]
         moving = [place for place, stream in enumerate(planned) if stream.generated]
         if not moving:  # the whole chunk is given, for a later one to go on from
             return
         self._set_precision(index, plan.parameters.num_inference_steps)
-        scales, timestep = state.guidance[index], state.timesteps[index]
+        scales, timestep = one.guidance[index], one.timesteps[index]
         needed = branches_needed(scales)
-        reused = state.predictor.decide(state.streams, index, schedule.sigmas[index], needed)
-        state.reused += reused.issuperset(needed)
-        predict = partial(state.predictor.predict, state.streams, moving, timestep, index, reused)
-        latents = tuple(state.streams[place].x for place in moving)
+        predictor = self._shared_predictor(states)
+        streams = [stream for state in states for stream in state.streams]
+        reused = predictor.decide(streams, index, schedule.sigmas[index], needed)
+        one.reused += reused.issuperset(needed)
+        predict = partial(predictor.predict, streams, moving, timestep, index, reused)
+        latents = tuple(stacked([s.x for s in streams[at :: len(planned)]]) for at in moving)
         velocities = guide(predict, scales, self.mesh.cfg, latents)
-        solver = SOLVERS[plan.solver]
-        fresh: dict[str, Tensor] = {}
-        if solver.draws_noise:
-            fresh = step_noise(
-                _shapes(planned),
-                seed=seed,
-                rule=plan.parameters.noise,
-                index=index,
-                chunk=chunk,
-                fresh=_fresh(plan),
+        fresh = self._fresh_noise(states, chunk)
+        solvers = [solver for state in states for solver in state.solver]
+        for number, place in enumerate(moving):
+            mine = slice(number, None, len(moving))
+            noise = stacked([each[planned[place].name] for each in fresh]) if fresh else None
+            before = stacked_states(solvers[mine])
+            x, after = SOLVERS[plan.solver].step(
+                latents[number], velocities[number], before, schedule.sigmas, index, noise
             )
-        streams, remembered = list(state.streams), []
-        for place, v, before in zip(moving, velocities, state.solver, strict=True):
-            stream = state.streams[place]
-            noise = fresh[stream.name].to(self.device) if fresh else None
-            x, after = solver.step(stream.x, v, before, schedule.sigmas, index, noise)
-            streams[place] = stream.apply_clean(x)
-            remembered.append(after)
-        state.streams, state.solver = tuple(streams), tuple(remembered)
+            parts = x.chunk(len(streams) // len(planned))
+            solvers[mine] = unstacked_states(after, len(parts))
+            for at, part in zip(range(place, len(streams), len(planned)), parts, strict=True):
+                streams[at] = streams[at].apply_clean(part)
+        for state in states:
+            count, moved = len(state.streams), len(state.solver)
+            state.streams, streams = tuple(streams[:count]), streams[count:]
+            state.solver, solvers = tuple(solvers[:moved]), solvers[moved:]
+
+    def _shared_predictor(self, states: Sequence[RequestState]) -> Predictor:
+        """The predictor of exactly these requests: another one when a request joins or leaves them."""
+        contexts = [state.contexts for state in states]
+        predictor = states[0].predictor
+        if list(map(id, predictor.contexts)) != list(map(id, contexts)):
+            predictor = self._predictor(states[0].plan, *contexts)
+            for state in states:
+                state.predictor = predictor
+        return predictor
+
+    def _fresh_noise(self, states: Sequence[RequestState], chunk: int) -> list[dict[str, Tensor]]:
+        """The noise of this step of each sample, where the solver draws any."""
+        found = []
+        for state in states:
+            plan = state.plan
+            if not SOLVERS[plan.solver].draws_noise:
+                return []
+            for seed in state.seeds:
+                noise = step_noise(
+                    _shapes(plan.chunks[chunk]),
+                    seed=seed,
+                    rule=plan.parameters.noise,
+                    index=state.step,
+                    chunk=chunk,
+                    fresh=_fresh(plan),
+                )
+                found.append({name: x.to(self.device) for name, x in noise.items()})
+        return found
 
     def _set_precision(self, index: int, steps: int) -> None:
         """That of the generation layers in this step: requests take turns between two steps."""

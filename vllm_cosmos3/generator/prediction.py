@@ -1,4 +1,8 @@
-"""Predicted velocities of a request: which branches of guidance are evaluated together, recorded, reused."""
+"""Predicted velocities: which branches of guidance, of which samples, are evaluated together, recorded, reused.
+
+Samples that are evaluated together may be of one request or of several whose plans have the same batch.
+Their values in one stream are stacked along the first dimension, and so are their velocities.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,8 @@ import torch
 from torch import Tensor
 
 from vllm_cosmos3.checkpoint.latents import token_count
-from vllm_cosmos3.generator.models.transformer import Context, Transformer, join
+from vllm_cosmos3.generator.models.packed_texts import PackedTexts
+from vllm_cosmos3.generator.models.transformer import Context, TextKV, Transformer, join
 from vllm_cosmos3.generator.sampling.packing import Stream
 from vllm_cosmos3.generator.sampling.step_cache import Reuse
 from vllm_cosmos3.parallel.graphs import Recording, launches_matter
@@ -20,24 +25,26 @@ from vllm_cosmos3.request.plan import Plan
 JOINED_TOKENS = 2048  # of all branches, up to which one forward is faster than one for each
 
 Branches = tuple[int, ...]
-Forward = Callable[..., Sequence[tuple[Tensor, ...]]]  # of the timestep and each stream's x
+Forward = Callable[..., Sequence[tuple[Tensor, ...]]]  # of the timestep and each stream's stacked x
 NONE: frozenset[int] = frozenset()
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Predictor:
-    """The transformer for one request, with the ``contexts`` of this rank's branches.
+    """The transformer for one request, or for several of one batch, with the context of each branch of
+    this rank in ``contexts``, by request.
 
-    A forward for some branches is made once, as it may be a recorded CUDA graph: unless layers rest
-    on the host, ``offloaded``, whose weights move. ``start`` begins a sample, or a chunk of one.
+    ``plan`` is that of any of them. A forward for some branches is made once, as it may be a recorded
+    CUDA graph: unless layers rest on the host, ``offloaded``, whose weights move. ``start`` begins
+    samples, or a chunk of one.
     """
 
     transformer: Transformer
     plan: Plan
-    contexts: Mapping[int, Context]
+    contexts: Sequence[Mapping[int, Context]]
     mesh: Mesh
     offloaded: bool
-    _forwards: dict[tuple[Branches, bool], Forward] = field(default_factory=dict)
+    _forwards: dict[tuple[Branches, int, bool], Forward] = field(default_factory=dict)
     _reuse: Reuse | None = None
 
     def start(self, *, fresh: bool) -> None:
@@ -65,14 +72,17 @@ class Predictor:
         reused: frozenset[int],
         branches: Sequence[int],
     ) -> list[tuple[Tensor, ...]]:
-        """The velocities of the streams at the places ``moving``, by branch.
+        """The velocities of the streams at the places ``moving``, by branch; of all samples, stacked.
 
-        ``reused`` is what ``decide`` has said of step ``index``.
+        ``streams`` are those of one sample after the other. ``reused`` is what ``decide`` has said of
+        step ``index``.
         """
         found: dict[int, tuple[Tensor, ...]] = {}
-        for group in self._groups(branches):
+        for group in self._groups(branches, len(streams) // len(self.plan.streams)):
             seen = self.plan.seen(group[0])
-            xs = (streams[place].x for place in seen)
+            xs = (
+                stacked([s.x for s in streams[place :: len(self.plan.streams)]]) for place in seen
+            )
             evaluate = self._reused if reused.issuperset(group) else self._computed
             made = evaluate(streams, group, index, timestep, *xs)
             for branch, velocities in zip(group, made, strict=True):
@@ -85,7 +95,7 @@ class Predictor:
         self._forwards.clear()
         self._reuse = None
 
-    def _groups(self, branches: Sequence[int]) -> Iterator[Branches]:
+    def _groups(self, branches: Sequence[int], samples: int = 1) -> Iterator[Branches]:
         """Branches that are evaluated together: of the same streams, and where the tokens are few."""
         patch = self.transformer.config.latent_patch_size
         alike: dict[tuple[int, ...], list[int]] = {}
@@ -93,7 +103,7 @@ class Predictor:
             alike.setdefault(self.plan.seen(branch), []).append(branch)
         for group in alike.values():
             seen = (self.plan.streams[place] for place in self.plan.seen(group[0]))
-            tokens = sum(token_count(stream.name, stream.shape, patch) for stream in seen)
+            tokens = samples * sum(token_count(s.name, s.shape, patch) for s in seen)
             size = len(group) if tokens * len(group) <= JOINED_TOKENS else 1
             for first in range(0, len(group), size):
                 yield tuple(group[first : first + size])
@@ -122,15 +132,29 @@ class Predictor:
         self, streams: Sequence[Stream], branches: Branches
     ) -> tuple[list[Stream], Context, int]:
         """What stays the same from step to step."""
-        context = join([self.contexts[branch] for branch in branches])
+        each = len(self.plan.streams)
+        seen = self.plan.seen(branches[0])
+        samples = len(streams) // each
+        per_request = samples // len(self.contexts)
+        contexts = [
+            by_branch[branch]
+            for by_branch in self.contexts
+            for _ in range(per_request)
+            for branch in branches
+        ]
+        context = join(contexts, samples)
+        texts = [text for text in context.texts if isinstance(text, TextKV)]
+        if samples > 1 and self.mesh.ulysses.size == 1:  # else ranks have no whole sequences
+            context = replace(context, packed=PackedTexts(texts, context.rope.length))
+        places = range(0, len(streams), each)
         return (
-            [streams[place] for place in self.plan.seen(branches[0])],
+            [streams[first + place] for first in places for place in seen],
             context,
             self.plan.domain_id,
         )
 
     def _forward(self, streams: Sequence[Stream], branches: Branches) -> Forward:
-        key = branches, self.transformer.precision.native
+        key = branches, len(streams), self.transformer.precision.native
         if key not in self._forwards:
             seen, context, domain_id = self._given(streams, branches)
             evaluate = _evaluate if self._reuse is None else _evaluate_with_residual
@@ -146,6 +170,11 @@ class Predictor:
         return self._forwards[key]
 
 
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of several samples as one, along the first dimension."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+
+
 def _evaluate(
     transformer: Transformer,
     streams: Sequence[Stream],
@@ -153,11 +182,14 @@ def _evaluate(
     domain_id: int,
     timestep: Tensor,
     *xs: Tensor,
-) -> tuple[tuple[Tensor, ...], ...]:
-    """The transformer as a function of what changes from step to step."""
+) -> Sequence[tuple[Tensor, ...]]:
+    """The velocities of some branches at once: what is recorded."""
     now = _moved(streams, xs)
     velocities: tuple[tuple[Tensor, ...], ...] = transformer(now, context, timestep, domain_id)
-    return velocities
+    return [
+        tuple(stacked(branch[place :: len(xs)]) for place in range(len(xs)))
+        for branch in velocities
+    ]
 
 
 def _evaluate_with_residual(
@@ -191,4 +223,8 @@ def _continue(
 
 
 def _moved(streams: Sequence[Stream], xs: Sequence[Tensor]) -> list[Stream]:
-    return [replace(stream, x=x) for stream, x in zip(streams, xs, strict=True)]
+    """The streams of one sample after the other, at what is stacked in ``xs``."""
+    samples = len(streams) // len(xs)
+    parts = zip(*(x.chunk(samples) for x in xs), strict=True)
+    flat = (x for sample in parts for x in sample)
+    return [replace(stream, x=x) for stream, x in zip(streams, flat, strict=True)]

@@ -1,13 +1,16 @@
-"""Dense attention of one sequence: a table of backends, chosen by what the device can do.
+"""Dense attention of one sequence, or of several: a table of backends, chosen by what the device can do.
 
 Shapes: q [S, H, D], k and v [K, h, D], result [S, H, D]. H is a multiple of h; query head j reads
-key head j // (H / h). Causal attention needs S = K. Scores are scaled by 1 / sqrt(D).
+key head j // (H / h). Causal attention needs S = K. Scores are scaled by 1 / sqrt(D). Of several
+sequences S and K are the sums, and each attends to itself alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -17,8 +20,34 @@ from torch.nn.functional import scaled_dot_product_attention
 from vllm_cosmos3.errors import InvalidRequest, Unsupported
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Sequences:
+    """The lengths of several sequences that follow one another, and int32 [n + 1] where they begin and end."""
+
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
+    query_bounds: Tensor
+    key_bounds: Tensor
+
+    @classmethod
+    def of(cls, queries: Sequence[int], keys: Sequence[int], device: torch.device) -> Sequences:
+        bounds = (
+            torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+            for lengths in (queries, keys)
+        )
+        return cls(tuple(queries), tuple(keys), *bounds)
+
+
 class Attend(Protocol):
-    def __call__(self, q_SHD: Tensor, k_KhD: Tensor, v_KhD: Tensor, *, causal: bool) -> Tensor: ...
+    def __call__(
+        self,
+        q_SHD: Tensor,
+        k_KhD: Tensor,
+        v_KhD: Tensor,
+        *,
+        causal: bool,
+        sequences: Sequences | None = None,
+    ) -> Tensor: ...
 
 
 def make_attend(
@@ -92,7 +121,18 @@ def _flash(head_dim: int) -> Attend:
 BACKENDS: dict[str, Callable[[int], Attend]] = {"flash": _flash, "sdpa": _sdpa}
 
 
-def _attend_sdpa(q_SHD: Tensor, k_KhD: Tensor, v_KhD: Tensor, *, causal: bool) -> Tensor:
+def _attend_sdpa(
+    q_SHD: Tensor,
+    k_KhD: Tensor,
+    v_KhD: Tensor,
+    *,
+    causal: bool,
+    sequences: Sequences | None = None,
+) -> Tensor:
+    if sequences is not None:
+        keys = list(sequences.keys)
+        parts = q_SHD.split(list(sequences.queries)), k_KhD.split(keys), v_KhD.split(keys)
+        return torch.cat([_attend_sdpa(*each, causal=causal) for each in zip(*parts, strict=True)])
     q, k, v = (x.movedim(1, 0).unsqueeze(0) for x in (q_SHD, k_KhD, v_KhD))
     grouped = q.shape[1] != k.shape[1]
     o = scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
@@ -100,17 +140,26 @@ def _attend_sdpa(q_SHD: Tensor, k_KhD: Tensor, v_KhD: Tensor, *, causal: bool) -
 
 
 def _attend_flash(
-    varlen: Callable[..., Tensor], q_SHD: Tensor, k_KhD: Tensor, v_KhD: Tensor, *, causal: bool
+    varlen: Callable[..., Tensor],
+    q_SHD: Tensor,
+    k_KhD: Tensor,
+    v_KhD: Tensor,
+    *,
+    causal: bool,
+    sequences: Sequences | None = None,
 ) -> Tensor:
-    queries, keys = q_SHD.shape[0], k_KhD.shape[0]
+    if sequences is None:
+        queries, keys = q_SHD.shape[0], k_KhD.shape[0]
+        bounds = _bounds(queries, q_SHD.device), _bounds(keys, q_SHD.device)
+        sequences = Sequences((queries,), (keys,), *bounds)
     return varlen(
         q=q_SHD,
         k=k_KhD,
         v=v_KhD,
-        max_seqlen_q=queries,
-        cu_seqlens_q=_bounds(queries, q_SHD.device),
-        max_seqlen_k=keys,
-        cu_seqlens_k=_bounds(keys, q_SHD.device),
+        max_seqlen_q=max(sequences.queries),
+        cu_seqlens_q=sequences.query_bounds,
+        max_seqlen_k=max(sequences.keys),
+        cu_seqlens_k=sequences.key_bounds,
         causal=causal,
     )
 

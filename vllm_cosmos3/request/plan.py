@@ -6,7 +6,7 @@ generation sequence.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -76,6 +76,14 @@ class ActionRows:
         return rows
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Requests with an equal one may be denoised in one forward, at most ``size`` of them."""
+
+    key: Hashable
+    size: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Plan:
     """Everything that the four calls of the pipeline need to know about one request.
@@ -89,7 +97,8 @@ class Plan:
     same shapes, and each takes its first ``overlap`` pixel frames over from the end of the one
     before; of all together ``parameters.num_frames`` are kept, to the right of the clips
     ``side_by_side`` [num_frames, H, W, 3]. ``sound`` is the sound of the result where it is given,
-    float32 [2, N]. ``seeds`` has one seed per result. ``initial`` replaces
+    float32 [2, N]. ``seeds`` has one seed per result, of which ``together`` are denoised in one forward;
+    those of other requests with the same ``batch`` may be in it as well. ``initial`` replaces
     the seeds' noise by stream name. ``decoded`` is false if the latents alone are wanted.
     ``domain_id`` is the embodiment of the actions, ``actions`` how to read them if they are
     generated. ``effective`` is the record of all parameters under their public names,
@@ -102,6 +111,8 @@ class Plan:
     solver: str
     seeds: tuple[int, ...]
     decoded: bool
+    together: int = 1
+    batch: Batch | None = None
     domain_id: int = 0
     actions: ActionRows | None = None
     later_chunks: tuple[tuple[StreamPlan, ...], ...] = ()
@@ -120,7 +131,8 @@ class Plan:
     @property
     def steps(self) -> int:
         """Calls of the pipeline's ``step`` that the request takes."""
-        return self.parameters.num_inference_steps * len(self.chunks) * len(self.seeds)
+        rounds = -(-len(self.seeds) // self.together)
+        return self.parameters.num_inference_steps * len(self.chunks) * rounds
 
     @property
     def pixel_bytes(self) -> int:

@@ -37,7 +37,8 @@ class Work:
     height and width of what is encoded for known frames. ``chunks`` are made one after the other,
     and all but the last are decoded while the request goes on. ``residuals`` are the outputs of the
     layers that a step cache keeps, of all branches of guidance. ``history`` are the tokens of the
-    frames that a session of a simulator remembers and works at; there are so many ``sessions``.
+    frames that a session of a simulator remembers and works at; there are so many ``sessions``. Of the
+    ``samples`` so many are denoised ``together``; what is ``packed`` are copies of texts for that.
     """
 
     streams: tuple[tuple[str, tuple[int, ...]], ...]
@@ -49,6 +50,8 @@ class Work:
     residuals: int = 0
     history: int = 0
     sessions: int = 1
+    together: int = 1
+    packed: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +137,8 @@ def work_of(plan: Plan) -> Work:
         chunks=len(plan.chunks),
         decoded=plan.decoded,
         residuals=reuse.kept * len(plan.token_ids) if reuse else 0,
+        together=plan.together,
+        packed=plan.together if plan.together > 1 or plan.batch is not None else 0,
     )
 
 
@@ -230,8 +235,16 @@ class _Request:
         """
         if self.work.history:
             return self.texts + self.work.history * self._token + self.latents + self._clip
-        done = (self.work.samples * self.work.chunks - 1) * self.latents
-        return self.context + self.latents * 5 + done + self._residuals
+        done = (self.work.samples * self.work.chunks - self.work.together) * self.latents
+        working = self.latents * 5 * self.work.together
+        return self.context + self._packed + working + done + self._residuals
+
+    @property
+    def _packed(self) -> int:
+        """Texts of samples in one forward with their tokens behind, and rotary tables: see `PackedTexts`."""
+        tokens = len(self.text) * self.own_tokens
+        tables = self.context - self.texts
+        return self.work.packed * (self.texts + tokens * self._token + tables)
 
     @property
     def _clip(self) -> int:
@@ -303,16 +316,18 @@ class _Request:
         ledger.take(self.held)
         if self.work.history:  # those of the chunk before are held
             ledger.take(self.latents, self.context - self.texts)
-        ledger.moment(self.latents * (2 * len(self.work.text) + 4))
-        ledger.take(self.latents)  # of the other branch's velocities
+        latents, tokens = self.latents * self.work.together, self.tokens * self.work.together
+        ledger.moment(latents * (2 * len(self.work.text) + 4))
+        ledger.take(latents)  # of the other branch's velocities
         ledger.take(self.layer * (1 + LAYERS_AHEAD) * self.engine.enable_layerwise_offload)
         width = config.hidden_size * self.element_size
-        ledger.take(self.tokens * width)  # all tokens, of which this rank takes its own
-        ledger.moment(2 * self.tokens * width)  # gathered at the end
+        ledger.take(tokens * width)  # all tokens, of which this rank takes its own
+        ledger.moment(2 * tokens * width)  # gathered at the end
         if self.work.residuals:  # spectra of the latents; input and output of the layers
             ledger.moment(8 * self.latents)
             ledger.take(2 * own * width)
-        self._layer(ledger, own, max(self.text) + self.tokens, fused=self.fused)
+        keys = max(self.text) + tokens
+        self._layer(ledger, own * self.work.together, keys, fused=self.fused)
         return ledger.peak
 
     def _layer(self, ledger: Ledger, tokens: int, keys: int, *, fused: bool) -> None:

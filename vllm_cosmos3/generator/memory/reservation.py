@@ -26,11 +26,12 @@ GIB = 2**30
 class Reservation:
     """Bytes that a request may use beside the weights: ``held`` of them between its calls too.
 
-    It holds as long as somebody refers to it.
+    It holds as long as somebody refers to it. ``shared`` is what it adds to a step with others.
     """
 
     held: int
     request: int
+    shared: int = 0
 
 
 class MemoryBudget:
@@ -51,13 +52,14 @@ class MemoryBudget:
             OutOfMemory: there is not enough, with the numbers and what would help.
         """
         memory = estimate(self._model, self._engine, work)
-        own = Reservation(memory.held, memory.request)
+        shared = memory.phases["denoise"] - memory.held if work.packed else 0
+        own = Reservation(memory.held, memory.request, shared)
         rooms = self._rooms(memory.resident, kept)
         if rooms is not None:
-            calls = [
-                reservation.request - reservation.held for reservation in (*self._reservations, own)
-            ]
-            needed = own.held + max(calls)  # one call is made at a time
+            all_of_them = (*self._reservations, own)
+            calls = [reservation.request - reservation.held for reservation in all_of_them]
+            together = sum(reservation.shared for reservation in all_of_them)
+            needed = own.held + max(*calls, together)  # one call is made at a time
             if needed > rooms[0]:
                 give_up()
                 if needed > rooms[1]:

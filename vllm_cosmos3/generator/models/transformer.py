@@ -9,17 +9,17 @@ the checkpoint's `Backbone`.
 Under Ulysses each rank holds part of the generation tokens and, during attention, all tokens of part
 of the heads. Under tensor parallelism vLLM's layers hold part of the heads throughout.
 
-Several branches of guidance can be evaluated side by side, in one sequence whose parts attend only to
-themselves and to the text of their branch.
+Several branches of guidance can be evaluated side by side, and those of several samples, in one sequence
+whose parts attend only to themselves and to their text.
 
-Shape suffixes: S tokens of the whole sequence, s of this rank, B branches, H heads, h key heads,
+Shape suffixes: S tokens of the whole sequence, s of this rank, B branches of all samples, H heads, h key heads,
 D values of a token or head, F rotary frequencies.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -59,7 +59,7 @@ from vllm_cosmos3.generator.models.quantization import Fp8Layers, Precision, lay
 from vllm_cosmos3.generator.models.rope import Rope, rotate
 from vllm_cosmos3.generator.sampling.packing import Stream
 from vllm_cosmos3.generator.sampling.positions import rotary_table, text_positions
-from vllm_cosmos3.parallel.attention import Attend, attend_in_turn
+from vllm_cosmos3.parallel.attention import Attend, Sequences, attend_in_turn
 from vllm_cosmos3.parallel.mesh import (
     Axis,
     Mesh,
@@ -112,16 +112,35 @@ class TextKV:
         return sum(layer.nbytes for layer in self.layers)
 
 
+class Packed(Protocol):
+    """What lies before the tokens of all parts, as one: see `packed_texts`."""
+
+    @property
+    def extends(self) -> Sequence[Extend]: ...
+
+    @property
+    def sequences(self) -> Sequences: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Context:
-    """The context of the generation tokens: the text of each branch, and their own positions."""
+    """The context of the generation tokens: the text of each branch, and their own positions.
+
+    There are so many ``samples``, each with all of its branches. Where their texts are ``packed``, too,
+    all of them attend at once.
+    """
 
     texts: tuple[Past, ...]
     rope: Rope
+    samples: int = 1
+    packed: Packed | None = None
 
 
-def join(contexts: Sequence[Context]) -> Context:
-    """Branches side by side. Their tokens may have different places, but are as many."""
+def join(contexts: Sequence[Context], samples: int = 1) -> Context:
+    """Branches side by side, those of each sample after those of the one before.
+
+    Their tokens may have different places, but are as many.
+    """
     if len(contexts) == 1:
         return contexts[0]
     table = torch.cat([context.rope.table for context in contexts])
@@ -129,6 +148,7 @@ def join(contexts: Sequence[Context]) -> Context:
     return Context(
         texts=tuple(text for context in contexts for text in context.texts),
         rope=replace(contexts[0].rope, table=table, rows=rows),
+        samples=samples,
     )
 
 
@@ -209,7 +229,8 @@ class Transformer(nn.Module):
     ) -> tuple[tuple[Tensor, ...], ...]:
         """The velocities of each branch: float32, in the shapes of the latents, 0 where not free.
 
-        ``streams`` lie in the sequence in this order, at the positions of the context's rope.
+        ``streams`` lie in the sequence in this order, at the positions of the context's rope; those of
+        several samples follow one another, and so do their velocities.
         ``timestep`` is a float32 scalar in [0, 1000] on the device, ``domain_id`` the embodiment of
         the actions.
         """
@@ -221,14 +242,17 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """What enters the layers: [B s, D], this rank's tokens of each branch."""
         temb_D = self.time(timestep).to(self.dtype)
-        x_SD = torch.cat([self._embed(stream, temb_D, domain_id) for stream in streams])
-        return shard_sequence(x_SD, self._ulysses).repeat(len(context.texts), 1)
+        branches = len(context.texts) // context.samples
+        parts = []
+        for sample in _by_sample(streams, context):
+            x_SD = torch.cat([self._embed(stream, temb_D, domain_id) for stream in sample])
+            parts.append(shard_sequence(x_SD, self._ulysses).repeat(branches, 1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def run_layers(self, x_sD: Tensor, context: Context) -> Tensor:
         """What leaves the layers, normed. They may write over ``x_sD``."""
         residual_sD = None
-        for layer, *texts in zip(self.sequence, *(t.extends for t in context.texts), strict=True):
-            attend = partial(self._attend_all, texts, context.rope)
+        for layer, attend in zip(self.sequence, self._attends(context), strict=True):
             x_sD, residual_sD = layer(x_sD, residual_sD, context.rope, attend)
         x_sD, _ = self.norm(x_sD, residual_sD)
         return x_sD
@@ -237,11 +261,14 @@ class Transformer(nn.Module):
         self, streams: Sequence[Stream], context: Context, x_sD: Tensor, domain_id: int = 0
     ) -> tuple[tuple[Tensor, ...], ...]:
         """The velocities of each branch from what has left the layers."""
-        length = context.rope.length
-        return tuple(
-            self._velocities(streams, gather_sequence(x, self._ulysses, length), domain_id)
-            for x in x_sD.chunk(len(context.texts))
-        )
+        length, branches = context.rope.length, len(context.texts) // context.samples
+        parts = x_sD.chunk(len(context.texts))
+        found: list[tuple[Tensor, ...]] = [()] * branches
+        for place, sample in enumerate(_by_sample(streams, context)):
+            for branch, x in enumerate(parts[place * branches : (place + 1) * branches]):
+                x_SD = gather_sequence(x, self._ulysses, length)
+                found[branch] += self._velocities(sample, x_SD, domain_id)
+        return tuple(found)
 
     def _embed(self, stream: Stream, temb_D: Tensor, domain_id: int) -> Tensor:
         """Tokens of a stream; only those with something to denoise are timestep-conditioned."""
@@ -260,6 +287,22 @@ class Transformer(nn.Module):
     def _velocity(self, stream: Stream, x_SD: Tensor, domain_id: int) -> Tensor:
         velocity = self.adapters[stream.name].velocity(x_SD, stream.x.shape, domain_id)
         return torch.where(stream.denoise_mask, velocity.float(), 0.0)
+
+    def _attends(self, context: Context) -> Iterator[Callable[[Tensor, Tensor, Tensor], Tensor]]:
+        """The attention of each layer."""
+        if context.packed is not None:
+            for extend in context.packed.extends:
+                yield partial(self._attend_packed, extend, context.packed.sequences)
+            return
+        for texts in zip(*(text.extends for text in context.texts), strict=True):
+            yield partial(self._attend_all, texts, context.rope)
+
+    def _attend_packed(
+        self, extend: Extend, sequences: Sequences, q_SHD: Tensor, kv_S2hD: Tensor, _: Tensor
+    ) -> Tensor:
+        """The same as `_attend_all`, of all parts at once, where this rank has whole sequences."""
+        k_KhD, v_KhD = extend(kv_S2hD).unbind(1)
+        return self._attend(q_SHD, k_KhD, v_KhD, causal=False, sequences=sequences)
 
     def _attend_all(
         self, texts: Sequence[Extend], rope: Rope, q_sHD: Tensor, kv_s2hD: Tensor, _: Tensor
@@ -445,6 +488,11 @@ def weight_table(config: TransformerConfig) -> dict[str, Target]:
             for name, (layer, part) in rows.items():
                 table[f"layers.{index}.{name}.weight"] = Target(f"{module}.{layer}.weight", part)
     return table
+
+
+def _by_sample(streams: Sequence[Stream], context: Context) -> list[Sequence[Stream]]:
+    each = len(streams) // context.samples
+    return [streams[first : first + each] for first in range(0, len(streams), each)]
 
 
 def _norms(names: Iterable[str]) -> _Rows:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import expm1, log, log1p
 
-from torch import Tensor
+from torch import Tensor, cat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -78,6 +78,35 @@ def sde(
     if level == 0 or noise is None:
         return estimate, state
     return (1 - level) * estimate + level * noise, state
+
+
+def stacked_states(states: Sequence[SolverState]) -> SolverState:
+    """The state of several samples that are stacked along the first dimension, all after the same step."""
+    if len(states) == 1:
+        return states[0]
+    first = states[0]
+    corrected = [state.corrected for state in states if state.corrected is not None]
+    return SolverState(
+        estimates=tuple(map(cat, zip(*(state.estimates for state in states), strict=True))),
+        corrected=cat(corrected) if corrected else None,
+        order=first.order,
+    )
+
+
+def unstacked_states(state: SolverState, samples: int) -> list[SolverState]:
+    """The state of each sample again."""
+    if samples == 1:
+        return [state]
+    estimates = [x.chunk(samples) for x in state.estimates]
+    corrected = (None,) * samples if state.corrected is None else state.corrected.chunk(samples)
+    return [
+        SolverState(
+            estimates=tuple(parts[place] for parts in estimates),
+            corrected=corrected[place],
+            order=state.order,
+        )
+        for place in range(samples)
+    ]
 
 
 SOLVERS = {
