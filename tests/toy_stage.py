@@ -37,6 +37,7 @@ class ToyState:
     plan: ToyPlan
     index: int = 0
     total: int = 0
+    company: list[int] = field(default_factory=list)  # of each step
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def _refuse(_: bytes) -> None:
 class ToyResult:
     total: int
     pids: tuple[int, ...]
+    company: tuple[int, ...] = ()  # how many have made each step together
 
     def save(self, path: Path) -> list[Path]:
         path.write_text(str(self.total))
@@ -96,11 +98,19 @@ class Toy:
         return ToyState(plan)
 
     def step(self, state: ToyState) -> int:
-        self._moment(state.plan, f"step {state.index}")
-        time.sleep(state.plan.seconds)
-        state.total += self._sum()
-        state.index += 1
-        return 0
+        return self.step_together([state])[0]
+
+    def step_together(self, states: list[ToyState]) -> list[int]:
+        (index,) = {state.index for state in states}  # all are as far
+        for state in states:
+            self._moment(state.plan, f"step {index}")
+        time.sleep(max(state.plan.seconds for state in states))
+        total = self._sum()
+        for state in states:
+            state.total += total
+            state.index += 1
+            state.company.append(len(states))
+        return [0] * len(states)
 
     def preview(self, state: ToyState) -> tuple[float, bytes] | None:
         """As with frames, every rank computes a part, and the first one has the picture."""
@@ -116,7 +126,7 @@ class Toy:
         pids = all_gather(torch.tensor(os.getpid()), self.mesh.world)
         if state.plan.result != "sound":
             return Faulty(state.plan.result)
-        return ToyResult(state.total, tuple(int(pid) for pid in pids))
+        return ToyResult(state.total, tuple(int(pid) for pid in pids), tuple(state.company))
 
     def sleep(self) -> None:
         self._sum()

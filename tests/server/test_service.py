@@ -45,7 +45,7 @@ def test_an_end_that_cannot_be_written_is_written_later(tmp_path: Path) -> None:
     budget = MediaBudget(per_request=100, total=100)
     with budget.lease() as pixels:
         pixels.reserve(60, "size")
-        jobs.submit(job, cast("Any", None), 60.0, pixels)
+        jobs.submit(job, cast("Any", SimpleNamespace(batch=None)), 60.0, pixels)
     assert budget.used == 60  # while it waits and runs
     journal.locked = True
     stage.future.set_exception(Cosmos3Error("no"))

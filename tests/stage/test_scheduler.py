@@ -7,8 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_cosmos3.errors import Busy, InvalidRequest
+from vllm_cosmos3.request.plan import Batch
 from vllm_cosmos3.stage.scheduler import QueueConfig, Scheduler
 
+ALONE = Batch(key=None, size=1)
 WORK = st.lists(st.sampled_from([1.0, 5.0, 19.0, 100.0, 900.0]), min_size=1, max_size=30)
 
 
@@ -60,6 +62,54 @@ def test_at_most_one_long_request_is_resident(work: list[float], residents: int)
         long = [e for e in scheduler.resident if e.seconds > scheduler.config.short_seconds]
         assert len(long) <= 1
         assert len(scheduler.resident) <= residents
+
+
+BATCHES = [None, Batch(key="a", size=3), Batch(key="b", size=2)]
+
+
+@given(st.lists(st.tuples(st.sampled_from(BATCHES), st.booleans()), max_size=30), st.data())
+def test_batches_are_full_at_most_and_closed_once_they_have_begun(
+    requests: list[tuple[Batch | None, bool]], data: st.DataObject
+) -> None:
+    """Requests come, begin and end in any order; nobody waits for ever."""
+    scheduler, company = Scheduler(QueueConfig()), dict[str, frozenset[str]]()
+    for index, (batch, ends) in enumerate(requests):
+        scheduler.submit(str(index), 1.0, batch)
+        while (name := scheduler.admit()) is not None:
+            mates = scheduler.mates(name)
+            assert not company.keys() & set(mates)  # those that have begun
+            assert len(mates) <= (scheduler._resident(name).batch or ALONE).size
+        groups = {entry.batch or entry.name for entry in scheduler.resident}
+        assert len(groups) <= scheduler.config.max_resident
+        if (name := scheduler.turn()) is not None:
+            scheduler.charge(name, 1.0)
+            if name not in company:
+                scheduler.begin(name)
+                company |= dict.fromkeys(scheduler.mates(name), frozenset(scheduler.mates(name)))
+            assert not scheduler.has_room(name)
+            assert set(scheduler.mates(name)) <= company[name]
+            if ends:
+                scheduler.remove(name)
+                company.pop(name)
+    done = finish_all(scheduler)
+    assert not scheduler.waiting
+    assert len(done) <= len(requests)
+
+
+def test_what_is_to_be_alone_has_no_company() -> None:
+    scheduler = Scheduler(QueueConfig())
+    for name in "abc":
+        scheduler.submit(name, 1.0, BATCHES[1])
+    assert [scheduler.admit() for _ in range(4)] == ["a", "b", "c", None]
+    scheduler.readmit("a", alone=True)
+    scheduler.begin("b")
+    assert scheduler.mates("b") == ["b", "c"]
+    assert scheduler.admit() is None
+    scheduler.remove("b")
+    scheduler.remove("c")
+    scheduler.submit("d", 1.0, BATCHES[1])
+    assert [scheduler.admit(), scheduler.admit()] == ["a", "d"]
+    assert [scheduler.mates("a"), scheduler.mates("d")] == [["a"], ["d"]]
 
 
 def test_short_requests_come_first_the_shortest_before_the_others() -> None:

@@ -31,6 +31,7 @@ from vllm_cosmos3.errors import (
     WorkerDied,
 )
 from vllm_cosmos3.progress import Preview, Progress
+from vllm_cosmos3.request.plan import Batch
 from vllm_cosmos3.stage.client import StageClient, StageJob
 from vllm_cosmos3.stage.scheduler import QueueConfig
 
@@ -118,6 +119,77 @@ def test_asleep_requests_wait_until_it_is_woken(client: StageClient) -> None:
     assert waiting.result(HANG).total == 2
     client.maintain("wake_up")  # which it is
     assert client.status().state == "ready"
+
+
+TOGETHER = Batch(key="alike", size=3)
+
+
+@contextmanager
+def all_at_once(client: StageClient) -> Iterator[None]:
+    """What is submitted in the block is admitted at its end."""
+    client.maintain("sleep")
+    yield
+    client.maintain("wake_up")
+
+
+def test_requests_of_one_batch_step_together_until_one_is_cancelled(client: StageClient) -> None:
+    def cancel_in_third(progress: Progress) -> None:
+        if progress.phase == "denoise" and progress.step == 3:
+            cancelled.cancel()
+
+    heard: list[Progress] = []
+    plan = ToyPlan(steps=20, seconds=0.05)
+    with all_at_once(client):
+        alike = [client.submit(plan, batch=TOGETHER, report=heard.append)]
+        cancelled = client.submit(plan, batch=TOGETHER, report=cancel_in_third)
+        alike.append(client.submit(plan, batch=TOGETHER))
+        late = client.submit(ToyPlan(steps=2), batch=TOGETHER)  # the batch is full
+        other = client.submit(ToyPlan(steps=6), batch=Batch(key="another", size=4))
+        shown = client.submit(ToyPlan(steps=2), batch=TOGETHER, show=lambda _: None)
+    results = [job.result(HANG) for job in alike]
+    with pytest.raises(Cancelled):
+        cancelled.result(HANG)
+    assert {result.total for result in results} == {40}
+    (company,) = {result.company for result in results}
+    assert company == tuple(sorted(company, reverse=True))
+    assert (len(company), set(company[:3]), company[-1]) == (20, {3}, 2)
+    assert [progress.step for progress in heard if progress.phase == "denoise"] == [*range(21)]
+    assert late.result(HANG).company == (1, 1)
+    assert other.result(HANG).company == (1,) * 6
+    assert shown.result(HANG).company == (1, 1)
+
+
+def test_in_a_batch_each_fails_by_itself(client: StageClient) -> None:
+    """In its decoding, and in a step that it shared, after which the others are made alone."""
+    with all_at_once(client):
+        good, bad = (
+            client.submit(ToyPlan(faults=faults), batch=TOGETHER)
+            for faults in ({}, {"decode": "invalid"})
+        )
+    with pytest.raises(InvalidRequest):
+        bad.result(HANG)
+    assert good.result(HANG).company == (2, 2, 2)
+    restarts = client.status().restarts
+    with all_at_once(client):
+        jobs = [
+            client.submit(ToyPlan(faults=faults), batch=TOGETHER)
+            for faults in ({}, {"step 1": "invalid"}, {})
+        ]
+    with pytest.raises(InvalidRequest):
+        jobs.pop(1).result(HANG)
+    assert [job.result(HANG).company for job in jobs] == [(1, 1, 1)] * 2
+    assert client.status().restarts == restarts
+
+
+def test_a_batch_whose_ranks_die_is_made_one_by_one(client: StageClient) -> None:
+    with all_at_once(client):
+        jobs = [
+            client.submit(ToyPlan(faults=faults), batch=TOGETHER)
+            for faults in ({}, {"step 1": "kill"}, {})
+        ]
+    with pytest.raises(WorkerDied):
+        jobs.pop(1).result(HANG)
+    assert [job.result(HANG).company for job in jobs] == [(1, 1, 1)] * 2
 
 
 def test_it_stays_awake_if_requests_do_not_end(client: StageClient) -> None:

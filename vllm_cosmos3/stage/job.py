@@ -17,6 +17,7 @@ from typing import Any
 
 from vllm_cosmos3.errors import Cosmos3Error
 from vllm_cosmos3.progress import Preview, Progress, Report
+from vllm_cosmos3.request.plan import Batch
 from vllm_cosmos3.stage.process import (
     Accepted,
     Done,
@@ -127,10 +128,11 @@ class Stages(ABC):
         deadline: float | None = None,
         report: Report | None = None,
         show: Callable[[Preview], None] | None = None,
+        batch: Batch | None = None,
     ) -> StageJob:
         """Queue a request, which is a plan of the stage.
 
-        ``seconds`` estimate its work. With ``save`` rank 0 writes the result there; ``clip`` is
+        Requests of one ``batch`` may be denoised together, unless they are shown. ``seconds`` estimate its work. With ``save`` rank 0 writes the result there; ``clip`` is
         handed to the stage's decode. ``deadline`` are the seconds it may take, waiting included. ``report`` is called in another thread,
         as is ``show`` with previews, which are made if it is given.
 
@@ -147,6 +149,7 @@ class Stages(ABC):
             clip=clip,
             deadline=deadline,
             preview=show is not None,
+            batch=batch if show is None else None,
         )
         self._take(job, request)
         return job

@@ -1,5 +1,8 @@
 """The stage process: takes requests from a socket and gives the ranks one call at a time.
 
+Requests of one batch that are resident together make their steps in one call: they begin when all of
+them are encoded, and end one by one. Whatever goes wrong in such a call, each is made again by itself.
+
 One thread does everything. While the ranks compute, or are being replaced, it goes on reading the
 socket, so a submission is answered at once and a cancelled request ends with its current step.
 `client` starts this process; nothing of the parent is inherited and its main module not imported.
@@ -35,6 +38,7 @@ from vllm_cosmos3.errors import (
     WorkerDied,
 )
 from vllm_cosmos3.progress import Preview, Progress
+from vllm_cosmos3.request.plan import Batch
 from vllm_cosmos3.stage import heartbeat
 from vllm_cosmos3.stage.call_sequence import CallSequence
 from vllm_cosmos3.stage.executor import StageExecutor
@@ -46,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 IDLE_SECONDS = 0.2  # between looks at the parent and the clock while there is nothing to do
 ATTEMPTS = 2  # of a request whose ranks were lost through no fault of its own
+COMPANY_SECONDS = 0.004  # that a request may wait for others of its batch, its encoding included
 ORPHAN_SECONDS = 15.0  # for an orderly end after the parent's death
 PAUSES = {  # calls between requests, and whether requests may run after them
     "sleep": "sleeping",
@@ -68,6 +73,7 @@ class Submit:
     clip: Any = None  # for the stage's decode
     deadline: float | None = None
     preview: bool = False  # between steps, as `PreviewPace` allows
+    batch: Batch | None = None  # of those that it may be denoised with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,6 +190,7 @@ class JobState:
     calls: CallSequence
     pace: PreviewPace
     attempts: int = 0
+    admitted: float = 0.0  # when
     cancelled: bool = False
     position: int = -1
 
@@ -276,22 +283,48 @@ class StageCore:
         if self._maintenance and not self._scheduler.resident:
             self._maintain(self._maintenance.pop(0))
             return True
-        while not (self._maintenance or self._paused) and self._scheduler.admit() is not None:
-            pass
+        if not (self._maintenance or self._paused):
+            self._admit()
         self._send_positions()
         name = self._scheduler.turn()
         if name is None:
             return False
-        job = self._jobs[name]
+        jobs, seconds = self._company(name)
+        if seconds > 0:
+            self._serve(seconds)
+            return True
         start = time.monotonic()
         try:
-            self._advance(job)
+            self._advance(*jobs)
         except Cosmos3Error as error:
-            self._handle_failure(job, error)
+            if len(jobs) == 1:
+                self._handle_failure(jobs[0], error)
+            else:
+                self._separate(jobs, error)
         else:
-            if name in self._jobs:
-                self._scheduler.charge(name, time.monotonic() - start)
+            for job in jobs:
+                if job.request.job in self._jobs:
+                    self._scheduler.charge(job.request.job, time.monotonic() - start)
         return True
+
+    def _admit(self) -> None:
+        while (name := self._scheduler.admit()) is not None:
+            self._jobs[name].admitted = time.monotonic()
+
+    def _company(self, name: str) -> tuple[list[JobState], float]:
+        """The requests whose next call is the same one, or one of them that is not so far.
+
+        With it the seconds that they may still wait for others.
+        """
+        job = self._jobs[name]
+        mates = [self._jobs[mate] for mate in self._scheduler.mates(name)]
+        behind = [mate for mate in mates if mate.calls.phase == "encode"]
+        if behind or job.calls.phase != "denoise":
+            return (behind or [job])[:1], 0.0
+        wait = 0.0
+        if self._scheduler.has_room(name) and not self._maintenance:
+            wait = min(mate.admitted for mate in mates) + COMPANY_SECONDS - time.monotonic()
+        return mates, wait
 
     def _maintain(self, one: Maintenance) -> None:
         """Make a call between requests, and tell who waits for it."""
@@ -351,24 +384,34 @@ class StageCore:
         self._paused = ""
         self._send_all(self._status())
 
-    def _advance(self, job: JobState) -> None:
-        """The next call of this request, and what its owner is told of it."""
+    def _advance(self, job: JobState, *others: JobState) -> None:
+        """The next call of this request, or of several, and what their owners are told of it."""
         name = job.request.job
+        if job.calls.phase == "denoise" and job.calls.step == 0:
+            self._scheduler.begin(name)
+        if others:
+            self._step_together([job, *others])
+            return
 
         def call(method: str, *args: Any) -> Any:
             return self._call(method, name, *args)[0]
 
-        def report(progress: Progress) -> None:
-            self._send(job.client, ProgressUpdate(name, progress))
-
         job.attempts += job.calls.phase == "encode"
         phase, start = job.calls.phase, time.monotonic()
-        if job.calls.advance(call, report):
+        if job.calls.advance(call, partial(self._report, job)):
             self._finish(job)
         elif phase == job.calls.phase == "denoise":
             job.pace.stepped(time.monotonic() - start)
             if job.request.preview and job.pace.due(self._preview_seconds):
                 self._preview(job)
+
+    def _step_together(self, jobs: list[JobState]) -> None:
+        reused = self._call("step", *(job.request.job for job in jobs))[0]
+        for job, count in zip(jobs, reused, strict=True):
+            job.calls.advance(lambda _, count=count: count, partial(self._report, job))
+
+    def _report(self, job: JobState, progress: Progress) -> None:
+        self._send(job.client, ProgressUpdate(job.request.job, progress))
 
     def _preview(self, job: JobState) -> None:
         """A call like the others, which all ranks make at the same place."""
@@ -407,6 +450,18 @@ class StageCore:
             self._drop(job)
         else:
             self._replace_ranks()
+
+    def _separate(self, jobs: list[JobState], error: Cosmos3Error) -> None:
+        """Nobody knows whose failure it was: each is made again by itself, and fails by itself."""
+        logger.error("%d requests failed in a step together: %s", len(jobs), error)
+        for job in reversed(jobs):
+            job.start_again()
+            self._scheduler.readmit(job.request.job, alone=True)
+        if not self._executor.healthy:
+            self._replace_ranks()
+            return
+        for job in jobs:
+            self._drop(job)
 
     def _is_alone(self, job: JobState) -> bool:
         return any(e.name == job.request.job and e.alone for e in self._scheduler.resident)
@@ -559,7 +614,7 @@ class StageCore:
         try:
             if self._stop_at is not None:
                 raise Busy("the server is stopping")
-            self._scheduler.submit(request.job, request.seconds)
+            self._scheduler.submit(request.job, request.seconds, request.batch)
         except Busy as error:
             self._send(client, Failure(request.job, error))
             return

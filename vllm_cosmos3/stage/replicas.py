@@ -225,7 +225,7 @@ class Replicas(Stages):
                 raise WorkerDied("the stage was closed")
             if (error := self.error) is not None:
                 raise error
-            self._scheduler.submit(job.name, request.seconds)
+            self._scheduler.submit(job.name, request.seconds, request.batch)
             self._jobs[job.name] = _Accepted(job, request, expires)
             job.handle(Accepted(job.name, self._scheduler.position(job.name)))
         job.future.add_done_callback(lambda _: self._forget(job.name))

@@ -3,6 +3,9 @@
 Pure bookkeeping: no clock, no process. A resident has its state on the ranks of a replica and takes
 turns there, one call each. Seconds are estimates of a request's whole work where nothing else is said.
 The stage process has a scheduler for its own ranks, and `replicas` has one for several stages.
+
+Requests of one batch are resident together and count as one resident. Those that come after they have
+begun wait until they have ended, and are the next batch.
 """
 
 from __future__ import annotations
@@ -11,8 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_cosmos3.errors import Busy, InvalidRequest
+from vllm_cosmos3.request.plan import Batch
 
 POLICIES = ("short-first", "fifo")
+Kind = tuple[bool, bool, Batch | None]  # short, alone, of a batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +54,8 @@ class QueueEntry:
 
     name: str
     costs: tuple[float, ...]
+    batch: Batch | None = None
+    begun: bool = False  # with the steps that it shares
     passed: int = 0  # how often a later request was admitted before
     served: float = 0.0  # seconds of turns, counted from the least served at admission
     share: float = 0.0  # of its work that is done, where somebody says so
@@ -83,8 +90,12 @@ class Scheduler:
     def waiting_seconds(self) -> float:
         return sum(entry.seconds for entry in self.waiting)
 
-    def submit(self, name: str, seconds: float | Sequence[float]) -> None:
+    def submit(
+        self, name: str, seconds: float | Sequence[float], batch: Batch | None = None
+    ) -> None:
         """Put a request at the end of the queue. ``seconds`` may differ by replica.
+
+        Others of the same ``batch`` may be resident with it.
 
         Raises:
             Busy: the queue is full.
@@ -92,7 +103,7 @@ class Scheduler:
         costs = (
             tuple(seconds) if isinstance(seconds, Sequence) else (seconds,) * len(self._replicas)
         )
-        entry = QueueEntry(name, costs)
+        entry = QueueEntry(name, costs, batch)
         count, limit = len(self.waiting), self.config.max_waiting
         if count >= limit:
             raise Busy(f"the queue is full: {count} of {limit} requests wait")
@@ -129,6 +140,24 @@ class Scheduler:
         """Where a request is resident; None if it waits or is not known."""
         return next((entry.replica for entry in self.resident if entry.name == name), None)
 
+    def mates(self, name: str) -> list[str]:
+        """A resident and all others of its batch on its replica."""
+        entry = self._resident(name)
+        if entry.batch is None:
+            return [name]
+        return [e.name for e in self.residents(entry.replica) if e.batch == entry.batch]
+
+    def begin(self, name: str) -> None:
+        """The batch of a resident begins with those of it that are resident."""
+        for mate in self.mates(name):
+            self._resident(mate).begun = True
+
+    def has_room(self, name: str) -> bool:
+        """Whether others may still join the batch of a resident."""
+        batch = self._resident(name).batch
+        mates = [self._resident(mate) for mate in self.mates(name)]
+        return batch is not None and self._may_join(batch, mates)
+
     def turn(self, replica: int = 0) -> str | None:
         """The resident of a replica whose turn it is."""
         here = self.residents(replica)
@@ -143,10 +172,14 @@ class Scheduler:
         self._resident(name).share = share
 
     def readmit(self, name: str, *, alone: bool = False) -> None:
-        """Put a resident back to the front of the queue: its state is lost, or was never made."""
+        """Put a resident back to the front of the queue: its state is lost, or was never made.
+
+        If it is to be ``alone``, it comes when nothing is resident, and without company.
+        """
         entry = self._resident(name)
         entry.alone |= alone
-        entry.share = 0.0
+        entry.batch = None if alone else entry.batch
+        entry.share, entry.begun = 0.0, False
         self.resident.remove(entry)
         self.waiting.insert(0, entry)
 
@@ -166,11 +199,11 @@ class Scheduler:
     def _is_short(self, entry: QueueEntry) -> bool:
         return entry.seconds <= self.config.short_seconds
 
-    def _kind(self, entry: QueueEntry) -> tuple[bool, bool]:
-        """What decides where a request fits: whether it is short, and whether it has to be alone."""
-        return self._is_short(entry), entry.alone
+    def _kind(self, entry: QueueEntry) -> Kind:
+        """What decides where a request fits: whether it is short, whether it has to be alone, its batch."""
+        return self._is_short(entry), entry.alone, entry.batch
 
-    def _places(self, kind: tuple[bool, bool]) -> list[int]:
+    def _places(self, kind: Kind) -> list[int]:
         """The replicas that could take a request of this kind now."""
         overdue = any(e.alone and e.passed >= self.config.max_passed for e in self.waiting)
         return [
@@ -179,20 +212,28 @@ class Scheduler:
             if at not in self.closed and self._fits(kind, self.residents(at), overdue=overdue)
         ]
 
-    def _fits(self, kind: tuple[bool, bool], here: list[QueueEntry], *, overdue: bool) -> bool:
-        short, alone = kind
+    def _fits(self, kind: Kind, here: list[QueueEntry], *, overdue: bool) -> bool:
+        short, alone, batch = kind
         if not here:
             return True
         if alone or overdue:  # the residents end, and then it is its turn
             return False
-        if self.config.policy == "fifo" or len(here) >= self.config.max_resident:
+        mates = [entry for entry in here if batch is not None and entry.batch == batch]
+        if batch is not None and mates:
+            return self._may_join(batch, mates)
+        groups = {entry.batch or entry.name for entry in here}
+        if self.config.policy == "fifo" or len(groups) >= self.config.max_resident:
             return False
         return short or all(map(self._is_short, here))
+
+    def _may_join(self, batch: Batch, mates: list[QueueEntry]) -> bool:
+        return len(mates) < batch.size and not any(entry.begun for entry in mates)
 
     def _expected(self, entry: QueueEntry, replica: int) -> tuple[float, int, float]:
         """When a request is done on a replica: its turns and those of the others until then."""
         here, cost = self.residents(replica), entry.costs[replica]
-        seconds = cost + sum(min(other.remaining, cost) for other in here)
+        turns = [e for e in here if entry.batch is None or e.batch != entry.batch]  # not its mates
+        seconds = cost + sum(min(other.remaining, cost) for other in turns)
         return (seconds, len(here), sum(other.remaining for other in here))
 
     def _rank(self, entry: QueueEntry) -> tuple[bool, bool, float, int]:

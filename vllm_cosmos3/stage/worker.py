@@ -16,7 +16,7 @@ import pickle
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +41,7 @@ class Stage(Protocol):
     ``step`` follows, which returns how many of them were reused so far; then ``decode``, then ``finish``, whose value on rank 0 is the result, which ``save(path)`` writes to files. What
     ``decode`` makes may go to ``clip`` meanwhile, if the request has one. Between two steps ``preview``
     may be called, whose value on rank 0 is a JPEG of what is coming and the seconds that it took.
+    ``step_together`` makes a step of several requests that were submitted with the same batch.
 
     What outlives a request has a name, by which ``release`` gives it up: the sessions of a simulator.
     While there are no states its other methods may be called, such as ``sleep`` and ``wake_up``.
@@ -52,6 +53,8 @@ class Stage(Protocol):
     def encode(self, plan: Any) -> Any: ...
 
     def step(self, state: Any) -> int: ...
+
+    def step_together(self, states: Sequence[Any]) -> Sequence[int]: ...
 
     def preview(self, state: Any) -> tuple[float, bytes] | None: ...
 
@@ -188,8 +191,11 @@ class DiffusionWorker(WorkerBase):
             plan = from_first(plan)  # each rank has made its own, perhaps with a random seed
         self._states[job] = self._stage.encode(plan)
 
-    def step(self, job: str) -> int:
-        return self._stage.step(self._states[job])
+    def step(self, job: str, *others: str) -> int | Sequence[int]:
+        """A step of a request, or of several, which gives a value for each."""
+        if not others:
+            return self._stage.step(self._states[job])
+        return self._stage.step_together([self._states[name] for name in (job, *others)])
 
     def preview(self, job: str) -> tuple[float, bytes] | None:
         return self._stage.preview(self._states[job])

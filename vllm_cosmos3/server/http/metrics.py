@@ -11,6 +11,7 @@ from vllm_cosmos3.errors import Cosmos3Error
 from vllm_cosmos3.server.http.api_errors import slug
 
 BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 1800, 3600)
+BATCH_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16)
 STEP_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
@@ -69,6 +70,9 @@ class Metrics:
         self.step = Histogram(
             "cosmos3:step_seconds", "seconds per denoising step", buckets=STEP_BUCKETS
         )
+        self.batch = Histogram(
+            "cosmos3:batch_size", "samples denoised together, by request", buckets=BATCH_BUCKETS
+        )
         self.phase = Histogram(
             "cosmos3:phase_seconds", "seconds per phase of a request", ["phase"], buckets=BUCKETS
         )
@@ -92,12 +96,18 @@ class Metrics:
             self.failed.labels(code).inc()
 
     def completion(
-        self, kind: str, frames: int, peak_memory: int, timings: Mapping[str, float]
+        self,
+        kind: str,
+        frames: int,
+        peak_memory: int,
+        batch_size: int,
+        timings: Mapping[str, float],
     ) -> None:
-        """Count a request that was served: its frames, bytes of memory, and seconds by phase."""
+        """Count a request that was served: its frames, bytes of memory, company and seconds by phase."""
         self.completed.labels(kind).inc()
         self.frames.inc(frames)
         self.peak.set(max(peak_memory, 0))
+        self.batch.observe(batch_size)
         self.step.observe(timings.get("per_step", 0.0))
         for phase, spent in timings.items():
             if phase != "per_step":

@@ -21,6 +21,7 @@ from vllm_cosmos3.checkpoint.config import ModelConfig
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
 from vllm_cosmos3.media_budget import Lease, media_budget
 from vllm_cosmos3.request import planner
+from vllm_cosmos3.request.batching import with_batch
 from vllm_cosmos3.request.plan import Plan
 from vllm_cosmos3.request.planner import Draft
 from vllm_cosmos3.request.presets import PresetRule
@@ -97,12 +98,13 @@ class Admission:
         presets: PresetRule,
         check_open: Callable[[], None],
         defaults: Mapping[str, Any],
+        batch_size: Callable[..., int],
     ) -> None:
         self.check_open = check_open
         self.upsampling = 0  # requests whose prompt is being written
         self._jobs, self._model, self._tokenizer, self._names = jobs, model, tokenizer, names
         self._guardrails, self._reasoner, self._defaults = guardrails, reasoner, defaults
-        self._presets = presets
+        self._presets, self._batch_size = presets, batch_size
         self._planners = asyncio.Semaphore(PLANNERS)
 
     @property
@@ -227,7 +229,8 @@ class Admission:
         if plan.truncated and request.server_fields.get("truncate_prompt") is False:
             message = f"{plan.truncated[0]}, and truncate_prompt is false"
             raise ApiError("invalid_value", message, param="prompt")
-        return plan
+        limit = self._batch_size(exact=plan.parameters.preset == "exact")
+        return with_batch(plan, patch=self._model.transformer.latent_patch_size, limit=limit)
 
     async def _caption(
         self, request: ClientRequest, draft: Draft, plan: Plan, deadline: float

@@ -81,6 +81,7 @@ class Artifacts:
         record = {
             "timings": {**self.output.timings, "encode": encode},
             "peak_memory": self.output.peak_memory,
+            "batch_size": self.output.batch_size,
             "guardrails": report,
             "warnings": list(self.output.warnings),
             "files": [file.name for file in files],

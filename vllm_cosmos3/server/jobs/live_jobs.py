@@ -91,6 +91,7 @@ class LiveJobs:
                 deadline=deadline,
                 report=lambda progress: self._advance(job, progress),
                 show=(lambda made: self._show(job, made)) if preview else None,
+                batch=plan.batch,
             )
         except Cosmos3Error as error:
             with self._lock:
@@ -317,7 +318,7 @@ class LiveJobs:
         job.timings = {
             "queue": started - job.created, **record["timings"], "total": job.completed - job.created
         }  # fmt: skip
-        job.peak_memory = record["peak_memory"]
+        job.peak_memory, job.batch_size = record["peak_memory"], record["batch_size"]
         job.guardrails |= record["guardrails"]
         job.warnings += [text for text in record["warnings"] if text not in job.warnings]
         frames = int(job.effective["num_frames"]) * int(job.effective["n"])
@@ -328,7 +329,7 @@ class LiveJobs:
             "gpu_seconds": round(seconds * self._ranks, 3),
         }
         self._throughput.observe(job.work, seconds)
-        metrics().completion(job.kind, frames, job.peak_memory, job.timings)
+        metrics().completion(job.kind, frames, job.peak_memory, job.batch_size, job.timings)
 
 
 def cancel(job: StageJob, ranks: int) -> None:

@@ -80,6 +80,7 @@ class Service:
             PresetRule.read(options.preset, options.presets),
             self.check_open,
             read_sampling_defaults(options.default_sampling_params),
+            sizing.engine.batch_size,
         )
         self.inference = Inference(
             self.admission,

@@ -84,6 +84,10 @@ class Details(ApiModel):
     step: int = Field(ge=0, description="denoising steps done")
     num_steps: int = Field(description="denoising steps of the whole")
     reused_steps: int = Field(description="of those done, taken from the step cache")
+    batch_size: int = Field(
+        description="most samples denoised in one forward, of this request and others; 0 until it is"
+        " completed"
+    )
     eta_s: float | None = Field(
         description="until the phase is done [seconds]; null while nothing is known"
     )
@@ -141,6 +145,7 @@ class VideoJob(ApiModel):
     warnings: Internal[list[str]] = Field(default_factory=list)
     timings: Internal[dict[str, float]] = Field(default_factory=dict)
     peak_memory: Internal[int] = 0
+    batch_size: Internal[int] = 0
     guardrails: Internal[dict[str, Any]] = Field(default_factory=dict)
     files: Internal[list[str]] = Field(default_factory=list)
     # A newer version's fields, which finds them again.
@@ -281,6 +286,7 @@ class VideoJob(ApiModel):
             step=self.step,
             num_steps=self.num_steps,
             reused_steps=self.reused_steps,
+            batch_size=self.batch_size,
             eta_s=self.eta,
             timings_s=self.timings,
             peak_memory_mb=self.peak_memory_mb,
