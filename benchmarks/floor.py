@@ -106,13 +106,14 @@ def text_work(config: TransformerConfig, plan: Plan) -> Work:
 
 
 def step_work(config: TransformerConfig, plan: Plan) -> Work:
-    """One step of all branches, which need to read the weights only once.
+    """One step of all branches and of the samples that make it together: the weights are read once.
 
     The adapters of the streams, under 1 %, are left out.
     """
     counts = tokens(plan, config.latent_patch_size)
     generated = sum(counts[stream.name] for stream in plan.streams)
-    works = [tower_work(config, generated, generated + len(ids)) for ids in plan.token_ids]
+    tokens_of_all = generated * plan.together
+    works = [tower_work(config, tokens_of_all, generated + len(ids)) for ids in plan.token_ids]
     return replace(sum(works, Work()), weights=works[0].weights)
 
 

@@ -4,7 +4,7 @@
         --concurrency 4 --fields '{"size": "320x192", "num_frames": 25}'
 
 Closed loop keeps ``--concurrency`` requests under way; ``--rate`` sends them at that many a second,
-whatever the server does. ``--kind polls`` makes one long video and asks how far it is. Prints a table; ``--json FILE`` writes the same as JSON.
+whatever the server does. ``--distinct`` gives each a prompt of its own, whose text nobody has read. ``--kind polls`` makes one long video and asks how far it is. Prints a table; ``--json FILE`` writes the same as JSON.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class Served:
     latency: float
     queue: float = 0.0
     gpu: float = 0.0
+    batch_size: int = 1
 
 
 class Refused(Exception):
@@ -70,7 +72,13 @@ async def _load(
         async with _under_way(client, {"prompt": args.prompt, **LONG, **fields}) as path:
             return await _send_all(args, turn, lambda: _poll(client, path))
     send = {"images": _image, "videos": _video, "chat": _chat, "actions": _actions}[args.kind]
-    return await _send_all(args, turn, lambda: send(client, {"prompt": args.prompt, **fields}))
+    numbers = count(1)
+
+    def body() -> dict[str, Any]:
+        prompt = f"{args.prompt}, number {next(numbers)}" if args.distinct else args.prompt
+        return {"prompt": prompt, **fields}
+
+    return await _send_all(args, turn, lambda: send(client, body()))
 
 
 async def _send_all(
@@ -95,7 +103,12 @@ async def _image(client: httpx.AsyncClient, body: dict[str, Any]) -> Served:
     answer = _accepted(await client.post("/v1/images/generations", json=body))
     timings = answer["cosmos3"]["timings_s"]
     latency = time.perf_counter() - start
-    return Served(latency=latency, queue=timings["queue"], gpu=answer["usage"]["gpu_seconds"])
+    return Served(
+        latency=latency,
+        queue=timings["queue"],
+        gpu=answer["usage"]["gpu_seconds"],
+        batch_size=answer["cosmos3"]["batch_size"],
+    )
 
 
 async def _video(client: httpx.AsyncClient, body: dict[str, Any]) -> Served:
@@ -108,7 +121,12 @@ async def _video(client: httpx.AsyncClient, body: dict[str, Any]) -> Served:
         raise Refused(job["error"]["code"])
     latency = time.perf_counter() - start
     timings, usage = job["cosmos3"]["timings_s"], job["usage"]
-    return Served(latency=latency, queue=timings["queue"], gpu=usage["gpu_seconds"])
+    return Served(
+        latency=latency,
+        queue=timings["queue"],
+        gpu=usage["gpu_seconds"],
+        batch_size=job["cosmos3"]["batch_size"],
+    )
 
 
 async def _chat(client: httpx.AsyncClient, body: dict[str, Any]) -> Served:
@@ -182,6 +200,7 @@ def summary(results: list[Served | str], seconds: float) -> dict[str, Any]:
         "latency_s": _percentiles([result.latency for result in served]),
         "queue_s": _percentiles([result.queue for result in served]),
         "gpu_seconds_per_output": round(gpu / len(served), 4) if served else None,
+        "batch_sizes": dict(sorted(Counter(result.batch_size for result in served).items())),
     }
 
 
@@ -215,6 +234,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rate", type=float, help="requests a second (open loop)")
     parser.add_argument("--prompt", default="A paper boat drifts down a stream")
+    parser.add_argument("--distinct", action="store_true", help="number the prompts")
     parser.add_argument("--fields", default="{}", help="more fields of each request, as JSON")
     parser.add_argument("--json", type=Path, help="write the report here")
     return parser
