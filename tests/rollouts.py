@@ -18,11 +18,11 @@ PICTURE = np.random.RandomState(0).randint(0, 256, (64, 48, 3), dtype=np.uint8)
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A session of an export, and what is done in it: the embodiment of each step, None for nothing."""
+    """A session of an export, and what is done in it: the embodiment of each step, or of each of its rows, None for nothing."""
 
     kind: str
     fields: dict[str, Any] = field(default_factory=dict)
-    steps: tuple[str | None, ...]
+    steps: tuple[str | tuple[str, ...] | None, ...]
 
     @property
     def request(self) -> SessionRequest:
@@ -44,7 +44,7 @@ CASES = {
     "unified, whole chunks remembered, two bodies": Case(
         kind="sim-bimanual",
         fields={"image": PICTURE, "history": 4, "sinks": 1, "commit": "chunk"},
-        steps=("agibotworld", "camera_pose", None, "agibotworld"),
+        steps=("agibotworld", "camera_pose", None, ("agibotworld",) * 3 + ("camera_pose",) * 5),
     ),
 }
 
@@ -56,6 +56,12 @@ def actions(world: World, case: Case) -> list[np.ndarray | None]:
     for name in case.steps:
         if name is None:
             rows.append(None)
+            continue
+        if isinstance(name, tuple):
+            whole = draw.standard_normal(world.shape).astype(np.float32)
+            for row, own in zip(whole, name, strict=True):
+                row[world.causal.spaces[own].slots :] = 0
+            rows.append(whole)
             continue
         space = world.causal.spaces[name]
         rows.append(draw.standard_normal((world.shape[0], space.slots)).astype(np.float32))

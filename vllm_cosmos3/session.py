@@ -10,7 +10,7 @@ import numpy as np
 from vllm_cosmos3.closing import Closing
 from vllm_cosmos3.errors import Cosmos3Error
 from vllm_cosmos3.generator.output import Output
-from vllm_cosmos3.request.world import ChunkPlan, World
+from vllm_cosmos3.request.world import ChunkPlan, DomainName, World
 
 
 class Session(Closing):
@@ -51,13 +51,13 @@ class Session(Closing):
         """Frames that were made so far, the first one included."""
         return 1 + (self._world.next - 1) * self._world.causal.rows_per_frame
 
-    def step(self, actions: Any = None, *, domain_name: str | None = None) -> np.ndarray:
+    def step(self, actions: Any = None, *, domain_name: DomainName = None) -> np.ndarray:
         """The next frames, uint8 [T, H, W, 3], after ``actions`` of `action_shape`.
 
         A row leads from one frame to the next, in the units of the checkpoint: those of `poses` where
         it takes rows as they are, normalised ones where it takes those of all embodiments alike.
         Without ``actions`` nothing is done. ``domain_name`` is the embodiment of this step, if it is
-        another than the session's.
+        another than the session's, or a list with that of each row.
 
         Raises:
             InvalidRequest: the actions have another shape, or are no finite numbers.

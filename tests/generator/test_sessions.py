@@ -129,6 +129,8 @@ def test_a_camera_has_nine_numbers_of_a_unified_row(folders: dict[str, Path]) ->
             first = session.step(narrow)
             with pytest.raises(InvalidRequest, match="0 beyond the first 9 numbers"):
                 session.step(wide + 1)
+            with pytest.raises(InvalidRequest, match="must be one name, or 8 of embodiments"):
+                session.step(wide, domain_name=["camera_pose"] * 3)
         with model.session(**START, domain_name="camera_pose") as session:
             assert np.array_equal(session.step(wide), first)
 

@@ -66,12 +66,13 @@ class Reference:
         x, angles, silent, owner = [], [], [], []
         for block in blocks:
             for frame in range(block["x"].shape[1]):
-                rows = block["rows"][frame * ROWS : (frame + 1) * ROWS]
+                own = slice(frame * ROWS, (frame + 1) * ROWS)
+                rows, domains = block["rows"][own], block["domains"][own]
                 at = block["first"] + frame
                 acted = [max(0.0, at + (i + 1) / ROWS - 1) for i in range(ROWS)]
                 tokens, height, width = self._patches(block["x"][:, frame])
                 token = F.linear(tokens, self.w["proj_in.weight"], self.w["proj_in.bias"])
-                x += [self._act(rows, block["domain"]), token + time * (block is chunk)]
+                x += [self._act(rows, domains), token + time * (block is chunk)]
                 places = [(self._time(t), 0, 0) for t in acted]
                 places += [(self._time(at), r, c) for r in range(height) for c in range(width)]
                 angles.append(self._angles(torch.tensor(places, dtype=torch.float32)))
@@ -146,9 +147,9 @@ class Reference:
         gate, up, down = (self.w[f"{name}{n}_proj.weight"].T for n in ("gate", "up", "down"))
         return (F.silu(x @ gate) * (x @ up)) @ down
 
-    def _act(self, rows: Tensor, domain: int) -> Tensor:
-        matrix = self.w["action_proj_in.fc.weight"][domain].view(64, -1)
-        return rows @ matrix + self.w["action_proj_in.bias.weight"][domain] + self.w["action_modality_embed"]  # fmt: skip
+    def _act(self, rows: Tensor, domains: list[int]) -> Tensor:
+        made = [row @ self.w["action_proj_in.fc.weight"][domain].view(64, -1) + self.w["action_proj_in.bias.weight"][domain] for row, domain in zip(rows, domains, strict=True)]  # fmt: skip
+        return torch.stack(made) + self.w["action_modality_embed"]
 
     @staticmethod
     def _patches(x: Tensor) -> tuple[Tensor, int, int]:
@@ -193,8 +194,9 @@ def reference(pipeline: WorldPipeline, case: Case, first: np.ndarray) -> list[np
 
     for step, rows in enumerate([None, *actions(world, case)]):
         name = None if step == 0 else case.steps[step - 1]
-        space = world.space if name is None else causal.spaces[name]
         count = 1 if step == 0 else causal.chunk_size
+        names = name if isinstance(name, tuple) else (name or world.space.name,) * (count * ROWS)
+        space, domains = causal.spaces[names[0]], [causal.spaces[one].domain_id for one in names]
         width = 64
         padded = torch.zeros(count * ROWS, width)
         if rows is not None:
@@ -209,7 +211,7 @@ def reference(pipeline: WorldPipeline, case: Case, first: np.ndarray) -> list[np
         x = torch.randn((1, *shape), generator=noise, dtype=torch.bfloat16).float()[0]
         if step == 0 and opening.source is not None:
             x, sigmas = torch.from_numpy(first)[0], ()
-        block = {"first": start, "rows": padded, "domain": space.domain_id, "silent": rows is None}
+        block = {"first": start, "rows": padded, "domains": domains, "silent": rows is None}
         sees = visible(start, count)
         for index, sigma in enumerate(sigmas):
             following = (*sigmas, 0.0)[index + 1]
@@ -223,7 +225,8 @@ def reference(pipeline: WorldPipeline, case: Case, first: np.ndarray) -> list[np
         made.append(x[None].numpy())
         group = count if case.request.commit == "chunk" else 1
         for at in range(0, count, group):
-            part = {"x": x[:, at : at + group], "rows": padded[at * ROWS : (at + group) * ROWS]}
+            own = slice(at * ROWS, (at + group) * ROWS)
+            part = {"x": x[:, at : at + group], "rows": padded[own], "domains": domains[own]}
             clean.append({**block, **part, "first": start + at})
         start += count
     return made

@@ -23,12 +23,13 @@ from starlette.websockets import WebSocketDisconnect
 from vllm_cosmos3 import Cosmos3
 from vllm_cosmos3.checkpoint.synthetic import write_checkpoint
 from vllm_cosmos3.server.app import Listen, make_app
-from vllm_cosmos3.server.guardrails import Guardrails
+from vllm_cosmos3.server.guardrails import CHECKER, Guardrails
 from vllm_cosmos3.server.jobs.service import Service
 from vllm_cosmos3.server.memory_split import sized
 from vllm_cosmos3.server.options import Options
 
 PATH = "/v1/realtime_video/generate"
+CHECKERS = Path(__file__).parents[1] / "serve_generator"
 ROWS = np.random.RandomState(2).standard_normal((16, 59)).astype(np.float32)
 
 
@@ -59,15 +60,25 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
-    """An app in this process, and a stage in processes of its own."""
+    """An app in this process, and a stage in processes of its own. Its guardrails turn frames into negatives."""
     storage = str(tmp_path_factory.mktemp("storage"))
     engine = {"dtype": "float32"}
-    options = Options(storage_path=storage, max_sessions=2, guardrails="off", engine=engine)
-    sizing, guardrails = sized(checkpoint, options, "cpu"), Guardrails(options)
-    app = make_app(lambda: Service(sizing, ("tiny",), options, guardrails), Listen())
-    with TestClient(app) as made:
-        app.state.cosmos3.stage.wait_ready(HANG)
-        yield made
+    options = Options(
+        storage_path=storage,
+        max_sessions=2,
+        guardrail_checker="checkers:Words",
+        engine=engine,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(CHECKERS))  # which the stage's processes get
+        patch.delenv(CHECKER, raising=False)
+        sizing, guardrails = sized(checkpoint, options, "cpu"), Guardrails(options)
+        assert guardrails.state == "active"
+        app = make_app(lambda: Service(sizing, ("tiny",), options, guardrails), Listen())
+        with TestClient(app) as made:
+            app.state.cosmos3.stage.wait_ready(HANG)
+            yield made
+        os.environ.pop(CHECKER)
 
 
 def say(socket: Any, **message: Any) -> None:
@@ -110,12 +121,23 @@ def test_frames_are_those_of_python(client: TestClient, checkpoint: Path) -> Non
     ]
     assert [m["is_final_frame_batch"] for m in sent] == [False, True, True]
     data = b"".join(m["payload"] for m in sent)
-    made = np.frombuffer(data, np.uint8).reshape(-1, 64, 48, 3)
+    made = 255 - np.frombuffer(data, np.uint8).reshape(-1, 64, 48, 3)
     assert np.abs(made.astype(int) - expected.astype(int)).max() <= 1
     stats = [m for m in messages if m["type"] == "chunk_stats"]
     assert [m["chunk_index"] for m in stats] == [0, 1]
     assert all(m["denoise_ms"] > 0 for m in stats)
     assert messages[-1]["code"] == 1000
+
+
+def test_what_the_server_says_of_a_simulator(client: TestClient) -> None:
+    """Domain ids are those of the synthetic export, and of the published one: agibotworld is 15."""
+    (model,) = client.get("/v1/cosmos3/models").json()["data"]
+    block = model["cosmos3"]
+    assert block["modes"] == ["world_model"]
+    assert {name: row["width"] for name, row in block["action_domains"].items()} == dict.fromkeys(
+        ("agibotworld", "agibot_gear_gripper", "camera_pose", "hand_pose"), 59
+    )
+    assert block["action_domains"]["agibotworld"]["domain_id"] == 15
 
 
 def test_pictures_events_and_wrong_rows(client: TestClient) -> None:
@@ -125,10 +147,19 @@ def test_pictures_events_and_wrong_rows(client: TestClient) -> None:
         say(socket, type="event", kind="action", payload=[[1.0] * 7], event_id=1)
         say(socket, type="event", kind="action", payload=[0.5] * 59, event_id=2)
         say(socket, type="event", kind="jump", payload=[])
+        two = [[0.5] * 59, [0.5] * 9 + [0.0] * 50]
+        action = {"type": "event", "kind": "action", "payload": two}
+        say(socket, **action, domain_id=99)
+        say(socket, **action, domain_name=["agibotworld"] * 3)
+        say(socket, **action, domain_name="camera_pose")
+        say(socket, **action, domain_id=[15, 2])
         messages = told(socket)
     errors = [m["content"] for m in messages if m["type"] == "error"]
     assert "rows of 59 finite numbers" in errors[0]
     assert "jump" in errors[1]
+    assert "one of 2, 3, 15" in errors[2]
+    assert "an embodiment, or one for each of 2 rows" in errors[3]
+    assert "0 beyond the numbers that the embodiment of a row has" in errors[4]
     sent = [m for m in messages if m["type"] == "frame_batch"]
     assert len(sent) == 1 + 3 * 8
     assert {m["event_id"] for m in sent} <= {None, 2}
@@ -144,6 +175,8 @@ def test_pictures_events_and_wrong_rows(client: TestClient) -> None:
         ({"type": "event"}, "init: "),
         ({"condition_inputs": {"domain_name": "cat"}}, "one of agibotworld"),
         ({"condition_inputs": {"action_rows": [[1.0]]}}, "rows of 59"),
+        ({"prompt": "forbidden"}, "the prompt was blocked by the guardrails (violence)"),
+        ({"size": "128x64", "first_frame": None}, "the result was blocked by the guardrails"),
     ],
 )
 def test_a_session_that_cannot_begin(client: TestClient, change: dict[str, Any], reason: str) -> None:  # fmt: skip

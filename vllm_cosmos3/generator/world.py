@@ -25,6 +25,7 @@ from vllm_cosmos3.generator.loading import LoadedModels, load_models
 from vllm_cosmos3.generator.memory.estimate import session_work
 from vllm_cosmos3.generator.memory.reservation import MemoryBudget, Reservation
 from vllm_cosmos3.generator.models.history import HistoryKV
+from vllm_cosmos3.generator.models.modalities import Domain
 from vllm_cosmos3.generator.models.transformer import Context
 from vllm_cosmos3.generator.models.vae import DecodedClip, to_frames, to_pixels
 from vllm_cosmos3.generator.movable import MovableWeights
@@ -51,21 +52,25 @@ class Chunk:
     first: int
     x: Tensor
     rows: Tensor
-    domain_id: int
+    domain_id: Domain
     silent: bool
 
     def part(self, start: int, stop: int) -> Chunk:
         """The latent frames from ``start`` to before ``stop`` of the video."""
-        frames = self.x.shape[2]
         a, b = start - self.first, stop - self.first
-        rows = self.rows.unflatten(0, (frames, -1))[a:b].flatten(0, 1)
+        rows, domain_id = self._of_frames(self.rows, a, b), self.domain_id
+        if isinstance(domain_id, Tensor):
+            domain_id = self._of_frames(domain_id, a, b)
         return Chunk(
             first=start,
             x=self.x[:, :, a:b],
             rows=rows,
-            domain_id=self.domain_id,
+            domain_id=domain_id,
             silent=self.silent,
         )
+
+    def _of_frames(self, by_row: Tensor, start: int, stop: int) -> Tensor:
+        return by_row.unflatten(0, (self.x.shape[2], -1))[start:stop].flatten(0, 1)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -151,7 +156,7 @@ class WorldPipeline(MovableWeights):
             first=plan.first,
             x=x,
             rows=torch.from_numpy(rows).to(self.device),
-            domain_id=plan.domain_id,
+            domain_id=self._domain(plan.domain_ids),
             silent=plan.rows is None,
         )
         return ChunkState(
@@ -245,6 +250,10 @@ class WorldPipeline(MovableWeights):
         """The latents of a picture, of which the canvas may have more at the right and bottom."""
         pixels = to_pixels(torch.from_numpy(source).to(self.device))
         return self.vae.encode(pixels)[:, :, :, : shape[3], : shape[4]]
+
+    def _domain(self, ids: tuple[int, ...]) -> Domain:
+        """The embodiment of a chunk: of each row, only where they differ."""
+        return ids[0] if len(set(ids)) == 1 else torch.tensor(ids, device=self.device)
 
     @property
     def _rows_per_frame(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,7 @@ SIZE = (832, 480)  # width and height without a picture
 FPS = 24.0
 LONGEST_HISTORY = 4096  # latent frames
 COMMITS = ("frame", "chunk")
+DomainName = str | Sequence[str] | None  # the embodiment of all rows of actions, or of each
 
 
 def _field(default: Any, kind: str, words: str, **spec: Any) -> Any:
@@ -149,8 +150,8 @@ class ChunkPlan:
     """One chunk of a session: ``frames`` latent frames from ``first`` on.
 
     ``commits`` are ranges of frames that are added to the history before. ``sigmas`` are the noise
-    levels, none where the chunk is given. ``rows`` are float32 [rows of all frames, 64] of the
-    embodiment ``domain_id``, None where nothing is done. The first chunk has an ``opening``.
+    levels, none where the chunk is given. ``rows`` are float32 [rows of all frames, 64], each of the
+    embodiment in ``domain_ids``, None where nothing is done. The first chunk has an ``opening``.
     """
 
     session: str
@@ -159,7 +160,7 @@ class ChunkPlan:
     commits: tuple[tuple[int, int], ...]
     sigmas: tuple[float, ...]
     rows: np.ndarray | None
-    domain_id: int
+    domain_ids: tuple[int, ...]
     opening: Opening | None = None
 
     @property
@@ -195,17 +196,19 @@ class World:
             commits=(),
             sigmas=() if self.opening.source is not None else self.causal.sigmas_at(0),
             rows=None,
-            domain_id=self.space.domain_id,
+            domain_ids=(self.space.domain_id,),
             opening=self.opening,
         )
 
-    def step(self, actions: Any, domain_name: str | None = None) -> ChunkPlan:
+    def step(self, actions: Any, domain_name: DomainName = None) -> ChunkPlan:
         """The plan of the next chunk after ``actions``: as many rows as it has frames, or None.
+
+        ``domain_name`` is the embodiment of all rows, or of each.
 
         Raises:
             InvalidRequest: they have another shape, or no such embodiment is known.
         """
-        space = self.space if domain_name is None else find_space(self.causal, domain_name)
+        spaces = self._spaces(domain_name)
         first, step = self.next, self.step_frames
         start = first - self.pending
         return ChunkPlan(
@@ -214,24 +217,46 @@ class World:
             frames=self.causal.chunk_size,
             commits=tuple((a, min(a + step, first)) for a in range(start, first, step)),
             sigmas=self.causal.sigmas_at(first),
-            rows=None if actions is None else self._rows(actions, space),
-            domain_id=space.domain_id,
+            rows=None if actions is None else self._rows(actions, spaces),
+            domain_ids=tuple(space.domain_id for space in spaces),
         )
 
     def done(self, plan: ChunkPlan) -> None:
         """This chunk was made."""
         self.next, self.pending = plan.first + plan.frames, plan.frames
 
-    def _rows(self, actions: Any, space: ActionSpace) -> np.ndarray:
-        count, possible = self.shape[0], f"numbers of the shape [{self.shape[0]}, {space.width}]"
-        possible += f": a row for each frame that {space.name} leads to"
+    def _spaces(self, names: DomainName) -> list[ActionSpace]:
+        """The embodiment of each row."""
+        count = self.shape[0]
+        if names is None:
+            return [self.space] * count
+        if isinstance(names, str):
+            return [find_space(self.causal, names)] * count
+        spaces = [find_space(self.causal, name) for name in names]
+        if len(spaces) != count or len({space.width for space in spaces}) > 1:
+            possible = f"one name, or {count} of embodiments with rows of one width"
+            raise InvalidRequest("domain_name", list(names), possible)
+        return spaces
+
+    def _rows(self, actions: Any, spaces: list[ActionSpace]) -> np.ndarray:
+        count, width, kinds = self.shape[0], spaces[0].width, list(dict.fromkeys(spaces))
+        possible = f"numbers of the shape [{count}, {width}]: a row for each frame that "
+        possible += f"{' or '.join(space.name for space in kinds)} leads to"
         try:
             with np.errstate(over="ignore"):
                 given = np.asarray(actions, np.float32)
         except (TypeError, ValueError, OverflowError):
             raise InvalidRequest("actions", actions, possible, "invalid_type") from None
-        if given.ndim != 2 or given.shape[0] != count or given.shape[1] not in (space.width, space.slots):  # fmt: skip
+        widths = {width, kinds[0].slots} if len(kinds) == 1 else {width}
+        if given.ndim != 2 or given.shape[0] != count or given.shape[1] not in widths:
             raise InvalidRequest("actions", list(given.shape), possible)
+        rows = np.zeros((count, self.action_dim), np.float32)
+        for space in kinds:
+            own = np.array([other is space for other in spaces])
+            rows[own, : given.shape[1]] = self._in_units_of_the_model(given[own], space)
+        return rows
+
+    def _in_units_of_the_model(self, given: np.ndarray, space: ActionSpace) -> np.ndarray:
         if not np.isfinite(given).all() or given[:, space.slots :].any():
             possible = f"finite, and 0 beyond the first {space.slots} numbers of a row"
             raise InvalidRequest("actions", "other numbers", possible)
@@ -242,9 +267,7 @@ class World:
             if not np.isfinite(given).all():
                 possible = "within the range of float32, in the units of the model as well"
                 raise InvalidRequest("actions", "other numbers", possible)
-        rows = np.zeros((count, self.action_dim), np.float32)
-        rows[:, : given.shape[1]] = given
-        return rows
+        return given
 
 
 def make_world(

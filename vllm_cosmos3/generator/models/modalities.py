@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from vllm_cosmos3.generator.sampling.packing import Stream, patchify, unpatchify
 from vllm_cosmos3.request.plan import Plan, StreamPlan
 
 Positions = Callable[[StreamPlan, float, TransformerConfig], Tensor]
+Domain: TypeAlias = int | Tensor  # the embodiment of all action rows, or of each [T]
 
 
 class VisionAdapter(nn.Module):
@@ -35,10 +37,10 @@ class VisionAdapter(nn.Module):
         self.proj_in = nn.Linear(config.patch_latent_dim, config.hidden_size, dtype=dtype)
         self.proj_out = nn.Linear(config.hidden_size, config.patch_latent_dim, dtype=dtype)
 
-    def embed(self, x: Tensor, _domain_id: int) -> Tensor:
+    def embed(self, x: Tensor, _domain_id: Domain) -> Tensor:
         return self.proj_in(patchify(x, self._patch))
 
-    def velocity(self, x_SD: Tensor, shape: tuple[int, ...], _domain_id: int) -> Tensor:
+    def velocity(self, x_SD: Tensor, shape: tuple[int, ...], _domain_id: Domain) -> Tensor:
         return unpatchify(self.proj_out(x_SD), shape, self._patch)
 
 
@@ -51,10 +53,10 @@ class SoundAdapter(nn.Module):
         self.proj_out = nn.Linear(config.hidden_size, config.sound_dim, dtype=dtype)
         self.modality = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype))
 
-    def embed(self, x: Tensor, _domain_id: int) -> Tensor:
+    def embed(self, x: Tensor, _domain_id: Domain) -> Tensor:
         return self.proj_in(x.T) + self.modality
 
-    def velocity(self, x_SD: Tensor, _shape: tuple[int, ...], _domain_id: int) -> Tensor:
+    def velocity(self, x_SD: Tensor, _shape: tuple[int, ...], _domain_id: Domain) -> Tensor:
         return self.proj_out(x_SD).T
 
 
@@ -77,13 +79,19 @@ class ActionAdapter(nn.Module):
         self.bias_out = nn.Parameter(torch.empty(domains, size, dtype=dtype))
         self.modality = nn.Parameter(torch.empty(width, dtype=dtype))
 
-    def embed(self, x: Tensor, domain_id: int) -> Tensor:
-        weight = self.weight_in[domain_id].view(x.shape[1], -1)
-        return torch.addmm(self.bias_in[domain_id], x, weight) + self.modality
+    def embed(self, x: Tensor, domain_id: Domain) -> Tensor:
+        return _by_domain(x, self.weight_in, self.bias_in, domain_id) + self.modality
 
-    def velocity(self, x_SD: Tensor, _shape: tuple[int, ...], domain_id: int) -> Tensor:
-        weight = self.weight_out[domain_id].view(x_SD.shape[1], -1)
-        return torch.addmm(self.bias_out[domain_id], x_SD, weight)
+    def velocity(self, x_SD: Tensor, _shape: tuple[int, ...], domain_id: Domain) -> Tensor:
+        return _by_domain(x_SD, self.weight_out, self.bias_out, domain_id)
+
+
+def _by_domain(x: Tensor, weight: Tensor, bias: Tensor, domain_id: Domain) -> Tensor:
+    """Rows times the matrix of their embodiment."""
+    if isinstance(domain_id, int):
+        return torch.addmm(bias[domain_id], x, weight[domain_id].view(x.shape[1], -1))
+    matrices = weight[domain_id].unflatten(1, (x.shape[1], -1))
+    return torch.baddbmm(bias[domain_id].unsqueeze(1), x.unsqueeze(1), matrices).squeeze(1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

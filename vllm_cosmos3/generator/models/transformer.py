@@ -51,6 +51,7 @@ from vllm_cosmos3.generator.models.backbone import (
     make_norm,
 )
 from vllm_cosmos3.generator.models.modalities import (
+    Domain,
     adapter_weights,
     adapters,
     timestep_conditioned,
@@ -225,20 +226,20 @@ class Transformer(nn.Module):
         streams: Sequence[Stream],
         context: Context,
         timestep: Tensor,
-        domain_id: int = 0,
+        domain_id: Domain = 0,
     ) -> tuple[tuple[Tensor, ...], ...]:
         """The velocities of each branch: float32, in the shapes of the latents, 0 where not free.
 
         ``streams`` lie in the sequence in this order, at the positions of the context's rope; those of
         several samples follow one another, and so do their velocities.
         ``timestep`` is a float32 scalar in [0, 1000] on the device, ``domain_id`` the embodiment of
-        the actions.
+        the actions, or of each row.
         """
         x_sD = self.run_layers(self.embed(streams, context, timestep, domain_id), context)
         return self.velocities(streams, context, x_sD, domain_id)
 
     def embed(
-        self, streams: Sequence[Stream], context: Context, timestep: Tensor, domain_id: int = 0
+        self, streams: Sequence[Stream], context: Context, timestep: Tensor, domain_id: Domain = 0
     ) -> Tensor:
         """What enters the layers: [B s, D], this rank's tokens of each branch."""
         temb_D = self.time(timestep).to(self.dtype)
@@ -258,7 +259,7 @@ class Transformer(nn.Module):
         return x_sD
 
     def velocities(
-        self, streams: Sequence[Stream], context: Context, x_sD: Tensor, domain_id: int = 0
+        self, streams: Sequence[Stream], context: Context, x_sD: Tensor, domain_id: Domain = 0
     ) -> tuple[tuple[Tensor, ...], ...]:
         """The velocities of each branch from what has left the layers."""
         length, branches = context.rope.length, len(context.texts) // context.samples
@@ -270,21 +271,21 @@ class Transformer(nn.Module):
                 found[branch] += self._velocities(sample, x_SD, domain_id)
         return tuple(found)
 
-    def _embed(self, stream: Stream, temb_D: Tensor, domain_id: int) -> Tensor:
+    def _embed(self, stream: Stream, temb_D: Tensor, domain_id: Domain) -> Tensor:
         """Tokens of a stream; only those with something to denoise are timestep-conditioned."""
         x_SD = self.adapters[stream.name].embed(stream.x.to(self.dtype), domain_id)
         conditioned_S = timestep_conditioned(stream, self.config.latent_patch_size)
         return torch.addcmul(x_SD, conditioned_S.unsqueeze(1).to(self.dtype), temb_D)
 
     def _velocities(
-        self, streams: Sequence[Stream], x_SD: Tensor, domain_id: int
+        self, streams: Sequence[Stream], x_SD: Tensor, domain_id: Domain
     ) -> tuple[Tensor, ...]:
         patch = self.config.latent_patch_size
         counts = [token_count(stream.name, tuple(stream.x.shape), patch) for stream in streams]
         parts = zip(streams, x_SD.split(counts), strict=True)
         return tuple(self._velocity(stream, x, domain_id) for stream, x in parts)
 
-    def _velocity(self, stream: Stream, x_SD: Tensor, domain_id: int) -> Tensor:
+    def _velocity(self, stream: Stream, x_SD: Tensor, domain_id: Domain) -> Tensor:
         velocity = self.adapters[stream.name].velocity(x_SD, stream.x.shape, domain_id)
         return torch.where(stream.denoise_mask, velocity.float(), 0.0)
 

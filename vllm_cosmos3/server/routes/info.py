@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from vllm_cosmos3.checkpoint.kinds import ACTION_MODES, KINDS
+from vllm_cosmos3.checkpoint.kinds import ACTION_MODES, KINDS, WORLD_MODEL
 from vllm_cosmos3.errors import Cosmos3Error
 from vllm_cosmos3.request.controls import CONTROL_GUIDANCE
 from vllm_cosmos3.request.defaults import defaults_of
@@ -59,9 +59,12 @@ def capability(service: Service) -> dict[str, Any]:
     """What a user interface needs to know about the checkpoint."""
     actions = ACTION_MODES if service.model.transformer.action_gen else ()
     kind, defaults = KINDS[service.model.kind], defaults_of(service.model.kind)
-    modes = [mode for mode in kind.modes if mode in (*defaults, "transfer", *actions)]
+    possible = (*defaults, "transfer", *actions, WORLD_MODEL)
+    modes = [mode for mode in kind.modes if mode in possible]
     quantization, sound = service.model.quantization, service.model.sound
+    causal = service.model.causal
     embodiments = EMBODIMENTS if set(ACTION_MODES) & set(modes) else ()
+    spaces = embodiments if causal is None else causal.spaces.values()
     return {
         "family": "cosmos3",
         "checkpoint_kind": service.model.kind,
@@ -78,7 +81,7 @@ def capability(service: Service) -> dict[str, Any]:
             str(tier): min(MAX_TRAINED_FRAMES[tier], kind.frames[1]) for tier in kind.tiers
         },
         "defaults": {mode: asdict(defaults[mode]) for mode in modes if mode in defaults},
-        "action_domains": {row.name: asdict(row) for row in embodiments},
+        "action_domains": {space.name: asdict(space) for space in spaces},
         "control_guidance": CONTROL_GUIDANCE if "transfer" in modes else {},
         "robot": _robot(service) if kind.robot == droid.NAME else None,
         "guardrails": service.guardrails.state,

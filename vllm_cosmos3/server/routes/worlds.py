@@ -26,7 +26,7 @@ from PIL import Image
 
 from vllm_cosmos3.errors import Busy, Cosmos3Error, InvalidRequest
 from vllm_cosmos3.generator.output import Output
-from vllm_cosmos3.request.world import SessionRequest, World
+from vllm_cosmos3.request.world import SessionRequest, World, find_space
 from vllm_cosmos3.server.http import keys
 from vllm_cosmos3.server.http.api_errors import slug
 from vllm_cosmos3.server.jobs.service import Service
@@ -52,10 +52,10 @@ STILL = (0, 0, 0, 1, 0, 0, 0, 1, 0)  # a pose that does not move: no translation
 
 
 class Inputs(msgspec.Struct):
-    """What the actions are of, and those that wait from the beginning."""
+    """What the actions are of, and those that wait from the beginning: an embodiment, or a list by row."""
 
-    domain_name: str | None = None
-    domain_id: int | None = None
+    domain_name: str | list[str] | None = None
+    domain_id: int | list[int] | None = None
     action_rows: list[list[float]] = []
 
 
@@ -78,11 +78,13 @@ class Init(msgspec.Struct):
 
 
 class Event(msgspec.Struct):
-    """A later message: one row of actions, or several."""
+    """A later message: one row of actions, or several, of the session's embodiment unless it says another."""
 
     type: Literal["event"]
     kind: Literal["action"]
     payload: Any
+    domain_name: str | list[str] | None = None
+    domain_id: int | list[int] | None = None
     event_id: int | str | None = None
 
 
@@ -117,7 +119,7 @@ class Connection:
 
     def __init__(self, socket: WebSocket, worlds: Worlds, idle: float) -> None:
         self._socket, self._worlds, self._idle = socket, worlds, idle
-        self._rows: deque[np.ndarray] = deque()
+        self._rows: deque[tuple[str, np.ndarray]] = deque()  # with their embodiments
         self._event: int | str | None = None
         self._heard = time.monotonic()
 
@@ -127,7 +129,8 @@ class Connection:
             init = await self._init()
             request = session_fields(init)
             async with self._worlds.session(request) as world:
-                self._take(init.condition_inputs.action_rows, world)
+                given = init.condition_inputs
+                self._take(given.action_rows, _domains(given, world), world)
                 await self._serve(init, world)
         except WebSocketDisconnect:
             logger.debug("a client went away")
@@ -171,7 +174,7 @@ class Connection:
                 await self._socket.close(GOING_AWAY, reason)
                 return
             start = time.perf_counter()
-            output = await self._worlds.run(world, world.step(self._next_rows(world)))
+            output = await self._worlds.run(world, world.step(*self._next_rows(world)))
             await self._send(init, output, chunk=chunk, batch=1 if chunk == 0 else 0, last=True)
             spent = {f"{name}_ms": 1000 * seconds for name, seconds in output.timings.items()}
             spent["total_ms"] = 1000 * (time.perf_counter() - start)
@@ -187,14 +190,15 @@ class Connection:
             self._heard = time.monotonic()
             try:
                 event = _decoded(data.get("bytes"), Event)
-                self._take(event.payload, world)
+                self._take(event.payload, _domains(event, world), world)
                 self._event = event.event_id
             except InvalidRequest as error:
                 await self._tell(type="error", content=str(error), code=slug(error))
 
-    def _take(self, payload: Any, world: World) -> None:
-        """Rows that wait for the next chunks."""
-        widths = sorted({world.space.width, world.space.slots})
+    def _take(self, payload: Any, names: list[str], world: World) -> None:
+        """Rows of these embodiments that wait for the next chunks."""
+        spaces = [world.causal.spaces[name] for name in names]
+        widths = sorted({world.space.width, *(space.slots for space in spaces[:1])})
         possible = f"rows of {' or '.join(map(str, widths))} finite numbers"
         try:
             with np.errstate(over="ignore"):
@@ -207,17 +211,26 @@ class Connection:
             raise InvalidRequest("payload", list(rows.shape), possible)
         if len(self._rows) + len(rows) > MAX_ROWS:
             raise InvalidRequest("payload", f"{len(rows)} rows", f"sent later: {MAX_ROWS} may wait")
+        if len(names) not in (1, len(rows)):
+            possible = f"an embodiment, or one for each of {len(rows)} rows"
+            raise InvalidRequest("domain_name", names, possible)
+        spaces *= len(rows) // len(spaces)
+        if any(row[space.slots :].any() for row, space in zip(rows, spaces, strict=True)):
+            possible = "0 beyond the numbers that the embodiment of a row has"
+            raise InvalidRequest("payload", "other numbers", possible)
         rows = np.pad(rows, ((0, 0), (0, world.space.width - rows.shape[1])))
-        self._rows.extend(rows)
+        self._rows.extend(zip((space.name for space in spaces), rows, strict=True))
 
-    def _next_rows(self, world: World) -> np.ndarray:
+    def _next_rows(self, world: World) -> tuple[np.ndarray, list[str]]:
         """Those of the next chunk, of which the last ones are idle where too few have come."""
         count, width = world.shape
         still = np.zeros(width, np.float32)
         if world.space.offset is not None and width == len(STILL):
             still[:] = STILL
-        rows = [self._rows.popleft() if self._rows else still for _ in range(count)]
-        return np.stack(rows)
+        idle = world.space.name, still
+        taken = [self._rows.popleft() if self._rows else idle for _ in range(count)]
+        names, rows = zip(*taken, strict=True)
+        return np.stack(rows), list(names)
 
     async def _send(
         self, init: Init, output: Output, *, chunk: int, batch: int, last: bool
@@ -251,6 +264,7 @@ def session_fields(init: Init) -> SessionRequest:
     Raises:
         InvalidRequest: a field has a value that it cannot have.
     """
+    name = init.condition_inputs.domain_name
     sinks, kept = init.realtime_causal_sink_size, init.realtime_causal_kv_cache_num_frames
     fields: dict[str, Any] = {
         "prompt": init.prompt,
@@ -258,13 +272,34 @@ def session_fields(init: Init) -> SessionRequest:
         "size": init.size,
         "fps": init.fps,
         "seed": init.seed,
-        "domain_name": init.condition_inputs.domain_name,
+        "domain_name": name if isinstance(name, str) else None,
         "view_point": init.action_view_point,
         "sinks": sinks,
     }
     if kept is not None:  # theirs counts the sinks, too
         fields["history"] = kept - (sinks or 0)
     return SessionRequest(**fields)
+
+
+def _domains(given: Inputs | Event, world: World) -> list[str]:
+    """The embodiments of rows by name: one for all of them, or one for each.
+
+    Raises:
+        InvalidRequest: the checkpoint has none of that name or number.
+    """
+    name, number = given.domain_name, given.domain_id
+    if name is not None:
+        names = [name] if isinstance(name, str) else name
+        return [find_space(world.causal, each).name for each in names]
+    if number is None:
+        return [world.space.name]
+    # Of those that share a number the first one stands for all: the model sees the number.
+    known = {space.domain_id: space.name for space in reversed([*world.causal.spaces.values()])}
+    numbers = [number] if isinstance(number, int) else number
+    if unknown := [each for each in numbers if each not in known]:
+        possible = f"one of {', '.join(map(str, sorted(known)))}"
+        raise InvalidRequest("domain_id", unknown[0], possible)
+    return [known[each] for each in numbers]
 
 
 def batches(frames: np.ndarray, init: Init) -> Iterator[tuple[int, dict[str, Any], bytes]]:
