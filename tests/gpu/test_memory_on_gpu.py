@@ -146,11 +146,17 @@ def test_asleep_the_device_is_free_and_awake_nothing_has_changed(
     with Cosmos3(wide_checkpoint, device=str(device), load_format="dummy") as model:
         expected = model.generate(**IMAGE).image
         held = torch.cuda.memory_allocated() - before
+        weight = next(model._runner._pipeline.transformer.parameters())  # type: ignore[union-attr]
+        places = set()
         for _ in range(2):
             model.sleep()
             assert torch.cuda.memory_allocated() - before < 0.01 * held
+            assert weight.is_pinned()
+            places.add(weight.data_ptr())
             model.wake_up()
+            assert weight.is_cuda
             assert (model.generate(**IMAGE).image == expected).all()
+        assert len(places) == 1  # nothing is pinned a second time
 
 
 def test_an_update_that_is_given_up_leaves_the_weights(
