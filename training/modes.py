@@ -31,7 +31,7 @@ from training.rendering import Packed, pack, render, segmented, to_bytes
 from training.scenes import ACTED, BASIC, GROWN, MATERIALS, RATES, Canvas, draw_scene, window
 from training.sounds import sound_of
 from training.streams import Actions, Sound, Video
-from training.train_sound import HOP, SOUND_WIDTHS, moments
+from training.train_sound import HOP, SOUND_WIDTHS, latents_of
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -304,7 +304,7 @@ def _sound_losses(parts: Parts, drawn: Any, a: Namespace) -> list[Callable[[], T
 def _heard(vae: torch.nn.Module, sounds: Tensor) -> Tensor:
     device = next(vae.parameters()).device
     padded = F.pad(sounds, (0, -sounds.shape[2] % HOP)).to(device)
-    return moments(vae, padded)[0].mT
+    return latents_of(vae, padded).mT
 
 
 def sound_loss(parts: Parts, pool: SoundPool, batch: int, shift: float) -> Tensor:

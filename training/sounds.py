@@ -11,7 +11,9 @@ from training.observing import Seen
 from training.scenes import Scene
 
 RATE = 48_000  # samples per second
-PITCHES = {"rubber": 330.0, "wood": 660.0, "metal": 1320.0}  # in Hz, one octave apart
+# In Hz: multiples of 200, so that a latent of 1/25 second, and what the decoder makes of it by its first
+# stride of eight, hold whole periods; and no multiples of each other, as what distorts adds those.
+PITCHES = {"rubber": 400.0, "wood": 1000.0, "metal": 1400.0}
 _LENGTH, _FADE = 0.25, 0.06  # seconds: of a tone, and until it has fallen to a third
 _WINDOW, _HOP = 2048, 480
 _PRESENT = 0.02  # amplitude of a tone from which on it is heard
@@ -26,7 +28,10 @@ class Tone:
 
 
 def sound_of(scene: Scene) -> NDArray[np.float32]:
-    """Samples [2, N] in [-1, 1], as long as the clip; louder on the side where the thing is."""
+    """Samples [2, N] in [-1, 1], as long as the clip; louder on the side where the thing is.
+
+    A tone's phase is that of a clock that starts with the clip: latents need not carry it.
+    """
     canvas = scene.canvas
     samples = np.zeros((2, round(canvas.frames / canvas.fps * RATE)), np.float32)
     for frame, material in scene.contacts:
@@ -34,7 +39,8 @@ def sound_of(scene: Scene) -> NDArray[np.float32]:
         count = max(0, min(round(_LENGTH * RATE), samples.shape[1] - first))
         time = np.arange(count) / RATE
         attack = np.clip(time / 0.003, 0, 1)
-        wave = np.sin(2 * np.pi * PITCHES[material] * time) * np.exp(-time / _FADE) * attack
+        phase = 2 * np.pi * PITCHES[material] * (first + np.arange(count)) / RATE
+        wave = np.sin(phase) * np.exp(-time / _FADE) * attack
         x = scene.things[-1].path[min(round(frame), canvas.frames - 1), 0] / canvas.width
         for side, share in enumerate((1 - x, x)):
             samples[side, first : first + count] += (0.3 + 0.4 * share) * wave

@@ -73,7 +73,7 @@ def test_further_modes_are_taught_in_turns(
     small = {"pictures": (Canvas(96, 64, 1),), "sizes": (Canvas(64, 96, 5),)}
     monkeypatch.setattr(modes, "CANVASES", small)
     train_sound.main([str(tmp_path), "--steps", "2", "--every", "1", "--batch", "2", "--pool", "2",
-                      "--hops", "5", "--judged", "1"])  # fmt: skip
+                      "--hops", "5", "--judged", "1", "--least", "0"])  # fmt: skip
     files = [str(f) for f in sorted(parts.glob("transformer-*")) + sorted(parts.glob("vision-*"))]
     call(train_towers, str(tmp_path), str(parts), str(parts / "tokenizer.json"), "--size", "96", "64",
          "5", "--steps", "24", "--every", "1", "--pool", "4", "--batch", "2", "--chats", "0",
@@ -93,6 +93,14 @@ def test_further_modes_are_taught_in_turns(
         )  # fmt: skip
     assert out.sound is not None
     assert np.abs(out.sound).max() > 0  # not the silence of an untrained one
+
+
+def test_no_weights_are_left_by_which_nothing_is_heard(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"heard again: 0\.000 .* must be at least 0\.95"):
+        train_sound.main([str(tmp_path), "--steps", "2", "--every", "1", "--batch", "2", "--pool", "2",
+                          "--hops", "5", "--judged", "1"])  # fmt: skip
+    assert "heard again" in json.loads((tmp_path / "sound.json").read_text())
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
