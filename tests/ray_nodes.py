@@ -6,11 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pytest
 from servers import environment, free_port
 
 ANY_PORT = ("--min-worker-port", 0, "--max-worker-port", 0, "--dashboard-agent-listen-port", 0)
@@ -39,11 +41,19 @@ def kill(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
+def join(settings: dict[str, str], patch: pytest.MonkeyPatch) -> None:
+    """Let this process, and those that it starts, find a cluster."""
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        patch.setenv(name, settings[name])
+
+
 @contextmanager
 def cluster(cache: Path, *flags: object, **variables: str) -> Iterator[dict[str, str]]:
     """The environment of processes that find a cluster of one node. ``variables`` are its own."""
     port = free_port()
     settings = environment(cache) | {"RAY_ADDRESS": f"127.0.0.1:{port}"} | variables
+    # Given here, as by itself Ray asks for a token if an earlier cluster has left one in the home folder.
+    settings |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
     settings |= {"PYTHONPATH": os.pathsep.join(sys.path), "RAY_USAGE_STATS_ENABLED": "0"}
     head = ["--head", "--port", port, "--include-dashboard", "false"]
     with (

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from limits import HANG
-from ray_nodes import cluster
+from ray_nodes import cluster, join
 
 from vllm_cosmos3.cli import main
 
@@ -85,7 +85,7 @@ def test_a_killed_driver_and_a_killed_actor_lose_nothing(
         wait_for(len(first) + 5, out)
         os.kill(makers()[0], signal.SIGKILL)
 
-    monkeypatch.setenv("RAY_ADDRESS", two_processors["RAY_ADDRESS"])
+    join(two_processors, monkeypatch)
     killer = threading.Thread(target=kill_an_actor)
     killer.start()
     assert main([*command, "--resume"]) == 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray_platform
-from ray_nodes import cluster, kill, node
+from ray_nodes import cluster, join, kill, node
 from vllm.platforms import current_platform
 
 from vllm_cosmos3 import Cosmos3
@@ -35,9 +35,9 @@ def start_second(
     monkeypatch.setattr(current_platform, "ray_device_key", "GPU")
     noticed_at_once = {"RAY_health_check_period_ms": "300"}
     with ExitStack() as stack, cluster(vllm_cache, *ONE, **noticed_at_once) as settings:
-        address = settings["RAY_ADDRESS"]
-        monkeypatch.setenv("RAY_ADDRESS", address)
-        yield lambda: stack.enter_context(node(settings, "--address", address, *ONE))
+        join(settings, monkeypatch)
+        second = ("--address", settings["RAY_ADDRESS"], *ONE)
+        yield lambda: stack.enter_context(node(settings, *second))
 
 
 def test_a_mesh_over_two_hosts_gives_what_one_gives_and_survives_the_loss_of_one(
