@@ -359,7 +359,7 @@ def hanging_call(client: StageClient, deadline: float | None = None) -> Iterator
     """A request whose call does not end within the block, as a rank is stopped."""
     rank = client.submit(ToyPlan(steps=1)).result(HANG).pids[-1]
     job = client.submit(ToyPlan(steps=10_000, seconds=0.01), seconds=LONG, deadline=deadline)
-    eventually(lambda: job.progress is not None)
+    eventually(lambda: job.progress is not None and job.progress.step > 0)
     os.kill(rank, signal.SIGSTOP)
     try:
         yield job
@@ -390,7 +390,7 @@ def test_what_waits_leaves_the_queue_while_a_call_runs(how: str, client: StageCl
 def test_deadlines_are_kept_while_a_rank_hangs(client: StageClient) -> None:
     """Of the request whose call hangs and of those that wait; afterwards nothing of them is left."""
     restarts = client.status().restarts
-    with hanging_call(client, deadline=2.0) as running:
+    with hanging_call(client, deadline=5.0) as running:  # time for its first step
         waiting = client.submit(ToyPlan(steps=1), seconds=LONG, deadline=2.0)
         for job in (running, waiting):
             with pytest.raises(DeadlineExceeded):
