@@ -390,7 +390,7 @@ def test_what_waits_leaves_the_queue_while_a_call_runs(how: str, client: StageCl
 def test_deadlines_are_kept_while_a_rank_hangs(client: StageClient) -> None:
     """Of the request whose call hangs and of those that wait; afterwards nothing of them is left."""
     restarts = client.status().restarts
-    with hanging_call(client, deadline=5.0) as running:  # time for its first step
+    with hanging_call(client, deadline=3.0) as running:  # time for its first step
         waiting = client.submit(ToyPlan(steps=1), seconds=LONG, deadline=2.0)
         for job in (running, waiting):
             with pytest.raises(DeadlineExceeded):
