@@ -274,7 +274,8 @@ class StageCore:
     def _run_turn(self) -> bool:
         """Make one call for one request; False if there is nothing to do."""
         self._end_expired()
-        if self._executor.lost:  # while there was nothing to do
+        # While there was nothing to do. Those asleep are replaced once they are woken: others have their devices.
+        if self._executor.lost and self._paused != "sleeping":
             logger.error("a worker process has ended")
             self._executor.healthy = False
             self._replace_ranks()
