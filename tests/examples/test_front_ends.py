@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from subprocess import PIPE
 
@@ -15,8 +16,9 @@ from front_ends import Row, cpu_seconds, parse_row, server_kinds, stages_of
 
 
 def test_rows_are_five_numbers() -> None:
-    row = Row(fps=0.5, output_tokens=100, concurrency=64, requests=256, warmup=32)
+    row = Row(fps=0.5, output_tokens=100, concurrency=64, requests=256, warmup=32, again=False)
     assert parse_row("0.5:100:64:256:32") == row
+    assert parse_row("0.5:100:64:256:32:again") == replace(row, again=True)
     with pytest.raises(ValueError, match="not enough values"):
         parse_row("1:1")
 

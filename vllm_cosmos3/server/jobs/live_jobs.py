@@ -263,16 +263,16 @@ class LiveJobs:
             error = file_error(problem)
         except ValueError:
             error = Cosmos3Error("the result cannot be read")
-        with self._lock:
+        with self._lock:  # the status comes last: who sees it without the lock sees all of it
             job.completed = time.time()
+            job.expires = job.completed + self._options.file_ttl
             job.eta, job.position = None, None
             if error is not None:
                 self._fail(job, error)
             elif "error" in record:
-                job.status, job.error = FAILED, record["error"]
+                job.error, job.status = record["error"], FAILED
             else:
                 self._complete(job, record)
-            job.expires = job.completed + self._options.file_ttl
             self._stage_jobs.pop(job.id, None)
             self._previews.pop(job.id, None)
             self._changed.add(job.id)
@@ -299,7 +299,6 @@ class LiveJobs:
                 self._jobs.pop(job.id, None)
 
     def _fail(self, job: VideoJob, error: BaseException) -> None:
-        job.status = FAILED
         if self.closing:  # however the stage ended it
             job.error = dict(INTERRUPTED)
         else:
@@ -307,13 +306,13 @@ class LiveJobs:
                 logger.error("%s failed", job.id, exc_info=error)
                 error = Cosmos3Error(SERVER_FAILED)
             job.error = {"code": slug(error), "message": str(error)}
+        job.status = FAILED
 
     def _complete(self, job: VideoJob, record: Mapping[str, Any]) -> None:
         assert job.completed is not None
         started = job.started or job.created
         seconds = job.completed - started
-        job.status, job.phase, job.progress = COMPLETED, "done", 100
-        job.step = job.num_steps
+        job.phase, job.progress, job.step = "done", 100, job.num_steps
         job.files, job.action = list(record["files"]), record["action"]
         job.timings = {
             "queue": started - job.created, **record["timings"], "total": job.completed - job.created
@@ -330,6 +329,7 @@ class LiveJobs:
         }
         self._throughput.observe(job.work, seconds)
         metrics().completion(job.kind, frames, job.peak_memory, job.batch_size, job.timings)
+        job.status = COMPLETED
 
 
 def cancel(job: StageJob, ranks: int) -> None:
