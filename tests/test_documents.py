@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 import shlex
 import subprocess
+import symtable
 from pathlib import Path
 
 import numpy as np
@@ -166,12 +166,10 @@ WALK = (
 def defined(path: Path) -> set[str]:
     """Functions and classes of a module, and Class.method."""
     names = set()
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            names.add(node.name)
-        if isinstance(node, ast.ClassDef):
-            inner = [n for n in node.body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
-            names |= {f"{node.name}.{each.name}" for each in inner}
+    for scope in symtable.symtable(path.read_text(), path.name, "exec").get_children():
+        names.add(scope.get_name())
+        if scope.get_type() == "class":
+            names |= {f"{scope.get_name()}.{each.get_name()}" for each in scope.get_children()}
     return names
 
 

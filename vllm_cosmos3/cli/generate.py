@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint", dest="phyai_checkpoint", help=argparse.SUPPRESS)
     config_file.add_flag(parser)
     add = parser.add_argument_group("output").add_argument
-    add("-o", "--out", "--output-dir", dest="out", metavar="DIR", help="folder for the results, written to DIR/NAME/; with --input also a URL (s3://, gs://, ...)")  # fmt: skip
+    add("-o", "--out", "--output-dir", dest="out", metavar="DIR", help="folder of the results, DIR/NAME/; with --input also a URL")  # fmt: skip
     add("--name", default="sample", help="folder of this sample (default: sample)")
     add("--crf", type=integer, metavar="N", help="H.264 quality, 0 (lossless) to 51 (default: 18)")
     add("--image-type", metavar="TYPE", help="png, jpg or webp (default: png; jpg with --input)")
