@@ -96,10 +96,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument_group("batch files").add_argument
     add("-i", "--input", nargs="+", metavar="FILE", help="JSON, JSONL or YAML files of records, globs or URLs")  # fmt: skip
-    add("--resume", action="store_true", help="skip records with results in --out; joins a running command")  # fmt: skip
+    add("--resume", action="store_true", help="skip records with results in --out; joins a run in progress")  # fmt: skip
     add("--keep-going", action="store_true", help="continue after a record that is invalid or fails twice")  # fmt: skip
     add("--shard", metavar="I/N", help="make every N-th record only, from the I-th (1 to N) on")
-    add("--format", choices=("files", "webdataset"), default="files", help="a folder a record (default), or WebDataset's tar shards")  # fmt: skip
+    add("--format", choices=("files", "webdataset"), default="files", help="a folder per record (default), or WebDataset's tar shards")  # fmt: skip
     add("--shard-size", type=integer, default=1000, metavar="N", help="records in a shard of --format webdataset (default: 1000)")  # fmt: skip
     add("--ray", nargs="?", const="", metavar="ADDRESS", help="run on Ray Data (default: RAY_ADDRESS, else this machine)")  # fmt: skip
     add("--reasoner-url", metavar="URL", help="served reasoner that answers, upsamples and captions")  # fmt: skip

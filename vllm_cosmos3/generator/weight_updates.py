@@ -54,9 +54,8 @@ class WeightUpdates:
         self.rank = rank  # among those that a trainer counts
         self._transformer, self._part, self._prepare = transformer, part, prepare
         self._receiver, self._copy = receiver, copy
-        self._resting: list[
-            tuple[Tensor, Tensor]
-        ] = []  # those that are on the host, and their copies
+        # Those that rest on the host, and their copies.
+        self._resting: list[tuple[Tensor, Tensor]] = []
         self.begun = False  # whether there is a session
 
     def init(self, info: Info) -> None:

@@ -21,7 +21,7 @@ class Keywords(TypedDict, total=False):
     """What to show: plain text, or a structured JSON caption."""
 
     negative_prompt: str | Mapping[str, object] | None
-    """What to avoid (default: for videos the checkpoint's or ours)."""
+    """What to avoid (default for videos: a standard text)."""
 
     image: ImageSource | None
     """First frame of the video, or picture to edit (num_frames 1)."""
@@ -168,14 +168,14 @@ class Keywords(TypedDict, total=False):
     """Classifier-free guidance; 1: off, half the time (0 to 20)."""
 
     guidance_interval: Sequence[float] | None
-    """Lowest and highest timestep with guidance (default: all)."""
+    """Timesteps with guidance (default: all; Edge policy 960,1001)."""
 
     preset: Literal["exact", "high", "fast"] | None
     """Speed for exactness, as a set of other fields, which win if given (default: exact, or the
     server's)."""
 
     step_cache: Literal["none", "sea"] | None
-    """SeaCache reuses similar steps; not exact (default: none)."""
+    """Sea (SeaCache): reuses steps; not exact (default: none)."""
 
     step_cache_threshold: float | None
     """Change that adds up until a step is computed; larger reuses more (default: 0.25) (0 to

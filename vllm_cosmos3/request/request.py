@@ -56,7 +56,7 @@ class GenerateRequest:
     negative_prompt: str | None = _field(
         kind="text",
         high=2**20,
-        help="what to avoid (default: for videos the checkpoint's or ours)",
+        help="what to avoid (default for videos: a standard text)",
     )
     image: ImageSource | None = _field(  # noqa: RUF009
         kind="image",
@@ -267,7 +267,7 @@ class GenerateRequest:
         kind="pair",
         low=0,
         high=1001,
-        help="lowest and highest timestep with guidance (default: all)",
+        help="timesteps with guidance (default: all; Edge policy 960,1001)",
     )
     preset: str | None = _field(
         kind="choice",
@@ -277,7 +277,7 @@ class GenerateRequest:
     step_cache: str | None = _field(
         kind="choice",
         choices=("none", "sea"),
-        help="SeaCache reuses similar steps; not exact (default: none)",
+        help="sea (SeaCache): reuses steps; not exact (default: none)",
     )
     step_cache_threshold: float | None = _field(
         kind="float",

@@ -16,12 +16,10 @@ from vllm_cosmos3.errors import WorkerDied
 
 logger = logging.getLogger(__name__)
 
-PLACEMENT_SECONDS = (
-    600.0  # until a cluster that is too small is given up; a host may be starting again
-)
-NOTICE_SECONDS = (
-    30.0  # until a cluster has noticed that a host is gone, whose ranks' neighbours know at once
-)
+# Until a cluster that is too small is given up: a host may be starting again.
+PLACEMENT_SECONDS = 600.0
+# Until a cluster has noticed that a host is gone, whose ranks' neighbours know at once.
+NOTICE_SECONDS = 30.0
 LOOK_SECONDS = 10.0  # between lines in the log that say what is waited for
 
 

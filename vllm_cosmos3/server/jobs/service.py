@@ -40,10 +40,8 @@ from vllm_cosmos3.stage.runners import check_sessions
 from vllm_cosmos3.stage.scheduler import QueueConfig
 from vllm_cosmos3.stage.worker import StageConfig
 
-TRAINED = (
-    "init_weight_transfer_engine",
-    "update_weights",
-)  # calls in which ranks wait for a trainer
+# Calls in which ranks wait for a trainer.
+TRAINED = ("init_weight_transfer_engine", "update_weights")
 
 
 class Service:
