@@ -65,6 +65,7 @@ ROWS = {
     BASE: Row(),
     "defaults": Row(fields={}),
     "image": Row(given=1),
+    "image-defaults": Row(fields={}, given=1),  # of a distilled checkpoint its four steps
     "video": Row(given=5),
     "no-guidance": Row(fields=FEW | {"guidance_scale": 1.0}),
     "8-steps": Row(fields=FEW | {"num_inference_steps": 8}),
@@ -155,12 +156,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"| {name} | {' | '.join(cells)} | {seconds:.2f} |", flush=True)
         numbers = {n: [s.right, s.asked, *s.interval] for n, s in shares.items()}
         record[name] = {"shares": numbers, "seconds": seconds}
+        write(a.json, record)
     if a.reasoner:
         for sort, share in described(a.checkpoint, {k: v for k, v in asked.items() if v}).items():
             print(f"reasoner, {sort}, every word that was asked: {share}")
             record[f"reasoner, {sort}"] = [share.right, share.asked, *share.interval]
-    if a.json:
-        a.json.write_text(json.dumps(record, indent=2) + "\n")
+        write(a.json, record)
+
+
+def write(file: Path | None, record: dict[str, Any]) -> None:
+    """What is known so far: a long run that is ended keeps its finished rows."""
+    if file is not None:
+        file.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def _cell(number: object) -> str:

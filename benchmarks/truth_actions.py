@@ -5,7 +5,7 @@
 Forward dynamics: how far things end from where the rows take them. Inverse dynamics: how far the path of the
 rows is from the gripper's. Policy, in closed loop: the rows of each chunk are carried out in the world,
 which is drawn anew for the next chunk, and in the end the named thing must be lifted and no other.
-Held-out scenes; pixels of a 320x192 picture. The published demo checkpoint has not been taught actions.
+Held-out scenes; pixels of a 320x192 picture.
 """
 
 from __future__ import annotations
@@ -80,10 +80,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("checkpoint")
     p.add_argument("--device", help="default: what vLLM was built for")
     p.add_argument("--count", type=int, default=256, help="scenes (default: 256)")
+    p.add_argument("--policy-only", action="store_true", help="for a checkpoint of that kind")
     a = p.parse_args(argv)
     drawn = scenes(a.count)
+    measured = {} if a.policy_only else {"forward": forward_error, "inverse": inverse_error}
     with Cosmos3(a.checkpoint, device=a.device) as model:
-        for name, error in (("forward", forward_error), ("inverse", inverse_error)):
+        for name, error in measured.items():
             errors = np.array([error(model, scene) for scene in drawn])
             low, middle, high = np.quantile(errors, (0.05, 0.5, 0.95))
             print(f"{name} dynamics: {errors.mean():.1f} pixels, median {middle:.1f}, 5 to 95 %: {low:.1f} to {high:.1f}", flush=True)  # fmt: skip

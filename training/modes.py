@@ -109,7 +109,7 @@ class ActionPool:
 
 
 def _draw_actions(a: Namespace) -> list[tuple[list[NDArray[Any]], Rows, list[str]]]:
-    count = max(8, a.pool // 2)
+    count = max(8, a.pool // (1 if a.changed else 2))
     starts = range(a.first, a.first + count, _CHUNK)
     sizes = [min(_CHUNK, a.first + count - start) for start in starts]
     canvas = Canvas(a.size[0], a.size[1], LONG, FPS)
@@ -361,5 +361,5 @@ MODES = {
     "actions": Mode(_draw_actions, partial(_action_losses, (FORWARD, INVERSE, POLICY)), 3),
     "policy": Mode(_draw_actions, partial(_action_losses, (POLICY,)), 3),
     "transfer": Mode(_draw_transfer, _transfer_losses, 5),
-    "sound": Mode(_draw_sounds, _sound_losses, 9),
+    "sound": Mode(_draw_sounds, _sound_losses, 6),
 }

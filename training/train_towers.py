@@ -157,7 +157,8 @@ def main() -> None:
     out = Path(a.out)
     out.mkdir(parents=True, exist_ok=True)
     canvas = Canvas(*a.size)
-    drawn = draw(a.first, a.pool, canvas, grown=a.grown, workers=a.workers)
+    # Where only --modes are learnt, a few clips stand for the rest of the data.
+    drawn = draw(a.first, 64 if a.changed else a.pool, canvas, grown=a.grown, workers=a.workers)
     modes = draw_modes(a)
     print(f"{a.pool} scenes in {time.time() - began:.1f} s", flush=True)
     ranks.join()
