@@ -47,6 +47,7 @@ NO_TORCH = {
     "files",
     "poses",
     "checkpoint.config",
+    "checkpoint.derived",
     "checkpoint.hub",
     "checkpoint.latents",
     "checkpoint.kinds",

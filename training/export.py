@@ -22,10 +22,12 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from training.package import (
+    DERIVED_KINDS,
     Tensors,
     drawn,
     expected,
     layout,
+    write_derived,
     write_index,
     write_shards,
     write_tokenizers,
@@ -74,14 +76,7 @@ PREFIXES = {
 
 def export(folder: Path, parts: Sequence[Path] = ()) -> None:
     """Write a base checkpoint from parts."""
-    write_checkpoint(folder, "base", _tokenizer(parts), _facts(parts), _trained(parts))
-
-
-def derive(folder: Path, base: Path, changed: Path, kind: str) -> None:
-    """Write a checkpoint of another kind: the base one, and in its transformer the tensors that differ."""
-    trained = _trained([base])
-    trained["transformer"] |= load_file(changed)
-    write_checkpoint(folder, kind, _tokenizer([base]), _facts([base]), trained)
+    write_checkpoint(folder, _tokenizer(parts), _facts(parts), _trained(parts))
 
 
 def _trained(parts: Sequence[Path]) -> dict[str, Tensors]:
@@ -100,22 +95,13 @@ def _trained(parts: Sequence[Path]) -> dict[str, Tensors]:
 
 
 def write_checkpoint(
-    folder: Path,
-    kind: str,
-    tokenizer: Tokenizer,
-    facts: dict[str, Any],
-    trained: dict[str, Tensors],
+    folder: Path, tokenizer: Tokenizer, facts: dict[str, Any], trained: dict[str, Tensors]
 ) -> None:
-    """A folder of a kind of checkpoints, with the tensors of each component as far as they are known.
-
-    Those that the kind does not have are left out.
-    """
+    """A folder with the tensors of each component as far as they are known."""
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizers(tokenizer, folder)
     template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    files = layout(SIZE, ROWS, tokenizer, kind) | {
-        "chat_template.json": {"chat_template": template}
-    }
+    files = layout(SIZE, ROWS, tokenizer) | {"chat_template.json": {"chat_template": template}}
     for name, contents in _changed(files, facts).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
@@ -194,12 +180,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("folder", type=Path)
     p.add_argument("parts", type=Path, nargs="*")
-    p.add_argument("--kind", choices=("distilled-i2v", "distilled-t2i", "policy-droid"))
+    p.add_argument("--kind", choices=DERIVED_KINDS)
     p.add_argument("--base", type=Path, help="folder of the base checkpoint")
     p.add_argument("--changed", type=Path, help="safetensors with the tensors that differ")
     a = p.parse_args(argv)
     if a.kind:
-        derive(a.folder, a.base, a.changed, a.kind)
+        write_derived(a.folder, a.base, a.changed, a.kind)
     else:
         export(a.folder, a.parts)
     for file in sorted(a.folder.rglob("*.safetensors")):

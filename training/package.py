@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from vllm_cosmos3.checkpoint import synthetic as writer
 from vllm_cosmos3.checkpoint.config import read_config, read_vision_config
+from vllm_cosmos3.checkpoint.derived import DERIVED_KINDS, write_derived
 from vllm_cosmos3.checkpoint.synthetic.files import published_files
 from vllm_cosmos3.checkpoint.synthetic.random_weights import draw
 from vllm_cosmos3.checkpoint.synthetic.sizes import SIZES, Size
@@ -37,9 +38,9 @@ plain_tokenizer = train_tokenizer
 Tensors = dict[str, torch.Tensor]
 
 
-def layout(size: dict[str, Any], rows: int, tokenizer: Tokenizer, kind: str) -> dict[str, Any]:
-    """The JSON files of a checkpoint of this size and kind, by path."""
-    return published_files(Size(**size), kind, rows, token_ids(tokenizer), "bfloat16")
+def layout(size: dict[str, Any], rows: int, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The JSON files of a base checkpoint of this size, by path."""
+    return published_files(Size(**size), "base", rows, token_ids(tokenizer), "bfloat16")
 
 
 def sound_autoencoder(decoder: int, encoder: int) -> torch.nn.Module:
@@ -92,6 +93,6 @@ def write_index(file: Path, where: dict[str, str], tensors: Tensors) -> None:
 
 
 __all__ = [
-    "MARKUP", "SPECIAL_MARKUP", "drawn", "expected", "layout", "plain_tokenizer", "save_file", "sound_autoencoder",
-    "write_index", "write_shards", "write_tokenizers",
+    "DERIVED_KINDS", "MARKUP", "SPECIAL_MARKUP", "drawn", "expected", "layout", "plain_tokenizer", "save_file",
+    "sound_autoencoder", "write_derived", "write_index", "write_shards", "write_tokenizers",
 ]  # fmt: skip

@@ -18,13 +18,16 @@ from diffusers import (
     Cosmos3OmniPipeline,
     Cosmos3OmniTransformer,
 )
+from diffusers.modular_pipelines.cosmos import Cosmos3DistilledModularPipeline
 from limits import HANG
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import AutoProcessor, Cosmos3OmniForConditionalGeneration
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from vllm_cosmos3.checkpoint.config import read_config, read_json, read_vision_config
+from vllm_cosmos3.checkpoint.derived import write_derived
 from vllm_cosmos3.checkpoint.synthetic import write_checkpoint
 from vllm_cosmos3.checkpoint.tensors import (
     Tensors,
@@ -199,3 +202,23 @@ def test_a_full_run_is_finite_and_well_conditioned(pipeline: Cosmos3OmniPipeline
     nudge = 1e-4 * torch.randn(noise.shape, generator=torch.Generator().manual_seed(2))
     assert (final(noise + nudge) - first).abs().max() < 100 * 1e-4
     assert (final(noise, prompt="A car drives at night.") - first).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["distilled-i2v", "policy-droid"])
+def test_diffusers_loads_a_derived_checkpoint(
+    kind: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Its own pipelines, of the kind's class, with the changed tensor and no tensor too few or too many."""
+    changed = {"proj_in.bias": torch.arange(64, dtype=torch.bfloat16)}
+    save_file(changed, tmp_path / "changed.safetensors")
+    write_derived(tmp_path / "made", tiny_checkpoint, tmp_path / "changed.safetensors", kind)
+    if kind == "policy-droid":
+        transformer = Cosmos3OmniPipeline.from_pretrained(tmp_path / "made").transformer
+    else:
+        pipe = Cosmos3DistilledModularPipeline.from_pretrained(tmp_path / "made")
+        pipe.load_components()
+        transformer = pipe.transformer
+    assert torch.equal(transformer.state_dict()["proj_in.bias"], changed["proj_in.bias"].float())
+    tensors = transformer_tensors(read_config(tmp_path / "made").transformer)
+    assert shapes(transformer) == tensors
+    assert not any(value.is_meta for value in transformer.state_dict().values())

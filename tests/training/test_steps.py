@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from training import distil, modes, train_autoencoder, train_sound, train_towers
-from training.export import derive, export
+from training.export import export, write_derived
 from training.optimisation import Muon, orthogonalised
 from training.questions import ASK
 from training.scenes import Canvas
@@ -119,7 +119,7 @@ def test_four_steps_are_distilled_into_a_checkpoint_of_their_kind(
     assert sum(v.nbytes for v in changed.values()) <= 8 * 2**20
     base, made = tmp_path / "base", tmp_path / "demo-4step"
     export(base, [parts])
-    derive(made, base, tmp_path / "changed.safetensors", "distilled-i2v")
+    write_derived(made, base, tmp_path / "changed.safetensors", "distilled-i2v")
     picture = torch.zeros(64, 96, 3, dtype=torch.uint8).numpy()
     with Cosmos3(made, device="cpu") as model:
         out = model.generate(
@@ -140,7 +140,9 @@ def test_a_policy_is_what_differs_in_the_generation_tower(parts: Path, tmp_path:
     before = weights(parts)
     assert not all(torch.equal(before[name], tensor) for name, tensor in changed.items())
     export(tmp_path / "base", [parts])
-    derive(tmp_path / "policy", tmp_path / "base", tmp_path / "changed.safetensors", "policy-droid")
+    write_derived(
+        tmp_path / "policy", tmp_path / "base", tmp_path / "changed.safetensors", "policy-droid"
+    )
     picture = torch.zeros(64, 96, 3, dtype=torch.uint8).numpy()
     with Cosmos3(tmp_path / "policy", device="cpu") as model:
         out = model.generate(

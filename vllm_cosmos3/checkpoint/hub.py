@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 from vllm_cosmos3.checkpoint.config import ModelConfig, read_config
+from vllm_cosmos3.checkpoint.derived import completed, is_derived
 from vllm_cosmos3.errors import CheckpointError, did_you_mean
 
 CONFIGURATION = ["*.json", "*.txt", "*.jinja"]
@@ -21,6 +22,8 @@ CLONE = Path(__file__).parents[2]  # nothing of it is there beside an installed 
 # The repositories have those that the Cosmos Framework gives them.
 SHORT_NAMES: dict[str, Path | str] = {
     "demo": CLONE / "checkpoints" / "demo",
+    "demo-4step": CLONE / "checkpoints" / "demo-4step",
+    "demo-policy": CLONE / "checkpoints" / "demo-policy",
     "Cosmos3-Nano": "nvidia/Cosmos3-Nano",
     "Cosmos3-Nano-Policy-DROID": "nvidia/Cosmos3-Nano-Policy-DROID",
     "Cosmos3-Nano-Sim-Bimanual": "nvidia/Cosmos3-Nano-Sim-Bimanual",
@@ -39,14 +42,21 @@ PUBLISHED = tuple(place for place in SHORT_NAMES.values() if isinstance(place, s
 def full_name(model: str | Path) -> str:
     """The folder or repository that a short name stands for; every other name as it is.
 
-    A checkpoint in a folder of that name comes first.
-    Raises CheckpointError where the folder is one of a clone, and this is no clone.
+    A checkpoint in a folder of that name comes first. A folder that only says what differs from a base
+    stands for the complete one, which is put together in the cache.
+    Raises CheckpointError where the folder is one of a clone, and this is no clone, and whatever
+    `derived.completed` raises.
     """
     name = str(model)
-    if name not in SHORT_NAMES or is_checkpoint(Path(name)):
-        return name
+    if name in SHORT_NAMES and not is_checkpoint(Path(name)):
+        name = _place(name)
+    folder = Path(os.path.expanduser(name))
+    return str(completed(folder)) if is_derived(folder) else name
+
+
+def _place(name: str) -> str:
     place = SHORT_NAMES[name]
-    if isinstance(place, Path) and not is_checkpoint(place):
+    if isinstance(place, Path) and not (is_checkpoint(place) or is_derived(place)):
         raise CheckpointError(
             f"{name} is the folder {place.relative_to(CLONE)} of this project's repository, which is "
             "not part of the installed package: clone the repository and name that folder"

@@ -15,8 +15,7 @@ from vllm_cosmos3.checkpoint.synthetic.edge_files import edge_files
 from vllm_cosmos3.checkpoint.synthetic.simulators import simulator
 from vllm_cosmos3.checkpoint.synthetic.sizes import Json, Size
 
-# The frame rate at which positions count seconds, by kind of checkpoint.
-_BASE_FPS = dict.fromkeys(KINDS, 24) | {"distilled-i2v": 16}
+_IMAGE2VIDEO_FPS = 16  # at which positions count seconds in a distilled image-to-video checkpoint
 _DISTILLED_SIGMAS = [1.0, 0.9375, 0.8333333333333334, 0.625]
 
 
@@ -29,7 +28,7 @@ def published_files(
     """
     shared = {
         "model_index.json": _model_index(),
-        "transformer/config.json": _transformer(size, vocab_size, _BASE_FPS[kind]),
+        "transformer/config.json": _transformer(size, vocab_size),
         "vae/config.json": _vae(size),
         "scheduler/scheduler_config.json": _scheduler(),
     }
@@ -37,6 +36,11 @@ def published_files(
         files = edge_files(size, vocab_size, ids, dtype, shared)
     else:
         files = _qwen_files(size, vocab_size, ids, dtype, shared)
+    return of_kind(files, kind)
+
+
+def of_kind(files: dict[str, Json], kind: str) -> dict[str, Json]:
+    """The files of a checkpoint that has the most modes, as those of one of another ``kind``."""
     return _CHANGED[kind](files) if kind in _CHANGED else files
 
 
@@ -102,7 +106,7 @@ def _policy(files: dict[str, Json]) -> dict[str, Json]:
 
 def _named(name: str, files: dict[str, Json]) -> dict[str, Json]:
     """The files of a repository of this name."""
-    return files | {"config.json": {**files["config.json"], "_name_or_path": f"random/{name}"}}
+    return files | {"config.json": {**files["config.json"], "_name_or_path": name}}
 
 
 def _sim_unified(files: dict[str, Json]) -> dict[str, Json]:
@@ -160,9 +164,15 @@ def _distilled(files: dict[str, Json]) -> dict[str, Json]:
     return files | changed
 
 
+def _image2video(files: dict[str, Json]) -> dict[str, Json]:
+    files = _distilled(files)
+    transformer = {**files["transformer/config.json"], "base_fps": _IMAGE2VIDEO_FPS}
+    return files | {"transformer/config.json": transformer}
+
+
 _CHANGED: dict[str, Callable[[dict[str, Json]], dict[str, Json]]] = {
     "distilled-t2i": _distilled,
-    "distilled-i2v": _distilled,
+    "distilled-i2v": _image2video,
     "policy-droid": _policy,
     "text2image": partial(_named, "Cosmos3-Super-Text2Image"),
     "edge-policy-droid": partial(_named, "Cosmos3-Edge-Policy-DROID"),
@@ -301,7 +311,7 @@ def _model_index() -> Json:
     }
 
 
-def _transformer(size: Size, vocab_size: int, base_fps: int) -> Json:
+def _transformer(size: Size, vocab_size: int) -> Json:
     return {
         "_class_name": "Cosmos3OmniTransformer",
         "_diffusers_version": "0.40.0.dev0",
@@ -309,7 +319,7 @@ def _transformer(size: Size, vocab_size: int, base_fps: int) -> Json:
         "action_gen": True,
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "base_fps": base_fps,
+        "base_fps": 24,
         "enable_fps_modulation": True,
         "head_dim": size.head_dim,
         "hidden_act": "silu",
