@@ -1,6 +1,7 @@
-"""Two ranks under torchrun. As a script, one of them: ``launched.py NAME CHECKPOINT OUT``.
+"""Ranks under torchrun. As a script, one of them: ``launched.py NAME CHECKPOINT OUT``.
 
-Each rank writes to OUT/RANK.json what it met, one line for each request: "served", or the error.
+Each rank writes to OUT/RANK.json what it met, one line for each request: "served", or the error, and
+to OUT/command-NUMBER-RANK.json what each command of OUT/commands.json has said.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,6 +24,7 @@ import torch
 from limits import HANG
 
 from vllm_cosmos3 import Cosmos3
+from vllm_cosmos3.cli import main
 from vllm_cosmos3.generator.output import Progress
 from vllm_cosmos3.imports import end_at_once
 from vllm_cosmos3.media import Clip
@@ -35,14 +40,31 @@ SMALL: dict[str, Any] = {
     "seed": 1,
 }
 RANK = int(os.environ.get("RANK", "0"))
-LAST = 1
+LAST = int(os.environ.get("WORLD_SIZE", "2")) - 1
 
 
-def launch(name: str, checkpoint: Path, out: Path) -> tuple[int, dict[int, list[str]]]:
-    """The status of this script on two ranks, and what each rank met."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Said:
+    """The status of a command on one rank, and what it has printed there."""
+
+    status: int
+    out: str
+    err: str
+
+
+def launch(
+    name: str,
+    checkpoint: Path,
+    out: Path,
+    *,
+    ranks: int = 2,
+    commands: Sequence[Sequence[object]] = (),
+) -> tuple[int, dict[int, list[str]]]:
+    """The status of this script on so many ranks, and what each rank met."""
     PIL.Image.new("RGB", (64, 48)).save(out / "there.png")
+    (out / "commands.json").write_text(json.dumps([[*map(str, words)] for words in commands]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "2", __file__, name, str(checkpoint), str(out)]
+    command += ["--nproc_per_node", str(ranks), __file__, name, str(checkpoint), str(out)]
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run(
         command,
@@ -52,9 +74,15 @@ def launch(name: str, checkpoint: Path, out: Path) -> tuple[int, dict[int, list[
         check=False,
         env=os.environ | {"PYTHONPATH": path},
     )
-    met = {int(file.stem): json.loads(file.read_text()) for file in out.glob("[01].json")}
+    met = {int(file.stem): json.loads(file.read_text()) for file in out.glob("[0-9].json")}
     assert met, done.stderr[-3000:]
     return done.returncode, met
+
+
+def said(out: Path, number: int) -> list[Said]:
+    """What a command that was launched has said, by rank."""
+    files = sorted(out.glob(f"command-{number}-*.json"))
+    return [Said(**json.loads(file.read_text())) for file in files]
 
 
 def assert_failed_together(met: dict[int, list[str]]) -> None:
@@ -110,8 +138,27 @@ def failures(checkpoint: Path, out: Path, large: dict[str, Any], **settings: Any
         )
 
 
-def engine_then_several(checkpoint: Path, out: Path) -> list[str]:
-    return engine(checkpoint, out) + several(checkpoint, out)
+def two_ranks(checkpoint: Path, out: Path) -> list[str]:
+    """One engine that meets failures, several after it, and commands."""
+    lines = engine(checkpoint, out) + several(checkpoint, out)
+    commands(out)
+    return lines
+
+
+def four_ranks(checkpoint: Path, out: Path) -> list[str]:
+    """Commands, and then ranks that do not end by themselves."""
+    commands(out)
+    return stuck(checkpoint, out)
+
+
+def commands(out: Path) -> None:
+    """One command after the other, each in the environment that torchrun has made."""
+    for number, words in enumerate(json.loads((out / "commands.json").read_text())):
+        printed, told = StringIO(), StringIO()
+        with redirect_stdout(printed), redirect_stderr(told), patch.dict(os.environ):
+            status = main(words)
+        heard = Said(status=status, out=printed.getvalue(), err=told.getvalue())
+        (out / f"command-{number}-{RANK}.json").write_text(json.dumps(asdict(heard)))
 
 
 def several(checkpoint: Path, out: Path) -> list[str]:
@@ -127,11 +174,11 @@ def several(checkpoint: Path, out: Path) -> list[str]:
 
 
 def stuck(_: Path, out: Path) -> list[str]:
-    """The last rank fails before a collective, in which the first one then waits for ever."""
+    """The last rank fails before a collective, in which the others then wait for ever."""
     from test_executor import run, stage
     from toy_stage import ToyPlan
 
-    executor = StageExecutor(stage(1, 2, 1, backend="external_launcher"))
+    executor = StageExecutor(stage(1, LAST + 1, 1, backend="external_launcher"))
     executor.start()
     return heard(
         lambda: run(executor, ToyPlan()),
@@ -198,10 +245,10 @@ if __name__ == "__main__":
     end_at_once()
     name, checkpoint, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     kinds = {
-        "engine_then_several": engine_then_several,
+        "four_ranks": four_ranks,
         "gpus": gpus,
         "graphs": graphs,
-        "stuck": stuck,
+        "two_ranks": two_ranks,
     }
     made = kinds[name]
     lines = made(checkpoint, out)

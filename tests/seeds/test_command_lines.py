@@ -5,20 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import subprocess
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from limits import HANG
 from lines import DOCUMENT, LINES, Line, document, of, replaced, write_inputs
 
 from vllm_cosmos3.cli import main
 from vllm_cosmos3.compat import _FRONTEND_ARGS, first_module
-from vllm_cosmos3.media import read_video
 from vllm_cosmos3.server.options import Options
 from vllm_cosmos3.stage.launcher import VARIABLES
 
@@ -125,62 +119,6 @@ def check_vllm_understands(words: list[str]) -> None:
     parser = first_module(_FRONTEND_ARGS).make_arg_parser(FlexibleArgumentParser())
     args: argparse.Namespace = parser.parse_args(words[2:])
     assert args.async_scheduling is True
-
-
-def launch(ranks: int, *words: object) -> subprocess.CompletedProcess[str]:
-    """``generate`` under torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(ranks), "-m", "vllm_cosmos3", "generate", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False)
-
-
-SMALL = ("--size", "64x64", "--num-frames", "5", "--num-steps", "1", "--seed", "0")
-
-
-def test_two_ranks_of_phyai_make_one_video(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """The command of phyai's documents: the ranks are torchrun's, and there is one result."""
-    out = tmp_path / ".cache" / "cosmos3_t2v_wn"
-    words = ("--tp", 2, "--checkpoint", tiny_checkpoint, "--prompt", "A red sports car", "--out", out)  # fmt: skip
-    done = launch(2, *words, *SMALL)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("vision.mp4  64x64") == 1
-    assert done.stderr.count(", loaded in ") == 1
-    assert read_video(out.with_suffix(".mp4"), frames=5).shape == (5, 64, 64, 3)
-    assert [file.name for file in out.iterdir()] == ["sample"]
-
-
-def test_four_ranks_divide_the_records(tiny_checkpoint: Path, inputs: Path, tmp_path: Path) -> None:
-    """The framework's inputs/omni: each record is made once, by one of the replicas."""
-    words = ["-i", inputs / "[aitv][c2]*.json", "-o", tmp_path, "--checkpoint-path", tiny_checkpoint]  # fmt: skip
-    words += ["--parallelism-preset=throughput", "--benchmark", "--no_guardrails"]
-    short = ("--num_steps", 1, "--size", "64x64", "--seed", 0)
-    done = launch(4, *words, *short)
-    assert done.returncode == 0, done.stderr[-3000:]
-    shares = re.findall(r"^(\d) of \1 records have their results", done.stdout, re.MULTILINE)
-    names = sorted(folder.name for folder in tmp_path.iterdir() if folder.is_dir())
-    assert sum(map(int, shares)) == len(names) == 13
-    assert len(shares) == 4
-    for name in names:
-        record = json.loads((tmp_path / name / "sample_outputs.json").read_text())
-        assert record["status"] == "success"
-        assert len(record["outputs"]) == 1
-    benchmark: Mapping[str, Any] = json.loads((tmp_path / "benchmark.json").read_text())
-    assert benchmark.keys() == {"all", "average"}
-    assert len(benchmark["all"]["OmniInference.generate_batch"]) == int(max(shares))
-    assert "OmniMoTModel.generate_samples_from_batch" in benchmark["average"]
-
-
-def test_two_ranks_ask_one_reasoner(tiny_checkpoint: Path, inputs: Path, tmp_path: Path) -> None:
-    """The framework's inputs/reasoner under torchrun: the first rank has the devices of both."""
-    words = ["-i", inputs / "reasoner*.json", "-o", tmp_path, "--checkpoint-path", tiny_checkpoint]
-    words += ["--parallelism-preset=latency", "--benchmark", "--seed=0", "--max-new-tokens", 4]
-    done = launch(2, *words, "--enforce-eager", "--load-format", "auto")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("3 of 3 records have their results") == 1
-    for name in ("reasoner", "reasoner_image", "reasoner_video"):
-        assert (tmp_path / name / "reasoner_text.txt").is_file()
-    benchmark = json.loads((tmp_path / "benchmark.json").read_text())
-    assert len(benchmark["all"]["OmniMoTModel.generate_reasoner_text"]) == 3
 
 
 @pytest.mark.parametrize(
