@@ -72,6 +72,7 @@ class ToyResult:
     total: int
     pids: tuple[int, ...]
     company: tuple[int, ...] = ()  # how many have made each step together
+    weights: int = 0  # how many parts the last weight update had
 
     def save(self, path: Path) -> list[Path]:
         path.write_text(str(self.total))
@@ -126,7 +127,8 @@ class Toy:
         pids = all_gather(torch.tensor(os.getpid()), self.mesh.world)
         if state.plan.result != "sound":
             return Faulty(state.plan.result)
-        return ToyResult(state.total, tuple(int(pid) for pid in pids), tuple(state.company))
+        company = tuple(state.company)
+        return ToyResult(state.total, tuple(int(pid) for pid in pids), company, self.weights)
 
     def sleep(self) -> None:
         self._sum()
@@ -144,6 +146,12 @@ class Toy:
         self.updated += 1
 
     def finish_weight_update(self, version: str | None) -> None:
+        """A version "fails on 1" does so on the replica with this device."""
+        self._sum()
+        if version == f"fails on {os.environ.get('CUDA_VISIBLE_DEVICES')}":
+            raise RuntimeError("this replica fails")
+
+    def keep_weight_update(self) -> None:
         self._sum()
         self.weights = self.updated
 

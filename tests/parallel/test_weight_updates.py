@@ -65,6 +65,7 @@ def updated(
     for shard in shards:
         pipeline.update_weights([{"path": str(shard)}] * mesh.world.size)
     pipeline.finish_weight_update("second")
+    pipeline.keep_weight_update()
     return {**found, "after": made(pipeline), "fresh": made(load(other))}
 
 

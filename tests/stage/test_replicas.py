@@ -15,10 +15,17 @@ from limits import HANG
 from test_executor import stage
 from toy_stage import ToyPlan
 
-from vllm_cosmos3.errors import Busy, Cancelled, DeadlineExceeded, InvalidRequest, WorkerDied
+from vllm_cosmos3.errors import (
+    Busy,
+    Cancelled,
+    Cosmos3Error,
+    DeadlineExceeded,
+    InvalidRequest,
+    WorkerDied,
+)
 from vllm_cosmos3.stage.client import StageClient
 from vllm_cosmos3.stage.job import StageJob
-from vllm_cosmos3.stage.replicas import Replicas, devices_of, start_stages
+from vllm_cosmos3.stage.replicas import Replicas, devices_of, outdated, start_stages
 from vllm_cosmos3.stage.scheduler import QueueConfig
 
 LONG = 1000.0  # seconds of work in the scheduler's eyes: one on each replica
@@ -74,6 +81,41 @@ def test_replicas_are_updated_together(replicas: Replicas) -> None:
     replicas.maintain("finish_weight_update", "second")
     status = replicas.status()
     assert (status.state, status.weights) == ("ready", "second")
+
+
+def weights_of(replicas: Replicas) -> list[int]:
+    """Of each replica, by a request to it alone."""
+    return [member.submit(ToyPlan(steps=1)).result(HANG).weights for member in replicas.members]
+
+
+def test_an_update_that_one_replica_cannot_finish_is_undone_on_all(replicas: Replicas) -> None:
+    before = weights_of(replicas)
+    replicas.maintain("start_weight_update")
+    for _ in range(2):
+        replicas.maintain("update_weights", {})
+    with pytest.raises(Cosmos3Error, match="this replica fails"):
+        replicas.maintain("finish_weight_update", "fails on 1")
+    assert weights_of(replicas) == before == [1, 1]
+    assert (replicas.status().state, replicas.status().weights) == ("ready", "second")
+
+
+def test_a_replica_that_has_lost_new_weights_serves_again_after_the_next_update(
+    replicas: Replicas,
+) -> None:
+    (pid,) = replicas.members[0].submit(ToyPlan(steps=1)).result(HANG).pids
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: replicas.members[0].status().restarts == 1)
+    assert outdated(replicas.members) == {0}
+    assert weights_of(replicas) == [0, 1]
+    jobs = [replicas.submit(ToyPlan(steps=1)) for _ in range(3)]
+    assert {job.result(HANG).weights for job in jobs} == {1}
+    assert (replicas.status().state, replicas.status().weights) == ("ready", "second")
+    replicas.maintain("start_weight_update")
+    replicas.maintain("update_weights", {})
+    replicas.maintain("finish_weight_update", "third")
+    assert outdated(replicas.members) == set()
+    assert weights_of(replicas) == [1, 1]
+    assert replicas.status().weights == "third"
 
 
 def test_requests_run_at_the_same_time_on_different_replicas(replicas: Replicas) -> None:

@@ -72,14 +72,24 @@ class MovableWeights(ABC):
 
     @torch.inference_mode()
     def finish_weight_update(self, version: str | None = None) -> None:
-        """Keep what was received."""
+        """Have what was received ready. `keep_weight_update` follows if no rank has failed, else `abort_weight_update`."""
         self._weight_updates().finish()
+
+    @torch.inference_mode()
+    def keep_weight_update(self) -> None:
+        """Keep what was received: there is no way back any more.
+
+        Only now is forgotten what was of the old weights: ranks that differ in the texts they remember
+        would wait for each other in the next request.
+        """
+        self._weight_updates().keep()
         self.forget()
 
     @torch.inference_mode()
     def abort_weight_update(self) -> None:
-        """Put the weights of before the update back."""
-        self._weight_updates().abort()
+        """Put the weights of before the update back, if there is one."""
+        if self._updates is not None:
+            self._updates.abort()
 
     def _check_no_update(self, method: str) -> None:
         if self._updates is not None and self._updates.begun:
@@ -87,5 +97,6 @@ class MovableWeights(ABC):
 
     def _weight_updates(self) -> WeightUpdates:
         if self._updates is None:
-            raise InvalidRequest("weight_transfer", None, "given when the generator is loaded")
+            possible = "given when the generator is loaded"
+            raise InvalidRequest("weight_transfer", None, possible, "conflict")
         return self._updates

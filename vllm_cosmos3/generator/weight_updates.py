@@ -69,7 +69,8 @@ class WeightUpdates:
             InvalidRequest: there is one.
         """
         if self.begun:
-            raise InvalidRequest("start_weight_update", "called again", "followed by finish_weight_update first")  # fmt: skip
+            possible = "followed by finish_weight_update first"
+            raise InvalidRequest("start_weight_update", "called again", possible, "conflict")
         self._copy.save()
         resting = (t for t in tensors_of([self._transformer]) if t.device.type == "cpu")
         self._resting = [(tensor, tensor.clone()) for tensor in resting]
@@ -82,19 +83,29 @@ class WeightUpdates:
             InvalidRequest: no session has begun, or a tensor is unknown or misshapen.
         """
         if not self.begun:
-            raise InvalidRequest("update_weights", "called", f"with {START}")
+            raise InvalidRequest("update_weights", "called", f"with {START}", "conflict")
         for name, shape in zip(info.get("names", ()), info.get("shapes", ()), strict=False):
             self._check(name, tuple(shape))
         self._receiver.receive(info, self._load)
 
     def finish(self) -> None:
-        """Keep what was received.
+        """Make what was received ready for use. Until `keep` it can be aborted: another rank may fail here.
 
         Raises:
             InvalidRequest: no session has begun.
         """
         if not self.begun:
-            raise InvalidRequest("finish_weight_update", "called", f"with {START}")
+            raise InvalidRequest("finish_weight_update", "called", f"with {START}", "conflict")
+        choose_kernels(self._transformer, keep=True)
+
+    def keep(self) -> None:
+        """End the session with what was received, once it is finished on all ranks.
+
+        Raises:
+            InvalidRequest: no session has begun.
+        """
+        if not self.begun:
+            raise InvalidRequest("keep_weight_update", "called", f"with {START}", "conflict")
         self._copy.changed()
         self._end()
 
@@ -104,10 +115,10 @@ class WeightUpdates:
             self._copy.put_back()
             for tensor, copy in self._resting:
                 tensor.data.copy_(copy)
+            choose_kernels(self._transformer, keep=True)
             self._end()
 
     def _end(self) -> None:
-        choose_kernels(self._transformer, keep=True)
         self._resting.clear()
         self.begun = False
 

@@ -28,7 +28,7 @@ import zmq
 from vllm_cosmos3.errors import Cosmos3Error, DeadlineExceeded, WorkerDied
 from vllm_cosmos3.stage.executor import check_backend
 from vllm_cosmos3.stage.heartbeat import silence
-from vllm_cosmos3.stage.job import PATIENCE, StageJob, Stages
+from vllm_cosmos3.stage.job import StageJob, Stages
 from vllm_cosmos3.stage.launcher import DEVICES
 from vllm_cosmos3.stage.process import (
     Accepted,
@@ -148,7 +148,11 @@ class StageClient(Stages):
             if not self._closing:
                 self._send(Release(name))
 
-    def maintain(self, method: str, *args: Any, patience: float = PATIENCE) -> Any:
+    @property
+    def updates(self) -> int:
+        return self._status.updates
+
+    def _maintain(self, method: str, *args: Any, patience: float) -> Any:
         job = StageJob(uuid.uuid4().hex, _keep, None, None)
         with self._changed:
             self._check_open()

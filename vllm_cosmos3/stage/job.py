@@ -27,6 +27,7 @@ from vllm_cosmos3.stage.process import (
     Status,
     Submit,
 )
+from vllm_cosmos3.stage.worker import FOLLOWED_BY
 
 PATIENCE = 600.0  # for running requests, before a call that none may be in the midst of
 GRACE_SECONDS = 5.0  # beyond a deadline for the stage, or for the call under way, to end by itself
@@ -191,17 +192,25 @@ class Stages(ABC):
             TimeoutError: it takes longer than ``timeout`` seconds.
         """
 
-    @abstractmethod
     def maintain(self, method: str, *args: Any, patience: float = PATIENCE) -> Any:
         """Call a method of the stage on all ranks between two requests; the value of the first rank.
 
         Running requests end before, others wait: after ``sleep`` until ``wake_up``, and after
-        ``start_weight_update`` until the update ends.
+        ``start_weight_update`` until the update ends. What fails on one rank is undone on all.
 
         Raises:
             Busy: running requests have not ended within ``patience`` seconds; nothing was called.
             Cosmos3Error: the call failed, or the stage is gone.
         """
+        value = self._maintain(method, *args, patience=patience)
+        if method in FOLLOWED_BY:
+            self._maintain(FOLLOWED_BY[method], patience=patience)
+        return value
+
+    @property
+    @abstractmethod
+    def updates(self) -> int:
+        """Weight updates of its ranks since they have loaded the checkpoint, as it was last heard."""
 
     @abstractmethod
     def cancel(self, name: str) -> None:
@@ -214,6 +223,10 @@ class Stages(ABC):
     @abstractmethod
     def close(self) -> None:
         """End everything now. Can be repeated."""
+
+    @abstractmethod
+    def _maintain(self, method: str, *args: Any, patience: float) -> Any:
+        """One call of `maintain`."""
 
     @abstractmethod
     def _take(self, job: StageJob, request: Submit) -> None:

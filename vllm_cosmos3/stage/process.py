@@ -44,7 +44,14 @@ from vllm_cosmos3.stage.call_sequence import CallSequence
 from vllm_cosmos3.stage.executor import StageExecutor
 from vllm_cosmos3.stage.preview_pace import PreviewPace
 from vllm_cosmos3.stage.scheduler import QueueConfig, Scheduler
-from vllm_cosmos3.stage.worker import ENDING, StageConfig, end_with_parent, set_log_level
+from vllm_cosmos3.stage.worker import (
+    ENDING,
+    UNDO,
+    StageConfig,
+    end_with_parent,
+    is_conflict,
+    set_log_level,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +63,13 @@ PAUSES = {  # calls between requests, and whether requests may run after them
     "sleep": "sleeping",
     "wake_up": "",
     "start_weight_update": "updating",
-    "finish_weight_update": "",
+    "keep_weight_update": "",
     "abort_weight_update": "",
 }
+LAST = (
+    "keep_weight_update",
+    "abort_weight_update",
+)  # calls after which ranks are the same, or replaced
 RESTARTS = 3  # tries to replace the ranks before giving up
 
 
@@ -150,6 +161,7 @@ class Status:
     """``state`` is starting, ready, sleeping, updating, recovering, draining or failed.
 
     ``weights`` is the version that a trainer has given its last update, None where there was none.
+    ``updates`` counts those that the ranks have had since they have loaded the checkpoint.
     ``given_up`` counts the updates that ended because nothing was heard of the trainer any more.
 
     ``loaded`` counts the values of the checkpoint that are in place while the ranks start. ``call``
@@ -163,6 +175,7 @@ class Status:
     limit: int = 0
     restarts: int = 0
     weights: str | None = None
+    updates: int = 0
     given_up: int = 0
     loaded: int = 0
     call: str = ""
@@ -226,9 +239,11 @@ class StageCore:
         self._maintenance: list[Maintenance] = []
         self._paused = ""  # why no request may run: sleeping, updating
         self._weights: str | None = None
+        self._next_weights: str | None = None  # once they are kept
+        self._updates = 0
         self._heard = 0.0  # when the last call of an update ended
         self._given_up = 0
-        self._late = False  # whether the trainer does not know yet that its update was given up
+        self._ended = ""  # how the last update has ended, where its trainer does not know yet
         self._clients: set[bytes] = set()
         self._state = "starting"
         self._restarts = 0
@@ -335,20 +350,32 @@ class StageCore:
             value = self._call(method, *one.call.args)[0]
         except Cosmos3Error as error:
             logger.error("%s failed: %s", method, error)
-            if self._executor.healthy and self._paused == "updating" and method in ENDING:
-                self._abort_update()
-            self._send(one.client, Failure(name, error))
-            if not self._executor.healthy:
-                self._replace_ranks()
+            if not is_conflict(error):
+                self._undo(method)
+            if self._executor.healthy:
+                self._send(one.client, Failure(name, error))
+                return
+            reason = f"{error}; new ranks load the weights of the checkpoint"
+            self._send(one.client, Failure(name, WorkerDied(reason)))
+            self._replace_ranks()
             return
         self._paused = PAUSES.get(method, self._paused)
         self._heard = time.monotonic()
         if method == "start_weight_update":
-            self._late = False
+            self._ended = ""
         if method == "finish_weight_update":
-            (self._weights,) = one.call.args
+            (self._next_weights,) = one.call.args
+        if method == "keep_weight_update":
+            self._weights, self._updates = self._next_weights, self._updates + 1
         self._send_all(self._status())
         self._send(one.client, Done(name, value))
+
+    def _undo(self, method: str) -> None:
+        """What has failed on one rank is undone on all of them, or they are replaced."""
+        if method in LAST:
+            self._executor.healthy = False
+        elif method in UNDO and self._executor.healthy:
+            self._call_off(UNDO[method])
 
     def _end_silent_update(self) -> None:
         """Give an update up whose trainer has gone away."""
@@ -360,28 +387,25 @@ class StageCore:
                 limit,
             )
             self._given_up += 1
-            self._late = True
-            self._abort_update()
+            self._ended = f"given up, with the old weights, after {limit:g} s without a call"
+            self._call_off("abort_weight_update")
             if not self._executor.healthy:
                 self._replace_ranks()
 
     def _check_in_time(self, method: str) -> None:
         """Tell a trainer that comes back too late what has become of its update."""
-        if method in ENDING and self._late:
-            limit = self._setup.stage.update_timeout
-            possible = (
-                "called after start_weight_update again: the update was given up, with the old "
-                f"weights, after {limit:g} s without a call"
-            )
+        if method in ENDING and self._ended:
+            possible = f"called after start_weight_update again: the update was {self._ended}"
             raise InvalidRequest(method, "called", possible, "conflict")
 
-    def _abort_update(self) -> None:
-        """What goes wrong in an update ends it, on all ranks: they have the weights of before."""
+    def _call_off(self, undo: str) -> None:
+        """What goes wrong between requests is undone on all ranks: they have the weights of before."""
         try:
-            self._call("abort_weight_update")
+            self._call(undo)
         except Cosmos3Error as error:
             logger.error("the workers were lost: %s", error)
             self._executor.healthy = False
+            return  # until they are replaced, nothing runs
         self._paused = ""
         self._send_all(self._status())
 
@@ -503,7 +527,10 @@ class StageCore:
                 if attempt == RESTARTS:
                     raise
         self._restarts += 1
-        self._paused, self._weights = "", None  # they have just loaded the checkpoint
+        if self._paused == "updating":
+            self._ended = "lost with a rank, and all have the weights of the checkpoint"
+        # They have just loaded the checkpoint.
+        self._paused, self._weights, self._updates = "", None, 0
         if self._state == "recovering":
             self._become("ready")
 
@@ -646,6 +673,7 @@ class StageCore:
             limit=self._setup.queue.max_waiting,
             restarts=self._restarts,
             weights=self._weights,
+            updates=self._updates,
             given_up=self._given_up,
             loaded=slowest(self._setup.folder),
             call=self._calling,

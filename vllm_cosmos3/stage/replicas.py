@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,20 +24,15 @@ from vllm_cosmos3.errors import (
     WorkerDied,
 )
 from vllm_cosmos3.stage.client import StageClient
-from vllm_cosmos3.stage.job import PATIENCE, StageJob, Stages
+from vllm_cosmos3.stage.job import StageJob, Stages
 from vllm_cosmos3.stage.launcher import DEVICES
 from vllm_cosmos3.stage.process import Accepted, Failure, Status, Submit
 from vllm_cosmos3.stage.scheduler import QueueConfig, Scheduler
-from vllm_cosmos3.stage.worker import StageConfig
+from vllm_cosmos3.stage.worker import UNDO, StageConfig
 
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.1  # between looks at deadlines and at replicas that come back
-UNDO = {  # what replicas do that have succeeded where another has failed
-    "sleep": "wake_up",
-    "start_weight_update": "abort_weight_update",
-    "update_weights": "abort_weight_update",
-}
 RETRY_SECONDS = 30.0  # until a replica that cannot start is tried again, while others serve
 
 
@@ -88,6 +83,15 @@ def start_stages(
     return Replicas(one, queue, devices_of(count, ranks, devices), drain_seconds=drain_seconds)
 
 
+def outdated(members: Sequence[Stages]) -> set[int]:
+    """Replicas that have lost the weights of a trainer, with their ranks, while others have them.
+
+    They take no request until the next update: answers would differ by who gives them.
+    """
+    updates = [member.updates for member in members]
+    return {at for at, count in enumerate(updates) if count == 0 < max(updates)}
+
+
 @dataclass(slots=True, eq=False)
 class _Accepted:
     """A request of the queue. ``expires`` is when its time is over."""
@@ -128,7 +132,7 @@ class Replicas(Stages):
 
     @property
     def can_serve(self) -> bool:
-        return any(member.can_serve for member in self._members)
+        return any(self._serving())
 
     @property
     def error(self) -> Cosmos3Error | None:
@@ -152,7 +156,8 @@ class Replicas(Stages):
         """Of all together: ready if one is."""
         members = self.members
         found = [member.status(timeout / len(members)) for member in members]
-        up = [member.can_serve for member in members]
+        up, old = self._serving(), outdated(members)
+        weights = {one.weights for at, one in enumerate(found) if at not in old}
         states = [status.state for status in found]
         alive = [state for state in states if state != "failed"]
         busiest = max(found, key=lambda status: status.call_seconds)
@@ -165,19 +170,24 @@ class Replicas(Stages):
             running=sum(status.running for status in found),
             limit=self._queue.max_waiting,
             restarts=sum(status.restarts for status in found),
-            weights=found[0].weights if len({one.weights for one in found}) == 1 else None,
+            weights=weights.pop() if len(weights) == 1 else None,
+            updates=self.updates,
             given_up=max(status.given_up for status in found),
             loaded=max(status.loaded for status in found),
             call=busiest.call,
             call_seconds=busiest.call_seconds,
         )
 
-    def maintain(self, method: str, *args: Any, patience: float = PATIENCE) -> Any:
+    @property
+    def updates(self) -> int:
+        return max(member.updates for member in self._members)
+
+    def _maintain(self, method: str, *args: Any, patience: float) -> Any:
         """On all replicas together: where one fails, the others do not stay asleep or half updated."""
         members = self.members
 
         def call(member: Stages, method: str, *args: Any) -> Any:
-            return member.maintain(method, *args, patience=patience)
+            return member._maintain(method, *args, patience=patience)
 
         with ThreadPoolExecutor(len(members)) as pool:
             calls = [pool.submit(call, member, method, *args) for member in members]
@@ -236,9 +246,7 @@ class Replicas(Stages):
         with self._lock:
             if self._closing.is_set():
                 return
-            self._scheduler.closed = {
-                at for at, member in enumerate(self._members) if not member.can_serve
-            }
+            self._scheduler.closed = {at for at, up in enumerate(self._serving()) if not up}
             for entry in self._scheduler.resident:
                 progress = self._jobs[entry.name].job.progress
                 if progress is not None and progress.steps:
@@ -249,6 +257,11 @@ class Replicas(Stages):
                 job = self._jobs[entry.name].job
                 if job.position != index:
                     job.handle(Accepted(entry.name, index))
+
+    def _serving(self) -> list[bool]:
+        """Which replicas can take requests."""
+        old = outdated(self._members)
+        return [member.can_serve and at not in old for at, member in enumerate(self._members)]
 
     def _hand_over(self, name: str) -> None:
         at, accepted = self._scheduler.replica_of(name), self._jobs[name]

@@ -35,7 +35,14 @@ from vllm_cosmos3.stage.call_sequence import CallSequence
 from vllm_cosmos3.stage.executor import StageExecutor
 from vllm_cosmos3.stage.launcher import EXTERNAL, executor_backend, launched
 from vllm_cosmos3.stage.replicas import start_stages
-from vllm_cosmos3.stage.worker import ENDING, StageConfig, is_out_of_memory, public_error
+from vllm_cosmos3.stage.worker import (
+    FOLLOWED_BY,
+    UNDO,
+    StageConfig,
+    is_conflict,
+    is_out_of_memory,
+    public_error,
+)
 
 PATIENCE = 30.0  # seconds until ranks that nobody can replace are given up
 LOOK_SECONDS = 0.2  # between two looks at how far a stage has loaded
@@ -326,10 +333,12 @@ def _call(pipeline: MovableWeights, method: str, *args: Any) -> None:
 
 
 def _maintain(call: Callable[..., object], method: str, *args: Any) -> None:
-    """A call between requests; a failure in an update ends it with the weights of before."""
+    """A call between requests, which all ranks have made in the end or none."""
     try:
         call(method, *args)
-    except Exception:
-        if method in ENDING:
-            call("abort_weight_update")
+    except Exception as error:
+        if method in UNDO and not is_conflict(error):
+            call(UNDO[method])
         raise
+    if method in FOLLOWED_BY:
+        call(FOLLOWED_BY[method])

@@ -29,7 +29,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 from vllm_cosmos3.checkpoint.load_progress import counted
 from vllm_cosmos3.compat import device_index
 from vllm_cosmos3.engine_options import EngineConfig
-from vllm_cosmos3.errors import Cosmos3Error, OutOfMemory, file_error
+from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest, OutOfMemory, file_error
 from vllm_cosmos3.parallel.mesh import Mesh, barrier, close_mesh, from_first, init_mesh
 from vllm_cosmos3.stage.heartbeat import Heartbeat
 
@@ -88,6 +88,15 @@ class StageConfig:
 
 
 ENDING = ("update_weights", "finish_weight_update")  # calls whose failure ends an update
+FOLLOWED_BY = {  # calls that can be undone until all ranks have made them, and what makes them last
+    "finish_weight_update": "keep_weight_update",
+}
+UNDO = {  # what every rank calls when one has failed, so that all have the same weights
+    "sleep": "wake_up",
+    "start_weight_update": "abort_weight_update",
+    "update_weights": "abort_weight_update",
+    "finish_weight_update": "abort_weight_update",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +265,11 @@ def public_error(error: BaseException, method: str) -> Cosmos3Error:
     if isinstance(error, OSError):
         return file_error(error)
     return Cosmos3Error(f"{method} failed: {type(error).__name__}: {error}")
+
+
+def is_conflict(error: BaseException) -> bool:
+    """Whether a call was refused at a time that is not its own: on every rank, and nothing was done."""
+    return isinstance(error, InvalidRequest) and error.code == "conflict"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

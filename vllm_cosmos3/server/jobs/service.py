@@ -35,7 +35,7 @@ from vllm_cosmos3.server.memory_split import Sizing
 from vllm_cosmos3.server.options import Options, read_call_limits
 from vllm_cosmos3.stage.job import Stages
 from vllm_cosmos3.stage.process import Status
-from vllm_cosmos3.stage.replicas import start_stages
+from vllm_cosmos3.stage.replicas import outdated, start_stages
 from vllm_cosmos3.stage.runners import check_sessions
 from vllm_cosmos3.stage.scheduler import QueueConfig
 from vllm_cosmos3.stage.worker import StageConfig
@@ -148,10 +148,11 @@ class Service:
 
     def replicas(self) -> list[dict[str, Any]]:
         """How each replica is, as it was last heard, for /health and /metrics."""
-        reports = []
+        reports, old = [], outdated(self.stage.members)
         for at, member in enumerate(self.stage.members):
             status = member.status(0)
             state = "failed" if member.error else "silent" if member.silent else status.state
+            state = "outdated" if state == "ready" and at in old else state
             report = {
                 "replica": at,
                 "devices": member.devices,
