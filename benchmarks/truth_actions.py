@@ -16,11 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from training.actions import CHUNK, EMBODIMENT, FPS, WIDTH, carried_out, lifted, path_of, rows_of
-from training.captions import instruction
+from training.actions import (
+    CHUNK,
+    WIDTH,
+    action_fields,
+    closed_loop,
+    lifted,
+    path_of,
+    picking,
+    rows_of,
+)
 from training.observing import observe
 from training.rendering import true_clip
-from training.scenes import Canvas, Scene, draw_scene, window
+from training.scenes import Scene, window
 from training.shares import Share
 from vllm_cosmos3 import Cosmos3
 
@@ -28,26 +36,12 @@ FIRST = 55_000_000  # seed of the first scene
 CHUNKS = 2  # of the policy
 
 
-def scenes(count: int) -> list[Scene]:
-    """Scenes in which the gripper goes to one of two things and lifts it."""
-    canvas = Canvas(frames=CHUNKS * CHUNK + 1, fps=FPS)
-    return [draw_scene(FIRST + i, canvas, {"pick": 1}) for i in range(count)]
-
-
-def ask(model: Cosmos3, scene: Scene, mode: str, **fields: Any) -> Any:
-    return model.generate(
-        action_mode=mode, domain_name=EMBODIMENT, prompt=f"{instruction(scene)}.".capitalize(),
-        size=f"{scene.canvas.width}x{scene.canvas.height}", action_chunk_size=CHUNK,
-        seed=scene.seed % 2**32, **fields,
-    )  # fmt: skip
-
-
-def forward_error(model: Cosmos3, scene: Scene) -> float:
+def forward_error(model: Cosmos3, scene: Scene, **fields: Any) -> float:
     """Pixels between where things end in the clip and in the world; as far as the picture is wide if unseen."""
     part = window(scene, CHUNK, CHUNK + 1)
-    rows = rows_of(part.gripper)
-    clip = ask(model, scene, "forward_dynamics", image=true_clip(part, [0])[0].numpy(), action=rows.tolist()).video  # fmt: skip
-    seen = {thing.colour: thing for thing in observe(clip).things}
+    picture, rows = true_clip(part, [0])[0].numpy(), rows_of(part.gripper).tolist()
+    known = action_fields(scene, "forward_dynamics") | {"image": picture, "action": rows}
+    seen = {thing.colour: thing for thing in observe(model.generate(**known | fields).video).things}
     errors = [
         float(np.abs(seen[thing.colour].centres[-1] - thing.path[-1]).max())
         if thing.colour in seen
@@ -57,22 +51,19 @@ def forward_error(model: Cosmos3, scene: Scene) -> float:
     return max(errors)
 
 
-def inverse_error(model: Cosmos3, scene: Scene) -> float:
+def inverse_error(model: Cosmos3, scene: Scene, **fields: Any) -> float:
     """Mean of the pixels between the gripper's path and that of the rows."""
     part = window(scene, CHUNK // 2, CHUNK + 1)
-    rows = ask(model, scene, "inverse_dynamics", video=true_clip(part).numpy()).action
+    known = action_fields(scene, "inverse_dynamics") | {"video": true_clip(part).numpy()}
+    rows = model.generate(**known | fields).action
     x, y = part.gripper.path[0, :2]
     return float(np.abs(path_of(rows[:, :WIDTH], (x, y))[:, :2] - part.gripper.path[:, :2]).mean())
 
 
-def succeeds(model: Cosmos3, scene: Scene) -> bool:
-    """Whether the policy, chunk after chunk, lifts the named thing and no other."""
-    now = start = window(scene, 0, 1)
-    for _ in range(CHUNKS):
-        picture = true_clip(now, [0])[0].numpy()
-        done = carried_out(now, ask(model, scene, "policy", image=picture).action[:, :WIDTH])
-        now = window(done, CHUNK, 1)
-    return lifted(start, now)
+def carried_out_by(model: Cosmos3, scene: Scene, **fields: Any) -> Scene:
+    """What the policy does, chunk after chunk; `lifted` says whether it succeeds."""
+    known = action_fields(scene, "policy") | fields
+    return closed_loop(scene, lambda picture: model.generate(**known, image=picture).action, CHUNKS)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -82,14 +73,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--count", type=int, default=256, help="scenes (default: 256)")
     p.add_argument("--policy-only", action="store_true", help="for a checkpoint of that kind")
     a = p.parse_args(argv)
-    drawn = scenes(a.count)
+    drawn = [picking(FIRST + i, CHUNKS) for i in range(a.count)]
     measured = {} if a.policy_only else {"forward": forward_error, "inverse": inverse_error}
     with Cosmos3(a.checkpoint, device=a.device) as model:
         for name, error in measured.items():
             errors = np.array([error(model, scene) for scene in drawn])
             low, middle, high = np.quantile(errors, (0.05, 0.5, 0.95))
             print(f"{name} dynamics: {errors.mean():.1f} pixels, median {middle:.1f}, 5 to 95 %: {low:.1f} to {high:.1f}", flush=True)  # fmt: skip
-        wins = [succeeds(model, scene) for scene in drawn]
+        wins = [lifted(carried_out_by(model, scene)) for scene in drawn]
     print(f"policy in closed loop: {Share(sum(wins), len(wins))}")
 
 

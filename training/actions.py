@@ -6,12 +6,16 @@ in units of eight pixels, a rotation, which is none, and how far it is open.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from training.scenes import Gripper, Scene
+from training.captions import instruction
+from training.rendering import true_clip
+from training.scenes import Canvas, Gripper, Scene, draw_scene, window
 
 EMBODIMENT, DOMAIN, WIDTH = "umi", 6, 10
 VIEW = "This video is captured from a wrist-mounted camera."  # the embodiment's, word for word
@@ -69,8 +73,45 @@ def carried_out(scene: Scene, rows: Rows) -> Scene:
     return replace(scene, canvas=canvas, things=tuple(things), gripper=Gripper(path), contacts=())
 
 
-def lifted(before: Scene, after: Scene, least: float = 30.0) -> bool:
+def picking(seed: int, chunks: int) -> Scene:
+    """A scene of so many chunks in which the gripper goes to one of two things and lifts it."""
+    return draw_scene(seed, Canvas(frames=chunks * CHUNK + 1, fps=FPS), {"pick": 1})
+
+
+def action_fields(scene: Scene, mode: str) -> dict[str, Any]:
+    """Those of `Cosmos3.generate` for a chunk of a scene, but for what is given and the number of steps."""
+    return {
+        "action_mode": mode, "domain_name": EMBODIMENT, "action_chunk_size": CHUNK,
+        "prompt": f"{instruction(scene)}.".capitalize(), "seed": scene.seed % 2**32,
+        "size": f"{scene.canvas.width}x{scene.canvas.height}",
+    }  # fmt: skip
+
+
+def closed_loop(scene: Scene, policy: Callable[[NDArray[np.uint8]], Rows], chunks: int) -> Scene:
+    """What a policy does to the first frame of a scene, in ``chunks * CHUNK + 1`` frames.
+
+    It is asked for the rows of a chunk with a picture [H, W, 3]; they are carried out in the world, which is
+    drawn anew for the next chunk.
+    """
+    done = now = window(scene, 0, 1)
+    for _ in range(chunks):
+        part = carried_out(now, policy(true_clip(now)[0].numpy())[:, :WIDTH])
+        done, now = _joined(done, part), window(part, CHUNK, 1)
+    return done
+
+
+def _joined(scene: Scene, following: Scene) -> Scene:
+    """A scene and what follows, whose first frame is the last one of the scene."""
+    assert scene.gripper is not None
+    assert following.gripper is not None
+    pairs = zip(scene.things, following.things, strict=True)
+    things = tuple(replace(a, path=np.vstack([a.path, b.path[1:]])) for a, b in pairs)
+    path = np.vstack([scene.gripper.path, following.gripper.path[1:]])
+    canvas = replace(scene.canvas, frames=len(path))
+    return replace(scene, canvas=canvas, things=things, gripper=Gripper(path))
+
+
+def lifted(scene: Scene, least: float = 30.0) -> bool:
     """Whether the first thing, and no other, ends at least so many pixels higher than it began."""
-    pairs = zip(before.things, after.things, strict=True)
-    up = [start.path[0, 1] - end.path[-1, 1] for start, end in pairs]
-    return up[0] >= least and max(up[1:], default=0.0) < least
+    up = [thing.path[0, 1] - thing.path[-1, 1] for thing in scene.things]
+    return bool(up[0] >= least and max(up[1:], default=0.0) < least)

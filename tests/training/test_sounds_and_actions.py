@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 
 from training.actions import (
+    CHUNK,
     DOMAIN,
     EMBODIMENT,
     FPS,
     VIEW,
     WIDTH,
     carried_out,
+    closed_loop,
     lifted,
     path_of,
+    picking,
     rows_of,
 )
 from training.observing import observe
@@ -80,10 +83,29 @@ def test_rows_move_what_is_gripped_and_nothing_else(kind: str) -> None:
         done = carried_out(window(scene, 0, 1), rows_of(scene.gripper))
         for mine, true in zip(done.things, scene.things, strict=True):
             assert np.abs(mine.path - true.path).max() < 6
-        assert lifted(scene, done)
+        assert lifted(done)
         still = np.zeros_like(rows_of(scene.gripper))
         still[:, 9] = 3
-        assert not lifted(scene, carried_out(window(scene, 0, 1), still))
+        assert not lifted(carried_out(window(scene, 0, 1), still))
+
+
+def test_a_closed_loop_is_one_scene() -> None:
+    """A policy that knows the way sees where the world is, and lifts the thing in the second chunk."""
+    scene = picking(seed=7, chunks=2)
+    rows = rows_of(scene.gripper)
+    pictures: list[np.ndarray] = []
+
+    def policy(picture: np.ndarray) -> np.ndarray:
+        pictures.append(picture)
+        return rows[:CHUNK] if len(pictures) == 1 else rows[CHUNK:]
+
+    done = closed_loop(scene, policy, 2)
+    assert lifted(done)
+    assert np.abs(done.gripper.path - scene.gripper.path).max() < 1e-3
+    clip = true_clip(done).numpy()
+    assert len(clip) == 2 * CHUNK + 1
+    assert all(np.array_equal(a, b) for a, b in zip(pictures, clip[[0, CHUNK]], strict=True))
+    assert np.abs(clip.astype(int) - true_clip(scene).numpy()).mean() < 1
 
 
 def test_the_embodiment_is_the_packages() -> None:
