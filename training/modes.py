@@ -147,20 +147,20 @@ def _action_losses(
     pool = ActionPool(
         latents, F.pad(rows, (0, width - WIDTH)), ids.to(codec.device), lengths.to(codec.device)
     )
-    return [partial(action_loss, parts, pool, max(2, a.batch // 2), a.shift, tasks)]
+    some = torch.tensor(tasks, device=codec.device)
+    return [partial(action_loss, parts, pool, max(2, a.batch // 2), a.shift, some)]
 
 
 def action_loss(
-    parts: Parts, pool: ActionPool, batch: int, shift: float, tasks: tuple[int, ...]
+    parts: Parts, pool: ActionPool, batch: int, shift: float, tasks: Tensor
 ) -> Tensor:
-    """Error of the velocities of clips and rows, whose ``tasks`` are drawn for each clip alike."""
+    """Error of the velocities of clips and rows; of ``tasks`` [K] one is drawn for each clip."""
     model, device = parts.model, pool.latents.device
     with torch.no_grad():
         index = (torch.rand(batch, device=device) * len(pool.latents)).long()
         clean, rows = pool.latents[index].float(), pool.rows[index]
         sigma = drawn_levels(batch, shift, device)
-        choices = torch.tensor(tasks, device=device)
-        task = choices[(torch.rand(batch, 1, device=device) * len(tasks)).long()]
+        task = tasks[(torch.rand(batch, 1, device=device) * len(tasks)).long()]
         frames = torch.arange(clean.shape[1], device=device)
         known_frames = (frames == 0) | (task == INVERSE)
         known_rows = (task == FORWARD).expand(-1, rows.shape[1])
