@@ -115,6 +115,21 @@ def image_formats() -> tuple[str, ...] | None:
     return getattr(vllm.multimodal.image, "ALLOWED_IMAGE_FORMATS", None)
 
 
+@cache
+def clips_keep_files() -> bool:
+    """Whether vLLM takes a clip along with the bytes of its file, as of pictures; from 0.28."""
+    import numpy as np
+    from vllm.multimodal.media import MediaWithBytes
+    from vllm.multimodal.parse import MultiModalDataParser
+
+    clip = MediaWithBytes((np.zeros((1, 1, 1, 3), np.uint8), {}), b"")
+    try:
+        MultiModalDataParser().parse_mm_data({"video": [clip]})
+    except AssertionError:
+        return False
+    return True
+
+
 def is_shadow_cache(processed: Any) -> bool:
     """Whether a cache of processed media holds only the names of what the engine has."""
     module = first_module(("vllm.multimodal.cache.lru", "vllm.multimodal.cache"))

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from vllm import envs
 from vllm.multimodal.media import ImageMediaIO, MediaWithBytes, VideoMediaIO
 
-from vllm_cosmos3.compat import image_formats
+from vllm_cosmos3.compat import clips_keep_files, image_formats
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
 from vllm_cosmos3.media_budget import Lease, media_budget
 from vllm_cosmos3.reasoner.media.limits import max_video_frames
@@ -135,7 +135,7 @@ class ClipIO(VideoMediaIO):
             raise
         except Exception as error:  # noqa: BLE001  # whatever a decoder raises
             raise _damaged(VIDEO, data, "a video", error) from None
-        return MediaWithBytes(found, data)
+        return MediaWithBytes(found, data) if clips_keep_files() else found
 
     def load_base64(self, media_type: str, data: str) -> Any:
         if media_type.lower() != JPEG_FRAMES:
@@ -152,10 +152,11 @@ class ClipIO(VideoMediaIO):
             raise InvalidRequest(VIDEO, error.value, error.possible, error.code) from None
         except Exception as error:  # noqa: BLE001  # whatever a decoder raises
             raise _damaged(VIDEO, data.encode(), "JPEG pictures of one size", error) from None
-        pixels, metadata = frames.media
+        pixels, metadata = frames.media if clips_keep_files() else frames
         kept = pixels.view(_Frames)
         kept.request = self._request
-        return MediaWithBytes((kept, metadata), frames.original_bytes)
+        found = kept, metadata
+        return MediaWithBytes(found, frames.original_bytes) if clips_keep_files() else found
 
 
 class _Frames(np.ndarray[Any, Any]):
