@@ -38,8 +38,9 @@ from clock import Mark, between, mark, seconds, synchronize
 from latency import ROWS, request
 from machine import heading, provenance
 from vllm_cosmos3.checkpoint.config import ModelConfig, read_config, read_json
+from vllm_cosmos3.checkpoint.shards import identity_table
 from vllm_cosmos3.checkpoint.tensors import Tensors, transformer_tensors, vae_tensors
-from vllm_cosmos3.checkpoint.weights import identity_table, load_dummy_weights
+from vllm_cosmos3.checkpoint.weights import load_dummy_weights
 from vllm_cosmos3.engine_options import EngineConfig, ParallelConfig
 from vllm_cosmos3.errors import Cosmos3Error
 from vllm_cosmos3.generator.models.vae import to_frames

@@ -20,7 +20,7 @@ from vllm_cosmos3.checkpoint.config import ModelConfig, TransformerConfig
 from vllm_cosmos3.checkpoint.latents import token_count
 from vllm_cosmos3.generator.models.vae import VideoVAE
 from vllm_cosmos3.parallel.attention import make_attend
-from vllm_cosmos3.parallel.mesh import Axis
+from vllm_cosmos3.parallel.axis import Axis
 from vllm_cosmos3.request.plan import Plan
 
 LARGE = {"product": 8192, "queries": 44160, "keys": 44672, "copy": 2**30}  # 720p, 189 frames

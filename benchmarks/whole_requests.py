@@ -47,14 +47,14 @@ from machine import heading, provenance
 from meshes import Meeting, degrees, device_of, on_mesh, ranks
 from vllm_cosmos3.checkpoint.config import ModelConfig, read_config
 from vllm_cosmos3.checkpoint.hub import resolve
-from vllm_cosmos3.checkpoint.synthetic.sizes import SIZES
+from vllm_cosmos3.checkpoint.layout.sizes import SIZES
 from vllm_cosmos3.engine_options import ParallelConfig
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
 from vllm_cosmos3.generator.output import Output, Sample
 from vllm_cosmos3.generator.pipeline import Pipeline
+from vllm_cosmos3.parallel.checks import check_degrees
 from vllm_cosmos3.parallel.graphs import ON_MESHES, Recording, few
 from vllm_cosmos3.parallel.host_copy import free_caches
-from vllm_cosmos3.parallel.mesh import check_degrees
 from vllm_cosmos3.progress import Report
 from vllm_cosmos3.request.plan import Plan
 from vllm_cosmos3.request.planner import make_plan

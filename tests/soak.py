@@ -25,7 +25,7 @@ from toy_stage import ToyPlan
 from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.errors import WorkerDied
 from vllm_cosmos3.stage.client import StageClient
-from vllm_cosmos3.stage.worker import StageConfig
+from vllm_cosmos3.stage.config import StageConfig
 
 
 def main() -> int:

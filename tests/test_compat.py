@@ -12,7 +12,7 @@ from ranks import in_new_process
 from vllm_cosmos3.compat import device_index, fused_qk_norm_rope, swagger_ui, takes_heads
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.generator.weight_updates import OfVllm
-from vllm_cosmos3.parallel.mesh import Axis
+from vllm_cosmos3.parallel.axis import Axis
 
 CPU = torch.device("cpu")
 

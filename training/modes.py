@@ -151,9 +151,7 @@ def _action_losses(
     return [partial(action_loss, parts, pool, max(2, a.batch // 2), a.shift, some)]
 
 
-def action_loss(
-    parts: Parts, pool: ActionPool, batch: int, shift: float, tasks: Tensor
-) -> Tensor:
+def action_loss(parts: Parts, pool: ActionPool, batch: int, shift: float, tasks: Tensor) -> Tensor:
     """Error of the velocities of clips and rows; of ``tasks`` [K] one is drawn for each clip."""
     model, device = parts.model, pool.latents.device
     with torch.no_grad():

@@ -16,9 +16,9 @@ from tokenizers import Tokenizer
 from vllm_cosmos3.checkpoint import synthetic as writer
 from vllm_cosmos3.checkpoint.config import read_config, read_vision_config
 from vllm_cosmos3.checkpoint.derived import DERIVED_KINDS, write_derived
-from vllm_cosmos3.checkpoint.synthetic.files import published_files
+from vllm_cosmos3.checkpoint.layout.files import published_files
+from vllm_cosmos3.checkpoint.layout.sizes import SIZES, Size
 from vllm_cosmos3.checkpoint.synthetic.random_weights import draw
-from vllm_cosmos3.checkpoint.synthetic.sizes import SIZES, Size
 from vllm_cosmos3.checkpoint.synthetic.tokenizer import (
     PLAIN,
     SPECIAL,

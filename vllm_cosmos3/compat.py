@@ -52,10 +52,10 @@ def has_serve_flag(name: str) -> bool:
 
 def swagger_ui() -> Path:
     """Folder with Swagger UI, which vLLM brings along for its flag --enable-offline-docs."""
-    found = find_spec("vllm.entrypoints.serve.instrumentator")
+    found = find_spec("vllm")  # of a part of it would import vLLM
     assert found is not None
     assert found.origin is not None
-    return Path(found.origin).with_name("static")
+    return Path(found.origin).parent / "entrypoints/serve/instrumentator/static"
 
 
 def knows_model_type(name: str) -> bool:

@@ -30,7 +30,7 @@ from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest, Sleeping
 from vllm_cosmos3.generator.models.components import loaded_values
 from vllm_cosmos3.generator.output import Output, Progress, Report, Sample
 from vllm_cosmos3.media import Clip
-from vllm_cosmos3.parallel.attention import check_backend
+from vllm_cosmos3.parallel.checks import check_backend
 from vllm_cosmos3.request.batching import with_batch
 from vllm_cosmos3.request.fields import with_arguments
 from vllm_cosmos3.request.foreign_names import own_names
@@ -47,8 +47,8 @@ from vllm_cosmos3.request.world import (
     session_request,
 )
 from vllm_cosmos3.session import Session
+from vllm_cosmos3.stage.maintenance import ENDING
 from vllm_cosmos3.stage.runners import Runner, make_runner
-from vllm_cosmos3.stage.worker import ENDING
 
 __all__ = ["Cosmos3", "Output", "Progress", "Sample"]
 

@@ -17,7 +17,8 @@ from published import ELSEWHERE, NVIDIA, records
 from vllm_cosmos3.checkpoint.config import read_config
 from vllm_cosmos3.engine_options import EngineConfig, ParallelConfig
 from vllm_cosmos3.generator.pipeline import Pipeline
-from vllm_cosmos3.parallel.mesh import Axis, Mesh
+from vllm_cosmos3.parallel.axis import Axis
+from vllm_cosmos3.parallel.mesh import Mesh
 from whole_requests import Process, usual_layouts
 from whole_tables import REPLICAS, beside, line, print_tables
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from vllm_cosmos3.checkpoint.config import read_config, read_json, read_kind
+from vllm_cosmos3.checkpoint.shards import check_weights
 from vllm_cosmos3.checkpoint.simulators import BLOCK
 from vllm_cosmos3.checkpoint.synthetic import write_checkpoint
 from vllm_cosmos3.checkpoint.tensors import transformer_tensors
-from vllm_cosmos3.checkpoint.weights import check_weights
 from vllm_cosmos3.errors import CheckpointError, Unsupported
 from vllm_cosmos3.generator.models.components import components
 

@@ -13,17 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vllm_cosmos3.checkpoint.config import read_config
+from vllm_cosmos3.checkpoint.shards import STEM, Target, check_weights, identity_table
 from vllm_cosmos3.checkpoint.tensors import transformer_tensors
-from vllm_cosmos3.checkpoint.weights import (
-    STEM,
-    Target,
-    check_weights,
-    identity_table,
-    load_dummy_weights,
-    load_weights,
-)
+from vllm_cosmos3.checkpoint.weights import load_dummy_weights, load_weights
 from vllm_cosmos3.errors import CheckpointError
-from vllm_cosmos3.generator.models.transformer import weight_table
+from vllm_cosmos3.generator.models.weight_tables import weight_table
 
 SHAPES = {
     "proj.weight": (4, 3),

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
+from vllm_cosmos3.checkpoint.shards import identity_table
 from vllm_cosmos3.checkpoint.tensors import vae_tensors
-from vllm_cosmos3.checkpoint.weights import identity_table, load_dummy_weights
+from vllm_cosmos3.checkpoint.weights import load_dummy_weights
 from vllm_cosmos3.compat import fused_qk_norm_rope
 from vllm_cosmos3.engine_options import ParallelConfig
 from vllm_cosmos3.generator.models.backbone import NormedHeads

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vllm_cosmos3.parallel.axis import Axis
 from vllm_cosmos3.parallel.graphs import ON_MESHES, STEPS, TOKENS, launches_matter
-from vllm_cosmos3.parallel.mesh import Axis, Mesh
+from vllm_cosmos3.parallel.mesh import Mesh
 
 GPU = torch.device("cuda")
 

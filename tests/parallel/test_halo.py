@@ -13,18 +13,18 @@ from ranks import Ranks
 from torch import Tensor
 
 from vllm_cosmos3.engine_options import ParallelConfig
-from vllm_cosmos3.parallel.halo import (
+from vllm_cosmos3.parallel.axis import WHOLE, Axis
+from vllm_cosmos3.parallel.halo import add_to, gather_strips, ramp, surround, take_strip
+from vllm_cosmos3.parallel.mesh import Mesh
+from vllm_cosmos3.parallel.plane import (
     OVERLAP,
     VAE_PARALLEL,
-    WHOLE,
     Part,
     Strips,
     divide,
     even,
     overlapping,
-    ramp,
 )
-from vllm_cosmos3.parallel.mesh import Axis, Mesh
 
 extents = st.integers(1, 200)
 CPU = torch.device("cpu")
@@ -71,7 +71,7 @@ def test_weights_sum_to_one(
 ) -> None:
     canvas = torch.zeros(scale * height, scale * width)
     for part in all_parts(height, width, ranks, mode, tile):
-        part.add_to(canvas, torch.ones_like(part.cut(canvas, scale)), scale)
+        add_to(canvas, part, torch.ones_like(part.cut(canvas, scale)), scale)
     assert torch.allclose(canvas, torch.ones_like(canvas), atol=1e-6)
 
 
@@ -98,18 +98,18 @@ def test_one_strip_gets_no_rows_and_leaves_all_borders_to_the_convolution() -> N
     (part,) = divide(3, 4, WHOLE, "halo")
     x, past = torch.randn(1, 2, 2, 3, 4), torch.randn(1, 2, 1, 3, 4)
     expected = torch.cat([past, x], dim=2)
-    assert torch.equal(part.strips.surround(x, 1, 1, past), expected)
+    assert torch.equal(surround(part.strips, x, 1, 1, past), expected)
     assert part.strips.padding(1) == (1, 1)
     plane = torch.randn(2, 5, 3, 4)
-    assert torch.equal(part.strips.gather(plane), plane)
-    assert torch.equal(part.strips.own(plane), plane)
+    assert torch.equal(gather_strips(part.strips, plane), plane)
+    assert torch.equal(take_strip(part.strips, plane), plane)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
 def test_surrounding_keeps_the_memory_format(layout: torch.memory_format) -> None:
     (part,) = divide(3, 4, WHOLE, "halo")
     x = torch.randn(1, 2, 3, 3, 4).contiguous(memory_format=layout)
-    assert part.strips.surround(x, 1, 0).is_contiguous(memory_format=layout)
+    assert surround(part.strips, x, 1, 0).is_contiguous(memory_format=layout)
 
 
 # Several ranks
@@ -122,7 +122,7 @@ def own_strip(mesh: Mesh, x: Tensor, scale: int) -> tuple[Tensor, Strips]:
 
 def surrounded(mesh: Mesh, x: Tensor, scale: int, before: int, after: int) -> Tensor:
     own, strips = own_strip(mesh, x, scale)
-    return strips.surround(own, before, after)
+    return surround(strips, own, before, after)
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (0, 1), (2, 0), (0, 0)])
@@ -144,8 +144,8 @@ def test_neighbours_rows_are_found(
 
 def gathered(mesh: Mesh, x: Tensor) -> tuple[Tensor, bool]:
     own, strips = own_strip(mesh, x, 1)
-    plane = strips.gather(own[0])
-    return plane, torch.equal(strips.own(plane), own[0])
+    plane = gather_strips(strips, own[0])
+    return plane, torch.equal(take_strip(strips, plane), own[0])
 
 
 @pytest.mark.parametrize(("height", "width"), [(7, 5), (5, 7)])

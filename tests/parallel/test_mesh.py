@@ -15,6 +15,8 @@ from vllm_cosmos3.checkpoint.config import TransformerConfig
 from vllm_cosmos3.engine_options import ParallelConfig
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.parallel import mesh as m
+from vllm_cosmos3.parallel.axis import Axis
+from vllm_cosmos3.parallel.checks import check_degrees
 
 HEADS, WIDTH = 4, 3
 
@@ -125,7 +127,7 @@ def test_collectives_equal_slicing(
 
 
 def test_collectives_are_the_identity_at_size_one() -> None:
-    alone = m.Axis("ulysses", 1, 0, None)
+    alone = Axis("ulysses", 1, 0, None)
     x = tokens(5)
     assert m.shard_sequence(x, alone) is x
     assert m.gather_sequence(x, alone, 5) is x
@@ -150,7 +152,7 @@ def test_vllm_layers_on_a_mesh_equal_one_rank(ranks: Ranks) -> None:
 def test_one_rank_can_close_and_start_again_in_one_process() -> None:
     for _ in range(3):
         mesh = m.init_mesh(ParallelConfig())
-        assert mesh.world == m.Axis("world", 1, 0, None)
+        assert mesh.world == Axis("world", 1, 0, None)
         reference = tensor_parallel_layers(mesh)
         m.close_mesh(mesh)
         assert not torch.distributed.is_initialized()
@@ -173,10 +175,10 @@ def test_a_mesh_is_legal_when_every_rank_has_whole_heads(
     legal = kv_heads % (tp * ulysses) == 0 and intermediate % tp == 0
     degrees = {"tensor_parallel_size": tp, "ulysses_degree": ulysses}
     if legal:
-        m.check_degrees(parallel(1, ulysses, tp), config)
+        check_degrees(parallel(1, ulysses, tp), config)
         return
     with pytest.raises(InvalidRequest) as refusal:
-        m.check_degrees(parallel(1, ulysses, tp), config)
+        check_degrees(parallel(1, ulysses, tp), config)
     assert refusal.value.value == degrees[refusal.value.field]
     assert "1" in refusal.value.possible
 
@@ -207,5 +209,5 @@ def test_refusals_name_the_legal_values(
     shape: tuple[int, int, int], devices: int | None, message: str
 ) -> None:
     with pytest.raises(InvalidRequest) as refusal:
-        m.check_degrees(parallel(*shape), transformer(), devices=devices)
+        check_degrees(parallel(*shape), transformer(), devices=devices)
     assert str(refusal.value) == message

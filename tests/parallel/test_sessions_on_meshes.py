@@ -14,7 +14,8 @@ from rollouts import CASES, checkpoints, rollout
 from vllm_cosmos3.engine_options import EngineConfig, ParallelConfig
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.generator.world import WorldPipeline
-from vllm_cosmos3.parallel.mesh import Mesh, check_degrees
+from vllm_cosmos3.parallel.checks import check_degrees
+from vllm_cosmos3.parallel.mesh import Mesh
 
 BOUND = 1e-5  # of the largest absolute value
 MESHES = {

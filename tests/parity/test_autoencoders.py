@@ -12,12 +12,13 @@ from diffusers.pipelines.cosmos.pipeline_cosmos3_omni import _preprocess_conditi
 from torch import Tensor
 
 from vllm_cosmos3.checkpoint.config import read_config
+from vllm_cosmos3.checkpoint.shards import identity_table
 from vllm_cosmos3.checkpoint.tensors import sound_tensors, vae_tensors
-from vllm_cosmos3.checkpoint.weights import identity_table, load_weights
+from vllm_cosmos3.checkpoint.weights import load_weights
 from vllm_cosmos3.generator.models.sound import SoundVAE
 from vllm_cosmos3.generator.models.vae import VideoVAE, to_pixels
 from vllm_cosmos3.media import cover_crop
-from vllm_cosmos3.parallel.halo import WHOLE
+from vllm_cosmos3.parallel.axis import WHOLE
 
 pytestmark = [
     pytest.mark.parity,

@@ -18,7 +18,8 @@ from vllm_cosmos3.checkpoint.tensors import transformer_tensors
 from vllm_cosmos3.checkpoint.weights import load_weights
 from vllm_cosmos3.engine_options import ParallelConfig
 from vllm_cosmos3.generator.models.modalities import frame_mask
-from vllm_cosmos3.generator.models.transformer import Context, Transformer, weight_table
+from vllm_cosmos3.generator.models.transformer import Context, Transformer
+from vllm_cosmos3.generator.models.weight_tables import weight_table
 from vllm_cosmos3.generator.sampling import positions
 from vllm_cosmos3.generator.sampling.packing import Stream, start_stream
 from vllm_cosmos3.parallel.attention import make_attend

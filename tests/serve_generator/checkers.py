@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
 
 
 class Words:
-    """Blocks prompts and pictures by a word, and breaks by another."""
+    """Blocks prompts and pictures by a word, and breaks by another; told to list, it says what is imported."""
 
     def check_text(self, prompt: str) -> str | None:
         if "broken" in prompt:
             raise RuntimeError("the checker is broken")
+        if prompt == "list vllm":
+            return f"vllm: {'vllm' in sys.modules}"
         return "violence" if "forbidden" in prompt else None
 
     def check_frames(self, frames: np.ndarray) -> tuple[np.ndarray | None, dict[str, Any]]:

@@ -21,8 +21,8 @@ from vllm_cosmos3.media import Pixels, read_image, read_video
 from vllm_cosmos3.request.plan import Plan, StreamPlan
 from vllm_cosmos3.server.http.api_errors import ApiError
 from vllm_cosmos3.server.http.request_fields import ClientRequest
-from vllm_cosmos3.server.jobs.artifacts import BEFORE, CLIP, LAST
 from vllm_cosmos3.server.jobs.continuation import continue_from, prepare
+from vllm_cosmos3.server.jobs.job_files import BEFORE, CLIP, LAST
 from vllm_cosmos3.server.jobs.journal import Journal
 from vllm_cosmos3.server.jobs.video_job import VideoJob
 

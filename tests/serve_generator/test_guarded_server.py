@@ -110,6 +110,13 @@ def test_a_blocked_prompt_is_refused_without_the_word(client: httpx.Client) -> N
     assert "forbidden" not in error["message"]
 
 
+def test_the_process_that_answers_has_not_imported_vllm(client: httpx.Client) -> None:
+    """After whatever it has answered before; the checker, which lives in it, looks."""
+    assert post(client).json()["status"] == "completed"
+    answer = post(client, prompt="list vllm")
+    assert "(vllm: False)" in answer.json()["error"]["message"]
+
+
 def test_token_ids_are_judged_by_their_text(
     client: httpx.Client, distilled_checkpoint: Path
 ) -> None:

@@ -15,7 +15,8 @@ import pytest
 
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
 from vllm_cosmos3.request.prompts import Tokenizer, load_tokenizer
-from vllm_cosmos3.server.guardrails import CHECKER, Blocked, Guardrails, frame_check
+from vllm_cosmos3.server.frame_check import CHECKER, Blocked, frame_check
+from vllm_cosmos3.server.guardrails import Guardrails
 from vllm_cosmos3.server.http.api_errors import ApiError
 from vllm_cosmos3.server.options import Options
 
@@ -70,7 +71,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
         (tmp_path / "cosmos_guardrail.py").write_text(text)
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.delitem(__import__("sys").modules, "cosmos_guardrail", raising=False)
-        monkeypatch.setattr("vllm_cosmos3.server.guardrails._loaded", {})
+        monkeypatch.setattr("vllm_cosmos3.server.frame_check._loaded", {})
         monkeypatch.setenv(CHECKER, "")
 
     return put

@@ -14,15 +14,15 @@ import httpx
 import pytest
 
 from vllm_cosmos3.server.app import Listen, make_app
-from vllm_cosmos3.server.jobs.artifacts import CLIP
 from vllm_cosmos3.server.jobs.estimates import ThroughputEstimate
+from vllm_cosmos3.server.jobs.job_files import CLIP
 from vllm_cosmos3.server.jobs.journal import Journal
 from vllm_cosmos3.server.jobs.live_jobs import LiveJobs
 from vllm_cosmos3.server.jobs.service import Service
 from vllm_cosmos3.server.jobs.video_job import COMPLETED, VideoJob
 from vllm_cosmos3.server.options import Options
 from vllm_cosmos3.server.routes.videos import remixed
-from vllm_cosmos3.stage.process import Status
+from vllm_cosmos3.stage.messages import Status
 
 pytestmark = pytest.mark.anyio
 EFFECTIVE = {"mode": "text2video", "num_frames": 5, "fps": 24.0, "output_size": "64x64", "seed": 1}

@@ -23,7 +23,8 @@ from starlette.websockets import WebSocketDisconnect
 from vllm_cosmos3 import Cosmos3
 from vllm_cosmos3.checkpoint.synthetic import write_checkpoint
 from vllm_cosmos3.server.app import Listen, make_app
-from vllm_cosmos3.server.guardrails import CHECKER, Guardrails
+from vllm_cosmos3.server.frame_check import CHECKER
+from vllm_cosmos3.server.guardrails import Guardrails
 from vllm_cosmos3.server.jobs.service import Service
 from vllm_cosmos3.server.memory_split import sized
 from vllm_cosmos3.server.options import Options

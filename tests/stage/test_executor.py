@@ -23,8 +23,9 @@ from vllm_cosmos3.errors import (
     OutOfMemory,
     WorkerDied,
 )
-from vllm_cosmos3.stage.executor import StageExecutor, check_backend
-from vllm_cosmos3.stage.worker import StageConfig
+from vllm_cosmos3.stage.config import StageConfig
+from vllm_cosmos3.stage.executor import StageExecutor
+from vllm_cosmos3.stage.launcher import check_backend
 
 
 def stage(

@@ -20,7 +20,7 @@ from vllm_cosmos3.request.planner import make_plan
 from vllm_cosmos3.request.prompts import load_tokenizer
 from vllm_cosmos3.request.request import from_fields
 from vllm_cosmos3.stage.client import StageClient
-from vllm_cosmos3.stage.worker import StageConfig
+from vllm_cosmos3.stage.config import StageConfig
 
 REQUEST = {"prompt": "a boat", "size": "64x64", "num_frames": 1, "num_inference_steps": 2, "seed": 1, "output_type": "latent"}  # fmt: skip
 

@@ -22,7 +22,7 @@ from vllm_cosmos3.request.prompts import load_tokenizer
 from vllm_cosmos3.request.request import GenerateRequest
 from vllm_cosmos3.stage import runners
 from vllm_cosmos3.stage.client import StageClient
-from vllm_cosmos3.stage.worker import StageConfig
+from vllm_cosmos3.stage.config import StageConfig
 
 REQUEST = {"prompt": "A boat", "num_frames": 5, "size": "64x64", "num_inference_steps": 3}
 WORDS = r"out of memory in .*Tried to allocate 2.00 GiB.*fewer frames or a smaller size"

@@ -153,7 +153,7 @@ def _copy(base: Path, folder: Path, kind: str) -> None:
 
     No links: what is later changed in place would change here as well.
     """
-    from vllm_cosmos3.checkpoint.synthetic.files import of_kind
+    from vllm_cosmos3.checkpoint.layout.files import of_kind
 
     sources = _files(base)
     before = {name: read_json(path) for name, path in sources.items() if name.endswith(_SETTINGS)}

@@ -13,22 +13,32 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vllm_cosmos3.checkpoint.config import ModelConfig, read_config
 from vllm_cosmos3.checkpoint.hub import resolve
 from vllm_cosmos3.checkpoint.latents import pixel_frames
-from vllm_cosmos3.checkpoint.synthetic.files import published_files
-from vllm_cosmos3.checkpoint.synthetic.sizes import SIZES
+from vllm_cosmos3.checkpoint.layout.files import published_files
+from vllm_cosmos3.checkpoint.layout.sizes import SIZES
 from vllm_cosmos3.cli.flags import add_engine_flags, given
 from vllm_cosmos3.engine_options import OPTIONS, EngineConfig, EngineOptions
 from vllm_cosmos3.errors import InvalidRequest, did_you_mean
+from vllm_cosmos3.generator.memory import (
+    Layout,
+    MemoryEstimate,
+    Work,
+    estimate,
+    layouts,
+    resolve_residency,
+    resolved_parameters,
+    session_work,
+    suggestions,
+    work_with,
+)
+from vllm_cosmos3.parallel.checks import check_degrees
 from vllm_cosmos3.request.defaults import TEXT_TOKENS
 from vllm_cosmos3.request.fields import Spec
-from vllm_cosmos3.request.request import SPECS
-
-if TYPE_CHECKING:  # torch, which --help should not wait for
-    from vllm_cosmos3.generator.memory import Layout, MemoryEstimate, Work
+from vllm_cosmos3.request.request import SPECS, GenerateRequest
+from vllm_cosmos3.request.world import opening_of, session_request
 
 GIB = 2**30
 PHASES = {  # of the estimate; the largest peak counts
@@ -87,9 +97,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, or JSON. Status 1 where the request does not fit."""
-    from vllm_cosmos3.generator.memory import estimate, layouts, resolve_residency, suggestions
-    from vllm_cosmos3.parallel.mesh import check_degrees
-
     options = EngineOptions(
         args.model, device=args.device, **given(args, OPTIONS.keys() - {"device"})
     )
@@ -145,10 +152,6 @@ def known_model(name: str, revision: str | None = None, kind: str | None = None)
 
 def work_of(args: argparse.Namespace, model: ModelConfig) -> Work:
     """The sizes of a request with these flags, checked as a request is; warnings go to stderr."""
-    from vllm_cosmos3.generator.memory import resolved_parameters, session_work, work_with
-    from vllm_cosmos3.request.request import GenerateRequest
-    from vllm_cosmos3.request.world import opening_of, session_request
-
     length = LENGTH.checked("text_tokens", args.text_tokens)
     if model.causal is not None:
         fields = {"size": args.size, "history": args.history}

@@ -12,19 +12,15 @@ from torch import Tensor, nn
 from vllm_cosmos3.checkpoint.adapters.adapter import Adapter
 from vllm_cosmos3.checkpoint.adapters.merging import Merging
 from vllm_cosmos3.checkpoint.config import ModelConfig
-from vllm_cosmos3.checkpoint.weights import (
-    Prepare,
-    Table,
-    Target,
-    load_dummy_weights,
-    load_weights,
-)
+from vllm_cosmos3.checkpoint.shards import Table, Target
+from vllm_cosmos3.checkpoint.weights import Prepare, load_dummy_weights, load_weights
 from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.generator.memory import check_weights, resolve_residency, usual_work
 from vllm_cosmos3.generator.memory.reservation import memory_of
 from vllm_cosmos3.generator.models.components import Component, components
-from vllm_cosmos3.generator.models.modalities import coders
+from vllm_cosmos3.generator.models.modalities import make_coder
 from vllm_cosmos3.generator.models.quantization import check_device, preparation
+from vllm_cosmos3.generator.models.stored_modalities import coders
 from vllm_cosmos3.generator.models.transformer import Transformer
 from vllm_cosmos3.generator.models.vae import VideoVAE
 from vllm_cosmos3.generator.weight_updates import WeightUpdates, make_receiver
@@ -78,7 +74,7 @@ def load_models(
     built = {}
     for name, coder in coders(model).items():
         with device:
-            built[name] = coder.build(model)
+            built[name] = make_coder(name, model)
         _fill(built[name], parts[coder.folder], model, config, device)
     modules = (transformer, vae, *built.values())
     copy = HostCopy(t for t in tensors_of(modules) if t.device.type != "cpu")

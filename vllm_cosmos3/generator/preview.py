@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate
 
 from vllm_cosmos3 import media
 from vllm_cosmos3.generator.models.vae import VideoVAE, to_frames
-from vllm_cosmos3.parallel.mesh import Axis
+from vllm_cosmos3.parallel.axis import Axis
 
 SIDE = 16  # latent positions, of 16 pixels each
 QUALITY = 75  # of the JPEG

@@ -19,8 +19,8 @@ from vllm_cosmos3.compat import weight_transfer_engine
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.generator.models.components import Component
 from vllm_cosmos3.generator.models.transformer import Transformer
+from vllm_cosmos3.parallel.axis import Axis
 from vllm_cosmos3.parallel.host_copy import HostCopy, tensors_of
-from vllm_cosmos3.parallel.mesh import Axis
 
 Load = Callable[[Iterable[tuple[str, Tensor]]], None]
 Info = Mapping[str, Any]

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from vllm_cosmos3.errors import InvalidRequest, Unsupported
+from vllm_cosmos3.errors import Unsupported
+from vllm_cosmos3.parallel.checks import ATTENTION_BACKENDS, check_backend
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,12 +67,6 @@ def make_attend(
     return BACKENDS[name](head_dim)
 
 
-def check_backend(name: str) -> None:
-    """Raise InvalidRequest unless ``name`` is "auto" or one of BACKENDS."""
-    if name != "auto" and name not in BACKENDS:
-        raise InvalidRequest("attention_backend", name, f"one of auto, {', '.join(BACKENDS)}")
-
-
 def attend_in_turn(
     attend: Callable[[Tensor, Tensor, Tensor], Tensor],
     controls: Sequence[tuple[int, float]],
@@ -118,7 +113,9 @@ def _flash(head_dim: int) -> Attend:
     return partial(_attend_flash, partial(flash_attn_varlen_func, fa_version=version))
 
 
-BACKENDS: dict[str, Callable[[int], Attend]] = {"flash": _flash, "sdpa": _sdpa}
+BACKENDS: dict[str, Callable[[int], Attend]] = dict(
+    zip(ATTENTION_BACKENDS, (_flash, _sdpa), strict=True)
+)
 
 
 def _attend_sdpa(

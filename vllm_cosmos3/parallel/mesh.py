@@ -25,9 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vllm_cosmos3 import compat
-from vllm_cosmos3.checkpoint.config import TransformerConfig
 from vllm_cosmos3.engine_options import ParallelConfig
-from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.parallel.axis import Axis
 
 # vLLM is imported where it is called: reading a mesh or cutting a tensor needs torch only, and
 # importing vLLM takes seconds.
@@ -37,16 +36,6 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 _launched = itertools.count()  # alike on all ranks, which make the same meshes
-
-
-@dataclass(frozen=True, slots=True)
-class Axis:
-    """One dimension of the mesh as one rank sees it. ``group`` is None where ``size`` is one."""
-
-    name: str
-    size: int
-    rank: int  # of this process within the group
-    group: dist.ProcessGroup | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,38 +51,6 @@ class Mesh:
     def axes(self) -> tuple[Axis, ...]:
         """All of them, the world too."""
         return tuple(getattr(self, item.name) for item in fields(self))
-
-
-def check_degrees(
-    parallel: ParallelConfig,
-    transformer: TransformerConfig,
-    *,
-    guided: bool = True,
-    devices: int | None = None,
-) -> None:
-    """Raise InvalidRequest for the first degree that this checkpoint or machine cannot have.
-
-    Each key-value head lives on one rank, so the tensor-parallel and Ulysses degrees together
-    divide their number. ``guided`` is false for distilled checkpoints, which have no guidance to
-    share. ``devices`` is how many accelerators there are; None means any number.
-    """
-    kv_heads = transformer.num_key_value_heads
-    legal = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0]
-    tp, ulysses = parallel.tensor_parallel_size, parallel.ulysses_degree
-    tp_legal = [n for n in legal if transformer.intermediate_size % n == 0]
-    _check("tensor_parallel_size", tp, tp_legal, f"({kv_heads} key-value heads)")
-    beside = [n for n in legal if kv_heads % (n * tp) == 0]
-    reason = f"(tensor_parallel_size is {tp}, {kv_heads} key-value heads)"
-    _check("ulysses_degree", ulysses, beside, reason)
-    branches = ([1, 2], "(guidance has two branches)")
-    without = ([1], "(a distilled checkpoint has no guidance)")
-    _check("cfg_parallel_size", parallel.cfg_parallel_size, *(branches if guided else without))
-    if devices is not None and parallel.world_size > devices:
-        raise InvalidRequest(
-            "tensor_parallel_size x cfg_parallel_size x ulysses_degree",
-            parallel.world_size,
-            f"at most {devices}, the number of devices",
-        )
 
 
 def init_mesh(
@@ -263,13 +220,6 @@ def _all_to_all(x_n: Tensor, axis: Axis) -> Tensor:
     out_n = torch.empty_like(x_n)
     dist.all_to_all_single(out_n, x_n, group=axis.group)
     return out_n
-
-
-def _check(field: str, value: int, legal: list[int], reason: str) -> None:
-    if value not in legal:
-        *most, last = map(str, legal)
-        either = f"{', '.join(most)} or {last}" if most else last
-        raise InvalidRequest(field, value, f"{either} {reason}")
 
 
 def _join(name: str, parallel: ParallelConfig, local_rank: int, backend: str) -> Axis:

@@ -32,6 +32,7 @@ DURATION = "The video is {duration:.1f} seconds long and is of {fps:.0f} FPS."
 DURATION_INVERSE = "The video is not {duration:.1f} seconds long and is not of {fps:.0f} FPS."
 RESOLUTION = "This {kind} is of {height}x{width} resolution."
 RESOLUTION_INVERSE = "This {kind} is not of {height}x{width} resolution."
+TOKENIZERS = ("Qwen2Tokenizer", "PreTrainedTokenizerFast")  # classes of the published checkpoints
 SUFFIX = "<|vision_start|>"  # follows the end-of-text token and opens the generated part
 
 
@@ -160,14 +161,24 @@ def encode(
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer in ``text_tokenizer/`` of a checkpoint folder."""
-    from transformers import AutoTokenizer
-
+    place = folder / "text_tokenizer"
     try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder / "text_tokenizer")
+        tokenizer: Tokenizer = _tokenizer_class(place).from_pretrained(place)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{folder / 'text_tokenizer'} cannot be read: {reason}") from None
+        raise CheckpointError(f"{place} cannot be read: {reason}") from None
     return tokenizer
+
+
+def _tokenizer_class(folder: Path) -> Any:
+    """The class that the folder names: as AutoTokenizer finds it, which imports torch and the models for that."""
+    import transformers
+
+    try:
+        name = json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"]
+    except (OSError, ValueError, LookupError, TypeError):
+        name = None
+    return getattr(transformers, name if name in TOKENIZERS else "AutoTokenizer")
 
 
 def default_negative(folder: Path, names: Sequence[str]) -> str:

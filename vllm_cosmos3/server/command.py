@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_cosmos3.checkpoint.kinds import KINDS
+from vllm_cosmos3.devices import devices, look
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.imports import uncollected
 from vllm_cosmos3.robots import droid
 from vllm_cosmos3.server.options import Options
 from vllm_cosmos3.server.storage import default_folder, former_default
 
-if TYPE_CHECKING:  # vLLM and the models, which --help should not wait for
+if TYPE_CHECKING:  # the routes and all below them, which --help should not wait for
     from vllm_cosmos3.server.app import Listen
     from vllm_cosmos3.server.jobs.service import Service
 
@@ -32,14 +33,12 @@ def share_beside(
         Cosmos3Error: the generator cannot run here, or not beside the reasoner.
     """
     with uncollected():
-        from vllm.platforms import current_platform
-
         from vllm_cosmos3.server.jobs.sampling_defaults import read_sampling_defaults
         from vllm_cosmos3.server.memory_split import share_of_reasoner, sized
 
     _check_storage(options)
     read_sampling_defaults(options.default_sampling_params)
-    sizing = sized(folder, options, current_platform.device_type)
+    sizing = sized(folder, options, look().type)  # this process is to be vLLM's
     return None if options.generator_devices else share_of_reasoner(sizing, root, ranks)
 
 
@@ -51,17 +50,16 @@ def serve_generator(
     ``names`` are those of the model; the ``device`` is what vLLM is built for unless it is given.
     """
     with uncollected():
-        from vllm.platforms import current_platform
-
         from vllm_cosmos3.server.app import make_app, serve
         from vllm_cosmos3.server.guardrails import Guardrails
         from vllm_cosmos3.server.jobs.sampling_defaults import read_sampling_defaults
         from vllm_cosmos3.server.jobs.service import Service
         from vllm_cosmos3.server.memory_split import sized
 
-    device = device or current_platform.device_type
-    if device.split(":")[0] != current_platform.device_type:
-        possible = f"{current_platform.device_type}, for the vLLM installed here"
+    built_for = devices().type
+    device = device or built_for
+    if device.split(":")[0] != built_for:
+        possible = f"{built_for}, for the vLLM installed here"
         raise InvalidRequest("device", device, possible)
     _check_certificate(listen)
     _check_storage(options)

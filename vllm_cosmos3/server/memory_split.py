@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_cosmos3.checkpoint.config import ModelConfig
+from vllm_cosmos3.devices import devices
 from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.errors import InvalidRequest, OutOfMemory
 from vllm_cosmos3.generator.memory import (
@@ -19,8 +20,7 @@ from vllm_cosmos3.generator.memory import (
     usual_work,
 )
 from vllm_cosmos3.generator.models.components import check_files
-from vllm_cosmos3.parallel.attention import check_backend
-from vllm_cosmos3.parallel.mesh import check_degrees
+from vllm_cosmos3.parallel.checks import check_backend, check_degrees
 from vllm_cosmos3.reasoner.required_tensors import expected_tensors
 from vllm_cosmos3.server.options import Options
 from vllm_cosmos3.stage.replicas import check_replicas
@@ -72,7 +72,7 @@ def sized(folder: Path, options: Options, device: str) -> Sizing:
     engine = engine_of(folder, options, device)
     model = engine.read_model()
     check_backend(engine.attention_backend)
-    count, size = devices(options, device)
+    count, size = devices_for(options, device)
     engine = engine.limited(size)
     limit = size if engine.memory_limit is None else round(engine.memory_limit * GIB)
     local = None if engine.distributed_executor_backend == "ray" else count
@@ -99,19 +99,16 @@ def engine_of(folder: Path, options: Options, device: str) -> EngineConfig:
     return EngineConfig(model=folder, device=device, **options.engine)
 
 
-def devices(options: Options, device: str) -> tuple[int | None, int | None]:
+def devices_for(options: Options, device: str) -> tuple[int | None, int | None]:
     """How many devices the generator has, and the bytes of each; None where nobody counts."""
     if device.split(":")[0] == "cpu":
         return None, None
-    from vllm.platforms import current_platform
-
     names = options.generator_devices.split(",") if options.generator_devices else []
     if not all(name.strip() for name in names) or len(set(names)) < len(names):
         possible = "different devices, such as 1,2,3"
         raise InvalidRequest("generator_devices", options.generator_devices, possible)
-    count = len(names) or current_platform.device_count()
-    # Asked of the driver: a context on a device would be in the way of processes to come.
-    return count, int(current_platform.get_device_total_memory())
+    here = devices()
+    return len(names) or here.count, here.memory
 
 
 def share_of_reasoner(sizing: Sizing, root: Mapping[str, Any], ranks: int) -> float | None:

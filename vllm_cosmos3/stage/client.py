@@ -26,11 +26,11 @@ from typing import Any
 import zmq
 
 from vllm_cosmos3.errors import Cosmos3Error, DeadlineExceeded, WorkerDied
-from vllm_cosmos3.stage.executor import check_backend
+from vllm_cosmos3.stage.config import StageConfig
 from vllm_cosmos3.stage.heartbeat import silence
 from vllm_cosmos3.stage.job import StageJob, Stages
-from vllm_cosmos3.stage.launcher import DEVICES
-from vllm_cosmos3.stage.process import (
+from vllm_cosmos3.stage.launcher import DEVICES, check_backend
+from vllm_cosmos3.stage.messages import (
     Accepted,
     Cancel,
     Done,
@@ -47,7 +47,6 @@ from vllm_cosmos3.stage.process import (
     address,
 )
 from vllm_cosmos3.stage.scheduler import QueueConfig
-from vllm_cosmos3.stage.worker import StageConfig
 
 BOOTSTRAP = (  # the modules are frozen, as ranks that are forked would copy what the collector visits
     "import gc, pickle, sys; gc.disable(); sys.path[:] = pickle.load(sys.stdin.buffer); "

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,12 @@ import torch
 import torch.distributed as dist
 
 from vllm_cosmos3.compat import let_sleep
-from vllm_cosmos3.errors import Cosmos3Error, DeadlineExceeded, InvalidRequest, WorkerDied
+from vllm_cosmos3.errors import Cosmos3Error, DeadlineExceeded, WorkerDied
 from vllm_cosmos3.stage import ray_cluster
+from vllm_cosmos3.stage.config import StageConfig
+from vllm_cosmos3.stage.launcher import check_backend
 from vllm_cosmos3.stage.launcher_sync import FailureConsensus, end_with_failure
-from vllm_cosmos3.stage.worker import NoModel, Reply, StageConfig
+from vllm_cosmos3.stage.worker import NoModel, Reply
 
 logger = logging.getLogger(__name__)
 
@@ -276,35 +277,6 @@ class StageExecutor:
         if not isinstance(reply, Reply):  # vLLM's text of an error outside of the worker's call
             return Reply(self._number, error=Cosmos3Error(str(reply)))
         return reply if reply.number == self._number else None
-
-
-def check_backend(config: StageConfig) -> None:
-    """Refuse an executor that cannot run here, before anything starts."""
-    world = config.engine.parallel.world_size
-    if config.backend == "ray":
-        _check_ray()
-    if config.backend == "uni" and world > 1:
-        raise InvalidRequest("distributed_executor_backend", "uni", f"mp or ray for {world} ranks")
-    if config.backend == "external_launcher" and os.environ.get("WORLD_SIZE") != str(world):
-        raise InvalidRequest(
-            "distributed_executor_backend",
-            "external_launcher",
-            f"used under torchrun --nproc_per_node {world}, the product of the degrees",
-        )
-
-
-def _check_ray() -> None:
-    from vllm.platforms import current_platform
-
-    if not current_platform.ray_device_key:
-        possible = (
-            f"mp on the {current_platform.device_name.upper()}: vLLM's Ray executor needs GPUs"
-        )
-    elif find_spec("ray") is None:
-        possible = "mp, or ray once it is installed: pip install 'vllm-cosmos3[ray]'"
-    else:
-        return
-    raise InvalidRequest("distributed_executor_backend", "ray", possible)
 
 
 def _make_executor(config: StageConfig, places: Any) -> Any:

@@ -18,7 +18,8 @@ from typing import Any
 from vllm_cosmos3.errors import Cosmos3Error
 from vllm_cosmos3.progress import Preview, Progress, Report
 from vllm_cosmos3.request.plan import Batch
-from vllm_cosmos3.stage.process import (
+from vllm_cosmos3.stage.maintenance import FOLLOWED_BY
+from vllm_cosmos3.stage.messages import (
     Accepted,
     Done,
     Failure,
@@ -27,7 +28,6 @@ from vllm_cosmos3.stage.process import (
     Status,
     Submit,
 )
-from vllm_cosmos3.stage.worker import FOLLOWED_BY
 
 PATIENCE = 600.0  # for running requests, before a call that none may be in the midst of
 GRACE_SECONDS = 5.0  # beyond a deadline for the stage, or for the call under way, to end by itself

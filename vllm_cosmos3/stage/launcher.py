@@ -9,8 +9,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 
+from vllm_cosmos3.devices import devices
 from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.stage.config import StageConfig
 
 EXTERNAL = "external_launcher"  # vLLM's word for ranks that are there already
 TORCHRUN = "TORCHELASTIC_RUN_ID"
@@ -94,3 +97,29 @@ def executor_backend(
         )
         raise InvalidRequest("WORLD_SIZE", ranks, possible, "conflict")
     return wanted or ("uni" if ranks == 1 else EXTERNAL)
+
+
+def check_backend(config: StageConfig) -> None:
+    """Refuse an executor that cannot run here, before anything starts."""
+    world = config.engine.parallel.world_size
+    if config.backend == "ray":
+        _check_ray()
+    if config.backend == "uni" and world > 1:
+        raise InvalidRequest("distributed_executor_backend", "uni", f"mp or ray for {world} ranks")
+    if config.backend == "external_launcher" and os.environ.get("WORLD_SIZE") != str(world):
+        raise InvalidRequest(
+            "distributed_executor_backend",
+            "external_launcher",
+            f"used under torchrun --nproc_per_node {world}, the product of the degrees",
+        )
+
+
+def _check_ray() -> None:
+    here = devices()
+    if not here.ray_key:
+        possible = f"mp on the {here.name.upper()}: vLLM's Ray executor needs GPUs"
+    elif find_spec("ray") is None:
+        possible = "mp, or ray once it is installed: pip install 'vllm-cosmos3[ray]'"
+    else:
+        return
+    raise InvalidRequest("distributed_executor_backend", "ray", possible)

@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+from vllm_cosmos3.checkpoint.config import ModelConfig
+from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.errors import (
     Cancelled,
     Cosmos3Error,
@@ -24,11 +26,12 @@ from vllm_cosmos3.errors import (
     WorkerDied,
 )
 from vllm_cosmos3.stage.client import StageClient
+from vllm_cosmos3.stage.config import StageConfig
 from vllm_cosmos3.stage.job import StageJob, Stages
 from vllm_cosmos3.stage.launcher import DEVICES
-from vllm_cosmos3.stage.process import Accepted, Failure, Status, Submit
+from vllm_cosmos3.stage.maintenance import UNDO
+from vllm_cosmos3.stage.messages import Accepted, Failure, Status, Submit
 from vllm_cosmos3.stage.scheduler import QueueConfig, Scheduler
-from vllm_cosmos3.stage.worker import UNDO, StageConfig
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,13 @@ def check_replicas(replicas: int, ranks: int, devices: int | None) -> None:
     if devices is not None and replicas > 1 and replicas * ranks > devices:
         possible = f"at most {devices // ranks}: {devices} devices, {ranks} for each replica"
         raise InvalidRequest("data_parallel_size", replicas, possible)
+
+
+def check_sessions(model: ModelConfig, config: EngineConfig) -> None:
+    """Refuse replicas of a simulator, whose sessions stay where their history is."""
+    if model.causal is not None and config.data_parallel_size > 1:
+        possible = "1, as a session of a simulator stays on the devices that have its history"
+        raise InvalidRequest("data_parallel_size", config.data_parallel_size, possible)
 
 
 def devices_of(

@@ -26,23 +26,19 @@ from vllm_cosmos3.generator.output import Output, Sample
 from vllm_cosmos3.generator.pipeline import Pipeline
 from vllm_cosmos3.generator.world import WorldPipeline
 from vllm_cosmos3.media import Clip
+from vllm_cosmos3.parallel.checks import check_degrees
 from vllm_cosmos3.parallel.host_copy import free_caches
-from vllm_cosmos3.parallel.mesh import check_degrees, close_mesh, init_mesh
+from vllm_cosmos3.parallel.mesh import close_mesh, init_mesh
 from vllm_cosmos3.progress import Progress, Report
 from vllm_cosmos3.request.plan import Plan
 from vllm_cosmos3.request.world import ChunkPlan
 from vllm_cosmos3.stage.call_sequence import CallSequence
+from vllm_cosmos3.stage.config import StageConfig
 from vllm_cosmos3.stage.executor import StageExecutor
 from vllm_cosmos3.stage.launcher import EXTERNAL, executor_backend, launched
-from vllm_cosmos3.stage.replicas import start_stages
-from vllm_cosmos3.stage.worker import (
-    FOLLOWED_BY,
-    UNDO,
-    StageConfig,
-    is_conflict,
-    is_out_of_memory,
-    public_error,
-)
+from vllm_cosmos3.stage.maintenance import FOLLOWED_BY, UNDO
+from vllm_cosmos3.stage.replicas import check_sessions, start_stages
+from vllm_cosmos3.stage.worker import is_conflict, is_out_of_memory, public_error
 
 PATIENCE = 30.0  # seconds until ranks that nobody can replace are given up
 LOOK_SECONDS = 0.2  # between two looks at how far a stage has loaded
@@ -105,13 +101,6 @@ def make_runner(config: EngineConfig, loaded: Callable[[int], None]) -> Runner:
             )
     stage = StageConfig(engine=config, stage=stage_name(model), backend=backend)
     return StageRunner(stage, devices, loaded)
-
-
-def check_sessions(model: ModelConfig, config: EngineConfig) -> None:
-    """Refuse replicas of a simulator, whose sessions stay where their history is."""
-    if model.causal is not None and config.data_parallel_size > 1:
-        possible = "1, as a session of a simulator stays on the devices that have its history"
-        raise InvalidRequest("data_parallel_size", config.data_parallel_size, possible)
 
 
 def pipeline_of(model: ModelConfig) -> type[Pipeline] | type[WorldPipeline]:

@@ -10,15 +10,14 @@ from __future__ import annotations
 import gc
 import importlib
 import logging
-import math
 import os
 import pickle
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +30,7 @@ from vllm_cosmos3.compat import device_index
 from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest, OutOfMemory, file_error
 from vllm_cosmos3.parallel.mesh import Mesh, barrier, close_mesh, from_first, init_mesh
+from vllm_cosmos3.stage.config import StageConfig
 from vllm_cosmos3.stage.heartbeat import Heartbeat
 
 
@@ -63,40 +63,6 @@ class Stage(Protocol):
     def finish(self, state: Any) -> Any: ...
 
     def release(self, name: str) -> None: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageConfig:
-    """Configuration of a stage: what is run on which ranks. ``stage`` is "module:Class" of a `Stage`.
-
-    ``backend`` is a name that vLLM's ParallelConfig.distributed_executor_backend knows: "mp" for
-    local processes, "uni" for the calling process, "ray", "external_launcher" under torchrun.
-    In ``scratch``, where it is given, ranks say how much they have loaded, and that they live.
-    Seconds: ``timeout`` until a call that does not answer is taken for hung, unless ``call_limits``
-    has others for the call's name; ``grace`` that other ranks have to answer once one has failed;
-    ``update_timeout`` without a call of the trainer after which a weight update is given up.
-    """
-
-    engine: EngineConfig
-    stage: str = "vllm_cosmos3.generator.pipeline:Pipeline"
-    backend: str = "mp"
-    timeout: float = 1800.0
-    call_limits: Mapping[str, float] = field(default_factory=dict)
-    grace: float = 2.0
-    update_timeout: float = math.inf
-    scratch: Path | None = None
-
-
-ENDING = ("update_weights", "finish_weight_update")  # calls whose failure ends an update
-FOLLOWED_BY = {  # calls that can be undone until all ranks have made them, and what makes them last
-    "finish_weight_update": "keep_weight_update",
-}
-UNDO = {  # what every rank calls when one has failed, so that all have the same weights
-    "sleep": "wake_up",
-    "start_weight_update": "abort_weight_update",
-    "update_weights": "abort_weight_update",
-    "finish_weight_update": "abort_weight_update",
-}
 
 
 @dataclass(frozen=True, slots=True)

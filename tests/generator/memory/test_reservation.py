@@ -20,7 +20,8 @@ from vllm_cosmos3.errors import InvalidRequest, OutOfMemory
 from vllm_cosmos3.generator.memory import Work, estimate
 from vllm_cosmos3.generator.memory.reservation import GIB, MemoryBudget
 from vllm_cosmos3.generator.pipeline import Pipeline
-from vllm_cosmos3.parallel.mesh import Axis, Mesh
+from vllm_cosmos3.parallel.axis import Axis
+from vllm_cosmos3.parallel.mesh import Mesh
 
 SMALL = Work(streams=(("vision", (1, 48, 1, 4, 4)),), text=(50, 50))
 LARGE = Work(streams=(("vision", (1, 48, 7, 12, 20)),), text=(50, 50))

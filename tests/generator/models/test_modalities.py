@@ -10,12 +10,8 @@ import torch
 from vllm_cosmos3.checkpoint.config import read_config
 from vllm_cosmos3.checkpoint.latents import token_count
 from vllm_cosmos3.checkpoint.tensors import transformer_tensors
-from vllm_cosmos3.generator.models.modalities import (
-    MODALITIES,
-    adapter_weights,
-    adapters,
-    timestep_conditioned,
-)
+from vllm_cosmos3.generator.models.modalities import MODALITIES, adapters, timestep_conditioned
+from vllm_cosmos3.generator.models.stored_modalities import adapter_weights
 from vllm_cosmos3.generator.pipeline import _shapes
 from vllm_cosmos3.generator.sampling.packing import start_stream
 from vllm_cosmos3.request.plan import StreamPlan

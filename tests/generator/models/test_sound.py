@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from vllm_cosmos3.checkpoint.config import read_config
+from vllm_cosmos3.checkpoint.shards import identity_table
 from vllm_cosmos3.checkpoint.tensors import sound_tensors
-from vllm_cosmos3.checkpoint.weights import identity_table, load_weights
+from vllm_cosmos3.checkpoint.weights import load_weights
 from vllm_cosmos3.errors import Unsupported
 from vllm_cosmos3.generator.models.sound import SoundVAE, normalised
 

@@ -27,8 +27,8 @@ from vllm_cosmos3.generator.models.transformer import (
     Transformer,
     join,
     sinusoid,
-    weight_table,
 )
+from vllm_cosmos3.generator.models.weight_tables import weight_table
 from vllm_cosmos3.generator.sampling.guidance import guide
 from vllm_cosmos3.generator.sampling.packing import Stream, start_stream
 from vllm_cosmos3.generator.sampling.positions import (

@@ -13,8 +13,9 @@ from ranks import Ranks
 from torch import Tensor
 
 from vllm_cosmos3.checkpoint.config import read_config
+from vllm_cosmos3.checkpoint.shards import identity_table
 from vllm_cosmos3.checkpoint.tensors import vae_tensors
-from vllm_cosmos3.checkpoint.weights import identity_table, load_weights
+from vllm_cosmos3.checkpoint.weights import load_weights
 from vllm_cosmos3.engine_options import ParallelConfig
 from vllm_cosmos3.generator.models import vae as vae_module
 from vllm_cosmos3.generator.models.vae import (
@@ -25,8 +26,9 @@ from vllm_cosmos3.generator.models.vae import (
     to_pixels,
 )
 from vllm_cosmos3.generator.preview import reduced, seconds_and_jpeg
-from vllm_cosmos3.parallel.halo import WHOLE, divide
-from vllm_cosmos3.parallel.mesh import Axis, Mesh
+from vllm_cosmos3.parallel.axis import WHOLE, Axis
+from vllm_cosmos3.parallel.mesh import Mesh
+from vllm_cosmos3.parallel.plane import divide
 
 BOUND = 1e-5
 

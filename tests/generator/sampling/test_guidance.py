@@ -18,7 +18,8 @@ from vllm_cosmos3.generator.sampling.guidance import (
     guidance_per_step,
     guide,
 )
-from vllm_cosmos3.parallel.mesh import Axis, Mesh
+from vllm_cosmos3.parallel.axis import Axis
+from vllm_cosmos3.parallel.mesh import Mesh
 
 ALONE = Axis("cfg", 1, 0, None)
 SCALES = st.one_of(st.just(1.0), st.floats(-2, 10))

@@ -22,9 +22,9 @@ from vllm_cosmos3.checkpoint.config import (
     siglip_config,
 )
 from vllm_cosmos3.checkpoint.kinds import KINDS
-from vllm_cosmos3.checkpoint.synthetic.files import published_files, with_fp8
+from vllm_cosmos3.checkpoint.layout.files import published_files, with_fp8
+from vllm_cosmos3.checkpoint.layout.sizes import SIZES
 from vllm_cosmos3.checkpoint.synthetic.random_weights import draw, in_fp8
-from vllm_cosmos3.checkpoint.synthetic.sizes import SIZES
 from vllm_cosmos3.checkpoint.synthetic.tokenizer import (
     MARKUP,
     spoken_ids,

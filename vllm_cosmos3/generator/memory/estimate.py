@@ -13,7 +13,7 @@ from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.generator.memory.ledger import Ledger
 from vllm_cosmos3.generator.memory.vae_activations import decode_kept, decode_peak, encode_peak
 from vllm_cosmos3.generator.memory.weight_bytes import FLOAT32, layer_bytes, loading, weights
-from vllm_cosmos3.generator.models.modalities import coders
+from vllm_cosmos3.generator.models.stored_modalities import coders
 from vllm_cosmos3.request.defaults import TEXT_TOKENS, Parameters
 from vllm_cosmos3.request.parameters import prompt_parameters
 from vllm_cosmos3.request.plan import Plan

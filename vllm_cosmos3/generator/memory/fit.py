@@ -10,7 +10,7 @@ from vllm_cosmos3.checkpoint.config import ModelConfig
 from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.errors import InvalidRequest, OutOfMemory
 from vllm_cosmos3.generator.memory.estimate import Work, estimate
-from vllm_cosmos3.parallel.mesh import check_degrees
+from vllm_cosmos3.parallel.checks import check_degrees
 
 GIB = 2**30
 MOST_RANKS = 8  # that a suggestion asks for

@@ -14,7 +14,7 @@ from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.generator.memory.estimate import Work, estimate
 from vllm_cosmos3.generator.memory.fit import resolve_residency
-from vllm_cosmos3.parallel.mesh import check_degrees
+from vllm_cosmos3.parallel.checks import check_degrees
 
 DEGREES = ("data_parallel_size", "cfg_parallel_size", "ulysses_degree", "tensor_parallel_size")
 

@@ -17,7 +17,8 @@ from vllm_cosmos3.checkpoint.config import ModelConfig
 from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.errors import OutOfMemory
 from vllm_cosmos3.generator.memory import WORKSPACES, Work, estimate, suggestions
-from vllm_cosmos3.parallel.mesh import Axis, all_gather
+from vllm_cosmos3.parallel.axis import Axis
+from vllm_cosmos3.parallel.mesh import all_gather
 
 GIB = 2**30
 

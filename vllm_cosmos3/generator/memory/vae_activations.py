@@ -16,8 +16,8 @@ from math import prod
 
 from vllm_cosmos3.checkpoint.config import VAEConfig
 from vllm_cosmos3.generator.memory.ledger import Ledger
-from vllm_cosmos3.parallel.halo import Part, Strips, divide
-from vllm_cosmos3.parallel.mesh import Axis
+from vllm_cosmos3.parallel.axis import Axis
+from vllm_cosmos3.parallel.plane import Part, Strips, divide
 
 FLOAT32 = 4
 CHUNKS = 3  # a first frame, a first group and one like all that follow

@@ -7,16 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vllm_cosmos3.checkpoint.config import ModelConfig
+from vllm_cosmos3.checkpoint.shards import Shapes, Table, check_weights, identity_table
 from vllm_cosmos3.checkpoint.tensors import (
     layer_matrices,
     scale_tensors,
     transformer_tensors,
     vae_tensors,
 )
-from vllm_cosmos3.checkpoint.weights import Shapes, Table, check_weights, identity_table
-from vllm_cosmos3.generator.models.modalities import coders
-from vllm_cosmos3.generator.models.quantization import scale_table
-from vllm_cosmos3.generator.models.transformer import weight_table
+from vllm_cosmos3.generator.models.stored_modalities import coders
+from vllm_cosmos3.generator.models.weight_tables import scale_table, weight_table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

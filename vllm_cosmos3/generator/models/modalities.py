@@ -1,14 +1,15 @@
 """Modalities of the generation tower, a row each: how latents become tokens, and what comes of them.
 
-All that depends on what a stream of latents is stands in `MODALITIES`; the planner says which streams a
-request has, and `checkpoint.latents` where an axis of time is not the first.
+All that is computed of a stream of latents stands in `MODALITIES`, and what a checkpoint has of it in
+`stored_modalities`; the planner says which streams a request has, and `checkpoint.latents` where an axis of
+time is not the first.
 
 Shapes: C channels, T positions in time, h x w latent pixels, S tokens, D values of a token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -16,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vllm_cosmos3.checkpoint.config import ModelConfig, SoundConfig, TransformerConfig
+from vllm_cosmos3.checkpoint.config import ModelConfig, TransformerConfig
 from vllm_cosmos3.checkpoint.latents import patch_grid
-from vllm_cosmos3.checkpoint.tensors import Tensors, sound_tensors
-from vllm_cosmos3.generator.models.sound import SoundVAE, decode_bytes
+from vllm_cosmos3.generator.models.sound import SoundVAE
+from vllm_cosmos3.generator.models.stored_modalities import sound_of, trained_modalities
 from vllm_cosmos3.generator.sampling import positions
 from vllm_cosmos3.generator.sampling.packing import Stream, patchify, unpatchify
 from vllm_cosmos3.request.plan import Plan, StreamPlan
@@ -95,77 +96,45 @@ def _by_domain(x: Tensor, weight: Tensor, bias: Tensor, domain_id: Domain) -> Te
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LatentCoder:
-    """The autoencoder of a modality, a part of the checkpoint of its own.
-
-    ``folder`` holds ``tensors``, which are loaded into what ``build`` makes; its ``decode(latents)``
-    gives float32 values, and its ``encode(values)``, where the checkpoint has an encoder, latents.
-    ``nbytes`` is the peak of decoding latents of a shape, and more than that of encoding them. A
-    checkpoint that is not ``present`` has none.
-    """
-
-    folder: str
-    present: Callable[[ModelConfig], bool]
-    tensors: Callable[[ModelConfig], Tensors]
-    build: Callable[[ModelConfig], nn.Module]
-    nbytes: Callable[[ModelConfig, tuple[int, ...]], int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Modality:
     """One kind of latents.
 
-    ``adapter`` embeds latents as tokens and reads velocities off them. ``weights`` name its
-    parameters in the checkpoint, if the checkpoint is ``trained`` for it. ``positions`` [3, S] are
+    ``adapter`` embeds latents as tokens and reads velocities off them. ``positions`` [3, S] are
     those of a stream that starts at a time. ``denoise_mask`` is True where a stream is generated,
     ``conditioned`` [S] which tokens are timestep-conditioned, by that mask, the shape of the latents
-    and the size of a patch. Sources of ``given_as_latents`` streams need no encoder. A ``coder``
-    makes an output of latents, and latents of a source; ``read`` makes one of the latents themselves, None where a request
-    wants none.
+    and the size of a patch. Sources of ``given_as_latents`` streams need no encoder. ``coder`` makes the
+    autoencoder, into which its tensors are loaded: its ``decode(latents)`` gives float32 values, and its
+    ``encode(values)``, where the checkpoint has an encoder, latents. ``read`` makes an output of the latents
+    themselves, None where a request wants none.
     """
 
     adapter: type[nn.Module]
-    weights: Mapping[str, str]
     positions: Positions
     denoise_mask: Callable[[StreamPlan], Tensor]
     conditioned: Callable[[Tensor, tuple[int, ...], int], Tensor]
-    trained: Callable[[TransformerConfig], bool] = lambda _: True
     given_as_latents: bool = False
-    coder: LatentCoder | None = None
+    coder: Callable[[ModelConfig], nn.Module] | None = None
     read: Callable[[Plan, Tensor], np.ndarray | None] = lambda _plan, _latents: None
 
 
 def adapters(config: TransformerConfig, dtype: torch.dtype) -> nn.ModuleDict:
     """The adapters of a checkpoint, by modality."""
     return nn.ModuleDict(
-        {
-            name: modality.adapter(config, dtype)
-            for name, modality in MODALITIES.items()
-            if modality.trained(config)
-        }
+        {name: MODALITIES[name].adapter(config, dtype) for name in trained_modalities(config)}
     )
 
 
-def adapter_weights(config: TransformerConfig) -> dict[str, str]:
-    """Names in ``transformer/`` of the parameters of all `adapters`."""
-    return {
-        theirs: f"adapters.{name}.{ours}"
-        for name, modality in MODALITIES.items()
-        if modality.trained(config)
-        for theirs, ours in modality.weights.items()
-    }
+def make_coder(name: str, model: ModelConfig) -> nn.Module:
+    """The autoencoder of a modality whose `LatentCoder` a checkpoint has, without weights."""
+    make = MODALITIES[name].coder
+    assert make is not None
+    return make(model)
 
 
 def timestep_conditioned(stream: Stream, patch: int) -> Tensor:
     """Bool [S]: tokens of which at least one value is generated; a ``patch`` has so many a side."""
     mask, shape = stream.denoise_mask, tuple(stream.x.shape)
     return MODALITIES[stream.name].conditioned(mask, shape, patch)
-
-
-def coders(model: ModelConfig) -> dict[str, LatentCoder]:
-    """The autoencoders that a checkpoint has, by modality. That of the video has more to it."""
-    found = ((name, modality.coder) for name, modality in MODALITIES.items())
-    return {name: coder for name, coder in found if coder and coder.present(model)}
 
 
 def _vision_positions(stream: StreamPlan, start: float, config: TransformerConfig) -> Tensor:
@@ -210,11 +179,6 @@ def _moment_mask(stream: StreamPlan) -> Tensor:
     return mask
 
 
-def _sound(model: ModelConfig) -> SoundConfig:
-    assert model.sound is not None  # or its autoencoder is not present
-    return model.sound
-
-
 def _actions(plan: Plan, latents: Tensor) -> np.ndarray | None:
     return None if plan.actions is None else plan.actions.read(latents.cpu().numpy())
 
@@ -222,47 +186,19 @@ def _actions(plan: Plan, latents: Tensor) -> np.ndarray | None:
 MODALITIES = {  # in the order in which a generator of torch draws their noise
     "vision": Modality(
         adapter=VisionAdapter,
-        weights={
-            "proj_in.weight": "proj_in.weight",
-            "proj_in.bias": "proj_in.bias",
-            "proj_out.weight": "proj_out.weight",
-            "proj_out.bias": "proj_out.bias",
-        },
         positions=_vision_positions,
         denoise_mask=lambda stream: frame_mask(stream.length, stream.known),
         conditioned=_patch_tokens,
     ),
     "sound": Modality(
         adapter=SoundAdapter,
-        trained=lambda config: config.sound_gen,
-        weights={
-            "audio_proj_in.weight": "proj_in.weight",
-            "audio_proj_in.bias": "proj_in.bias",
-            "audio_proj_out.weight": "proj_out.weight",
-            "audio_proj_out.bias": "proj_out.bias",
-            "audio_modality_embed": "modality",
-        },
         positions=_sound_positions,
         denoise_mask=_moment_mask,
         conditioned=lambda mask, _shape, _patch: mask.any(dim=0),
-        coder=LatentCoder(
-            folder="sound_tokenizer",
-            present=lambda model: model.sound is not None,
-            tensors=lambda model: sound_tensors(_sound(model)),
-            build=lambda model: SoundVAE(_sound(model), encoder=_sound(model).encoder_enabled),
-            nbytes=lambda model, shape: decode_bytes(_sound(model), shape[1]),
-        ),
+        coder=lambda model: SoundVAE(sound_of(model), encoder=sound_of(model).encoder_enabled),
     ),
     "action": Modality(
         adapter=ActionAdapter,
-        trained=lambda config: config.action_gen,
-        weights={
-            "action_proj_in.fc.weight": "weight_in",
-            "action_proj_in.bias.weight": "bias_in",
-            "action_proj_out.fc.weight": "weight_out",
-            "action_proj_out.bias.weight": "bias_out",
-            "action_modality_embed": "modality",
-        },
         positions=_action_positions,
         denoise_mask=_row_mask,
         conditioned=lambda mask, _shape, _patch: mask.any(dim=1),

@@ -8,7 +8,7 @@ same bits as a product for each of them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,10 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_cosmos3.checkpoint.quantization import Quantization
-from vllm_cosmos3.checkpoint.weights import SCALES, Prepare, Shapes, Target, as_it_is
+from vllm_cosmos3.checkpoint.shards import SCALES, Shapes, Target
+from vllm_cosmos3.checkpoint.weights import Prepare, as_it_is
 from vllm_cosmos3.errors import CheckpointError, Unsupported
+from vllm_cosmos3.generator.models.weight_tables import scale_target
 
 logger = logging.getLogger(__name__)
 
@@ -180,16 +182,6 @@ def _rounded(x: Tensor) -> Tensor:
 # Loading.
 
 
-def scale_table(table: Mapping[str, Target], matrices: Iterable[str]) -> dict[str, Target]:
-    """Where the scales of those ``matrices`` go that the table has."""
-    return {
-        f"{name.removesuffix('.weight')}{scale}": _beside(table[name], scale)
-        for name in matrices
-        if name in table
-        for scale in SCALES
-    }
-
-
 def preparation(
     quantization: Quantization | None,
     matrices: frozenset[str],
@@ -246,13 +238,9 @@ class _Quantizing:
             return
         matrix, scale = quantized_rows(tensor.to(self.device))
         yield target, matrix
-        yield _beside(target, ".weight_scale"), scale.squeeze(1)
+        yield scale_target(target, ".weight_scale"), scale.squeeze(1)
         if self.stored:
-            yield _beside(target, ".input_scale"), scale.new_tensor(DUMMY_INPUT_SCALE)
-
-
-def _beside(target: Target, scale: str) -> Target:
-    return Target(f"{target.parameter.removesuffix('.weight')}{scale}", target.part)
+            yield scale_target(target, ".input_scale"), scale.new_tensor(DUMMY_INPUT_SCALE)
 
 
 def _load_input_scale(parameter: Tensor, scale: Tensor, _: object = None) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from vllm_cosmos3.checkpoint.config import SoundConfig
 from vllm_cosmos3.errors import Unsupported
 
-FLOAT32 = 4
 PEAK = 0.95  # the loudest sample of what is encoded
 
 
@@ -211,16 +210,3 @@ def normalised(length: Tensor, direction: Tensor) -> Tensor:
     """The weight of ``length`` along ``direction``, row by row of dimension 0, via float32."""
     v = direction.float()
     return (v * (length.float() / v.norm(dim=(1, 2), keepdim=True))).to(direction.dtype)
-
-
-def decode_bytes(config: SoundConfig, length: int) -> int:
-    """Bytes of decoding ``length`` latents, which takes most in the last block, in float32."""
-    widths = [config.dec_dim * factor for factor in (*config.dec_c_mults[::-1], 1)]
-    peak, samples = 0, length
-    for before, after, stride in zip(widths, widths[1:], config.dec_strides[::-1], strict=False):
-        given, samples = before * samples, samples * stride
-        kernel = before * after * 2 * stride
-        made = after * samples
-        # The input, its snake, twice the kernel, then: own input, one unit's, its inner one, snake.
-        peak = max(peak, given * 3 + made, given * 2 + made + 2 * kernel, given + made * 5)
-    return peak * FLOAT32

@@ -35,12 +35,10 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-from vllm_cosmos3.checkpoint.backbone import Backbone
 from vllm_cosmos3.checkpoint.config import TransformerConfig
 from vllm_cosmos3.checkpoint.latents import token_count
 from vllm_cosmos3.checkpoint.quantization import Quantization
-from vllm_cosmos3.checkpoint.tensors import GENERATION_NORMS, TIME_FREQUENCIES
-from vllm_cosmos3.checkpoint.weights import Target
+from vllm_cosmos3.checkpoint.tensors import TIME_FREQUENCIES
 from vllm_cosmos3.compat import fused_qk_norm_rope
 from vllm_cosmos3.generator.models.backbone import (
     ACTIVATIONS,
@@ -50,19 +48,14 @@ from vllm_cosmos3.generator.models.backbone import (
     add_norm,
     make_norm,
 )
-from vllm_cosmos3.generator.models.modalities import (
-    Domain,
-    adapter_weights,
-    adapters,
-    timestep_conditioned,
-)
+from vllm_cosmos3.generator.models.modalities import Domain, adapters, timestep_conditioned
 from vllm_cosmos3.generator.models.quantization import Fp8Layers, Precision, layers_of
 from vllm_cosmos3.generator.models.rope import Rope, rotate
 from vllm_cosmos3.generator.sampling.packing import Stream
 from vllm_cosmos3.generator.sampling.positions import rotary_table, text_positions
 from vllm_cosmos3.parallel.attention import Attend, Sequences, attend_in_turn
+from vllm_cosmos3.parallel.axis import Axis
 from vllm_cosmos3.parallel.mesh import (
-    Axis,
     Mesh,
     building_layers,
     gather_heads,
@@ -474,35 +467,9 @@ def sinusoid(tau: Tensor) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()])
 
 
-def weight_table(config: TransformerConfig) -> dict[str, Target]:
-    """Parameters that the tensors of ``transformer/`` fill. Tensors not listed here are not needed."""
-    outer = _OUTER | adapter_weights(config)
-    table = {name: Target(parameter) for name, parameter in outer.items()}
-    backbone, last = config.backbone, config.num_hidden_layers - 1
-    text_last = _TEXT_LAST | {f"self_attn.{backbone.seen_key_norm}": ("k_norm", None)}
-    text_layer = _TEXT_LAYER | _norms(backbone.text_norms) | _mlp("mlp", backbone)
-    generation_layer = _GENERATION_LAYER | _norms(GENERATION_NORMS) | _mlp("mlp_moe_gen", backbone)
-    for index in range(config.num_hidden_layers):
-        text = text_last if index == last else text_layer
-        place = "understanding.last" if index == last else f"understanding.layers.{index}"
-        for rows, module in ((text, place), (generation_layer, f"layers.{index}")):
-            for name, (layer, part) in rows.items():
-                table[f"layers.{index}.{name}.weight"] = Target(f"{module}.{layer}.weight", part)
-    return table
-
-
 def _by_sample(streams: Sequence[Stream], context: Context) -> list[Sequence[Stream]]:
     each = len(streams) // context.samples
     return [streams[first : first + each] for first in range(0, len(streams), each)]
-
-
-def _norms(names: Iterable[str]) -> _Rows:
-    """The norms of a layer's queries and keys."""
-    return {f"self_attn.{name}": (_NORM_OF_HEADS[name], None) for name in names}
-
-
-def _mlp(name: str, backbone: Backbone) -> _Rows:
-    return {f"{name}.{matrix}": ("up", part) for part, matrix in enumerate(backbone.mlp_inputs)}
 
 
 def _appended(text_K2hD: Tensor, own_S2hD: Tensor) -> Tensor:
@@ -522,44 +489,3 @@ def _filled(x: Tensor, length: int) -> Tensor:
     """``x`` with zeros appended up to ``length``; no copy where it is that long already."""
     missing = length - x.shape[0]
     return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
-
-
-_OUTER = {
-    "embed_tokens.weight": "understanding.embed_tokens.weight",
-    "norm_moe_gen.weight": "norm.weight",
-    "time_embedder.linear_1.weight": "time.linear_1.weight",
-    "time_embedder.linear_1.bias": "time.linear_1.bias",
-    "time_embedder.linear_2.weight": "time.linear_2.weight",
-    "time_embedder.linear_2.bias": "time.linear_2.bias",
-}
-_Rows = dict[str, tuple[str, str | int | None]]
-_NORM_OF_HEADS = {
-    "norm_q": "heads.q_norm",
-    "norm_k": "heads.k_norm",
-    "k_norm_und_for_gen": "heads.seen_norm",
-    "norm_added_q": "heads.q_norm",
-    "norm_added_k": "heads.k_norm",
-}
-_TEXT_LAST: _Rows = {
-    "input_layernorm": ("input_norm", None),
-    "self_attn.to_k": ("kv", 0),
-    "self_attn.to_v": ("kv", 1),
-}
-_TEXT_LAYER: _Rows = {
-    "input_layernorm": ("input_norm", None),
-    "self_attn.to_q": ("qkv", "q"),
-    "self_attn.to_k": ("qkv", "k"),
-    "self_attn.to_v": ("qkv", "v"),
-    "self_attn.to_out": ("out", None),
-    "post_attention_layernorm": ("post_norm", None),
-    "mlp.down_proj": ("down", None),
-}
-_GENERATION_LAYER: _Rows = {
-    "input_layernorm_moe_gen": ("input_norm", None),
-    "self_attn.add_q_proj": ("qkv", "q"),
-    "self_attn.add_k_proj": ("qkv", "k"),
-    "self_attn.add_v_proj": ("qkv", "v"),
-    "self_attn.to_add_out": ("out", None),
-    "post_attention_layernorm_moe_gen": ("post_norm", None),
-    "mlp_moe_gen.down_proj": ("down", None),
-}

@@ -3,7 +3,7 @@
 Time is causal, so a clip goes through in chunks: the first frame alone, then four pixel frames (one
 latent frame) at a time, and the result does not depend on the chunks. What the convolutions have to
 remember from chunk to chunk is in a `CausalCache` that belongs to one clip. Space is divided by
-`parallel.halo`: every rank computes its parts of the plane and the parts are summed.
+`parallel.plane`: every rank computes its parts of the plane and the parts are summed.
 
 Module names are those of the checkpoint. Shape suffixes: B batch, C channels, T frames, H height,
 W width, S positions; small letters where the axis is divided.
@@ -21,14 +21,15 @@ from torch import Tensor, nn
 
 from vllm_cosmos3.checkpoint.config import VAEConfig
 from vllm_cosmos3.checkpoint.latents import latent_frames
-from vllm_cosmos3.parallel.halo import Fill, Strips, divide, sum_over
-from vllm_cosmos3.parallel.mesh import Axis
+from vllm_cosmos3.parallel.axis import Axis
+from vllm_cosmos3.parallel.halo import Fill, add_to, gather_strips, sum_over, surround, take_strip
+from vllm_cosmos3.parallel.plane import Strips, divide
 
 
 class VideoVAE(nn.Module):
     """Pixels to normalised latents and back, divided over ``world`` as ``parallel`` says.
 
-    ``parallel`` is one of `parallel.halo.VAE_PARALLEL`. All ranks call together with the same arguments and
+    ``parallel`` is one of `parallel.plane.VAE_PARALLEL`. All ranks call together with the same arguments and
     get the same result.
     """
 
@@ -60,7 +61,7 @@ class VideoVAE(nn.Module):
             )
             moments = [self.encoder(chunk, cache) for chunk in own.split(sizes, dim=2)]
             mean, _ = self.quant_conv(torch.cat(moments, dim=2)).chunk(2, dim=1)
-            part.add_to(canvas, mean)
+            add_to(canvas, part, mean)
         mean, std = self._statistics(pixels.device)
         return (sum_over(canvas, self.world) - mean) / std
 
@@ -90,7 +91,7 @@ class VideoVAE(nn.Module):
             canvas = frame.new_zeros(shape, dtype=torch.float32)
             for part, cache in zip(parts, clip.caches, strict=True):
                 own = self.decoder(self.post_quant_conv(part.cut(frame)), cache)
-                part.add_to(canvas, depth_to_space(own, config.patch_size), scale)
+                add_to(canvas, part, depth_to_space(own, config.patch_size), scale)
             clip.frames += 1
             yield sum_over(canvas, self.world).clamp_(-1, 1)
 
@@ -151,7 +152,7 @@ class CausalCache:
             shape = [x.shape[0], x.shape[1], frames, *x.shape[3:]]
             shape[self.strips.dim] += 2 * self.strips.added(rows)
             past = x.new_zeros(shape)
-        extended = self.strips.surround(x, rows, rows, past, through)
+        extended = surround(self.strips, x, rows, rows, past, through)
         self._past[conv] = extended[:, :, -frames:].clone()  # a view would keep all of it alive
         return extended
 
@@ -286,7 +287,7 @@ class Downsampler(nn.Module):
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
         # One row and column of zeros at the right and bottom border only.
         bottom, right = cache.strips.padding(1)
-        x = F.pad(cache.strips.surround(x, 0, 1), (0, right, 0, bottom))
+        x = F.pad(surround(cache.strips, x, 0, 1), (0, right, 0, bottom))
         x = each_frame(self.resample["1"], x)
         if self.time_conv is None:
             return x
@@ -317,7 +318,7 @@ class Upsampler(nn.Module):
         images = F.interpolate(x.transpose(1, 2).flatten(0, 1), scale_factor=2, mode="nearest")
         x = images.unflatten(0, (-1, x.shape[2])).transpose(1, 2)
         if cache.strips.added(1):
-            x = cache.strips.surround(x, 1, 1)
+            x = surround(cache.strips, x, 1, 1)
         return each_frame(self.resample["1"], x, cache.strips.padding(1), biased=False)
 
 
@@ -378,8 +379,8 @@ class FrameAttention(nn.Module):
         qkv_TChw = self.to_qkv(self.norm(x_BCThw.transpose(1, 2).flatten(0, 1)))
         q_TChw, kv_TChw = qkv_TChw.split([channels, 2 * channels], dim=1)
         if q_TChw.is_cpu:
-            q_TChw = strips.gather(q_TChw)
-        kv_TCHW = strips.gather(kv_TChw)
+            q_TChw = gather_strips(strips, q_TChw)
+        kv_TCHW = gather_strips(strips, kv_TChw)
         q_TSC, k_TSC, v_TSC = (
             x.flatten(2).transpose(1, 2) for x in (q_TChw, *kv_TCHW.chunk(2, dim=1))
         )
@@ -387,7 +388,7 @@ class FrameAttention(nn.Module):
         out_TSC = F.scaled_dot_product_attention(q_TSC[None], k_TSC[None], v_TSC[None])[0]
         out_TChw = out_TSC.transpose(1, 2).unflatten(2, q_TChw.shape[2:])
         if q_TChw.is_cpu:
-            out_TChw = strips.own(out_TChw)
+            out_TChw = take_strip(strips, out_TChw)
         return x_BCThw + self.proj(out_TChw).unflatten(0, (-1, frames)).transpose(1, 2)
 
 

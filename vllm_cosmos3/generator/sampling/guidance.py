@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from vllm_cosmos3.parallel.mesh import Axis, all_gather
+from vllm_cosmos3.parallel.axis import Axis
+from vllm_cosmos3.parallel.mesh import all_gather
 
 Velocities = tuple[Tensor, ...]  # one float32 tensor for each stream
 Scales = tuple[float, ...]  # one less than there are branches

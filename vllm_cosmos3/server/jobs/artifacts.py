@@ -19,13 +19,10 @@ from vllm_cosmos3 import media
 from vllm_cosmos3.errors import Cosmos3Error
 from vllm_cosmos3.generator.output import Output
 from vllm_cosmos3.generator.pipeline import Pipeline, RequestState
-from vllm_cosmos3.server.guardrails import frame_check
+from vllm_cosmos3.server.frame_check import frame_check
+from vllm_cosmos3.server.jobs.job_files import BEFORE, CLIP, LAST, RECORD, SPRITES, THUMBNAIL
 
-RECORD, CLIP, THUMBNAIL, SPRITES = "record.json", "video.mp4", "thumbnail.webp", "spritesheet.webp"
-LAST = "last.png"  # frame without the controls beside it, for a video that goes on from this one
-# What the video goes on from: its file, put there before; and the rest, until both are joined.
-BEFORE, REST, CUT = "before.mp4", "rest.mp4", "cut.mp4"
-STAGE = f"{__name__}:ServedPipeline"
+REST, CUT = "rest.mp4", "cut.mp4"  # while a video is joined to the one that it goes on from
 COLUMNS, ROWS, TILE = (
     4,
     4,

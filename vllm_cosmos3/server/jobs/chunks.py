@@ -5,22 +5,12 @@ Runs in the workers. The history of a session has the frames as they were made.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from vllm_cosmos3.errors import Cosmos3Error
 from vllm_cosmos3.generator.output import Output
 from vllm_cosmos3.generator.world import ChunkState, WorldPipeline
-from vllm_cosmos3.server.guardrails import frame_check
-
-STAGE = f"{__name__}:ServedWorldPipeline"
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """The guardrails' verdict in place of the frames of a chunk. It is no error of a rank: others know nothing of it."""
-
-    code: str
-    message: str
+from vllm_cosmos3.server.frame_check import Refusal, frame_check
 
 
 class ServedWorldPipeline(WorldPipeline):

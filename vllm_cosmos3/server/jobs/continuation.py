@@ -20,7 +20,7 @@ from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.request.plan import Plan
 from vllm_cosmos3.server.http.api_errors import ApiError
 from vllm_cosmos3.server.http.request_fields import ClientRequest
-from vllm_cosmos3.server.jobs.artifacts import BEFORE, CLIP, LAST
+from vllm_cosmos3.server.jobs.job_files import BEFORE, CLIP, LAST
 from vllm_cosmos3.server.jobs.journal import Journal
 from vllm_cosmos3.server.jobs.live_jobs import LiveJobs
 from vllm_cosmos3.server.jobs.video_job import COMPLETED, FAILED, VideoJob

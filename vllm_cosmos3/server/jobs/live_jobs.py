@@ -22,8 +22,8 @@ from vllm_cosmos3.progress import Preview, Progress
 from vllm_cosmos3.request.plan import Plan
 from vllm_cosmos3.server.http.api_errors import SERVER_FAILED, ApiError, retry_after, slug
 from vllm_cosmos3.server.http.metrics import metrics
-from vllm_cosmos3.server.jobs.artifacts import CLIP, RECORD
 from vllm_cosmos3.server.jobs.estimates import ThroughputEstimate
+from vllm_cosmos3.server.jobs.job_files import CLIP, RECORD
 from vllm_cosmos3.server.jobs.journal import Journal
 from vllm_cosmos3.server.jobs.video_job import (
     COMPLETED,

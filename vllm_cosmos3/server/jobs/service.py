@@ -21,7 +21,6 @@ from vllm_cosmos3.robots import droid
 from vllm_cosmos3.server.guardrails import Guardrails
 from vllm_cosmos3.server.http.api_errors import ApiError
 from vllm_cosmos3.server.http.metrics import metrics
-from vllm_cosmos3.server.jobs import artifacts, chunks
 from vllm_cosmos3.server.jobs.admission import Admission
 from vllm_cosmos3.server.jobs.clock import Clock
 from vllm_cosmos3.server.jobs.estimates import ThroughputEstimate
@@ -33,13 +32,15 @@ from vllm_cosmos3.server.jobs.upsampling import EngineReasoner
 from vllm_cosmos3.server.jobs.worlds import Worlds
 from vllm_cosmos3.server.memory_split import Sizing
 from vllm_cosmos3.server.options import Options, read_call_limits
+from vllm_cosmos3.stage.config import StageConfig
 from vllm_cosmos3.stage.job import Stages
-from vllm_cosmos3.stage.process import Status
-from vllm_cosmos3.stage.replicas import outdated, start_stages
-from vllm_cosmos3.stage.runners import check_sessions
+from vllm_cosmos3.stage.messages import Status
+from vllm_cosmos3.stage.replicas import check_sessions, outdated, start_stages
 from vllm_cosmos3.stage.scheduler import QueueConfig
-from vllm_cosmos3.stage.worker import StageConfig
 
+# What ranks run of a checkpoint, and of a simulator, as `StageConfig` has it: only they import it.
+STAGE = "vllm_cosmos3.server.jobs.artifacts:ServedPipeline"
+WORLD_STAGE = "vllm_cosmos3.server.jobs.chunks:ServedWorldPipeline"
 # Calls in which ranks wait for a trainer.
 TRAINED = ("init_weight_transfer_engine", "update_weights")
 
@@ -207,7 +208,7 @@ def _start_stages(sizing: Sizing, options: Options) -> Stages:
     return start_stages(
         StageConfig(
             engine=sizing.engine,
-            stage=artifacts.STAGE if sizing.model.causal is None else chunks.STAGE,
+            stage=STAGE if sizing.model.causal is None else WORLD_STAGE,
             backend=sizing.engine.distributed_executor_backend or "mp",
             call_limits=limits,
             update_timeout=update_timeout or math.inf,

@@ -12,10 +12,10 @@ from vllm_cosmos3.errors import Busy, Cosmos3Error
 from vllm_cosmos3.generator.output import Output
 from vllm_cosmos3.request import prompts
 from vllm_cosmos3.request.world import ChunkPlan, SessionRequest, World, make_world
+from vllm_cosmos3.server.frame_check import Refusal
 from vllm_cosmos3.server.guardrails import Guardrails
 from vllm_cosmos3.server.http.api_errors import ApiError, slug
 from vllm_cosmos3.server.http.metrics import metrics
-from vllm_cosmos3.server.jobs.chunks import Refusal
 from vllm_cosmos3.stage.job import StageJob, Stages
 
 

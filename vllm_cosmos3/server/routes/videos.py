@@ -23,7 +23,7 @@ from vllm_cosmos3.server.http.file_response import StoredFile
 from vllm_cosmos3.server.http.media_inputs import FILE_FIELDS, called, local_files, media_files
 from vllm_cosmos3.server.http.request_fields import VIDEO, ClientRequest, translate
 from vllm_cosmos3.server.jobs.admission import Submission
-from vllm_cosmos3.server.jobs.artifacts import CLIP, SPRITES, THUMBNAIL
+from vllm_cosmos3.server.jobs.job_files import CLIP, SPRITES, THUMBNAIL
 from vllm_cosmos3.server.jobs.service import Service
 from vllm_cosmos3.server.jobs.value_sources import SPELLINGS
 from vllm_cosmos3.server.jobs.video_job import COMPLETED, FAILED, VideoJob

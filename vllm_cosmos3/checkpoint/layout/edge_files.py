@@ -5,7 +5,7 @@ The vision encoder has no file of its own: the root configuration describes it.
 
 from __future__ import annotations
 
-from vllm_cosmos3.checkpoint.synthetic.sizes import Json, Size
+from vllm_cosmos3.checkpoint.layout.sizes import Json, Size
 
 SCHEDULER = "Cosmos3EdgeUniPCMultistepScheduler"  # a name that no release of diffusers has
 _ROPE_THETA, _EPS = 100_000_000, 1e-5

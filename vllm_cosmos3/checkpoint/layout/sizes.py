@@ -1,4 +1,4 @@
-"""Sizes of random checkpoints: those of the released models, and a tiny one."""
+"""Sizes of checkpoints: those of the released models, and a tiny one."""
 
 from __future__ import annotations
 

@@ -11,9 +11,9 @@ from functools import partial
 
 from vllm_cosmos3.checkpoint.backbone import NEMOTRON
 from vllm_cosmos3.checkpoint.kinds import KINDS
-from vllm_cosmos3.checkpoint.synthetic.edge_files import edge_files
-from vllm_cosmos3.checkpoint.synthetic.simulators import simulator
-from vllm_cosmos3.checkpoint.synthetic.sizes import Json, Size
+from vllm_cosmos3.checkpoint.layout.edge_files import edge_files
+from vllm_cosmos3.checkpoint.layout.simulators import simulator
+from vllm_cosmos3.checkpoint.layout.sizes import Json, Size
 
 _IMAGE2VIDEO_FPS = 16  # at which positions count seconds in a distilled image-to-video checkpoint
 _DISTILLED_SIGMAS = [1.0, 0.9375, 0.8333333333333334, 0.625]

@@ -1,0 +1,1 @@
+"""JSON files of the published layout, by size and kind."""
