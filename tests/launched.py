@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -59,6 +59,7 @@ def launch(
     *,
     ranks: int = 2,
     commands: Sequence[Sequence[object]] = (),
+    environment: Mapping[str, str] = os.environ,
 ) -> tuple[int, dict[int, list[str]]]:
     """The status of this script on so many ranks, and what each rank met."""
     PIL.Image.new("RGB", (64, 48)).save(out / "there.png")
@@ -72,7 +73,7 @@ def launch(
         text=True,
         timeout=HANG,
         check=False,
-        env=os.environ | {"PYTHONPATH": path},
+        env={**environment, "PYTHONPATH": path},
     )
     met = {int(file.stem): json.loads(file.read_text()) for file in out.glob("[0-9].json")}
     assert met, done.stderr[-3000:]

@@ -8,12 +8,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+import torch
 from limits import HANG
 from openai import AsyncOpenAI, OpenAI
 
@@ -22,6 +23,8 @@ ARCHITECTURE = '{"architectures": ["Cosmos3ReasonerForConditionalGeneration"]}'
 # Of the tests, not of the recipes: eager because compiling takes longer than all tests, float32 because
 # vLLM would otherwise halve the precision of float32 checkpoints.
 SMALL = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "4096", "--max-num-seqs", "64"]
+# Where both surfaces are served, vLLM loads only what is named: with the plugin of `forking`.
+BOTH = {"VLLM_PLUGINS": "cosmos3,forking_platform"}
 SMALL += [
     "--num-gpu-blocks-override",
     "512",
@@ -65,6 +68,17 @@ def environment(cache: Path) -> dict[str, str]:
     }
 
 
+def forking(cache: Path) -> dict[str, str]:
+    """The same where vLLM's engines and workers are forked on a CPU, and need not import it again."""
+    if torch.cuda.is_available():
+        return environment(cache)
+    path = [str(Path(__file__).parent / "forking"), os.environ.get("PYTHONPATH", "")]
+    return environment(cache) | {
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        "VLLM_WORKER_MULTIPROC_METHOD": "fork",
+    }
+
+
 RUNNING: list[subprocess.Popen[bytes]] = []
 
 
@@ -74,10 +88,12 @@ def running(
     folder: Path,
     cache: Path,
     while_starting: Callable[[Server], object] = lambda _: None,
+    variables: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
     """Run ``command`` (checkpoint third) with a port of its own until the block ends.
 
-    ``while_starting`` is called again and again until the server is ready.
+    ``while_starting`` is called again and again until the server is ready. ``variables`` are those of
+    its environment.
     """
     port = free_port()
     log = folder / f"server-{port}.log"
@@ -96,7 +112,7 @@ def running(
             ],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=environment(cache),
+            env=forking(cache) | dict(variables or {}),
             start_new_session=True,
         )
     server = Server(url=f"http://127.0.0.1:{port}", model=command[2], log=log, pid=process.pid)
@@ -124,7 +140,7 @@ def run_to_end(command: list[str], cache: Path) -> tuple[int, str]:
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env=environment(cache),
+        env=forking(cache),
         start_new_session=True,
         text=True,
     )

@@ -17,7 +17,8 @@ from jsonschema import Draft202012Validator
 from limits import HANG
 from media_files import clip, file_server
 from PIL import Image
-from servers import BIN, environment
+from servers import BIN, environment, forking
+from terse import terse
 from webdataset import WebDataset
 
 from vllm_cosmos3.batch.claims import Claims
@@ -638,11 +639,12 @@ def test_the_reasoner_answers_its_records_and_writes_prompts(
         {"name": "long", **ask, "prompt": "boat " * 40_000},
         {"name": "long_prompt", "prompt_upsampling": True, "prompt": "boat " * 40_000},
     )
-    command = [BIN / "vllm-cosmos3", "generate", tiny_checkpoint_fp32, "--dtype", "float32"]
+    checkpoint = terse(tiny_checkpoint_fp32, tmp_path / "terse")
+    command = [BIN / "vllm-cosmos3", "generate", checkpoint, "--dtype", "float32"]
     command += ["--input", file, "--out", tmp_path / "out", "--enforce-eager", "--keep-going"]
     done = subprocess.run(
         [str(word) for word in command], check=False, capture_output=True, text=True, timeout=HANG,
-        env=environment(vllm_cache),
+        env=forking(vllm_cache),
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
     assert "5 of 8 records have their results" in done.stdout

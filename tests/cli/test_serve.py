@@ -192,6 +192,22 @@ def test_only_the_operator_chooses_how_videos_are_read(
     assert (os.environ.get("VLLM_MEDIA_CONNECTOR") == "cosmos3") == ours
 
 
+@pytest.mark.parametrize("named", [None, "cosmos3,other"])
+def test_both_surfaces_load_our_plugin_alone_unless_more_are_named(
+    named: str | None,
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("vllm_cosmos3.cli.serve.os.environ", dict(os.environ))
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    if named is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", named)
+    monkeypatch.setattr("vllm_cosmos3.cli.serve._become", lambda _: 0)
+    assert main(["serve", str(tiny_checkpoint), "--port", "0"]) == 0
+    assert f" VLLM_PLUGINS={named or 'cosmos3'} " in capsys.readouterr().out
+
+
 def test_json_flags_are_json(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = (str(tiny_checkpoint), "--port", "0", "--hf-overrides", "{no")
     assert refused(capsys, *arguments) == "--hf-overrides is '{no', must be a JSON object"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +21,7 @@ from diffusers.modular_pipelines.cosmos import Cosmos3DistilledModularPipeline
 from limits import HANG
 from PIL import Image
 from safetensors.torch import save_file
+from servers import forking
 from transformers import AutoProcessor, Cosmos3OmniForConditionalGeneration
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
@@ -120,17 +120,12 @@ if __name__ == "__main__":
 """
 
 
-def test_upstream_vllm_loads_and_answers(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_upstream_vllm_loads_and_answers(
+    tiny_checkpoint: Path, tmp_path: Path, vllm_cache: Path
+) -> None:
     (tmp_path / "answer.py").write_text(VLLM)
-    environment = {
-        **os.environ,
-        "VLLM_PLUGINS": "",  # upstream's own class, whatever is installed
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
+    environment = forking(vllm_cache)
+    environment["VLLM_PLUGINS"] = "forking_platform"  # upstream's own class, whatever is installed
     done = subprocess.run(
         [sys.executable, str(tmp_path / "answer.py"), str(tiny_checkpoint)],
         env=environment,

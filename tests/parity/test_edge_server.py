@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from media_files import clip
 from robots import PATH, observation, robot
-from servers import BIN, SMALL, Server, running
+from servers import BIN, BOTH, SMALL, Server, running
 from test_reasoner import CASES, check
 
 from vllm_cosmos3 import Cosmos3, droid
@@ -44,7 +44,7 @@ def server(
     command += ["--storage-path", str(folder / "storage"), "--generator-dtype", "float32"]
     command += ["--max-logprobs", "-1"]
     command += ["--allowed-local-media-path", str(media_folder), *SMALL]
-    with running(command, folder, vllm_cache) as server:
+    with running(command, folder, vllm_cache, variables=BOTH) as server:
         yield server
 
 

@@ -20,8 +20,9 @@ from limits import HANG
 from media_files import clip, data_url, picture, png
 from playwright.sync_api import expect
 from robots import PATH, robot
-from servers import BIN, Server, running
+from servers import BIN, BOTH, Server, running
 from servers import SMALL as SMALL_ENGINE
+from terse import terse
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from vllm_cosmos3.request.prompts import Facts
@@ -38,7 +39,8 @@ def server(
     tiny_checkpoint_fp32: Path, vllm_cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("both")
-    command = [str(BIN / "vllm-cosmos3"), "serve", str(tiny_checkpoint_fp32), "--max-queue", "5"]
+    checkpoint = terse(tiny_checkpoint_fp32, folder / "terse")
+    command = [str(BIN / "vllm-cosmos3"), "serve", str(checkpoint), "--max-queue", "5"]
     command += ["--storage-path", str(folder / "storage"), "--served-model-name", "tiny"]
     command += [
         "--api-key",
@@ -52,7 +54,7 @@ def server(
     # A random model would pad JSON with blanks for ever.
     command += ["--structured-outputs-config.disable_any_whitespace=true"]
     command += ["--structured-outputs-config.backend=xgrammar"]
-    with running(command, folder, vllm_cache) as server:
+    with running(command, folder, vllm_cache, variables=BOTH) as server:
         yield server
 
 

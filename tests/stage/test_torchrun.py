@@ -17,6 +17,7 @@ import pytest
 from launched import Said, assert_failed_together, launch, said
 from lines import write_inputs
 from safetensors.numpy import load_file
+from servers import environment
 
 from vllm_cosmos3 import Cosmos3
 from vllm_cosmos3.media import read_video
@@ -37,9 +38,16 @@ class Launched:
 
 
 def launched(
-    name: str, checkpoint: Path, folder: Path, ranks: int, *commands: tuple[object, ...]
+    name: str,
+    checkpoint: Path,
+    folder: Path,
+    cache: Path,
+    ranks: int,
+    *commands: tuple[object, ...],
 ) -> Launched:
-    status, met = launch(name, checkpoint, folder, ranks=ranks, commands=commands)
+    status, met = launch(
+        name, checkpoint, folder, ranks=ranks, commands=commands, environment=environment(cache)
+    )
     heard = [said(folder, number) for number in range(len(commands))]
     assert [len(each) for each in heard] == [ranks] * len(commands)
     return Launched(folder=folder, status=status, met=met, commands=heard)
@@ -54,7 +62,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(
-    tiny_checkpoint_fp32: Path, inputs: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_checkpoint_fp32: Path,
+    inputs: Path,
+    vllm_cache: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Launched:
     """Eight requests to one generator, one to each of four others, and two commands."""
     folder = tmp_path_factory.mktemp("two")
@@ -66,12 +77,15 @@ def two(
     reasoner += ("--benchmark", "--seed=0", "--max-new-tokens", 4, "--enforce-eager")
     reasoner += ("--load-format", "auto")
     # The last one makes the first rank an ordinary process.
-    return launched("two_ranks", tiny_checkpoint_fp32, folder, 2, phyai, reasoner)
+    return launched("two_ranks", tiny_checkpoint_fp32, folder, vllm_cache, 2, phyai, reasoner)
 
 
 @pytest.fixture(scope="module")
 def four(
-    tiny_checkpoint_fp32: Path, inputs: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_checkpoint_fp32: Path,
+    inputs: Path,
+    vllm_cache: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Launched:
     """A command of one mesh, one of four replicas, and requests that leave the ranks out of step."""
     folder = tmp_path_factory.mktemp("four")
@@ -83,7 +97,7 @@ def four(
     records = ("generate", "-i", inputs / "[aitv][c2]*.json", "-o", folder / "records")
     records += ("--checkpoint-path", tiny_checkpoint_fp32, "--parallelism-preset=throughput")
     records += ("--benchmark", "--no_guardrails", "--num_steps", 1, "--size", "64x64", "--seed", 0)
-    return launched("four_ranks", tiny_checkpoint_fp32, folder, 4, tuple(mesh), records)
+    return launched("four_ranks", tiny_checkpoint_fp32, folder, vllm_cache, 4, tuple(mesh), records)
 
 
 def test_they_fail_a_request_together_and_go_on(two: Launched) -> None:

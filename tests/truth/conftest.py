@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from servers import BIN, SMALL, Server, running
+from servers import BIN, BOTH, SMALL, Server, running
 
 from training.captions import draw_caption
 from training.scenes import draw_scene
@@ -49,5 +49,5 @@ def server(vllm_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     folder = tmp_path_factory.mktemp("demo")
     command = [str(BIN / "vllm-cosmos3"), "serve", "demo", *SMALL]
     command += ["--storage-path", str(folder / "storage")]
-    with running(command, folder, vllm_cache) as server:
+    with running(command, folder, vllm_cache, variables=BOTH) as server:
         yield server
