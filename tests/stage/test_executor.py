@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import multiprocessing
 import os
 import time
 from importlib.util import find_spec
@@ -139,6 +140,23 @@ def start_without_weights() -> set[int]:
 def test_an_error_of_loading_reaches_the_caller() -> None:
     left = in_new_process(start_without_weights)
     assert len(left) <= 1  # multiprocessing's resource tracker stays with its process
+
+
+def killed_while_it_starts() -> list[object]:
+    """What is left of the ranks of a process that ends when they are there, but know it not yet."""
+    fork = multiprocessing.get_context("fork")
+    starter = fork.Process(target=StageExecutor(stage(1, 2, 1)).start)
+    starter.start()
+    assert starter.pid is not None
+    while len(pids := processes_below(starter.pid)) < 2:
+        time.sleep(0.002)
+    starter.kill()
+    starter.join()
+    return remaining(pids, set(), seconds=30)
+
+
+def test_ranks_end_with_a_process_that_is_killed_while_they_start() -> None:
+    assert not in_new_process(killed_while_it_starts)
 
 
 def in_this_process() -> tuple[ToyResult, int]:

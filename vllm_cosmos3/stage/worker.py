@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import importlib
 import logging
+import multiprocessing
 import os
 import pickle
 import threading
@@ -112,7 +113,7 @@ class DiffusionWorker(WorkerBase):
     def init_device(self) -> None:
         """Choose the device and meet the other ranks."""
         if self._config.backend == "mp":
-            end_with_parent(os.getppid())
+            end_with_parent(_started_by())
         if self._folder is not None:
             Heartbeat(self._folder, str(self.rank)).start()
         parallel = self._config.engine.parallel
@@ -243,6 +244,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(
         error, (torch.OutOfMemoryError, MemoryError)
     ) or "can't allocate memory" in str(error)
+
+
+def _started_by() -> int:
+    """The process that has started this one, which may have ended by now."""
+    parent = multiprocessing.parent_process()
+    known = None if parent is None else parent.pid
+    return os.getppid() if known is None else known
 
 
 def end_with_parent(
