@@ -56,7 +56,6 @@ SHARED = {
     "trained checkpoint": ("tests/truth",),
 }
 DEAR = (
-    "tests/seeds",
     "tests/cli/test_batch_files.py",
     "tests/training",
     "tests/parity/test_checkpoint_layout.py",

@@ -81,7 +81,7 @@ def _unmarked(value: Any) -> Any:
 
 
 def observation(**changes: Any) -> dict[str, Any]:
-    """What a DROID robot sends, asking for one step; what is None is left out."""
+    """What a DROID robot sends, asking for one step without guidance; what is None is left out."""
     pictures = np.random.default_rng(1).integers(0, 256, (3, 90, 160, 3), np.uint8)
     whole = {
         "prompt": "pick up the cup",
@@ -90,6 +90,6 @@ def observation(**changes: Any) -> dict[str, Any]:
         "observation/exterior_image_2_left": pictures[2],
         "observation/joint_position": np.linspace(-1, 1, 7),
         "observation/gripper_position": np.array([0.25]),
-        "sampling_params": {"num_inference_steps": 1},
+        "sampling_params": {"num_inference_steps": 1, "guidance_scale": 1},
     }
     return {k: v for k, v in (whole | changes).items() if v is not None}

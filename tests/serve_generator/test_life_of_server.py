@@ -9,7 +9,9 @@ import shutil
 import signal
 import sqlite3
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +55,79 @@ def continuing(server: Server, job: dict[str, Any]) -> tuple[int, str]:
     return answer.status_code, answer.json()["error"]["code"]
 
 
-def test_jobs_outlive_servers(tiny_checkpoint: Path, vllm_cache: Path, tmp_path: Path) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A server, and what it has said of its health while it loaded."""
+
+    server: Server
+    heard: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def loaded(
+    tiny_checkpoint: Path, vllm_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Loaded]:
+    """Of a checkpoint that takes a while to load, with limits on its files; a test kills it."""
+    folder = tmp_path_factory.mktemp("life")
+    wide = widened(tiny_checkpoint, folder / "wide", intermediate_size=65536)
+    heard: list[dict[str, Any]] = []
+
+    def listen(server: Server) -> None:
+        assert get(server, "/health/live").status_code == 200
+        for process in psutil.Process(server.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                process.nice(19)  # it loads while nobody asks
+        while (answer := get(server, "/health")).status_code == 503:
+            heard.append(answer.json())
+
+    flags = ["--file-ttl", "3600", "--storage-quota", "90000", "--load-format", "dummy"]
+    flags += ["--guardrails", "off"]
+    with generator(wide, folder, vllm_cache, *flags, while_starting=listen) as server:
+        yield Loaded(server=server, heard=heard)
+
+
+def test_loading_is_told_and_files_expire_by_age_and_quota(loaded: Loaded) -> None:
+    server, heard = loaded.server, loaded.heard
+    percents = [report["loaded_percent"] for report in heard]
+    assert percents == sorted(percents)
+    assert any(0 < percent < 100 for percent in percents)
+    assert {report["error"]["code"] for report in heard} == {"loading"}
+    assert f"{percents[-1]} % of its weights" in heard[-1]["reason"]
+    first = finished(server, create(server, **SMALL))
+    assert content(server, first).status_code == 200
+    assert get(server, "/health").json()["guardrails"] == "disabled"
+    assert first["cosmos3"]["guardrails"] == {"requested": None, "effective": "disabled"}
+    jobs = [finished(server, create(server, **SMALL)) for _ in range(3)]
+    # Four results are more than the quota, so the oldest goes.
+    eventually(lambda: content(server, first).status_code == 410)
+    last = jobs[-1]
+    assert content(server, last).status_code == 200
+    assert last["expires_at"] - last["completed_at"] in (3600, 3601)  # in whole seconds
+    file = server.log.parent / "storage" / "jobs.sqlite"
+    with closing(sqlite3.connect(file, timeout=HANG)) as journal:
+        journal.execute("update jobs set expires = ? where id = ?", (time.time(), last["id"]))
+        journal.commit()  # as if an hour had gone by
+    eventually(lambda: content(server, last).status_code == 410)
+    for gone in (first, last):
+        assert content(server, gone).json()["error"]["code"] == "expired"
+        assert continuing(server, gone) == (410, "expired")
+        kept = job_of(server, gone)
+        assert kept["status"] == "completed"
+        assert kept["expires_at"] <= time.time()
+    for job in (first, *jobs):
+        url = f"{server.url}/v1/videos/{job['id']}"
+        assert httpx.delete(url, timeout=HANG).status_code == 200
+
+
+def test_jobs_outlive_servers(loaded: Loaded, tiny_checkpoint: Path, vllm_cache: Path) -> None:
     """A server is killed; two others, one with replicas, share its storage; one of them is asked to stop."""
 
+    killed, folder = loaded.server, loaded.server.log.parent
+
     def start(stack: ExitStack, *flags: str) -> Server:
-        return stack.enter_context(generator(tiny_checkpoint, tmp_path, vllm_cache, *flags))
+        return stack.enter_context(generator(tiny_checkpoint, folder, vllm_cache, *flags))
 
     with ExitStack() as stack:
-        killed = start(stack)
         done = finished(killed, create(killed, **SMALL))
         cut = create(killed, **LONG)
         eventually(lambda: job_of(killed, cut)["status"] == "in_progress")
@@ -91,7 +158,7 @@ def test_jobs_outlive_servers(tiny_checkpoint: Path, vllm_cache: Path, tmp_path:
         )
         assert get(first, f"/v1/videos/{shared['id']}").status_code == 404
         eventually(lambda: get(first, "/health").json()["queue"]["running"] == 0)
-        eventually(lambda: not (tmp_path / "storage" / "files" / shared["id"]).exists())
+        eventually(lambda: not (folder / "storage" / "files" / shared["id"]).exists())
         assert "cosmos3:requests_cancelled_total 1.0" in get(first, "/metrics").text
 
         last = create(first, **LONG | {"num_inference_steps": 30})
@@ -109,7 +176,7 @@ def test_jobs_outlive_servers(tiny_checkpoint: Path, vllm_cache: Path, tmp_path:
         late = create(second, **LONG)
         eventually(lambda: job_of(second, late)["status"] == "in_progress")
         os.kill(second.pid, signal.SIGTERM)
-        journal = stack.enter_context(closing(Journal(tmp_path / "storage")))
+        journal = stack.enter_context(closing(Journal(folder / "storage")))
         eventually(lambda: stored(journal, late).status == "failed")
         assert (stored(journal, late).error or {})["code"] == "interrupted"  # by itself, in time
 
@@ -124,54 +191,6 @@ def test_it_ends_with_a_generator_that_cannot_start(
     assert status == 2
     assert re.search(r"^vllm-cosmos3 serve: attention_backend flash .*use sdpa or auto$", output, re.M)  # fmt: skip
     assert "Traceback" not in output
-
-
-def test_loading_is_told_and_files_expire_by_age_and_quota(
-    tiny_checkpoint: Path, vllm_cache: Path, tmp_path: Path
-) -> None:
-    wide = widened(tiny_checkpoint, tmp_path / "wide", intermediate_size=65536)
-    heard: list[dict[str, Any]] = []
-
-    def listen(server: Server) -> None:
-        assert get(server, "/health/live").status_code == 200
-        for process in psutil.Process(server.pid).children(recursive=True):
-            with suppress(psutil.NoSuchProcess):
-                process.nice(19)  # it loads while nobody asks
-        while (answer := get(server, "/health")).status_code == 503:
-            heard.append(answer.json())
-
-    flags = ["--file-ttl", "3600", "--storage-quota", "90000", "--load-format", "dummy"]
-    flags += ["--guardrails", "off"]
-    with generator(wide, tmp_path, vllm_cache, *flags, while_starting=listen) as server:
-        loaded = [report["loaded_percent"] for report in heard]
-        assert loaded == sorted(loaded)
-        assert any(0 < percent < 100 for percent in loaded)
-        assert {report["error"]["code"] for report in heard} == {"loading"}
-        assert f"{loaded[-1]} % of its weights" in heard[-1]["reason"]
-        first = finished(server, create(server, **SMALL))
-        assert content(server, first).status_code == 200
-        assert get(server, "/health").json()["guardrails"] == "disabled"
-        assert first["cosmos3"]["guardrails"] == {"requested": None, "effective": "disabled"}
-        jobs = [finished(server, create(server, **SMALL)) for _ in range(3)]
-        # Four results are more than the quota, so the oldest goes.
-        eventually(lambda: content(server, first).status_code == 410)
-        last = jobs[-1]
-        assert content(server, last).status_code == 200
-        assert last["expires_at"] - last["completed_at"] in (3600, 3601)  # in whole seconds
-        with closing(
-            sqlite3.connect(tmp_path / "storage" / "jobs.sqlite", timeout=HANG)
-        ) as journal:
-            journal.execute("update jobs set expires = ? where id = ?", (time.time(), last["id"]))
-            journal.commit()  # as if an hour had gone by
-        eventually(lambda: content(server, last).status_code == 410)
-        for gone in (first, last):
-            assert content(server, gone).json()["error"]["code"] == "expired"
-            assert continuing(server, gone) == (410, "expired")
-            kept = job_of(server, gone)
-            assert kept["status"] == "completed"
-            assert kept["expires_at"] <= time.time()
-        url = f"{server.url}/v1/videos/{first['id']}"
-        assert httpx.delete(url, timeout=HANG).status_code == 200
 
 
 def widened(checkpoint: Path, folder: Path, **changes: int) -> Path:

@@ -10,12 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray_platform
+from ranks import Ranks
 from ray_nodes import cluster, join, kill, node
 from vllm.platforms import current_platform
 
 from vllm_cosmos3 import Cosmos3
+from vllm_cosmos3.engine_options import EngineConfig, ParallelConfig
 from vllm_cosmos3.errors import WorkerDied
+from vllm_cosmos3.generator.pipeline import Pipeline
+from vllm_cosmos3.parallel.mesh import Mesh
 from vllm_cosmos3.progress import Progress
+from vllm_cosmos3.request.planner import make_plan
+from vllm_cosmos3.request.request import GenerateRequest
 
 REQUEST = {"prompt": "A paper boat", "num_frames": 5, "size": "64x64", "seed": 3}
 REQUEST |= {"num_inference_steps": 3}
@@ -40,12 +46,22 @@ def start_second(
         yield lambda: stack.enter_context(node(settings, *second))
 
 
+def made(mesh: Mesh, folder: Path) -> np.ndarray | None:
+    """The video of a rank of a mesh on one host."""
+    pipeline = Pipeline.load(EngineConfig(model=folder, **MESH), mesh, "cpu")
+    request = GenerateRequest(**REQUEST)
+    state = pipeline.encode(make_plan(request, pipeline.model, pipeline.tokenizer))
+    while not state.done:
+        pipeline.step(state)
+    pipeline.decode(state)
+    return pipeline.finish(state).samples[0].video
+
+
 def test_a_mesh_over_two_hosts_gives_what_one_gives_and_survives_the_loss_of_one(
-    tiny_checkpoint_fp32: Path, start_second: Callable[[], subprocess.Popen[bytes]]
+    tiny_checkpoint_fp32: Path, ranks: Ranks, start_second: Callable[[], subprocess.Popen[bytes]]
 ) -> None:
     second = start_second()
-    with Cosmos3(tiny_checkpoint_fp32, **MESH) as model:
-        local = model.generate(**REQUEST).video
+    local, _ = ranks(ParallelConfig(ulysses_degree=2), made, tiny_checkpoint_fp32)
 
     def lose_the_second(progress: Progress) -> None:
         if progress.step == 1:

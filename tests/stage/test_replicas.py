@@ -18,6 +18,7 @@ from toy_stage import ToyPlan
 from vllm_cosmos3.errors import (
     Busy,
     Cancelled,
+    CheckpointError,
     Cosmos3Error,
     DeadlineExceeded,
     InvalidRequest,
@@ -191,7 +192,14 @@ def test_replicas_that_cannot_start_say_why(tmp_path: Path) -> None:
         job.result(HANG)
     assert "none is missing" in str(replicas.error)
     assert replicas.status().state == "failed"
+    (member,) = cast("list[StageClient]", replicas.members)
+    with pytest.raises(CheckpointError, match="none is missing"):
+        member.wait_ready(HANG)
+    with pytest.raises(CheckpointError):
+        member.submit(ToyPlan())
+    assert member.status().state == "failed"
     replicas.close()
+    assert not member._folder.exists()
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,6 @@ from toy_stage import ToyPlan
 from vllm_cosmos3.errors import (
     Busy,
     Cancelled,
-    CheckpointError,
     Cosmos3Error,
     DeadlineExceeded,
     InvalidRequest,
@@ -490,17 +489,6 @@ def test_a_killed_stage_process_is_replaced_and_its_workers_end(client: StageCli
     assert not remaining(pids, segments)
     client.wait_ready(HANG)
     assert client.submit(ToyPlan(steps=1)).result(HANG).total == 2
-
-
-def test_a_missing_checkpoint_is_told_once() -> None:
-    client = StageClient(stage(1, 2, 1, model=Path("/nowhere")))
-    with pytest.raises(CheckpointError, match="/nowhere is missing"):
-        client.wait_ready(HANG)
-    with pytest.raises(CheckpointError):
-        client.submit(ToyPlan())
-    assert client.status().state == "failed"
-    client.close()
-    assert not client._folder.exists()
 
 
 SCRIPT = """
