@@ -16,6 +16,7 @@ class StageConfig:
 
     ``backend`` is a name that vLLM's ParallelConfig.distributed_executor_backend knows: "mp" for
     local processes, "uni" for the calling process, "ray", "external_launcher" under torchrun.
+    On a Ray cluster the first rank is on this host, unless it may be ``anywhere``: one of several replicas.
     In ``scratch``, where it is given, ranks say how much they have loaded, and that they live.
     Seconds: ``timeout`` until a call that does not answer is taken for hung, unless ``call_limits``
     has others for the call's name; ``grace`` that other ranks have to answer once one has failed;
@@ -25,6 +26,7 @@ class StageConfig:
     engine: EngineConfig
     stage: str = "vllm_cosmos3.generator.pipeline:Pipeline"
     backend: str = "mp"
+    anywhere: bool = False
     timeout: float = 1800.0
     call_limits: Mapping[str, float] = field(default_factory=dict)
     grace: float = 2.0

@@ -52,6 +52,8 @@ class StageExecutor:
         self._config = config
         self._executor: Any = None
         self._places: Any = None  # of the ranks on a Ray cluster
+        self.nodes: tuple[str, ...] = ()  # of it, by rank
+        self.away = False  # whether the first rank is on another one than this process
         self._number = 0
         self._consensus: FailureConsensus | None = None
         self.healthy = False
@@ -65,8 +67,12 @@ class StageExecutor:
         """
         try:
             if self._config.backend == "ray":
-                self._places = ray_cluster.reserve(self._config.engine.parallel.world_size)
+                ranks = self._config.engine.parallel.world_size
+                self._places = ray_cluster.reserve(ranks, here=not self._config.anywhere)
             self._executor = _make_executor(self._config, self._places)
+            if self._places is not None:
+                workers = self._executor.ray_worker_handles
+                self.nodes, self.away = ray_cluster.places_of(workers)
             if torch.device(self._config.engine.device).type == "cpu":  # whose cores the ranks need
                 for queue in getattr(self._executor, "response_mqs", ()):
                     let_sleep(queue)
@@ -100,6 +106,7 @@ class StageExecutor:
             for worker in getattr(executor, "workers", ()):
                 worker.proc.kill()
         self.healthy = False
+        self.nodes = ()
         executor.shutdown()
         if hasattr(executor, "_finalizer"):
             executor._finalizer.detach()  # it would keep the executor for ever

@@ -104,6 +104,7 @@ class Status:
     ``updates`` counts those that the ranks have had since they have loaded the checkpoint.
     ``given_up`` counts the updates that ended because nothing was heard of the trainer any more.
 
+    ``nodes`` are those of a Ray cluster that the ranks are on, by rank.
     ``loaded`` counts the values of the checkpoint that are in place while the ranks start. ``call``
     is what all ranks are computing, if anything, for ``call_seconds`` so far.
     """
@@ -117,6 +118,7 @@ class Status:
     weights: str | None = None
     updates: int = 0
     given_up: int = 0
+    nodes: tuple[str, ...] = ()
     loaded: int = 0
     call: str = ""
     call_seconds: float = 0.0

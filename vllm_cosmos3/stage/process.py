@@ -36,6 +36,7 @@ from vllm_cosmos3.errors import (
     InvalidRequest,
     OutOfMemory,
     WorkerDied,
+    file_error,
 )
 from vllm_cosmos3.progress import Preview, Progress
 from vllm_cosmos3.stage import heartbeat
@@ -58,6 +59,7 @@ from vllm_cosmos3.stage.messages import (
     Submit,
     address,
 )
+from vllm_cosmos3.stage.parcels import packed
 from vllm_cosmos3.stage.preview_pace import PreviewPace
 from vllm_cosmos3.stage.scheduler import Scheduler
 from vllm_cosmos3.stage.worker import end_with_parent, is_conflict, set_log_level
@@ -308,6 +310,8 @@ class StageCore:
             return
 
         def call(method: str, *args: Any) -> Any:
+            if method == "decode" and self._executor.away:
+                args = ()  # the clip is a file of this host
             return self._call(method, name, *args)[0]
 
         job.attempts += job.calls.phase == "encode"
@@ -341,9 +345,26 @@ class StageCore:
     def _finish(self, job: JobState) -> None:
         name, request = job.request.job, job.request
         spool = None if request.save is not None else self._spool(job)
-        (value, *_) = self._call("finish", name, request.save, spool)
+        if self._executor.away:
+            value = self._fetch(name, request.save, spool)
+        else:
+            (value, *_) = self._call("finish", name, request.save, spool)
         self._send(job.client, Done(name, spool if spool is not None else value))
         self._forget(job)
+
+    def _fetch(self, name: str, save: Path | None, spool: Path | None) -> list[Path] | None:
+        """The end of a request whose files have to come from another host."""
+        try:
+            before = {} if save is None else packed(save)
+            (sent, *_) = self._call("send", name, save, before)
+            if save is not None:
+                files: list[Path] = sent.deliver(save)
+                return files
+            assert spool is not None
+            spool.write_bytes(sent)
+        except OSError as error:
+            raise file_error(error) from error
+        return None
 
     def _call(self, method: str, *args: Any) -> list[Any]:
         self._calling, self._call_started = method, time.monotonic()
@@ -564,6 +585,7 @@ class StageCore:
             weights=self._weights,
             updates=self._updates,
             given_up=self._given_up,
+            nodes=self._executor.nodes,
             loaded=slowest(self._setup.folder),
             call=self._calling,
             call_seconds=time.monotonic() - self._call_started if self._calling else 0.0,

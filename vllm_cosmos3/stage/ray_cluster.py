@@ -1,15 +1,15 @@
-"""The Ray cluster of a mesh over several hosts: where its ranks are placed, and which hosts it has lost.
+"""The Ray cluster of meshes over several hosts: where their ranks are placed, and which hosts it has lost.
 
-vLLM's Ray executor starts the ranks and calls them. It would place them anywhere, but rank 0 leaves
-results in files of the stage's host; and it keeps their places until the process ends, where new ranks
-need them. Batch files on Ray Data have nothing to do with this: each of their actors has a mesh of its own.
+vLLM's Ray executor starts the ranks and calls them. It would place them anywhere, but the first rank of
+a single mesh leaves results in files of the stage's host; and it keeps their places until the process ends,
+where new ranks need them. Of several replicas each has places of its own. Batch files on Ray Data have nothing to do with this: each of their actors has a mesh of its own.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from vllm_cosmos3.errors import WorkerDied
@@ -23,13 +23,15 @@ NOTICE_SECONDS = 30.0
 LOOK_SECONDS = 10.0  # between lines in the log that say what is waited for
 
 
-def reserve(ranks: int) -> Any:
-    """Placement group with a device for each rank, the first of them on this host.
+def reserve(ranks: int, *, here: bool) -> Any:
+    """Placement group with a device for each rank, ``here``: the first of them on this host.
 
-    Joins the cluster of ``RAY_ADDRESS``, or that of this host, or starts one of this host alone.
+    Else all are on one host where one is large enough, and over several only where none has room. Joins
+    the cluster of ``RAY_ADDRESS``, or that of this host, or ``here`` starts one of this host alone: that of
+    each replica would give out the same devices.
 
     Raises:
-        WorkerDied: the cluster has had too few free devices for too long.
+        WorkerDied: there is no cluster, or it has had too few free devices for too long.
     """
     import ray
     from ray.util.placement_group import placement_group
@@ -37,20 +39,47 @@ def reserve(ranks: int) -> Any:
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # as with vLLM
     if not ray.is_initialized():
-        ray.init()
+        try:
+            ray.init(None if here else "auto")
+        except ConnectionError:
+            raise WorkerDied("replicas need a Ray cluster that is there: run ray start --head first") from None  # fmt: skip
     kind = current_platform.ray_device_key
-    here = {f"node:{ray.util.get_node_ip_address()}": 0.001}  # so much of what only this host has
-    group = placement_group([{kind: 1.0} | here, *[{kind: 1.0}] * (ranks - 1)], strategy="PACK")
+    bundles, where = [{kind: 1.0} for _ in range(ranks)], ""
+    if here:  # so much of what only this host has
+        bundles[0][f"node:{ray.util.get_node_ip_address()}"] = 0.001
+        where = ", one of them on this host"
+    devices = [node["Resources"].get(kind, 0.0) for node in ray.nodes() if node["Alive"]]
+    strategy = "PACK" if here else strategy_of(ranks, devices)
+    group = placement_group(bundles, strategy=strategy)
     for _ in range(round(PLACEMENT_SECONDS / LOOK_SECONDS)):
         if group.wait(LOOK_SECONDS):
             return group
         free = ray.available_resources().get(kind, 0.0)
-        logger.warning("waiting for %d of Ray's %ss, one of them here: %g are free", ranks, kind, free)  # fmt: skip
+        logger.warning("waiting for %d of Ray's %ss%s: %g are free", ranks, kind, where, free)
+        if strategy == "STRICT_PACK" and free >= ranks:  # but on no host alone
+            give_back(group)
+            strategy = "PACK"
+            group = placement_group(bundles, strategy=strategy)
     give_back(group)
     raise WorkerDied(
-        f"Ray has not had {ranks} free {kind}s, one of them on this host, for {PLACEMENT_SECONDS:.0f} s; "
+        f"Ray has not had {ranks} free {kind}s{where} for {PLACEMENT_SECONDS:.0f} s; "
         "`ray status` says what the cluster has"
     )
+
+
+def strategy_of(ranks: int, devices: Collection[float]) -> str:
+    """Ray's word for how a mesh is placed on hosts with so many devices: on one where one is large enough."""
+    return "STRICT_PACK" if ranks <= max(devices, default=0.0) else "PACK"
+
+
+def places_of(workers: Iterable[Any]) -> tuple[tuple[str, ...], bool]:
+    """The names of the nodes that workers are on, by rank, and whether the first of them is another than this one."""
+    import ray
+
+    names = {node["NodeID"]: node["NodeName"] for node in ray.nodes()}
+    nodes = [worker.node_id for worker in workers]
+    here = ray.get_runtime_context().get_node_id()
+    return tuple(names[node] for node in nodes), nodes[0] != here
 
 
 def give_back(group: Any) -> None:

@@ -90,6 +90,7 @@ def start_stages(
     one = replace(stage, engine=replace(stage.engine, data_parallel_size=1))
     if count == 1:
         return StageClient(one, queue, drain_seconds=drain_seconds)
+    one = replace(one, anywhere=True)
     return Replicas(one, queue, devices_of(count, ranks, devices), drain_seconds=drain_seconds)
 
 

@@ -33,6 +33,7 @@ from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest, OutOfMemory, file_
 from vllm_cosmos3.parallel.mesh import Mesh, barrier, close_mesh, from_first, init_mesh
 from vllm_cosmos3.stage.config import StageConfig
 from vllm_cosmos3.stage.heartbeat import Heartbeat
+from vllm_cosmos3.stage.parcels import Files, Parcel, saved_elsewhere
 
 
 class Stage(Protocol):
@@ -200,6 +201,18 @@ class DiffusionWorker(WorkerBase):
             spool.unlink(missing_ok=True)
             raise
         return None
+
+    def send(self, job: str, save: Path | None, before: Files) -> Parcel | bytes | None:
+        """As `finish` where the files would be on another host: they are in the answer, or the pickled result is.
+
+        ``before`` is what is at ``save`` there.
+        """
+        result = self._stage.finish(self._states.pop(job))
+        if self.rank != 0:
+            return None
+        if save is None:
+            return pickle.dumps(result, protocol=pickle.HIGHEST_PROTOCOL)
+        return saved_elsewhere(result.save, save, before)
 
     def drop(self, job: str) -> None:
         """Forget a request at any point, and give back what it held on the device."""

@@ -157,6 +157,7 @@ class Service:
             report = {
                 "replica": at,
                 "devices": member.devices,
+                "nodes": list(dict.fromkeys(status.nodes)),
                 "state": state,
                 "running": status.running,
                 "restarts": status.restarts + member.process_restarts,
