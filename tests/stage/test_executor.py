@@ -8,6 +8,7 @@ import os
 import time
 from importlib.util import find_spec
 from inspect import getsource, signature
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from vllm_cosmos3.errors import (
 from vllm_cosmos3.stage.config import StageConfig
 from vllm_cosmos3.stage.executor import StageExecutor
 from vllm_cosmos3.stage.launcher import check_backend
+from vllm_cosmos3.stage.worker import end_with_parent
 
 
 def stage(
@@ -142,21 +144,38 @@ def test_an_error_of_loading_reaches_the_caller() -> None:
     assert len(left) <= 1  # multiprocessing's resource tracker stays with its process
 
 
-def killed_while_it_starts() -> list[object]:
-    """What is left of the ranks of a process that ends when they are there, but know it not yet."""
-    fork = multiprocessing.get_context("fork")
-    starter = fork.Process(target=StageExecutor(stage(1, 2, 1)).start)
-    starter.start()
-    assert starter.pid is not None
-    while len(pids := processes_below(starter.pid)) < 2:
-        time.sleep(0.002)
-    starter.kill()
-    starter.join()
-    return remaining(pids, set(), seconds=30)
+FORK = multiprocessing.get_context("fork")
 
 
-def test_ranks_end_with_a_process_that_is_killed_while_they_start() -> None:
-    assert not in_new_process(killed_while_it_starts)
+def orphan() -> None:
+    """A rank that looks for its parent when that has ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    while os.getppid() == parent.pid:
+        time.sleep(0.01)
+    end_with_parent()
+    time.sleep(60)
+
+
+def starter(told: Connection) -> None:
+    rank = FORK.Process(target=orphan)
+    rank.start()
+    told.send(rank.pid)
+    os._exit(0)
+
+
+def started_and_left() -> list[object]:
+    """What is left of a rank whose parent ends before it has looked."""
+    heard, told = FORK.Pipe(duplex=False)
+    parent = FORK.Process(target=starter, args=(told,))
+    parent.start()
+    pid = heard.recv()
+    parent.join()
+    return remaining({pid}, set(), seconds=30)
+
+
+def test_a_rank_ends_with_a_parent_that_is_killed_while_it_starts() -> None:
+    assert not in_new_process(started_and_left)
 
 
 def in_this_process() -> tuple[ToyResult, int]:

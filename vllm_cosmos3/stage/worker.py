@@ -114,7 +114,7 @@ class DiffusionWorker(WorkerBase):
     def init_device(self) -> None:
         """Choose the device and meet the other ranks."""
         if self._config.backend == "mp":
-            end_with_parent(_started_by())
+            end_with_parent()
         if self._folder is not None:
             Heartbeat(self._folder, str(self.rank)).start()
         parallel = self._config.engine.parallel
@@ -259,21 +259,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     ) or "can't allocate memory" in str(error)
 
 
-def _started_by() -> int:
-    """The process that has started this one, which may have ended by now."""
-    parent = multiprocessing.parent_process()
-    known = None if parent is None else parent.pid
-    return os.getppid() if known is None else known
-
-
 def end_with_parent(
-    parent: int, *, patience: float = 0.0, last: Callable[[], None] | None = None
+    parent: int | None = None, *, patience: float = 0.0, last: Callable[[], None] | None = None
 ) -> None:
     """End this process soon after process ``parent`` is no longer its parent, whatever it does.
 
+    By default that is the process of multiprocessing that has started it, which may have ended by now.
     After ``patience`` seconds for an orderly end ``last`` is called. Signals would not do: a rank
     may wait for ever in a collective.
     """
+    starter = multiprocessing.parent_process()
+    if parent is None:
+        parent = os.getppid() if starter is None else starter.pid
 
     def watch() -> None:
         while os.getppid() == parent:
