@@ -23,8 +23,8 @@ SMALL = {"prompt": "a boat", "size": "64x64", "num_frames": 9, "num_inference_st
 # The field, a file that stands for many pixels, and how many MiB eight requests with one each may take.
 WORST: dict[str, tuple[str, Callable[[], bytes], int]] = {
     "a clip": ("input_reference", lambda: grey_clip(4096, 6), 2048),
-    "a control": ("edge", lambda: grey_clip(2048, 12), 768),
-    "a picture": ("input_reference", lambda: grey_picture(6000, "TIFF", compression="tiff_adobe_deflate"), 2048),
+    "a control": ("edge", lambda: grey_clip(1448, 12), 384),
+    "a picture": ("input_reference", lambda: grey_picture(4242, "TIFF", compression="tiff_adobe_deflate"), 1024),
 }  # fmt: skip
 
 
