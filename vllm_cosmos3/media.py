@@ -292,6 +292,8 @@ def cover_crop(frames: Pixels, *, height: int, width: int) -> Pixels:
     scale = max(width / frames.shape[2], height / frames.shape[1])
     size = [math.ceil(scale * side) for side in frames.shape[1:3]]
     top, left = round((size[0] - height) / 2), round((size[1] - width) / 2)
+    if tuple(size) == frames.shape[1:3]:  # no level would change
+        return frames[:, top : top + height, left : left + width].copy()
     out = np.empty((len(frames), height, width, 3), np.uint8)
     for frame, target in zip(frames, out, strict=True):
         for channel, resized in enumerate(_resized(frame, size, "bilinear")):

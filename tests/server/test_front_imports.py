@@ -12,6 +12,8 @@ HEAVY = "print(*sorted({'vllm', 'torch', 'torchvision', 'cv2', 'openai', 'ray', 
 FRONT = f"""
 import sys
 from pathlib import Path
+import numpy as np
+from vllm_cosmos3 import media
 from vllm_cosmos3.cli import serve, serve_generator
 from vllm_cosmos3.devices import devices
 from vllm_cosmos3.request.prompts import encode, load_tokenizer
@@ -23,6 +25,7 @@ from vllm_cosmos3.server.memory_split import sized
 from vllm_cosmos3.server.options import Options
 folder, options = Path(sys.argv[1]), Options(guardrails="off")
 sizing, guardrails = sized(folder, options, devices().type), Guardrails(options)
+media.cover_crop(np.zeros((1, 64, 80, 3), np.uint8), height=64, width=64)  # of its size: nothing is resized
 encode("a boat", load_tokenizer(folder), system="You are", limit=64)
 make_app(lambda: Service(sizing, ("tiny",), options, guardrails), Listen()).openapi()
 {HEAVY}
