@@ -26,6 +26,8 @@ from vllm_cosmos3.stage.ray_cluster import reserve
 SMALL = {"prompt": "a boat", "size": "64x64", "num_inference_steps": 2, "seed": 1}
 LONG = SMALL | {"size": "256x256", "num_frames": 21, "num_inference_steps": 200}
 FLAGS = ["--surface", "generator", "--data-parallel-size", "2", "--generator-executor-backend", "ray"]  # fmt: skip
+# vLLM takes one platform: here not the one of the tests' other servers.
+PLUGINS = {"VLLM_PLUGINS": "cosmos3,cosmos3_ray_platform"}
 ONE = ("--num-cpus", 1, "--num-gpus", 1, "--node-name")
 pytestmark = pytest.mark.serve
 
@@ -108,7 +110,7 @@ def test_replicas_on_two_nodes_of_which_one_is_lost(
     command = [str(BIN / "vllm-cosmos3"), "serve", str(tiny_checkpoint), *FLAGS]
     command += ["--storage-path", str(tmp_path / "storage")]
     with (
-        running(command, tmp_path, vllm_cache) as server,
+        running(command, tmp_path, vllm_cache, variables=PLUGINS) as server,
         httpx.Client(base_url=server.url, timeout=HANG) as http,
     ):
         client = Client(http)

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="checkpoint folder, Hugging Face repository, demo, demo-4step or demo-policy",
+        help="folder, repository, demo, demo-4step or demo-policy",
     )
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="text file with a prompt on each line")  # fmt: skip
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder for clips, page and numbers")  # fmt: skip

@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint",
         metavar="CKPT",
-        help="checkpoint folder, Hugging Face repository, demo, demo-4step or demo-policy",
+        help="folder, repository, demo, demo-4step or demo-policy",
     )
     config_file.add_flag(parser)
     parser.add_argument(

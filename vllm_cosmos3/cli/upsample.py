@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="checkpoint folder, Hugging Face repository, demo, demo-4step or demo-policy",
+        help="folder, repository, demo, demo-4step or demo-policy",
     )
     parser.add_argument("--prompt", nargs="+", required=True, metavar="TEXT", help="what to show, in short")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FILE", help="write here and not to standard output")  # fmt: skip
