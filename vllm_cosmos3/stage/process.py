@@ -77,10 +77,8 @@ PAUSES = {  # calls between requests, and whether requests may run after them
     "keep_weight_update": "",
     "abort_weight_update": "",
 }
-LAST = (
-    "keep_weight_update",
-    "abort_weight_update",
-)  # calls after which ranks are the same, or replaced
+# Calls that end an update: a rank that fails in one may have other weights, so all are replaced.
+LAST = ("keep_weight_update", "abort_weight_update")
 RESTARTS = 3  # tries to replace the ranks before giving up
 
 
