@@ -543,6 +543,8 @@ def test_sigterm_drains() -> None:
     program, folder, _ = script(
         "import os, signal\n"
         "os.kill(client._process.pid, signal.SIGTERM)\n"
+        "while client.status().state != 'draining':\n"
+        "    time.sleep(0.01)\n"
         "try:\n"
         "    client.submit(ToyPlan())\n"
         "except Exception as error:\n"
