@@ -1,15 +1,20 @@
 """Ranks under torchrun. As a script, one of them: ``launched.py NAME CHECKPOINT OUT``.
 
+`launch` runs the command, with which each rank imports vLLM. `fork` is for many ranks: torchrun's own agent
+forks them from a process that has imported it.
+
 Each rank writes to OUT/RANK.json what it met, one line for each request: "served", or the error, and
 to OUT/command-NUMBER-RANK.json what each command of OUT/commands.json has said.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
@@ -22,6 +27,10 @@ from unittest.mock import patch
 import PIL.Image
 import torch
 from limits import HANG
+from ranks import in_new_process
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from vllm.platforms import current_platform
 
 from vllm_cosmos3 import Cosmos3
 from vllm_cosmos3.cli import main
@@ -39,8 +48,7 @@ SMALL: dict[str, Any] = {
     "num_inference_steps": 2,
     "seed": 1,
 }
-RANK = int(os.environ.get("RANK", "0"))
-LAST = int(os.environ.get("WORLD_SIZE", "2")) - 1
+FORKING = Path(__file__).with_name("forking")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +70,7 @@ def launch(
     environment: Mapping[str, str] = os.environ,
 ) -> tuple[int, dict[int, list[str]]]:
     """The status of this script on so many ranks, and what each rank met."""
-    PIL.Image.new("RGB", (64, 48)).save(out / "there.png")
-    (out / "commands.json").write_text(json.dumps([[*map(str, words)] for words in commands]))
+    prepare(out, commands)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", str(ranks), __file__, name, str(checkpoint), str(out)]
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
@@ -75,9 +82,71 @@ def launch(
         check=False,
         env={**environment, "PYTHONPATH": path},
     )
-    met = {int(file.stem): json.loads(file.read_text()) for file in out.glob("[0-9].json")}
+    met = met_in(out)
     assert met, done.stderr[-3000:]
     return done.returncode, met
+
+
+def fork(
+    name: str,
+    checkpoint: Path,
+    out: Path,
+    *,
+    ranks: int,
+    commands: Sequence[Sequence[object]],
+    environment: Mapping[str, str],
+) -> tuple[int, dict[int, list[str]]]:
+    """The same without `torchrun` and its script, whose ranks are forked."""
+    prepare(out, commands)
+    status = in_new_process(agent, dict(environment), ranks, name, checkpoint, out)
+    return status, met_in(out)
+
+
+def prepare(out: Path, commands: Sequence[Sequence[object]]) -> None:
+    """What the ranks look for in their folder."""
+    PIL.Image.new("RGB", (64, 48)).save(out / "there.png")
+    (out / "commands.json").write_text(json.dumps([[*map(str, words)] for words in commands]))
+
+
+def met_in(out: Path) -> dict[int, list[str]]:
+    """What each rank met that came to its end."""
+    return {int(file.stem): json.loads(file.read_text()) for file in out.glob("[0-9].json")}
+
+
+def agent(
+    environment: Mapping[str, str], ranks: int, name: str, checkpoint: Path, out: Path
+) -> int:
+    """What `torchrun --standalone --start-method fork` does with a function; its exit status."""
+    os.environ.update(environment)
+    if not torch.cuda.is_available():
+        sys.path.append(str(FORKING))
+        from forking_platform import ForkingCpu
+
+        current_platform.__class__ = (
+            ForkingCpu  # a platform is chosen once, and was before the fork
+        )
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="fork",
+    )
+    try:
+        elastic_launch(config, forked_rank)(name, checkpoint, out)
+    except ChildFailedError:
+        return 1
+    return 0
+
+
+def forked_rank(name: str, checkpoint: Path, out: Path) -> None:
+    """One rank whose end is that of a program, with what has been registered for it."""
+    atexit._clear()  # what the process had registered from which it was forked
+    one_rank(name, checkpoint, out)
+    atexit._run_exitfuncs()
 
 
 def said(out: Path, number: int) -> list[Said]:
@@ -116,11 +185,11 @@ def failures(checkpoint: Path, out: Path, large: dict[str, Any], **settings: Any
         return lambda: model.generate(**SMALL | fields)
 
     def stop(progress: Progress) -> None:
-        if RANK == LAST and progress.step == 1:
+        if rank() == last() and progress.step == 1:
             raise KeyError("enough")
 
     (out / "folder.mp4").mkdir(exist_ok=True)
-    missing = Path("/nowhere.png") if RANK == LAST else out / "there.png"
+    missing = Path("/nowhere.png") if rank() == last() else out / "there.png"
     with Cosmos3(
         checkpoint,
         ulysses_degree=2,
@@ -146,6 +215,12 @@ def two_ranks(checkpoint: Path, out: Path) -> list[str]:
     return lines
 
 
+def only_commands(_: Path, out: Path) -> list[str]:
+    """Ranks that have no generator."""
+    commands(out)
+    return []
+
+
 def four_ranks(checkpoint: Path, out: Path) -> list[str]:
     """Commands, and then ranks that do not end by themselves."""
     commands(out)
@@ -159,7 +234,7 @@ def commands(out: Path) -> None:
         with redirect_stdout(printed), redirect_stderr(told), patch.dict(os.environ):
             status = main(words)
         heard = Said(status=status, out=printed.getvalue(), err=told.getvalue())
-        (out / f"command-{number}-{RANK}.json").write_text(json.dumps(asdict(heard)))
+        (out / f"command-{number}-{rank()}.json").write_text(json.dumps(asdict(heard)))
 
 
 def several(checkpoint: Path, out: Path) -> list[str]:
@@ -179,7 +254,7 @@ def stuck(_: Path, out: Path) -> list[str]:
     from test_executor import run, stage
     from toy_stage import ToyPlan
 
-    executor = StageExecutor(stage(1, LAST + 1, 1, backend="external_launcher"))
+    executor = StageExecutor(stage(1, last() + 1, 1, backend="external_launcher"))
     executor.start()
     return heard(
         lambda: run(executor, ToyPlan()),
@@ -242,15 +317,28 @@ def heard(*requests: Callable[[], object]) -> list[str]:
     return lines
 
 
-if __name__ == "__main__":
-    end_at_once()
-    name, checkpoint, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+def rank() -> int:
+    """Which one this process is."""
+    return int(os.environ["RANK"])
+
+
+def last() -> int:
+    return int(os.environ["WORLD_SIZE"]) - 1
+
+
+def one_rank(name: str, checkpoint: Path, out: Path) -> None:
+    """All that one rank does."""
     kinds = {
         "four_ranks": four_ranks,
         "gpus": gpus,
         "graphs": graphs,
+        "only_commands": only_commands,
         "two_ranks": two_ranks,
     }
-    made = kinds[name]
-    lines = made(checkpoint, out)
-    (out / f"{RANK}.json").write_text(json.dumps(lines))
+    lines = kinds[name](checkpoint, out)
+    (out / f"{rank()}.json").write_text(json.dumps(lines))
+
+
+if __name__ == "__main__":
+    end_at_once()
+    one_rank(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))

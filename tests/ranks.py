@@ -105,7 +105,7 @@ def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
     there.close()
     here.send_bytes(pickle.dumps((sys.path, pickle.dumps((function, args)))))
     try:
-        if not here.poll(SECONDS):
+        if not here.poll(HANG):
             raise AssertionError(f"{function.__name__} hangs")
         failed, value = pickle.loads(here.recv_bytes())
     except EOFError:

@@ -64,9 +64,9 @@ class Client:
         return replicas
 
     def create(self, **fields: Any) -> str:
-        """A video whose denoising has begun."""
+        """A video whose denoising has begun: lost before, it would be made again."""
         name = str(self._http.post("/v1/videos", json=fields).json()["id"])
-        eventually(lambda: self.job(name)["status"] != "queued")
+        eventually(lambda: self.job(name)["cosmos3"]["step"] > 0)
         return name
 
     def job(self, name: str) -> dict[str, Any]:

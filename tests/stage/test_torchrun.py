@@ -1,23 +1,23 @@
 """Ranks that torchrun has started: the engine and the command on meshes and replicas of them.
 
-Each launch imports vLLM once for each rank, so there are two: of two ranks and of four.
+Two are started by torchrun's command and import vLLM, the others are forked by its agent.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from launched import Said, assert_failed_together, launch, said
+from launched import Said, assert_failed_together, fork, launch, said
 from lines import write_inputs
 from safetensors.numpy import load_file
-from servers import environment
+from servers import forking
 
 from vllm_cosmos3 import Cosmos3
 from vllm_cosmos3.media import read_video
@@ -38,6 +38,7 @@ class Launched:
 
 
 def launched(
+    how: Callable[..., tuple[int, dict[int, list[str]]]],
     name: str,
     checkpoint: Path,
     folder: Path,
@@ -45,8 +46,8 @@ def launched(
     ranks: int,
     *commands: tuple[object, ...],
 ) -> Launched:
-    status, met = launch(
-        name, checkpoint, folder, ranks=ranks, commands=commands, environment=environment(cache)
+    status, met = how(
+        name, checkpoint, folder, ranks=ranks, commands=commands, environment=forking(cache)
     )
     heard = [said(folder, number) for number in range(len(commands))]
     assert [len(each) for each in heard] == [ranks] * len(commands)
@@ -63,21 +64,31 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two(
     tiny_checkpoint_fp32: Path,
-    inputs: Path,
     vllm_cache: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Launched:
-    """Eight requests to one generator, one to each of four others, and two commands."""
+    """Eight requests to one generator, one to each of four others, and a command."""
     folder = tmp_path_factory.mktemp("two")
     checkpoint = ("--checkpoint", tiny_checkpoint_fp32)
     phyai = ("generate", "--tp", 2, *checkpoint, "--prompt", "A red sports car")
     phyai += ("--out", folder / ".cache" / "cosmos3_t2v_wn", *SMALL)
+    return launched(launch, "two_ranks", tiny_checkpoint_fp32, folder, vllm_cache, 2, phyai)
+
+
+@pytest.fixture(scope="module")
+def two_of_reasoner(
+    tiny_checkpoint_fp32: Path,
+    inputs: Path,
+    vllm_cache: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Launched:
+    """A command that makes the first rank an ordinary process, with the engine of vLLM."""
+    folder = tmp_path_factory.mktemp("reasoner")
     reasoner = ("generate", "-i", inputs / "reasoner*.json", "-o", folder / "reasoner")
     reasoner += ("--checkpoint-path", tiny_checkpoint_fp32, "--parallelism-preset=latency")
     reasoner += ("--benchmark", "--seed=0", "--max-new-tokens", 4, "--enforce-eager")
     reasoner += ("--load-format", "auto")
-    # The last one makes the first rank an ordinary process.
-    return launched("two_ranks", tiny_checkpoint_fp32, folder, vllm_cache, 2, phyai, reasoner)
+    return launched(fork, "only_commands", tiny_checkpoint_fp32, folder, vllm_cache, 2, reasoner)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +108,9 @@ def four(
     records = ("generate", "-i", inputs / "[aitv][c2]*.json", "-o", folder / "records")
     records += ("--checkpoint-path", tiny_checkpoint_fp32, "--parallelism-preset=throughput")
     records += ("--benchmark", "--no_guardrails", "--num_steps", 1, "--size", "64x64", "--seed", 0)
-    return launched("four_ranks", tiny_checkpoint_fp32, folder, vllm_cache, 4, tuple(mesh), records)
+    return launched(
+        fork, "four_ranks", tiny_checkpoint_fp32, folder, vllm_cache, 4, tuple(mesh), records
+    )
 
 
 def test_they_fail_a_request_together_and_go_on(two: Launched) -> None:
@@ -123,9 +136,9 @@ def test_two_ranks_of_phyai_make_one_video(two: Launched) -> None:
     assert [file.name for file in out.iterdir()] == ["sample"]
 
 
-def test_two_ranks_ask_one_reasoner(two: Launched) -> None:
+def test_two_ranks_ask_one_reasoner(two_of_reasoner: Launched) -> None:
     """The framework's inputs/reasoner under torchrun: the first rank has the devices of both."""
-    ranks, out = two.commands[1], two.folder / "reasoner"
+    ranks, out = two_of_reasoner.commands[0], two_of_reasoner.folder / "reasoner"
     assert [rank.status for rank in ranks] == [0, 0], ranks
     assert "".join(rank.out for rank in ranks).count("3 of 3 records have their results") == 1
     for name in ("reasoner", "reasoner_image", "reasoner_video"):
