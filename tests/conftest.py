@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import forked_stages
 import pytest
 import torch
 from hypothesis import settings
@@ -179,6 +180,17 @@ def ranks() -> Iterator[Ranks]:
     """Runs a function on every rank of a mesh: ``ranks(parallel, function, *args)``."""
     yield POOL
     POOL.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def stages_are_forked() -> Iterator[None]:
+    """Of the clients of this process; elsewhere a CUDA device might be in use before the fork."""
+    if torch.cuda.is_available():
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vllm_cosmos3.stage.client.start_interpreter", forked_stages.start)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -251,8 +251,8 @@ def several(checkpoint: Path, out: Path) -> list[str]:
 
 def stuck(_: Path, out: Path) -> list[str]:
     """The last rank fails before a collective, in which the others then wait for ever."""
-    from test_executor import run, stage
-    from toy_stage import ToyPlan
+    from test_executor import run
+    from toy_plan import ToyPlan, stage
 
     executor = StageExecutor(stage(1, last() + 1, 1, backend="external_launcher"))
     executor.start()

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from ranks import processes_below, remaining, segments_of
-from toy_stage import ToyPlan
+from toy_plan import ToyPlan
 
 from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.errors import WorkerDied

@@ -7,29 +7,13 @@ import os
 import signal
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
+from toy_plan import ToyPlan, ToyResult
 
 from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.errors import CheckpointError, InvalidRequest, OutOfMemory
 from vllm_cosmos3.parallel.mesh import Mesh, all_gather
-
-
-@dataclass(frozen=True)
-class ToyPlan:
-    """``faults`` maps a moment ("encode", "step 2", "decode", "finish") to what happens then.
-
-    A fault is "all" or "one" rank raising before a collective, "invalid", "memory" (on all ranks),
-    "memory one", "hang" or "kill" on the last rank, or "crowded" until it is tried a second time.
-    ``result`` is "broken" if it cannot be pickled after its first MiB, "deadly" if its rank dies
-    there, and "unreadable" if it cannot be read again.
-    """
-
-    steps: int = 3
-    seconds: float = 0.0
-    faults: dict[str, str] = field(default_factory=dict)
-    result: str = "sound"
 
 
 @dataclass
@@ -65,18 +49,6 @@ class Trap:
 
 def _refuse(_: bytes) -> None:
     raise ValueError("these are no frames")
-
-
-@dataclass(frozen=True)
-class ToyResult:
-    total: int
-    pids: tuple[int, ...]
-    company: tuple[int, ...] = ()  # how many have made each step together
-    weights: int = 0  # how many parts the last weight update had
-
-    def save(self, path: Path) -> list[Path]:
-        path.write_text(str(self.total))
-        return [path]
 
 
 class Toy:

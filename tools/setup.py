@@ -83,7 +83,8 @@ def _build(pip: Pip, device: str, vllm_cpu: str, python: str, stamp: dict[str, s
         pip.install("-e", f"{ROOT}[cuda,test,docs]")
     elif device == "openpi":
         _say("installing openpi-client")
-        pip.install("--no-deps", "-r", str(ROOT / "requirements/openpi.txt"))
+        # The client imports a small part of numpy, and Python compiles that when it does.
+        pip.install("--no-deps", "--no-compile", "-r", str(ROOT / "requirements/openpi.txt"))
     else:
         _say("installing aiperf")
         pip.install("-r", str(ROOT / "requirements/aiperf.txt"))

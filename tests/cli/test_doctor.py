@@ -38,23 +38,19 @@ def run_doctor(shadow: Path | None = None, **environment: str) -> tuple[int, dic
     return done.returncode, words, done.stdout + done.stderr
 
 
-def test_a_torch_that_cannot_be_imported_is_named_and_the_rest_is_still_checked(
-    tmp_path: Path,
-) -> None:
+def test_what_is_broken_is_named_and_the_rest_is_still_checked(tmp_path: Path) -> None:
+    """torch cannot be imported, and the list of allowed plugins is without ours."""
     (tmp_path / "torch.py").write_text("raise OSError('libtorch_cpu.so: file too short')")
-    status, words, output = run_doctor(tmp_path)
+    status, words, output = run_doctor(tmp_path, VLLM_PLUGINS="lora_hf_hub_resolver")
     assert status == 1
-    assert words["torch"] == words["vllm"] == "FIX"
+    assert words["torch"] == words["vllm"] == words["plugins"] == "FIX"
     assert words["codecs"] == "ok"
     assert "OSError: libtorch_cpu.so: file too short" in output
+    assert "-> export VLLM_PLUGINS=lora_hf_hub_resolver,cosmos3\n" in output
     assert "Traceback" not in output
 
 
 def test_this_environment_is_well_once_the_command_is_obeyed_that_is_printed() -> None:
-    """The list of allowed plugins is without ours."""
-    status, words, output = run_doctor(VLLM_PLUGINS="lora_hf_hub_resolver")
-    assert (status, words["plugins"]) == (1, "FIX")
-    assert "-> export VLLM_PLUGINS=lora_hf_hub_resolver,cosmos3\n" in output
     status, words, output = run_doctor(VLLM_PLUGINS="lora_hf_hub_resolver,cosmos3")
     for subject in ("python", "torch", "cuda", "driver", "vllm", "plugins", "codecs"):
         assert words[subject] == "ok", output

@@ -223,13 +223,19 @@ def test_a_deadline_ends_a_request(generator_server: Server) -> None:
 def test_a_thousand_creates_at_once(generator_server: Server) -> None:
     idle(generator_server)
     options: dict[str, Any] = {"base_url": generator_server.url, "timeout": HANG}
-    limits = httpx.Limits(max_connections=50)
 
     async def post_all() -> list[httpx.Response]:
-        # One thread: of fifty some would not get to send their body before it is given up.
-        async with httpx.AsyncClient(**options, limits=limits) as clients:
-            bodies = [{"prompt": "a boat", **LONG, "seed": seed} for seed in range(1000)]
-            return await asyncio.gather(*(clients.post("/v1/videos", json=each) for each in bodies))
+        # One thread: of fifty some would not get to send their body before it is given up. Those that
+        # wait for a connection wait here: httpx would look at all of them whenever one is free.
+        async with httpx.AsyncClient(**options, limits=MANY) as clients:
+            turn = asyncio.Semaphore(50)
+
+            async def post(seed: int) -> httpx.Response:
+                async with turn:
+                    body = {"prompt": "a boat", **LONG, "seed": seed}
+                    return await clients.post("/v1/videos", json=body)
+
+            return await asyncio.gather(*map(post, range(1000)))
 
     with under_way(generator_server) as blocker, httpx.Client(**options) as client:
         before = psutil.Process(generator_server.pid).memory_info().rss

@@ -13,6 +13,6 @@ pytestmark = pytest.mark.serve
 
 def test_bad_media_hurt_nobody(reasoner_server: Server) -> None:
     done: list[int] = []
-    wrong = asyncio.run(soak(reasoner_server.url, reasoner_server.model, 160, 8, done.append))
+    wrong = asyncio.run(soak(reasoner_server.url, reasoner_server.model, 112, 8, done.append))
     assert not wrong
-    assert done == list(range(1, 161))
+    assert done == list(range(1, 113))

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 from ranks import in_new_process, processes_below, remaining, segments_of
-from toy_stage import ToyPlan, ToyResult
+from toy_plan import ToyPlan, ToyResult, stage
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
-from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.errors import (
     CheckpointError,
     Cosmos3Error,
@@ -25,23 +24,9 @@ from vllm_cosmos3.errors import (
     OutOfMemory,
     WorkerDied,
 )
-from vllm_cosmos3.stage.config import StageConfig
 from vllm_cosmos3.stage.executor import StageExecutor
 from vllm_cosmos3.stage.launcher import check_backend
 from vllm_cosmos3.stage.worker import end_with_parent
-
-
-def stage(
-    cfg: int = 1, ulysses: int = 1, tp: int = 1, *, model: Path = Path("/"), backend: str = "mp"
-) -> StageConfig:
-    engine = EngineConfig(
-        model=model,
-        device="cpu",
-        cfg_parallel_size=cfg,
-        ulysses_degree=ulysses,
-        tensor_parallel_size=tp,
-    )
-    return StageConfig(engine=engine, stage="toy_stage:Toy", backend=backend, timeout=60, grace=0.5)
 
 
 def run(executor: StageExecutor, plan: ToyPlan, *, save: Path | None = None, timeout: float = 60):

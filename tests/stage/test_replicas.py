@@ -12,8 +12,7 @@ from typing import cast
 import pytest
 from generators import eventually
 from limits import HANG
-from test_executor import stage
-from toy_stage import ToyPlan
+from toy_plan import ToyPlan, stage
 
 from vllm_cosmos3.errors import (
     Busy,

@@ -17,8 +17,7 @@ import pytest
 from generators import eventually
 from limits import HANG
 from ranks import processes_below, remaining, segments_of
-from test_executor import stage
-from toy_stage import ToyPlan
+from toy_plan import ToyPlan, stage
 
 from vllm_cosmos3.errors import (
     Busy,
@@ -496,9 +495,7 @@ import sys, time
 sys.path[:0] = {paths!r}
 from vllm_cosmos3.imports import end_at_once
 end_at_once()
-from ranks import processes_below, remaining, segments_of
-from test_executor import stage
-from toy_stage import ToyPlan
+from toy_plan import ToyPlan, stage
 from vllm_cosmos3.stage.client import StageClient
 client = StageClient(stage(1, 2, 1))
 client.wait_ready(600)

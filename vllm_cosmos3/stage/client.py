@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 import uuid
+from collections.abc import Mapping
 from concurrent.futures import TimeoutError as StillWaiting
 from dataclasses import replace
 from getpass import getuser
@@ -319,17 +320,7 @@ class StageClient(Stages):
             ),
         }
         environment |= {} if self.devices is None else {DEVICES: self.devices}
-        process = subprocess.Popen(
-            [sys.executable, "-c", BOOTSTRAP],
-            stdin=subprocess.PIPE,
-            stdout=STDERR,  # vLLM logs there
-            env=environment,
-            start_new_session=True,  # Ctrl-C is for this process, which knows what to do about it
-        )
-        assert process.stdin is not None
-        with process.stdin as pipe:
-            pipe.write(pickle.dumps(sys.path) + pickle.dumps(setup))
-        return process
+        return start_interpreter(environment, pickle.dumps(sys.path) + pickle.dumps(setup))
 
     def _restarted(self) -> bool:
         """Fail what the ended process was serving and start a new one. Whether there is one."""
@@ -351,6 +342,21 @@ class StageClient(Stages):
         for job in jobs:
             job.handle(Failure(job.name, error))
         return alive
+
+
+def start_interpreter(environment: Mapping[str, str], told: bytes) -> subprocess.Popen[bytes]:
+    """A new interpreter that runs a stage, and has been told where modules are and its `Setup`."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", BOOTSTRAP],
+        stdin=subprocess.PIPE,
+        stdout=STDERR,  # vLLM logs there
+        env=environment,
+        start_new_session=True,  # Ctrl-C is for this process, which knows what to do about it
+    )
+    assert process.stdin is not None
+    with process.stdin as pipe:
+        pipe.write(told)
+    return process
 
 
 def _keep(_: str) -> None:

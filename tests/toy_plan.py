@@ -1,0 +1,50 @@
+"""What is asked of the stage of `toy_stage`, and its answers. Programs that start one import no more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vllm_cosmos3.engine_options import EngineConfig
+from vllm_cosmos3.stage.config import StageConfig
+
+
+def stage(
+    cfg: int = 1, ulysses: int = 1, tp: int = 1, *, model: Path = Path("/"), backend: str = "mp"
+) -> StageConfig:
+    engine = EngineConfig(
+        model=model,
+        device="cpu",
+        cfg_parallel_size=cfg,
+        ulysses_degree=ulysses,
+        tensor_parallel_size=tp,
+    )
+    return StageConfig(engine=engine, stage="toy_stage:Toy", backend=backend, timeout=60, grace=0.5)
+
+
+@dataclass(frozen=True)
+class ToyPlan:
+    """``faults`` maps a moment ("encode", "step 2", "decode", "finish") to what happens then.
+
+    A fault is "all" or "one" rank raising before a collective, "invalid", "memory" (on all ranks),
+    "memory one", "hang" or "kill" on the last rank, or "crowded" until it is tried a second time.
+    ``result`` is "broken" if it cannot be pickled after its first MiB, "deadly" if its rank dies
+    there, and "unreadable" if it cannot be read again.
+    """
+
+    steps: int = 3
+    seconds: float = 0.0
+    faults: dict[str, str] = field(default_factory=dict)
+    result: str = "sound"
+
+
+@dataclass(frozen=True)
+class ToyResult:
+    total: int
+    pids: tuple[int, ...]
+    company: tuple[int, ...] = ()  # how many have made each step together
+    weights: int = 0  # how many parts the last weight update had
+
+    def save(self, path: Path) -> list[Path]:
+        path.write_text(str(self.total))
+        return [path]
