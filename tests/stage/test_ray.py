@@ -22,6 +22,7 @@ from vllm_cosmos3.parallel.mesh import Mesh
 from vllm_cosmos3.progress import Progress
 from vllm_cosmos3.request.planner import make_plan
 from vllm_cosmos3.request.request import GenerateRequest
+from vllm_cosmos3.stage.client import start_interpreter
 
 REQUEST = {"prompt": "A paper boat", "num_frames": 5, "size": "64x64", "seed": 3}
 REQUEST |= {"num_inference_steps": 3}
@@ -37,8 +38,9 @@ def start_second(
     """Starts the second node of a cluster, in which each has one device for Ray."""
     ray_platform.install(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    # This process has chosen its platform already.
+    # This process has chosen its platform already, and so has the one from which stages are forked.
     monkeypatch.setattr(current_platform, "ray_device_key", "GPU")
+    monkeypatch.setattr("vllm_cosmos3.stage.client.start_interpreter", start_interpreter)
     noticed_at_once = {"RAY_health_check_period_ms": "300"}
     with ExitStack() as stack, cluster(vllm_cache, *ONE, **noticed_at_once) as settings:
         join(settings, monkeypatch)
