@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import signal
 import subprocess
 import sys
 import uuid
@@ -145,6 +146,7 @@ def agent(
 def forked_rank(name: str, checkpoint: Path, out: Path) -> None:
     """One rank whose end is that of a program, with what has been registered for it."""
     atexit._clear()  # what the process had registered from which it was forked
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the agent's, in Python, waits for a collective
     one_rank(name, checkpoint, out)
     atexit._run_exitfuncs()
 
