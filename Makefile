@@ -32,7 +32,7 @@ demo: setup ## a small trained checkpoint makes three clips and says what they s
 
 serve: setup ## serve the small trained checkpoint (CHECKPOINT=, PORT=)
 	@$(BIN)/vllm-cosmos3 serve $(CHECKPOINT) --host 127.0.0.1 --port $(PORT) \
-	  $(if $(filter demo,$(CHECKPOINT)),--enforce-eager --max-model-len 4096 --max-num-seqs 16)
+	  $(if $(filter demo demo-%,$(CHECKPOINT)),--enforce-eager --max-model-len 4096 --max-num-seqs 16)
 
 test: setup ## run the tests (PYTEST= adds arguments); as root it installs Chromium
 	@$(BIN)/python tools/chromium.py

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from vllm_cosmos3.checkpoint.hub import SHORT_NAMES, full_name, resolve
 from vllm_cosmos3.checkpoint.synthetic import write_checkpoint
 from vllm_cosmos3.errors import CheckpointError
 
+DERIVED = {"demo-4step": "distilled-i2v", "demo-policy": "policy-droid"}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_secret"
 
@@ -171,27 +173,27 @@ def test_a_folder_is_itself(tiny_checkpoint: Path) -> None:
         resolve(tiny_checkpoint, "fp8")
 
 
-@pytest.mark.parametrize("name", SHORT_NAMES)
+@pytest.mark.parametrize("name", sorted({*SHORT_NAMES} - {*DERIVED}))
 def test_a_short_name_is_what_it_stands_for(name: str) -> None:
     assert full_name(name) == str(SHORT_NAMES[name])
     assert full_name(f"./{name}") == f"./{name}"
 
 
-def test_a_short_name_may_stand_for_what_differs(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", DERIVED)
+def test_a_short_name_stands_for_a_complete_folder(
+    name: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The clone's folder says what differs from a base; the complete one is put together."""
-    folder = tmp_path / "four"
-    folder.mkdir()
-    description = {"base": os.path.relpath(tiny_checkpoint, folder), "kind": "distilled-i2v"}
-    (folder / "derived.json").write_text(json.dumps(description))
-    save_file({}, folder / "changed.safetensors")
-    monkeypatch.setitem(SHORT_NAMES, "four", folder)
+    """The clone's folder says what differs from the demo, which has tiny weights here."""
+    clone = tmp_path / "checkpoints"
+    shutil.copytree(SHORT_NAMES[name], clone / name)
+    (clone / "demo").symlink_to(tiny_checkpoint)
+    save_file({}, clone / name / "changed.safetensors")
+    monkeypatch.setitem(SHORT_NAMES, name, clone / name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    found = Path(full_name("four"))
-    assert found == resolve("four")
-    assert found.name == "four"
-    assert read_config(found).kind == "distilled-i2v"
+    found = Path(full_name(name))
+    assert found == resolve(name)
+    assert found.name == name
+    assert read_config(found).kind == DERIVED[name]
 
 
 def test_the_demo_is_a_folder_of_the_clone() -> None:
@@ -209,15 +211,16 @@ def test_a_checkpoint_in_a_folder_of_that_name_comes_first(
     assert resolve("demo").resolve() == tiny_checkpoint.resolve()
 
 
+@pytest.mark.parametrize("name", ["demo", *DERIVED])
 def test_an_installed_package_says_where_the_demo_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub_module, "CLONE", tmp_path)
-    monkeypatch.setitem(SHORT_NAMES, "demo", tmp_path / "checkpoints" / "demo")
+    monkeypatch.setitem(SHORT_NAMES, name, tmp_path / "checkpoints" / name)
     with pytest.raises(
-        CheckpointError, match=r"demo is the folder checkpoints/demo of this .* clone"
+        CheckpointError, match=rf"{name} is the folder checkpoints/{name} of this .* clone"
     ):
-        resolve("demo")
+        resolve(name)
 
 
 def test_configuration_comes_before_weights(hub: Hub) -> None:

@@ -22,6 +22,8 @@ CLONE = Path(__file__).parents[2]  # nothing of it is there beside an installed 
 # The repositories have those that the Cosmos Framework gives them.
 SHORT_NAMES: dict[str, Path | str] = {
     "demo": CLONE / "checkpoints" / "demo",
+    "demo-4step": CLONE / "checkpoints" / "demo-4step",
+    "demo-policy": CLONE / "checkpoints" / "demo-policy",
     "Cosmos3-Nano": "nvidia/Cosmos3-Nano",
     "Cosmos3-Nano-Policy-DROID": "nvidia/Cosmos3-Nano-Policy-DROID",
     "Cosmos3-Nano-Sim-Bimanual": "nvidia/Cosmos3-Nano-Sim-Bimanual",
