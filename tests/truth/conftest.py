@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from judged import made
 from servers import BIN, BOTH, SMALL, Server, running
 
 from training.captions import draw_caption
@@ -16,7 +17,6 @@ from vllm_cosmos3 import Cosmos3
 
 SEEDS = (60_000_001, 60_000_003, 60_000_004, 60_000_006, 60_000_007, 60_000_008)  # never trained on
 PAIRS = (60_000_108, 60_000_111, 60_000_113, 60_000_115)  # one thing pushes another
-FEW_STEPS = {"num_inference_steps": 16, "guidance_scale": 3.0}
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +40,7 @@ def demo() -> Iterator[Cosmos3]:
 @pytest.fixture(scope="session")
 def clips(demo: Cosmos3, prompts: list[Prompt]) -> list[np.ndarray]:
     """The clip of each prompt, from the prompt alone."""
-    return [demo.generate(**p.fields | FEW_STEPS | {"seed": 0}).video for p in prompts]
+    return [made(demo, prompt) for prompt in prompts]
 
 
 @pytest.fixture(scope="session")

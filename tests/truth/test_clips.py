@@ -6,33 +6,13 @@ more prompts.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
+from judged import SURE, difference, made, shares
 
 from training.observing import observe
-from training.shares import Share
-from training.yardstick import Prompt, confirmed_shares
+from training.yardstick import Prompt
 from vllm_cosmos3 import Cosmos3
-
-FEW_STEPS = {"num_inference_steps": 16, "guidance_scale": 3.0}
-SURE = ("colour", "motion", "gripper")
-
-
-def made(demo: Cosmos3, prompt: Prompt, **fields: Any) -> np.ndarray:
-    video = demo.generate(**prompt.fields | FEW_STEPS | {"seed": 0} | fields).video
-    assert video is not None
-    return video
-
-
-def shares(prompts: list[Prompt], clips: list[np.ndarray]) -> dict[str, Share]:
-    return confirmed_shares(p.confirmed(clip) for p, clip in zip(prompts, clips, strict=True))
-
-
-def difference(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean of the levels between two pictures."""
-    return float(np.abs(a.astype(int) - b.astype(int)).mean())
 
 
 def test_text_to_video(prompts: list[Prompt], clips: list[np.ndarray]) -> None:
