@@ -1,9 +1,9 @@
-"""What `make demo` runs: the demo checkpoint makes three clips, and its reasoner says what they show.
+"""What `make demo` runs: the demo checkpoints make three clips, and a reasoner says what they show.
 
-A clip from a prompt, one from a picture, and one that goes on from itself, on whatever device vLLM
-was built for; 24 MiB of weights, trained on a small world of flat things. Each clip is shown in the
-terminal and read back by the world's checker, which sees pixels alone. Then stock `vllm serve`
-is started and asked about each with the official openai client.
+A clip from a prompt, one from a picture with its sound, and what a policy does with a gripper in a
+world that answers, on whatever device vLLM was built for; 24 MiB of weights, trained on a small world
+of flat things. Each clip is shown in the terminal and read back by the world's checker, which has pixels
+and samples alone. Then stock `vllm serve` is started and asked about each with the official openai client.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import openai
@@ -32,20 +33,27 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT), str(ROOT / "examples" / "reasoner")]
 from client import message  # noqa: E402
 from local_server import ServerFailed, local_server, program  # noqa: E402
-from training.captions import draw_caption  # noqa: E402
+from training.actions import FPS, action_fields, closed_loop, lifted, picking  # noqa: E402
+from training.captions import draw_caption, instruction  # noqa: E402
 from training.contact_sheet import write_sheet  # noqa: E402
-from training.observing import observe  # noqa: E402
+from training.observing import Seen, observe  # noqa: E402
 from training.rendering import true_clip  # noqa: E402
-from training.scenes import Canvas, draw_scene  # noqa: E402
+from training.scenes import MATERIALS, Canvas, Scene, draw_scene  # noqa: E402
+from training.sounds import contact_frame, on_time, tones_in  # noqa: E402
 from vllm_cosmos3.cli.terminal import quiet_libraries  # noqa: E402
 from vllm_cosmos3.errors import Cosmos3Error  # noqa: E402
+from vllm_cosmos3.media import write_video  # noqa: E402
+
+if TYPE_CHECKING:  # vLLM takes its time, and has much to say
+    from vllm_cosmos3 import Cosmos3
 
 QUESTION = "What happens in the video?"
-COMMON = {
-    "size": "320x192", "num_frames": 17, "num_inference_steps": 16, "guidance_scale": 3.0,
-    "generate_sound": False,
-}  # fmt: skip
-PICTURED = 98  # seed of the scene whose first frame is the picture
+STEPS = {"num_inference_steps": 16, "guidance_scale": 3.0}
+PUSHED, PICKED, CHUNKS = (
+    7,
+    8,
+    2,
+)  # seeds of the scenes of the picture and of the policy, and its chunks
 FRAMES = 5  # of a clip that are shown
 WIDEST = 160  # columns
 
@@ -55,16 +63,20 @@ console = Console(highlight=False)
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A clip that is asked for: from what, the prompt, and the other fields of the request."""
+    """A clip that is asked for: from what, the prompt, of which checkpoint, and how it is made.
+
+    ``make`` writes the file and returns the clip, uint8 [T, H, W, 3], and what the checker says of it.
+    """
 
     source: str
     prompt: str
-    fields: dict[str, Any]
+    checkpoint: str
+    make: Callable[[Cosmos3, Path], tuple[Pixels, str]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Made:
-    """A clip that was made, uint8 [T, H, W, 3], its file, and what the checker sees in it."""
+    """A clip that was made, its file, and what the checker sees in it."""
 
     asked: Asked
     clip: Pixels
@@ -73,18 +85,58 @@ class Made:
 
 
 def asked() -> list[Asked]:
-    """The three clips: everything that the checkpoint was trained for."""
-    pictured = draw_scene(PICTURED, Canvas(fps=12))
-    picture, text = true_clip(pictured, [0])[0].numpy(), draw_caption(pictured).text
+    """The three clips."""
+    prompt = "a gripper lifts an orange circle"
+    pushed = draw_scene(PUSHED, Canvas(fps=12), {"push": 1}, MATERIALS[1:])
+    picked = picking(PICKED, CHUNKS)
     return [
-        Asked("a prompt", "a gripper lifts an orange circle", {"fps": 12, "seed": 1}),
-        Asked("a picture", text, {"fps": 12, "seed": 2, "image": picture}),
-        Asked(
-            "itself",
-            "a small red square moves to the right",
-            {"fps": 24, "seed": 5, "num_chunks": 2},
-        ),
-    ]
+        Asked("a prompt", prompt, "demo", partial(from_prompt, prompt)),
+        Asked("a picture, with sound", draw_caption(pushed).text, "demo", partial(from_picture, pushed)),
+        Asked("a policy that acts", instruction(picked), "demo-policy", partial(by_policy, picked)),
+    ]  # fmt: skip
+
+
+def from_prompt(prompt: str, model: Cosmos3, file: Path) -> tuple[Pixels, str]:
+    out = model.generate(
+        prompt=prompt, size="320x192", num_frames=17, fps=12, seed=1, generate_sound=False, **STEPS
+    )
+    out.save(file)
+    return out.video, str(observe(out.video))
+
+
+def from_picture(scene: Scene, model: Cosmos3, file: Path) -> tuple[Pixels, str]:
+    """What comes after the first frame of a scene, with a tone where two things touch."""
+    out = model.generate(
+        prompt=draw_caption(scene).text, image=true_clip(scene, [0])[0].numpy(), size="320x192",
+        num_frames=17, fps=12, seed=2, generate_sound=True, **STEPS,
+    )  # fmt: skip
+    out.save(file)
+    seen = observe(out.video)
+    return out.video, f"{seen}; {heard(scene, seen, out.sound)}"
+
+
+def heard(scene: Scene, seen: Seen, sound: NDArray[np.float32]) -> str:
+    """Which tones a sound has and when, and whether that is when the clip shows a contact."""
+    tones = [f"a {tone.material} tone at {tone.seconds:.2f} s" for tone in tones_in(sound)]
+    frame = contact_frame(scene.kind, seen)
+    touch = (
+        "nothing touches" if frame is None else f"they touch at {frame / scene.canvas.fps:.2f} s"
+    )
+    verdict = "on time" if on_time(scene, seen, sound) else "not as it should be"
+    return f"{' and '.join(tones) or 'silence'}, {touch}: {verdict}"
+
+
+def by_policy(scene: Scene, model: Cosmos3, file: Path) -> tuple[Pixels, str]:
+    """The world's clip of what a policy does in it, chunk after chunk."""
+    fields = action_fields(scene, "policy")
+    done = closed_loop(
+        scene, lambda picture: model.generate(**fields, image=picture).action, CHUNKS
+    )
+    clip = true_clip(done).numpy()
+    write_video(file, clip, fps=FPS)
+    verdict = "lifted" if lifted(done) else "not lifted"
+    thing = scene.things[0]
+    return clip, f"{observe(clip)}; the {thing.colour} {thing.shape} is {verdict}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,25 +162,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_clips(folder: Path) -> list[Made]:
     """Make, show and save the clips, and a contact sheet of all."""
-    headline("1. Three clips", "of 24 MiB of weights, checkpoints/demo")
-    made = []
-    with ExitStack() as stack:
-        stack.enter_context(quiet_libraries())
-        from vllm_cosmos3 import Cosmos3  # here: vLLM takes its time, and has much to say
+    headline("1. Three clips", "of 24 MiB of weights, checkpoints/demo and demo-policy")
+    made: list[Made] = []
+    with quiet_libraries():
+        from vllm_cosmos3 import Cosmos3
 
-        model = stack.enter_context(Cosmos3("demo", progress=False))
-        for number, one in enumerate(asked(), 1):
-            console.print(f"\nfrom {one.source}: [bold]{one.prompt}[/bold]")
-            began = time.monotonic()
-            out = model.generate(prompt=one.prompt, **COMMON | one.fields)
-            seconds = time.monotonic() - began
-            (file,) = out.save(folder / f"clip-{number}.mp4")
-            made.append(Made(one, out.video, file, str(observe(out.video))))
-            show(out.video)
-            console.print(f"[dim]{file}, {len(out.video)} frames in {seconds:.1f} s[/dim]")
-            console.print(f"the checker sees {made[-1].seen}")
+        for checkpoint, some in groupby(asked(), lambda one: one.checkpoint):
+            with Cosmos3(checkpoint, progress=False) as model:
+                for one in some:
+                    made.append(make_clip(model, one, folder / f"clip-{len(made) + 1}.mp4"))
     write_sheet([one.clip for one in made], folder / "sheet.png", FRAMES)
     return made
+
+
+def make_clip(model: Cosmos3, one: Asked, file: Path) -> Made:
+    console.print(f"\nfrom {one.source}: [bold]{one.prompt}[/bold]")
+    began = time.monotonic()
+    clip, seen = one.make(model, file)
+    seconds = time.monotonic() - began
+    show(clip)
+    console.print(f"[dim]{file}, {len(clip)} frames in {seconds:.1f} s[/dim]")
+    console.print(f"the checker says: {seen}")
+    return Made(one, clip, file, seen)
 
 
 def ask_reasoner(made: Sequence[Made], *, log: Path) -> list[str]:
@@ -180,7 +235,7 @@ def show(clip: Pixels) -> None:
 
 def summary(made: Sequence[Made], said: Sequence[str]) -> None:
     headline("3. Asked, seen, said", f"the question was: {QUESTION}")
-    table = Table("from", "asked", "the checker sees", "the reasoner says", show_lines=True)
+    table = Table("from", "asked", "the checker says", "the reasoner says", show_lines=True)
     for one, words in zip(made, said, strict=True):
         table.add_row(one.asked.source, one.asked.prompt, one.seen, words)
     console.print(table)
