@@ -72,7 +72,6 @@ ROWS = {
     "sdpa": Row(engine={"attention_backend": "sdpa"}),
     "float32": Row(engine={"dtype": "float32"}),
     "on-host": Row(engine={"und_residency": "host", "enable_layerwise_offload": True}),
-    # Not trained yet: `training.train_towers --modes`.
     "picture": Row(fields={}, canvas=Canvas(frames=1)),
     "square": Row(canvas=Canvas(256, 256)),
     "portrait": Row(canvas=Canvas(192, 320)),
@@ -81,7 +80,6 @@ ROWS = {
     "seg": Row(fields={"num_inference_steps": 16}, control="seg"),
     "sound": Row(sound=True),
 }
-TRAINED = list(ROWS)[: list(ROWS).index("picture")]
 
 
 def made(
@@ -131,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("checkpoint", help="demo, or a folder with the demo world's vocabulary")
     p.add_argument("--device", help="default: what vLLM was built for")
     p.add_argument("--count", type=int, default=768, help="prompts in each row (default: 768)")
-    p.add_argument("--rows", nargs="+", choices=ROWS, default=TRAINED)
+    p.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     p.add_argument("--reasoner", action="store_true", help="ask the reasoner as well")
     p.add_argument("--json", type=Path, help="write the numbers there too")
     a = p.parse_args(argv)

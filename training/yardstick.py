@@ -87,8 +87,8 @@ def held_out_prompts(
 ) -> list[Prompt]:
     """Prompts of the scenes with seeds from ``first``.
 
-    ``grown`` adds the kinds of scenes, and ``materials`` other than rubber the spots and words, that
-    the published checkpoint was not taught.
+    ``grown`` adds the rarer kinds of scenes, ``materials`` other than rubber the spots and words that say
+    how a thing sounds.
     """
     seeds = range(first, first + count)
     scenes = scenes_at(seeds, canvas or Canvas(), grown=grown, materials=materials)
