@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from training.actions import CHUNK, DOMAIN, FPS, VIEW, WIDTH, Rows, rows_of
 from training.captions import draw_caption, instruction
 from training.flow import Flow, drawn_levels, flow_loss, mixed
 from training.optimisation import Kind
-from training.pools import Codec, draw, make_pool, scenes_at
+from training.pools import Codec, draw, drawing, make_pool, scenes_at
 from training.prompts import encoded, framed, framed_action, framed_transfer
 from training.rendering import Packed, pack, render, segmented, to_bytes
 from training.scenes import ACTED, BASIC, GROWN, MATERIALS, RATES, Canvas, draw_scene, window
@@ -116,7 +115,7 @@ def _draw_actions(a: Namespace) -> list[tuple[list[NDArray[Any]], Rows, list[str
     job = partial(_acted_chunk, canvas=canvas, frames=min(a.size[2], CHUNK + 1))
     if a.workers == 1:
         return list(map(job, starts, sizes))
-    with ProcessPoolExecutor(a.workers, get_context("fork")) as pool:
+    with drawing(a.workers) as pool:
         return list(pool.map(job, starts, sizes))
 
 
@@ -124,7 +123,6 @@ def _acted_chunk(
     first: int, count: int, *, canvas: Canvas, frames: int
 ) -> tuple[list[NDArray[Any]], Rows, list[str]]:
     """Windows of scenes: a gripper is seen on its way as well, as after a first chunk."""
-    torch.set_num_threads(1)
     scenes = []
     for seed in range(first, first + count):
         start = random.Random(seed ^ 0xAC7).randrange(canvas.frames - frames + 1)

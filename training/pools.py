@@ -47,7 +47,7 @@ def draw(first: int, count: int, canvas: Canvas, *, grown: bool, workers: int) -
     if workers == 1:
         parts = [_draw_chunk(*job) for job in jobs]
     else:
-        with ProcessPoolExecutor(workers, get_context("fork")) as pool:
+        with drawing(workers) as pool:
             parts = list(pool.map(_draw_chunk, *zip(*jobs, strict=True)))
     packed = (
         Packed(*(torch.cat([torch.from_numpy(p[which][i]) for p in parts]) for i in range(3)))
@@ -57,8 +57,14 @@ def draw(first: int, count: int, canvas: Canvas, *, grown: bool, workers: int) -
     return Drawn(*packed, *lists)
 
 
+def drawing(workers: int) -> ProcessPoolExecutor:
+    """Processes that draw scenes, of one thread each. They are forked: before CUDA starts."""
+    return ProcessPoolExecutor(
+        workers, get_context("fork"), initializer=torch.set_num_threads, initargs=(1,)
+    )
+
+
 def _draw_chunk(first: int, count: int, canvas: Canvas, grown: bool) -> tuple[Any, ...]:  # noqa: FBT001 - map gives it by place
-    torch.set_num_threads(1)
     scenes = scenes_at(range(first, first + count), canvas, grown=grown)
     plain = [framed(draw_caption(s).text, s.canvas) for s in scenes]
     structured = [framed(draw_caption(s, 1.0).text, s.canvas) for s in scenes]
