@@ -40,7 +40,9 @@ ENGINE = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s MODEL --prompts FILE --out DIR [options]"
     parser.add_argument(
-        "model", metavar="MODEL", help="checkpoint folder, Hugging Face repository, or demo"
+        "model",
+        metavar="MODEL",
+        help="folder, repository, demo, demo-4step or demo-policy",
     )
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="text file with a prompt on each line")  # fmt: skip
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder for clips, page and numbers")  # fmt: skip

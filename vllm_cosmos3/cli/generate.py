@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model",
         nargs="?",
         metavar="MODEL",
-        help="checkpoint folder, Hugging Face repository, or demo",
+        help="folder, repository, demo, demo-4step or demo-policy",
     )
     add("--checkpoint-path", dest="checkpoint", help=argparse.SUPPRESS)
     add("--checkpoint", dest="phyai_checkpoint", help=argparse.SUPPRESS)

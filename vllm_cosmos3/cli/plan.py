@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="checkpoint folder, Hugging Face repository, demo, nano, super or edge",
+        help="folder, repository, demo, demo-4step, demo-policy, nano, super or edge",
     )
     add_engine_flags(parser, [name for name in OPTIONS if name not in WITHOUT_MEMORY])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cuda, or cpu for what torch allocates there (default: cuda)")  # fmt: skip

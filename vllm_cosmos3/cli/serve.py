@@ -89,7 +89,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.usage = "vllm-cosmos3 serve CKPT [--surface reasoner|generator|both] [flags]"
     parser.add_argument(
-        "checkpoint", metavar="CKPT", help="checkpoint folder, Hugging Face repository, or demo"
+        "checkpoint",
+        metavar="CKPT",
+        help="folder, repository, demo, demo-4step or demo-policy",
     )
     config_file.add_flag(parser)
     parser.add_argument(

@@ -29,7 +29,9 @@ REASONER = ("revision", "dtype", "tensor_parallel_size", "load_format")  # as vL
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s MODEL --prompt TEXT... [options]"
     parser.add_argument(
-        "model", metavar="MODEL", help="checkpoint folder, Hugging Face repository, or demo"
+        "model",
+        metavar="MODEL",
+        help="folder, repository, demo, demo-4step or demo-policy",
     )
     parser.add_argument("--prompt", nargs="+", required=True, metavar="TEXT", help="what to show, in short")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FILE", help="write here and not to standard output")  # fmt: skip
