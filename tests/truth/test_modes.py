@@ -42,7 +42,7 @@ def test_pictures(width: int, height: int, demo: Cosmos3) -> None:
 )
 def test_other_sizes_and_lengths(width: int, height: int, frames: int, demo: Cosmos3) -> None:
     prompts = six(Canvas(width, height, frames))
-    clips = [made(demo, p, num_inference_steps=8) for p in prompts]
+    clips = [made(demo, p, num_inference_steps=12) for p in prompts]
     assert all(clip.shape == (frames, height, width, 3) for clip in clips)
     found = shares(prompts, clips)
     assert all(found[name].value == 1.0 for name in SURE)
