@@ -47,7 +47,7 @@ async def media_files(
         InvalidRequest: not a file or URL, several of a kind, or not to be had.
         ApiError: an address or path that is not allowed, or too many bytes.
     """
-    if not request.references:  # for a folder all other requests would wait, twice
+    if not request.references:  # making and removing a folder would hold up the event loop
         yield {}, {}
         return
     with TemporaryDirectory(dir=inputs) as folder:
