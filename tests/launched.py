@@ -123,9 +123,8 @@ def agent(
         sys.path.append(str(FORKING))
         from forking_platform import ForkingCpu
 
-        current_platform.__class__ = (
-            ForkingCpu  # a platform is chosen once, and was before the fork
-        )
+        # A platform is chosen once, and was before the fork.
+        current_platform.__class__ = ForkingCpu
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

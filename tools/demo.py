@@ -2,7 +2,8 @@
 
 A clip from a prompt, one from a picture, and what a policy does with a gripper in a world that answers,
 on whatever device vLLM was built for; 24 MiB of weights, trained on a small world of flat things. Each
-clip is shown in the terminal and read back by the world's checker, which sees pixels alone. Then stock `vllm serve` is started and asked about each with the official openai client.
+clip is shown in the terminal and read back by the world's checker, which sees pixels alone. Then stock
+`vllm serve` is started and asked about each with the official openai client.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import openai
@@ -46,7 +47,10 @@ if TYPE_CHECKING:  # vLLM takes its time, and has much to say
     from vllm_cosmos3 import Cosmos3
 
 QUESTION = "What happens in the video?"
-STEPS = {"num_inference_steps": 16, "guidance_scale": 3.0}
+COMMON = {
+    "size": "320x192", "num_frames": 17, "fps": 12, "num_inference_steps": 16, "guidance_scale": 3.0,
+    "generate_sound": False,
+}  # fmt: skip
 PUSHED, PICKED = 12, 8  # seeds of the scenes of the picture and of the policy
 CHUNKS = 2  # of the policy
 FRAMES = 5  # of a clip that are shown
@@ -83,28 +87,18 @@ def asked() -> list[Asked]:
     """The three clips."""
     prompt = "a gripper lifts an orange circle"
     pushed = draw_scene(PUSHED, Canvas(fps=12), {"push": 1})
+    picture, text = true_clip(pushed, [0])[0].numpy(), draw_caption(pushed).text
     picked = picking(PICKED, CHUNKS)
     return [
-        Asked("a prompt", prompt, "demo", partial(from_prompt, prompt)),
-        Asked("a picture", draw_caption(pushed).text, "demo", partial(from_picture, pushed)),
+        Asked("a prompt", prompt, "demo", partial(generated, {"prompt": prompt, "seed": 1})),
+        Asked("a picture", text, "demo", partial(generated, {"prompt": text, "seed": 2, "image": picture})),
         Asked("a policy that acts", instruction(picked), "demo-policy", partial(by_policy, picked)),
     ]  # fmt: skip
 
 
-def from_prompt(prompt: str, model: Cosmos3, file: Path) -> tuple[Pixels, str]:
-    out = model.generate(
-        prompt=prompt, size="320x192", num_frames=17, fps=12, seed=1, generate_sound=False, **STEPS
-    )
-    out.save(file)
-    return out.video, str(observe(out.video))
-
-
-def from_picture(scene: Scene, model: Cosmos3, file: Path) -> tuple[Pixels, str]:
-    """What comes after the first frame of a scene."""
-    out = model.generate(
-        prompt=draw_caption(scene).text, image=true_clip(scene, [0])[0].numpy(), size="320x192",
-        num_frames=17, fps=12, seed=2, generate_sound=False, **STEPS,
-    )  # fmt: skip
+def generated(fields: dict[str, Any], model: Cosmos3, file: Path) -> tuple[Pixels, str]:
+    """A clip of the generator's own."""
+    out = model.generate(**COMMON | fields)
     out.save(file)
     return out.video, str(observe(out.video))
 
