@@ -52,6 +52,7 @@ from vllm_cosmos3.engine_options import ParallelConfig
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
 from vllm_cosmos3.generator.output import Output, Sample
 from vllm_cosmos3.generator.pipeline import Pipeline
+from vllm_cosmos3.media import Clip
 from vllm_cosmos3.parallel.checks import check_degrees
 from vllm_cosmos3.parallel.graphs import ON_MESHES, Recording, few
 from vllm_cosmos3.parallel.host_copy import free_caches
@@ -91,8 +92,10 @@ class Rank:
         share = sum(counts[stream.name] for stream in plan.streams) // mesh.ulysses.size
         return mesh.world.size > 1 and mesh.tp.size == 1 and few(share, plan.steps)
 
-    def generate(self, fields: Fields, progress: Report = lambda _: None) -> Output:
-        """One request, begun by all ranks together."""
+    def generate(
+        self, fields: Fields, progress: Report = lambda _: None, clip: Clip | None = None
+    ) -> Output:
+        """One request, begun by all ranks together; no ``clip`` is written."""
         plan = self.plan(fields)
         self._begin_together()
         start = time.perf_counter()
@@ -266,7 +269,7 @@ class Process:
         }
         shape = seen.video.shape if self.rank == 0 and seen.video is not None else None
         save = self.args.save and shape is not None and shape not in self.written
-        settings = argparse.Namespace(**vars(self.args) | {"save": save})
+        settings = argparse.Namespace(**vars(self.args) | {"save": save, "mp4": False})
         settings.repeat -= 1  # latency.py's first run was the check
         if layout in self.args.in_full:
             settings.measured_steps = None

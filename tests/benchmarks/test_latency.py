@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from kernel_profile import CATEGORIES, OTHER, by_category, category
 from machine import commit, heading, provenance
 from vllm_cosmos3.checkpoint.config import ModelConfig, read_config
 from vllm_cosmos3.checkpoint.synthetic import write_checkpoint
+from vllm_cosmos3.media import VideoWriter
 from vllm_cosmos3.progress import Progress
 from vllm_cosmos3.request.plan import Plan
 from vllm_cosmos3.request.planner import make_plan
@@ -48,6 +50,25 @@ def test_the_robot_waits_for_no_pixels(nano: ModelConfig) -> None:
     robot = plan(nano, "policy-droid")
     assert tokens(robot, 2)["vision"] == 9 * 17 * 20  # as many as 640x540 pixels make
     assert (tokens(robot, 2)["action"], robot.decoded, robot.actions.channels) == (33, False, 8)
+
+
+def test_a_smooth_clip_is_written_within_the_total(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = []
+    close = VideoWriter.close
+
+    def closed(writer: VideoWriter) -> None:
+        close(writer)
+        files.append(next(Path(tempfile.gettempdir()).glob("*/clip.mp4")).stat().st_size)
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(VideoWriter, "close", closed)
+    rows = ("--rows", "t2i-256p", "t2v-480p-4step", "--frames", "9", "--tokens", "20", "30")
+    report = run(tiny_checkpoint, tmp_path, *rows, "--repeat", "1", "--mp4")
+    assert len(files) == 2  # of the video's two runs
+    assert files[0] == files[1]  # whose own frames differ
+    assert [row["save"] for row in report["rows"]] == [None, None]
 
 
 def test_rows_on_a_tiny_checkpoint(
