@@ -42,7 +42,7 @@ def test_cosmos3_takes_the_documented_arguments() -> None:
         "gpu_memory_utilization": None,
         "lora": (),
         "lora_alpha": None,
-        "max_batch_size": 1,
+        "max_batch_size": None,
         "weight_transfer": None,
         "checkpoint_kind": None,
         "progress": None,
@@ -121,13 +121,19 @@ def test_every_option_is_one_of_the_server_unless_vllm_has_it() -> None:
     }
 
 
-def test_exact_requests_have_no_company_on_a_gpu() -> None:
-    options = EngineOptions("nvidia/Cosmos3-Nano", max_batch_size=8)
+@pytest.mark.parametrize(
+    ("limit", "on_cpu", "on_gpu"),
+    [(None, [1, 1], [1, 8]), (4, [4, 4], [1, 4]), (1, [1, 1], [1, 1])],
+)
+def test_exact_requests_have_no_company_on_a_gpu(
+    limit: int | None, on_cpu: list[int], on_gpu: list[int]
+) -> None:
+    options = EngineOptions("nvidia/Cosmos3-Nano", max_batch_size=limit)
     sizes = {
         device: [options.on(Path("/"), device).batch_size(exact=exact) for exact in (True, False)]
         for device in ("cpu", "cuda:1")
     }
-    assert sizes == {"cpu": [8, 8], "cuda:1": [1, 8]}
+    assert sizes == {"cpu": on_cpu, "cuda:1": on_gpu}
 
 
 def test_the_server_takes_zero_and_nothing_for_what_is_not_set() -> None:

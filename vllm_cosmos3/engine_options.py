@@ -21,6 +21,8 @@ from vllm_cosmos3.checkpoint.tensors import transformer_tensors
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.request.fields import Spec
 
+GPU_BATCH = 8  # most small samples in one forward; docs/numbers.md has what they gain
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
@@ -217,12 +219,11 @@ class EngineOptions:
         high=1e6,
         help="alpha of adapters whose files do not say theirs",
     )
-    max_batch_size: int = _option(
-        1,
+    max_batch_size: int | None = _option(
         kind="int",
         low=1,
         high=64,
-        help="most small samples in one forward",
+        help=f"most small samples in one forward (default: {GPU_BATCH} on a GPU, 1 on a CPU)",
     )
     weight_transfer: str | None = _option(
         kind="choice",
@@ -342,9 +343,13 @@ class EngineConfig(EngineOptions):
     def batch_size(self, *, exact: bool) -> int:
         """Most samples in one forward, of a request whose preset is exact or not.
 
-        On a GPU the kernel of a product depends on its number of rows, and so do the last bits.
+        On a GPU the kernel of a product depends on its number of rows, and so do the last bits. On a
+        CPU a sample takes as long in company as alone.
         """
-        return 1 if exact and self.device.split(":")[0] != "cpu" else self.max_batch_size
+        on_cpu = self.device.split(":")[0] == "cpu"
+        if exact and not on_cpu:
+            return 1
+        return self.max_batch_size or (1 if on_cpu else GPU_BATCH)
 
     def read_model(self) -> ModelConfig:
         """What the checkpoint says of itself, with what the options change.

@@ -41,7 +41,9 @@ def test_company_changes_rounding_alone(pipeline: Pipeline, count: int) -> None:
     distances = [apart(one, other) for one, other in zip(together, alone, strict=True)]
     print("equal bits:", [torch.equal(*pair) for pair in zip(together, alone, strict=True)])  # noqa: T201
     print("apart:", " ".join(f"{each:.1e}" for each in distances))  # noqa: T201
-    assert max(distances) <= 1e-2
+    assert (
+        max(distances) <= 3e-2
+    )  # two roundings to bfloat16, which guidance multiplies, are 2e-2 apart
     assert apart(together[0], together[1]) > 0.1
 
 
