@@ -115,7 +115,7 @@ def described(checkpoint: str, clips: dict[str, list[tuple[Prompt, Pixels]]]) ->
     shares = {}
     with (
         tempfile.TemporaryDirectory() as folder,
-        Reasoner(checkpoint, max_model_len=4096) as reasoner,
+        Reasoner(checkpoint, max_model_len=4096, gpu_memory_utilization=0.2) as reasoner,
     ):
         for sort, pairs in clips.items():
             questions = []

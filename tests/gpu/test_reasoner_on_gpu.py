@@ -28,7 +28,7 @@ def test_clips_and_pictures_are_read(tmp_path: Path, vllm_cache: Path) -> None:
             Question(prompt=CAPTION[0], video=str(file), max_new_tokens=48),
             Question(prompt=CAPTION[0], image=str(picture), max_new_tokens=48),
         ]
-    with Reasoner("demo", max_model_len=4096) as reasoner:
+    with Reasoner("demo", max_model_len=4096, gpu_memory_utilization=0.3) as reasoner:
         answers = [answer.text.strip() for answer in reasoner.ask(questions)]
     assert all(answers)
     exact = [said == canonical(p.scene) for p, said in zip(prompts, answers[::2], strict=True)]

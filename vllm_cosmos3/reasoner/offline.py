@@ -50,6 +50,8 @@ class Reasoner(Closing):
         load_format: dummy makes random weights, as vLLM's.
         enforce_eager: no CUDA graphs: faster start, slower answers.
         max_model_len: longest question with its answer, in tokens.
+        gpu_memory_utilization: share of a GPU's memory for weights and cache, above 0 to 1, as
+            vLLM's, which is also the default. Less where a generator has the same GPU.
 
     Raises:
         CheckpointError: the checkpoint is missing or incomplete.
@@ -66,11 +68,15 @@ class Reasoner(Closing):
         load_format: str = "auto",
         enforce_eager: bool = False,
         max_model_len: int = LENGTH,
+        gpu_memory_utilization: float | None = None,
     ) -> None:
         with uncollected():
             from vllm import LLM
 
         folder = resolve(model, revision, weights=False)
+        settings = _settings(folder, max_model_len)
+        if gpu_memory_utilization is not None:
+            settings["gpu_memory_utilization"] = gpu_memory_utilization
         try:
             self._llm: Any = LLM(
                 model=full_name(model),
@@ -80,7 +86,7 @@ class Reasoner(Closing):
                 load_format=load_format,
                 enforce_eager=enforce_eager,
                 allowed_local_media_path="/",  # files that this user names to this process
-                **_settings(folder, max_model_len),
+                **settings,
             )
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
