@@ -163,6 +163,18 @@ def has_edge_reasoner() -> bool:
     return find_spec("vllm.model_executor.models.cosmos3_edge") is not None
 
 
+def missing_for_edge() -> str | None:
+    """What vLLM's processor of Edge's media does not find in this transformers; None where it has all.
+
+    That of 0.26 needs a name that transformers 5.14.1 was the last to have.
+    """
+    try:
+        importlib.import_module("vllm.transformers_utils.processors.cosmos3_edge")
+    except ImportError as error:
+        return error.msg.partition(" (")[0]
+    return None
+
+
 def normalises_on_device(model_config: Any) -> bool:
     """Whether vLLM's vision encoder takes pixels as bytes; 0.26 cannot."""
     return bool(getattr(model_config.multimodal_config, "mm_device_do_normalize", False))

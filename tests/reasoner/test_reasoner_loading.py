@@ -7,12 +7,15 @@ are downloaded while the engine starts.
 from __future__ import annotations
 
 import re
+import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers.image_utils
 from safetensors.torch import load_file, save_file
 from servers import free_port
 
@@ -148,3 +151,64 @@ def test_each_missing_tensor_of_edge_is_named(
             with pytest.raises(CheckpointError) as error:
                 load(config, broken.without(name))
             assert str(error.value) == f"{name} is missing in {where.folder}/ of the checkpoint"
+
+
+def methods_of_layers(folder: Path, **arguments: Any) -> dict[str, set[str]]:
+    """How the layers of each part of the model multiply, by vLLM's names."""
+    from vllm.config import set_current_vllm_config
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    overrides = {"architectures": [ARCHITECTURE], **arguments.pop("hf_overrides", {})}
+    config = EngineArgs(
+        model=str(folder),
+        hf_overrides=overrides,
+        dtype="bfloat16",
+        enforce_eager=True,
+        max_model_len=512,
+        **arguments,
+    ).create_engine_config()
+    methods = defaultdict(set)
+    with set_current_vllm_config(config):
+        for name, layer in initialize_model(config).named_modules():
+            if isinstance(layer, LinearBase):
+                methods[name.split(".")[0]].add(type(layer.quant_method).__name__)
+    return methods
+
+
+@pytest.mark.usefixtures("vllm_config")
+@pytest.mark.parametrize("checkpoint", ["tiny_checkpoint", "tiny_edge_fp32"])
+def test_fp8_on_the_fly_is_for_the_language_model(
+    checkpoint: str, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(checkpoint)
+    assert methods_of_layers(folder, quantization="fp8") == {
+        "visual": {"UnquantizedLinearMethod"},
+        "language_model": {"Fp8PerTensorOnlineLinearMethod"},
+    }
+
+
+@pytest.mark.usefixtures("vllm_config")
+def test_a_vision_tower_that_is_stored_in_fp8_is_built_so(tiny_checkpoint: Path) -> None:
+    stored = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    assert methods_of_layers(tiny_checkpoint, hf_overrides={"quantization_config": stored}) == {
+        "visual": {"Fp8LinearMethod"},
+        "language_model": {"Fp8LinearMethod"},
+    }
+
+
+def test_a_processor_of_edge_that_needs_another_transformers_is_said(
+    vllm_config: Any, tiny_edge_fp32: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with vLLM 0.26 and transformers from 5.15, where the function is not where it looks for it."""
+    monkeypatch.delattr(transformers.image_utils, "get_image_size")
+    monkeypatch.delitem(
+        sys.modules, "vllm.transformers_utils.processors.cosmos3_edge", raising=False
+    )
+    with pytest.raises(
+        Exception, match=r"vLLM [\d.+a-z]+ cannot read media for Edge with"
+    ) as error:
+        methods_of_layers(tiny_edge_fp32)
+    assert "(cannot import name 'get_image_size'" in str(error.value)
+    assert "transformers 5.14.1 or older" in str(error.value)

@@ -22,9 +22,10 @@ from vllm_cosmos3.reasoner.checked_weights import CheckedWeights
 from vllm_cosmos3.reasoner.media.limits import uses_reference
 from vllm_cosmos3.reasoner.media.processing import ReasonerProcessor
 from vllm_cosmos3.reasoner.media.video_reader import LazyFrames
+from vllm_cosmos3.reasoner.unquantized_vision import UnquantizedVision
 
 
-class EdgeReasoner(CheckedWeights, Cosmos3EdgeForConditionalGeneration):
+class EdgeReasoner(CheckedWeights, UnquantizedVision, Cosmos3EdgeForConditionalGeneration):
     """Text, images and video in, text out."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "model") -> None:

@@ -25,6 +25,7 @@ from vllm_cosmos3.reasoner.media.normalisation import normalise_pixels
 from vllm_cosmos3.reasoner.media.processing import ReasonerProcessingInfo
 from vllm_cosmos3.reasoner.required_tensors import GENERATOR
 from vllm_cosmos3.reasoner.root_config import EDGE_MODEL_TYPE
+from vllm_cosmos3.reasoner.unquantized_vision import UnquantizedVision
 
 
 def _info(context: Any) -> Any:
@@ -43,7 +44,9 @@ def _processor(info: Any, *args: Any, **kwargs: Any) -> Any:
 @MULTIMODAL_REGISTRY.register_processor(
     _processor, info=_info, dummy_inputs=Qwen3VLDummyInputsBuilder
 )
-class Cosmos3ReasonerForConditionalGeneration(CheckedWeights, Qwen3VLForConditionalGeneration):
+class Cosmos3ReasonerForConditionalGeneration(
+    CheckedWeights, UnquantizedVision, Qwen3VLForConditionalGeneration
+):
     """Text, images and video in, text out."""
 
     # transformer/ and vision_encoder/, but not vae/ or sound_tokenizer/. A pattern that lists the

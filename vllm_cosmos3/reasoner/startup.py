@@ -10,12 +10,13 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from vllm_cosmos3.compat import has_edge_reasoner, has_serve_flag
+from vllm_cosmos3.compat import has_edge_reasoner, has_serve_flag, missing_for_edge
 from vllm_cosmos3.errors import InvalidRequest, Unsupported
 from vllm_cosmos3.media_budget import media_budget
 from vllm_cosmos3.reasoner.media.limits import (
@@ -96,6 +97,12 @@ def _fit_edge(multimodal: Any) -> None:
         raise Unsupported(
             "this vLLM has no model of Edge's reasoner, which 0.26 was the first to have; update it, or "
             "serve --surface generator"
+        )
+    if (missing := missing_for_edge()) is not None:
+        raise Unsupported(
+            f"vLLM {version('vllm')} cannot read media for Edge with transformers "
+            f"{version('transformers')} ({missing}): take vLLM 0.28 or newer, or transformers 5.14.1 or "
+            "older with 0.26, or serve --surface generator"
         )
     if getattr(multimodal, "video_pruning_rate", None):
         possible = "left out: Edge sees every frame whole"
