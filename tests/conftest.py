@@ -53,8 +53,11 @@ SHARED = {
     "trained checkpoint": ("tests/truth",),
 }
 DEAR = (
+    "tests/cli/test_batch_on_ray.py",
     "tests/cli/test_batch_files.py",
     "tests/training",
+    "tests/parity/test_edge_server.py",
+    "tests/test_engine.py",
     "tests/parity/test_checkpoint_layout.py",
     "tests/benchmarks",
     "tests/parity",

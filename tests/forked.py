@@ -1,9 +1,8 @@
 """Stages and commands, forked from a process that has torch and vLLM imported, which takes ten seconds of a core.
 
 `start_stage` is for `vllm_cosmos3.stage.client.start_interpreter`, in the tests' own processes and in the
-commands that are forked: each keeps a process for its stages. `start` and `run` are for commands that
-begin with a console script, with a script for Python or with its ``-m``; they run as they would in an
-interpreter of their own.
+commands that are forked: each keeps a process for its stages. `start` is for commands that begin with
+a console script, or with Python and a script; they run as in an interpreter of their own.
 """
 
 from __future__ import annotations
@@ -128,22 +127,19 @@ def _run_command(
     ctypes.CDLL(None).prctl(PDEATHSIG, int(signal.SIGTERM))
     multiprocessing.set_start_method(None, force=True)
     _fork_forkserver()
+    from vllm.model_executor.models import registry
+
     from vllm_cosmos3.stage import client
 
     client.start_interpreter = start_stage  # type: ignore[assignment]
+    # vLLM would import itself once more to look at a model, as that might use a device.
+    registry._run_in_subprocess = lambda look: look()
     gc.freeze()
-    if words[0] == sys.executable:
-        words = words[1:]
+    sys.argv[:] = words[1:] if words[0] == sys.executable else words
     paths = environment.get("PYTHONPATH", "").split(os.pathsep)
-    sys.path[:0] = list(filter(None, paths))
+    sys.path[:0] = [str(Path(sys.argv[0]).parent), *filter(None, paths)]
     try:
-        if words[0] == "-m":
-            sys.argv[:] = words[1:]
-            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-        else:
-            sys.argv[:] = words
-            sys.path.insert(0, str(Path(words[0]).parent))
-            runpy.run_path(words[0], run_name="__main__")
+        runpy.run_path(sys.argv[0], run_name="__main__")
     finally:
         sys.stdout.flush()
         atexit._run_exitfuncs()
@@ -159,6 +155,7 @@ def _settle(title: str, environment: dict[str, str], output: Connection) -> None
     os.environ.clear()
     os.environ.update(environment)
     tempfile.tempdir = None  # which has been asked for in another environment
+    os.close(forkserver._forkserver._forkserver_alive_fd)  # as it is to go with whoever asks it
     # One of its own, which removes what it leaves in shared memory.
     resource_tracker._resource_tracker.__init__()  # type: ignore[misc]
 
@@ -166,7 +163,6 @@ def _settle(title: str, environment: dict[str, str], output: Connection) -> None
 def _fork_forkserver() -> None:
     """Keep a process from which stages are forked, while this one has no other thread."""
     server = forkserver._forkserver
-    os.close(server._forkserver_alive_fd)  # of that of the tests, which goes with them
     address = arbitrary_address("AF_UNIX")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
