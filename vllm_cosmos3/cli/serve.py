@@ -72,7 +72,8 @@ HIDDEN = "****"
 
 _EPILOG = """\
 Every other flag is passed on to vLLM, for example --tensor-parallel-size 4, --max-model-len 32768,
---enforce-eager (starts sooner, runs slower), --allowed-local-media-path /data (for file:// URLs),
+--enforce-eager (starts sooner, runs slower), --quantization fp8 (halves the language model's weights),
+--allowed-local-media-path /data (for file:// URLs),
 --reasoning-parser cosmos3 (moves the text between <think> and </think> to `reasoning`) or
 --load-format dummy. Put the checkpoint first.
 
