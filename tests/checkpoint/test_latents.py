@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 
 from vllm_cosmos3.checkpoint.config import VAEConfig, read_config
 from vllm_cosmos3.checkpoint.latents import (
+    CHUNK_FRAMES,
+    CHUNK_POSITIONS,
+    chunk_sizes,
     latent_frames,
     pixel_frames,
     round_frames,
@@ -40,3 +43,20 @@ def test_figures_of_the_default_video(vae: VAEConfig) -> None:
 def test_sound_and_actions_are_tokens_already() -> None:
     assert token_count("sound", (64, 197), 2) == 197
     assert token_count("action", (33, 64), 2) == 33
+
+
+@given(
+    frames=st.integers(1, 300),
+    height=st.integers(1, 150),
+    width=st.integers(1, 150),
+    begun=st.booleans(),
+)
+def test_chunks_are_all_frames_within_their_bounds(
+    frames: int, height: int, width: int, begun: bool
+) -> None:
+    sizes = chunk_sizes(frames, height, width, begun=begun)
+    assert sum(sizes) == frames
+    assert begun or sizes[0] == 1
+    for size in sizes:
+        assert size == 1 or size * height * width <= CHUNK_POSITIONS
+        assert 1 <= size <= CHUNK_FRAMES

@@ -9,6 +9,8 @@ from __future__ import annotations
 from vllm_cosmos3.checkpoint.config import VAEConfig
 
 TIME_AXIS = {"vision": 2, "sound": 1}  # of the latents of a stream; all others have it first
+CHUNK_POSITIONS = 4096  # of latents that the autoencoder takes at once: a frame of 1280x720
+CHUNK_FRAMES = 4  # at most, so that frames of a small video leave while the next ones are made
 
 
 def time_steps(name: str, shape: tuple[int, ...]) -> int:
@@ -35,6 +37,18 @@ def vision_shape(frames: int, height: int, width: int, vae: VAEConfig) -> tuple[
     """Shape [1, C, T, h, w] of the latents of so many pixel frames of ``height`` x ``width``."""
     rows, columns = (max(side // vae.scale_factor_spatial, 1) for side in (height, width))
     return 1, vae.z_dim, latent_frames(frames, vae), rows, columns
+
+
+def chunk_sizes(frames: int, height: int, width: int, *, begun: bool = False) -> list[int]:
+    """Latent frames of each chunk in which the autoencoder takes a clip of ``height`` x ``width`` latents.
+
+    The first frame is alone, unless the clip has ``begun`` before. A larger chunk moves the frames
+    that convolutions remember less often, and needs more memory: about as much for every size.
+    """
+    first = [] if begun else [1]
+    size = max(1, min(CHUNK_FRAMES, CHUNK_POSITIONS // (height * width)))
+    whole, rest = divmod(frames - len(first), size)
+    return first + [size] * whole + [rest] * (rest > 0)
 
 
 def patch_grid(shape: tuple[int, ...], patch: int) -> tuple[int, int, int]:

@@ -12,6 +12,7 @@ from PIL import Image
 from ranks import Ranks
 from torch import Tensor
 
+from vllm_cosmos3.checkpoint import latents as geometry
 from vllm_cosmos3.checkpoint.config import read_config
 from vllm_cosmos3.checkpoint.shards import identity_table
 from vllm_cosmos3.checkpoint.tensors import vae_tensors
@@ -85,6 +86,30 @@ def test_frames_differ_and_depend_on_earlier_latents(vae: VideoVAE) -> None:
     assert (pixels[:, :, 5:] - pixels[:, :, 1:5]).abs().mean() > 0.01
     latents[:, :, 0] += 1
     assert (whole(vae.decode(latents))[:, :, 5:] - pixels[:, :, 5:]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_result_does_not_depend_on_the_chunks(
+    vae: VideoVAE, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    latents, pixels = noise(1, 48, 6, 3, 5), clip(21, 3, 5)
+    expected = whole(vae.decode(latents)), vae.encode(pixels)
+    monkeypatch.setattr(geometry, "CHUNK_FRAMES", size)
+    chunks = list(vae.decode(latents))
+    whole_chunks, rest = divmod(5, size)
+    lengths = [1, *[4 * size] * whole_chunks, *[4 * rest] * (rest > 0)]
+    assert [chunk.shape[2] for chunk in chunks] == lengths
+    assert (whole(chunks) - expected[0]).abs().max() <= BOUND
+    assert (vae.encode(pixels) - expected[1]).abs().max() <= BOUND
+
+
+def test_a_clip_goes_on_in_calls_of_any_length(vae: VideoVAE) -> None:
+    latents = noise(1, 48, 8, 3, 5)
+    begun = vae.begin_clip(3, 5)
+    parts = [whole(vae.decode(part, begun)) for part in latents.split([2, 1, 5], dim=2)]
+    assert [part.shape[2] for part in parts] == [5, 4, 20]
+    assert (whole(parts) - whole(vae.decode(latents))).abs().max() <= BOUND
+    assert begun.frames == 8
 
 
 def test_two_clips_decoded_in_turn_do_not_mix(vae: VideoVAE) -> None:

@@ -385,6 +385,8 @@ class _Request:
         latents += self.held if stays else min(self.texts, TEXT_BYTES)
         # Of several the last is the result; the others are controls.
         vision = next(shape for name, shape in reversed(self.work.streams) if name == "vision")
+        if self.work.history:  # the first frame of a session comes before its chunks
+            vision = (*vision[:2], 1 + vision[2], *vision[3:])
         peak = decode_peak(
             self.model.vae,
             vision,

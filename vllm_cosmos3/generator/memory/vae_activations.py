@@ -15,12 +15,13 @@ from itertools import pairwise
 from math import prod
 
 from vllm_cosmos3.checkpoint.config import VAEConfig
+from vllm_cosmos3.checkpoint.latents import chunk_sizes
 from vllm_cosmos3.generator.memory.ledger import Ledger
 from vllm_cosmos3.parallel.axis import Axis
 from vllm_cosmos3.parallel.plane import Part, Strips, divide
 
 FLOAT32 = 4
-CHUNKS = 3  # a first frame, a first group and one like all that follow
+CHUNKS = 3  # a first frame, a first chunk and one like all that follow
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +53,9 @@ def decode_peak(
     one pass, and frames leave for the host at once, whose memory on a CPU is the same.
     """
     _, _, frames, height, width = shape
-    scale, doubled = config.scale_factor_spatial, config.scale_factor_temporal
+    scale, grouped = config.scale_factor_spatial, config.scale_factor_temporal
     pixels = 3 * height * width * scale**2
+    sizes = chunk_sizes(frames, height, width)
 
     def of_rank(rank: int) -> int:
         parts = divide(height, width, Axis("world", world, rank, None), parallel)
@@ -63,15 +65,16 @@ def decode_peak(
         alike = sorted(Counter(map(_extent, parts)).items())
         walks = [Walk(Ledger(), element_size, fused, parts[0].strips) for _ in alike]
         previous = 0  # what the loops' variables still refer to
-        for index in range(min(frames, CHUNKS)):
-            made = pixels * (doubled if index else 1)
+        for index, size in enumerate(sizes[:CHUNKS]):
+            made = pixels * (grouped * size if index else 1)
             if index == CHUNKS - 1 and rank == 0 and not fused:
-                ledger.take(pixels * (1 + doubled * (frames - 2)))  # bytes of the chunks before
+                before = frames - sizes[-1] - 1
+                ledger.take(pixels * (1 + grouped * before))  # bytes of the chunks before
             with ledger.scope():
                 ledger.take(previous, made * FLOAT32)
                 for ((high, wide), count), walk in zip(alike, walks, strict=True):
                     walk.ledger = Ledger()
-                    walk.decoder(config, Shape(config.z_dim, 1, high, wide))
+                    walk.decoder(config, Shape(config.z_dim, size, high, wide))
                     ledger.keep((count - 1) * walk.ledger.kept)
                     ledger.moment(walk.ledger.peak)
                     ledger.keep(walk.ledger.kept)
@@ -128,6 +131,7 @@ def encode_peak(
     scale, grouped = config.scale_factor_spatial, config.scale_factor_temporal
     pixels, rows, columns = 3 * frames * height * width, height // scale, width // scale
     latent = 1 + (frames - 1) // grouped
+    sizes = chunk_sizes(latent, rows, columns)
 
     def of_rank(rank: int) -> int:
         ledger = Ledger()
@@ -143,8 +147,8 @@ def encode_peak(
                 ledger.take(own)
                 walk = Walk(ledger, element_size, fused, parts[0].strips)
                 p = config.patch_size
-                for index in range(min(latent, CHUNKS)):
-                    made = grouped if index else 1
+                for index, size in enumerate(sizes[:CHUNKS]):
+                    made = grouped * size if index else 1
                     with ledger.scope():
                         walk.encoder(config, Shape(3 * p * p, made, high // p, wide // p))
                 ledger.keep(-ledger.kept)

@@ -1,8 +1,9 @@
 """The Wan 2.2 video autoencoder: 4 frames x 16 x 16 pixels to one latent position of 48 channels.
 
-Time is causal, so a clip goes through in chunks: the first frame alone, then four pixel frames (one
-latent frame) at a time, and the result does not depend on the chunks. What the convolutions have to
-remember from chunk to chunk is in a `CausalCache` that belongs to one clip. Space is divided by
+Time is causal, so a clip goes through in chunks: the first frame alone, then one or several latent
+frames (four pixel frames each) at a time, as `chunk_sizes` says, and the result does not depend on the
+chunks. What the convolutions have to remember from chunk to chunk is in a `CausalCache` that belongs
+to one clip. Space is divided by
 `parallel.plane`: every rank computes its parts of the plane and the parts are summed.
 
 Module names are those of the checkpoint. Shape suffixes: B batch, C channels, T frames, H height,
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_cosmos3.checkpoint.config import VAEConfig
-from vllm_cosmos3.checkpoint.latents import latent_frames
+from vllm_cosmos3.checkpoint.latents import chunk_sizes, latent_frames
 from vllm_cosmos3.parallel.axis import Axis
 from vllm_cosmos3.parallel.halo import Fill, add_to, gather_strips, sum_over, surround, take_strip
 from vllm_cosmos3.parallel.plane import Strips, divide
@@ -51,9 +52,11 @@ class VideoVAE(nn.Module):
         """
         config = self.config
         scale = config.scale_factor_spatial
-        frames, height, width = pixels.shape[2], pixels.shape[3] // scale, pixels.shape[4] // scale
-        sizes = [1] + [config.scale_factor_temporal] * (latent_frames(frames, config) - 1)
-        canvas = pixels.new_zeros((1, config.z_dim, len(sizes), height, width), dtype=torch.float32)
+        frames = latent_frames(pixels.shape[2], config)
+        height, width = pixels.shape[3] // scale, pixels.shape[4] // scale
+        _, *later = chunk_sizes(frames, height, width)
+        sizes = [1] + [config.scale_factor_temporal * size for size in later]
+        canvas = pixels.new_zeros((1, config.z_dim, frames, height, width), dtype=torch.float32)
         for part in divide(height, width, self.world, self.parallel):
             cache = CausalCache(part.strips)
             own = space_to_depth(
@@ -67,11 +70,11 @@ class VideoVAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Tensor, clip: DecodedClip | None = None) -> Iterator[Tensor]:
-        """Pixels of normalised ``latents`` [1, 48, T, h, w] in [-1, 1]: one frame, then four at a time.
+        """Pixels of normalised ``latents`` [1, 48, T, h, w] in [-1, 1]: one frame, then chunk by chunk.
 
-        Each chunk is float32 [1, 3, 1 or 4, 16 h, 16 w]. Several ranks must all exhaust the
-        iterator, since they send each other borders while they compute. With a ``clip`` these latents
-        are the next ones of it, and it remembers them.
+        Each chunk is float32 [1, 3, 1 or 4 k, 16 h, 16 w] for k latent frames, see `chunk_sizes`.
+        Several ranks must all exhaust the iterator, since they send each other borders while they
+        compute. With a ``clip`` these latents are the next ones of it, and it remembers them.
         """
         config = self.config
         scale = config.scale_factor_spatial
@@ -80,19 +83,15 @@ class VideoVAE(nn.Module):
         z = (latents.float() * std + mean).to(self.quant_conv.weight.dtype)
         parts = divide(height, width, self.world, self.parallel)
         clip = self.begin_clip(height, width) if clip is None else clip
-        for frame in z.split(1, dim=2):
-            shape = (
-                1,
-                3,
-                config.scale_factor_temporal if clip.frames else 1,
-                height * scale,
-                width * scale,
-            )
-            canvas = frame.new_zeros(shape, dtype=torch.float32)
+        sizes = chunk_sizes(latents.shape[2], height, width, begun=clip.frames > 0)
+        for chunk in z.split(sizes, dim=2):
+            frames = config.scale_factor_temporal * chunk.shape[2] if clip.frames else 1
+            shape = (1, 3, frames, height * scale, width * scale)
+            canvas = chunk.new_zeros(shape, dtype=torch.float32)
             for part, cache in zip(parts, clip.caches, strict=True):
-                own = self.decoder(self.post_quant_conv(part.cut(frame)), cache)
+                own = self.decoder(self.post_quant_conv(part.cut(chunk)), cache)
                 add_to(canvas, part, depth_to_space(own, config.patch_size), scale)
-            clip.frames += 1
+            clip.frames += chunk.shape[2]
             yield sum_over(canvas, self.world).clamp_(-1, 1)
 
     def begin_clip(self, height: int, width: int) -> DecodedClip:
@@ -170,7 +169,7 @@ class DecodedClip:
 
 
 class Encoder(nn.Module):
-    """Patchified pixels of one chunk to mean and log variance, one latent frame."""
+    """Patchified pixels of one chunk to mean and log variance of its latent frames."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -203,7 +202,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """One latent frame to the patchified pixels of its chunk."""
+    """The latent frames of one chunk to its patchified pixels."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
