@@ -15,6 +15,7 @@ from vllm_cosmos3.checkpoint.tensors import vae_tensors
 from vllm_cosmos3.checkpoint.weights import load_dummy_weights
 from vllm_cosmos3.compat import fused_qk_norm_rope
 from vllm_cosmos3.engine_options import ParallelConfig
+from vllm_cosmos3.generator.models import vae
 from vllm_cosmos3.generator.models.backbone import NormedHeads
 from vllm_cosmos3.generator.models.kernels import add_with_bias, norm_silu
 from vllm_cosmos3.generator.models.transformer import Layer
@@ -153,6 +154,21 @@ def test_sums_with_bias_of_the_autoencoder(device: torch.device, channels: int) 
     bias = noise(device, channels).bfloat16()
     expected = x.float() + other.float() + bias.float().view(-1, 1, 1, 1)
     assert apart(add_with_bias(x, other, bias), expected) <= 5e-3
+
+
+@pytest.mark.parametrize(("channels", "frames", "time"), [(48, 6, 2), (1024, 1, 2), (512, 3, 1)])
+@pytest.mark.parametrize("shares", [1, 2, 4])
+def test_repeated_sums_of_the_autoencoder(
+    device: torch.device, channels: int, frames: int, time: int, shares: int
+) -> None:
+    """Of a first frame too, which is not doubled."""
+    short = max(1, frames // time)
+    start = innermost(noise(device, 1, channels * shares, short, 5, 7).bfloat16())
+    x = innermost(noise(device, 1, channels, frames, 10, 14).bfloat16())
+    bias = noise(device, channels).bfloat16()
+    plain = (value.cpu().float() for value in (x, start, bias))
+    expected = vae.add_repeated(*plain, time, 2).to(device)
+    assert apart(vae.add_repeated(x, start, bias, time, 2), expected) <= 5e-3
 
 
 def innermost(x: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def surround(
     shape = list(x.shape)
     shape[2] += frames
     shape[strips.dim] += before + after
-    layout = _memory_format(x)
+    layout = memory_format(x)
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
     if past is not None:
         out.narrow(2, 0, frames).copy_(past)
@@ -119,6 +119,13 @@ def sum_over(canvas: Tensor, axis: Axis) -> Tensor:
     return canvas
 
 
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Where the channels of ``x`` [B, C, T, H, W] lie: innermost or not."""
+    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last_3d):
+        return torch.channels_last_3d
+    return torch.contiguous_format
+
+
 def _talk(axis: Axis, peer: int, outgoing: Tensor, incoming: Tensor | None) -> list[dist.P2POp]:
     assert axis.group is not None, "an axis of several ranks has a group"
     rank = dist.get_global_rank(axis.group, peer)
@@ -144,9 +151,3 @@ def _fill(rows: Tensor, values: Tensor | None) -> None:
 
 def _rising(length: int, device: torch.device) -> Tensor:
     return (torch.arange(length, device=device) + 0.5) / max(length, 1)
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last_3d):
-        return torch.channels_last_3d
-    return torch.contiguous_format

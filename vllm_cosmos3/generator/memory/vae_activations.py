@@ -219,7 +219,7 @@ class Walk:
         self.take(*surrounded, wide)
         self.give(*surrounded, wide, x)
         with self.ledger.scope():
-            self.take(start)  # with the bias
+            self.take(*[] if self.fused else [start])  # with the bias
         return wide
 
     def down(

@@ -42,6 +42,24 @@ def _add_with_bias(x, other, bias, positions, channels: tl.constexpr, block: tl.
     tl.store(x + place, value, mask=inside)
 
 
+@triton.jit
+def _add_repeated(x, start, bias, positions, height, width, channels: tl.constexpr, shares: tl.constexpr, frames: tl.constexpr, time: tl.constexpr, space: tl.constexpr, block: tl.constexpr, rows: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0) * rows + tl.arange(0, rows)
+    channel = tl.arange(0, block)
+    inside = (row[:, None] < positions) & (channel[None, :] < channels)
+    place = row[:, None].to(tl.int64) * channels + channel[None, :]
+    value = tl.load(x + place, mask=inside).to(tl.float32)
+    frame, line, column = row // (width * height), row // width % height, row % width
+    within = (frame % frames + time - frames) * space + line % space
+    within = (within * space + column % space) * shares // (time * space * space)
+    origin = frame // frames * (height // space) + line // space
+    origin = origin * (width // space) + column // space
+    place = (origin.to(tl.int64) * channels)[:, None] + channel[None, :]
+    value += tl.load(start + place * shares + within[:, None], mask=inside).to(tl.float32)
+    value += tl.load(bias + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
+    tl.store(x + row[:, None].to(tl.int64) * channels + channel[None, :], value, mask=inside)
+
+
 def norm_silu(out: Tensor, x: Tensor, bias_C: Tensor | None, gamma: Tensor) -> None:
     """SiLU of ``x + bias`` scaled to root mean square ``gamma`` over the channels, into ``out``.
 
@@ -72,6 +90,26 @@ def add_with_bias(x: Tensor, other: Tensor, bias_C: Tensor) -> Tensor:
     other = other.contiguous(memory_format=torch.channels_last_3d)
     _add_with_bias[(triton.cdiv(positions, rows),)](
         x, other, bias_C, positions, channels=x.shape[1], block=block, rows=rows
+    )
+    return x
+
+
+def add_repeated(x: Tensor, start: Tensor, bias_C: Tensor, time: int, space: int) -> Tensor:
+    """``x + bias`` plus ``start`` repeated over blocks, as `models.vae.add_repeated`, written over ``x``."""
+    positions, block, rows = _division(x)
+    _add_repeated[(triton.cdiv(positions, rows),)](
+        x,
+        start.contiguous(memory_format=torch.channels_last_3d),
+        bias_C,
+        positions,
+        *x.shape[3:],
+        channels=x.shape[1],
+        shares=start.shape[1] // x.shape[1],
+        frames=x.shape[2] // start.shape[2],
+        time=time,
+        space=space,
+        block=block,
+        rows=rows,
     )
     return x
 

@@ -23,7 +23,15 @@ from torch import Tensor, nn
 from vllm_cosmos3.checkpoint.config import VAEConfig
 from vllm_cosmos3.checkpoint.latents import chunk_sizes, latent_frames
 from vllm_cosmos3.parallel.axis import Axis
-from vllm_cosmos3.parallel.halo import Fill, add_to, gather_strips, sum_over, surround, take_strip
+from vllm_cosmos3.parallel.halo import (
+    Fill,
+    add_to,
+    gather_strips,
+    memory_format,
+    sum_over,
+    surround,
+    take_strip,
+)
 from vllm_cosmos3.parallel.plane import Strips, divide
 
 
@@ -268,9 +276,7 @@ class VideoUpBlock(nn.Module):
         if self.upsampler is None:
             return x
         x = self.upsampler(x, cache)
-        # The bias that the upsampler has left out is added where there are fewer positions.
-        bias = self.upsampler.bias.repeat_interleave(start.shape[1] // x.shape[1])
-        return add_repeated(x, start + bias.view(-1, 1, 1, 1), self.time, self.space)
+        return add_repeated(x, start, self.upsampler.bias, self.time, self.space)
 
 
 class Downsampler(nn.Module):
@@ -311,8 +317,7 @@ class Upsampler(nn.Module):
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
         if self.time_conv is not None and not cache.first:
             # The first frame is not in this convolution's past either: its past begins with zeros.
-            x = self.time_conv(x, cache).unflatten(1, (2, -1))
-            x = x.movedim(1, 3).flatten(2, 3)  # both halves of the channels are frames
+            x = halves_as_frames(self.time_conv(x, cache))
         # Frame by frame: torch's two-dimensional kernel keeps channels innermost, and is faster.
         images = F.interpolate(x.transpose(1, 2).flatten(0, 1), scale_factor=2, mode="nearest")
         x = images.unflatten(0, (-1, x.shape[2])).transpose(1, 2)
@@ -483,17 +488,32 @@ def average_down(x: Tensor, channels: int, time: int, space: int) -> Tensor:
     return x.unflatten(1, (channels, -1)).mean(dim=2)
 
 
-def add_repeated(x: Tensor, start: Tensor, time: int, space: int) -> Tensor:
-    """``x`` plus ``start``, whose channels are repeated to fill ``time`` x ``space`` x ``space`` blocks.
+def halves_as_frames(x: Tensor) -> Tensor:
+    """Both halves of the channels of a frame as two frames, where channels stay as they lie."""
+    shape = x.shape[0], x.shape[1] // 2, 2 * x.shape[2], *x.shape[3:]
+    frames = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    frames.unflatten(2, (-1, 2)).copy_(x.unflatten(1, (2, -1)).movedim(1, 3))
+    return frames
 
-    Block positions count as channels, the last one fastest, and consecutive ones share a channel of
-    ``start``. So each channel covers whole trailing dimensions of a block, and adding in place with
-    broadcasting needs no repeated copy. A first frame, which is not doubled, takes a block's last.
+
+def add_repeated(x: Tensor, start: Tensor, bias: Tensor, time: int, space: int) -> Tensor:
+    """``x + bias`` plus ``start``, whose channels are repeated to fill ``time`` x ``space`` x ``space`` blocks.
+
+    In the memory of ``x``, and one pass on a GPU. Block positions count as channels, the last one
+    fastest, and consecutive ones share a channel of ``start``. A first frame, which is not doubled,
+    takes a block's last.
     """
+    if on_gpu(x, start):
+        from vllm_cosmos3.generator.models import kernels
+
+        return kernels.add_repeated(x, start, bias, time, space)
+    # Each channel covers whole trailing dimensions of a block, so broadcasting needs no repeated copy.
     shares = start.shape[1] // x.shape[1]  # channels of start for one of x, a power of two
     frames = x.shape[2] // start.shape[2]
     a = min(shares, time)
     b = min(shares // a, space)
+    # The bias is added where there are fewer positions.
+    start = start + bias.repeat_interleave(shares).view(-1, 1, 1, 1)
     start = start.unflatten(1, (x.shape[1], a, b, shares // (a * b)))[:, :, -min(a, frames) :]
     blocks = x.unflatten(4, (-1, space)).unflatten(3, (-1, space)).unflatten(2, (-1, frames))
     blocks += start.permute(0, 1, 5, 2, 6, 3, 7, 4)
