@@ -158,17 +158,17 @@ def test_sums_with_bias_of_the_autoencoder(device: torch.device, channels: int) 
 
 @pytest.mark.parametrize(("channels", "frames", "time"), [(48, 6, 2), (1024, 1, 2), (512, 3, 1)])
 @pytest.mark.parametrize("shares", [1, 2, 4])
-def test_repeated_sums_of_the_autoencoder(
+def test_doubled_images_of_the_autoencoder(
     device: torch.device, channels: int, frames: int, time: int, shares: int
 ) -> None:
-    """Of a first frame too, which is not doubled."""
+    """A first frame too, whose frames are not doubled."""
     short = max(1, frames // time)
     start = innermost(noise(device, 1, channels * shares, short, 5, 7).bfloat16())
-    x = innermost(noise(device, 1, channels, frames, 10, 14).bfloat16())
+    corners = innermost(noise(device, 1, 4 * channels, frames, 6, 8).bfloat16())
     bias = noise(device, channels).bfloat16()
-    plain = (value.cpu().float() for value in (x, start, bias))
-    expected = vae.add_repeated(*plain, time, 2).to(device)
-    assert apart(vae.add_repeated(x, start, bias, time, 2), expected) <= 5e-3
+    plain = (value.cpu().float() for value in (corners, start, bias))
+    expected = vae.joined(*plain, time).to(device)
+    assert apart(vae.joined(corners, start, bias, time), expected) <= 5e-3
 
 
 def innermost(x: Tensor) -> Tensor:

@@ -212,15 +212,34 @@ class Walk:
             y = replace(y, channels=channels, frames=2 * y.frames)
             self.take(y)  # both halves of the channels as frames: a copy
             self.give(y)
-        wide = replace(y, height=2 * y.height, width=2 * y.width)
+        wide = Shape(channels, y.frames, 2 * x.height, 2 * x.width)
+        if self.fused:
+            self.corners(x, y)
+            self.take(wide)
+            self.give(replace(wide, channels=4 * channels, height=x.height + 1, width=x.width + 1))
+            self.give(x)
+            return wide
         self.take(wide)
         self.give(*[y] * (y != x))
         surrounded = [self.around(wide, 2)] if self.strips.added(1) else []
         self.take(*surrounded, wide)
-        self.give(*surrounded, wide, x)
+        self.give(*surrounded, wide)
         with self.ledger.scope():
-            self.take(*[] if self.fused else [start])  # with the bias
+            self.take(start)  # with the bias
+        self.give(x)
         return wide
+
+    def corners(self, x: Shape, y: Shape) -> None:
+        """Of `Upsampler`: from ``x``, or from its doubled frames ``y``, which are no longer needed."""
+        around = self.around(y, 2)
+        self.take(*[around] * (around != y))
+        self.give(*[y] * (around != y != x))
+        kernels = 16 * y.channels**2 * self.element_size
+        self.ledger.moment(kernels, kernels)
+        out = Shape(4 * y.channels, y.frames, x.height + 1, x.width + 1)
+        self.ledger.moment(kernels, out.values * self.element_size)
+        self.take(out)
+        self.give(*[around] * (around != x))
 
     def down(
         self, index: int, x: Shape, channels: int, depth: int, time: int, *, space: bool

@@ -43,21 +43,22 @@ def _add_with_bias(x, other, bias, positions, channels: tl.constexpr, block: tl.
 
 
 @triton.jit
-def _add_repeated(x, start, bias, positions, height, width, channels: tl.constexpr, shares: tl.constexpr, frames: tl.constexpr, time: tl.constexpr, space: tl.constexpr, block: tl.constexpr, rows: tl.constexpr):  # fmt: skip
+def _joined(corners, start, bias, out, positions, height, width, channels: tl.constexpr, shares: tl.constexpr, frames: tl.constexpr, time: tl.constexpr, block: tl.constexpr, rows: tl.constexpr):  # fmt: skip
     row = tl.program_id(0) * rows + tl.arange(0, rows)
     channel = tl.arange(0, block)
     inside = (row[:, None] < positions) & (channel[None, :] < channels)
-    place = row[:, None].to(tl.int64) * channels + channel[None, :]
-    value = tl.load(x + place, mask=inside).to(tl.float32)
-    frame, line, column = row // (width * height), row // width % height, row % width
-    within = (frame % frames + time - frames) * space + line % space
-    within = (within * space + column % space) * shares // (time * space * space)
-    origin = frame // frames * (height // space) + line // space
-    origin = origin * (width // space) + column // space
-    place = (origin.to(tl.int64) * channels)[:, None] + channel[None, :]
+    column, line, frame = row % (2 * width), row // (2 * width), row // (4 * width * height)
+    line %= 2 * height
+    a, b, x, y = line % 2, column % 2, column // 2, line // 2
+    place = (frame * (height + 1) + y + a).to(tl.int64) * (width + 1) + x + b
+    place = (place * 4 + a * 2 + b) * channels
+    value = tl.load(corners + place[:, None] + channel[None, :], mask=inside).to(tl.float32)
+    within = ((frame % frames + time - frames) * 4 + a * 2 + b) * shares // (4 * time)
+    place = (frame // frames * height + y).to(tl.int64) * width + x
+    place = (place * channels)[:, None] + channel[None, :]
     value += tl.load(start + place * shares + within[:, None], mask=inside).to(tl.float32)
     value += tl.load(bias + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
-    tl.store(x + row[:, None].to(tl.int64) * channels + channel[None, :], value, mask=inside)
+    tl.store(out + row[:, None].to(tl.int64) * channels + channel[None, :], value, mask=inside)
 
 
 def norm_silu(out: Tensor, x: Tensor, bias_C: Tensor | None, gamma: Tensor) -> None:
@@ -94,24 +95,34 @@ def add_with_bias(x: Tensor, other: Tensor, bias_C: Tensor) -> Tensor:
     return x
 
 
-def add_repeated(x: Tensor, start: Tensor, bias_C: Tensor, time: int, space: int) -> Tensor:
-    """``x + bias`` plus ``start`` repeated over blocks, as `models.vae.add_repeated`, written over ``x``."""
-    positions, block, rows = _division(x)
-    _add_repeated[(triton.cdiv(positions, rows),)](
-        x,
-        start.contiguous(memory_format=torch.channels_last_3d),
+def joined(corners: Tensor, start: Tensor, bias_C: Tensor, time: int) -> Tensor:
+    """The corners of each position side by side, plus bias and ``start``: see `models.vae.joined`."""
+    start = start.contiguous(memory_format=torch.channels_last_3d)
+    channels, frames = corners.shape[1] // 4, corners.shape[2]
+    height, width = start.shape[3:]
+    out = torch.empty(
+        (1, channels, frames, 2 * height, 2 * width),
+        dtype=start.dtype,
+        device=start.device,
+        memory_format=torch.channels_last_3d,
+    )
+    positions, block, rows = _division(out)
+    _joined[(triton.cdiv(positions, rows),)](
+        corners,
+        start,
         bias_C,
+        out,
         positions,
-        *x.shape[3:],
-        channels=x.shape[1],
-        shares=start.shape[1] // x.shape[1],
-        frames=x.shape[2] // start.shape[2],
+        height,
+        width,
+        channels=channels,
+        shares=start.shape[1] // channels,
+        frames=frames // start.shape[2],
         time=time,
-        space=space,
         block=block,
         rows=rows,
     )
-    return x
+    return out
 
 
 def _division(x: Tensor) -> tuple[int, int, int]:

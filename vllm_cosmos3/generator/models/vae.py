@@ -265,7 +265,6 @@ class VideoUpBlock(nn.Module):
 
     def __init__(self, before: int, after: int, depth: int, *, time: int, space: int) -> None:
         super().__init__()
-        self.channels, self.time, self.space = after, time, space
         self.resnets = residual_blocks(before, after, depth)
         self.upsampler = Upsampler(after, time) if space > 1 else None
 
@@ -275,8 +274,7 @@ class VideoUpBlock(nn.Module):
             x = resnet(x, cache)
         if self.upsampler is None:
             return x
-        x = self.upsampler(x, cache)
-        return add_repeated(x, start, self.upsampler.bias, self.time, self.space)
+        return self.upsampler(x, start, cache)
 
 
 class Downsampler(nn.Module):
@@ -293,7 +291,8 @@ class Downsampler(nn.Module):
         # One row and column of zeros at the right and bottom border only.
         bottom, right = cache.strips.padding(1)
         x = F.pad(surround(cache.strips, x, 0, 1), (0, right, 0, bottom))
-        x = each_frame(self.resample["1"], x)
+        conv = self.resample["1"]
+        x = each_frame(x, conv.weight, conv.bias, stride=2)
         if self.time_conv is None:
             return x
         if cache.first:  # alone in its latent frame: nothing to halve, but remembered
@@ -303,27 +302,31 @@ class Downsampler(nn.Module):
 
 
 class Upsampler(nn.Module):
-    """Twice the rows and columns, and twice the frames where ``time`` is 2; the caller adds ``bias``."""
+    """Twice the rows and columns, and twice the frames where ``time`` is 2, plus a repeated shortcut.
+
+    A row of the doubled image is there twice, so a 3 x 3 kernel on it is a 2 x 2 kernel on the small
+    image, another one for each corner of a doubled position: 4/9 of the products. Not on a CPU: torch's
+    2 x 2 convolution rounds by the width there, and pixels would differ from those of one rank.
+    """
 
     def __init__(self, channels: int, time: int) -> None:
         super().__init__()
+        self.time = time
         self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, channels, 3)})
         self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1)) if time > 1 else None
 
-    @property
-    def bias(self) -> Tensor:
-        return self.resample["1"].bias
-
-    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+    def forward(self, x: Tensor, start: Tensor, cache: CausalCache) -> Tensor:
+        strips, conv = cache.strips, self.resample["1"]
         if self.time_conv is not None and not cache.first:
             # The first frame is not in this convolution's past either: its past begins with zeros.
             x = halves_as_frames(self.time_conv(x, cache))
-        # Frame by frame: torch's two-dimensional kernel keeps channels innermost, and is faster.
-        images = F.interpolate(x.transpose(1, 2).flatten(0, 1), scale_factor=2, mode="nearest")
-        x = images.unflatten(0, (-1, x.shape[2])).transpose(1, 2)
-        if cache.strips.added(1):
-            x = surround(cache.strips, x, 1, 1)
-        return each_frame(self.resample["1"], x, cache.strips.padding(1), biased=False)
+        if x.is_cpu:
+            x = each_frame(doubled(x, strips), conv.weight, padding=strips.padding(1))
+            return add_repeated(x, start, conv.bias, self.time)
+        if strips.added(1):
+            x = surround(strips, x, 1, 1)
+        x = each_frame(x, corner_kernels(conv.weight), padding=strips.padding(1))
+        return joined(x, start, conv.bias, self.time)
 
 
 class MidBlock(nn.Module):
@@ -469,11 +472,15 @@ def residual_blocks(before: int, after: int, depth: int) -> nn.ModuleList:
 
 
 def each_frame(
-    conv: nn.Module, x_BCTHW: Tensor, padding: tuple[int, int] = (0, 0), *, biased: bool = True
+    x_BCTHW: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """A two-dimensional convolution of every frame."""
-    x = x_BCTHW.transpose(1, 2).flatten(0, 1)
-    x = F.conv2d(x, conv.weight, conv.bias if biased else None, conv.stride, padding)
+    x = F.conv2d(x_BCTHW.transpose(1, 2).flatten(0, 1), weight, bias, stride, padding)
     return x.unflatten(0, (-1, x_BCTHW.shape[2])).transpose(1, 2)
 
 
@@ -496,26 +503,62 @@ def halves_as_frames(x: Tensor) -> Tensor:
     return frames
 
 
-def add_repeated(x: Tensor, start: Tensor, bias: Tensor, time: int, space: int) -> Tensor:
-    """``x + bias`` plus ``start``, whose channels are repeated to fill ``time`` x ``space`` x ``space`` blocks.
+def doubled(x: Tensor, strips: Strips) -> Tensor:
+    """Every row and column of ``x`` twice, with a row of the neighbouring strips on both sides."""
+    images = F.interpolate(x.transpose(1, 2).flatten(0, 1), scale_factor=2, mode="nearest")
+    x = images.unflatten(0, (-1, x.shape[2])).transpose(1, 2)
+    return surround(strips, x, 1, 1) if strips.added(1) else x
 
-    In the memory of ``x``, and one pass on a GPU. Block positions count as channels, the last one
-    fastest, and consecutive ones share a channel of ``start``. A first frame, which is not doubled,
-    takes a block's last.
+
+def corner_kernels(weight: Tensor) -> Tensor:
+    """[4 C', C, 2, 2] of a kernel [C', C, 3, 3] on a doubled image: upper left, upper right and so on.
+
+    In an upper corner the last two rows of the kernel meet the same row, in a lower one the first
+    two; and so with columns. Sums are rounded once.
     """
-    if on_gpu(x, start):
+    first, middle, last = torch.eye(3, dtype=weight.dtype, device=weight.device)
+    taps = torch.stack([first, middle + last, first + middle, last]).view(2, 2, 3)
+    taps = torch.einsum("arh,bsw->abrshw", taps, taps).view(16, 9)
+    kernels = taps @ weight.permute(0, 2, 3, 1).flatten(1, 2)  # C', corners and their taps, C
+    kernels = kernels.unflatten(1, (4, 4)).transpose(0, 1).flatten(0, 1)
+    return kernels.unflatten(1, (2, 2)).permute(0, 3, 1, 2)
+
+
+def joined(corners: Tensor, start: Tensor, bias: Tensor, time: int) -> Tensor:
+    """The four corners of each position as one image of twice the size, and `add_repeated`.
+
+    ``corners`` [B, 4 C, T, H + 1, W + 1] is what `corner_kernels` make: lower and right ones lie
+    one row and column further. One pass on a GPU.
+    """
+    if on_gpu(corners, start):
         from vllm_cosmos3.generator.models import kernels
 
-        return kernels.add_repeated(x, start, bias, time, space)
-    # Each channel covers whole trailing dimensions of a block, so broadcasting needs no repeated copy.
+        return kernels.joined(corners, start, bias, time)
+    height, width = start.shape[3:]
+    shape = start.shape[0], corners.shape[1] // 4, corners.shape[2], 2 * height, 2 * width
+    layout = memory_format(start)
+    x = torch.empty(shape, dtype=start.dtype, device=start.device, memory_format=layout)
+    for index, corner in enumerate(corners.chunk(4, dim=1)):
+        a, b = divmod(index, 2)
+        x[..., a::2, b::2] = corner[..., a : a + height, b : b + width]
+    return add_repeated(x, start, bias, time)
+
+
+def add_repeated(x: Tensor, start: Tensor, bias: Tensor, time: int) -> Tensor:
+    """``x + bias`` plus ``start``, whose channels are repeated to fill ``time`` x 2 x 2 blocks.
+
+    Block positions count as channels, the last one fastest, and consecutive ones share a channel of
+    ``start``. So each channel covers whole trailing dimensions of a block, and adding in place with
+    broadcasting needs no repeated copy. A first frame, which is not doubled, takes a block's last.
+    """
     shares = start.shape[1] // x.shape[1]  # channels of start for one of x, a power of two
     frames = x.shape[2] // start.shape[2]
     a = min(shares, time)
-    b = min(shares // a, space)
+    b = min(shares // a, 2)
     # The bias is added where there are fewer positions.
     start = start + bias.repeat_interleave(shares).view(-1, 1, 1, 1)
     start = start.unflatten(1, (x.shape[1], a, b, shares // (a * b)))[:, :, -min(a, frames) :]
-    blocks = x.unflatten(4, (-1, space)).unflatten(3, (-1, space)).unflatten(2, (-1, frames))
+    blocks = x.unflatten(4, (-1, 2)).unflatten(3, (-1, 2)).unflatten(2, (-1, frames))
     blocks += start.permute(0, 1, 5, 2, 6, 3, 7, 4)
     return x
 
