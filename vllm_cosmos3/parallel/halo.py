@@ -28,24 +28,23 @@ def surround(
     x: Tensor,
     before: int,
     after: int,
+    frames: int = 0,
     past: Tensor | None = None,
     through: Fill = Tensor.copy_,
 ) -> Tensor:
-    """``x`` with rows of the neighbouring strips on both sides and ``past`` frames in front.
+    """``x`` with rows of the neighbouring strips on both sides and ``frames`` of ``past`` in front.
 
     Rows beyond the true border are zero; an undivided plane gets none, see `padding`. ``past``
-    has its rows already. ``through`` writes what it makes of ``x`` into one new buffer, since
-    convolutions would otherwise be preceded by two copies.
+    has its rows already; frames are zero where there is none. ``through`` writes what it makes of
+    ``x`` into one new buffer, since convolutions would otherwise be preceded by two copies.
     """
     before, after = strips.added(before), strips.added(after)
-    frames = 0 if past is None else past.shape[2]
     shape = list(x.shape)
     shape[2] += frames
     shape[strips.dim] += before + after
     layout = memory_format(x)
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-    if past is not None:
-        out.narrow(2, 0, frames).copy_(past)
+    _fill(out.narrow(2, 0, frames), past)
     present = out.narrow(2, frames, x.shape[2])
     rows = x.shape[strips.dim]
     own = present.narrow(strips.dim, before, rows)
@@ -142,11 +141,11 @@ def _receive(x: Tensor, dim: int, rows: int) -> Tensor:
     return x.new_empty(shape)
 
 
-def _fill(rows: Tensor, values: Tensor | None) -> None:
+def _fill(place: Tensor, values: Tensor | None) -> None:
     if values is None:
-        rows.zero_()
+        place.zero_()
     else:
-        rows.copy_(values)
+        place.copy_(values)
 
 
 def _rising(length: int, device: torch.device) -> Tensor:

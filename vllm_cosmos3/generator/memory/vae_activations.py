@@ -329,8 +329,6 @@ class Walk:
         past = replace(wide, frames=frames)
         extended = replace(wide, frames=x.frames + frames)
         with self.ledger.scope():
-            if name not in self.past:
-                self.take(past)
             self.take(extended)
             if normed and not self.fused:
                 self.norm_silu_in_torch(x, biased=biased)

@@ -53,10 +53,12 @@ def _joined(corners, start, bias, out, positions, height, width, channels: tl.co
     place = (frame * (height + 1) + y + a).to(tl.int64) * (width + 1) + x + b
     place = (place * 4 + a * 2 + b) * channels
     value = tl.load(corners + place[:, None] + channel[None, :], mask=inside).to(tl.float32)
-    within = ((frame % frames + time - frames) * 4 + a * 2 + b) * shares // (4 * time)
     place = (frame // frames * height + y).to(tl.int64) * width + x
     place = (place * channels)[:, None] + channel[None, :]
-    value += tl.load(start + place * shares + within[:, None], mask=inside).to(tl.float32)
+    if shares > 1:  # else channels are neighbours, and loaded several at once
+        within = ((frame % frames + time - frames) * 4 + a * 2 + b) * shares // (4 * time)
+        place = place * shares + within[:, None]
+    value += tl.load(start + place, mask=inside).to(tl.float32)
     value += tl.load(bias + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
     tl.store(out + row[:, None].to(tl.int64) * channels + channel[None, :], value, mask=inside)
 

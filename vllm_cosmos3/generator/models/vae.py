@@ -154,12 +154,7 @@ class CausalCache:
 
         They are zero in the beginning. And with ``rows`` on both sides where a plane is divided.
         """
-        past = self._past.get(conv)
-        if past is None:
-            shape = [x.shape[0], x.shape[1], frames, *x.shape[3:]]
-            shape[self.strips.dim] += 2 * self.strips.added(rows)
-            past = x.new_zeros(shape)
-        extended = surround(self.strips, x, rows, rows, past, through)
+        extended = surround(self.strips, x, rows, rows, frames, self._past.get(conv), through)
         self._past[conv] = extended[:, :, -frames:].clone()  # a view would keep all of it alive
         return extended
 
