@@ -163,12 +163,12 @@ def test_doubled_images_of_the_autoencoder(
 ) -> None:
     """A first frame too, whose frames are not doubled."""
     short = max(1, frames // time)
-    start = innermost(noise(device, 1, channels * shares, short, 5, 7).bfloat16())
+    shortcut = innermost(noise(device, 1, channels * shares, short, 5, 7).bfloat16())
     corners = innermost(noise(device, 1, 4 * channels, frames, 6, 8).bfloat16())
     bias = noise(device, channels).bfloat16()
-    plain = (value.cpu().float() for value in (corners, start, bias))
-    expected = vae.joined(*plain, time).to(device)
-    assert apart(vae.joined(corners, start, bias, time), expected) <= 5e-3
+    plain = (value.cpu().float() for value in (corners, shortcut, bias))
+    expected = vae.join_corners(*plain, time).to(device)
+    assert apart(vae.join_corners(corners, shortcut, bias, time), expected) <= 5e-3
 
 
 def innermost(x: Tensor) -> Tensor:

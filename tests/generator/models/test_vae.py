@@ -174,15 +174,15 @@ def test_small_kernels_make_the_doubled_image(
     short: int, time: int, frames: int, shares: int
 ) -> None:
     """As nearest doubling, the whole kernel and a shortcut that is really repeated do."""
-    x, start = noise(1, 6, frames, 3, 5), noise(1, 6 * shares, short, 3, 5)
+    x, shortcut = noise(1, 6, frames, 3, 5), noise(1, 6 * shares, short, 3, 5)
     weight, bias = noise(6, 6, 3, 3), noise(6)
     rows_twice = x[0].transpose(0, 1).repeat_interleave(2, dim=2)
     expected = F.conv2d(rows_twice.repeat_interleave(2, dim=3), weight, bias, padding=1)
-    repeated = start.repeat_interleave(4 * time // shares, dim=1)
+    repeated = shortcut.repeat_interleave(4 * time // shares, dim=1)
     repeated = repeated.view(6, time, 2, 2, short, 3, 5).permute(0, 4, 1, 5, 2, 6, 3)
     expected = expected.transpose(0, 1) + repeated.reshape(6, short * time, 6, 10)[:, -frames:]
     corners = F.conv2d(x[0].transpose(0, 1), vae_module.corner_kernels(weight), padding=1)
-    actual = vae_module.joined(corners.transpose(0, 1)[None], start, bias, time)
+    actual = vae_module.join_corners(corners.transpose(0, 1)[None], shortcut, bias, time)
     assert torch.allclose(actual[0], expected, atol=1e-4)
 
 

@@ -202,7 +202,7 @@ class Walk:
         self, index: int, x: Shape, channels: int, depth: int, time: int, *, space: bool
     ) -> Shape:
         """`UpBlock`: its own first input stays, the inputs of its residual blocks do not."""
-        start = x
+        shortcut = x
         x = self.resnets(f"up{index}", x, channels, depth)
         if not space:
             return x
@@ -225,7 +225,7 @@ class Walk:
         self.take(*surrounded, wide)
         self.give(*surrounded, wide)
         with self.ledger.scope():
-            self.take(start)  # with the bias
+            self.take(shortcut)  # with the bias
         self.give(x)
         return wide
 

@@ -43,7 +43,7 @@ def _add_with_bias(x, other, bias, positions, channels: tl.constexpr, block: tl.
 
 
 @triton.jit
-def _joined(corners, start, bias, out, positions, height, width, channels: tl.constexpr, shares: tl.constexpr, frames: tl.constexpr, time: tl.constexpr, block: tl.constexpr, rows: tl.constexpr):  # fmt: skip
+def _join_corners(corners, shortcut, bias, out, positions, height, width, channels: tl.constexpr, shares: tl.constexpr, frames: tl.constexpr, time: tl.constexpr, block: tl.constexpr, rows: tl.constexpr):  # fmt: skip
     row = tl.program_id(0) * rows + tl.arange(0, rows)
     channel = tl.arange(0, block)
     inside = (row[:, None] < positions) & (channel[None, :] < channels)
@@ -58,7 +58,7 @@ def _joined(corners, start, bias, out, positions, height, width, channels: tl.co
     if shares > 1:  # else channels are neighbours, and loaded several at once
         within = ((frame % frames + time - frames) * 4 + a * 2 + b) * shares // (4 * time)
         place = place * shares + within[:, None]
-    value += tl.load(start + place, mask=inside).to(tl.float32)
+    value += tl.load(shortcut + place, mask=inside).to(tl.float32)
     value += tl.load(bias + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
     tl.store(out + row[:, None].to(tl.int64) * channels + channel[None, :], value, mask=inside)
 
@@ -97,29 +97,29 @@ def add_with_bias(x: Tensor, other: Tensor, bias_C: Tensor) -> Tensor:
     return x
 
 
-def joined(corners: Tensor, start: Tensor, bias_C: Tensor, time: int) -> Tensor:
-    """The corners of each position side by side, plus bias and ``start``: see `models.vae.joined`."""
-    start = start.contiguous(memory_format=torch.channels_last_3d)
+def join_corners(corners: Tensor, shortcut: Tensor, bias_C: Tensor, time: int) -> Tensor:
+    """The corners of each position side by side, plus bias and ``shortcut``: see `models.vae.join_corners`."""
+    shortcut = shortcut.contiguous(memory_format=torch.channels_last_3d)
     channels, frames = corners.shape[1] // 4, corners.shape[2]
-    height, width = start.shape[3:]
+    height, width = shortcut.shape[3:]
     out = torch.empty(
         (1, channels, frames, 2 * height, 2 * width),
-        dtype=start.dtype,
-        device=start.device,
+        dtype=shortcut.dtype,
+        device=shortcut.device,
         memory_format=torch.channels_last_3d,
     )
     positions, block, rows = _division(out)
-    _joined[(triton.cdiv(positions, rows),)](
+    _join_corners[(triton.cdiv(positions, rows),)](
         corners,
-        start,
+        shortcut,
         bias_C,
         out,
         positions,
         height,
         width,
         channels=channels,
-        shares=start.shape[1] // channels,
-        frames=frames // start.shape[2],
+        shares=shortcut.shape[1] // channels,
+        frames=frames // shortcut.shape[2],
         time=time,
         block=block,
         rows=rows,

@@ -3,8 +3,8 @@
 Time is causal, so a clip goes through in chunks: the first frame alone, then one or several latent
 frames (four pixel frames each) at a time, as `chunk_sizes` says, and the result does not depend on the
 chunks. What the convolutions have to remember from chunk to chunk is in a `CausalCache` that belongs
-to one clip. Space is divided by
-`parallel.plane`: every rank computes its parts of the plane and the parts are summed.
+to one clip. Space is divided by `parallel.plane`: every rank computes its parts of the plane and the
+parts are summed.
 
 Module names are those of the checkpoint. Shape suffixes: B batch, C channels, T frames, H height,
 W width, S positions; small letters where the axis is divided.
@@ -264,12 +264,12 @@ class VideoUpBlock(nn.Module):
         self.upsampler = Upsampler(after, time) if space > 1 else None
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
-        start = x
+        shortcut = x
         for resnet in self.resnets:
             x = resnet(x, cache)
         if self.upsampler is None:
             return x
-        return self.upsampler(x, start, cache)
+        return self.upsampler(x, shortcut, cache)
 
 
 class Downsampler(nn.Module):
@@ -310,18 +310,18 @@ class Upsampler(nn.Module):
         self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, channels, 3)})
         self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1)) if time > 1 else None
 
-    def forward(self, x: Tensor, start: Tensor, cache: CausalCache) -> Tensor:
+    def forward(self, x: Tensor, shortcut: Tensor, cache: CausalCache) -> Tensor:
         strips, conv = cache.strips, self.resample["1"]
         if self.time_conv is not None and not cache.first:
             # The first frame is not in this convolution's past either: its past begins with zeros.
             x = halves_as_frames(self.time_conv(x, cache))
         if x.is_cpu:
             x = each_frame(doubled(x, strips), conv.weight, padding=strips.padding(1))
-            return add_repeated(x, start, conv.bias, self.time)
+            return add_repeated(x, shortcut, conv.bias, self.time)
         if strips.added(1):
             x = surround(strips, x, 1, 1)
         x = each_frame(x, corner_kernels(conv.weight), padding=strips.padding(1))
-        return joined(x, start, conv.bias, self.time)
+        return join_corners(x, shortcut, conv.bias, self.time)
 
 
 class MidBlock(nn.Module):
@@ -519,42 +519,42 @@ def corner_kernels(weight: Tensor) -> Tensor:
     return kernels.unflatten(1, (2, 2)).permute(0, 3, 1, 2)
 
 
-def joined(corners: Tensor, start: Tensor, bias: Tensor, time: int) -> Tensor:
+def join_corners(corners: Tensor, shortcut: Tensor, bias: Tensor, time: int) -> Tensor:
     """The four corners of each position as one image of twice the size, and `add_repeated`.
 
     ``corners`` [B, 4 C, T, H + 1, W + 1] is what `corner_kernels` make: lower and right ones lie
     one row and column further. One pass on a GPU.
     """
-    if on_gpu(corners, start):
+    if on_gpu(corners, shortcut):
         from vllm_cosmos3.generator.models import kernels
 
-        return kernels.joined(corners, start, bias, time)
-    height, width = start.shape[3:]
-    shape = start.shape[0], corners.shape[1] // 4, corners.shape[2], 2 * height, 2 * width
-    layout = memory_format(start)
-    x = torch.empty(shape, dtype=start.dtype, device=start.device, memory_format=layout)
+        return kernels.join_corners(corners, shortcut, bias, time)
+    height, width = shortcut.shape[3:]
+    shape = shortcut.shape[0], corners.shape[1] // 4, corners.shape[2], 2 * height, 2 * width
+    layout = memory_format(shortcut)
+    x = torch.empty(shape, dtype=shortcut.dtype, device=shortcut.device, memory_format=layout)
     for index, corner in enumerate(corners.chunk(4, dim=1)):
         a, b = divmod(index, 2)
         x[..., a::2, b::2] = corner[..., a : a + height, b : b + width]
-    return add_repeated(x, start, bias, time)
+    return add_repeated(x, shortcut, bias, time)
 
 
-def add_repeated(x: Tensor, start: Tensor, bias: Tensor, time: int) -> Tensor:
-    """``x + bias`` plus ``start``, whose channels are repeated to fill ``time`` x 2 x 2 blocks.
+def add_repeated(x: Tensor, shortcut: Tensor, bias: Tensor, time: int) -> Tensor:
+    """``x + bias`` plus ``shortcut``, whose channels are repeated to fill ``time`` x 2 x 2 blocks.
 
     Block positions count as channels, the last one fastest, and consecutive ones share a channel of
-    ``start``. So each channel covers whole trailing dimensions of a block, and adding in place with
+    ``shortcut``. So each channel covers whole trailing dimensions of a block, and adding in place with
     broadcasting needs no repeated copy. A first frame, which is not doubled, takes a block's last.
     """
-    shares = start.shape[1] // x.shape[1]  # channels of start for one of x, a power of two
-    frames = x.shape[2] // start.shape[2]
+    shares = shortcut.shape[1] // x.shape[1]  # channels of shortcut for one of x, a power of two
+    frames = x.shape[2] // shortcut.shape[2]
     a = min(shares, time)
     b = min(shares // a, 2)
     # The bias is added where there are fewer positions.
-    start = start + bias.repeat_interleave(shares).view(-1, 1, 1, 1)
-    start = start.unflatten(1, (x.shape[1], a, b, shares // (a * b)))[:, :, -min(a, frames) :]
+    shortcut = shortcut + bias.repeat_interleave(shares).view(-1, 1, 1, 1)
+    shortcut = shortcut.unflatten(1, (x.shape[1], a, b, shares // (a * b)))[:, :, -min(a, frames) :]
     blocks = x.unflatten(4, (-1, 2)).unflatten(3, (-1, 2)).unflatten(2, (-1, frames))
-    blocks += start.permute(0, 1, 5, 2, 6, 3, 7, 4)
+    blocks += shortcut.permute(0, 1, 5, 2, 6, 3, 7, 4)
     return x
 
 
