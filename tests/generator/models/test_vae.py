@@ -186,6 +186,20 @@ def test_small_kernels_make_the_doubled_image(
     assert torch.allclose(actual[0], expected, atol=1e-4)
 
 
+def test_small_kernels_make_a_strip_of_the_doubled_image() -> None:
+    """With a row of the neighbours on both sides, as ranks on GPUs have it."""
+    x, shortcut, bias = noise(1, 6, 2, 6, 5), noise(1, 6, 2, 6, 5), noise(6)
+    kernels = vae_module.corner_kernels(noise(6, 6, 3, 3))
+
+    def image(x: Tensor, shortcut: Tensor, padding: tuple[int, int]) -> Tensor:
+        corners = vae_module.each_frame(x, kernels, padding=padding)
+        return vae_module.join_corners(corners, shortcut, bias, 1)
+
+    whole = image(x, shortcut, (1, 1))
+    strip = image(x[..., 1:5, :], shortcut[..., 2:4, :], (0, 1))
+    assert torch.allclose(strip, whole[..., 4:8, :], atol=1e-5)
+
+
 # Several ranks
 
 
