@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
+import signal
+from contextlib import suppress
 from functools import cache
 from multiprocessing import forkserver
 from pathlib import Path
@@ -74,3 +77,10 @@ def _start() -> None:
     finally:
         os.environ.clear()
         os.environ.update(before)
+    atexit.register(_end)
+
+
+def _end() -> None:
+    """At once: it has nothing to keep, and would take its modules apart for seconds."""
+    with suppress(ProcessLookupError):
+        os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)  # type: ignore[attr-defined]
