@@ -16,7 +16,11 @@ from vllm_cosmos3.request.questions import Question
 pytestmark = pytest.mark.gpu
 
 
-def test_clips_and_pictures_are_read(tmp_path: Path, vllm_cache: Path) -> None:
+def test_clips_and_pictures_are_read(
+    tmp_path: Path, vllm_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # This process has counted its devices, after which a fork of it cannot use CUDA.
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     prompts = held_out_prompts(8)
     questions = []
     for index, prompt in enumerate(prompts):
