@@ -16,7 +16,10 @@ from training.yardstick import Prompt
 from vllm_cosmos3 import Cosmos3
 
 SEEDS = (60_000_001, 60_000_003, 60_000_004, 60_000_006, 60_000_007, 60_000_008)  # never trained on
-PAIRS = (60_000_108, 60_000_111, 60_000_113, 60_000_115)  # one thing pushes another
+PAIRS = (  # one thing pushes another
+    *(60_000_108, 60_000_111, 60_000_113, 60_000_115),
+    *(60_000_120, 60_000_124, 60_000_129, 60_000_130),
+)
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +30,7 @@ def prompts() -> list[Prompt]:
 
 @pytest.fixture(scope="session")
 def pairs() -> list[Prompt]:
-    """Four prompts of two things that touch: the hardest."""
+    """Eight prompts of two things that touch: the hardest."""
     return [Prompt(scene, draw_caption(scene)) for scene in map(draw_scene, PAIRS)]
 
 

@@ -16,8 +16,6 @@ from training.scenes import Scene
 from vllm_cosmos3 import Cosmos3
 
 FIRST, COUNT = 61_000_000, 6
-# The policy is right in about seven of ten scenes: in these with each of the seeds.
-PICKED = (61_000_002, 61_000_003, 61_000_006, 61_000_008, 61_000_010, 61_000_016)
 STEPS = {"num_inference_steps": 6, "seed": 0}
 
 
@@ -45,11 +43,10 @@ def test_inverse_dynamics(demo: Cosmos3, scenes: list[Scene]) -> None:
     assert max(errors) < 8
 
 
-def test_a_policy_lifts_the_named_thing(policy: Cosmos3) -> None:
+def test_a_policy_lifts_the_named_thing(policy: Cosmos3, scenes: list[Scene]) -> None:
     """In a closed loop: what it wants is carried out in the world, which it sees again."""
-    scenes = [picking(seed, CHUNKS) for seed in PICKED]
     wins = [lifted(carried_out_by(policy, scene, **STEPS)) for scene in scenes]
-    assert sum(wins) >= len(PICKED) - 1
+    assert sum(wins) >= COUNT - 1
 
 
 def test_doing_nothing_lifts_nothing(scenes: list[Scene]) -> None:
