@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import forked
+import forked_stages
 import pytest
 import torch
 from hypothesis import settings
@@ -28,6 +28,10 @@ from vllm_cosmos3.compat import has_serve_flag
 # A machine that runs three processes is late now and then.
 settings.register_profile("shared", deadline=None)
 settings.load_profile("shared")
+
+if not torch.cuda.is_available():
+    # vLLM would compile small functions in every process, which takes ten seconds each.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 # Each client of httpx reads the certificates of all authorities, ten times as long as a request takes.
 ssl.create_default_context = cache(ssl.create_default_context)
@@ -53,11 +57,8 @@ SHARED = {
     "trained checkpoint": ("tests/truth",),
 }
 DEAR = (
-    "tests/cli/test_batch_on_ray.py",
     "tests/cli/test_batch_files.py",
     "tests/training",
-    "tests/parity/test_edge_server.py",
-    "tests/test_engine.py",
     "tests/parity/test_checkpoint_layout.py",
     "tests/benchmarks",
     "tests/parity",
@@ -188,7 +189,7 @@ def stages_are_forked() -> Iterator[None]:
         yield
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vllm_cosmos3.stage.client.start_interpreter", forked.start_stage)
+        patch.setattr("vllm_cosmos3.stage.client.start_interpreter", forked_stages.start)
         yield
 
 
@@ -235,7 +236,7 @@ def reasoner_server(
     # A random model would pad JSON with blanks for ever.
     command += ["--structured-outputs-config.disable_any_whitespace=true"]
     command += ["--structured-outputs-config.backend=xgrammar"]
-    with running(command, tmp_path_factory.mktemp("server"), vllm_cache, anew=True) as server:
+    with running(command, tmp_path_factory.mktemp("server"), vllm_cache) as server:
         yield server
 
 

@@ -31,6 +31,7 @@ from limits import HANG
 from ranks import in_new_process
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from vllm.platforms import current_platform
 
 from vllm_cosmos3 import Cosmos3
 from vllm_cosmos3.cli import main
@@ -48,6 +49,7 @@ SMALL: dict[str, Any] = {
     "num_inference_steps": 2,
     "seed": 1,
 }
+FORKING = Path(__file__).with_name("forking")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +119,12 @@ def agent(
 ) -> int:
     """What `torchrun --standalone --start-method fork` does with a function; its exit status."""
     os.environ.update(environment)
+    if not torch.cuda.is_available():
+        sys.path.append(str(FORKING))
+        from forking_platform import ForkingCpu
+
+        # A platform is chosen once, and was before the fork.
+        current_platform.__class__ = ForkingCpu
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -9,6 +9,7 @@ The function must be importable by name: at the top level of a test module.
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import pickle
 import sys
 import tempfile
@@ -21,11 +22,19 @@ from pathlib import Path
 from typing import Any
 
 from limits import HANG
-from preloaded import FORKSERVER, new_process
 
 from vllm_cosmos3.engine_options import ParallelConfig
 
 SECONDS = 300  # until ranks that do not answer are taken for deadlocked
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(
+    [
+        "vllm_cosmos3.stage.executor",
+        "vllm.config",
+        "vllm.model_executor.layers.linear",
+        "vllm.v1.executor.multiproc_executor",
+    ]
+)
 
 
 class Ranks:
@@ -91,7 +100,8 @@ def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
     Code that forks must not be tested in the process of pytest, where other tests left threads.
     """
     here, there = FORKSERVER.Pipe()
-    process = new_process(_once, there)
+    process = FORKSERVER.Process(target=_once, args=(there,))
+    process.start()
     there.close()
     here.send_bytes(pickle.dumps((sys.path, pickle.dumps((function, args)))))
     try:
@@ -123,14 +133,6 @@ def processes_below(pid: int) -> set[int]:
     while more := {child for child, parent in parents.items() if parent in found} - found:
         found |= more
     return found - {pid}
-
-
-def stages_of(pid: int) -> set[int]:
-    """Those descendants of a server, ordinary ones or forked."""
-    name = b"vllm_cosmos3.stage.process"
-    return {
-        one for one in processes_below(pid) if name in Path(f"/proc/{one}/cmdline").read_bytes()
-    }
 
 
 def segments_of(pids: set[int]) -> set[Path]:
@@ -172,7 +174,8 @@ def _once(pipe: Connection) -> None:
 
 def _start() -> tuple[Any, Connection]:
     here, there = FORKSERVER.Pipe()
-    process = new_process(_serve, there, daemon=True)
+    process = FORKSERVER.Process(target=_serve, args=(there,), daemon=True)
+    process.start()
     there.close()
     return process, here
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from limits import HANG
-from servers import forking, free_port
+from servers import environment, free_port
 
 ANY_PORT = ("--min-worker-port", 0, "--max-worker-port", 0, "--dashboard-agent-listen-port", 0)
 
@@ -46,13 +43,7 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 def join(settings: dict[str, str], patch: pytest.MonkeyPatch) -> None:
     """Let this process, and those that it starts, find a cluster."""
-    for name in (
-        "RAY_ADDRESS",
-        "RAY_AUTH_MODE",
-        "RAY_AUTH_TOKEN",
-        "RAY_KEY_OF_DEVICES",
-        "PYTHONPATH",
-    ):
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
         patch.setenv(name, settings[name])
 
 
@@ -60,27 +51,14 @@ def join(settings: dict[str, str], patch: pytest.MonkeyPatch) -> None:
 def cluster(cache: Path, *flags: object, **variables: str) -> Iterator[dict[str, str]]:
     """The environment of processes that find a cluster of one node. ``variables`` are its own."""
     port = free_port()
-    settings = forking(cache) | {"RAY_ADDRESS": f"127.0.0.1:{port}"} | variables
+    settings = environment(cache) | {"RAY_ADDRESS": f"127.0.0.1:{port}"} | variables
     # Given here, as by itself Ray asks for a token if an earlier cluster has left one in the home folder.
     settings |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
-    settings |= {"RAY_KEY_OF_DEVICES": "GPU", "RAY_USAGE_STATS_ENABLED": "0"}
-    settings["PYTHONPATH"] = os.pathsep.join([settings["PYTHONPATH"], *sys.path])
+    settings |= {"PYTHONPATH": os.pathsep.join(sys.path), "RAY_USAGE_STATS_ENABLED": "0"}
     head = ["--head", "--port", port, "--include-dashboard", "false"]
     with (
         # Of its own, as Ray remembers the last cluster of a folder, dead or not; with a short name.
         TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder,
         node(settings, *head, "--temp-dir", folder, *flags),
     ):
-        until_listening(port)
         yield settings
-
-
-def until_listening(port: int) -> None:
-    """Wait for a server of this machine."""
-    end = time.monotonic() + HANG
-    while True:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        assert time.monotonic() < end
-        time.sleep(0.05)

@@ -7,19 +7,16 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
-import preloaded
-from forked import Forked, start
+import torch
 from limits import HANG
 from openai import AsyncOpenAI, OpenAI
-from preloaded import SETTINGS
 
 BIN = Path(sys.executable).parent
 ARCHITECTURE = '{"architectures": ["Cosmos3ReasonerForConditionalGeneration"]}'
@@ -61,16 +58,28 @@ def free_port() -> int:
 
 def environment(cache: Path) -> dict[str, str]:
     """For servers on a shared CPU; ``cache`` is shared by the servers of a session."""
-    return os.environ | SETTINGS | {"VLLM_CACHE_ROOT": str(cache)}
+    return os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CACHE_ROOT": str(cache),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
 
 
 def forking(cache: Path) -> dict[str, str]:
     """The same where vLLM's engines and workers are forked on a CPU, and need not import it again."""
-    return preloaded.forking(environment(cache))
+    if torch.cuda.is_available():
+        return environment(cache)
+    path = [str(Path(__file__).parent / "forking"), os.environ.get("PYTHONPATH", "")]
+    return environment(cache) | {
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        "VLLM_WORKER_MULTIPROC_METHOD": "fork",
+    }
 
 
-Process = Forked | subprocess.Popen[bytes]
-RUNNING: list[Process] = []
+RUNNING: list[subprocess.Popen[bytes]] = []
 
 
 @contextmanager
@@ -80,22 +89,32 @@ def running(
     cache: Path,
     while_starting: Callable[[Server], object] = lambda _: None,
     variables: Mapping[str, str] | None = None,
-    *,
-    anew: bool = False,
 ) -> Iterator[Server]:
     """Run ``command`` (checkpoint third) with a port of its own until the block ends.
 
     ``while_starting`` is called again and again until the server is ready. ``variables`` are those of
-    its environment. It starts ``anew``, as it does for users, or from imported modules.
+    its environment.
     """
     port = free_port()
     log = folder / f"server-{port}.log"
     with log.open("w") as output:
-        words = [*command, "--host", "127.0.0.1", "--port", str(port)]
-        settings = (
-            environment if "generator" in command else forking
-        )  # as it has no engine of vLLM's
-        process = start(words, settings(cache) | dict(variables or {}), output, anew=anew)
+        process = subprocess.Popen(
+            # it ends with the tests, however they end
+            [
+                "setpriv",
+                "--pdeathsig",
+                "TERM",
+                *command,
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(port),
+            ],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=forking(cache) | dict(variables or {}),
+            start_new_session=True,
+        )
     server = Server(url=f"http://127.0.0.1:{port}", model=command[2], log=log, pid=process.pid)
     RUNNING.append(process)
     try:
@@ -115,22 +134,25 @@ def end_servers() -> None:
         _stop(RUNNING.pop())
 
 
-def run_to_end(
-    command: Sequence[object], cache: Path, variables: Mapping[str, str] | None = None
-) -> tuple[int, str]:
+def run_to_end(command: list[str], cache: Path) -> tuple[int, str]:
     """Status and output of a command that ought to end by itself within 240 seconds."""
-    with tempfile.TemporaryFile() as output:
-        process = start([*map(str, command)], forking(cache) | dict(variables or {}), output)
-        try:
-            status = process.wait(timeout=HANG)
-        finally:
-            _stop(process)
-        output.seek(0)
-        return status, output.read().decode()
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=forking(cache),
+        start_new_session=True,
+        text=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=HANG)
+    finally:
+        _stop(process)
+    return process.returncode, output
 
 
 def _wait_until_ready(
-    server: Server, process: Process, while_starting: Callable[[Server], object]
+    server: Server, process: subprocess.Popen[bytes], while_starting: Callable[[Server], object]
 ) -> None:
     end = time.monotonic() + 600  # of two cores with other tests beside
     while time.monotonic() < end:
@@ -146,7 +168,7 @@ def _wait_until_ready(
     raise RuntimeError(f"the server did not start: {server.log.read_text()[-3000:]}")
 
 
-def _stop(process: Process) -> None:
+def _stop(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:
     """Ask the process group to end, then make it."""
     for how, patience in ((signal.SIGINT, 30), (signal.SIGKILL, 30)):
         try:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from preloaded import FORKING
+import ray_platform
 
 from vllm_cosmos3 import devices
 from vllm_cosmos3.errors import Unsupported
@@ -25,16 +25,16 @@ def test_the_version_says_what_vllm_finds() -> None:
 
 
 def test_vllm_is_asked_where_another_package_brings_devices(
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(FORKING)
-    monkeypatch.setenv("RAY_KEY_OF_DEVICES", "GPU")
+    ray_platform.install(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
     found = devices._asked()
     assert (found.type, found.ray_key, found.count) == ("cpu", "GPU", None)
 
 
 def test_a_vllm_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(FORKING)
+    ray_platform.install(tmp_path)
     (tmp_path / "vllm.py").write_text("raise ImportError('libcudart.so.13 is missing')")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(Unsupported, match=r"libcudart.so.13 is missing.*vllm-cosmos3 doctor"):

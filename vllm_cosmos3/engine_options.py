@@ -223,7 +223,7 @@ class EngineOptions:
         kind="int",
         low=1,
         high=64,
-        help=f"most small samples in one forward (default: {GPU_BATCH} on a GPU, 1 on a CPU)",
+        help=f"small samples in one forward (default: {GPU_BATCH}; CPU: 1)",
     )
     weight_transfer: str | None = _option(
         kind="choice",

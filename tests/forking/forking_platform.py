@@ -1,8 +1,8 @@
-"""A platform plugin of vLLM for what the tests start: the CPU, where engines and workers may be forked.
+"""A platform plugin of vLLM for the servers of the tests: the CPU, where engines and workers may be forked.
 
 Elsewhere the user chooses, with VLLM_WORKER_MULTIPROC_METHOD. On a CPU vLLM starts them afresh, to
 bind the threads of each, which the tests do not want: each would import vLLM again, ten seconds of a
-core. vLLM has Ray for accelerators only, as a CPU does not say what Ray calls its devices: here a test says it.
+core.
 """
 
 from __future__ import annotations
@@ -16,15 +16,10 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
-RAY_KEY = "RAY_KEY_OF_DEVICES"  # what the nodes of a test's cluster call theirs
 
 
 class ForkingCpu(CpuPlatform):
     """Leaves the user's choice as it is."""
-
-    @property
-    def ray_device_key(self) -> str:
-        return os.environ.get(RAY_KEY, "")
 
     @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:

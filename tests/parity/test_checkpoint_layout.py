@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from diffusers import (
     Cosmos3OmniTransformer,
 )
 from diffusers.modular_pipelines.cosmos import Cosmos3DistilledModularPipeline
+from limits import HANG
 from PIL import Image
 from safetensors.torch import save_file
-from servers import run_to_end
+from servers import forking
 from transformers import AutoProcessor, Cosmos3OmniForConditionalGeneration
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
@@ -122,11 +124,18 @@ def test_upstream_vllm_loads_and_answers(
     tiny_checkpoint: Path, tmp_path: Path, vllm_cache: Path
 ) -> None:
     (tmp_path / "answer.py").write_text(VLLM)
-    command = [sys.executable, tmp_path / "answer.py", tiny_checkpoint]
-    # Upstream's own class, whatever is installed.
-    status, said = run_to_end(command, vllm_cache, {"VLLM_PLUGINS": "forking_platform"})
-    assert status == 0, said[-4000:]
-    line = next(line for line in said.splitlines() if line.startswith("REPORT "))
+    environment = forking(vllm_cache)
+    environment["VLLM_PLUGINS"] = "forking_platform"  # upstream's own class, whatever is installed
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "answer.py"), str(tiny_checkpoint)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("REPORT "))
     report = json.loads(line.removeprefix("REPORT "))
     assert report["class"] == "Cosmos3ForConditionalGeneration"
     assert all(len(text.split()) > 3 for text in report["texts"])

@@ -48,7 +48,7 @@ def distilled_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def guarded_server(
     distilled_checkpoint: Path, vllm_cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    """A distilled checkpoint with an adapter, behind an API key and a guardrail; started as by users."""
+    """A distilled checkpoint with an adapter, behind an API key and a guardrail."""
     path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     flags = ["--api-key", "secret", "other", "--guardrail-checker", "checkers:Words"]
     flags += [
@@ -70,7 +70,7 @@ def guarded_server(
     flags += ["--weight-transfer", "files", "--weight-update-timeout", "6"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", path)
-        with generator(distilled_checkpoint, folder, vllm_cache, *flags, anew=True) as server:
+        with generator(distilled_checkpoint, folder, vllm_cache, *flags) as server:
             yield server
 
 

@@ -24,12 +24,11 @@ def generator(
     cache: Path,
     *flags: str,
     while_starting: Callable[[Server], object] = lambda _: None,
-    anew: bool = False,
 ) -> Iterator[Server]:
     """``vllm-cosmos3 serve CKPT --surface generator`` until the block ends."""
     command = [str(BIN / "vllm-cosmos3"), "serve", str(checkpoint), "--surface", "generator"]
     command += ["--storage-path", str(folder / "storage"), "--served-model-name", "tiny", *flags]
-    with running(command, folder, cache, while_starting, anew=anew) as server:
+    with running(command, folder, cache, while_starting) as server:
         yield server
 
 

@@ -11,7 +11,6 @@ import httpx
 import psutil
 import pytest
 from generators import SMALL, create, eventually, finished
-from ranks import stages_of
 from servers import Server
 
 pytestmark = pytest.mark.serve
@@ -31,10 +30,11 @@ def started(server: Server, **fields: Any) -> dict[str, Any]:
 
 
 def worker(server: Server) -> psutil.Process:
-    """The one rank of the server: a child of its stage."""
-    stages = map(psutil.Process, stages_of(server.pid))
-    ranks = [child for stage in stages for child in stage.children()]
-    (rank,) = [child for child in ranks if "resource_tracker" not in str(child.cmdline())]
+    """The one rank of the server: the last of the line of processes that it has started."""
+    (stage,) = psutil.Process(server.pid).children()
+    (rank,) = [
+        child for child in stage.children() if "resource_tracker" not in str(child.cmdline())
+    ]
     return rank
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray_platform
 from ranks import Ranks
 from ray_nodes import cluster, join, kill, node
 from vllm.platforms import current_platform
@@ -21,6 +22,7 @@ from vllm_cosmos3.parallel.mesh import Mesh
 from vllm_cosmos3.progress import Progress
 from vllm_cosmos3.request.planner import make_plan
 from vllm_cosmos3.request.request import GenerateRequest
+from vllm_cosmos3.stage.client import start_interpreter
 
 REQUEST = {"prompt": "A paper boat", "num_frames": 5, "size": "64x64", "seed": 3}
 REQUEST |= {"num_inference_steps": 3}
@@ -31,10 +33,14 @@ ONE = ("--num-cpus", 1, "--num-gpus", 1)
 
 @pytest.fixture
 def start_second(
-    vllm_cache: Path, monkeypatch: pytest.MonkeyPatch
+    vllm_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
     """Starts the second node of a cluster, in which each has one device for Ray."""
-    monkeypatch.setattr(current_platform, "ray_device_key", "GPU")  # of this process
+    ray_platform.install(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    # This process has chosen its platform already, and so has the one from which stages are forked.
+    monkeypatch.setattr(current_platform, "ray_device_key", "GPU")
+    monkeypatch.setattr("vllm_cosmos3.stage.client.start_interpreter", start_interpreter)
     noticed_at_once = {"RAY_health_check_period_ms": "300"}
     with ExitStack() as stack, cluster(vllm_cache, *ONE, **noticed_at_once) as settings:
         join(settings, monkeypatch)

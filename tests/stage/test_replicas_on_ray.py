@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+import ray_platform
 from generators import eventually
 from limits import HANG
 from ray_nodes import cluster, join, kill, node
@@ -23,15 +26,20 @@ from vllm_cosmos3.stage.ray_cluster import reserve
 SMALL = {"prompt": "a boat", "size": "64x64", "num_inference_steps": 2, "seed": 1}
 LONG = SMALL | {"size": "256x256", "num_frames": 21, "num_inference_steps": 200}
 FLAGS = ["--surface", "generator", "--data-parallel-size", "2", "--generator-executor-backend", "ray"]  # fmt: skip
+# vLLM takes one platform: here not the one of the tests' other servers.
+PLUGINS = {"VLLM_PLUGINS": "cosmos3,cosmos3_ray_platform"}
 ONE = ("--num-cpus", 1, "--num-gpus", 1, "--node-name")
 pytestmark = pytest.mark.serve
 
 
 @pytest.fixture
 def start_second(
-    vllm_cache: Path, monkeypatch: pytest.MonkeyPatch
+    vllm_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
     """Starts the second node of a cluster, in which each has one device for Ray."""
+    ray_platform.install(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     noticed_at_once = {"RAY_health_check_period_ms": "300"}
     with ExitStack() as stack, cluster(vllm_cache, *ONE, "first", **noticed_at_once) as settings:
         join(settings, monkeypatch)
@@ -102,7 +110,7 @@ def test_replicas_on_two_nodes_of_which_one_is_lost(
     command = [str(BIN / "vllm-cosmos3"), "serve", str(tiny_checkpoint), *FLAGS]
     command += ["--storage-path", str(tmp_path / "storage")]
     with (
-        running(command, tmp_path, vllm_cache) as server,
+        running(command, tmp_path, vllm_cache, variables=PLUGINS) as server,
         httpx.Client(base_url=server.url, timeout=HANG) as http,
     ):
         client = Client(http)
