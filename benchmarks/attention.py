@@ -377,29 +377,9 @@ def unchanged(q: Tensor, k: Tensor, v: Tensor, _means: Means) -> Inputs:
 
 def vllm_flash(inputs: Inputs, **scales: Tensor) -> Tensor:
     """FlashAttention 3 as vLLM builds it: its FP8 adds every block's product to the sum in float32."""
-    from vllm.vllm_flash_attn import fa_version_unsupported_reason, flash_attn_varlen_func
+    from kernels import flash
 
-    if obstacle := fa_version_unsupported_reason(3):
-        raise RuntimeError(obstacle)
-    q, k, v = inputs
-    out: Tensor = flash_attn_varlen_func(
-        q=q,
-        k=k,
-        v=v,
-        max_seqlen_q=len(q),
-        cu_seqlens_q=bounds(len(q), q.device),
-        max_seqlen_k=len(k),
-        cu_seqlens_k=bounds(len(k), k.device),
-        fa_version=3,
-        **scales,
-    )
-    return out
-
-
-@cache
-def bounds(length: int, device: torch.device) -> Tensor:
-    """Kept: making it would stop the device in each call."""
-    return torch.tensor([0, length], dtype=torch.int32, device=device)
+    return flash(3, *inputs, **scales)
 
 
 def vllm_flash_fp8(x: PerHead) -> Tensor:

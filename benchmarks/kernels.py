@@ -146,8 +146,8 @@ def sdpa(
         return scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
 
 
-def flash(version: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """vLLM's own build of FlashAttention."""
+def flash(version: int, q: Tensor, k: Tensor, v: Tensor, **scales: Tensor) -> Tensor:
+    """vLLM's own build of FlashAttention. ``scales`` are those of FP8 tensors."""
     from vllm.vllm_flash_attn import fa_version_unsupported_reason, flash_attn_varlen_func
 
     if obstacle := fa_version_unsupported_reason(version):
@@ -161,6 +161,7 @@ def flash(version: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         max_seqlen_k=len(k),
         cu_seqlens_k=bounds(len(k), k.device),
         fa_version=version,
+        **scales,
     )
     return output
 
