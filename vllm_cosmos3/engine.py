@@ -1,8 +1,8 @@
 """`Cosmos3`: images and videos from Python.
 
-Loads a checkpoint once and runs requests one after the other, or on each replica one: in the calling
-process, or with several ranks in processes that import nothing of the caller, so scripts need no
-``__main__`` guard and notebooks work.
+Loads a checkpoint once and runs requests one after the other, or on each replica one; those of one
+batch share their steps. In the calling process, or with several ranks in processes that import nothing
+of the caller, so scripts need no ``__main__`` guard and notebooks work.
 """
 
 from __future__ import annotations
@@ -98,15 +98,15 @@ def _takes(
 
 
 class _Slots:
-    """One request at a time on each replica, whatever threads ask; a list takes all replicas."""
+    """So many requests at a time, whatever threads ask; a list takes all slots."""
 
-    def __init__(self, replicas: int) -> None:
-        self._replicas, self._free = replicas, threading.Semaphore(replicas)
+    def __init__(self, count: int) -> None:
+        self._count, self._free = count, threading.Semaphore(count)
         self._taking = threading.Lock()  # by one thread after the other, which may need several
 
     @contextmanager
     def taken(self, *, all_of_them: bool) -> Iterator[None]:
-        count = self._replicas if all_of_them else 1
+        count = self._count if all_of_them else 1
         with self._taking:
             for _ in range(count):
                 self._free.acquire()
@@ -149,7 +149,7 @@ class Cosmos3(Closing):
         loading = bars.loading_bar(loaded_values(self._model)) if self._shows else _silent()
         with loading as loaded:
             self._runner: Runner | None = make_runner(config, loaded)
-        self._slots = _Slots(self._runner.replicas)
+        self._slots = _Slots(self._runner.replicas * self._runner.company)
         self._sessions = 0  # so far, by which ranks that were started together name them alike
         self._paused = ""  # why nothing is generated
         self.load_seconds = time.perf_counter() - start
@@ -189,7 +189,8 @@ class Cosmos3(Closing):
         ``requests`` is a prompt, a mapping of fields or a `GenerateRequest`, or a list of those,
         which gives a list of outputs; so does a list of prompts as ``prompt``. Fields given by name
         hold for all of a list, instead of its own, and all are checked before the first one runs.
-        Replicas (``data_parallel_size``) share a list.
+        Replicas (``data_parallel_size``) share a list, and requests in it that may be one batch their
+        steps (``max_batch_size``).
         Pictures and clips are files, URLs, bytes, pictures of Pillow, arrays or tensors.
 
         Bars show the progress on a terminal and in a notebook, unless ``progress`` is False. It may
@@ -339,10 +340,11 @@ class Cosmos3(Closing):
             with runner.raising_together("the request"):
                 asked = [_request(one, fields) for one in given]  # type: ignore[union-attr, arg-type]
                 plans = [self._planned(one) for one in asked]
-            if runner.replicas == 1 or len(plans) == 1:
+            at_once = _at_once(runner, plans)
+            if at_once == 1:
                 outputs = self._run_in_turn(runner, plans, progress, cancelled, clip, several)
             else:
-                outputs = self._run_together(runner, plans, progress, cancelled)
+                outputs = self._run_together(runner, plans, progress, cancelled, at_once)
         outputs = [
             replace(output, effective={**output.effective, **urls_of(one)})
             for output, one in zip(outputs, asked, strict=True)
@@ -393,25 +395,33 @@ class Cosmos3(Closing):
         return outputs
 
     def _run_together(
-        self, runner: Runner, plans: Sequence[Plan], progress: Shown, cancelled: threading.Event
+        self,
+        runner: Runner,
+        plans: Sequence[Plan],
+        progress: Shown,
+        cancelled: threading.Event,
+        at_once: int,
     ) -> list[Output]:
-        """One request on each replica at a time. The first that fails ends the others."""
+        """Some requests at a time, on all replicas. The first that fails ends the others."""
         shown = self._shows if progress is None else progress is True
         report = progress if callable(progress) else _ignore
         with (
             bars.requests_bar(len(plans)) if shown else nullcontext(_ignore) as ended,
-            ThreadPoolExecutor(runner.replicas) as pool,
+            ThreadPoolExecutor(at_once) as pool,
         ):
-            runs = [pool.submit(self._run, runner, plan, report, cancelled, None) for plan in plans]
+            runs = {
+                at: pool.submit(self._run, runner, plans[at], report, cancelled, None)
+                for at in _batch_by_batch(plans)
+            }
             try:
-                for one in as_completed(runs):
+                for one in as_completed(runs.values()):
                     one.result()
                     ended(None)
             except BaseException:
                 cancelled.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        return [one.result() for one in runs]
+        return [runs[at].result() for at in range(len(plans))]
 
     def _run(
         self,
@@ -426,6 +436,18 @@ class Cosmos3(Closing):
         total = time.perf_counter() - start
         timings = {"model_load": self.load_seconds, **output.timings, "total": total}
         return replace(output, timings=timings)
+
+
+def _at_once(runner: Runner, plans: Sequence[Plan]) -> int:
+    """How many requests of a list run at a time: a full company on each replica, if any may have one."""
+    sizes = (1 if plan.batch is None else plan.batch.size for plan in plans)
+    return min(len(plans), runner.replicas * min(runner.company, max(sizes, default=1))) or 1
+
+
+def _batch_by_batch(plans: Sequence[Plan]) -> list[int]:
+    """The places of a list in the order in which they begin: those of one batch follow each other."""
+    first: dict[object, int] = {}
+    return sorted(range(len(plans)), key=lambda at: first.setdefault(plans[at].batch or at, at))
 
 
 def _request(given: Request | None, fields: Mapping[str, Any]) -> GenerateRequest:

@@ -22,6 +22,7 @@ from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.request.fields import Spec
 
 GPU_BATCH = 8  # most small samples in one forward; docs/numbers.md has what they gain
+MOST_TOGETHER = 64  # that an operator may choose
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,7 +223,7 @@ class EngineOptions:
     max_batch_size: int | None = _option(
         kind="int",
         low=1,
-        high=64,
+        high=MOST_TOGETHER,
         help=f"small samples in one forward (default: {GPU_BATCH}; CPU: 1)",
     )
     weight_transfer: str | None = _option(
@@ -252,6 +253,17 @@ class EngineOptions:
     def parallel(self) -> ParallelConfig:
         names = (item.name for item in dataclasses.fields(ParallelConfig))
         return ParallelConfig(**{name: getattr(self, name) for name in names})
+
+    def batch_limit(self, device: str, *, exact: bool) -> int:
+        """Most samples in one forward on a device, of a request whose preset is exact or not.
+
+        On a GPU the kernel of a product depends on its number of rows, and so do the last bits. On a
+        CPU a sample takes as long in company as alone.
+        """
+        on_cpu = device.split(":")[0] == "cpu"
+        if exact and not on_cpu:
+            return 1
+        return self.max_batch_size or (1 if on_cpu else GPU_BATCH)
 
     def applied(self, model: ModelConfig) -> ModelConfig:
         """The same checkpoint with the quantization and the adapters that the options choose.
@@ -341,15 +353,8 @@ class EngineConfig(EngineOptions):
         return dataclasses.replace(self, gpu_memory_utilization=None, memory_limit=gib)
 
     def batch_size(self, *, exact: bool) -> int:
-        """Most samples in one forward, of a request whose preset is exact or not.
-
-        On a GPU the kernel of a product depends on its number of rows, and so do the last bits. On a
-        CPU a sample takes as long in company as alone.
-        """
-        on_cpu = self.device.split(":")[0] == "cpu"
-        if exact and not on_cpu:
-            return 1
-        return self.max_batch_size or (1 if on_cpu else GPU_BATCH)
+        """`batch_limit` on the device of these options."""
+        return self.batch_limit(self.device, exact=exact)
 
     def read_model(self) -> ModelConfig:
         """What the checkpoint says of itself, with what the options change.

@@ -31,9 +31,8 @@ def alone(tiny_checkpoint_fp32: Path) -> Output:
 @pytest.fixture(scope="module")
 def staged(tiny_checkpoint_fp32: Path) -> Iterator[Cosmos3]:
     """Four ranks in processes of their own."""
-    with Cosmos3(
-        tiny_checkpoint_fp32, dtype="float32", device="cpu:0", ulysses_degree=2, cfg_parallel_size=2
-    ) as model:
+    config = {"ulysses_degree": 2, "cfg_parallel_size": 2, "max_batch_size": 4}
+    with Cosmos3(tiny_checkpoint_fp32, dtype="float32", device="cpu:0", **config) as model:
         yield model
 
 
@@ -105,6 +104,13 @@ def test_a_stage_gives_what_one_rank_gives(staged: Cosmos3, alone: Output) -> No
         ("denoise", step) for step in range(4)
     ]
     assert output.timings.keys() == alone.timings.keys()
+
+
+def test_a_list_shares_the_steps_of_a_stage(staged: Cosmos3, alone: Output) -> None:
+    outputs = staged.generate([REQUEST] * 8)
+    assert 1 < max(output.batch_size for output in outputs) <= 4
+    for output in outputs:
+        assert np.abs(output.video.astype(int) - alone.video.astype(int)).max() <= 1
 
 
 def test_a_clip_is_written_where_its_owner_is(

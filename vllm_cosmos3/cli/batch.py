@@ -13,8 +13,9 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,6 +39,8 @@ from vllm_cosmos3.cli.results import OUTPUTS
 from vllm_cosmos3.cli.run_options import RunOptions, open_generator, open_reasoner, planner
 from vllm_cosmos3.cli.terminal import quiet_libraries
 from vllm_cosmos3.cli.versions import check_vllm
+from vllm_cosmos3.devices import devices
+from vllm_cosmos3.engine_options import MOST_TOGETHER
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.request.questions import Question
 from vllm_cosmos3.request.upsample import caption_of
@@ -49,7 +52,8 @@ T = TypeVar("T")
 
 AT_ONCE = 64  # questions, whose pictures are in memory together
 AHEAD = 2  # units that are checked while others are made
-PUBLISHING = 1  # more threads than replicas: it publishes what was made, or asks about it
+PUBLISHING = 1  # more than the replicas: what publishes what was made, or asks about it
+WHOLE, LEAST = Fraction(1), Fraction(1, MOST_TOGETHER)  # shares of a replica
 POLL_SECONDS = 1.0  # until more is known of another run
 
 
@@ -303,24 +307,58 @@ class BatchRun:
         pictures = (unit for unit in self._units(only) if unit[0].kind != REASONER)
         rest = (unit for unit in pictures if not self._failed & {record.name for record in unit})
         replicas = self._options.engine.data_parallel_size
-        # Nothing begins after a failure, but on other replicas.
-        threads = replicas + PUBLISHING if self._options.keep_going else replicas
+        # Nothing begins after a failure, but on other replicas and in company.
+        room = replicas + PUBLISHING if self._options.keep_going else replicas
         with Opened(lambda: open_generator(self._options.engine)) as model:
-            self._each(rest, lambda checked: self._making.generated(checked, model), threads)
+            self._each(
+                rest, lambda checked: self._making.generated(checked, model), room, self._share
+            )
+
+    def _share(self, checked: Checked) -> Fraction:
+        """The part of a replica that a unit takes: requests that share their steps share it, too."""
+        samples, engine = checked.samples, self._options.engine
+        if len(checked.unit) > 1 or not samples or samples[0].company == 1:
+            return WHOLE
+        exact = samples[0].effective["preset"] == "exact"
+        limit = engine.batch_limit(devices().type, exact=exact)
+        return Fraction(1, min(samples[0].company, limit))
 
     def _each(
-        self, units: Iterable[Unit], serve: Callable[[Checked], list[Outcome]], threads: int
+        self,
+        units: Iterable[Unit],
+        serve: Callable[[Checked], list[Outcome]],
+        room: int,
+        share: Callable[[Checked], Fraction] = lambda _: WHOLE,
     ) -> None:
-        """Serve units on some threads, in their order."""
-        with ThreadPoolExecutor(1) as checking, ThreadPoolExecutor(threads) as pool:
-            waiting: deque[Future[list[Outcome]]] = deque()
+        """Serve units on threads, in their order: as many at a time as their shares fill the room."""
+        shares: dict[Future[list[Outcome]], Fraction] = {}  # of those that are not noted
+
+        def note_until(free: Fraction) -> None:
+            """Note what is done, in the order of the units, until so much room is free."""
+            while True:
+                while shares and (oldest := next(iter(shares))).done():
+                    del shares[oldest]
+                    self._note(oldest.result())
+                running = [one for one in shares if not one.done()]
+                if sum(shares[one] for one in running) > room - free:
+                    wait(running, return_when=FIRST_COMPLETED)
+                elif sum(shares.values()) > room + WHOLE - free:
+                    wait(running[:1])  # so that few are done and not noted
+                else:
+                    return
+
+        with (
+            ThreadPoolExecutor(1) as checking,
+            ThreadPoolExecutor(room * MOST_TOGETHER) as pool,
+        ):
             try:
                 for checked in _ahead(checking, self._checker.check, units):
-                    waiting.append(pool.submit(serve, checked))
-                    while waiting and (len(waiting) > threads or waiting[0].done() or threads == 1):
-                        self._note(waiting.popleft().result())
-                while waiting:
-                    self._note(waiting.popleft().result())
+                    taken = share(checked)
+                    note_until(taken)
+                    shares[pool.submit(serve, checked)] = taken
+                    note_until(LEAST)
+                while shares:
+                    note_until(Fraction(room))
             finally:
                 pool.shutdown(cancel_futures=True)
 

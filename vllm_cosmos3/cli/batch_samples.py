@@ -23,7 +23,9 @@ from vllm_cosmos3.batch.locations import is_url, redacted, shown
 from vllm_cosmos3.batch.records import REASONER, Record, Refused
 from vllm_cosmos3.cli.framework_bounds import steps_at_bounds
 from vllm_cosmos3.cli.run_options import Planner, RunOptions
+from vllm_cosmos3.engine_options import MOST_TOGETHER
 from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.request.batching import with_batch
 from vllm_cosmos3.request.controls import CONTROLS
 from vllm_cosmos3.request.questions import QUESTION, Question, question_of
 from vllm_cosmos3.request.request import GenerateRequest, from_fields
@@ -40,7 +42,8 @@ class BatchSample:
     """A checked record: what to ask whom, what it comes to as JSON, and the mark of its results.
 
     ``continued`` says whether another record starts from its last frame. ``urls`` are those of its
-    files, by field, as they are shown.
+    files, by field, as they are shown. ``company`` is how many requests may share their steps with it, itself
+    included, as far as that is a question of tokens.
     """
 
     record: Record
@@ -51,6 +54,7 @@ class BatchSample:
     continued: bool
     urls: Mapping[str, str]
     upsampling: Question | None  # to be asked for the prompt before the generator is
+    company: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +150,13 @@ class Checker:
             continued=continued,
             urls=urls,
             upsampling=upsampling,
+            company=1 if planned is None else self._company(planned),
         )
+
+    def _company(self, planned: Plan) -> int:
+        patch = self._plan.model.transformer.latent_patch_size
+        batch = with_batch(planned, patch=patch, limit=MOST_TOGETHER).batch
+        return 1 if batch is None else batch.size
 
     def _warnings(self, fields: Mapping[str, Any], planned: Plan | None) -> tuple[str, ...]:
         if planned is None:

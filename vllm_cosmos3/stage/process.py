@@ -41,6 +41,7 @@ from vllm_cosmos3.errors import (
 from vllm_cosmos3.progress import Preview, Progress
 from vllm_cosmos3.stage import heartbeat
 from vllm_cosmos3.stage.call_sequence import CallSequence
+from vllm_cosmos3.stage.company import COMPANY_SECONDS
 from vllm_cosmos3.stage.executor import StageExecutor
 from vllm_cosmos3.stage.maintenance import ENDING, UNDO
 from vllm_cosmos3.stage.messages import (
@@ -68,7 +69,6 @@ logger = logging.getLogger(__name__)
 
 IDLE_SECONDS = 0.2  # between looks at the parent and the clock while there is nothing to do
 ATTEMPTS = 2  # of a request whose ranks were lost through no fault of its own
-COMPANY_SECONDS = 0.004  # that a request may wait for others of its batch, its encoding included
 ORPHAN_SECONDS = 15.0  # for an orderly end after the parent's death
 PAUSES = {  # calls between requests, and whether requests may run after them
     "sleep": "sleeping",

@@ -11,7 +11,7 @@ from concurrent.futures import TimeoutError as StillRunning
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from threading import Event
+from threading import Event, Lock
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +19,7 @@ import torch
 from vllm_cosmos3.checkpoint.config import ModelConfig
 from vllm_cosmos3.checkpoint.load_progress import told
 from vllm_cosmos3.engine_options import EngineConfig
-from vllm_cosmos3.errors import Cancelled, InvalidRequest, Unsupported
+from vllm_cosmos3.errors import InvalidRequest, Unsupported
 from vllm_cosmos3.generator.memory.reservation import lift_limit
 from vllm_cosmos3.generator.movable import MovableWeights
 from vllm_cosmos3.generator.output import Output, Sample
@@ -33,11 +33,13 @@ from vllm_cosmos3.progress import Progress, Report
 from vllm_cosmos3.request.plan import Plan
 from vllm_cosmos3.request.world import ChunkPlan
 from vllm_cosmos3.stage.call_sequence import CallSequence
+from vllm_cosmos3.stage.company import Apart, Companies, Guest, cancelled_after
 from vllm_cosmos3.stage.config import StageConfig
 from vllm_cosmos3.stage.executor import StageExecutor
 from vllm_cosmos3.stage.launcher import EXTERNAL, executor_backend, launched
 from vllm_cosmos3.stage.maintenance import FOLLOWED_BY, UNDO
 from vllm_cosmos3.stage.replicas import check_sessions, start_stages
+from vllm_cosmos3.stage.scheduler import QueueConfig
 from vllm_cosmos3.stage.worker import is_conflict, is_out_of_memory, public_error
 
 PATIENCE = 30.0  # seconds until ranks that nobody can replace are given up
@@ -46,9 +48,13 @@ AnyPlan = Plan | ChunkPlan
 
 
 class Runner(Protocol):
-    """Runs one request at a time on each replica, with the weights loaded."""
+    """Runs one request at a time on each replica, or those of one batch, with the weights loaded.
 
-    replicas: int  # requests that run at the same time
+    Safe to use from several threads.
+    """
+
+    replicas: int
+    company: int  # most requests that share their steps on a replica
 
     def run(
         self, plan: AnyPlan, report: Report, cancelled: Event, clip: Clip | None = None
@@ -122,6 +128,8 @@ class LocalRunner:
     def __init__(
         self, config: EngineConfig, pipeline: type[Pipeline] | type[WorldPipeline]
     ) -> None:
+        self.company = config.batch_size(exact=False)
+        self._companies, self._device = Companies(), Lock()  # which one request or company has
         # One rank makes no collective: vLLM's layers look their group up while they are built, and
         # closing it at once lets several models live in one process.
         if torch.distributed.is_initialized():  # whose groups would be used, and then closed
@@ -145,6 +153,25 @@ class LocalRunner:
     def run(
         self, plan: AnyPlan, report: Report, cancelled: Event, clip: Clip | None = None
     ) -> Output:
+        batch = None if isinstance(plan, ChunkPlan) else plan.batch
+        if batch is None:
+            return self._run_alone(plan, report, cancelled, clip)
+        guest = Guest(CallSequence(plan, clip), report, cancelled)
+        company = self._companies.join(batch, guest)
+        if company is not None:
+            pipeline = self._pipeline
+            assert pipeline is not None
+            with self._device, current(pipeline.device):
+                self._companies.make(batch, company, pipeline)
+        try:
+            return guest.future.result()
+        except Apart:
+            free_caches()
+            return self._run_alone(plan, report, cancelled, clip)
+
+    def _run_alone(
+        self, plan: AnyPlan, report: Report, cancelled: Event, clip: Clip | None
+    ) -> Output:
         pipeline: Any = self._pipeline
         assert pipeline is not None
         state = None
@@ -156,21 +183,23 @@ class LocalRunner:
                 return None
             return getattr(pipeline, method)(state, *args)
 
-        try:
-            with current(pipeline.device):
-                return _run_calls(call, plan, report, cancelled, clip)
-        except Exception as raised:
-            if not is_out_of_memory(raised):
-                raise
-            error = public_error(raised, "the request")
-        # Raised here, where nothing refers to the tensors of the failed call any more.
-        state = None
-        free_caches()
+        with self._device:
+            try:
+                with current(pipeline.device):
+                    return _run_calls(call, plan, report, cancelled, clip)
+            except Exception as raised:
+                if not is_out_of_memory(raised):
+                    raise
+                error = public_error(raised, "the request")
+            # Raised here, where nothing refers to the tensors of the failed call any more.
+            state = None
+            free_caches()
         raise error
 
     def release(self, name: str) -> None:
-        if self._pipeline is not None:
-            self._pipeline.release(name)
+        with self._device:
+            if self._pipeline is not None:
+                self._pipeline.release(name)
 
     def maintain(self, method: str, *args: Any) -> None:
         assert self._pipeline is not None
@@ -199,10 +228,11 @@ class LauncherRunner:
     """This process is a rank; a launcher has started all, and all make the same calls.
 
     Rank 0 gets the results, the others outputs whose samples are empty. What ends a request on one
-    rank ends it on all. It cannot be cancelled: the ranks would have to agree on when.
+    rank ends it on all. It cannot be cancelled: the ranks would have to agree on when. Nor does it
+    have company, about which they would have to agree as well.
     """
 
-    replicas = 1
+    replicas = company = 1
 
     def __init__(self, stage: StageConfig) -> None:
         self._executor = StageExecutor(stage)
@@ -259,7 +289,10 @@ class StageRunner:
         self, stage: StageConfig, devices: int | None, loaded: Callable[[int], None]
     ) -> None:
         self.replicas = stage.engine.data_parallel_size
-        self._client = start_stages(stage, devices=devices)
+        self.company = stage.engine.batch_size(exact=False)
+        # In fifo one request is made at a time, or a batch.
+        queue = QueueConfig(policy="fifo", max_waiting=self.replicas * self.company)
+        self._client = start_stages(stage, queue, devices=devices)
         try:
             while not self._ready():
                 loaded(self._client.status(LOOK_SECONDS).loaded)
@@ -277,7 +310,8 @@ class StageRunner:
     def run(
         self, plan: AnyPlan, report: Report, cancelled: Event, clip: Clip | None = None
     ) -> Output:
-        job = self._client.submit(plan, report=report, clip=clip)
+        batch = None if isinstance(plan, ChunkPlan) else plan.batch
+        job = self._client.submit(plan, report=report, clip=clip, batch=batch)
         try:
             while not cancelled.is_set():
                 try:
@@ -312,7 +346,7 @@ def _run_calls(
     calls = CallSequence(plan, clip)
     while not calls.advance(call, report):
         if cancelled.is_set() and calls.phase == "denoise":
-            raise Cancelled(f"cancelled after {calls.step} of {plan.steps} steps")
+            raise cancelled_after(calls)
     output: Output = call("finish")
     return output
 
