@@ -39,6 +39,7 @@ from vllm_cosmos3.request.questions import Question
 COLUMNS = ("colour", "motion", "gripper", "tone", "size", "shape", "sound", "all", "one", "two")
 FEW = {"num_inference_steps": 16, "guidance_scale": 3.0}
 BASE, USUAL = "few-steps", Canvas()
+AT_ONCE = 64  # prompts of a list, whose clips are in memory together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,16 +92,23 @@ TRAINED = [name for name in ROWS if name != "sound"]
 
 
 def made(
-    checkpoint: str, device: str | None, row: Row, prompts: Sequence[Prompt]
+    checkpoint: str, device: str | None, row: Row, prompts: Sequence[Prompt], *, keep: bool
 ) -> tuple[list[Pixels], list[dict[str, bool]], float]:
-    """The clip of each prompt, which attributes it confirms, and seconds a clip."""
+    """The clip of each prompt if they are to be kept, which attributes it confirms, and seconds a clip."""
+    clips: list[Pixels] = []
+    results: list[dict[str, bool]] = []
+    seconds = 0.0
     with Cosmos3(checkpoint, device=device, **row.engine) as model:
-        began = time.perf_counter()
-        outputs = [model.generate(**row.request(prompt)) for prompt in prompts]
-        seconds = (time.perf_counter() - began) / len(prompts)
-    clips = [o.image[None] if o.video is None else o.video for o in outputs]
-    results = [judged(p, c, o.sound) for p, c, o in zip(prompts, clips, outputs, strict=True)]
-    return clips, results, seconds
+        for first in range(0, len(prompts), AT_ONCE):
+            some = prompts[first : first + AT_ONCE]
+            began = time.perf_counter()
+            outputs = model.generate([row.request(prompt) for prompt in some])
+            seconds += time.perf_counter() - began
+            for prompt, output in zip(some, outputs, strict=True):
+                clip = output.image[None] if output.video is None else output.video
+                results.append(judged(prompt, clip, output.sound))
+                clips += [clip] if keep else []
+    return clips, results, seconds / len(prompts)
 
 
 def judged(prompt: Prompt, clip: Pixels, sound: NDArray[np.float32] | None) -> dict[str, bool]:
@@ -156,8 +164,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in a.rows:
         row = ROWS[name]
         prompts = row.prompts(a.count)
-        clips, results[name], seconds = made(a.checkpoint, a.device, row, prompts)
-        if not asked:
+        keep = a.reasoner and not asked
+        clips, results[name], seconds = made(a.checkpoint, a.device, row, prompts, keep=keep)
+        if keep:
             rows = zip(prompts, clips, results[name], strict=True)
             confirmed = [(p, clip) for p, clip, result in rows if result["all"]]
             asked = {"true clips": [(p, p.frames(p.scene.canvas.frames)) for p in prompts],

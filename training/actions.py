@@ -6,7 +6,7 @@ in units of eight pixels, a rotation, which is none, and how far it is open.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -93,10 +93,24 @@ def closed_loop(scene: Scene, policy: Callable[[NDArray[np.uint8]], Rows], chunk
     It is asked for the rows of a chunk with a picture [H, W, 3]; they are carried out in the world, which is
     drawn anew for the next chunk.
     """
-    done = now = window(scene, 0, 1)
+    (done,) = closed_loops([scene], lambda pictures: [policy(*pictures)], chunks)
+    return done
+
+
+def closed_loops(
+    scenes: Sequence[Scene],
+    policy: Callable[[list[NDArray[np.uint8]]], Sequence[Rows]],
+    chunks: int,
+) -> list[Scene]:
+    """`closed_loop` of several scenes, for whose chunks the policy is asked together, by scene."""
+    now = [window(scene, 0, 1) for scene in scenes]
+    done = now
     for _ in range(chunks):
-        part = carried_out(now, policy(true_clip(now)[0].numpy())[:, :WIDTH])
-        done, now = _joined(done, part), window(part, CHUNK, 1)
+        pictures = [true_clip(scene)[0].numpy() for scene in now]
+        rows = policy(pictures)
+        parts = [carried_out(a, b[:, :WIDTH]) for a, b in zip(now, rows, strict=True)]
+        done = [_joined(a, b) for a, b in zip(done, parts, strict=True)]
+        now = [window(part, CHUNK, 1) for part in parts]
     return done
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from benchmarks.truth_actions import CHUNKS, carried_out_by, forward_error, inverse_error
+from benchmarks.truth_actions import CHUNKS, carried_out_by, forward_errors, inverse_errors
 from training.actions import CHUNK, WIDTH, closed_loop, lifted, picking
 from training.scenes import Scene
 from vllm_cosmos3 import Cosmos3
@@ -32,20 +32,20 @@ def policy() -> Iterator[Cosmos3]:
 
 def test_forward_dynamics(demo: Cosmos3, scenes: list[Scene]) -> None:
     """Things end where the rows take them."""
-    errors = [forward_error(demo, scene, **STEPS) for scene in scenes]
+    errors = forward_errors(demo, scenes, **STEPS)
     assert np.median(errors) < 12
     assert sum(error < 20 for error in errors) >= COUNT - 1
 
 
 def test_inverse_dynamics(demo: Cosmos3, scenes: list[Scene]) -> None:
     """The rows of a clip are the gripper's path."""
-    errors = [inverse_error(demo, scene, **STEPS) for scene in scenes]
+    errors = inverse_errors(demo, scenes, **STEPS)
     assert max(errors) < 8
 
 
 def test_a_policy_lifts_the_named_thing(policy: Cosmos3, scenes: list[Scene]) -> None:
     """In a closed loop: what it wants is carried out in the world, which it sees again."""
-    wins = [lifted(carried_out_by(policy, scene, **STEPS)) for scene in scenes]
+    wins = [lifted(scene) for scene in carried_out_by(policy, scenes, **STEPS)]
     assert sum(wins) >= COUNT - 1
 
 
