@@ -92,13 +92,13 @@ TRAINED = [name for name in ROWS if name != "sound"]
 
 
 def made(
-    checkpoint: str, device: str | None, row: Row, prompts: Sequence[Prompt], *, keep: bool
+    checkpoint: str, engine: dict[str, Any], row: Row, prompts: Sequence[Prompt], *, keep: bool
 ) -> tuple[list[Pixels], list[dict[str, bool]], float]:
     """The clip of each prompt if they are to be kept, which attributes it confirms, and seconds a clip."""
     clips: list[Pixels] = []
     results: list[dict[str, bool]] = []
     seconds = 0.0
-    with Cosmos3(checkpoint, device=device, **row.engine) as model:
+    with Cosmos3(checkpoint, **engine, **row.engine) as model:
         for first in range(0, len(prompts), AT_ONCE):
             some = prompts[first : first + AT_ONCE]
             began = time.perf_counter()
@@ -150,12 +150,16 @@ def tells(prompt: Prompt, said: str) -> bool:
 def main(argv: Sequence[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("checkpoint", help="demo, or a folder with the demo world's vocabulary")
-    p.add_argument("--device", help="default: what vLLM was built for")
+    p.add_argument(
+        "--device", help="e.g. cuda:0,0 for two replicas (default: what vLLM was built for)"
+    )
+    p.add_argument("--replicas", type=int, default=1, help="that share the prompts (default: 1)")
     p.add_argument("--count", type=int, default=768, help="prompts in each row (default: 768)")
     p.add_argument("--rows", nargs="+", choices=ROWS, default=TRAINED)
     p.add_argument("--reasoner", action="store_true", help="ask the reasoner as well")
     p.add_argument("--json", type=Path, help="write the numbers there too")
     a = p.parse_args(argv)
+    engine = {"device": a.device, "data_parallel_size": a.replicas}
     results: dict[str, list[dict[str, bool]]] = {}
     record: dict[str, Any] = {}
     asked: dict[str, list[tuple[Prompt, Pixels]]] = {}
@@ -165,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         row = ROWS[name]
         prompts = row.prompts(a.count)
         keep = a.reasoner and not asked
-        clips, results[name], seconds = made(a.checkpoint, a.device, row, prompts, keep=keep)
+        clips, results[name], seconds = made(a.checkpoint, engine, row, prompts, keep=keep)
         if keep:
             rows = zip(prompts, clips, results[name], strict=True)
             confirmed = [(p, clip) for p, clip, result in rows if result["all"]]

@@ -94,14 +94,17 @@ def carried_out_by(model: Cosmos3, scenes: Sequence[Scene], **fields: Any) -> li
 def main(argv: Sequence[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("checkpoint")
-    p.add_argument("--device", help="default: what vLLM was built for")
+    p.add_argument(
+        "--device", help="e.g. cuda:0,0 for two replicas (default: what vLLM was built for)"
+    )
+    p.add_argument("--replicas", type=int, default=1, help="that share the scenes (default: 1)")
     p.add_argument("--count", type=int, default=256, help="scenes (default: 256)")
     p.add_argument("--policy-only", action="store_true", help="for a checkpoint of that kind")
     a = p.parse_args(argv)
     drawn = [picking(FIRST + i, CHUNKS) for i in range(a.count)]
     lists = [drawn[first : first + AT_ONCE] for first in range(0, len(drawn), AT_ONCE)]
     measured = {} if a.policy_only else {"forward": forward_errors, "inverse": inverse_errors}
-    with Cosmos3(a.checkpoint, device=a.device) as model:
+    with Cosmos3(a.checkpoint, device=a.device, data_parallel_size=a.replicas) as model:
         for name, errors_of in measured.items():
             errors = np.array([error for scenes in lists for error in errors_of(model, scenes)])
             low, middle, high = np.quantile(errors, (0.05, 0.5, 0.95))

@@ -277,6 +277,7 @@ def test_a_cpu_may_have_a_number(model: Cosmos3, tiny_checkpoint: Path) -> None:
         ({"dtype": "int8"}, "dtype"),
         ({"device": "toaster"}, "device"),
         ({"device": "cuda"}, "device"),
+        ({"device": "cpu:0,0", "data_parallel_size": 2}, "device"),
         ({"device": 5}, "device"),
         ({"vae_parallel": "both"}, "vae_parallel"),
         ({"attention_backend": "none"}, "attention_backend"),

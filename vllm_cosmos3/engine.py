@@ -140,15 +140,16 @@ class Cosmos3(Closing):
         """
         start = time.perf_counter()
         check_backend(options.attention_backend)
-        self.device = device_of(options.device)
+        device, numbers = numbers_of(options.device)
+        self.device = device_of(device)
         config = options.on(resolve(options.model, options.revision), str(self.device))
-        config = config.limited(_memory_of(self.device))
-        self._config, self._model = config, config.read_model()
+        memory = _memory_of(self.device)
+        self._config, self._model = config.limited(memory), config.read_model()
         self._tokenizer = load_tokenizer(config.model)
         self._shows = bars.are_seen() if options.progress is None else options.progress
         loading = bars.loading_bar(loaded_values(self._model)) if self._shows else _silent()
         with loading as loaded:
-            self._runner: Runner | None = make_runner(config, loaded)
+            self._runner: Runner | None = make_runner(config, loaded, numbers, memory)
         self._slots = _Slots(self._runner.replicas * self._runner.company)
         self._sessions = 0  # so far, by which ranks that were started together name them alike
         self._paused = ""  # why nothing is generated
@@ -457,6 +458,15 @@ def _request(given: Request | None, fields: Mapping[str, Any]) -> GenerateReques
         return replace(given, **fields) if fields else given
     known = {"prompt": given} if isinstance(given, str) else own_names(given or {})
     return from_fields({**known, **fields})
+
+
+def numbers_of(device: str | None) -> tuple[str | None, tuple[int, ...]]:
+    """The kind of several devices and their numbers, or a single one as it is: cuda:0,0 or cuda:1."""
+    kind, _, listed = (device or "").partition(":")
+    numbers = listed.split(",")
+    if len(numbers) > 1 and all(number.strip().isdecimal() for number in numbers):
+        return kind, tuple(map(int, numbers))
+    return device, ()
 
 
 def device_of(name: str | None) -> torch.device:

@@ -102,7 +102,7 @@ class EngineOptions:
     device: str | None = _option(
         server=None,
         kind="text",
-        help="device, e.g. cuda, cuda:1 or cpu (default: that of vLLM)",
+        help="cuda, cuda:1, cpu, or one for each rank: cuda:0,0 (default: vLLM's)",
     )
     tensor_parallel_size: int = _option(
         1,
@@ -131,7 +131,7 @@ class EngineOptions:
         kind="int",
         low=1,
         high=256,
-        help="replicas behind one queue, on separate devices",
+        help="replicas behind one queue",
     )
     vae_parallel: str = _option(
         "halo",

@@ -13,7 +13,8 @@ import pytest
 from vllm_cosmos3.checkpoint.config import read_config
 from vllm_cosmos3.cli import main
 from vllm_cosmos3.cli.deploy_file import deploy_flags
-from vllm_cosmos3.errors import OutOfMemory
+from vllm_cosmos3.devices import Devices
+from vllm_cosmos3.errors import InvalidRequest, OutOfMemory
 from vllm_cosmos3.generator.memory import MemoryEstimate
 from vllm_cosmos3.server.memory_split import GIB, Sizing, engine_of, share_of_reasoner, sized
 from vllm_cosmos3.server.options import OPTIONS, Options, from_mapping
@@ -274,6 +275,30 @@ def test_the_reasoner_gets_what_the_generator_leaves(tiny_checkpoint: Path) -> N
     assert "requests that do not fit are refused" in str(made)
     with pytest.raises(OutOfMemory, match=r"--generator-devices.*or serve one --surface"):
         share_of_reasoner(sizing(tiny_checkpoint, needed=38, device=40), root, 1)
+
+
+def test_replicas_share_a_device_beside_a_reasoner_too(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = Devices(type="cuda", name="cuda", count=2, memory=80 * GIB)
+    monkeypatch.setattr("vllm_cosmos3.server.memory_split.devices", lambda: here)
+    flags = {"generator_replicas": 3, "generator_devices": "0,1,0"}
+    made = sized(tiny_checkpoint, from_mapping(flags), "cuda")
+    assert (made.device, made.limit) == (80 * GIB, 40 * GIB)
+    assert made.places is not None
+    assert [place.devices for place in made.places] == ["0", "1", "0"]
+    assert [place.memory_limit for place in made.places] == [40, None, 40]
+    assert "of which it may use 40.0 GiB" in str(made)
+    limited = sized(tiny_checkpoint, from_mapping(flags | {"memory_limit": 30}), "cuda")
+    assert (limited.limit, limited.engine.memory_limit) == (30 * GIB, 30)
+    with pytest.raises(InvalidRequest, match=r"memory_limit is 50.*at most 40 GiB, as 2 replicas"):
+        sized(tiny_checkpoint, from_mapping(flags | {"memory_limit": 50}), "cuda")
+    with pytest.raises(InvalidRequest, match="must be different devices, such as 1,2,3"):
+        sized(tiny_checkpoint, from_mapping(flags | {"generator_devices": "0,,1"}), "cuda")
+    root = json.loads((tiny_checkpoint / "config.json").read_text())
+    one, two = (share_of_reasoner(made, root, 1, replicas) for replicas in (1, 2))
+    assert one is not None
+    assert two == pytest.approx(one - made.memory.needed / made.device)
 
 
 def test_nobody_divides_memory_on_a_cpu(tiny_checkpoint: Path) -> None:

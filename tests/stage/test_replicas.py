@@ -20,12 +20,12 @@ from vllm_cosmos3.errors import (
     CheckpointError,
     Cosmos3Error,
     DeadlineExceeded,
-    InvalidRequest,
     WorkerDied,
 )
 from vllm_cosmos3.stage.client import StageClient
 from vllm_cosmos3.stage.job import StageJob
-from vllm_cosmos3.stage.replicas import Replicas, devices_of, outdated, start_stages
+from vllm_cosmos3.stage.places import Place
+from vllm_cosmos3.stage.replicas import Replicas, outdated
 from vllm_cosmos3.stage.scheduler import QueueConfig
 
 LONG = 1000.0  # seconds of work in the scheduler's eyes: one on each replica
@@ -35,7 +35,7 @@ QUEUE = QueueConfig(max_waiting=3)
 @pytest.fixture(scope="module")
 def replicas() -> Iterator[Replicas]:
     """Two stages of one rank, which the tests leave able to serve."""
-    made = Replicas(stage(), QUEUE, ["0", "1"])
+    made = Replicas(stage(), QUEUE, [Place(devices="0"), Place(devices="1")])
     made.wait_ready(HANG)
     yield made
     made.close()
@@ -185,7 +185,7 @@ def test_what_waits_ends_with_the_replicas(replicas: Replicas) -> None:
 
 
 def test_replicas_that_cannot_start_say_why(tmp_path: Path) -> None:
-    replicas = Replicas(stage(model=tmp_path / "none"), QUEUE, [None])
+    replicas = Replicas(stage(model=tmp_path / "none"), QUEUE, [Place()])
     job = replicas.submit(ToyPlan())
     with pytest.raises(WorkerDied, match="none is missing"):
         job.result(HANG)
@@ -199,25 +199,3 @@ def test_replicas_that_cannot_start_say_why(tmp_path: Path) -> None:
     assert member.status().state == "failed"
     replicas.close()
     assert not member._folder.exists()
-
-
-@pytest.mark.parametrize(
-    ("visible", "devices", "expected"),
-    [
-        ("", 6, ["0,1", "2,3", "4,5"]),
-        ("3, 4,5,6,7,0", 6, ["3,4", "5,6", "7,0"]),
-        ("", None, [None] * 3),
-    ],
-)
-def test_each_replica_has_devices_of_its_own(
-    visible: str, devices: int | None, expected: list[str | None]
-) -> None:
-    assert devices_of(3, 2, devices, {"CUDA_VISIBLE_DEVICES": visible}) == expected
-
-
-def test_too_few_devices_are_refused() -> None:
-    config = stage(1, 2, 1)
-    object.__setattr__(config.engine, "data_parallel_size", 4)
-    possible = "data_parallel_size is 4, must be at most 3: 7 devices, 2 for each replica"
-    with pytest.raises(InvalidRequest, match=possible):
-        start_stages(config, devices=7)

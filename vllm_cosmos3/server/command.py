@@ -35,11 +35,15 @@ def share_beside(
     with uncollected():
         from vllm_cosmos3.server.jobs.sampling_defaults import read_sampling_defaults
         from vllm_cosmos3.server.memory_split import share_of_reasoner, sized
+        from vllm_cosmos3.stage.places import replicas_beside, visible
 
     _check_storage(options)
     read_sampling_defaults(options.default_sampling_params)
     sizing = sized(folder, options, look().type)  # this process is to be vLLM's
-    return None if options.generator_devices else share_of_reasoner(sizing, root, ranks)
+    if sizing.places is None:
+        return share_of_reasoner(sizing, root, ranks)
+    replicas = replicas_beside(sizing.places, visible(ranks)[:ranks])
+    return share_of_reasoner(sizing, root, ranks, replicas) if replicas else None
 
 
 def serve_generator(

@@ -23,7 +23,7 @@ from vllm_cosmos3.generator.models.components import check_files
 from vllm_cosmos3.parallel.checks import check_backend, check_degrees
 from vllm_cosmos3.reasoner.required_tensors import expected_tensors
 from vllm_cosmos3.server.options import Options
-from vllm_cosmos3.stage.replicas import check_replicas
+from vllm_cosmos3.stage.places import Place, names_in, places_of, visible
 
 GIB = 2**30
 MOST_MEMORY = 0.92  # of a device that both surfaces take together, as vLLM alone does
@@ -36,8 +36,8 @@ class Sizing:
     """A generator that was checked against its checkpoint and its devices.
 
     ``memory`` is that of the largest request of the defaults, ``device`` the bytes of a device and
-    ``limit`` those that a rank may use of it, None where nobody counts them. ``devices`` is how many
-    there are, None on a CPU and where Ray gives them out.
+    ``limit`` those that a rank may use of the one that most replicas have, None where nobody counts them.
+    ``places`` are those of the replicas, None where nobody chooses them: on a CPU and with Ray.
     """
 
     model: ModelConfig
@@ -45,7 +45,7 @@ class Sizing:
     memory: MemoryEstimate
     device: int | None
     limit: int | None
-    devices: int | None = None
+    places: tuple[Place, ...] | None = None
 
     def __str__(self) -> str:
         """Of the memory, for the operator."""
@@ -72,12 +72,16 @@ def sized(folder: Path, options: Options, device: str) -> Sizing:
     engine = engine_of(folder, options, device)
     model = engine.read_model()
     check_backend(engine.attention_backend)
-    count, size = devices_for(options, device)
+    names, size = devices_for(options, device)
+    count = None if names is None else len(names)
+    check_degrees(engine.parallel, model.transformer, devices=count, guided=not model.distilled)
+    chosen = options.generator_devices or engine.data_parallel_size > 1
+    places = None
+    if names is not None and chosen:
+        places = places_of(engine, names, size, field="generator_devices")
     engine = engine.limited(size)
-    limit = size if engine.memory_limit is None else round(engine.memory_limit * GIB)
-    local = None if engine.distributed_executor_backend == "ray" else count
-    check_degrees(engine.parallel, model.transformer, devices=local, guided=not model.distilled)
-    check_replicas(engine.data_parallel_size, engine.parallel.world_size, local)
+    limits = [place.told(engine).memory_limit for place in places or (Place(),)]
+    limit = min((round(limit * GIB) for limit in limits if limit is not None), default=size)
     if engine.load_format != "dummy":
         check_files(model)
     work = usual_work(model)
@@ -90,7 +94,7 @@ def sized(folder: Path, options: Options, device: str) -> Sizing:
             f"{_gib(limit)}{_advice(suggestions(model, engine, work, limit))}"
         )
     return Sizing(
-        model=model, engine=engine, memory=memory, device=size, limit=limit, devices=local
+        model=model, engine=engine, memory=memory, device=size, limit=limit, places=places
     )
 
 
@@ -99,23 +103,30 @@ def engine_of(folder: Path, options: Options, device: str) -> EngineConfig:
     return EngineConfig(model=folder, device=device, **options.engine)
 
 
-def devices_for(options: Options, device: str) -> tuple[int | None, int | None]:
-    """How many devices the generator has, and the bytes of each; None where nobody counts."""
+def devices_for(options: Options, device: str) -> tuple[list[str] | None, int | None]:
+    """The names of the generator's devices, and the bytes of each.
+
+    No names where nobody chooses, on a CPU and where Ray gives devices out; no bytes where nobody counts.
+    """
     if device.split(":")[0] == "cpu":
         return None, None
-    names = options.generator_devices.split(",") if options.generator_devices else []
-    if not all(name.strip() for name in names) or len(set(names)) < len(names):
-        possible = "different devices, such as 1,2,3"
-        raise InvalidRequest("generator_devices", options.generator_devices, possible)
+    listed = options.generator_devices
+    names = names_in(listed) if listed else []
+    ray = options.engine.get("distributed_executor_backend") == "ray"
+    if not all(names) or (ray and len(set(names)) < len(names)):
+        raise InvalidRequest("generator_devices", listed, "different devices, such as 1,2,3")
     here = devices()
-    return len(names) or here.count, here.memory
+    assert here.count is not None
+    return None if ray else names or visible(here.count), here.memory
 
 
-def share_of_reasoner(sizing: Sizing, root: Mapping[str, Any], ranks: int) -> float | None:
+def share_of_reasoner(
+    sizing: Sizing, root: Mapping[str, Any], ranks: int, replicas: int = 1
+) -> float | None:
     """The part of the devices that the generator leaves, which is vLLM's gpu_memory_utilization.
 
-    ``root`` is the root config.json, ``ranks`` how many share the reasoner's weights. None where
-    nobody counts memory.
+    ``root`` is the root config.json, ``ranks`` how many share the reasoner's weights, and ``replicas`` how many
+    of the generator are on a device of them. None where nobody counts memory.
 
     Raises:
         OutOfMemory: the reasoner does not fit beside the generator.
@@ -124,7 +135,7 @@ def share_of_reasoner(sizing: Sizing, root: Mapping[str, Any], ranks: int) -> fl
         return None
     weights = sum(prod(tensor.shape) for tensor in expected_tensors(root).values()) * BFLOAT16
     least = weights // ranks + LEAST_CACHE
-    taken = min(sizing.memory.needed, sizing.limit)
+    taken = min(sizing.memory.needed, sizing.limit) * replicas
     left = round(MOST_MEMORY * sizing.device) - taken
     if left < least:
         raise OutOfMemory(

@@ -217,8 +217,8 @@ class Options:
         "",
         "generator",
         "text",
-        "devices of the generator, e.g. 1,2,3, which replicas take in this order (default: all "
-        "visible ones)",
+        "devices of the generator, e.g. 1,2,3, which replicas take in this order; again for another "
+        "replica: 0,0 (default: all visible ones)",
     )
     default_sampling_params: str = _option(
         "",

@@ -1,4 +1,4 @@
-"""Replicas: several stages behind one queue, each with devices of its own.
+"""Replicas: several stages behind one queue, each in its place.
 
 Requests wait here, in the `Scheduler` of all replicas, and go to the one where they are expected to be
 done first. A replica that dies fails what it was making and is started again; what waits is served by
@@ -8,10 +8,9 @@ the others meanwhile.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,25 +27,15 @@ from vllm_cosmos3.errors import (
 from vllm_cosmos3.stage.client import StageClient
 from vllm_cosmos3.stage.config import StageConfig
 from vllm_cosmos3.stage.job import StageJob, Stages
-from vllm_cosmos3.stage.launcher import DEVICES
 from vllm_cosmos3.stage.maintenance import UNDO
 from vllm_cosmos3.stage.messages import Accepted, Failure, Status, Submit
+from vllm_cosmos3.stage.places import Place
 from vllm_cosmos3.stage.scheduler import QueueConfig, Scheduler
 
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.1  # between looks at deadlines and at replicas that come back
 RETRY_SECONDS = 30.0  # until a replica that cannot start is tried again, while others serve
-
-
-def check_replicas(replicas: int, ranks: int, devices: int | None) -> None:
-    """Raise InvalidRequest unless so many replicas of so many ranks have a device for each rank.
-
-    ``devices`` is how many accelerators there are; None means any number.
-    """
-    if devices is not None and replicas > 1 and replicas * ranks > devices:
-        possible = f"at most {devices // ranks}: {devices} devices, {ranks} for each replica"
-        raise InvalidRequest("data_parallel_size", replicas, possible)
 
 
 def check_sessions(model: ModelConfig, config: EngineConfig) -> None:
@@ -56,42 +45,28 @@ def check_sessions(model: ModelConfig, config: EngineConfig) -> None:
         raise InvalidRequest("data_parallel_size", config.data_parallel_size, possible)
 
 
-def devices_of(
-    replicas: int, ranks: int, devices: int | None, environment: Mapping[str, str] = os.environ
-) -> list[str | None]:
-    """The devices of each replica, as CUDA_VISIBLE_DEVICES has them; None where nobody chooses.
-
-    ``devices`` is how many this process sees, None on a CPU and where Ray gives them out.
-    """
-    if devices is None or replicas == 1:
-        return [None] * replicas
-    named = [name.strip() for name in environment.get(DEVICES, "").split(",") if name.strip()]
-    names = named or [str(index) for index in range(devices)]
-    return [",".join(names[at * ranks : (at + 1) * ranks]) for at in range(replicas)]
-
-
 def start_stages(
     stage: StageConfig,
     queue: QueueConfig | None = None,
     *,
-    devices: int | None = None,
+    places: Sequence[Place] | None = None,
     drain_seconds: float = 600.0,
 ) -> Stages:
     """Start the stages of as many replicas as the engine options say. Returns at once.
 
-    ``devices`` is how many accelerators this process sees, None where it does not choose.
+    ``places`` are those of the replicas, None where this process does not choose.
 
     Raises:
-        InvalidRequest: the backend cannot run here, or there are not enough devices.
+        InvalidRequest: the backend cannot run here.
     """
-    count, ranks = stage.engine.data_parallel_size, stage.engine.parallel.world_size
-    check_replicas(count, ranks, devices)
+    count = stage.engine.data_parallel_size
+    places = [Place()] * count if places is None else places
     queue = queue or QueueConfig()
     one = replace(stage, engine=replace(stage.engine, data_parallel_size=1))
     if count == 1:
-        return StageClient(one, queue, drain_seconds=drain_seconds)
-    one = replace(one, anywhere=True)
-    return Replicas(one, queue, devices_of(count, ranks, devices), drain_seconds=drain_seconds)
+        devices = places[0].devices
+        return StageClient(one, queue, drain_seconds=drain_seconds, devices=devices)
+    return Replicas(replace(one, anywhere=True), queue, places, drain_seconds=drain_seconds)
 
 
 def outdated(members: Sequence[Stages]) -> set[int]:
@@ -113,7 +88,7 @@ class _Accepted:
 
 
 class Replicas(Stages):
-    """Stages of one configuration, one for each entry of ``devices``.
+    """Stages of one configuration, one in each place.
 
     Raises:
         InvalidRequest: the backend cannot run here.
@@ -123,17 +98,18 @@ class Replicas(Stages):
         self,
         stage: StageConfig,
         queue: QueueConfig,
-        devices: list[str | None],
+        places: Sequence[Place],
         *,
         drain_seconds: float = 600.0,
     ) -> None:
         self._stage, self._queue, self._drain_seconds = stage, queue, drain_seconds
-        self._scheduler = Scheduler(queue, len(devices))
+        self._scheduler = Scheduler(queue, len(places))
         self._jobs: dict[str, _Accepted] = {}
         self._lock = threading.RLock()  # of the two above; a stage's own lock is taken within it
         self._closing = threading.Event()
         self._given_up: dict[int, float] = {}  # replica -> when it is tried again
-        self._members = [self._start(place) for place in devices]
+        self._places = tuple(places)
+        self._members = [self._start(place) for place in places]
         self._thread = threading.Thread(target=self._watch, name="replicas", daemon=True)
         self._thread.start()
 
@@ -308,9 +284,10 @@ class Replicas(Stages):
 
     # Life.
 
-    def _start(self, devices: str | None) -> StageClient:
+    def _start(self, place: Place) -> StageClient:
+        stage = replace(self._stage, engine=place.told(self._stage.engine))
         return StageClient(
-            self._stage, self._queue, drain_seconds=self._drain_seconds, devices=devices
+            stage, self._queue, drain_seconds=self._drain_seconds, devices=place.devices
         )
 
     def _watch(self) -> None:
@@ -336,4 +313,4 @@ class Replicas(Stages):
             elif now > self._given_up.setdefault(at, now + RETRY_SECONDS):
                 logger.warning("replica %d is started again: %s", at, member.error)
                 member.close()
-                self._members[at] = self._start(member.devices)
+                self._members[at] = self._start(self._places[at])

@@ -6,7 +6,7 @@ of who starts the ranks; nothing above has to know.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import TimeoutError as StillRunning
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -38,6 +38,7 @@ from vllm_cosmos3.stage.config import StageConfig
 from vllm_cosmos3.stage.executor import StageExecutor
 from vllm_cosmos3.stage.launcher import EXTERNAL, executor_backend, launched
 from vllm_cosmos3.stage.maintenance import FOLLOWED_BY, UNDO
+from vllm_cosmos3.stage.places import Place, places_of, visible
 from vllm_cosmos3.stage.replicas import check_sessions, start_stages
 from vllm_cosmos3.stage.scheduler import QueueConfig
 from vllm_cosmos3.stage.worker import is_conflict, is_out_of_memory, public_error
@@ -72,11 +73,17 @@ class Runner(Protocol):
     def close(self) -> None: ...
 
 
-def make_runner(config: EngineConfig, loaded: Callable[[int], None]) -> Runner:
+def make_runner(
+    config: EngineConfig,
+    loaded: Callable[[int], None],
+    numbers: Sequence[int] = (),
+    memory: int | None = None,
+) -> Runner:
     """Load the checkpoint on every rank of the mesh.
 
     ``loaded`` is told how many values of the weights are in place, those of the slowest rank.
-    Who starts the ranks is decided by `executor_backend`.
+    Who starts the ranks is decided by `executor_backend`; they have the devices of these ``numbers``, if there are
+    any, one after the other. A device has so many bytes of ``memory``, None where nobody counts.
 
     Raises:
         InvalidRequest: the mesh does not suit the checkpoint or the machine.
@@ -94,11 +101,13 @@ def make_runner(config: EngineConfig, loaded: Callable[[int], None]) -> Runner:
     model = config.read_model()
     check_degrees(config.parallel, model.transformer, guided=not model.distilled, devices=devices)
     check_sessions(model, config)
+    places = _places(config, numbers, devices, memory)
+    config = config.limited(memory)
     if backend == "uni" and ranks == replicas == 1:
         with told(loaded):
             return LocalRunner(config, pipeline_of(model))
     if torch.device(config.device).index:
-        possible = "without a number, as each rank has a device of its own"
+        possible = f"with a number for each of {replicas * ranks} ranks, or without any"
         raise InvalidRequest("device", config.device, possible)
     if backend == EXTERNAL:
         with told(loaded):
@@ -106,7 +115,27 @@ def make_runner(config: EngineConfig, loaded: Callable[[int], None]) -> Runner:
                 StageConfig(engine=config, stage=stage_name(model), backend=backend, grace=PATIENCE)
             )
     stage = StageConfig(engine=config, stage=stage_name(model), backend=backend)
-    return StageRunner(stage, devices, loaded)
+    return StageRunner(stage, places, loaded)
+
+
+def _places(
+    config: EngineConfig, numbers: Sequence[int], count: int | None, memory: int | None
+) -> tuple[Place, ...] | None:
+    """The places of the replicas; None where nobody chooses. ``count`` devices are seen, None: Ray's, or no others."""
+    replicas, ranks = config.data_parallel_size, config.parallel.world_size
+    if not numbers:
+        if count is None or replicas == 1:
+            return None
+        return places_of(config, visible(count), memory, field="device")
+    given = f"{config.device}:{','.join(map(str, numbers))}"
+    if count is None:
+        possible = "without numbers on a CPU, with Ray and under torchrun"
+        raise InvalidRequest("device", given, possible)
+    if len(numbers) != replicas * ranks or max(numbers) >= count:
+        possible = f"given with {replicas * ranks} numbers below {count}, one for each rank"
+        raise InvalidRequest("device", given, possible)
+    seen = visible(count)
+    return places_of(config, [seen[number] for number in numbers], memory, field="device")
 
 
 def pipeline_of(model: ModelConfig) -> type[Pipeline] | type[WorldPipeline]:
@@ -286,13 +315,16 @@ class StageRunner:
     """Ranks in processes of their own, behind the stage process of each replica."""
 
     def __init__(
-        self, stage: StageConfig, devices: int | None, loaded: Callable[[int], None]
+        self,
+        stage: StageConfig,
+        places: tuple[Place, ...] | None,
+        loaded: Callable[[int], None],
     ) -> None:
         self.replicas = stage.engine.data_parallel_size
         self.company = stage.engine.batch_size(exact=False)
         # In fifo one request is made at a time, or a batch.
         queue = QueueConfig(policy="fifo", max_waiting=self.replicas * self.company)
-        self._client = start_stages(stage, queue, devices=devices)
+        self._client = start_stages(stage, queue, places=places)
         try:
             while not self._ready():
                 loaded(self._client.status(LOOK_SECONDS).loaded)

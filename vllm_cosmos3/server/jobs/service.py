@@ -34,7 +34,9 @@ from vllm_cosmos3.server.memory_split import Sizing
 from vllm_cosmos3.server.options import Options, read_call_limits
 from vllm_cosmos3.stage.config import StageConfig
 from vllm_cosmos3.stage.job import Stages
+from vllm_cosmos3.stage.launcher import DEVICES
 from vllm_cosmos3.stage.messages import Status
+from vllm_cosmos3.stage.places import names_in
 from vllm_cosmos3.stage.replicas import check_sessions, outdated, start_stages
 from vllm_cosmos3.stage.scheduler import QueueConfig
 
@@ -202,7 +204,8 @@ def _start_stages(sizing: Sizing, options: Options) -> Stages:
     check_sessions(sizing.model, sizing.engine)
     if options.generator_devices:
         # This process computes nothing, and the reasoner's processes have started before.
-        os.environ["CUDA_VISIBLE_DEVICES"] = options.generator_devices
+        # CUDA knows each device once; those of a replica are in its place.
+        os.environ[DEVICES] = ",".join(dict.fromkeys(names_in(options.generator_devices)))
     limits, update_timeout = read_call_limits(options.call_limits), options.weight_update_timeout
     if update_timeout and sizing.engine.weight_transfer in ("nccl", "ipc"):
         limits |= dict.fromkeys(TRAINED, update_timeout)
@@ -220,6 +223,6 @@ def _start_stages(sizing: Sizing, options: Options) -> Stages:
             max_waiting=options.max_queue,
             max_waiting_seconds=options.max_queue_gpu_seconds,
         ),
-        devices=sizing.devices,
+        places=sizing.places,
         drain_seconds=options.drain_seconds,
     )
