@@ -102,7 +102,7 @@ class EngineOptions:
     device: str | None = _option(
         server=None,
         kind="text",
-        help="cuda, cuda:1, cpu, or one for each rank: cuda:0,0 (default: vLLM's)",
+        help="cuda, cuda:1 or cpu; cuda:0,0 by rank (default: vLLM's)",
     )
     tensor_parallel_size: int = _option(
         1,
