@@ -9,9 +9,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from generators import eventually
@@ -22,6 +23,7 @@ from toy_plan import ToyPlan, stage
 from vllm_cosmos3.errors import (
     Busy,
     Cancelled,
+    CheckpointError,
     Cosmos3Error,
     DeadlineExceeded,
     InvalidRequest,
@@ -30,6 +32,7 @@ from vllm_cosmos3.errors import (
 )
 from vllm_cosmos3.progress import Preview, Progress
 from vllm_cosmos3.request.plan import Batch
+from vllm_cosmos3.stage import client as client_module
 from vllm_cosmos3.stage.client import StageClient, StageJob
 from vllm_cosmos3.stage.scheduler import QueueConfig
 
@@ -323,6 +326,47 @@ def test_a_stage_that_is_killed_while_it_starts_can_be_closed() -> None:
     closing.start()
     closing.join(60)
     assert not closing.is_alive()
+
+
+def test_why_it_cannot_start_reaches_a_client_that_is_late_to_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = client_module.start_interpreter
+
+    def late(environment: Mapping[str, str], told: bytes) -> Any:
+        process = start(environment, told)
+        poll = process.poll
+
+        def looked_at_last() -> int | None:
+            eventually(lambda: poll() is not None)
+            return poll()
+
+        monkeypatch.setattr(process, "poll", looked_at_last)
+        return process
+
+    monkeypatch.setattr(client_module, "start_interpreter", late)
+    client = StageClient(stage(model=tmp_path / "none"))
+    with pytest.raises(CheckpointError, match="none is missing"):
+        client.wait_ready(HANG)
+    client.close()
+
+
+def test_why_it_cannot_start_reaches_a_client_that_is_late_to_connect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect = StageClient._connect
+
+    def late(client: StageClient) -> Any:
+        end = time.monotonic() + 2  # longer than a forked stage takes to fail
+        while client._process.poll() is None and time.monotonic() < end:
+            time.sleep(0.05)
+        return connect(client)
+
+    monkeypatch.setattr(StageClient, "_connect", late)
+    client = StageClient(stage(model=tmp_path / "none"))
+    with pytest.raises(CheckpointError, match="none is missing"):
+        client.wait_ready(HANG)
+    client.close()
 
 
 def test_a_full_queue_is_busy(client: StageClient) -> None:

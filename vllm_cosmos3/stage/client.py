@@ -221,6 +221,8 @@ class StageClient(Stages):
             if stage in ready:
                 self._handle(pickle.loads(stage.recv()))
             elif self._process.poll() is not None:
+                if not self._closing:
+                    self._hear_out(stage)
                 stage.close()  # with what was meant for the dead process
                 if not self._restarted():
                     # Whoever still sends, as `close` does, would wait for a reader for ever.
@@ -237,6 +239,14 @@ class StageClient(Stages):
         poller.register(self._outgoing, zmq.POLLIN)
         poller.register(stage, zmq.POLLIN)
         return {socket for socket, _ in poller.poll(200)}
+
+    def _hear_out(self, stage: zmq.Socket[bytes]) -> None:
+        """Take what the process has sent before it ended, such as the reason.
+
+        It is looked for several times, as the thread of ZeroMQ that brings it may be late as well.
+        """
+        while any(stage.poll(20) for _ in range(10)):
+            self._handle(pickle.loads(stage.recv()))
 
     def _connect(self) -> zmq.Socket[bytes]:
         stage: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
@@ -326,6 +336,8 @@ class StageClient(Stages):
         """Fail what the ended process was serving and start a new one. Whether there is one."""
         error = WorkerDied(f"the stage process ended with status {self._process.returncode}")
         with self._changed:
+            if self._error is not None:  # which it has told
+                error = WorkerDied(f"the stage ended: {self._error}")
             jobs, self._jobs = list(self._jobs.values()), {}
             was_up = self._status.state != "starting"
             if self._error is None and not self._closing:

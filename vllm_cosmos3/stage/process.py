@@ -69,6 +69,7 @@ logger = logging.getLogger(__name__)
 
 IDLE_SECONDS = 0.2  # between looks at the parent and the clock while there is nothing to do
 ATTEMPTS = 2  # of a request whose ranks were lost through no fault of its own
+CLIENT_SECONDS = 10.0  # for the client of a stage that fails at once to connect, and to hear why
 ORPHAN_SECONDS = 15.0  # for an orderly end after the parent's death
 PAUSES = {  # calls between requests, and whether requests may run after them
     "sleep": "sleeping",
@@ -139,7 +140,8 @@ class StageCore:
         self._calling, self._call_started = "", 0.0
         self._preview_seconds = 0.0  # that the last one took
         self._stop_at: float | None = None  # set once draining
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
+        self._context = zmq.Context[zmq.Socket[bytes]]()
+        self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 2000)
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
@@ -158,6 +160,7 @@ class StageCore:
             self._end_all(Cancelled("the server was stopped"))
         except Cosmos3Error as error:
             logger.error("the stage ends: %s", error)
+            self._wait_for_client()
             self._become("failed")
             self._end_all(WorkerDied(f"the stage ended: {error}"))
             self._send_all(Failure(None, error))
@@ -165,7 +168,14 @@ class StageCore:
         finally:
             self._executor.close()
             self._socket.close()
+            self._context.term()  # when the last messages are on their way
         return 0
+
+    def _wait_for_client(self) -> None:
+        """Serve until somebody has connected, or nobody will."""
+        end = time.monotonic() + CLIENT_SECONDS
+        while not self._clients and self._stop_at != 0.0 and time.monotonic() < end:
+            self._serve(IDLE_SECONDS)
 
     def drain(self, *_: object) -> None:
         """Take nothing new, and stop when all that was accepted is served. A signal handler."""
