@@ -13,7 +13,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from servers import environment, free_port
+from servers import environment
+
+from ports import free_port
 
 ANY_PORT = ("--min-worker-port", 0, "--max-worker-port", 0, "--dashboard-agent-listen-port", 0)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import httpx
 from limits import HANG
-from servers import free_port
+
+from ports import free_port
 
 BUCKET = "cosmos3"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,8 @@ import httpx
 import torch
 from limits import HANG
 from openai import AsyncOpenAI, OpenAI
+
+from ports import free_port
 
 BIN = Path(sys.executable).parent
 ARCHITECTURE = '{"architectures": ["Cosmos3ReasonerForConditionalGeneration"]}'
@@ -48,12 +49,6 @@ class Server:
 
     def async_client(self) -> AsyncOpenAI:
         return AsyncOpenAI(base_url=f"{self.url}/v1", api_key="EMPTY", max_retries=0, timeout=HANG)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def environment(cache: Path) -> dict[str, str]:

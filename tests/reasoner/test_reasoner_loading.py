@@ -17,8 +17,8 @@ import pytest
 import torch
 import transformers.image_utils
 from safetensors.torch import load_file, save_file
-from servers import free_port
 
+from ports import free_port
 from vllm_cosmos3.checkpoint.config import read_json
 from vllm_cosmos3.errors import CheckpointError
 from vllm_cosmos3.plugin import ARCHITECTURE, register

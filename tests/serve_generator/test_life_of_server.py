@@ -20,8 +20,9 @@ import psutil
 import pytest
 from generators import SMALL, create, eventually, finished, generator, refuses
 from limits import HANG
-from servers import BIN, Server, free_port, run_to_end
+from servers import BIN, Server, run_to_end
 
+from ports import free_port
 from vllm_cosmos3.server.jobs.journal import Journal
 from vllm_cosmos3.server.jobs.video_job import VideoJob
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from servers import ARCHITECTURE, BIN, SMALL, free_port, run_to_end
+from servers import ARCHITECTURE, BIN, SMALL, run_to_end
 
+from ports import free_port
 from vllm_cosmos3.checkpoint.config import read_json
 
 pytestmark = pytest.mark.serve
