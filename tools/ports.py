@@ -7,7 +7,7 @@ from pathlib import Path
 
 EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 FIRST, LAST = 20000, 65535  # well-known servers listen below
-_claims: list[socket.socket] = []  # one for each port, until this process ends
+_claims: list[int] = []  # open files, one for each port, until this process ends
 
 
 def free_port() -> int:
@@ -28,7 +28,7 @@ def free_port() -> int:
         except OSError:
             claim.close()
         else:
-            _claims.append(claim)
+            _claims.append(claim.detach())
             return port
     raise OSError(f"no port from {FIRST} to {LAST} is free")
 

@@ -16,7 +16,7 @@ import ports
 def test_no_port_is_given_twice() -> None:
     listened = ports.free_port()
     with socket.create_server(("127.0.0.1", listened)):
-        ports._claims.pop().close()  # as if a stranger listened
+        os.close(ports._claims.pop())  # as if a stranger listened
         here = [ports.free_port() for _ in range(5)]
         program = "from ports import free_port; print(*(free_port() for _ in range(5)))"
         paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
