@@ -23,6 +23,7 @@ from typing import Any
 from ranks import FORKSERVER
 
 STDERR = 2
+METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 
 
 class ForkedStage:
@@ -53,10 +54,14 @@ class ForkedStage:
 
 
 def start(environment: Mapping[str, str], told: bytes) -> ForkedStage:
-    """A process that runs a stage."""
+    """A process that runs a stage, and forks its ranks.
+
+    vLLM asks for new interpreters wherever a configuration was made on a CPU, such as by a fixture.
+    """
+    inherited = {name: value for name, value in environment.items() if name != METHOD}
     here, there = FORKSERVER.Pipe()
     with Connection(os.dup(STDERR)) as stderr:
-        process = FORKSERVER.Process(target=_run, args=(there, stderr, dict(environment)))
+        process = FORKSERVER.Process(target=_run, args=(there, stderr, inherited))
         process.start()
     # Its client ends it, and multiprocessing shall not ask for its status meanwhile.
     multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]
