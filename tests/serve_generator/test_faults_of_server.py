@@ -84,7 +84,7 @@ def test_a_process_that_hangs_is_reported_and_keeps_no_deadline(
     victim: str, generator_server: Server
 ) -> None:
     """Nothing waits for it for ever: neither those that are served, nor those that come, nor health."""
-    job = started(generator_server, **LONG, deadline_seconds=15)
+    job = started(generator_server, **LONG, deadline_seconds=9)
     rank = worker(generator_server)
     stopped = rank.pid if victim == "rank" else rank.ppid()
     os.kill(stopped, signal.SIGSTOP)
