@@ -15,6 +15,8 @@ from training.transformer import Transformer
 
 AnyStream = TypeVar("AnyStream", Video, Actions, Sound, Video | Actions | Sound)
 
+Texts = tuple[Tensor, Tensor]  # ids [N, L], lengths [N]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flow:
@@ -46,12 +48,27 @@ def mixed(streams: Sequence[AnyStream], sigma: Tensor) -> tuple[list[AnyStream],
     return noised, targets
 
 
+def with_dropped(texts: Texts, none: Texts, other: Tensor, drop: Tensor) -> Texts:
+    """Texts (ids [B, L], lengths [B]); where ``drop`` [B] is True, the dropped prompt ``other`` [B] of ``none``."""
+    ids = torch.where(drop[:, None], none[0][other], texts[0])
+    return ids, torch.where(drop, none[1][other], texts[1])
+
+
+def weights_of(things: Tensor, free: Tensor, sigma: Tensor, weight: float) -> Tensor:
+    """What the error at each latent position [B, T, h, w] counts: ``weight`` more where ``things`` are.
+
+    Where the noise hides whether something is there, a weight would draw things into the mean.
+    """
+    shown = ((0.8 - sigma) / 0.2).clamp(0, 1)[:, None, None, None]
+    return free * (1 + weight * shown * things)
+
+
 def flow_loss(
     model: Transformer, pool: Pool, batch: int, flow: Flow, *, structured: bool
 ) -> Tensor:
     """Error of the velocity of a batch of clips."""
     device = pool.latents.device
-    (ids, lengths), (none, none_lengths) = (
+    (ids, lengths), none = (
         (pool.structured, pool.none_structured) if structured else (pool.plain, pool.none)
     )
     with torch.no_grad():
@@ -64,12 +81,9 @@ def flow_loss(
         known &= frame < frame[-1]  # something is left to make
         drop = torch.rand(batch, device=device) < flow.dropped
         other = pool.which[index] * 2 + (torch.rand(batch, device=device) < flow.empty)
-        text = torch.where(drop[:, None], none[other], ids[index])
-        length = torch.where(drop, none_lengths[other], lengths[index])
+        text, length = with_dropped((ids[index], lengths[index]), none, other, drop)
         (noised,), (target,) = mixed([Video(clean, known, pool.fps[index])], sigma)
-        # Where the noise hides whether something is there, a weight would draw things into the mean.
-        shown = ((0.8 - sigma) / 0.2).clamp(0, 1)[:, None, None, None]
-        weight = (~known)[:, :, None, None] * (1 + flow.things * shown * pool.things[index])
+        weight = weights_of(pool.things[index], (~known)[:, :, None, None], sigma, flow.things)
     with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
         texts = model.understand(text)
         (v,) = model.velocities([noised], (sigma * 1000).floor(), texts, length)

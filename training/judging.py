@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -124,7 +124,7 @@ def judge_questions(parts: Parts, count: int) -> dict[str, str]:
     """For each question but the caption the share of answers that are right to the letter.
 
     Boxes and points are never that: of them the share with an IoU of at least 0.8, or within 10
-    thousandths.
+    thousandths. Of boxes the mean IoU as well; that of an answer without one is 0.
     """
     scenes, _ = held_out(HELD_OUT + 6_000_000, count, parts.pool.canvas)
     rng, asked = random.Random(0), []
@@ -132,10 +132,14 @@ def judge_questions(parts: Parts, count: int) -> dict[str, str]:
         asked += [ask(scene, rng.choice(scene.things), rng) for scene in scenes]
     said = _said(parts, scenes * len(ASK), asked)
     right = [_agrees(one.answer, text) for one, text in zip(asked, said, strict=True)]
-    return {
+    shares = {
         name: str(Share(sum(right[i * count : (i + 1) * count]), count))
         for i, name in enumerate(ASK)
     }
+    first = list(ASK).index("box") * count
+    boxes = zip(asked[first : first + count], said[first : first + count], strict=True)
+    overlaps = [_overlap(json.loads(one.answer), text) for one, text in boxes]
+    return shares | {"box, mean IoU": f"{sum(overlaps) / count:.3f} of {count}"}
 
 
 @torch.no_grad()
@@ -159,11 +163,22 @@ def _agrees(right: str, said: str) -> bool:
         if wanted["label"] != given["label"]:
             return False
         if "bbox_2d" in wanted:
-            return iou(wanted["bbox_2d"], given["bbox_2d"]) >= 0.8
+            return _overlap(wanted, said) >= 0.8
         pairs = zip(wanted["point_2d"], given["point_2d"], strict=True)
         return all(abs(a - b) <= 10 for a, b in pairs)
     except (ValueError, KeyError, TypeError):  # no such object
         return False
+
+
+def _overlap(wanted: dict[str, Any], said: str) -> float:
+    """IoU of the box that was wanted and the one that was said; 0 if there is none, or of another thing."""
+    try:
+        given = json.loads(said)
+        return (
+            iou(wanted["bbox_2d"], given["bbox_2d"]) if given["label"] == wanted["label"] else 0.0
+        )
+    except (ValueError, KeyError, TypeError):  # no such object
+        return 0.0
 
 
 def iou(a: Sequence[float], b: Sequence[float]) -> float:

@@ -7,9 +7,9 @@ CUDA starts, encodes them with the trained autoencoder, and has losses whose tur
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +22,11 @@ from torch import Tensor
 
 from training.actions import CHUNK, DOMAIN, FPS, VIEW, WIDTH, Rows, rows_of
 from training.captions import draw_caption, instruction
-from training.flow import Flow, drawn_levels, flow_loss, mixed
+from training.flow import Flow, Texts, drawn_levels, flow_loss, mixed, weights_of, with_dropped
 from training.optimisation import Kind
-from training.pools import Codec, draw, drawing, make_pool, scenes_at
-from training.prompts import encoded, framed, framed_action, framed_transfer
-from training.rendering import Packed, pack, render, segmented, to_bytes
+from training.pools import Codec, cells, draw, drawing, make_pool, scenes_at
+from training.prompts import NEGATIVES, encoded, framed, framed_action, framed_transfer
+from training.rendering import Packed, occupied, pack, render, segmented, to_bytes
 from training.scenes import ACTED, BASIC, GROWN, MATERIALS, RATES, Canvas, draw_scene, window
 from training.sounds import sound_of
 from training.streams import Actions, Sound, Video
@@ -44,6 +44,7 @@ CANVASES = {
     "pictures": (Canvas(320, 192, 1), Canvas(256, 256, 1), Canvas(192, 320, 1)),
     "sizes": (Canvas(256, 256, 17), Canvas(192, 320, 17), Canvas(320, 192, 33)),
 }
+QUIET = {"single": 15, "two": 5}  # of the scenes with sound: most of them have a contact
 _CHUNK = 512
 
 
@@ -189,8 +190,8 @@ class ControlPool:
 
     latents: Tensor
     controls: dict[str, Tensor]
-    texts: dict[str, tuple[Tensor, Tensor]]
-    none: tuple[Tensor, Tensor]
+    texts: dict[str, Texts]
+    none: Texts
     fps: Tensor
 
 
@@ -213,17 +214,14 @@ def _transfer_losses(parts: Parts, drawn: Any, a: Namespace) -> list[Callable[[]
     empty = encoded(parts.tokenizer, none, longest)
     ids = {name: encoded(parts.tokenizer, some, longest) for name, some in texts.items()}
 
-    def moved(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return pair[0].to(codec.device), pair[1].to(codec.device)
-
     pool = ControlPool(
         torch.cat(list(_encoded_parts(codec, packed, canvas))),
         {
             "edge": torch.cat(list(_encoded_parts(codec, packed, canvas, edges_of))),
             "seg": torch.cat(list(_encoded_parts(codec, segmented(packed), canvas))),
         },
-        {name: moved(pair) for name, pair in ids.items()},
-        moved(empty),
+        {name: _moved(pair, codec.device) for name, pair in ids.items()},
+        _moved(empty, codec.device),
         torch.tensor(rates, device=codec.device).float(),
     )
     batch = max(2, a.batch // 2)
@@ -256,12 +254,16 @@ def transfer_loss(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SoundPool:
-    """Clips of one rate with their sound: latents [N, T, h, w, C], sounds [N, T_s, 64], texts."""
+    """Clips of one rate with their sound: latents [N, T, h, w, C], sounds [N, T_s, 64], texts.
+
+    ``things`` [N, T, h, w] marks latent positions at which something is; ``none`` are dropped prompts.
+    """
 
     latents: Tensor
+    things: Tensor
     sounds: Tensor
-    ids: Tensor
-    lengths: Tensor
+    texts: Texts
+    none: Texts
     fps: int
 
 
@@ -271,7 +273,7 @@ def _draw_sounds(a: Namespace) -> list[tuple[Packed, NDArray[np.float32], list[s
     for place, fps in enumerate(RATES):
         first, canvas = a.first + place * a.pool, Canvas(*a.size, fps)
         count = max(4, a.pool // 8)
-        kinds = GROWN if a.grown else BASIC
+        kinds = (GROWN if a.grown else BASIC) | QUIET
         scenes = [draw_scene(first + i, canvas, kinds, MATERIALS) for i in range(count)]
         sounds = np.stack([sound_of(scene) for scene in scenes])
         texts = [framed(draw_caption(scene).text, canvas) for scene in scenes]
@@ -284,15 +286,23 @@ def _sound_losses(parts: Parts, drawn: Any, a: Namespace) -> list[Callable[[], T
 
     vae = sound_autoencoder(*SOUND_WIDTHS).to(parts.codec.device)
     vae.load_state_dict(load_file(a.sound))
-    losses = []
-    for packed, sounds, texts, fps in drawn:
-        ids, lengths = (x.to(parts.codec.device) for x in encoded(parts.tokenizer, texts))
+    canvas, device = parts.pool.canvas, parts.codec.device
+    # Without prompts, too, things have spots and sound: guidance would exaggerate what only prompts bring.
+    flow, losses = Flow(shift=a.shift, things=a.things, dropped=0.2), []
+    for packed, sounds, prompts, fps in drawn:
+        texts = encoded(parts.tokenizer, prompts)
+        bare = replace(canvas, fps=fps)
+        empty = [framed(text, bare, negative=True) for text in NEGATIVES]
+        none = encoded(parts.tokenizer, empty, texts[0].shape[1])
         pool = SoundPool(
-            torch.cat(list(_encoded_parts(parts.codec, packed, parts.pool.canvas))),
+            torch.cat(list(_encoded_parts(parts.codec, packed, canvas))),
+            torch.cat(list(_occupied_parts(packed, canvas, device))),
             torch.cat([_heard(vae, part) for part in torch.from_numpy(sounds).split(32)]),
-            ids, lengths, fps,
-        )  # fmt: skip
-        losses.append(partial(sound_loss, parts, pool, max(2, a.batch // 2), a.shift))
+            _moved(texts, device),
+            _moved(none, device),
+            fps,
+        )
+        losses.append(partial(sound_loss, parts, pool, max(2, a.batch // 2), flow))
     return losses
 
 
@@ -303,22 +313,26 @@ def _heard(vae: torch.nn.Module, sounds: Tensor) -> Tensor:
     return latents_of(vae, padded).mT
 
 
-def sound_loss(parts: Parts, pool: SoundPool, batch: int, shift: float) -> Tensor:
+def sound_loss(parts: Parts, pool: SoundPool, batch: int, flow: Flow) -> Tensor:
     """Error of the velocities of clips and their sounds, which are denoised together."""
     model, device = parts.model, pool.latents.device
     with torch.no_grad():
         index = (torch.rand(batch, device=device) * len(pool.latents)).long()
-        clean, sigma = pool.latents[index].float(), drawn_levels(batch, shift, device)
+        clean, sigma = pool.latents[index].float(), drawn_levels(batch, flow.shift, device)
         fps = torch.full((batch,), float(pool.fps), device=device)
         first = torch.arange(clean.shape[1], device=device) == 0
-        known = first & (torch.rand(batch, 1, device=device) < 0.25)
+        known = first & (torch.rand(batch, 1, device=device) < flow.one_given)
+        drop = torch.rand(batch, device=device) < flow.dropped
+        other = (torch.rand(batch, device=device) < flow.empty).long()
+        asked = (pool.texts[0][index], pool.texts[1][index])
+        text, length = with_dropped(asked, pool.none, other, drop)
         streams = (Video(clean, known, fps), Sound(pool.sounds[index]))
         noised, targets = mixed(streams, sigma)
+        weight = weights_of(pool.things[index], (~known)[:, :, None, None], sigma, flow.things)
     with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
-        texts = model.understand(pool.ids[index])
-        v = model.velocities(noised, (sigma * 1000).floor(), texts, pool.lengths[index])
-    free = streams[0].free()
-    shown = ((v[0] - targets[0]).square() * free).sum() / free.expand_as(clean).sum()
+        texts = model.understand(text)
+        v = model.velocities(noised, (sigma * 1000).floor(), texts, length)
+    shown = ((v[0] - targets[0]).square().mean(-1) * weight).sum() / weight.sum()
     return shown + (v[1] - targets[1]).square().mean()
 
 
@@ -334,13 +348,26 @@ def edges_of(clips: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.repeat(found.reshape(clips.shape[:4])[..., None], 3, axis=4)
 
 
+def _moved(texts: Texts, device: str) -> Texts:
+    return texts[0].to(device), texts[1].to(device)
+
+
+def _occupied_parts(
+    packed: Packed, canvas: Canvas, device: str, batch: int = 32
+) -> Iterator[Tensor]:
+    """Latent positions at which something is, batch by batch."""
+    for start in range(0, len(packed), batch):
+        part = packed.take(slice(start, start + batch)).to(device)
+        yield cells(occupied(render(part, canvas.height, canvas.width)))
+
+
 def _encoded_parts(
     codec: Codec,
     packed: Packed,
     canvas: Canvas,
     change: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] | None = None,
     batch: int = 32,
-) -> Any:
+) -> Iterator[Tensor]:
     """Latents of clips, perhaps of what ``change`` makes of their frames, batch by batch."""
     for start in range(0, len(packed), batch):
         part = packed.take(slice(start, start + batch)).to(codec.device)
@@ -357,5 +384,5 @@ MODES = {
     "actions": Mode(_draw_actions, partial(_action_losses, (FORWARD, INVERSE, POLICY)), 3),
     "policy": Mode(_draw_actions, partial(_action_losses, (POLICY,)), 3),
     "transfer": Mode(_draw_transfer, _transfer_losses, 5),
-    "sound": Mode(_draw_sounds, _sound_losses, 6),
+    "sound": Mode(_draw_sounds, _sound_losses, 3),
 }

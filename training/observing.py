@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -94,7 +95,7 @@ def _count(videos: Tensor) -> dict[str, Tensor]:
     high, low = v.amax(-1), v.amin(-1)
     saturated, black = (high - low) > 70, high < 42
     nearest = torch.stack([(v - colour).square().sum(-1) for colour in palette]).argmin(0)
-    masks = [saturated & (nearest == i) for i in range(len(palette))]
+    masks = [_solid(saturated & (nearest == i)) for i in range(len(palette))]
     mask = torch.stack([*masks, black], 2)  # [B, T, colours, H, W]
     rows, columns = mask.sum(4).float(), mask.sum(3).float()
     area = rows.sum(3)
@@ -114,6 +115,16 @@ def _count(videos: Tensor) -> dict[str, Tensor]:
         "width": (columns >= 2).sum(3),
         "level": flat.masked_fill(~plain, torch.nan).nanmedian(1).values,
     }
+
+
+def _solid(mask: Tensor) -> Tensor:
+    """A mask [B, T, H, W] without what is thinner than two pixels, as where two colours blend to a third,
+    and with what it encloses in its row and its column: things are convex, and have spots."""
+    kept = 1 - F.max_pool2d(1 - mask.float(), 2, 1)
+    thick = F.max_pool2d(F.pad(kept, (1, 1, 1, 1)), 2, 1) > 0
+    sides = (thick.flip(flips).cummax(axis).values.flip(flips)
+             for axis in (2, 3) for flips in ((), (axis,)))  # fmt: skip
+    return torch.stack(list(sides)).all(0)
 
 
 def _first(mask: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from training.autoencoder import Autoencoder
 from training.captions import Caption, draw_caption
 from training.prompts import NEGATIVES, encoded, framed
-from training.questions import Asked, draw_question
+from training.questions import QUESTIONS, Asked, draw_questions
 from training.rendering import Packed, occupied, pack, render, to_bytes
 from training.scenes import BASIC, GROWN, RATES, Canvas, Scene, draw_scene
 from training.vision import looked_at
@@ -30,7 +30,10 @@ _CHUNK = 1024
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Drawn:
-    """Scenes with their words, without the scenes themselves; ``seen`` are the frames asked about."""
+    """N scenes with their words, without the scenes themselves.
+
+    ``asked`` are QUESTIONS about each, one scene after the other, and ``seen`` the frames that they are about.
+    """
 
     packed: Packed
     seen: Packed
@@ -68,10 +71,11 @@ def _draw_chunk(first: int, count: int, canvas: Canvas, grown: bool) -> tuple[An
     scenes = scenes_at(range(first, first + count), canvas, grown=grown)
     plain = [framed(draw_caption(s).text, s.canvas) for s in scenes]
     structured = [framed(draw_caption(s, 1.0).text, s.canvas) for s in scenes]
-    asked = [draw_question(s, random.Random(s.seed ^ 0xA5C)) for s in scenes]
+    shown = [s for s in scenes for _ in range(QUESTIONS)]
+    asked = [one for s in scenes for one in draw_questions(s, random.Random(s.seed ^ 0xA5C))]
     arrays = (
         [p.things.numpy(), p.gripper.numpy(), p.tone.numpy()]
-        for p in (pack(scenes), looked_at(scenes, asked))
+        for p in (pack(scenes), looked_at(shown, asked))
     )
     return *arrays, plain, structured, asked, [s.canvas.fps for s in scenes]
 
@@ -158,7 +162,7 @@ def make_pool(
         part = drawn.packed.take(slice(i, i + batch)).to(device)
         pixels = render(part, canvas.height, canvas.width)
         latents.append(codec.encode(pixels).bfloat16())
-        things.append(_cells(occupied(pixels)))
+        things.append(cells(occupied(pixels)))
     bare = [Canvas(canvas.width, canvas.height, canvas.frames, fps) for fps in RATES]
     none = [framed(text, c, negative=True) for c in bare for text in NEGATIVES]
 
@@ -177,7 +181,7 @@ def make_pool(
     )  # fmt: skip
 
 
-def _cells(there: Tensor) -> Tensor:
+def cells(there: Tensor) -> Tensor:
     """Pixels [B, 4k + 1, H, W] marked, as latent positions [B, k + 1, h, w] marked."""
     marked = F.max_pool2d(there.float().flatten(0, 1).unsqueeze(1), 16).squeeze(1)
     marked = marked.unflatten(0, there.shape[:2])

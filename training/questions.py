@@ -14,7 +14,7 @@ from training.scenes import ABOVE, BELOW, Scene, Thing
 
 CAPTION = ("What happens in the video?", "Describe the video.", "What do you see?")
 NUMBERS = ("no", "one", "two", "three")
-
+QUESTIONS = 4  # about each clip of the training data
 
 JUMP = 60.0  # pixels
 
@@ -47,6 +47,15 @@ def draw_question(scene: Scene, rng: random.Random, captions: float = 0.6) -> As
         return Asked(rng.choice(CAPTION), canonical(scene))
     thing = rng.choice(scene.things)
     return rng.choice(list(ASK.values()))(scene, thing, rng)
+
+
+def draw_questions(scene: Scene, rng: random.Random) -> list[Asked]:
+    """QUESTIONS about a scene, half of them about places, which take many examples to be told to a few pixels."""
+    places = (ASK["box"], ASK[rng.choice(("box", "point"))])
+    return [
+        *(draw_question(scene, rng) for _ in range(QUESTIONS - len(places))),
+        *(ask(scene, rng.choice(scene.things), rng) for ask in places),
+    ]
 
 
 def _count(scene: Scene, _thing: Thing, _rng: random.Random) -> Asked:

@@ -27,6 +27,7 @@ from training.judging import PROMPTS, Setting, generated, judge, judge_questions
 from training.modes import MODES, draw_modes, kinds_of
 from training.optimisation import Kind, Plan, train
 from training.pools import Codec, Drawn, Pool, draw, make_pool
+from training.questions import QUESTIONS
 from training.rendering import Packed, render
 from training.scenes import Canvas
 from training.transformer import (
@@ -89,7 +90,8 @@ def assemble(a: argparse.Namespace, drawn: Drawn, canvas: Canvas) -> Parts:
     codec = Codec(Path(a.vae), a.encoder, a.decoder, DEVICE)
     pool = make_pool(drawn, canvas, codec, tokenizer)
     frame = ChatFrame(tokenizer, canvas)
-    packed = frame.pack(drawn.asked, drawn.rates, seed=a.first)
+    rates = [rate for rate in drawn.rates for _ in range(QUESTIONS)]
+    packed = frame.pack(drawn.asked, rates, seed=a.first)
     chats = Chats(*(getattr(packed, n).to(DEVICE) for n in Chats.__slots__))
     shape = Shape(layers=a.layers, intermediate=a.intermediate)
     model = Transformer(shape).to(DEVICE)
@@ -99,11 +101,13 @@ def assemble(a: argparse.Namespace, drawn: Drawn, canvas: Canvas) -> Parts:
     if started:
         model.load_state_dict({k: started[k] for k in model.state_dict()})
         vision.load_state_dict({k: started[k] for k in vision.state_dict()})
+    keeps_text = a.changed or a.generation_only
     rest = tuple(prefix for modes, prefix in UNTRAINED.items() if not {*modes} & {*a.modes})
     for name, p in model.named_parameters():
-        left = a.vision_only or name.startswith(rest) or (a.changed and is_text(name))
+        of_text = is_text(name) and not name.startswith(UNTRAINED["sound",])
+        left = a.vision_only or name.startswith(rest) or (keeps_text and of_text)
         p.requires_grad_(not left)
-    vision.requires_grad_(not a.changed)
+    vision.requires_grad_(not keeps_text)
     print(
         f"{len(pool.latents)} clips encoded in {time.time() - began:.1f} s, latents "
         f"{tuple(pool.latents.shape)} std {pool.latents[:4096].float().std():.3f}, texts of "
@@ -254,6 +258,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--every", type=int, default=1000)
     add("--workers", type=int, default=12 if DEVICE == "cuda" else 1)
     add("--vision-only", action="store_true", help="chats alone, and leave both towers")
+    add(
+        "--generation-only",
+        action="store_true",
+        help="leave text tower and vision encoder (--chats 0): a policy and four steps stay valid",
+    )
     add(
         "--changed",
         action="store_true",
