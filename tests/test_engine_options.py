@@ -125,7 +125,7 @@ def test_every_option_is_one_of_the_server_unless_vllm_has_it() -> None:
     ("limit", "on_cpu", "on_gpu"),
     [(None, [1, 1], [1, 8]), (4, [4, 4], [1, 4]), (1, [1, 1], [1, 1])],
 )
-def test_exact_requests_have_no_company_on_a_gpu(
+def test_exact_requests_are_not_batched_on_a_gpu(
     limit: int | None, on_cpu: list[int], on_gpu: list[int]
 ) -> None:
     options = EngineOptions("nvidia/Cosmos3-Nano", max_batch_size=limit)

@@ -79,7 +79,7 @@ def test_a_list_is_cancelled_with_its_step(model: Cosmos3) -> None:
         model._generate([fields] * 6, {}, lambda _: cancelled.set(), cancelled)
 
 
-def test_without_the_memory_for_company_a_list_is_made_all_the_same(
+def test_without_the_memory_for_a_batch_a_list_is_made_all_the_same(
     model: Cosmos3, tiny_checkpoint_fp32: Path
 ) -> None:
     asked = [LATENTS | {"prompt": "a boat", "seed": seed} for seed in range(LIMIT)]

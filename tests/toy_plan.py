@@ -42,7 +42,7 @@ class ToyPlan:
 class ToyResult:
     total: int
     pids: tuple[int, ...]
-    company: tuple[int, ...] = ()  # how many have made each step together
+    batch_sizes: tuple[int, ...] = ()  # of each step
     weights: int = 0  # how many parts the last weight update had
 
     def save(self, path: Path) -> list[Path]:

@@ -21,7 +21,7 @@ class ToyState:
     plan: ToyPlan
     index: int = 0
     total: int = 0
-    company: list[int] = field(default_factory=list)  # of each step
+    batch_sizes: list[int] = field(default_factory=list)  # of each step
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Toy:
         for state in states:
             state.total += total
             state.index += 1
-            state.company.append(len(states))
+            state.batch_sizes.append(len(states))
         return [0] * len(states)
 
     def preview(self, state: ToyState) -> tuple[float, bytes] | None:
@@ -99,8 +99,8 @@ class Toy:
         pids = all_gather(torch.tensor(os.getpid()), self.mesh.world)
         if state.plan.result != "sound":
             return Faulty(state.plan.result)
-        company = tuple(state.company)
-        return ToyResult(state.total, tuple(int(pid) for pid in pids), company, self.weights)
+        batch_sizes = tuple(state.batch_sizes)
+        return ToyResult(state.total, tuple(int(pid) for pid in pids), batch_sizes, self.weights)
 
     def sleep(self) -> None:
         self._sum()

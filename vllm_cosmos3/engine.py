@@ -140,7 +140,7 @@ class Cosmos3(Closing):
         """
         start = time.perf_counter()
         check_backend(options.attention_backend)
-        device, numbers = numbers_of(options.device)
+        device, indices = device_indices(options.device)
         self.device = device_of(device)
         config = options.on(resolve(options.model, options.revision), str(self.device))
         memory = _memory_of(self.device)
@@ -149,8 +149,8 @@ class Cosmos3(Closing):
         self._shows = bars.are_seen() if options.progress is None else options.progress
         loading = bars.loading_bar(loaded_values(self._model)) if self._shows else _silent()
         with loading as loaded:
-            self._runner: Runner | None = make_runner(config, loaded, numbers, memory)
-        self._slots = _Slots(self._runner.replicas * self._runner.company)
+            self._runner: Runner | None = make_runner(config, loaded, indices, memory)
+        self._slots = _Slots(self._runner.replicas * self._runner.max_batch_size)
         self._sessions = 0  # so far, by which ranks that were started together name them alike
         self._paused = ""  # why nothing is generated
         self.load_seconds = time.perf_counter() - start
@@ -341,11 +341,11 @@ class Cosmos3(Closing):
             with runner.raising_together("the request"):
                 asked = [_request(one, fields) for one in given]  # type: ignore[union-attr, arg-type]
                 plans = [self._planned(one) for one in asked]
-            at_once = _at_once(runner, plans)
-            if at_once == 1:
-                outputs = self._run_in_turn(runner, plans, progress, cancelled, clip, several)
+            concurrency = _concurrency(runner, plans)
+            if concurrency == 1:
+                outputs = self._run_sequentially(runner, plans, progress, cancelled, clip, several)
             else:
-                outputs = self._run_together(runner, plans, progress, cancelled, at_once)
+                outputs = self._run_concurrently(runner, plans, progress, cancelled, concurrency)
         outputs = [
             replace(output, effective={**output.effective, **urls_of(one)})
             for output, one in zip(outputs, asked, strict=True)
@@ -378,7 +378,7 @@ class Cosmos3(Closing):
             return repeat(nullcontext(_ignore))
         return bars.each_of(len(plans)) if several else iter([bars.request_bars()])
 
-    def _run_in_turn(
+    def _run_sequentially(
         self,
         runner: Runner,
         plans: Sequence[Plan],
@@ -395,24 +395,24 @@ class Cosmos3(Closing):
                 outputs.append(self._run(runner, plan, report, cancelled, clip))
         return outputs
 
-    def _run_together(
+    def _run_concurrently(
         self,
         runner: Runner,
         plans: Sequence[Plan],
         progress: Shown,
         cancelled: threading.Event,
-        at_once: int,
+        concurrency: int,
     ) -> list[Output]:
-        """Some requests at a time, on all replicas. The first that fails ends the others."""
+        """Run several requests concurrently, on all replicas. The first that fails cancels the others."""
         shown = self._shows if progress is None else progress is True
         report = progress if callable(progress) else _ignore
         with (
             bars.requests_bar(len(plans)) if shown else nullcontext(_ignore) as ended,
-            ThreadPoolExecutor(at_once) as pool,
+            ThreadPoolExecutor(concurrency) as pool,
         ):
             runs = {
                 at: pool.submit(self._run, runner, plans[at], report, cancelled, None)
-                for at in _batch_by_batch(plans)
+                for at in _batch_order(plans)
             }
             try:
                 for one in as_completed(runs.values()):
@@ -439,14 +439,14 @@ class Cosmos3(Closing):
         return replace(output, timings=timings)
 
 
-def _at_once(runner: Runner, plans: Sequence[Plan]) -> int:
-    """How many requests of a list run at a time: a full company on each replica, if any may have one."""
+def _concurrency(runner: Runner, plans: Sequence[Plan]) -> int:
+    """How many requests of a list run concurrently: a full batch on each replica, if any can be batched."""
     sizes = (1 if plan.batch is None else plan.batch.size for plan in plans)
-    return min(len(plans), runner.replicas * min(runner.company, max(sizes, default=1))) or 1
+    return min(len(plans), runner.replicas * min(runner.max_batch_size, max(sizes, default=1))) or 1
 
 
-def _batch_by_batch(plans: Sequence[Plan]) -> list[int]:
-    """The places of a list in the order in which they begin: those of one batch follow each other."""
+def _batch_order(plans: Sequence[Plan]) -> list[int]:
+    """The indices of a list in the order in which they start: requests of one batch are adjacent."""
     first: dict[object, int] = {}
     return sorted(range(len(plans)), key=lambda at: first.setdefault(plans[at].batch or at, at))
 
@@ -460,12 +460,12 @@ def _request(given: Request | None, fields: Mapping[str, Any]) -> GenerateReques
     return from_fields({**known, **fields})
 
 
-def numbers_of(device: str | None) -> tuple[str | None, tuple[int, ...]]:
-    """The kind of several devices and their numbers, or a single one as it is: cuda:0,0 or cuda:1."""
+def device_indices(device: str | None) -> tuple[str | None, tuple[int, ...]]:
+    """The device type and the indices of a list such as cuda:0,0; any other device unchanged."""
     kind, _, listed = (device or "").partition(":")
-    numbers = listed.split(",")
-    if len(numbers) > 1 and all(number.strip().isdecimal() for number in numbers):
-        return kind, tuple(map(int, numbers))
+    indices = listed.split(",")
+    if len(indices) > 1 and all(index.strip().isdecimal() for index in indices):
+        return kind, tuple(map(int, indices))
     return device, ()
 
 

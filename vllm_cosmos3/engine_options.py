@@ -258,7 +258,7 @@ class EngineOptions:
         """Most samples in one forward on a device, of a request whose preset is exact or not.
 
         On a GPU the kernel of a product depends on its number of rows, and so do the last bits. On a
-        CPU a sample takes as long in company as alone.
+        CPU a sample takes as long in a batch as alone.
         """
         on_cpu = device.split(":")[0] == "cpu"
         if exact and not on_cpu:

@@ -285,9 +285,9 @@ def test_replicas_share_a_device_beside_a_reasoner_too(
     flags = {"generator_replicas": 3, "generator_devices": "0,1,0"}
     made = sized(tiny_checkpoint, from_mapping(flags), "cuda")
     assert (made.device, made.limit) == (80 * GIB, 40 * GIB)
-    assert made.places is not None
-    assert [place.devices for place in made.places] == ["0", "1", "0"]
-    assert [place.memory_limit for place in made.places] == [40, None, 40]
+    assert made.placements is not None
+    assert [placement.devices for placement in made.placements] == ["0", "1", "0"]
+    assert [placement.memory_limit for placement in made.placements] == [40, None, 40]
     assert "of which it may use 40.0 GiB" in str(made)
     limited = sized(tiny_checkpoint, from_mapping(flags | {"memory_limit": 30}), "cuda")
     assert (limited.limit, limited.engine.memory_limit) == (30 * GIB, 30)

@@ -77,7 +77,7 @@ def requests(count: int, **fields: Any) -> list[dict[str, Any]]:
     ],
     ids=["two", "guided at times", "unguided", "eight", "edits", "videos"],
 )
-def test_company_changes_nothing(pipeline: Pipeline, count: int, fields: dict[str, Any]) -> None:
+def test_batching_changes_nothing(pipeline: Pipeline, count: int, fields: dict[str, Any]) -> None:
     asked = requests(count, **fields)
     states = [encoded(pipeline, each) for each in asked]
     assert len({state.plan.batch for state in states}) == 1

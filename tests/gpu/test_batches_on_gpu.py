@@ -35,7 +35,7 @@ def made(
 
 
 @pytest.mark.parametrize("count", [2, 8])
-def test_company_changes_rounding_alone(pipeline: Pipeline, count: int) -> None:
+def test_batching_changes_rounding_alone(pipeline: Pipeline, count: int) -> None:
     together = made(pipeline, list(range(count)))
     alone = [made(pipeline, [seed])[0] for seed in range(count)]
     distances = [apart(one, other) for one, other in zip(together, alone, strict=True)]

@@ -171,14 +171,14 @@ def check_equal(
             assert relative(made.sound, expected.sound) < 10 * BOUND
 
 
-COMPANY = ("A boat", "A paper boat on a stream", "Snow")
+PROMPTS = ("A boat", "A paper boat on a stream", "Snow")
 
 
 def batched(mesh: Mesh, folder: Path, parallel: ParallelConfig, limit: int) -> dict[str, Sample]:
-    """The latents of pictures of COMPANY, which share their steps as far as ``limit`` lets them."""
+    """The latents of pictures of PROMPTS, which share their steps as far as ``limit`` lets them."""
     config = EngineConfig(model=folder, dtype="float32", device="cpu", **asdict(parallel))
     pipeline, states = Pipeline.load(config, mesh, "cpu"), []
-    for seed, prompt in enumerate(COMPANY):
+    for seed, prompt in enumerate(PROMPTS):
         fields = {"num_frames": 1, "height": 96, "width": 96, "output_type": "latent"}
         request = GenerateRequest(**COMMON | {"prompt": prompt, "seed": seed}, **fields)
         plan = make_plan(request, pipeline.model, pipeline.tokenizer)
@@ -188,10 +188,10 @@ def batched(mesh: Mesh, folder: Path, parallel: ParallelConfig, limit: int) -> d
         for first in range(0, len(states), size):
             pipeline.step_together(states[first : first + size])
     results = {}
-    for state, prompt in zip(states, COMPANY, strict=True):
+    for state, prompt in zip(states, PROMPTS, strict=True):
         pipeline.decode(state)
         output = pipeline.finish(state)
-        assert output.batch_size == min(size, len(COMPANY))
+        assert output.batch_size == min(size, len(PROMPTS))
         results[prompt] = output.samples[0]
     return results
 

@@ -27,7 +27,7 @@ PICTURE = {"size": "320x192", "num_inference_steps": 12, "negative_prompt": "blu
 def batching(
     tiny_checkpoint: Path, vllm_cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    """In float32, where company makes a difference of rounding alone."""
+    """In float32, where batching makes a difference of rounding alone."""
     flags = ["--max-batch-size", str(CLIENTS), "--generator-dtype", "float32"]
     folder = tmp_path_factory.mktemp("batching")
     with generator(tiny_checkpoint, folder, vllm_cache, *flags) as server:

@@ -24,7 +24,7 @@ from vllm_cosmos3.errors import (
 )
 from vllm_cosmos3.stage.client import StageClient
 from vllm_cosmos3.stage.job import StageJob
-from vllm_cosmos3.stage.places import Place
+from vllm_cosmos3.stage.placement import Placement
 from vllm_cosmos3.stage.replicas import Replicas, outdated
 from vllm_cosmos3.stage.scheduler import QueueConfig
 
@@ -35,7 +35,7 @@ QUEUE = QueueConfig(max_waiting=3)
 @pytest.fixture(scope="module")
 def replicas() -> Iterator[Replicas]:
     """Two stages of one rank, which the tests leave able to serve."""
-    made = Replicas(stage(), QUEUE, [Place(devices="0"), Place(devices="1")])
+    made = Replicas(stage(), QUEUE, [Placement(devices="0"), Placement(devices="1")])
     made.wait_ready(HANG)
     yield made
     made.close()
@@ -185,7 +185,7 @@ def test_what_waits_ends_with_the_replicas(replicas: Replicas) -> None:
 
 
 def test_replicas_that_cannot_start_say_why(tmp_path: Path) -> None:
-    replicas = Replicas(stage(model=tmp_path / "none"), QUEUE, [Place()])
+    replicas = Replicas(stage(model=tmp_path / "none"), QUEUE, [Placement()])
     job = replicas.submit(ToyPlan())
     with pytest.raises(WorkerDied, match="none is missing"):
         job.result(HANG)

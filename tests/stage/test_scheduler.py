@@ -72,31 +72,31 @@ def test_batches_are_full_at_most_and_closed_once_they_have_begun(
     requests: list[tuple[Batch | None, bool]], data: st.DataObject
 ) -> None:
     """Requests come, begin and end in any order; nobody waits for ever."""
-    scheduler, company = Scheduler(QueueConfig()), dict[str, frozenset[str]]()
+    scheduler, batches = Scheduler(QueueConfig()), dict[str, frozenset[str]]()
     for index, (batch, ends) in enumerate(requests):
         scheduler.submit(str(index), 1.0, batch)
         while (name := scheduler.admit()) is not None:
             mates = scheduler.mates(name)
-            assert not company.keys() & set(mates)  # those that have begun
+            assert not batches.keys() & set(mates)  # those that have begun
             assert len(mates) <= (scheduler._resident(name).batch or ALONE).size
         groups = {entry.batch or entry.name for entry in scheduler.resident}
         assert len(groups) <= scheduler.config.max_resident
         if (name := scheduler.turn()) is not None:
             scheduler.charge(name, 1.0)
-            if name not in company:
+            if name not in batches:
                 scheduler.begin(name)
-                company |= dict.fromkeys(scheduler.mates(name), frozenset(scheduler.mates(name)))
+                batches |= dict.fromkeys(scheduler.mates(name), frozenset(scheduler.mates(name)))
             assert not scheduler.has_room(name)
-            assert set(scheduler.mates(name)) <= company[name]
+            assert set(scheduler.mates(name)) <= batches[name]
             if ends:
                 scheduler.remove(name)
-                company.pop(name)
+                batches.pop(name)
     done = finish_all(scheduler)
     assert not scheduler.waiting
     assert len(done) <= len(requests)
 
 
-def test_what_is_to_be_alone_has_no_company() -> None:
+def test_what_is_to_be_alone_is_not_batched() -> None:
     scheduler = Scheduler(QueueConfig())
     for name in "abc":
         scheduler.submit(name, 1.0, BATCHES[1])

@@ -151,13 +151,13 @@ def test_requests_of_one_batch_step_together_until_one_is_cancelled(client: Stag
     with pytest.raises(Cancelled):
         cancelled.result(HANG)
     assert {result.total for result in results} == {40}
-    (company,) = {result.company for result in results}
-    assert company == tuple(sorted(company, reverse=True))
-    assert (len(company), set(company[:3]), company[-1]) == (20, {3}, 2)
+    (sizes,) = {result.batch_sizes for result in results}
+    assert sizes == tuple(sorted(sizes, reverse=True))
+    assert (len(sizes), set(sizes[:3]), sizes[-1]) == (20, {3}, 2)
     assert [progress.step for progress in heard if progress.phase == "denoise"] == [*range(21)]
-    assert late.result(HANG).company == (1, 1)
-    assert other.result(HANG).company == (1,) * 6
-    assert shown.result(HANG).company == (1, 1)
+    assert late.result(HANG).batch_sizes == (1, 1)
+    assert other.result(HANG).batch_sizes == (1,) * 6
+    assert shown.result(HANG).batch_sizes == (1, 1)
 
 
 def test_in_a_batch_each_fails_by_itself(client: StageClient) -> None:
@@ -169,7 +169,7 @@ def test_in_a_batch_each_fails_by_itself(client: StageClient) -> None:
         )
     with pytest.raises(InvalidRequest):
         bad.result(HANG)
-    assert good.result(HANG).company == (2, 2, 2)
+    assert good.result(HANG).batch_sizes == (2, 2, 2)
     restarts = client.status().restarts
     with all_at_once(client):
         jobs = [
@@ -178,7 +178,7 @@ def test_in_a_batch_each_fails_by_itself(client: StageClient) -> None:
         ]
     with pytest.raises(InvalidRequest):
         jobs.pop(1).result(HANG)
-    assert [job.result(HANG).company for job in jobs] == [(1, 1, 1)] * 2
+    assert [job.result(HANG).batch_sizes for job in jobs] == [(1, 1, 1)] * 2
     assert client.status().restarts == restarts
 
 
@@ -190,7 +190,7 @@ def test_a_batch_whose_ranks_die_is_made_one_by_one(client: StageClient) -> None
         ]
     with pytest.raises(WorkerDied):
         jobs.pop(1).result(HANG)
-    assert [job.result(HANG).company for job in jobs] == [(1, 1, 1)] * 2
+    assert [job.result(HANG).batch_sizes for job in jobs] == [(1, 1, 1)] * 2
 
 
 def test_it_stays_awake_if_requests_do_not_end(client: StageClient) -> None:

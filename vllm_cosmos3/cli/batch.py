@@ -307,7 +307,7 @@ class BatchRun:
         pictures = (unit for unit in self._units(only) if unit[0].kind != REASONER)
         rest = (unit for unit in pictures if not self._failed & {record.name for record in unit})
         replicas = self._options.engine.data_parallel_size
-        # Nothing begins after a failure, but on other replicas and in company.
+        # Nothing begins after a failure, except on other replicas and in the same batch.
         room = replicas + PUBLISHING if self._options.keep_going else replicas
         with Opened(lambda: open_generator(self._options.engine)) as model:
             self._each(
@@ -317,11 +317,11 @@ class BatchRun:
     def _share(self, checked: Checked) -> Fraction:
         """The part of a replica that a unit takes: requests that share their steps share it, too."""
         samples, engine = checked.samples, self._options.engine
-        if len(checked.unit) > 1 or not samples or samples[0].company == 1:
+        if len(checked.unit) > 1 or not samples or samples[0].max_batch_size == 1:
             return WHOLE
         exact = samples[0].effective["preset"] == "exact"
         limit = engine.batch_limit(devices().type, exact=exact)
-        return Fraction(1, min(samples[0].company, limit))
+        return Fraction(1, min(samples[0].max_batch_size, limit))
 
     def _each(
         self,

@@ -42,8 +42,8 @@ class BatchSample:
     """A checked record: what to ask whom, what it comes to as JSON, and the mark of its results.
 
     ``continued`` says whether another record starts from its last frame. ``urls`` are those of its
-    files, by field, as they are shown. ``company`` is how many requests may share their steps with it, itself
-    included, as far as that is a question of tokens.
+    files, by field, as they are shown. ``max_batch_size`` is how many requests, itself included, fit into its
+    batch by their tokens.
     """
 
     record: Record
@@ -54,7 +54,7 @@ class BatchSample:
     continued: bool
     urls: Mapping[str, str]
     upsampling: Question | None  # to be asked for the prompt before the generator is
-    company: int
+    max_batch_size: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,10 +150,10 @@ class Checker:
             continued=continued,
             urls=urls,
             upsampling=upsampling,
-            company=1 if planned is None else self._company(planned),
+            max_batch_size=1 if planned is None else self._max_batch_size(planned),
         )
 
-    def _company(self, planned: Plan) -> int:
+    def _max_batch_size(self, planned: Plan) -> int:
         patch = self._plan.model.transformer.latent_patch_size
         batch = with_batch(planned, patch=patch, limit=MOST_TOGETHER).batch
         return 1 if batch is None else batch.size

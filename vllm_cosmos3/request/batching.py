@@ -2,7 +2,7 @@
 
 A step of a small picture takes as long as reading the weights, whatever the number of pictures. So
 those that are denoised alike share it, as long as their tokens together are few: on one H200 a guided
-picture of 320x192 (120 tokens) takes 6.2 ms a step, and 3.8, 3.1 and 2.9 in company of 2, 4 and 8.
+picture of 320x192 (120 tokens) takes 6.2 ms a step, and 3.8, 3.1 and 2.9 in batches of 2, 4 and 8.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import replace
 from vllm_cosmos3.checkpoint.latents import token_count
 from vllm_cosmos3.request.plan import Batch, Plan
 
-ROWS = 1000  # tokens of all samples and branches, up to which company makes a sample cheaper
-APART = ("sound", "action")  # streams of requests that are made alone
+ROWS = 1000  # tokens of all samples and branches, up to which batching makes a sample cheaper
+UNBATCHED = ("sound", "action")  # streams of requests that are not batched
 
 
 def with_batch(plan: Plan, *, patch: int, limit: int) -> Plan:
-    """The plan with the company of its samples: at most ``limit`` samples are denoised in one forward.
+    """The plan with its batch: at most ``limit`` samples are denoised in one forward.
 
     Those of one request are together, or a single one with the samples of other requests. ``patch`` is
     the side of a token in latents of a video.
@@ -45,7 +45,7 @@ def _can_share(plan: Plan) -> bool:
         plan.parameters.reuse is None
         and plan.parameters.control_guidance is None
         and not plan.later_chunks
-        and all(stream.name not in APART for stream in streams)
+        and all(stream.name not in UNBATCHED for stream in streams)
         and any(stream.generated for stream in streams)
     )
 

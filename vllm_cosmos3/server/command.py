@@ -35,14 +35,14 @@ def share_beside(
     with uncollected():
         from vllm_cosmos3.server.jobs.sampling_defaults import read_sampling_defaults
         from vllm_cosmos3.server.memory_split import share_of_reasoner, sized
-        from vllm_cosmos3.stage.places import replicas_beside, visible
+        from vllm_cosmos3.stage.placement import max_replicas_per_device, visible_devices
 
     _check_storage(options)
     read_sampling_defaults(options.default_sampling_params)
     sizing = sized(folder, options, look().type)  # this process is to be vLLM's
-    if sizing.places is None:
+    if sizing.placements is None:
         return share_of_reasoner(sizing, root, ranks)
-    replicas = replicas_beside(sizing.places, visible(ranks)[:ranks])
+    replicas = max_replicas_per_device(sizing.placements, visible_devices(ranks)[:ranks])
     return share_of_reasoner(sizing, root, ranks, replicas) if replicas else None
 
 

@@ -23,7 +23,12 @@ from vllm_cosmos3.generator.models.components import check_files
 from vllm_cosmos3.parallel.checks import check_backend, check_degrees
 from vllm_cosmos3.reasoner.required_tensors import expected_tensors
 from vllm_cosmos3.server.options import Options
-from vllm_cosmos3.stage.places import Place, names_in, places_of, visible
+from vllm_cosmos3.stage.placement import (
+    Placement,
+    parse_devices,
+    placements_of,
+    visible_devices,
+)
 
 GIB = 2**30
 MOST_MEMORY = 0.92  # of a device that both surfaces take together, as vLLM alone does
@@ -37,7 +42,7 @@ class Sizing:
 
     ``memory`` is that of the largest request of the defaults, ``device`` the bytes of a device and
     ``limit`` those that a rank may use of the one that most replicas have, None where nobody counts them.
-    ``places`` are those of the replicas, None where nobody chooses them: on a CPU and with Ray.
+    ``placements`` are those of the replicas, None on a CPU and with Ray, which chooses the devices itself.
     """
 
     model: ModelConfig
@@ -45,7 +50,7 @@ class Sizing:
     memory: MemoryEstimate
     device: int | None
     limit: int | None
-    places: tuple[Place, ...] | None = None
+    placements: tuple[Placement, ...] | None = None
 
     def __str__(self) -> str:
         """Of the memory, for the operator."""
@@ -76,11 +81,13 @@ def sized(folder: Path, options: Options, device: str) -> Sizing:
     count = None if names is None else len(names)
     check_degrees(engine.parallel, model.transformer, devices=count, guided=not model.distilled)
     chosen = options.generator_devices or engine.data_parallel_size > 1
-    places = None
+    placements = None
     if names is not None and chosen:
-        places = places_of(engine, names, size, field="generator_devices")
+        placements = placements_of(engine, names, size, field="generator_devices")
     engine = engine.limited(size)
-    limits = [place.told(engine).memory_limit for place in places or (Place(),)]
+    limits = [
+        placement.engine_options(engine).memory_limit for placement in placements or (Placement(),)
+    ]
     limit = min((round(limit * GIB) for limit in limits if limit is not None), default=size)
     if engine.load_format != "dummy":
         check_files(model)
@@ -94,7 +101,7 @@ def sized(folder: Path, options: Options, device: str) -> Sizing:
             f"{_gib(limit)}{_advice(suggestions(model, engine, work, limit))}"
         )
     return Sizing(
-        model=model, engine=engine, memory=memory, device=size, limit=limit, places=places
+        model=model, engine=engine, memory=memory, device=size, limit=limit, placements=placements
     )
 
 
@@ -111,13 +118,13 @@ def devices_for(options: Options, device: str) -> tuple[list[str] | None, int | 
     if device.split(":")[0] == "cpu":
         return None, None
     listed = options.generator_devices
-    names = names_in(listed) if listed else []
+    names = parse_devices(listed) if listed else []
     ray = options.engine.get("distributed_executor_backend") == "ray"
     if not all(names) or (ray and len(set(names)) < len(names)):
         raise InvalidRequest("generator_devices", listed, "different devices, such as 1,2,3")
     here = devices()
     assert here.count is not None
-    return None if ray else names or visible(here.count), here.memory
+    return None if ray else names or visible_devices(here.count), here.memory
 
 
 def share_of_reasoner(

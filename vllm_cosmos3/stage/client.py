@@ -222,7 +222,7 @@ class StageClient(Stages):
                 self._handle(pickle.loads(stage.recv()))
             elif self._process.poll() is not None:
                 if not self._closing:
-                    self._hear_out(stage)
+                    self._drain_messages(stage)
                 stage.close()  # with what was meant for the dead process
                 if not self._restarted():
                     # Whoever still sends, as `close` does, would wait for a reader for ever.
@@ -240,10 +240,10 @@ class StageClient(Stages):
         poller.register(stage, zmq.POLLIN)
         return {socket for socket, _ in poller.poll(200)}
 
-    def _hear_out(self, stage: zmq.Socket[bytes]) -> None:
-        """Take what the process has sent before it ended, such as the reason.
+    def _drain_messages(self, stage: zmq.Socket[bytes]) -> None:
+        """Handle the messages that the process sent before it ended, such as the reason.
 
-        It is looked for several times, as the thread of ZeroMQ that brings it may be late as well.
+        Polls several times, as the I/O thread of ZeroMQ may deliver them late.
         """
         while any(stage.poll(20) for _ in range(10)):
             self._handle(pickle.loads(stage.recv()))

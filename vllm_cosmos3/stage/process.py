@@ -40,8 +40,8 @@ from vllm_cosmos3.errors import (
 )
 from vllm_cosmos3.progress import Preview, Progress
 from vllm_cosmos3.stage import heartbeat
+from vllm_cosmos3.stage.batching import BATCH_WAIT_SECONDS
 from vllm_cosmos3.stage.call_sequence import CallSequence
-from vllm_cosmos3.stage.company import COMPANY_SECONDS
 from vllm_cosmos3.stage.executor import StageExecutor
 from vllm_cosmos3.stage.maintenance import ENDING, UNDO
 from vllm_cosmos3.stage.messages import (
@@ -204,7 +204,7 @@ class StageCore:
         name = self._scheduler.turn()
         if name is None:
             return False
-        jobs, seconds = self._company(name)
+        jobs, seconds = self._next_batch(name)
         if seconds > 0:
             self._serve(seconds)
             return True
@@ -226,10 +226,10 @@ class StageCore:
         while (name := self._scheduler.admit()) is not None:
             self._jobs[name].admitted = time.monotonic()
 
-    def _company(self, name: str) -> tuple[list[JobState], float]:
-        """The requests whose next call is the same one, or one of them that is not so far.
+    def _next_batch(self, name: str) -> tuple[list[JobState], float]:
+        """The requests of a batch that make their next step together, or one of them that is not encoded yet.
 
-        With it the seconds that they may still wait for others.
+        With the seconds for which they may still wait for others.
         """
         job = self._jobs[name]
         mates = [self._jobs[mate] for mate in self._scheduler.mates(name)]
@@ -238,7 +238,7 @@ class StageCore:
             return (behind or [job])[:1], 0.0
         wait = 0.0
         if self._scheduler.has_room(name) and not self._maintenance:
-            wait = min(mate.admitted for mate in mates) + COMPANY_SECONDS - time.monotonic()
+            wait = min(mate.admitted for mate in mates) + BATCH_WAIT_SECONDS - time.monotonic()
         return mates, wait
 
     def _maintain(self, one: Maintenance) -> None:

@@ -1,4 +1,4 @@
-"""Replicas: several stages behind one queue, each in its place.
+"""Replicas: several stages behind one queue, each on its own devices.
 
 Requests wait here, in the `Scheduler` of all replicas, and go to the one where they are expected to be
 done first. A replica that dies fails what it was making and is started again; what waits is served by
@@ -29,7 +29,7 @@ from vllm_cosmos3.stage.config import StageConfig
 from vllm_cosmos3.stage.job import StageJob, Stages
 from vllm_cosmos3.stage.maintenance import UNDO
 from vllm_cosmos3.stage.messages import Accepted, Failure, Status, Submit
-from vllm_cosmos3.stage.places import Place
+from vllm_cosmos3.stage.placement import Placement
 from vllm_cosmos3.stage.scheduler import QueueConfig, Scheduler
 
 logger = logging.getLogger(__name__)
@@ -49,24 +49,24 @@ def start_stages(
     stage: StageConfig,
     queue: QueueConfig | None = None,
     *,
-    places: Sequence[Place] | None = None,
+    placements: Sequence[Placement] | None = None,
     drain_seconds: float = 600.0,
 ) -> Stages:
     """Start the stages of as many replicas as the engine options say. Returns at once.
 
-    ``places`` are those of the replicas, None where this process does not choose.
+    ``placements`` are those of the replicas, None if this process does not choose devices.
 
     Raises:
         InvalidRequest: the backend cannot run here.
     """
     count = stage.engine.data_parallel_size
-    places = [Place()] * count if places is None else places
+    placements = [Placement()] * count if placements is None else placements
     queue = queue or QueueConfig()
     one = replace(stage, engine=replace(stage.engine, data_parallel_size=1))
     if count == 1:
-        devices = places[0].devices
+        devices = placements[0].devices
         return StageClient(one, queue, drain_seconds=drain_seconds, devices=devices)
-    return Replicas(replace(one, anywhere=True), queue, places, drain_seconds=drain_seconds)
+    return Replicas(replace(one, anywhere=True), queue, placements, drain_seconds=drain_seconds)
 
 
 def outdated(members: Sequence[Stages]) -> set[int]:
@@ -88,7 +88,7 @@ class _Accepted:
 
 
 class Replicas(Stages):
-    """Stages of one configuration, one in each place.
+    """Stages of one configuration, one for each placement.
 
     Raises:
         InvalidRequest: the backend cannot run here.
@@ -98,18 +98,18 @@ class Replicas(Stages):
         self,
         stage: StageConfig,
         queue: QueueConfig,
-        places: Sequence[Place],
+        placements: Sequence[Placement],
         *,
         drain_seconds: float = 600.0,
     ) -> None:
         self._stage, self._queue, self._drain_seconds = stage, queue, drain_seconds
-        self._scheduler = Scheduler(queue, len(places))
+        self._scheduler = Scheduler(queue, len(placements))
         self._jobs: dict[str, _Accepted] = {}
         self._lock = threading.RLock()  # of the two above; a stage's own lock is taken within it
         self._closing = threading.Event()
         self._given_up: dict[int, float] = {}  # replica -> when it is tried again
-        self._places = tuple(places)
-        self._members = [self._start(place) for place in places]
+        self._placements = tuple(placements)
+        self._members = [self._start(placement) for placement in placements]
         self._thread = threading.Thread(target=self._watch, name="replicas", daemon=True)
         self._thread.start()
 
@@ -284,10 +284,10 @@ class Replicas(Stages):
 
     # Life.
 
-    def _start(self, place: Place) -> StageClient:
-        stage = replace(self._stage, engine=place.told(self._stage.engine))
+    def _start(self, placement: Placement) -> StageClient:
+        stage = replace(self._stage, engine=placement.engine_options(self._stage.engine))
         return StageClient(
-            stage, self._queue, drain_seconds=self._drain_seconds, devices=place.devices
+            stage, self._queue, drain_seconds=self._drain_seconds, devices=placement.devices
         )
 
     def _watch(self) -> None:
@@ -313,4 +313,4 @@ class Replicas(Stages):
             elif now > self._given_up.setdefault(at, now + RETRY_SECONDS):
                 logger.warning("replica %d is started again: %s", at, member.error)
                 member.close()
-                self._members[at] = self._start(self._places[at])
+                self._members[at] = self._start(self._placements[at])

@@ -32,13 +32,13 @@ from vllm_cosmos3.parallel.mesh import close_mesh, init_mesh
 from vllm_cosmos3.progress import Progress, Report
 from vllm_cosmos3.request.plan import Plan
 from vllm_cosmos3.request.world import ChunkPlan
+from vllm_cosmos3.stage.batching import BatchedRequest, PendingBatches, RunAlone, cancelled_after
 from vllm_cosmos3.stage.call_sequence import CallSequence
-from vllm_cosmos3.stage.company import Apart, Companies, Guest, cancelled_after
 from vllm_cosmos3.stage.config import StageConfig
 from vllm_cosmos3.stage.executor import StageExecutor
 from vllm_cosmos3.stage.launcher import EXTERNAL, executor_backend, launched
 from vllm_cosmos3.stage.maintenance import FOLLOWED_BY, UNDO
-from vllm_cosmos3.stage.places import Place, places_of, visible
+from vllm_cosmos3.stage.placement import Placement, placements_of, visible_devices
 from vllm_cosmos3.stage.replicas import check_sessions, start_stages
 from vllm_cosmos3.stage.scheduler import QueueConfig
 from vllm_cosmos3.stage.worker import is_conflict, is_out_of_memory, public_error
@@ -55,7 +55,7 @@ class Runner(Protocol):
     """
 
     replicas: int
-    company: int  # most requests that share their steps on a replica
+    max_batch_size: int  # of requests that share their steps on a replica
 
     def run(
         self, plan: AnyPlan, report: Report, cancelled: Event, clip: Clip | None = None
@@ -76,14 +76,14 @@ class Runner(Protocol):
 def make_runner(
     config: EngineConfig,
     loaded: Callable[[int], None],
-    numbers: Sequence[int] = (),
+    indices: Sequence[int] = (),
     memory: int | None = None,
 ) -> Runner:
     """Load the checkpoint on every rank of the mesh.
 
     ``loaded`` is told how many values of the weights are in place, those of the slowest rank.
-    Who starts the ranks is decided by `executor_backend`; they have the devices of these ``numbers``, if there are
-    any, one after the other. A device has so many bytes of ``memory``, None where nobody counts.
+    Who starts the ranks is decided by `executor_backend`; they take the devices with these ``indices``
+    in order, if there are any. ``memory`` is in bytes for each device, None on a CPU.
 
     Raises:
         InvalidRequest: the mesh does not suit the checkpoint or the machine.
@@ -101,7 +101,7 @@ def make_runner(
     model = config.read_model()
     check_degrees(config.parallel, model.transformer, guided=not model.distilled, devices=devices)
     check_sessions(model, config)
-    places = _places(config, numbers, devices, memory)
+    placements = _placements(config, indices, devices, memory)
     config = config.limited(memory)
     if backend == "uni" and ranks == replicas == 1:
         with told(loaded):
@@ -115,27 +115,30 @@ def make_runner(
                 StageConfig(engine=config, stage=stage_name(model), backend=backend, grace=PATIENCE)
             )
     stage = StageConfig(engine=config, stage=stage_name(model), backend=backend)
-    return StageRunner(stage, places, loaded)
+    return StageRunner(stage, placements, loaded)
 
 
-def _places(
-    config: EngineConfig, numbers: Sequence[int], count: int | None, memory: int | None
-) -> tuple[Place, ...] | None:
-    """The places of the replicas; None where nobody chooses. ``count`` devices are seen, None: Ray's, or no others."""
+def _placements(
+    config: EngineConfig, indices: Sequence[int], count: int | None, memory: int | None
+) -> tuple[Placement, ...] | None:
+    """The placements of the replicas, None for the default devices.
+
+    ``count`` devices are visible, None if this process does not choose: on a CPU, with Ray, under torchrun.
+    """
     replicas, ranks = config.data_parallel_size, config.parallel.world_size
-    if not numbers:
+    if not indices:
         if count is None or replicas == 1:
             return None
-        return places_of(config, visible(count), memory, field="device")
-    given = f"{config.device}:{','.join(map(str, numbers))}"
+        return placements_of(config, visible_devices(count), memory, field="device")
+    given = f"{config.device}:{','.join(map(str, indices))}"
     if count is None:
-        possible = "without numbers on a CPU, with Ray and under torchrun"
+        possible = "without indices on a CPU, with Ray and under torchrun"
         raise InvalidRequest("device", given, possible)
-    if len(numbers) != replicas * ranks or max(numbers) >= count:
-        possible = f"given with {replicas * ranks} numbers below {count}, one for each rank"
+    if len(indices) != replicas * ranks or max(indices) >= count:
+        possible = f"given with {replicas * ranks} indices below {count}, one for each rank"
         raise InvalidRequest("device", given, possible)
-    seen = visible(count)
-    return places_of(config, [seen[number] for number in numbers], memory, field="device")
+    seen = visible_devices(count)
+    return placements_of(config, [seen[index] for index in indices], memory, field="device")
 
 
 def pipeline_of(model: ModelConfig) -> type[Pipeline] | type[WorldPipeline]:
@@ -157,8 +160,9 @@ class LocalRunner:
     def __init__(
         self, config: EngineConfig, pipeline: type[Pipeline] | type[WorldPipeline]
     ) -> None:
-        self.company = config.batch_size(exact=False)
-        self._companies, self._device = Companies(), Lock()  # which one request or company has
+        self.max_batch_size = config.batch_size(exact=False)
+        self._batches = PendingBatches()
+        self._device = Lock()  # held by one request or batch at a time
         # One rank makes no collective: vLLM's layers look their group up while they are built, and
         # closing it at once lets several models live in one process.
         if torch.distributed.is_initialized():  # whose groups would be used, and then closed
@@ -185,16 +189,16 @@ class LocalRunner:
         batch = None if isinstance(plan, ChunkPlan) else plan.batch
         if batch is None:
             return self._run_alone(plan, report, cancelled, clip)
-        guest = Guest(CallSequence(plan, clip), report, cancelled)
-        company = self._companies.join(batch, guest)
-        if company is not None:
+        request = BatchedRequest(CallSequence(plan, clip), report, cancelled)
+        requests = self._batches.add(batch, request)
+        if requests is not None:
             pipeline = self._pipeline
             assert pipeline is not None
             with self._device, current(pipeline.device):
-                self._companies.make(batch, company, pipeline)
+                self._batches.run(batch, requests, pipeline)
         try:
-            return guest.future.result()
-        except Apart:
+            return request.future.result()
+        except RunAlone:
             free_caches()
             return self._run_alone(plan, report, cancelled, clip)
 
@@ -257,11 +261,11 @@ class LauncherRunner:
     """This process is a rank; a launcher has started all, and all make the same calls.
 
     Rank 0 gets the results, the others outputs whose samples are empty. What ends a request on one
-    rank ends it on all. It cannot be cancelled: the ranks would have to agree on when. Nor does it
-    have company, about which they would have to agree as well.
+    rank ends it on all. Requests are neither cancelled nor batched: the ranks would have to agree on when
+    and on which.
     """
 
-    replicas = company = 1
+    replicas = max_batch_size = 1
 
     def __init__(self, stage: StageConfig) -> None:
         self._executor = StageExecutor(stage)
@@ -317,14 +321,14 @@ class StageRunner:
     def __init__(
         self,
         stage: StageConfig,
-        places: tuple[Place, ...] | None,
+        placements: tuple[Placement, ...] | None,
         loaded: Callable[[int], None],
     ) -> None:
         self.replicas = stage.engine.data_parallel_size
-        self.company = stage.engine.batch_size(exact=False)
+        self.max_batch_size = stage.engine.batch_size(exact=False)
         # In fifo one request is made at a time, or a batch.
-        queue = QueueConfig(policy="fifo", max_waiting=self.replicas * self.company)
-        self._client = start_stages(stage, queue, places=places)
+        queue = QueueConfig(policy="fifo", max_waiting=self.replicas * self.max_batch_size)
+        self._client = start_stages(stage, queue, placements=placements)
         try:
             while not self._ready():
                 loaded(self._client.status(LOOK_SECONDS).loaded)

@@ -174,7 +174,7 @@ class Scheduler:
     def readmit(self, name: str, *, alone: bool = False) -> None:
         """Put a resident back to the front of the queue: its state is lost, or was never made.
 
-        If it is to be ``alone``, it comes when nothing is resident, and without company.
+        If it is to be ``alone``, it comes when nothing is resident, and is not batched.
         """
         entry = self._resident(name)
         entry.alone |= alone

@@ -103,7 +103,7 @@ class Metrics:
         batch_size: int,
         timings: Mapping[str, float],
     ) -> None:
-        """Count a request that was served: its frames, bytes of memory, company and seconds by phase."""
+        """Count a request that was served: its frames, bytes of memory, batch size and seconds by phase."""
         self.completed.labels(kind).inc()
         self.frames.inc(frames)
         self.peak.set(max(peak_memory, 0))

@@ -36,7 +36,7 @@ from vllm_cosmos3.stage.config import StageConfig
 from vllm_cosmos3.stage.job import Stages
 from vllm_cosmos3.stage.launcher import DEVICES
 from vllm_cosmos3.stage.messages import Status
-from vllm_cosmos3.stage.places import names_in
+from vllm_cosmos3.stage.placement import parse_devices
 from vllm_cosmos3.stage.replicas import check_sessions, outdated, start_stages
 from vllm_cosmos3.stage.scheduler import QueueConfig
 
@@ -204,8 +204,8 @@ def _start_stages(sizing: Sizing, options: Options) -> Stages:
     check_sessions(sizing.model, sizing.engine)
     if options.generator_devices:
         # This process computes nothing, and the reasoner's processes have started before.
-        # CUDA knows each device once; those of a replica are in its place.
-        os.environ[DEVICES] = ",".join(dict.fromkeys(names_in(options.generator_devices)))
+        # CUDA accepts each device once; the devices of a replica are in its placement.
+        os.environ[DEVICES] = ",".join(dict.fromkeys(parse_devices(options.generator_devices)))
     limits, update_timeout = read_call_limits(options.call_limits), options.weight_update_timeout
     if update_timeout and sizing.engine.weight_transfer in ("nccl", "ipc"):
         limits |= dict.fromkeys(TRAINED, update_timeout)
@@ -223,6 +223,6 @@ def _start_stages(sizing: Sizing, options: Options) -> Stages:
             max_waiting=options.max_queue,
             max_waiting_seconds=options.max_queue_gpu_seconds,
         ),
-        places=sizing.places,
+        placements=sizing.placements,
         drain_seconds=options.drain_seconds,
     )

@@ -1,4 +1,4 @@
-"""Places of replicas: which devices each has, and its part of one that others have too."""
+"""Device placement of replicas: the devices of each, and its part of those that several share."""
 
 from __future__ import annotations
 
@@ -11,10 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_cosmos3.engine import numbers_of
+from vllm_cosmos3.engine import device_indices
 from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.errors import InvalidRequest
-from vllm_cosmos3.stage.places import Place, names_in, places_of, replicas_beside, visible
+from vllm_cosmos3.stage.placement import (
+    Placement,
+    max_replicas_per_device,
+    parse_devices,
+    placements_of,
+    visible_devices,
+)
 
 GIB = 2**30
 
@@ -25,9 +31,11 @@ def engine(replicas: int, ranks: int = 1, **options: Any) -> EngineConfig:
     )
 
 
-def places(listed: str, *args: Any, memory: int | None = 80 * GIB, **options: Any) -> list[Any]:
-    found = places_of(engine(*args, **options), names_in(listed), memory, field="generator_devices")
-    return [(place.devices, place.memory_limit) for place in found]
+def placements(listed: str, *args: Any, memory: int | None = 80 * GIB, **options: Any) -> list[Any]:
+    found = placements_of(
+        engine(*args, **options), parse_devices(listed), memory, field="generator_devices"
+    )
+    return [(placement.devices, placement.memory_limit) for placement in found]
 
 
 @pytest.mark.parametrize(
@@ -45,7 +53,7 @@ def places(listed: str, *args: Any, memory: int | None = 80 * GIB, **options: An
 def test_replicas_take_the_devices_in_their_order(
     listed: str, replicas: int, ranks: int, expected: list[Any]
 ) -> None:
-    assert places(listed, replicas, ranks) == expected
+    assert placements(listed, replicas, ranks) == expected
 
 
 @pytest.mark.parametrize(
@@ -59,9 +67,11 @@ def test_replicas_take_the_devices_in_their_order(
         ("0,1,0,1,0,1,2", 4, 2, "data_parallel_size is 4, must be at most 3: 7 devices, 2 for"),
     ],
 )
-def test_places_that_cannot_be(listed: str, replicas: int, ranks: int, words: str) -> None:
+def test_impossible_placements_are_refused(
+    listed: str, replicas: int, ranks: int, words: str
+) -> None:
     with pytest.raises(InvalidRequest) as refused:
-        places(listed, replicas, ranks)
+        placements(listed, replicas, ranks)
     assert words in str(refused.value)
 
 
@@ -76,10 +86,10 @@ def test_limits_of_those_that_share_a_device_fit_into_it(
     option: str, fits: float, words: str
 ) -> None:
     listed = "0,1,1,1"
-    assert {limit for _, limit in places(listed, 4, **{option: fits})} == {None}  # as it says
-    assert places("0,1", 2, **{option: fits * 2})  # nobody shares
+    assert {limit for _, limit in placements(listed, 4, **{option: fits})} == {None}  # as it says
+    assert placements("0,1", 2, **{option: fits * 2})  # nobody shares
     with pytest.raises(InvalidRequest) as refused:
-        places(listed, 4, **{option: round(fits + 0.01, 2)})
+        placements(listed, 4, **{option: round(fits + 0.01, 2)})
     assert words.replace(" GiB, must", ", must") in str(refused.value)
 
 
@@ -93,34 +103,34 @@ def test_what_is_assigned_fits_on_every_device(
     replicas: int, ranks: int, names: list[str], memory: int
 ) -> None:
     try:
-        found = places_of(engine(replicas, ranks), names, memory * GIB, field="device")
+        found = placements_of(engine(replicas, ranks), names, memory * GIB, field="device")
     except InvalidRequest:
-        taken = [names[at * ranks : (at + 1) * ranks] for at in range(replicas)]
-        twice = any(len(set(place)) < ranks for place in taken)
+        assigned = [names[at * ranks : (at + 1) * ranks] for at in range(replicas)]
+        twice = any(len(set(devices)) < ranks for devices in assigned)
         left = len(names) > replicas * ranks and len(set(names)) < len(names)
         assert twice or left or (replicas > 1 and len(names) < replicas * ranks)
         return
     used: Counter[str] = Counter()
     shared: Counter[str] = Counter()
-    for place in found:
-        assert len(set(place.names())) == len(place.names())
-        for name in place.names():
+    for placement in found:
+        assert len(set(placement.device_names())) == len(placement.device_names())
+        for name in placement.device_names():
             shared[name] += 1
-            used[name] += memory if place.memory_limit is None else place.memory_limit  # type: ignore[assignment]
+            used[name] += memory if placement.memory_limit is None else placement.memory_limit  # type: ignore[assignment]
     assert all(part <= memory or math.isclose(part, memory) for part in used.values())
-    assert replicas_beside(found, list(used)) == max(shared.values())
+    assert max_replicas_per_device(found, list(used)) == max(shared.values())
 
 
-def test_replicas_beside_others_are_counted_by_device() -> None:
-    found = [Place(devices="0,1"), Place(devices="1,2"), Place(devices="1,3")]
-    assert [replicas_beside(found, [name]) for name in "01234"] == [1, 3, 1, 1, 0]
-    assert replicas_beside(found, ["4", "0"]) == 1
-    assert replicas_beside([Place()], ["0"]) == 0
+def test_replicas_are_counted_by_device() -> None:
+    found = [Placement(devices="0,1"), Placement(devices="1,2"), Placement(devices="1,3")]
+    assert [max_replicas_per_device(found, [name]) for name in "01234"] == [1, 3, 1, 1, 0]
+    assert max_replicas_per_device(found, ["4", "0"]) == 1
+    assert max_replicas_per_device([Placement()], ["0"]) == 0
 
 
 def test_devices_are_called_as_the_environment_has_them() -> None:
-    assert visible(2, {}) == visible(2, {"CUDA_VISIBLE_DEVICES": ""}) == ["0", "1"]
-    assert visible(2, {"CUDA_VISIBLE_DEVICES": "7, 3"}) == ["7", "3"]
+    assert visible_devices(2, {}) == visible_devices(2, {"CUDA_VISIBLE_DEVICES": ""}) == ["0", "1"]
+    assert visible_devices(2, {"CUDA_VISIBLE_DEVICES": "7, 3"}) == ["7", "3"]
 
 
 @pytest.mark.parametrize(
@@ -132,5 +142,5 @@ def test_devices_are_called_as_the_environment_has_them() -> None:
         ("cuda:0,x", ("cuda:0,x", ())),
     ],
 )
-def test_numbers_of_a_device(device: str | None, expected: Any) -> None:
-    assert numbers_of(device) == expected
+def test_indices_of_devices(device: str | None, expected: Any) -> None:
+    assert device_indices(device) == expected
