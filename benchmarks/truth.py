@@ -6,7 +6,7 @@
 Each row is a way to make clips: fewer or more steps, guidance, given first frames, and what may
 change bits, such as the attention kernel, the dtype or weights that rest on the host. The clips are
 read back by the demo world's checker, which sees pixels alone; "one" and "two" are "all" in scenes
-of one and of two things. Rows that only compute in another way than ``few-steps`` are also compared
+of one and of two things, "contact" is "sound" where something touches. Rows that only compute in another way than ``few-steps`` are also compared
 with it prompt by prompt, if it was measured. ``--reasoner`` asks the reasoner what happens in true
 clips, and in clips of the first row that were confirmed.
 """
@@ -36,7 +36,9 @@ from vllm_cosmos3.media import write_video
 from vllm_cosmos3.reasoner.offline import Reasoner
 from vllm_cosmos3.request.questions import Question
 
-COLUMNS = ("colour", "motion", "gripper", "tone", "size", "shape", "sound", "all", "one", "two")
+COLUMNS = (
+    "colour", "motion", "gripper", "tone", "size", "shape", "sound", "contact", "all", "one", "two",
+)  # fmt: skip
 FEW = {"num_inference_steps": 16, "guidance_scale": 3.0}
 BASE, USUAL = "few-steps", Canvas()
 AT_ONCE = 64  # prompts of a list, whose clips are in memory together
@@ -85,10 +87,8 @@ ROWS = {
     "all-kinds": Row(grown=True),  # three things, bouncing, stacking, passing behind
     "edge": Row(fields={"num_inference_steps": 16}, control="edge"),
     "seg": Row(fields={"num_inference_steps": 16}, control="seg"),
-    # Not trained yet: `training.train_towers --modes sound`.
     "sound": Row(sound=True),
 }
-TRAINED = [name for name in ROWS if name != "sound"]
 
 
 def made(
@@ -112,10 +112,14 @@ def made(
 
 
 def judged(prompt: Prompt, clip: Pixels, sound: NDArray[np.float32] | None) -> dict[str, bool]:
-    """Which attributes a clip confirms, and all of them again under how many things there are."""
+    """Which attributes a clip confirms, and all of them again under how many things there are.
+
+    ``contact`` is ``sound`` where there has to be a tone.
+    """
     result = prompt.confirmed(clip, sound)
     things = {1: "one", 2: "two"}.get(len(prompt.scene.things), "more")
-    return result | {things: result["all"]}
+    heard = {"contact": result["sound"]} if "sound" in result and prompt.scene.contacts else {}
+    return result | heard | {things: result["all"]}
 
 
 def described(checkpoint: str, clips: dict[str, list[tuple[Prompt, Pixels]]]) -> dict[str, Share]:
@@ -155,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     p.add_argument("--replicas", type=int, default=1, help="that share the prompts (default: 1)")
     p.add_argument("--count", type=int, default=768, help="prompts in each row (default: 768)")
-    p.add_argument("--rows", nargs="+", choices=ROWS, default=TRAINED)
+    p.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     p.add_argument("--reasoner", action="store_true", help="ask the reasoner as well")
     p.add_argument("--json", type=Path, help="write the numbers there too")
     a = p.parse_args(argv)

@@ -1,6 +1,6 @@
 """What `make demo` runs: the demo checkpoints make three clips, and a reasoner says what they show.
 
-A clip from a prompt, one from a picture, and what a policy does with a gripper in a world that answers,
+A clip from a prompt, one with sound from a picture, and what a policy does with a gripper in a world that answers,
 on whatever device vLLM was built for; 24 MiB of weights, trained on a small world of flat things. Each
 clip is shown in the terminal and read back by the world's checker, which sees pixels alone. Then stock
 `vllm serve` is started and asked about each with the official openai client.
@@ -39,6 +39,7 @@ from training.contact_sheet import write_sheet  # noqa: E402
 from training.observing import observe  # noqa: E402
 from training.rendering import true_clip  # noqa: E402
 from training.scenes import Canvas, Scene, draw_scene  # noqa: E402
+from training.sounds import tones_in  # noqa: E402
 from vllm_cosmos3.cli.terminal import quiet_libraries  # noqa: E402
 from vllm_cosmos3.errors import Cosmos3Error  # noqa: E402
 from vllm_cosmos3.media import write_video  # noqa: E402
@@ -91,7 +92,9 @@ def asked() -> list[Asked]:
     picked = picking(PICKED, CHUNKS)
     return [
         Asked("a prompt", prompt, "demo", partial(generated, {"prompt": prompt, "seed": 1})),
-        Asked("a picture", text, "demo", partial(generated, {"prompt": text, "seed": 2, "image": picture})),
+        Asked("a picture, with sound", text, "demo", partial(generated, {
+            "prompt": text, "seed": 2, "image": picture, "generate_sound": True,
+        })),
         Asked("a policy that acts", instruction(picked), "demo-policy", partial(by_policy, picked)),
     ]  # fmt: skip
 
@@ -100,7 +103,14 @@ def generated(fields: dict[str, Any], model: Cosmos3, file: Path) -> tuple[Pixel
     """A clip of the generator's own."""
     out = model.generate(**COMMON | fields)
     out.save(file)
-    return out.video, str(observe(out.video))
+    tones = "" if out.sound is None else heard(out.sound)
+    return out.video, f"{observe(out.video)}{tones}"
+
+
+def heard(sound: NDArray[np.float32]) -> str:
+    """The tones in samples [2, N], in words."""
+    tones = [f"a tone of {tone.material} after {tone.seconds:.1f} s" for tone in tones_in(sound)]
+    return f"; {' and '.join(tones) or 'silence'}"
 
 
 def by_policy(scene: Scene, model: Cosmos3, file: Path) -> tuple[Pixels, str]:

@@ -22,6 +22,7 @@ from training.scenes import COLOURS, TONES, Scene
 LEAST_AREA = 250  # pixels of a colour or of black below which nothing is seen
 MOVED = 24  # pixels
 TOUCHING = 4  # pixels between two bounding boxes
+_BEGUN = 3  # pixels from where a thing was
 _LARGE = 1500  # pixels
 _TRIANGLE, _BLUNT_TRIANGLE, _CIRCLE = 0.6, 0.74, 0.885  # shares of the box that shapes fill at most
 _LOW = 0.07  # of the height: how far the centroid of a triangle is below the middle, at least
@@ -70,6 +71,14 @@ class Seen:
         gap = _gap(self.things[0].boxes, self.things[1].boxes)
         touching = np.flatnonzero(gap <= TOUCHING)
         return float(touching[0]) if len(touching) else None
+
+    def push(self) -> float | None:
+        """Last frame before the second of two things begins to move; None if there are no two, or one rests."""
+        if len(self.things) != 2:
+            return None
+        centres = np.stack([thing.centres for thing in self.things])
+        away = np.abs(centres - np.nanmedian(centres[:, :2], 1, keepdims=True)).max(2) > _BEGUN
+        return float(away.argmax(1).max() - 1) if away.any(1).all() else None
 
 
 @torch.no_grad()

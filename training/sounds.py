@@ -79,7 +79,9 @@ def on_time(scene: Scene, seen: Seen, sound: NDArray[np.float32], rate: int = RA
 
 def contact_frame(kind: str, seen: Seen) -> float | None:
     """The frame of a contact as far as pixels show it: None if they do not."""
-    if kind in ("push", "stack"):
+    if kind == "push":
+        return seen.push()
+    if kind == "stack":
         return seen.contact()
     if kind not in ("lift", "drop", "bounce") or not seen.things:
         return None

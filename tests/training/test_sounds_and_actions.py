@@ -39,7 +39,7 @@ def test_contacts_are_heard(kind: str) -> None:
         assert abs(tone.seconds - frame / scene.canvas.fps) < 0.04
 
 
-@pytest.mark.parametrize("kind", ["push", "lift", "drop", "bounce", "single"])
+@pytest.mark.parametrize("kind", ["push", "lift", "drop", "bounce", "stack", "single"])
 def test_tones_are_on_time_with_what_is_seen(kind: str) -> None:
     for scene in scenes(kind, 3):
         seen, sound = observe(true_clip(scene)), sound_of(scene)

@@ -14,7 +14,7 @@ from training.observing import confirm_all, observe
 from training.prompts import framed
 from training.questions import box_of, draw_question
 from training.rendering import pack, render, to_bytes
-from training.scenes import GROWN, Canvas, draw_scene
+from training.scenes import GROWN, MATERIALS, Canvas, draw_scene
 from training.shares import Share, confirmed_shares
 from training.tokenizer import ROWS, train_demo_tokenizer
 from vllm_cosmos3.request.prompts import Facts, encode, negative_text, positive_text
@@ -33,7 +33,8 @@ def clips(scenes: list, frames: tuple[int, ...]) -> torch.Tensor:
 
 
 def test_the_checker_confirms_the_worlds_own_clips() -> None:
-    scenes = [draw_scene(seed, None, GROWN) for seed in range(500, 524)]
+    """With spots, too: a spot is part of its thing, and its rim, where colours blend to a third, is nothing."""
+    scenes = [draw_scene(seed, None, GROWN, MATERIALS) for seed in range(500, 532)]
     captions = [draw_caption(scene) for scene in scenes]
     results = confirm_all(scenes, captions, clips(scenes, (0, 1, 8, 15, 16)))
     assert all(result["all"] for result in results)
@@ -52,12 +53,15 @@ def test_an_empty_clip_shows_nothing() -> None:
     assert seen.gripper is None
     assert seen.tone == "grey"
     assert seen.contact() is None
+    assert seen.push() is None
 
 
 def test_contact_is_when_things_touch() -> None:
     scene = next(s for s in map(draw_scene, range(200)) if s.kind == "push")
     at = scene.contacts[0][0]
-    assert abs(observe(clips([scene], tuple(range(17)))[0]).contact() - at) <= 2
+    seen = observe(clips([scene], tuple(range(17)))[0])
+    assert abs(seen.contact() - at) <= 2
+    assert abs(seen.push() - at) <= 2
 
 
 @pytest.mark.parametrize("canvas", CANVASES)

@@ -39,6 +39,7 @@ def test_the_clips_show_what_was_asked(made: list[tool.Made]) -> None:
     assert all(one.file.stat().st_size > 1000 for one in made)
     assert words(prompt.seen) == words(prompt.asked.prompt)
     assert words(picture.seen) == words(picture.asked.prompt)
+    assert "; a tone of rubber after " in picture.seen
     assert words(policy.asked.prompt) <= words(policy.seen)
     assert policy.seen.endswith(f"the {named(policy)} is lifted")
     assert len(policy.clip) == 33
