@@ -74,11 +74,8 @@ class Seen:
 
     def push(self) -> float | None:
         """Last frame before the second of two things begins to move; None if there are no two, or one rests."""
-        if len(self.things) != 2:
-            return None
-        centres = np.stack([thing.centres for thing in self.things])
-        away = np.abs(centres - np.nanmedian(centres[:, :2], 1, keepdims=True)).max(2) > _BEGUN
-        return float(away.argmax(1).max() - 1) if away.any(1).all() else None
+        begun = [_begun(thing.centres) for thing in self.things]
+        return None if len(begun) != 2 or None in begun else max(begun) - 1
 
 
 @torch.no_grad()
@@ -185,6 +182,13 @@ def _motion(centres: Floats) -> str:
     if abs(dx) > abs(dy):
         return "right" if dx > 0 else "left"
     return "down" if dy > 0 else "up"
+
+
+def _begun(centres: Floats) -> float | None:
+    """First frame in which a thing is elsewhere than at first; None if it stays."""
+    start = centres[~np.isnan(centres[:, 0])][:2].mean(0)
+    elsewhere = np.flatnonzero(np.abs(centres - start).max(1) > _BEGUN)
+    return float(elsewhere[0]) if len(elsewhere) else None
 
 
 def _gap(a: Floats, b: Floats) -> Floats:

@@ -133,7 +133,7 @@ def losses(parts: Parts, a: argparse.Namespace, held: Tensor) -> list[Kind]:
     def plain() -> Tensor:
         flowed = flow_loss(parts.model, parts.pool, a.batch, flow, structured=False)
         held[0].copy_(flowed.detach())
-        if not a.chats:
+        if not a.chats or a.generation_only:
             return flowed
         return flowed + 0.2 * chatting()
 
@@ -261,7 +261,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--generation-only",
         action="store_true",
-        help="leave text tower and vision encoder (--chats 0): a policy and four steps stay valid",
+        help="leave text tower and vision encoder: a policy and four steps stay valid",
     )
     add(
         "--changed",

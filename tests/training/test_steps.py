@@ -93,6 +93,20 @@ def test_training_goes_on_from_weights(parts: Path, tmp_path: Path) -> None:
     assert (tmp_path / vision).read_bytes() != (parts / vision).read_bytes()
 
 
+def test_the_generation_tower_goes_on_alone(parts: Path, tmp_path: Path) -> None:
+    """Text tower and vision encoder stay, to which a policy and four steps belong."""
+    files = [str(f) for f in sorted(parts.glob("transformer-*")) + sorted(parts.glob("vision-*"))]
+    call(train_towers, str(tmp_path), str(parts), str(parts / "tokenizer.json"), *SMALL,
+         "--pool", "4", "--batch", "2", "--judged", "1", "--settings", "3,1,10,0", "--workers", "1",
+         "--generation-only", "--init", *files)  # fmt: skip
+    before, after = weights(parts), weights(tmp_path)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert len(changed) > 40
+    assert not any(map(is_text, changed))
+    vision = "vision-0.safetensors"
+    assert (tmp_path / vision).read_bytes() == (parts / vision).read_bytes()
+
+
 def test_further_modes_are_taught_in_turns(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
