@@ -127,8 +127,8 @@ def _run(options: RunOptions, source: Source, cache: Path) -> int:
         print(f"{len(run.elsewhere)} are being made by another run")
     complete = index.done + len(run.elsewhere) == total
     # torchrun would end the other replicas at a status that is not 0.
-    goes_on = options.keep_going and options.replica
-    return 0 if complete or goes_on else 1
+    tolerated = options.keep_going and options.replica
+    return 0 if complete or tolerated else 1
 
 
 def _problems(

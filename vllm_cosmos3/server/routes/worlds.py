@@ -121,7 +121,7 @@ class Connection:
         self._socket, self._worlds, self._idle = socket, worlds, idle
         self._rows: deque[tuple[str, np.ndarray]] = deque()  # with their embodiments
         self._event: int | str | None = None
-        self._heard = time.monotonic()
+        self._last_message = time.monotonic()
 
     async def run(self) -> None:
         """Serve until either side goes away."""
@@ -150,10 +150,10 @@ class Connection:
         return _decoded(data.get("bytes"), Init)
 
     async def _serve(self, init: Init, world: World) -> None:
-        """Make chunks while another task hears the client, whose end is the end."""
+        """Make chunks while another task receives the client's messages, and end when it goes away."""
         tasks = {
             asyncio.create_task(self._make(init, world)),
-            asyncio.create_task(self._hear(world)),
+            asyncio.create_task(self._receive(world)),
         }
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -169,7 +169,7 @@ class Connection:
         await self._send(init, first, chunk=0, batch=0, last=False)
         chunk = 0
         while init.max_chunks is None or chunk < init.max_chunks:
-            if self._idle and time.monotonic() - self._heard > self._idle:
+            if self._idle and time.monotonic() - self._last_message > self._idle:
                 reason = f"no message for {self._idle:g} seconds"
                 await self._socket.close(GOING_AWAY, reason)
                 return
@@ -182,12 +182,12 @@ class Connection:
             chunk += 1
         await self._socket.close(DONE, f"max_chunks={init.max_chunks} are made")
 
-    async def _hear(self, world: World) -> None:
+    async def _receive(self, world: World) -> None:
         while True:
             data = await self._socket.receive()
             if data["type"] == "websocket.disconnect":
                 raise WebSocketDisconnect(data["code"])
-            self._heard = time.monotonic()
+            self._last_message = time.monotonic()
             try:
                 event = _decoded(data.get("bytes"), Event)
                 self._take(event.payload, _domains(event, world), world)
