@@ -6,8 +6,8 @@
 Each row is a way to make clips: fewer or more steps, guidance, given first frames, and what may
 change bits, such as the attention kernel, the dtype or weights that rest on the host. The clips are
 read back by the demo world's checker, which sees pixels alone; "one" and "two" are "all" in scenes
-of one and of two things, "contact" is "sound" where something touches. Rows that only compute in another way than ``few-steps`` are also compared
-with it prompt by prompt, if it was measured. ``--reasoner`` asks the reasoner what happens in true
+of one and of two things, "contact" is "sound" where something touches. Rows that only compute in
+another way than ``few-steps`` are also compared with it prompt by prompt, if it was measured. ``--reasoner`` asks the reasoner what happens in true
 clips, and in clips of the first row that were confirmed.
 """
 

@@ -22,7 +22,7 @@ from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.request.fields import Spec
 
 GPU_BATCH = 8  # most small samples in one forward; docs/numbers.md has what they gain
-MOST_TOGETHER = 64  # that an operator may choose
+MAX_BATCH_SIZE = 64  # that an operator may choose
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,7 +223,7 @@ class EngineOptions:
     max_batch_size: int | None = _option(
         kind="int",
         low=1,
-        high=MOST_TOGETHER,
+        high=MAX_BATCH_SIZE,
         help=f"small samples in one forward (default: {GPU_BATCH}; CPU: 1)",
     )
     weight_transfer: str | None = _option(

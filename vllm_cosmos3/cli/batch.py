@@ -40,7 +40,7 @@ from vllm_cosmos3.cli.run_options import RunOptions, open_generator, open_reason
 from vllm_cosmos3.cli.terminal import quiet_libraries
 from vllm_cosmos3.cli.versions import check_vllm
 from vllm_cosmos3.devices import devices
-from vllm_cosmos3.engine_options import MOST_TOGETHER
+from vllm_cosmos3.engine_options import MAX_BATCH_SIZE
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.request.questions import Question
 from vllm_cosmos3.request.upsample import caption_of
@@ -53,7 +53,7 @@ T = TypeVar("T")
 AT_ONCE = 64  # questions, whose pictures are in memory together
 AHEAD = 2  # units that are checked while others are made
 PUBLISHING = 1  # more than the replicas: what publishes what was made, or asks about it
-WHOLE, LEAST = Fraction(1), Fraction(1, MOST_TOGETHER)  # shares of a replica
+WHOLE, LEAST = Fraction(1), Fraction(1, MAX_BATCH_SIZE)  # shares of a replica
 POLL_SECONDS = 1.0  # until more is known of another run
 
 
@@ -349,7 +349,7 @@ class BatchRun:
 
         with (
             ThreadPoolExecutor(1) as checking,
-            ThreadPoolExecutor(room * MOST_TOGETHER) as pool,
+            ThreadPoolExecutor(room * MAX_BATCH_SIZE) as pool,
         ):
             try:
                 for checked in _ahead(checking, self._checker.check, units):

@@ -23,7 +23,7 @@ from vllm_cosmos3.batch.locations import is_url, redacted, shown
 from vllm_cosmos3.batch.records import REASONER, Record, Refused
 from vllm_cosmos3.cli.framework_bounds import steps_at_bounds
 from vllm_cosmos3.cli.run_options import Planner, RunOptions
-from vllm_cosmos3.engine_options import MOST_TOGETHER
+from vllm_cosmos3.engine_options import MAX_BATCH_SIZE
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.request.batching import with_batch
 from vllm_cosmos3.request.controls import CONTROLS
@@ -155,7 +155,7 @@ class Checker:
 
     def _max_batch_size(self, planned: Plan) -> int:
         patch = self._plan.model.transformer.latent_patch_size
-        batch = with_batch(planned, patch=patch, limit=MOST_TOGETHER).batch
+        batch = with_batch(planned, patch=patch, limit=MAX_BATCH_SIZE).batch
         return 1 if batch is None else batch.size
 
     def _warnings(self, fields: Mapping[str, Any], planned: Plan | None) -> tuple[str, ...]:
