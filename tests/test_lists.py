@@ -43,7 +43,8 @@ def test_equal_pictures_of_a_list_are_made_together(model: Cosmos3) -> None:
     asked.insert(3, {"prompt": "a boat", "seed": 9, "size": "64x64"})  # of another batch
     outputs = model.generate([LATENTS | one for one in asked])
     sizes = [output.batch_size for output in outputs]
-    assert (max(sizes), sizes[3]) == (LIMIT, 1)
+    assert 1 < max(sizes) <= LIMIT  # those that wait for the device share a batch
+    assert sizes[3] == 1
     for one, output in zip(asked, outputs, strict=True):
         alone = model.generate(**LATENTS | one)
         assert alone.batch_size == 1
