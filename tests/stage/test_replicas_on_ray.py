@@ -73,6 +73,9 @@ class Client:
         found: dict[str, Any] = self._http.get(f"/v1/videos/{name}").json()
         return found
 
+    def in_progress(self, names: list[str]) -> list[str]:
+        return [name for name in names if self.job(name)["status"] == "in_progress"]
+
     def ended(self, name: str) -> dict[str, Any]:
         with self._http.stream("GET", f"/v1/videos/{name}/events") as stream:
             for _ in stream.iter_lines():
@@ -89,7 +92,10 @@ class Client:
         return str(answer["data"][0]["b64_json"])
 
     def delete(self, name: str) -> None:
+        """Deletes a video, the only one in progress, and waits until its replica is idle again."""
         self._http.delete(f"/v1/videos/{name}")
+        eventually(lambda: all(not each["running"] for each in self.health()["replicas"]
+                               if each["state"] == "ready"))  # fmt: skip
 
 
 def test_replicas_start_no_cluster_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,15 +138,16 @@ def test_replicas_on_two_nodes_of_which_one_is_lost(
         pictures.append(client.picture())
         assert pictures[0] == pictures[1]
 
-        running_on = {0: client.create(**LONG), 1: client.create(**LONG)}
+        both = [client.create(**LONG), client.create(**LONG)]
         kill(second)
-        lost = client.ended(running_on[away])
+        eventually(lambda: client.in_progress(both) != both)
+        (kept,) = client.in_progress(both)
+        (lost,) = (client.job(name) for name in both if name != kept)
         assert (lost["status"], lost["error"]["code"]) == ("failed", "worker_lost")
         assert "a worker process ended in" in lost["error"]["message"]
-        assert client.job(running_on[1 - away])["status"] == "in_progress"
         degraded = client.until("degraded")
         assert [each["state"] for each in degraded if each["nodes"] == ["first"]] == ["ready"]
-        client.delete(running_on[1 - away])
+        client.delete(kept)
         assert client.picture() == pictures[0]  # by the one that is left
         start_second()
         replicas = client.until("healthy")
