@@ -7,8 +7,9 @@ Each row is a way to make clips: fewer or more steps, guidance, given first fram
 change bits, such as the attention kernel, the dtype or weights that rest on the host. The clips are
 read back by the demo world's checker, which sees pixels alone; "one" and "two" are "all" in scenes
 of one and of two things, "contact" is "sound" where something touches. Rows that only compute in
-another way than ``few-steps`` are also compared with it prompt by prompt, if it was measured. ``--reasoner`` asks the reasoner what happens in true
-clips, and in clips of the first row that were confirmed.
+another way than ``few-steps`` are also compared with it prompt by prompt, if it was measured.
+``--reasoner`` asks the reasoner what happens in true clips, and in clips of the first row that were
+confirmed. ``--json`` has each row as far as it is while it is made.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,24 +92,36 @@ ROWS = {
 }
 
 
+@dataclass(slots=True)
+class Made:
+    """The clips of a row if they are kept, which attributes each confirms, and the seconds they took."""
+
+    clips: list[Pixels] = field(default_factory=list)
+    results: list[dict[str, bool]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def record(self) -> dict[str, Any]:
+        shares = confirmed_shares(self.results)
+        numbers = {name: [s.right, s.asked, *s.interval] for name, s in shares.items()}
+        return {"shares": numbers, "seconds": self.seconds / len(self.results)}
+
+
 def made(
     checkpoint: str, engine: dict[str, Any], row: Row, prompts: Sequence[Prompt], *, keep: bool
-) -> tuple[list[Pixels], list[dict[str, bool]], float]:
-    """The clip of each prompt if they are to be kept, which attributes it confirms, and seconds a clip."""
-    clips: list[Pixels] = []
-    results: list[dict[str, bool]] = []
-    seconds = 0.0
+) -> Iterator[Made]:
+    """A row as far as it is, again and again until each prompt has its clip."""
+    so_far = Made()
     with Cosmos3(checkpoint, **engine, **row.engine) as model:
         for first in range(0, len(prompts), AT_ONCE):
             some = prompts[first : first + AT_ONCE]
             began = time.perf_counter()
             outputs = model.generate([row.request(prompt) for prompt in some])
-            seconds += time.perf_counter() - began
+            so_far.seconds += time.perf_counter() - began
             for prompt, output in zip(some, outputs, strict=True):
                 clip = output.image[None] if output.video is None else output.video
-                results.append(judged(prompt, clip, output.sound))
-                clips += [clip] if keep else []
-    return clips, results, seconds / len(prompts)
+                so_far.results.append(judged(prompt, clip, output.sound))
+                so_far.clips += [clip] if keep else []
+            yield so_far
 
 
 def judged(prompt: Prompt, clip: Pixels, sound: NDArray[np.float32] | None) -> dict[str, bool]:
@@ -173,9 +186,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         row = ROWS[name]
         prompts = row.prompts(a.count)
         keep = a.reasoner and not asked
-        clips, results[name], seconds = made(a.checkpoint, engine, row, prompts, keep=keep)
+        for so_far in made(a.checkpoint, engine, row, prompts, keep=keep):
+            record[name] = so_far.record()
+            write(a.json, record)
+        results[name] = so_far.results
         if keep:
-            rows = zip(prompts, clips, results[name], strict=True)
+            rows = zip(prompts, so_far.clips, so_far.results, strict=True)
             confirmed = [(p, clip) for p, clip, result in rows if result["all"]]
             asked = {"true clips": [(p, p.frames(p.scene.canvas.frames)) for p in prompts],
                      f"confirmed clips of {name}": confirmed}  # fmt: skip
@@ -183,10 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         same = row.engine and BASE in results
         change = changes(results[BASE], results[name])["all"] if same else None
         cells = [*(_cell(shares.get(column)) for column in COLUMNS), _cell(change)]
-        print(f"| {name} | {' | '.join(cells)} | {seconds:.2f} |", flush=True)
-        numbers = {n: [s.right, s.asked, *s.interval] for n, s in shares.items()}
-        record[name] = {"shares": numbers, "seconds": seconds}
-        write(a.json, record)
+        print(f"| {name} | {' | '.join(cells)} | {record[name]['seconds']:.2f} |", flush=True)
     if a.reasoner:
         for sort, share in described(a.checkpoint, {k: v for k, v in asked.items() if v}).items():
             print(f"reasoner, {sort}, every word that was asked: {share}")
@@ -195,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def write(file: Path | None, record: dict[str, Any]) -> None:
-    """What is known so far: a long run that is ended keeps its finished rows."""
+    """What is known so far: a long run that is ended keeps it."""
     if file is not None:
         file.write_text(json.dumps(record, indent=2) + "\n")
 
