@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "vllm_cosmos3"
+ROOT = Path(__file__).parents[1]
+PACKAGE = "vllm_cosmos3"
 
 # A row a room, from the bottom up. A name is a folder with all that is in it, or one module; the longest
 # name that fits counts. Within a row imports may go both ways, but never in a circle.
@@ -61,10 +62,10 @@ NO_TORCH = {
 }
 
 
-def modules() -> dict[str, Path]:
+def modules(package: str = PACKAGE) -> dict[str, Path]:
     found = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
+    for path in sorted((ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT / package).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         if name and not name.endswith("__main__"):
             found[name] = path
@@ -94,12 +95,12 @@ def imported(path: Path, *, top_level: bool) -> set[str]:
     return names
 
 
-def targets(name: str) -> set[str]:
-    """The modules of the package that a module imports, wherever in it."""
-    known = modules()
+def targets(name: str, package: str = PACKAGE) -> set[str]:
+    """The modules of the package that a module of it imports, wherever in it."""
+    known = modules(package)
     found = set()
     for dotted in imported(known[name], top_level=False):
-        target = dotted.removeprefix("vllm_cosmos3.")
+        target = dotted.removeprefix(f"{package}.")
         if target in known and target != name:
             found.add(target)
     return found
@@ -113,8 +114,9 @@ def test_imports_point_down(name: str) -> None:
         )
 
 
-def test_no_imports_in_a_circle() -> None:
-    TopologicalSorter({name: targets(name) for name in modules()}).prepare()
+@pytest.mark.parametrize("package", [PACKAGE, "training"])
+def test_no_imports_in_a_circle(package: str) -> None:
+    TopologicalSorter({name: targets(name, package) for name in modules(package)}).prepare()
 
 
 @pytest.mark.parametrize(

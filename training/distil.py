@@ -34,6 +34,7 @@ from training.rendering import pack, render
 from training.sampling import guided, sample
 from training.scenes import Canvas, Scene
 from training.shares import confirmed_shares
+from training.streams import Video
 from training.transformer import (
     Shape,
     Transformer,
@@ -80,7 +81,7 @@ def end_loss(
         with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
             texts = student.understand(ids[index])
             timestep = torch.full((batch,), 1000 * level, device=device)
-            v = student.velocity(x, timestep, known, texts, lengths[index], fps)
+            (v,) = student.velocities([Video(x, known, fps)], timestep, texts, lengths[index])
         losses.append(((v - (x - end) / level).square() * free).mean())
     return torch.stack(losses).mean()
 

@@ -6,13 +6,14 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from training.captions import MOVES, canonical
 from training.observing import confirm_all
+from training.parts import Parts
 from training.pools import held_out
 from training.prompts import NEGATIVES, encoded, framed
 from training.questions import ASK, CAPTION, Asked
@@ -21,9 +22,6 @@ from training.sampling import guided, sample, schedule
 from training.scenes import COLOURS, SHAPES, SIZES, TONES, Canvas, Scene
 from training.shares import Share, confirmed_shares, shares_by_kind
 from training.vision import answers, looked_at
-
-if TYPE_CHECKING:
-    from training.train_towers import Parts
 
 HELD_OUT = 20_000_000  # first seed
 PROMPTS = (

@@ -7,11 +7,12 @@ CUDA starts, encodes them with the trained autoencoder, and has losses whose tur
 from __future__ import annotations
 
 import random
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from training.actions import CHUNK, DOMAIN, FPS, VIEW, WIDTH, Rows, rows_of
 from training.captions import draw_caption, instruction
 from training.flow import Flow, Texts, drawn_levels, flow_loss, mixed, weights_of, with_dropped
 from training.optimisation import Kind
+from training.parts import Parts
 from training.pools import Codec, cells, draw, drawing, make_pool, scenes_at
 from training.prompts import NEGATIVES, encoded, framed, framed_action, framed_transfer
 from training.rendering import Packed, occupied, pack, render, segmented, to_bytes
@@ -31,11 +33,6 @@ from training.scenes import ACTED, BASIC, GROWN, MATERIALS, RATES, Canvas, draw_
 from training.sounds import sound_of
 from training.streams import Actions, Sound, Video
 from training.train_sound import HOP, SOUND_WIDTHS, latents_of
-
-if TYPE_CHECKING:
-    from argparse import Namespace
-
-    from training.train_towers import Parts
 
 FORWARD, INVERSE, POLICY = range(3)  # rows to clip, clip to rows, both
 LONG = 2 * CHUNK + 1  # frames of the scenes whose windows teach actions

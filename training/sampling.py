@@ -10,8 +10,8 @@ from math import expm1, log, log1p
 import torch
 from torch import Tensor
 
-from training.streams import Stream, flattened, separated
-from training.transformer import Transformer
+from training.streams import Video, flattened, separated
+from training.transformer import Stream, Transformer
 
 
 def schedule(steps: int, shift: float) -> list[float]:
@@ -34,14 +34,11 @@ def guided(
     texts = model.understand(ids[:count])
 
     def velocity(x: Tensor, timestep: float) -> Tensor:
-        v = model.velocity(
-            x.repeat(branches, 1, 1, 1, 1),
-            torch.full((count,), timestep, device=x.device),
-            known.repeat(branches, 1),
-            texts,
-            lengths[:count],
-            fps.repeat(branches),
+        video = Video(
+            x.repeat(branches, 1, 1, 1, 1), known.repeat(branches, 1), fps.repeat(branches)
         )
+        timesteps = torch.full((count,), timestep, device=x.device)
+        (v,) = model.velocities([video], timesteps, texts, lengths[:count])
         if branches == 1:
             return v
         wanted, avoided = v.chunk(2)

@@ -8,35 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from training.transformer import Shape, Transformer
-
-
-class Stream(Protocol):
-    """Latents ``x``, the first axis of which is the batch."""
-
-    x: Tensor
-
-    def tokens(self, model: Transformer) -> Tensor:
-        """[B, S, hidden]."""
-
-    def noisy(self, shape: Shape) -> Tensor:
-        """Bool [B, S]: tokens with something to denoise."""
-
-    def free(self) -> Tensor:
-        """Bool, to be broadcast to ``x``: values that are denoised."""
-
-    def places(self, lengths: Tensor, shape: Shape) -> Tensor:
-        """[3, B, S]: time, row, column, after texts of ``lengths`` [B]."""
-
-    def velocity(self, model: Transformer, tokens: Tensor) -> Tensor:
-        """Like ``x``."""
+from training.transformer import Shape, Transformer
 
 
 @dataclass(frozen=True, slots=True, eq=False)

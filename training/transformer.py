@@ -11,14 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
-
-from training.streams import Stream, Video
 
 _TEXT = ("to_", "norm_q", "norm_k", "mlp.", "input_layernorm.", "post_attention_layernorm.")
 
@@ -192,6 +191,27 @@ class DomainLinear(nn.Module):
         nn.init.zeros_(self.bias.weight)
 
 
+class Stream(Protocol):
+    """Latents ``x``, the first axis of which is the batch."""
+
+    x: Tensor
+
+    def tokens(self, model: Transformer) -> Tensor:
+        """[B, S, hidden]."""
+
+    def noisy(self, shape: Shape) -> Tensor:
+        """Bool [B, S]: tokens with something to denoise."""
+
+    def free(self) -> Tensor:
+        """Bool, to be broadcast to ``x``: values that are denoised."""
+
+    def places(self, lengths: Tensor, shape: Shape) -> Tensor:
+        """[3, B, S]: time, row, column, after texts of ``lengths`` [B]."""
+
+    def velocity(self, model: Transformer, tokens: Tensor) -> Tensor:
+        """Like ``x``."""
+
+
 class Transformer(nn.Module):
     """Both towers with their heads. The adapters of sound and actions are zero until trained."""
 
@@ -239,18 +259,6 @@ class Transformer(nn.Module):
             x, k, v = layer.understand(x, table)
             kept.append((k, v))
         return kept
-
-    def velocity(
-        self,
-        x: Tensor,
-        timestep: Tensor,
-        known: Tensor,
-        texts: Sequence[tuple[Tensor, Tensor]],
-        lengths: Tensor,
-        fps: Tensor,
-    ) -> Tensor:
-        """Velocity of the latents [B, T, h, w, C] of a video alone, of which ``known`` are given."""
-        return self.velocities([Video(x, known, fps)], timestep, texts, lengths)[0]
 
     def velocities(
         self,
