@@ -112,6 +112,12 @@ REQUESTS = {
     "image": {"num_frames": 9, "size": "80x64", "image": IMAGE},
     "rollout": {"num_frames": 5, "size": "64x64", "image": IMAGE, "num_chunks": 2},
     "transfer": {"edge": {"control": CLIP}, "size": "64x80", "control_guidance": 2.0},
+    "transfer with an interval": {
+        "edge": {"control": CLIP},
+        "size": "64x80",
+        "control_guidance": 2.0,
+        "guidance_interval": (300.0, 900.0),
+    },
     "policy": {
         "action_mode": "policy",
         "domain_name": "droid",

@@ -72,27 +72,32 @@ def guide(
 
 
 def _share(scales: Scales, axis: Axis) -> tuple[int, ...]:
-    """This rank's branches: neighbours, as the one without controls costs less than the others."""
-    needed = branches_needed(scales)
-    rounds = -(-len(needed) // axis.size)
-    return needed[axis.rank * rounds : (axis.rank + 1) * rounds]
+    """This rank's branches."""
+    return _dealt(branches_needed(scales), axis.size)[axis.rank]
+
+
+def _dealt(branches: Sequence[int], ranks: int) -> list[tuple[int, ...]]:
+    """The branches of each rank: of the first the fullest condition, of the last all that are left.
+
+    A branch has the same rank in every step, whichever are needed: that rank keeps its step cache.
+    """
+    last = ranks - 1
+    return [tuple(b for b in branches if min(b, last) == rank) for rank in range(ranks)]
 
 
 def _gathered(
     mine: dict[int, Velocities], needed: tuple[int, ...], axis: Axis, latents: Velocities
 ) -> dict[int, Velocities]:
     """All branches from all ranks, with one collective of equal sizes."""
-    rounds = -(-len(needed) // axis.size)
+    dealt = _dealt(needed, axis.size)
     flat = [torch.cat([v.flatten() for v in velocities]) for velocities in mine.values()]
     sizes = [x.numel() for x in latents]
-    flat += [latents[0].new_zeros(sum(sizes))] * (rounds - len(flat))
+    flat += [latents[0].new_zeros(sum(sizes))] * (max(map(len, dealt)) - len(flat))
     gathered = all_gather(torch.stack(flat), axis)
     return {
         branch: tuple(
-            part.view_as(like)
-            for part, like in zip(
-                gathered[place // rounds][place % rounds].split(sizes), latents, strict=True
-            )
+            part.view_as(like) for part, like in zip(x.split(sizes), latents, strict=True)
         )
-        for place, branch in enumerate(needed)
+        for branches, rows in zip(dealt, gathered, strict=True)
+        for branch, x in zip(branches, rows, strict=False)
     }
