@@ -45,6 +45,7 @@ class Predictor:
     mesh: Mesh
     offloaded: bool
     _forwards: dict[tuple[Branches, int, bool], Forward] = field(default_factory=dict)
+    _contexts: dict[tuple[Branches, int], Context] = field(default_factory=dict)  # joined
     _reuse: Reuse | None = None
 
     def start(self, *, fresh: bool) -> None:
@@ -93,6 +94,7 @@ class Predictor:
     def clear(self) -> None:
         """Forget everything about the sample."""
         self._forwards.clear()
+        self._contexts.clear()
         self._reuse = None
 
     def _groups(self, branches: Sequence[int], samples: int = 1) -> Iterator[Branches]:
@@ -134,24 +136,32 @@ class Predictor:
         """What stays the same from step to step."""
         each = len(self.plan.streams)
         seen = self.plan.seen(branches[0])
-        samples = len(streams) // each
-        per_request = samples // len(self.contexts)
+        places = range(0, len(streams), each)
+        key = branches, len(places)
+        if key not in self._contexts:
+            if len(places) > 1:  # which has copies of texts: not of several groups at a time
+                self._contexts.clear()
+                self._forwards.clear()
+            self._contexts[key] = self._joined(*key)
+        return (
+            [streams[first + place] for first in places for place in seen],
+            self._contexts[key],
+            self.plan.domain_id,
+        )
+
+    def _joined(self, branches: Branches, samples: int) -> Context:
+        """The contexts of these branches of all samples as one."""
         contexts = [
             by_branch[branch]
             for by_branch in self.contexts
-            for _ in range(per_request)
+            for _ in range(samples // len(self.contexts))
             for branch in branches
         ]
         context = join(contexts, samples)
         texts = [text for text in context.texts if isinstance(text, TextKV)]
         if samples > 1 and self.mesh.ulysses.size == 1:  # else ranks have no whole sequences
             context = replace(context, packed=PackedTexts(texts, context.rope.length))
-        places = range(0, len(streams), each)
-        return (
-            [streams[first + place] for first in places for place in seen],
-            context,
-            self.plan.domain_id,
-        )
+        return context
 
     def _forward(self, streams: Sequence[Stream], branches: Branches) -> Forward:
         key = branches, len(streams), self.transformer.precision.native

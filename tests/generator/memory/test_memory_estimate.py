@@ -30,7 +30,8 @@ ENGINE = EngineConfig(model=Path("/"), device="cuda", und_residency="gpu")
 
 def work(size: str, frames: int, text: tuple[int, ...] = (512, 512)) -> Work:
     width, height = (int(n) // 16 for n in size.split("x"))
-    return Work(streams=(("vision", (1, 48, 1 + (frames - 1) // 4, height, width)),), text=text)
+    shape = (1, 48, 1 + (frames - 1) // 4, height, width)
+    return Work(streams=(("vision", shape),), text=text, branches=len(text))
 
 
 RECORDED = [  # docs/numbers.md, "Generator, Nano size, one GPU": random weights on an H100

@@ -23,8 +23,8 @@ from vllm_cosmos3.generator.pipeline import Pipeline
 from vllm_cosmos3.parallel.axis import Axis
 from vllm_cosmos3.parallel.mesh import Mesh
 
-SMALL = Work(streams=(("vision", (1, 48, 1, 4, 4)),), text=(50, 50))
-LARGE = Work(streams=(("vision", (1, 48, 7, 12, 20)),), text=(50, 50))
+SMALL = Work(streams=(("vision", (1, 48, 1, 4, 4)),), text=(50, 50), branches=2)
+LARGE = Work(streams=(("vision", (1, 48, 7, 12, 20)),), text=(50, 50), branches=2)
 ALONE = Axis("world", 1, 0, None)
 CPU = torch.device("cpu")
 

@@ -33,16 +33,18 @@ OTHER_ATTENTION_BYTES = FLOAT32  # of a query head: the logarithm of its sum
 class Work:
     """Sizes of the work of one request.
 
-    ``streams`` are names and latent shapes, ``text`` the tokens of each text, ``sources`` the frames,
-    height and width of what is encoded for known frames. ``chunks`` are made one after the other,
-    and all but the last are decoded while the request goes on. ``residuals`` are the outputs of the
-    layers that a step cache keeps, of all branches of guidance. ``history`` are the tokens of the
+    ``streams`` are names and latent shapes, ``text`` the tokens of each text, of which some of the
+    ``branches`` of guidance may share one, ``sources`` the frames, height and width of what is encoded
+    for known frames. ``chunks`` are made one after the other, and all but the last are decoded while the
+    request goes on, even if the result is not to be ``decoded``. ``residuals`` are the outputs of the
+    layers that a step cache keeps of each branch. ``history`` are the tokens of the
     frames that a session of a simulator remembers and works at; there are so many ``sessions``. Of the
     ``samples`` so many are denoised ``together``; what is ``packed`` are copies of texts for that.
     """
 
     streams: tuple[tuple[str, tuple[int, ...]], ...]
     text: tuple[int, ...]
+    branches: int
     sources: tuple[tuple[int, int, int], ...] = ()
     samples: int = 1
     chunks: int = 1
@@ -118,8 +120,12 @@ def work_with(numbers: Parameters, model: ModelConfig) -> Work:
     """The sizes that these numbers lead to, with long texts."""
     streams = tuple((stream.name, stream.shape) for stream in output_streams(numbers, model))
     branches = 1 if numbers.guidance_scale == 1 else 2
-    kept = numbers.reuse.kept if numbers.reuse else 0
-    return Work(streams=streams, text=(TEXT_TOKENS,) * branches, residuals=kept * branches)
+    return Work(
+        streams=streams,
+        text=(TEXT_TOKENS,) * branches,
+        branches=branches,
+        residuals=numbers.reuse.kept if numbers.reuse else 0,
+    )
 
 
 def work_of(plan: Plan) -> Work:
@@ -127,7 +133,8 @@ def work_of(plan: Plan) -> Work:
     reuse = plan.parameters.reuse
     return Work(
         streams=tuple((stream.name, stream.shape) for stream in plan.streams),
-        text=tuple(map(len, dict.fromkeys(plan.token_ids))),  # branches may share one
+        text=tuple(map(len, dict.fromkeys(plan.token_ids))),
+        branches=len(plan.token_ids),
         sources=tuple(
             stream.source.shape[:3]
             for stream in plan.streams
@@ -136,7 +143,7 @@ def work_of(plan: Plan) -> Work:
         samples=len(plan.seeds),
         chunks=len(plan.chunks),
         decoded=plan.decoded,
-        residuals=reuse.kept * len(plan.token_ids) if reuse else 0,
+        residuals=reuse.kept if reuse else 0,
         together=plan.together,
         packed=plan.together if plan.together > 1 or plan.batch is not None else 0,
     )
@@ -154,6 +161,7 @@ def session_work(model: ModelConfig, opening: Opening, sessions: int = 1) -> Wor
     return Work(
         streams=streams,
         text=(len(opening.token_ids),),
+        branches=1,
         sources=() if opening.source is None else (opening.source.shape[:3],),
         history=frame * (opening.sinks + opening.history + opening.chunk),
         sessions=sessions,
@@ -196,7 +204,11 @@ class _Request:
         patch = self.config.latent_patch_size
         self.tokens = sum(token_count(name, shape, patch) for name, shape in work.streams)
         self.latents = sum(prod(shape) for _, shape in work.streams) * FLOAT32
-        self.text = sorted(work.text, reverse=True)[:: self.parallel.cfg_parallel_size]
+        # Of the fullest rank. Of two the second has all branches but the first, see `sampling.guidance`.
+        shared = self.parallel.cfg_parallel_size > 1
+        self.branches = max(1, work.branches - shared)
+        texts = sorted(work.text, reverse=True)
+        self.text = texts[:1] if shared and self.branches == 1 else texts
         self.layer = layer_bytes(
             model,
             tensor_parallel_size=self.parallel.tensor_parallel_size,
@@ -221,7 +233,7 @@ class _Request:
     def context(self) -> int:
         """The context of the generation tokens: texts, and rotary tables of their own positions."""
         table = self.own_tokens * (self.config.head_dim * self.element_size + INT64)
-        return self.texts + len(self.text) * table
+        return self.texts + self.branches * table
 
     @property
     def own_tokens(self) -> int:
@@ -242,7 +254,7 @@ class _Request:
     @property
     def _packed(self) -> int:
         """Texts of samples in one forward with their tokens behind, and rotary tables: see `PackedTexts`."""
-        tokens = len(self.text) * self.own_tokens
+        tokens = self.branches * self.own_tokens
         tables = self.context - self.texts
         return self.work.packed * (self.texts + tokens * self._token + tables)
 
@@ -264,14 +276,14 @@ class _Request:
         """What the step cache keeps of this rank's branches, and the filtered latents."""
         if not self.work.residuals:
             return 0
-        count = -(-self.work.residuals // self.parallel.cfg_parallel_size)
+        count = self.work.residuals * self.branches
         return count * self.own_tokens * self.config.hidden_size * self.element_size + self.latents
 
     def phases(self) -> dict[str, int]:
         phases = {"text": self._text(), "denoise": self._denoise()}
         if self.work.sources:
             phases["encode"] = self._encode()
-        if self.work.decoded:
+        if self.work.decoded or self.work.chunks > 1:
             phases |= self._decode()
         others = (self.work.sessions - 1) * self.held
         return {name: size + others for name, size in phases.items()}
@@ -317,7 +329,7 @@ class _Request:
         if self.work.history:  # those of the chunk before are held
             ledger.take(self.latents, self.context - self.texts)
         latents, tokens = self.latents * self.work.together, self.tokens * self.work.together
-        ledger.moment(latents * (2 * len(self.work.text) + 4))
+        ledger.moment(latents * (2 * self.work.branches + 4))
         ledger.take(latents)  # of the other branch's velocities
         ledger.take(self.layer * (1 + LAYERS_AHEAD) * self.engine.enable_layerwise_offload)
         width = config.hidden_size * self.element_size
