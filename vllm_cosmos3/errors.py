@@ -63,13 +63,16 @@ def cut(text: str) -> str:
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """The question with the name that is nearest to an unknown one, empty where none is near.
 
-    ``cutoff`` is how alike they have to be, from 0 to 1. A name of thousands of characters, which
-    would take seconds to compare, is like none.
+    ``cutoff`` is how alike they have to be, from 0 to 1; the beginning of one name alone is near as
+    well. A name of thousands of characters, which would take seconds to compare, is like none.
     """
     known = list(known)
     if (same := SYNONYMS.get(name)) in known:
         return f"did you mean {same}?"
     near = difflib.get_close_matches(name[: LONGEST + 1], known, n=1, cutoff=cutoff)
+    if not near and name:
+        near = [each for each in known if each.startswith(name)]
+        near = near if len(near) == 1 else []
     return f"did you mean {near[0]}?" if near else ""
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from servers import BIN
 
-from vllm_cosmos3.cli import main
+from vllm_cosmos3.cli import COMMANDS, main
 from vllm_cosmos3.version import __version__
 
 
@@ -49,10 +49,7 @@ GENERATE = "generate CKPT --prompt a --out OUT"
             "model is 'Super', must be a folder, a repository, nano, super or edge; did you mean super?",
         ),
         (f"{GENERATE} --frames 9", "unknown flag --frames; did you mean --num-frames?"),
-        (
-            f"{GENERATE} --num-infer 9",
-            "unknown flag --num-infer; did you mean --num-inference-steps?",
-        ),
+        (f"{GENERATE} --num-inf 9", "unknown flag --num-inf; did you mean --num-inference-steps?"),
         (f"{GENERATE} extra", "unexpected argument 'extra'"),
         ("plan nano --gpu-memory 0", "--gpu-memory is 0"),
         ("plan nano --tp 3", "--tp is 3, must be 1, 2, 4 or 8"),
@@ -80,6 +77,16 @@ def test_an_error_names_the_flag_as_it_was_typed(
     assert main([places.get(word, word) for word in command.split()]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"vllm-cosmos3 {command.split()[0]}: {words}")
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"doctor", "generate"}))
+def test_a_command_alone_says_what_it_needs(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command])
+    assert ended.value.code == 2
+    assert "the following arguments are required: " in capsys.readouterr().err
 
 
 def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

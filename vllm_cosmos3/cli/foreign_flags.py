@@ -14,6 +14,7 @@ import textwrap
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from vllm_cosmos3.batch.records import parse_json
@@ -265,8 +266,7 @@ def _surface(words: list[str]) -> tuple[list[str], bool]:
     words = [word for word in words if word != "--omni"]
     if omni:
         words += ["--surface", "generator"]
-    pairs = zip(words, [*words[1:], ""], strict=True)
-    alone = "--surface=generator" in words or ("--surface", "generator") in pairs
+    alone = "--surface=generator" in words or ("--surface", "generator") in pairwise(words)
     return words, alone
 
 
