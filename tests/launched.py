@@ -255,15 +255,15 @@ def stuck(_: Path, out: Path) -> list[str]:
     from test_executor import run
     from toy_plan import ToyPlan, stage
 
-    executor = StageExecutor(stage(1, last() + 1, 1, backend="external_launcher"))
-    executor.start()
-    return heard(
-        lambda: run(executor, ToyPlan()),
-        lambda: run(executor, ToyPlan(faults={"step 1": "all"})),
-        lambda: run(executor, ToyPlan()),
-        lambda: run(executor, ToyPlan(faults={"step 1": "one"})),
-        lambda: run(executor, ToyPlan()),
-    )
+    def ask(grace: float, *faults: str) -> list[str]:
+        executor = StageExecutor(stage(1, last() + 1, 1, backend="external_launcher", grace=grace))
+        executor.start()
+        plans = [ToyPlan(faults={"step 1": fault}) for fault in faults]
+        lines = heard(*(partial(run, executor, plan) for plan in plans))
+        executor.close()
+        return lines
+
+    return ask(HANG, "none", "all", "none") + ask(0.5, "one", "none")
 
 
 def graphs(checkpoint: Path, out: Path) -> list[str]:

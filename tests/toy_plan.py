@@ -5,13 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from limits import HANG
+
 from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.stage.config import StageConfig
 
 
 def stage(
-    cfg: int = 1, ulysses: int = 1, tp: int = 1, *, model: Path = Path("/"), backend: str = "mp"
+    cfg: int = 1,
+    ulysses: int = 1,
+    tp: int = 1,
+    *,
+    model: Path = Path("/"),
+    backend: str = "mp",
+    grace: float = HANG,
 ) -> StageConfig:
+    """With a short ``grace`` for tests in which a rank fails while others wait for it in a collective."""
     engine = EngineConfig(
         model=model,
         device="cpu",
@@ -19,7 +28,9 @@ def stage(
         ulysses_degree=ulysses,
         tensor_parallel_size=tp,
     )
-    return StageConfig(engine=engine, stage="toy_stage:Toy", backend=backend, timeout=60, grace=0.5)
+    return StageConfig(
+        engine=engine, stage="toy_stage:Toy", backend=backend, timeout=HANG, grace=grace
+    )
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,7 @@ class ToyPlan:
 
     A fault is "all" or "one" rank raising before a collective, "invalid", "memory" (on all ranks),
     "memory one", "hang" or "kill" on the last rank, or "crowded" until it is tried a second time.
+    ``gates`` maps a moment to a file, for which the last rank waits there.
     ``result`` is "broken" if it cannot be pickled after its first MiB, "deadly" if its rank dies
     there, and "unreadable" if it cannot be read again.
     """
@@ -35,6 +47,7 @@ class ToyPlan:
     steps: int = 3
     seconds: float = 0.0
     faults: dict[str, str] = field(default_factory=dict)
+    gates: dict[str, Path] = field(default_factory=dict)
     result: str = "sound"
 
 

@@ -140,8 +140,10 @@ class Toy:
         return sum(int(rank) for axis in axes for rank in all_gather(torch.tensor(axis.rank), axis))
 
     def _moment(self, plan: ToyPlan, name: str) -> None:
-        fault = plan.faults.get(name)
+        fault, gate = plan.faults.get(name), plan.gates.get(name)
         last = self.mesh.world.rank == self.mesh.world.size - 1
+        while gate is not None and last and not gate.exists():
+            time.sleep(0.01)
         if fault == "all":
             raise RuntimeError(f"all ranks fail, this is {self.mesh.world.rank}")
         if fault == "invalid":

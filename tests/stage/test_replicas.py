@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from generators import eventually
@@ -39,6 +39,17 @@ def replicas() -> Iterator[Replicas]:
     made.wait_ready(HANG)
     yield made
     made.close()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(replicas: Replicas) -> None:
+    """The last replica of an earlier test is idle a moment after its owner has been told of the end."""
+    idle(replicas)
+
+
+def idle(replicas: Replicas) -> None:
+    """Wait until a request would find all replicas idle."""
+    eventually(lambda: not replicas._jobs)
 
 
 def long(replicas: Replicas, **submitted: float) -> tuple[StageJob, threading.Event]:
@@ -130,6 +141,7 @@ def test_requests_run_at_the_same_time_on_different_replicas(replicas: Replicas)
     cancelled(waiting, *(job for job, _ in jobs))
     pids = set()
     for _ in range(2):
+        idle(replicas)
         pids |= set(replicas.submit(ToyPlan(steps=1)).result(HANG).pids)
     assert len(pids) == 1  # both were idle
 
@@ -160,11 +172,15 @@ def test_a_replica_that_dies_fails_its_own_and_comes_back(replicas: Replicas) ->
         assert begun.wait(HANG)
     waiting = [replicas.submit(ToyPlan(steps=2), seconds=LONG) for _ in range(2)]
     killed = cast("StageClient", replicas.members[0])
+    serving: list[list[bool]] = []  # when its end is told
+    first[0].future.add_done_callback(
+        lambda _: serving.append([member.can_serve for member in replicas.members])
+    )
     os.kill(killed._process.pid, signal.SIGKILL)
     with pytest.raises(WorkerDied, match="the stage process ended with status -9"):
         first[0].result(HANG)
     assert not second[0].future.done()
-    assert [member.can_serve for member in replicas.members] == [False, True]
+    eventually(lambda: serving == [[False, True]])
     assert replicas.status().state == "ready"
     assert replicas.error is None
     second[0].cancel()  # which makes room on the replica that is left
@@ -184,9 +200,19 @@ def test_what_waits_ends_with_the_replicas(replicas: Replicas) -> None:
         replicas.submit(ToyPlan())
 
 
-def test_replicas_that_cannot_start_say_why(tmp_path: Path) -> None:
+def test_replicas_that_cannot_start_say_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect, submitted = StageClient._connect, threading.Event()
+
+    def late(client: StageClient) -> Any:
+        assert submitted.wait(HANG)
+        return connect(client)
+
+    monkeypatch.setattr(StageClient, "_connect", late)  # it is not told yet
     replicas = Replicas(stage(model=tmp_path / "none"), QUEUE, [Placement()])
     job = replicas.submit(ToyPlan())
+    submitted.set()
     with pytest.raises(WorkerDied, match="none is missing"):
         job.result(HANG)
     assert "none is missing" in str(replicas.error)

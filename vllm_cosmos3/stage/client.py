@@ -181,7 +181,7 @@ class StageClient(Stages):
 
     def cancel(self, name: str) -> None:
         with self._changed:
-            if name in self._jobs:
+            if name in self._jobs and not self._closing:
                 self._send(Cancel(name), name)
 
     def close(self) -> None:
@@ -197,12 +197,14 @@ class StageClient(Stages):
         self._process.kill()
         self._process.wait()
         if self._thread.is_alive():
-            self._wake.send_multipart([b"", b""])
+            with self._changed:
+                self._wake.send_multipart([b"", b""])
             self._thread.join()
-        self._wake.close(linger=0)
-        for job in self._jobs.values():
+        with self._changed:
+            self._wake.close(linger=0)
+            jobs, self._jobs = list(self._jobs.values()), {}
+        for job in jobs:
             job.handle(Failure(job.name, WorkerDied("the stage was closed")))
-        self._jobs.clear()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     # Messages.
@@ -268,8 +270,8 @@ class StageClient(Stages):
                     self._error = error
                     self._changed.notify_all()
             case Accepted(job=name) | ProgressUpdate(job=name) | PreviewUpdate(job=name):
-                if name in self._jobs:
-                    self._jobs[name].handle(message)
+                if (job := self._jobs.get(name)) is not None:
+                    job.handle(message)
             case Done(job=name) | Failure(job=str(name)):
                 job = self._jobs.pop(name, None)
                 if job is not None:
@@ -285,7 +287,8 @@ class StageClient(Stages):
         """End a job here and now; the stage is told, for when it listens."""
         with self._changed:
             known = self._jobs.pop(job.name, None)
-            self._send(Cancel(job.name))
+            if not self._closing:
+                self._send(Cancel(job.name))
         if known is not None:
             job.handle(Failure(job.name, error))
 

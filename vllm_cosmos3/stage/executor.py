@@ -201,9 +201,16 @@ class StageExecutor:
         while_waiting: Callable[[], None] | None,
     ) -> dict[int, Reply]:
         self._number += 1
-        future = self._executor.collective_rpc(
-            "call", args=(self._number, method, args), non_block=True
-        )
+        try:
+            future = self._executor.collective_rpc(
+                "call", args=(self._number, method, args), non_block=True
+            )
+        except Exception as error:
+            if not self.lost:
+                raise
+            # Before this call vLLM has noticed that a worker ended: it refuses, or its queues are gone.
+            self.healthy = False
+            raise self._death(method) from error
         if future.done():  # the worker is in this process
             (own,) = future.result()
             return (
@@ -239,10 +246,11 @@ class StageExecutor:
         self, method: str, deadline: float, while_waiting: Callable[[], None] | None
     ) -> dict[int, Reply]:
         """The answers of all ranks, or of those that answered soon after the first failure."""
-        queues = dict(enumerate(self._executor.response_mqs))
+        queues = dict(enumerate(self._executor.response_mqs))  # none if vLLM has just closed them
+        ranks = set(range(self._config.engine.parallel.world_size))
         replies: dict[int, Reply] = {}
         failed = False
-        while len(replies) < len(queues):
+        while len(replies) < len(ranks):
             slice_ = SLICE
             for rank in queues.keys() - replies.keys():
                 reply = self._receive(queues[rank], slice_)
@@ -253,11 +261,11 @@ class StageExecutor:
                 failed = True
                 deadline = min(deadline, time.monotonic() + self._grace())
             if self.lost:
-                raise WorkerDied(f"a worker process ended in {method}{self._lost_hosts()}")
-            if time.monotonic() > deadline and len(replies) < len(queues):
+                raise self._death(method)
+            if time.monotonic() > deadline and len(replies) < len(ranks):
                 if failed:
                     break
-                silent = ", ".join(map(str, sorted(queues.keys() - replies.keys())))
+                silent = ", ".join(map(str, sorted(ranks - replies.keys())))
                 raise DeadlineExceeded(f"{method} got no answer in time from rank {silent}")
             if while_waiting is not None:
                 while_waiting()
@@ -267,10 +275,11 @@ class StageExecutor:
         """Seconds that the other ranks have to answer, or their deaths to be noticed."""
         return self._config.grace if self._places is None else ray_cluster.NOTICE_SECONDS
 
-    def _lost_hosts(self) -> str:
-        if self._places is None:
-            return ""
-        return ray_cluster.lost_hosts(self._executor.ray_worker_handles)
+    def _death(self, method: str) -> WorkerDied:
+        """The error of a call in which a worker process has ended, with its host if that is gone."""
+        on_ray = self._places is not None
+        hosts = ray_cluster.lost_hosts(self._executor.ray_worker_handles) if on_ray else ""
+        return WorkerDied(f"a worker process ended in {method}{hosts}")
 
     def _receive(self, queue: Any, seconds: float) -> Reply | None:
         try:

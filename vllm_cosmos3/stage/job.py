@@ -11,7 +11,8 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ class StageJob:
         match message:
             case Accepted(position=position):
                 self.position = position
-                if not self.accepted.done():
+                with suppress(InvalidStateError):  # it was before, or was given up meanwhile
                     self.accepted.set_result(None)
             case ProgressUpdate(progress=progress):
                 self.progress = progress
@@ -85,7 +86,7 @@ class StageJob:
             case Done(value=value):
                 self._take(value)
             case Failure(error=error):
-                if not self.accepted.done():
+                with suppress(InvalidStateError):
                     self.accepted.set_exception(error)
                 self.future.set_exception(self._raised or error)
 

@@ -466,10 +466,11 @@ class StageCore:
 
     def _end_impatient(self) -> None:
         """Give up calls between requests that have waited for the running ones too long."""
-        now = time.monotonic()
+        now, count = time.monotonic(), len(self._scheduler.resident)
+        if count == 0:  # they have ended
+            return
         for one in [one for one in self._maintenance if now > one.expires]:
             self._maintenance.remove(one)
-            count = len(self._scheduler.resident)
             running = "1 request is" if count == 1 else f"{count} requests are"
             reason = f"{running} still running after {one.call.patience:g} s"
             self._send(one.client, Failure(one.call.job, Busy(reason)))
