@@ -17,7 +17,7 @@ from vllm_cosmos3.checkpoint.config import read_config
 from vllm_cosmos3.cli import main
 from vllm_cosmos3.engine_options import EngineConfig, ParallelConfig
 from vllm_cosmos3.errors import InvalidRequest, OutOfMemory
-from vllm_cosmos3.generator.memory import Work, estimate
+from vllm_cosmos3.generator.memory import WORKSPACES, Work, estimate
 from vllm_cosmos3.generator.memory.reservation import GIB, MemoryBudget
 from vllm_cosmos3.generator.pipeline import Pipeline
 from vllm_cosmos3.parallel.axis import Axis
@@ -67,6 +67,35 @@ def test_requests_in_flight_count(tiny_checkpoint: Path) -> None:
     gc.collect()
     third = budget.reserve(SMALL, 0, none_to_give_up)  # in the place of the first
     assert second.held > third.held
+
+
+def test_what_others_have_not_allocated_yet_is_not_free(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, which is asked for its memory: a request grows for some steps after its first call."""
+    model, own = read_config(tiny_checkpoint), engine(tiny_checkpoint, None)
+    large, small = (estimate(model, own, work) for work in (LARGE, SMALL))
+    total = large.resident + large.request + small.held + WORKSPACES
+    grown: list[int] = []  # beside the weights
+
+    def taken(_: torch.device) -> int:
+        return large.resident + sum(grown)
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (total - taken(_), total))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", taken)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", taken)
+    monkeypatch.setattr(torch.accelerator, "reset_peak_memory_stats", lambda _: None)
+    budget = MemoryBudget(model, own, ALONE, torch.device("cuda", 0))
+    kept = [budget.reserve(work, 0, none_to_give_up) for work in (SMALL, LARGE)]
+    for one in kept:
+        with pytest.raises(OutOfMemory, match="wait for 2 other requests"):
+            budget.reserve(SMALL, 0, lambda: None)
+        grown.append(one.held)
+    del one
+    kept.clear()
+    grown.clear()
+    gc.collect()
+    assert budget.reserve(LARGE, 0, none_to_give_up).held == large.held
 
 
 def test_what_is_cached_is_given_up_first(tiny_checkpoint: Path) -> None:

@@ -77,15 +77,16 @@ class MemoryBudget:
         nobody counts.
         """
         limit = self._engine.memory_limit
+        held = sum(reservation.held for reservation in self._reservations)
         if self._device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self._device)
             allocated = int(torch.cuda.memory_allocated(self._device))
             room = int(free + torch.cuda.memory_reserved(self._device) - allocated)
             if limit is not None:
                 room = min(room, round(limit * GIB) - allocated)
-            room -= WORKSPACES
+            # A request allocates what it holds over several calls: what is still to come is not free.
+            room -= WORKSPACES + max(0, held - (allocated - weights))
         elif limit is not None:
-            held = sum(reservation.held for reservation in self._reservations)
             room = round(limit * GIB) - weights - kept - held
         else:
             return None
