@@ -91,8 +91,15 @@ def test_further_numbers_of_a_row_are_not_read() -> None:
     [
         (lambda: poses.relative_rows([np.eye(4)]), "poses"),
         (lambda: poses.relative_rows(np.zeros((3, 3))), "poses"),
+        (lambda: poses.relative_rows(np.zeros((3, 4, 4))), "poses"),
+        (lambda: poses.relative_rows([[1, 2], [3]]), "poses"),
+        (
+            lambda: poses.relative_rows([np.eye(4)] * 2, translation_scale=np.nan),
+            "translation_scale",
+        ),
         (lambda: poses.absolute_poses(np.zeros((2, 8))), "rows"),
         (lambda: poses.absolute_poses([[np.nan] * 9]), "rows"),
+        (lambda: poses.absolute_poses("a path"), "rows"),
         (lambda: poses.absolute_poses(np.zeros((1, 9)), translation_scale=0), "translation_scale"),
         (lambda: poses.absolute_poses(np.zeros((1, 9)), start=np.eye(3)), "start"),
         (lambda: poses.poses_from_quaternions([[0, 0, 0]], [[0, 0, 0, 0]]), "quaternions"),

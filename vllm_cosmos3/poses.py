@@ -8,6 +8,8 @@ Everything is float64.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -23,10 +25,14 @@ def relative_rows(poses: ArrayLike, *, translation_scale: float = 1.0) -> Array:
     ``translation_scale`` is what the embodiment's translations are multiplied with: 1.35 for av.
 
     Raises:
-        InvalidRequest: fewer than two poses, or of another shape.
+        InvalidRequest: fewer than two poses, of another shape or singular, or a scale of 0.
     """
     absolute = _checked("poses", poses, (4, 4), 2)
-    steps = np.linalg.inv(absolute[:-1]) @ absolute[1:]
+    _check_scale(translation_scale)
+    try:
+        steps = np.linalg.inv(absolute[:-1]) @ absolute[1:]
+    except np.linalg.LinAlgError:
+        raise InvalidRequest("poses", "a singular matrix", "rigid transforms") from None
     columns = steps[:, :3, :2].swapaxes(1, 2).reshape(-1, 6)
     return np.concatenate([steps[:, :3, 3] * translation_scale, columns], axis=1)
 
@@ -42,11 +48,11 @@ def absolute_poses(
     Raises:
         InvalidRequest: rows that are too narrow, or a scale of 0.
     """
-    given = np.asarray(rows, np.float64)
-    if given.ndim != 2 or given.shape[1] < WIDTH or not np.isfinite(given).all():
-        raise InvalidRequest("rows", list(given.shape), "finite numbers [T, 9] or wider")
-    if not translation_scale:
-        raise InvalidRequest("translation_scale", translation_scale, "a number other than 0")
+    possible = f"finite numbers [T, {WIDTH}] or wider"
+    given = _numbers("rows", rows, possible)
+    if given.ndim != 2 or given.shape[1] < WIDTH:
+        raise InvalidRequest("rows", list(given.shape), possible)
+    _check_scale(translation_scale)
     steps = np.tile(np.eye(4), (len(given), 1, 1))
     steps[:, :3, :3] = rotations(given[:, 3:WIDTH])
     steps[:, :3, 3] = given[:, :3] / translation_scale
@@ -104,8 +110,23 @@ def quaternions_from_poses(poses: ArrayLike) -> Array:
 
 
 def _checked(name: str, values: ArrayLike, shape: tuple[int, ...], least: int) -> Array:
-    array = np.asarray(values, np.float64)
-    if array.shape[1:] != shape or len(array) < least or not np.isfinite(array).all():
-        possible = f"finite numbers {['T', *shape]} with T of at least {least}".replace("'", "")
+    possible = f"finite numbers {['T', *shape]} with T of at least {least}".replace("'", "")
+    array = _numbers(name, values, possible)
+    if array.shape[1:] != shape or len(array) < least:
         raise InvalidRequest(name, list(array.shape), possible)
     return array
+
+
+def _numbers(name: str, values: ArrayLike, possible: str) -> Array:
+    try:
+        array = np.asarray(values, np.float64)
+    except (TypeError, ValueError):
+        raise InvalidRequest(name, values, possible, "invalid_type") from None
+    if not np.isfinite(array).all():
+        raise InvalidRequest(name, "not finite", possible)
+    return array
+
+
+def _check_scale(scale: float) -> None:
+    if not scale or not math.isfinite(scale):
+        raise InvalidRequest("translation_scale", scale, "a finite number other than 0")

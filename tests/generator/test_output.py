@@ -98,6 +98,7 @@ def test_arrays_and_folders_of_frames(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="one place for a number"):
         clip().save(tmp_path / "%05d-%05d.png")
     image = Output(samples=(Sample(seed=1, image=levels()[0]),), fps=24)
+    assert image.save(f"{tmp_path}/picture/") == [tmp_path / "picture" / "00000.png"]
     assert np.load(image.save(tmp_path / "b.npy")[0]).shape == (64, 96, 3)
     with pytest.raises(InvalidRequest, match=r"a file of type \.png, \.jpg"):
         image.save(tmp_path / "b.webm")

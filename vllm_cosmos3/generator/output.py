@@ -203,7 +203,7 @@ class Output:
         The suffix chooses the format, and without one the usual is added. Clips: .mp4 (H.264 with
         AAC sound; ``crf`` 0 is lossless, 51 is worst), .webm (VP9 with Opus), .gif, .npy (the array
         of `frames`), or a picture for each frame where the name has a place for its number, such as
-        frames/%05d.png, which is what frames/ is short for. Pictures: .png, .jpg and .webp
+        frames/%05d.png, which is what frames/ is short for; of a picture it is frames/00000.png. Pictures: .png, .jpg and .webp
         (``quality`` 0 to 100) and .npy. Latents: .safetensors. Actions are rows in JSON: with .json alone, else in a second file,
         path_action.json, listed after all the others. They can be read back as ``action_path``.
 
@@ -216,7 +216,7 @@ class Output:
             return []
         crf, quality = CRF.checked("crf", crf), QUALITY.checked("quality", quality)
         if os.fspath(path).endswith(os.sep):
-            path = Path(path) / FRAMES
+            path = Path(path) / (FRAMES if self.video is not None else f"{0:05}{self.suffix}")
         path = Path(path)
         path = path if path.suffix else path.with_suffix(self.suffix)
         if len(self.samples) == 1:
