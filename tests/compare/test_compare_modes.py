@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ from torchvision.models import alexnet
 
 from vllm_cosmos3.cli import main
 from vllm_cosmos3.compare.likeness import Likeness, likeness, lpips_weights
+from vllm_cosmos3.compare.measuring import Measured
 from vllm_cosmos3.compare.modes import read_modes
+from vllm_cosmos3.compare.page import rows
 from vllm_cosmos3.errors import InvalidRequest
 
 SMALL = ["--size", "64x64", "--num-frames", "5", "--num-inference-steps", "7", "--dtype", "float32"]
@@ -39,13 +42,14 @@ def test_modes_are_compared_with_the_exact_one(
     arguments += ["--device", "cpu", "--judge", f"{__name__}:bright"]
     assert main(["compare", *arguments]) == 0
     lines = capsys.readouterr().out.splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:6]]
-    assert [row[0] for row in rows] == ["exact", "fp8", "sea", "fp8+sea"]
-    assert [row[3] for row in rows] == ["7.0", "7.0", "3.0", "3.0"]  # steps computed
-    assert rows[0][4:9] == ["equal", "1.0000", "", "0.00e+00", "0.00e+00"]
-    assert all(row[10] == "1 of 2" for row in rows)
-    found = json.loads((out / "compare.json").read_text())
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:6]]
+    assert [row[0] for row in cells] == ["exact", "fp8", "sea", "fp8+sea"]
+    assert [row[3] for row in cells] == ["7.0", "7.0", "3.0", "3.0"]  # steps computed
+    assert cells[0][4:9] == ["equal", "1.0000", "", "0.00e+00", "0.00e+00"]
+    assert all(row[10] == "1 of 2" for row in cells)
+    found = json.loads((out / "compare.json").read_text(), parse_constant=pytest.fail)
     assert len(found) == 8
+    assert {each["psnr"] is None for each in found if each["mode"] == "exact"} == {True}
     errors = {(each["mode"], each["prompt"]): each["errors"] for each in found}
     for (mode, _), by_step in errors.items():
         assert len(by_step) == 7
@@ -59,7 +63,20 @@ def test_modes_are_compared_with_the_exact_one(
     assert len(files) == 8
     assert all((out / file).stat().st_size for file in files)
     assert "a &lt;house&gt; &amp; a tree" in html
-    assert not list(out.glob(".*.npy"))
+    made = {"index.html", "compare.json", *files}
+    assert {path.name for path in out.iterdir()} == made
+
+
+def test_one_equal_clip_does_not_make_a_mode_equal() -> None:
+    def measured(mode: str, psnr: float) -> Measured:
+        return Measured(
+            mode=mode, prompt="a boat", file=Path("a.mp4"), seconds=1.0, reused=0, steps=4, peak=0,
+            psnr=psnr, ssim=1.0, lpips=None, errors=(0.0,), shown=None,
+        )  # fmt: skip
+
+    exact = measured("exact", inf)
+    sea = [measured("sea", psnr) for psnr in (inf, 30.0, 40.0)]
+    assert [row.cells[4] for row in rows([exact, *sea])] == ["equal", "35.0"]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import pkgutil
 import sys
 from dataclasses import asdict
@@ -73,10 +74,16 @@ def run(args: argparse.Namespace) -> int:
         found = measure(config, modes, prompts, given(args, FIELDS), out, judge, told)
     print(table(found))
     write_text(out / "index.html", page(found, f"{options.model}, {options.dtype}, {device}"))
-    record = [asdict(each) | {"file": each.file.name} for each in found]
+    record = [recorded(each) for each in found]
     write_text(out / "compare.json", json.dumps(record, indent=2) + "\n")
     print(f"\n{out / 'index.html'}")
     return 0
+
+
+def recorded(each: Measured) -> dict[str, Any]:
+    """One prompt in one mode as JSON, which has no infinite numbers."""
+    psnr = each.psnr if math.isfinite(each.psnr) else None
+    return asdict(each) | {"file": each.file.name, "psnr": psnr}
 
 
 def told(each: Measured) -> None:

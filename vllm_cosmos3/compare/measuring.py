@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -30,8 +32,8 @@ class Measured:
     """One prompt in one mode.
 
     ``file`` is the clip or picture. Compared with the exact mode: ``psnr`` in dB (infinite where all
-    pixels are equal), ``ssim`` up to 1, ``lpips`` from 0 (None without its weights), ``errors`` the relative error of the latents after each
-    step. ``shown`` is the judge's word, None where nobody was asked.
+    pixels are equal), ``ssim`` up to 1, ``lpips`` from 0 (None without its weights), ``errors`` the
+    relative error of the latents after each step. ``shown`` is the judge's word, None where nobody was asked.
     """
 
     mode: str
@@ -59,7 +61,8 @@ def measure(
 ) -> list[Measured]:
     """All prompts in all modes, in the order of ``modes``, which begin with the exact one.
 
-    Weights are loaded once for all modes that share them, and ``report`` is called in that order. Clips go to ``out``, as do the exact latents meanwhile.
+    Weights are loaded once for all modes that share them, and ``report`` is called in that order. Clips go to
+    ``out``, as do the exact latents meanwhile.
 
     Raises:
         Unsupported: torchmetrics is not installed.
@@ -68,28 +71,28 @@ def measure(
     alike = likeness()
     found: list[Measured] = []
     exact: dict[int, np.ndarray] = {}
-    for engine in _engines(modes):
-        own = [mode for mode in modes if mode.engine == engine]
-        with _loaded(replace(config, **engine)) as pipeline:
-            for mode in own:
-                for index, prompt in enumerate(prompts):
+    with TemporaryDirectory(dir=out) as kept:  # gigabytes, which may not fit elsewhere
+        for engine in _engines(modes):
+            with _loaded(replace(config, **engine)) as pipeline:
+                own = [mode for mode in modes if mode.engine == engine]
+                for mode, (index, prompt) in product(own, enumerate(prompts)):
                     request = GenerateRequest(
                         **{"seed": index, **fields, **mode.fields, "prompt": prompt}
                     )
                     if index == 0 and pipeline.device.type != "cpu":  # kernels are chosen once
                         _made(pipeline, request)
                     state, pixels, latents, seconds = _made(pipeline, request)
-                    place = out / f"{index:03}-{mode.name}"
-                    latents_file = out / f".{index:03}.npy"
+                    latents_file = Path(kept) / f"{index}.npy"
                     if mode.name == EXACT:
                         np.save(latents_file, latents)
                         exact[index] = pixels
                     before = np.load(latents_file, mmap_mode="r")
                     like = alike(pixels, exact[index])
+                    fps = state.plan.parameters.fps
                     measured = Measured(
                         mode=mode.name,
                         prompt=prompt,
-                        file=_written(place, pixels, state.plan.parameters.fps),
+                        file=_written(out / f"{index:03}-{mode.name}", pixels, fps),
                         seconds=seconds,
                         reused=state.reused,
                         steps=state.plan.steps,
@@ -102,8 +105,6 @@ def measure(
                     )
                     found.append(measured)
                     report(measured)
-    for index in exact:
-        (out / f".{index:03}.npy").unlink()
     names = [mode.name for mode in modes]
     return sorted(found, key=lambda measured: names.index(measured.mode))
 

@@ -30,7 +30,9 @@ HEAD = (
 class Row:
     """A mode over all prompts: medians of seconds and errors, means of PSNR, SSIM, LPIPS and computed steps.
 
-    ``lpips`` is None where its weights are not installed. ``shown`` are how many clips show what was asked, and of how many; None without a judge.
+    ``psnr`` is that of the clips that differ from the exact ones, infinite if none does. ``lpips`` is None
+    where its weights are not installed. ``shown`` are how many clips show what was asked, and of how
+    many; None without a judge.
     """
 
     mode: str
@@ -73,12 +75,13 @@ def _row(mode: str, found: Sequence[Measured], exact: float) -> Row:
     seconds = statistics.median(each.seconds for each in found)
     words = [each.shown for each in found if each.shown is not None]
     distances = [each.lpips for each in found if each.lpips is not None]
+    different = [each.psnr for each in found if each.psnr != inf]
     return Row(
         mode=mode,
         seconds=seconds,
         speed_up=exact / seconds,
         computed=statistics.mean(each.steps - each.reused for each in found),
-        psnr=statistics.mean(each.psnr for each in found),
+        psnr=statistics.mean(different) if different else inf,
         ssim=statistics.mean(each.ssim for each in found),
         lpips=statistics.mean(distances) if distances else None,
         last_error=statistics.median(each.errors[-1] for each in found),
