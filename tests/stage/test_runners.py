@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
+from limits import HANG
 
 from vllm_cosmos3 import Cosmos3
 from vllm_cosmos3.cli import main
@@ -87,8 +90,12 @@ def test_a_stage_gives_what_one_rank_gives(staged: Cosmos3, alone: Output) -> No
     heard: list[Progress] = []
 
     async def cancelled(model: Cosmos3) -> None:
-        task = asyncio.ensure_future(model.agenerate(**(REQUEST | {"num_inference_steps": 200})))
-        await asyncio.sleep(1)
+        loop, begun = asyncio.get_running_loop(), asyncio.Event()
+        fields = REQUEST | {"num_inference_steps": 200}
+        task = asyncio.ensure_future(
+            model.agenerate(**fields, progress=lambda _: loop.call_soon_threadsafe(begun.set))
+        )
+        await begun.wait()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -104,6 +111,20 @@ def test_a_stage_gives_what_one_rank_gives(staged: Cosmos3, alone: Output) -> No
         ("denoise", step) for step in range(4)
     ]
     assert output.timings.keys() == alone.timings.keys()
+
+
+def test_the_time_may_run_out_in_the_progress(staged: Cosmos3) -> None:
+    """Waiting for a stage times out now and then, which is something else."""
+
+    def stop(progress: Progress) -> None:
+        raise TimeoutError("it takes too long")
+
+    cancelled = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(staged._generate, None, REQUEST, stop, cancelled)
+        wait([running], HANG)
+        cancelled.set()  # if it hangs
+        assert str(running.exception()) == "it takes too long"
 
 
 def test_a_list_shares_the_steps_of_a_stage(staged: Cosmos3, alone: Output) -> None:

@@ -7,7 +7,7 @@ of who starts the ranks; nothing above has to know.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import TimeoutError as StillRunning
+from concurrent.futures import wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -45,6 +45,7 @@ from vllm_cosmos3.stage.worker import is_conflict, is_out_of_memory, public_erro
 
 PATIENCE = 30.0  # seconds until ranks that nobody can replace are given up
 LOOK_SECONDS = 0.2  # between two looks at how far a stage has loaded
+CANCEL_SECONDS = 0.2  # until somebody is heard who cancels what a stage makes
 AnyPlan = Plan | ChunkPlan
 
 
@@ -349,14 +350,11 @@ class StageRunner:
         batch = None if isinstance(plan, ChunkPlan) else plan.batch
         job = self._client.submit(plan, report=report, clip=clip, batch=batch)
         try:
-            while not cancelled.is_set():
-                try:
-                    output: Output = job.result(0.2)
-                    return output
-                except StillRunning:
-                    continue
-            job.cancel()
-            output = job.result()
+            while not (cancelled.is_set() or wait([job.future], CANCEL_SECONDS).done):
+                pass
+            if cancelled.is_set():
+                job.cancel()
+            output: Output = job.result()
             return output
         except BaseException:
             job.cancel()
