@@ -88,6 +88,21 @@ def test_a_run_of_another_machine_is_dead_when_it_stops_beating(store: Store) ->
     assert run.take("a")
 
 
+def test_claims_that_are_being_written_are_not_those_of_one_dead_run(store: Store) -> None:
+    now = 0.0
+    run = Claims(store, clock=lambda: now)
+    assert store.create(f"{CLAIMS}/a.0", b"")
+    assert not run.take("a")
+    now = STALE_SECONDS - 1
+    assert store.create(f"{CLAIMS}/b.0", b"")
+    assert not run.take("b")
+    now = STALE_SECONDS
+    assert not run.take("b")
+    assert run.take("a")  # nobody will write it any more
+    now = 2 * STALE_SECONDS - 1
+    assert run.take("b")
+
+
 def test_a_slow_run_sees_that_it_has_lost_a_record(store: Store) -> None:
     slow = claims(store)
     assert slow.take("a")

@@ -53,7 +53,8 @@ class Claims:
         self.run = run or f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}"
         self._store, self._clock = store, clock
         self._held: dict[str, int] = {}
-        # Of other runs on other machines: their file, since when, and how often it has changed.
+        # Of other runs on other machines, and of claims without a run: the file, since when, and how
+        # often it has changed.
         self._seen: dict[str, tuple[bytes, float, int]] = {}
         self._share = (0, 1)
         self._stopped = threading.Event()
@@ -82,7 +83,7 @@ class Claims:
             owner = self._store.read(claim)
             if owner is None:  # given up in between
                 generation = 0
-            elif owner == self.run.encode() or self.dead(owner.decode()):
+            elif owner == self.run.encode() or self._abandoned(claim, owner.decode()):
                 generation += 1
             else:
                 return False
@@ -103,20 +104,14 @@ class Claims:
 
     def dead(self, run: str) -> bool:
         """Whether another run has ended without giving up its claims, as far as is known by now."""
-        state = self._store.read(_state(run)) if run else b""
+        state = self._store.read(_state(run))
         if state is None:
             return True
         try:
             here = _alive_here(json.loads(state))
         except (ValueError, LookupError, TypeError):  # being written, or never was
             here = None
-        if here is not None:
-            return not here
-        before, since, beats = self._seen.get(run, (None, 0.0, -1))
-        if state != before:
-            self._seen[run] = (state, self._clock(), beats + 1)
-            return False
-        return self._clock() - since >= STALE_SECONDS
+        return self._stale(run, state) if here is None else not here
 
     def undecided(self) -> bool:
         """Whether of a run that was met it is not known yet whether it lives."""
@@ -151,6 +146,18 @@ class Claims:
                 self._store.delete(f"{RUNS}/{name}")
         for folder in (CLAIMS, RUNS, STATE):  # where they are empty
             self._store.delete(folder)
+
+    def _abandoned(self, claim: str, run: str) -> bool:
+        """Whether a claim is that of a dead run, or of one that has not written its name in time."""
+        return self.dead(run) if run else self._stale(claim, b"")
+
+    def _stale(self, name: str, state: bytes) -> bool:
+        """Whether something of another run has been the same for too long."""
+        before, since, changes = self._seen.get(name, (None, 0.0, -1))
+        if state != before:
+            self._seen[name] = (state, self._clock(), changes + 1)
+            return False
+        return self._clock() - since >= STALE_SECONDS
 
     def _beats(self) -> None:
         for beat in count(1):
