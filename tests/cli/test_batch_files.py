@@ -506,11 +506,12 @@ def test_two_runs_on_one_output_and_one_that_died(
     assert other.take("b")
     assert generate(tiny_checkpoint, file) == 2
     assert "another run is writing to it" in capsys.readouterr().err
+    (tmp_path / "out" / "index.jsonl").write_text('{"name": "b"}\n')  # by the other run
     assert generate(tiny_checkpoint, file, "--resume", "--keep-going") == 0
     said = capsys.readouterr().out
     assert "2 of 3 records have" in said
     assert "1 are being made by another run" in said
-    assert list(index(file)) == ["a", "c"]
+    assert list(index(file)) == ["b", "a", "c"]
 
     other._stopped.set()
     assert other._thread is not None

@@ -35,12 +35,12 @@ def line_of(
 class Index:
     """The lines of one run, on the local disk until they are written to the output.
 
-    ``names`` are the records of the run: of others, which earlier runs have left in the file, the
-    lines stay.
+    ``names`` are the records of the run. Lines of others stay in the file: of records of earlier runs,
+    and of those that another run makes meanwhile.
     """
 
     def __init__(self, folder: Path, names: Collection[str], file: str = "index.jsonl") -> None:
-        self._path, self._names, self._file = folder / file, names, file
+        self._path, self._names, self._file = folder / file, set(names), file
         self._spool = self._path.open("w+b")
         self._places: dict[str, int] = {}  # of the last line of each record
         self._failed: set[str] = set()
@@ -48,9 +48,14 @@ class Index:
     def add(self, line: Mapping[str, Any]) -> None:
         """The line of a record, in place of an earlier one."""
         name = str(line["name"])
+        self._names.add(name)
         self._places[name] = self._spool.seek(0, 2)
         self._spool.write(json.dumps(line).encode() + b"\n")
         (self._failed.add if line["status"] == "error" else self._failed.discard)(name)
+
+    def leave(self, name: str) -> None:
+        """Another run has a record, and writes its line."""
+        self._names.discard(name)
 
     def __contains__(self, name: object) -> bool:
         return name in self._places

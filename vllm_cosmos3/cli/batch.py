@@ -367,6 +367,7 @@ class BatchRun:
         for outcome in outcomes:
             if outcome.line is None:
                 self.elsewhere.add(outcome.name)
+                self._index.leave(outcome.name)
                 continue
             if outcome.made and outcome.name in self._second:
                 outcome.line["attempts"] = TRIES
