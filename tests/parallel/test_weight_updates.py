@@ -107,7 +107,12 @@ def test_a_part_of_the_weights_and_what_cannot_be(
 ) -> None:
     files = sorted((other / "transformer").glob("*.safetensors"))
     tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    save_file({f"transformer.{MATRIX}": tensors[MATRIX]}, tmp_path / "part.safetensors")
+    published = {
+        "action_modality_embed.weight": tensors["action_modality_embed"]
+    }  # in some exports
+    published["action_pos_embed.pos_embed"] = torch.zeros(3)
+    part = {f"transformer.{MATRIX}": tensors[MATRIX], **published}
+    save_file(part, tmp_path / "part.safetensors")
     save_file({MATRIX: torch.zeros(2, 2)}, tmp_path / "misshapen.safetensors")
     save_file({**tensors, "layers.0.nothing": torch.zeros(1)}, tmp_path / "unknown.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"no header")

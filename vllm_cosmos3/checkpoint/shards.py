@@ -85,7 +85,7 @@ def check_headers(
         tensor_name(stored): shard.get_slice(stored)
         for shard in shards
         for stored in shard.keys()  # noqa: SIM118
-        if not _IGNORED.search(stored)
+        if not is_ignored(stored)
     }
     found = {name: tuple(header.get_shape()) for name, header in headers.items()}
     # The scale of a matrix is written with one dimension or with none.
@@ -127,6 +127,11 @@ def _listed(what: str, items: list[str], most: int = 8) -> str:
         return ""
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return f"{what}: {', '.join(items[:most])}{more}"
+
+
+def is_ignored(stored: str) -> bool:
+    """Whether a tensor is none of the model's, though published exports carry it."""
+    return _IGNORED.search(stored) is not None
 
 
 def tensor_name(stored: str) -> str:

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from vllm_cosmos3.checkpoint.shards import is_ignored, tensor_name
 from vllm_cosmos3.checkpoint.weights import Prepare, choose_kernels, fill
 from vllm_cosmos3.compat import weight_transfer_engine
 from vllm_cosmos3.errors import InvalidRequest
@@ -82,8 +83,7 @@ class WeightUpdates:
         Raises:
             InvalidRequest: no session has begun, or a tensor is unknown or misshapen.
         """
-        if not self.begun:
-            raise InvalidRequest("update_weights", "called", f"with {START}", "conflict")
+        self._check_begun("update_weights")
         for name, shape in zip(info.get("names", ()), info.get("shapes", ()), strict=False):
             self._check(name, tuple(shape))
         self._receiver.receive(info, self._load)
@@ -94,8 +94,7 @@ class WeightUpdates:
         Raises:
             InvalidRequest: no session has begun.
         """
-        if not self.begun:
-            raise InvalidRequest("finish_weight_update", "called", f"with {START}", "conflict")
+        self._check_begun("finish_weight_update")
         choose_kernels(self._transformer, keep=True)
 
     def keep(self) -> None:
@@ -104,8 +103,7 @@ class WeightUpdates:
         Raises:
             InvalidRequest: no session has begun.
         """
-        if not self.begun:
-            raise InvalidRequest("keep_weight_update", "called", f"with {START}", "conflict")
+        self._check_begun("keep_weight_update")
         self._copy.changed()
         self._end()
 
@@ -118,6 +116,10 @@ class WeightUpdates:
             choose_kernels(self._transformer, keep=True)
             self._end()
 
+    def _check_begun(self, method: str) -> None:
+        if not self.begun:
+            raise InvalidRequest(method, "called", f"with {START}", "conflict")
+
     def _end(self) -> None:
         self._resting.clear()
         self.begun = False
@@ -129,18 +131,22 @@ class WeightUpdates:
         """Those that the generator uses, by the names of the checkpoint."""
         for name, tensor in tensors:
             self._check(name, tuple(tensor.shape))
-            ours = name.removeprefix("transformer.")
-            if ours in self._part.table:
-                yield ours, tensor
+            if _our_name(name) in self._part.table:
+                yield _our_name(name), tensor
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
-        wanted = self._part.shapes.get(name.removeprefix("transformer."))
+        wanted = shape if is_ignored(name) else self._part.shapes.get(_our_name(name))
         if wanted is None:
             possible = "a tensor of transformer/, by its name in the checkpoint"
             raise InvalidRequest("update_info.names", name, possible)
         if shape != tuple(wanted):
             possible = f"{list(wanted)} of {name}"
             raise InvalidRequest("update_info.shapes", list(shape), possible)
+
+
+def _our_name(name: str) -> str:
+    """The name of the inventory for a tensor as a trainer or a checkpoint calls it."""
+    return tensor_name(name.removeprefix("transformer."))
 
 
 def make_receiver(backend: str, world: Axis, device: torch.device) -> Receiver:
