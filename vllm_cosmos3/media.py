@@ -3,10 +3,10 @@
 Sound comes in as the track of a file and goes out as that of a clip.
 
 Out: MP4 with H.264 and AAC, WebM with VP9 and Opus, PNG, JPEG, WebP, under a temporary name until
-they are whole. In: everything that Pillow and FFmpeg read from the formats listed below, upright, without transparency,
-with a limit on its size; anything else is an InvalidRequest of the field it came from. Whoever reads
-reserves the decoded bytes of a `Lease` first. Nothing here knows of tensors or models, and no file
-is ever opened by name from inside another file.
+they are whole. In: everything that Pillow and FFmpeg read from the formats listed below, upright,
+without transparency, with a limit on its size; anything else is an InvalidRequest of the field it came
+from. Whoever reads reserves the decoded bytes of a `Lease` first. Nothing here knows of models, and no
+file is ever opened by name from inside another file.
 
 Shape suffixes: T frames, H height, W width, C channels (RGB), 2 stereo channels, N samples.
 """
@@ -68,9 +68,8 @@ A_SOUND = "a complete WAV, MP3, FLAC, OGG, AAC or M4A file, or a video with soun
 HEIF_BRANDS = tuple(b"heic heix heim heis hevc hevx mif1 msf1 avif avis".split())
 HEIF = "it begins as a HEIC or AVIF picture, and cannot be read"
 MAX_PIXELS = 2**26  # of one picture. Larger ones are taken for decompression bombs
-MAX_RATIO = (
-    20  # of the longer to the shorter side: covering a canvas enlarges a thin line without end
-)
+# Of the longer to the shorter side: covering a canvas enlarges a thin line without end.
+MAX_RATIO = 20
 MAX_FRAMES = 18_000  # that are decoded to find the last ones: ten minutes at 30 frames a second
 WAITING_CHUNKS = 4  # of frames between the one who makes them and the encoder
 STRIP = 256  # rows of a picture that are converted at once
@@ -343,7 +342,7 @@ def _resized(frame: Pixels, size: Sequence[int], mode: str) -> Iterator[Pixels]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clip:
-    """An MP4 to be written while its frames are still being made. ``crf`` as for `VideoWriter`."""
+    """An MP4 or WebM to be written while its frames are still being made. ``crf`` as for `VideoWriter`."""
 
     path: Path
     crf: int = 18
@@ -375,8 +374,8 @@ class VideoWriter:
 
     ``with VideoWriter(path, fps=24) as video: video.write(frames)``. Encoding happens on a thread,
     so that `write` returns at once until a few chunks wait. H.264 or VP9 in yuv420p with BT.709
-    colours, AAC or Opus at 256 kbit/s. The file has a temporary name beside ``path`` until it is whole; leaving with
-    an exception deletes it, and what was there before stays.
+    colours, AAC or Opus at 256 kbit/s. The file has a temporary name beside ``path`` until it is whole;
+    leaving with an exception deletes it, and what was there before stays.
     """
 
     def __init__(

@@ -72,7 +72,10 @@ class MovableWeights(ABC):
 
     @torch.inference_mode()
     def finish_weight_update(self, version: str | None = None) -> None:
-        """Have what was received ready. `keep_weight_update` follows if no rank has failed, else `abort_weight_update`."""
+        """Have what was received ready.
+
+        `keep_weight_update` follows if no rank has failed, else `abort_weight_update`.
+        """
         self._weight_updates().finish()
 
     @torch.inference_mode()

@@ -203,9 +203,10 @@ class Output:
         The suffix chooses the format, and without one the usual is added. Clips: .mp4 (H.264 with
         AAC sound; ``crf`` 0 is lossless, 51 is worst), .webm (VP9 with Opus), .gif, .npy (the array
         of `frames`), or a picture for each frame where the name has a place for its number, such as
-        frames/%05d.png, which is what frames/ is short for; of a picture it is frames/00000.png. Pictures: .png, .jpg and .webp
-        (``quality`` 0 to 100) and .npy. Latents: .safetensors. Actions are rows in JSON: with .json alone, else in a second file,
-        path_action.json, listed after all the others. They can be read back as ``action_path``.
+        frames/%05d.png, which is what frames/ is short for; of a picture it is frames/00000.png.
+        Pictures: .png, .jpg and .webp (``quality`` 0 to 100) and .npy. Latents: .safetensors. Actions are
+        rows in JSON: with .json alone, else in a second file, path_action.json, listed after all the
+        others. They can be read back as ``action_path``.
 
         On a rank that got no results nothing is written.
 

@@ -1,9 +1,9 @@
 """One request from plan to output in four calls: encode, step, decode, finish.
 
 The calls work on one explicit `RequestState` and nothing loops over steps below them: whoever calls may
-stop, report or serve another request between two steps. Requests of one batch may share their steps. On several ranks each rank makes the same
-calls; only the first one gets pixels out. Everything that distinguishes one kind of request from
-another is in the streams of its plan.
+stop, report or serve another request between two steps. Requests of one batch may share their steps. On
+several ranks each rank makes the same calls; only the first one gets pixels out. Everything that
+distinguishes one kind of request from another is in the streams of its plan.
 """
 
 from __future__ import annotations

@@ -272,10 +272,8 @@ class WorldPipeline(MovableWeights):
             return
         assert session.last is not None
         chunk = session.last.part(start, stop)
-        quantized = self.model.quantization is not None
-        self.transformer.precision.native = (
-            not quantized
-        )  # what is remembered is as exact as can be
+        # What is remembered is as exact as can be.
+        self.transformer.precision.native = self.model.quantization is None
         streams, context = self._streams(chunk, free=False), self._context(session, chunk)
         time = torch.zeros((), device=self.device)
         x_sD = self.transformer.embed(streams, context, time, chunk.domain_id)

@@ -18,9 +18,8 @@ from vllm_cosmos3.parallel.axis import Axis
 from vllm_cosmos3.parallel.mesh import all_gather
 from vllm_cosmos3.parallel.plane import Part, Span, Strips
 
-Fill = Callable[
-    [Tensor, Tensor], object
-]  # writes into its first argument what it makes of the second
+# Writes into its first argument what it makes of the second.
+Fill = Callable[[Tensor, Tensor], object]
 
 
 def surround(

@@ -131,12 +131,13 @@ def _grouped(tensors: Iterable[Tensor], most: int) -> Iterator[list[Tensor]]:
 
 
 def _nbytes(tensors: Sequence[Tensor]) -> int:
-    return sum(_padded(tensor) for tensor in tensors)
+    return sum(padded(tensor) for tensor in tensors)
 
 
-def _padded(tensor: Tensor) -> int:
-    padded: int = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-    return padded
+def padded(tensor: Tensor) -> int:
+    """Bytes of a tensor in a buffer of several."""
+    size: int = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    return size
 
 
 def _parts(tensors: Iterable[Tensor], buffer: Tensor) -> Iterator[Tensor]:
@@ -146,7 +147,7 @@ def _parts(tensors: Iterable[Tensor], buffer: Tensor) -> Iterator[Tensor]:
         strides = torch.empty_like(tensor, device="meta").stride()
         own = buffer[start : start + tensor.nbytes].view(tensor.dtype)
         yield own.as_strided(tensor.shape, strides, own.storage_offset())
-        start += _padded(tensor)
+        start += padded(tensor)
 
 
 def _host_memory(size: int) -> Tensor:

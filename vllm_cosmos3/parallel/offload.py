@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-ALIGNMENT = 256  # bytes between the starts of two parameters, as torch's allocator keeps them
+from vllm_cosmos3.parallel.host_copy import padded
 
 
 class HostLayers:
@@ -81,7 +81,7 @@ class _Resting:
         size = 0
         for parameter in layer.parameters():
             self._places.append((parameter, size))
-            size += -(-parameter.nbytes // ALIGNMENT) * ALIGNMENT
+            size += padded(parameter)
         self.buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
         for parameter, start in self._places:
             _part(self.buffer, parameter, start).copy_(parameter)

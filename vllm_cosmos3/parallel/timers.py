@@ -10,14 +10,8 @@ from contextlib import contextmanager
 import torch
 
 AHEAD = 300.0  # milliseconds
-PHASES = (
-    "text",
-    "vae_encode",
-    "denoise",
-    "vae_decode",
-    "sound",
-    "to_cpu",
-)  # that every request has
+# Those that every request has.
+PHASES = ("text", "vae_encode", "denoise", "vae_decode", "sound", "to_cpu")
 
 
 class Timers:

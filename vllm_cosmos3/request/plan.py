@@ -21,12 +21,12 @@ class StreamPlan:
 
     ``shape`` is vision [1, 48, T, h, w], sound [64, T_s] or action [T_a, 64]. ``known`` are the
     positions on the time axis that are given rather than generated; ``source`` is what their
-    latents are made from: for vision uint8 pixels [frames, H, W, 3] from the first known position
-    on, which the encoder may see more of than the stream's shape keeps at the right and bottom; for
-    action float32 rows of the whole shape, for sound its float32 samples [2, N]. ``rate`` is what a second holds of the material: pixel
-    frames, sound latents, action rows. Of action, ``channels`` carry numbers and the rest is zero,
-    and row 0 belongs to pixel frame ``first_frame``. Pixels that a later chunk takes over are filled up to
-    ``canvas`` (height, width), as the source of the first was, if there is one.
+    latents are made from: for vision uint8 pixels [frames, H, W, 3] from frame 0 up to the last known
+    position, which the encoder may see more of than the stream's shape keeps at the right and bottom; for
+    action float32 rows of the whole shape, for sound its float32 samples [2, N]. ``rate`` is what a second
+    holds of the material: pixel frames, sound latents, action rows. Of action, ``channels`` carry numbers
+    and the rest is zero, and row 0 belongs to pixel frame ``first_frame``. Pixels that a later chunk takes
+    over are filled up to ``canvas`` (height, width), as the source of the first was, if there is one.
 
     ``hidden_in_branches`` are the branches of guidance whose sequence leaves the stream out.
     ``positions_after`` says that its positions begin after those of the stream before, not beside

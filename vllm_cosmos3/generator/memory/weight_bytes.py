@@ -76,9 +76,8 @@ def _of_layer(
         return prod(shape) // tp * element_size
     config = model.transformer
     scales = shape[0] if _ROW_PARALLEL.search(name) else shape[0] // tp
-    last = (
-        f"layers.{config.num_hidden_layers - 1}.self_attn.to_k.weight"  # joined with values alone
-    )
+    # Joined with values alone.
+    last = f"layers.{config.num_hidden_layers - 1}.self_attn.to_k.weight"
     first = {*_FIRST_OF_JOINED, config.backbone.mlp_inputs[0]}
     scales += model.quantization.stored and (name == last or name.split(".")[-2] in first)
     return prod(shape) // tp + scales * FLOAT32

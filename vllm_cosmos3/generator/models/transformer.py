@@ -67,11 +67,8 @@ from vllm_cosmos3.parallel.mesh import (
 from vllm_cosmos3.parallel.offload import HostLayers
 
 MakeHeads = Callable[[int, int], Heads]  # of so many heads of queries and of keys, on this rank
-
-
-Extend = Callable[
-    [Tensor], Tensor
-]  # of a layer's own keys and values [S, 2, h, D]: all that it sees
+# Of a layer's own keys and values [S, 2, h, D]: all that it sees.
+Extend = Callable[[Tensor], Tensor]
 
 
 class Past(Protocol):
@@ -150,8 +147,9 @@ class Transformer(nn.Module):
     """Both towers and the adapters of each kind of latent.
 
     The matrices of the layers are FP8 where there is a ``quantization``; ``precision`` is then the mode
-    of the generation layers. ``text_device`` and ``layer_device`` are where the weights of the understanding tower and of the
-    generation layers are, if not on ``device`` with everything else; see `rest_on_host`.
+    of the generation layers. ``text_device`` and ``layer_device`` are where the weights of the
+    understanding tower and of the generation layers are, if not on ``device`` with everything else; see
+    `rest_on_host`.
     """
 
     def __init__(

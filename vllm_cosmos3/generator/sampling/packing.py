@@ -1,8 +1,8 @@
 """Streams of latents and their tokens.
 
 A stream knows which of its values are generated (its denoise mask) and what the others are (its
-clean latent). Everything that other systems call a mode is in these masks. Patches are the tokens of a video latent; sound and
-action latents are tokens already.
+clean latent). Everything that other systems call a mode is in these masks. Patches are the tokens of a
+video latent; sound and action latents are tokens already.
 
 Shapes: C channels, T latent frames, h x w latent pixels, S tokens.
 """
