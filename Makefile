@@ -13,6 +13,10 @@ COMPAT ?= 0.28.0 0.30.0 0.32.0
 BENCH ?= --quick
 SOAK ?= --quick --concurrency 64 --output-tokens 16 --fps 2 --requests 2000
 
+# The demo checkpoint's own sizes; the defaults are those of Nano, hours on a CPU.
+DEMO := --enforce-eager --max-model-len 4096 --max-num-seqs 16 \
+  --default-sampling-params '{"size": "320x192", "num_frames": 17, "fps": 12}'
+
 # A small share of the machine: vLLM would reserve half the memory and pin its threads to cores.
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_CPU_OMP_THREADS_BIND ?= nobind
@@ -32,7 +36,7 @@ demo: setup ## a small trained checkpoint makes three clips and says what they s
 
 serve: setup ## serve the small trained checkpoint (CHECKPOINT=, PORT=)
 	@$(BIN)/vllm-cosmos3 serve $(CHECKPOINT) --host 127.0.0.1 --port $(PORT) \
-	  $(if $(filter demo demo-%,$(CHECKPOINT)),--enforce-eager --max-model-len 4096 --max-num-seqs 16)
+	  $(if $(filter demo demo-%,$(CHECKPOINT)),$(DEMO))
 
 test: setup ## run the tests (PYTEST= adds arguments); as root it installs Chromium
 	@$(BIN)/python tools/chromium.py

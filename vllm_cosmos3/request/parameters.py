@@ -78,6 +78,24 @@ def prompt_parameters(request: GenerateRequest, model: ModelConfig) -> Parameter
     return _parameters(request, model, default, warnings)
 
 
+def changed_defaults(default: Defaults, request: GenerateRequest, model: ModelConfig) -> Defaults:
+    """The defaults of a mode of videos with the size, length, rate and sampling of ``request``."""
+    fps = request.fps or default.fps
+    width, height = _size(request, default)
+    guidance = request.guidance_scale
+    return replace(
+        default,
+        width=width,
+        height=height,
+        num_frames=_frames(request, model, default, fps)[0],
+        fps=fps,
+        num_inference_steps=request.num_inference_steps or default.num_inference_steps,
+        guidance_scale=default.guidance_scale if guidance is None else guidance,
+        flow_shift=request.flow_shift or default.flow_shift,
+        guidance_interval=request.guidance_interval or default.guidance_interval,
+    )
+
+
 def edit_parameters(
     request: GenerateRequest, model: ModelConfig, size: tuple[int, int]
 ) -> Parameters:

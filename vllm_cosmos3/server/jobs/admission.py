@@ -103,7 +103,7 @@ class Admission:
         self.check_open = check_open
         self.upsampling = 0  # requests whose prompt is being written
         self._jobs, self._model, self._tokenizer, self._names = jobs, model, tokenizer, names
-        self._guardrails, self._reasoner, self._defaults = guardrails, reasoner, defaults
+        self._guardrails, self._reasoner, self.defaults = guardrails, reasoner, defaults
         self._presets, self._batch_size = presets, batch_size
         self._planners = asyncio.Semaphore(PLANNERS)
 
@@ -141,7 +141,7 @@ class Admission:
         self.check_open()
         deadline = min(deadline, request.server_fields.get("deadline_seconds", deadline))
         named = {*request.fields, *media}
-        request = with_defaults(request, submission.kind, self._defaults)
+        request = with_defaults(request, submission.kind, self.defaults)
         before = continuation.source_of(request, self._jobs)
         if before is not None:
             request, media = continuation.continue_from(request, media, before, self._jobs.journal)

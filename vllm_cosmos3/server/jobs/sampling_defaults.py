@@ -7,7 +7,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from vllm_cosmos3.checkpoint.config import ModelConfig
+from vllm_cosmos3.checkpoint.kinds import VIDEO_MODES
 from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.request.defaults import Defaults, defaults_of
+from vllm_cosmos3.request.parameters import changed_defaults
 from vllm_cosmos3.request.request import from_fields
 from vllm_cosmos3.server.http.request_fields import VIDEO, ClientRequest, translate
 from vllm_cosmos3.server.jobs.value_sources import in_other_words
@@ -38,8 +42,19 @@ def read_sampling_defaults(text: str) -> dict[str, Any]:
             raise InvalidRequest(name, "given", "left out: each request says it")
         from_fields({"prompt": "a prompt", **request.fields})
     except InvalidRequest as error:
-        raise InvalidRequest(f"{OPTION}.{error.field}", error.value, error.possible) from None
+        field = f"{OPTION}.{error.field}"
+        raise InvalidRequest(field, error.value, error.possible, error.code) from None
     return request.fields
+
+
+def shown_defaults(model: ModelConfig, fields: Mapping[str, Any]) -> dict[str, Defaults]:
+    """The defaults by mode: those of the checkpoint, and for videos those of the server over them."""
+    found = dict(defaults_of(model.kind))
+    if fields:
+        request = from_fields({"prompt": "a prompt", **fields})
+        for mode in found.keys() & set(VIDEO_MODES):
+            found[mode] = changed_defaults(found[mode], request, model)
+    return found
 
 
 def with_defaults(request: ClientRequest, kind: str, defaults: Mapping[str, Any]) -> ClientRequest:

@@ -13,12 +13,12 @@ from fastapi.responses import JSONResponse, Response
 from vllm_cosmos3.checkpoint.kinds import ACTION_MODES, KINDS, WORLD_MODEL
 from vllm_cosmos3.errors import Cosmos3Error
 from vllm_cosmos3.request.controls import CONTROL_GUIDANCE
-from vllm_cosmos3.request.defaults import defaults_of
 from vllm_cosmos3.request.embodiments import EMBODIMENTS
 from vllm_cosmos3.request.sizes import MAX_TRAINED_FRAMES, TRAINED_SIZES
 from vllm_cosmos3.robots import droid
 from vllm_cosmos3.server.engine_heartbeat import EngineHeartbeat
 from vllm_cosmos3.server.http.api_errors import error_body
+from vllm_cosmos3.server.jobs.sampling_defaults import shown_defaults
 from vllm_cosmos3.server.jobs.service import Service
 from vllm_cosmos3.server.openapi.responses import Models, responses
 from vllm_cosmos3.server.routes.route import Route, service_of
@@ -58,7 +58,8 @@ def models(service: Service) -> dict[str, Any]:
 def capability(service: Service) -> dict[str, Any]:
     """What a user interface needs to know about the checkpoint."""
     actions = ACTION_MODES if service.model.transformer.action_gen else ()
-    kind, defaults = KINDS[service.model.kind], defaults_of(service.model.kind)
+    kind = KINDS[service.model.kind]
+    defaults = shown_defaults(service.model, service.admission.defaults)
     possible = (*defaults, "transfer", *actions, WORLD_MODEL)
     modes = [mode for mode in kind.modes if mode in possible]
     quantization, sound = service.model.quantization, service.model.sound
