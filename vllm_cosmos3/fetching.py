@@ -77,6 +77,10 @@ class FetchRule:
         try:
             public = is_public(host)
         except ValueError:
+            if host.replace(".", "").isdigit():
+                # aiohttp up to 3.13 takes it for an address and asks no resolver, and the system reads
+                # 2130706433 and 127.1 as 127.0.0.1.
+                raise UrlNotAllowed(f"{host} is not an address of four numbers") from None
             return  # a name, which the resolver asks about
         if not public and not self.private:
             raise UrlNotAllowed(f"{host} is not a public address")

@@ -101,9 +101,13 @@ def test_a_file_of_the_server(generator_server: Server, media_folder: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "host", ["127.0.0.1", "\uff11\uff12\uff17.0.0.1", "127\u30020\u30020\u30021"]
-)
-def test_digits_of_other_scripts_are_digits(host: str, tmp_path: Path) -> None:
+    "host",
+    [
+        "127.0.0.1", "\uff11\uff12\uff17.0.0.1", "127\u30020\u30020\u30021", "127.1", "2130706433",
+        "0177.0.0.1", "0", "127.0.0.1.", "\uff10", "user@127.1",
+    ],
+)  # fmt: skip
+def test_no_spelling_of_an_address_is_a_way_round(host: str, tmp_path: Path) -> None:
     asked = ClientRequest(
         fields={},
         server_fields={},
