@@ -304,7 +304,7 @@ ROWS = [
     Row(number=151, status=405, code="method_not_allowed", method="GET", path="/v1/cosmos3/sleep"),
     Row(number=152, status=403, code="permission_denied", path="/v1/cosmos3/start_weight_update", says="--weight-transfer"),
     Row(number=152, status=403, code="permission_denied", path="/v1/cosmos3/update_weights", send={"json": {"update_info": {"path": "/x"}}}),
-    Row(number=152, status=400, code="invalid_value", param="update_info", path="/v1/cosmos3/update_weights", send={"json": {}}),
+    Row(number=152, status=403, code="permission_denied", path="/v1/cosmos3/update_weights", send={"content": b"[" * 2**20, "headers": {"Content-Type": "application/json"}}),
 ]  # fmt: skip
 
 

@@ -272,6 +272,15 @@ def test_an_update_that_fails_leaves_the_weights(client: httpx.Client, tmp_path:
     ):
         refused = client.post(f"/v1/cosmos3/{method}", json=body)
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, param), method
+    headers = {"Content-Type": "application/json"}
+    for data, said in (
+        (b'{"update_info": ', "not JSON at character 16"),
+        (b"[" * 2**20, "nested too deeply"),
+        (b"\xff", "not JSON in UTF-8"),
+    ):
+        refused = client.post("/v1/cosmos3/update_weights", content=data, headers=headers)
+        assert refused.status_code == 400, refused.text
+        assert said in refused.json()["error"]["message"]
 
 
 def test_an_update_whose_trainer_goes_away_is_given_up(

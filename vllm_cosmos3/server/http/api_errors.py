@@ -17,6 +17,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from vllm_cosmos3.errors import LONGEST, Cosmos3Error, InvalidRequest, cut, file_error
@@ -137,8 +138,17 @@ def api_error(error: Exception, request: Request) -> Cosmos3Error:
     match error:
         case Cosmos3Error():
             return error
-        case RequestValidationError():  # of the query, as bodies are read by `body`
+        case HTTPException(__cause__=(ClientDisconnect() | RecursionError()) as cause):
+            return api_error(cause, request)
+        case HTTPException(status_code=400):  # FastAPI's, of a body that it reads
+            return ApiError("invalid_json", "the body is not JSON in UTF-8")
+        case RequestValidationError():  # of the query, or of a body that FastAPI reads
             first = error.errors()[0]
+            if first["type"] == "json_invalid":
+                said = (
+                    f"the body is not JSON at character {first['loc'][-1]}: {first['ctx']['error']}"
+                )
+                return ApiError("invalid_json", said)
             name = str(first["loc"][-1])
             return ApiError("invalid_value", f"{name}: {first['msg']}", param=name)
         case ClientDisconnect():

@@ -30,6 +30,7 @@ class Route(APIRoute):
 
         async def handler(request: Request) -> Response:
             try:
+                self.check(request)
                 response: Response = await handle(request)
             except Exception as raised:  # noqa: BLE001 - logged, and answered
                 error = api_error(raised, request)
@@ -40,6 +41,9 @@ class Route(APIRoute):
             return response
 
         return handler
+
+    def check(self, request: Request) -> None:
+        """Refuse a request before anything of its body is read; the routes that do say so here."""
 
 
 def service_of(request: Request) -> Service:
