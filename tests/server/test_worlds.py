@@ -154,6 +154,7 @@ def test_pictures_events_and_wrong_rows(client: TestClient) -> None:
         say(socket, **action, domain_name=["agibotworld"] * 3)
         say(socket, **action, domain_name="camera_pose")
         say(socket, **action, domain_id=[15, 2])
+        say(socket, **action | {"payload": [0] * 2**23})
         messages = told(socket)
     errors = [m["content"] for m in messages if m["type"] == "error"]
     assert "rows of 59 finite numbers" in errors[0]
@@ -161,6 +162,7 @@ def test_pictures_events_and_wrong_rows(client: TestClient) -> None:
     assert "one of 2, 3, 15" in errors[2]
     assert "an embodiment, or one for each of 2 rows" in errors[3]
     assert "0 beyond the numbers that the embodiment of a row has" in errors[4]
+    assert "must be of at most 4194304 bytes beside first_frame" in errors[5]
     sent = [m for m in messages if m["type"] == "frame_batch"]
     assert len(sent) == 1 + 3 * 8
     assert {m["event_id"] for m in sent} <= {None, 2}
@@ -173,13 +175,20 @@ def test_pictures_events_and_wrong_rows(client: TestClient) -> None:
     [
         ({"size": "50x50"}, "size is '50x50'"),
         ({"first_frame": "/etc/passwd"}, "base64"),
+        ({"first_frame": [0] * 2**20}, "first_frame is 'unreadable', must be bytes"),
+        ({"first_frame": b"x"}, "first_frame is '1 bytes', must be a complete PNG"),
+        ({"realtime_causal_kv_cache_num_frames": 6, "realtime_causal_sink_size": 6}, "realtime_causal_kv_cache_num_frames is 6, must be above 6"),
+        ({"realtime_causal_sink_size": -1}, "realtime_causal_sink_size is -1, must be an integer from 0"),
+        ({"action_view_point": "x"}, "action_view_point is 'x', must be one of ego_view"),
+        ({"realtime_output_format": "webp", "realtime_preview_max_width": -5}, ">= 0 - at `$.realtime_preview_max_width`"),
+        ({"condition_inputs": {"action_rows": [[]] * 2**23}}, "bytes', must be of at most 4194304 bytes beside first_frame"),
         ({"type": "event"}, "init: "),
         ({"condition_inputs": {"domain_name": "cat"}}, "one of agibotworld"),
         ({"condition_inputs": {"action_rows": [[1.0]]}}, "rows of 59"),
         ({"prompt": "forbidden"}, "the prompt was blocked by the guardrails (violence)"),
         ({"size": "128x64", "first_frame": None}, "the result was blocked by the guardrails"),
     ],
-)
+)  # fmt: skip
 def test_a_session_that_cannot_begin(client: TestClient, change: dict[str, Any], reason: str) -> None:  # fmt: skip
     with client.websocket_connect(PATH) as socket:
         say(socket, **INIT | change)

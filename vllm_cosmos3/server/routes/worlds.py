@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -28,7 +28,7 @@ from vllm_cosmos3.errors import Busy, Cosmos3Error, InvalidRequest
 from vllm_cosmos3.generator.output import Output
 from vllm_cosmos3.request.world import SessionRequest, World, find_space
 from vllm_cosmos3.server.http import keys
-from vllm_cosmos3.server.http.api_errors import slug
+from vllm_cosmos3.server.http.api_errors import SERVER_FAILED, ApiError, slug
 from vllm_cosmos3.server.jobs.service import Service
 from vllm_cosmos3.server.jobs.worlds import Worlds
 from vllm_cosmos3.server.routes.robots import (
@@ -48,6 +48,16 @@ RAW = "application/x-raw-rgb"
 DONE, FAILED = 1000, 1011  # codes of a WebSocket's end
 Message = TypeVar("Message", bound=msgspec.Struct)
 MAX_ROWS = 4096  # that wait
+# Bytes of a message beside its picture, which become objects while everybody else waits.
+MAX_PLAIN = 4 * 2**20
+CONTAINERS = (*range(0x80, 0xA0), *range(0xDC, 0xE0))  # first bytes of msgpack's maps and lists
+# Our fields in the words of the first message.
+THEIRS = {
+    "image": "first_frame",
+    "view_point": "action_view_point",
+    "history": "realtime_causal_kv_cache_num_frames",
+    "sinks": "realtime_causal_sink_size",
+}
 STILL = (0, 0, 0, 1, 0, 0, 0, 1, 0)  # a pose that does not move: no translation, no rotation
 
 
@@ -67,14 +77,23 @@ class Init(msgspec.Struct):
     size: str | None = None
     fps: float = 24.0
     seed: int = 42
-    first_frame: Any = None  # bytes or a text
+    first_frame: msgspec.Raw = msgspec.Raw(b"\xc0")  # bytes or a text
     condition_inputs: Inputs = msgspec.field(default_factory=Inputs)
     max_chunks: int | None = None
     realtime_output_format: Literal["raw", "webp", "jpeg"] = "raw"
-    realtime_preview_max_width: int | None = None
+    realtime_preview_max_width: Annotated[int, msgspec.Meta(ge=0)] | None = None
     realtime_causal_sink_size: int | None = None
     realtime_causal_kv_cache_num_frames: int | None = None
     action_view_point: str = "ego_view"
+
+
+class Picture(msgspec.Struct):
+    """Of any message, what may be large."""
+
+    first_frame: msgspec.Raw = msgspec.Raw()
+
+
+_PICTURE = msgspec.msgpack.Decoder(Picture)
 
 
 class Event(msgspec.Struct):
@@ -138,10 +157,16 @@ class Connection:
             await self._socket.close(GOING_AWAY, f"no message for {self._idle:g} seconds")
         except Busy as error:
             await self._end(POLICY_VIOLATION, error)
+        except InvalidRequest as error:
+            name = THEIRS.get(error.field, error.field)
+            named = InvalidRequest(name, error.value, error.possible, error.code)
+            await self._end(POLICY_VIOLATION, named)
         except Cosmos3Error as error:
-            refused = isinstance(error, InvalidRequest) or slug(error) == "guardrail_blocked"
-            code = POLICY_VIOLATION if refused else FAILED
-            await self._end(code, error)
+            blocked = slug(error) == "guardrail_blocked"
+            await self._end(POLICY_VIOLATION if blocked else FAILED, error)
+        except Exception:
+            logger.exception("a session failed")
+            await self._end(FAILED, ApiError("internal_error", SERVER_FAILED))
 
     async def _init(self) -> Init:
         data = await asyncio.wait_for(self._socket.receive(), self._idle or None)
@@ -236,7 +261,7 @@ class Connection:
         self, init: Init, output: Output, *, chunk: int, batch: int, last: bool
     ) -> None:
         assert output.video is not None
-        parts = list(batches(output.video, init))
+        parts = await asyncio.to_thread(lambda frames: [*batches(frames, init)], output.video)
         for place, (count, fields, payload) in enumerate(parts):
             await self._tell(
                 type="frame_batch",
@@ -277,6 +302,8 @@ def session_fields(init: Init) -> SessionRequest:
         "sinks": sinks,
     }
     if kept is not None:  # theirs counts the sinks, too
+        if kept <= (least := max(0, sinks or 0)):
+            raise InvalidRequest(THEIRS["history"], kept, f"above {least}, the sinks")
         fields["history"] = kept - (sinks or 0)
     return SessionRequest(**fields)
 
@@ -328,15 +355,18 @@ def batches(frames: np.ndarray, init: Init) -> Iterator[tuple[int, dict[str, Any
         yield 1, fields, data.getvalue()
 
 
-def _picture(given: Any) -> bytes | None:
+def _picture(given: msgspec.Raw) -> bytes | None:
     """The bytes of a picture; a text is base64, or a data URL. No file is opened and no URL fetched."""
-    if given is None or isinstance(given, bytes):
-        return given
+    value: Any = "unreadable"
     try:
-        return base64.b64decode(given.rpartition(",")[2], validate=True)
-    except (AttributeError, ValueError, binascii.Error):
+        if memoryview(given)[0] not in CONTAINERS:  # whose objects would be many times the message
+            value = msgspec.msgpack.decode(given)
+        if value is None or isinstance(value, bytes):
+            return value
+        return base64.b64decode(value.rpartition(",")[2], validate=True)
+    except (AttributeError, ValueError, binascii.Error, msgspec.DecodeError):
         possible = "bytes, or base64 of a picture"
-        raise InvalidRequest("first_frame", given, possible, "invalid_type") from None
+        raise InvalidRequest("first_frame", value, possible, "invalid_type") from None
 
 
 def _decoded(data: bytes | None, kind: type[Message]) -> Message:
@@ -344,6 +374,10 @@ def _decoded(data: bytes | None, kind: type[Message]) -> Message:
         possible = f"a msgpack map of at most {MAX_MESSAGE} bytes in a binary frame"
         raise InvalidRequest("message", "text" if data is None else len(data), possible)
     try:
+        beside = len(data) - len(memoryview(_PICTURE.decode(data).first_frame))
+        if beside > MAX_PLAIN:
+            possible = f"of at most {MAX_PLAIN} bytes beside first_frame"
+            raise InvalidRequest("message", f"{beside} bytes", possible)
         return msgspec.msgpack.decode(data, type=kind, strict=False)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest("message", "malformed", f"{kind.__name__.lower()}: {error}") from None
