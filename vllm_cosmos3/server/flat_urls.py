@@ -27,28 +27,31 @@ class FlatUrls:
         if scope["type"] != "http" or not scope["path"].endswith(PATHS):
             await self._app(scope, receive, send)
             return
-        chunks: list[bytes] = []
-        message = await receive()
-        while message["type"] == "http.request":
-            chunks.append(message.get("body", b""))
-            if not message.get("more_body"):
-                break
-            message = await receive()
-        else:  # the client has gone
-            return
-        body = in_objects(b"".join(chunks))
+        # The length is that of the body as it came.
         headers = [pair for pair in scope["headers"] if pair[0] != b"content-length"]
-        headers.append((b"content-length", str(len(body)).encode()))
         read = False
 
-        async def again() -> Message:
+        async def whole() -> Message:
             nonlocal read
             if read:
                 return await receive()
             read = True
-            return {"type": "http.request", "body": body, "more_body": False}
+            return await _rewritten(receive)
 
-        await self._app({**scope, "headers": headers}, again, send)
+        await self._app({**scope, "headers": headers}, whole, send)
+
+
+async def _rewritten(receive: Receive) -> Message:
+    """The body in one message, read when it is asked for: whoever asks for keys is behind this."""
+    chunks: list[bytes] = []
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":  # the client has gone
+            return message
+        chunks.append(message.get("body", b""))
+        if not message.get("more_body"):
+            body = in_objects(b"".join(chunks))
+            return {"type": "http.request", "body": body, "more_body": False}
 
 
 def in_objects(body: bytes) -> bytes:
