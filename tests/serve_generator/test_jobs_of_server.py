@@ -202,6 +202,48 @@ def test_a_deleted_job_stops_within_a_step(generator_server: Server) -> None:
     assert 0 < wasted < time.monotonic() - start
 
 
+def test_the_file_of_a_key_is_there_however_long_others_wait(generator_server: Server) -> None:
+    url = f"{generator_server.url}/v1/videos/sync"
+    sent = {"json": {"prompt": "a boat", **SMALL, "seed": 77, "deadline_seconds": 20}}
+    sent |= {"headers": {"Idempotency-Key": "however long"}, "timeout": HANG}
+    first = httpx.post(url, **sent)
+    assert first.status_code == 200, first.text
+    jobs = [create(generator_server, **LONG, seed=seed) for seed in range(3)]
+    other = httpx.post(url, json={"prompt": "a cat", **SMALL, "deadline_seconds": 1}, timeout=HANG)
+    assert other.json()["error"]["code"] == "estimated_wait_exceeds_deadline"
+    again = httpx.post(url, **sent)
+    for job in jobs:
+        httpx.delete(f"{generator_server.url}/v1/videos/{job['id']}")
+    assert again.status_code == 200, again.text
+    assert again.content == first.content
+
+
+def test_all_who_wait_with_a_key_are_told_why_there_is_nothing(generator_server: Server) -> None:
+    idle(generator_server)
+    sent = {"json": {"prompt": "a boat", **LONG, "seed": 78, "deadline_seconds": 2}}
+    sent |= {"headers": {"Idempotency-Key": "told"}, "timeout": HANG}
+    with ThreadPoolExecutor() as pool:
+        url = f"{generator_server.url}/v1/videos/sync"
+        answers = [*pool.map(lambda _: httpx.post(url, **sent), range(3))]
+    assert {answer.json()["error"]["code"] for answer in answers} == {"deadline_exceeded"}
+
+
+def test_who_waits_for_a_video_is_told_that_it_was_deleted(generator_server: Server) -> None:
+    url = f"{generator_server.url}/v1/videos"
+    refused = sample(generator_server, "cosmos3:requests_rejected_total")
+    with ThreadPoolExecutor() as pool:
+        sent = {"json": {"prompt": "deleted", **LONG}, "headers": {"Prefer": "wait=60"}}
+        waiting = pool.submit(httpx.post, url, **sent, timeout=HANG)
+        eventually(
+            lambda: get(generator_server, "/v1/videos").json()["data"][0]["prompt"] == "deleted"
+        )
+        name = get(generator_server, "/v1/videos").json()["data"][0]["id"]
+        assert httpx.delete(f"{url}/{name}").status_code == 200
+        answer = waiting.result()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "cancelled")
+    assert sample(generator_server, "cosmos3:requests_rejected_total") == refused
+
+
 def test_a_client_that_goes_away_stops_its_sync_request(generator_server: Server) -> None:
     idle(generator_server)
     before = sample(generator_server, "cosmos3:requests_cancelled_total")

@@ -12,6 +12,8 @@ from typing import Any, cast
 import anyio
 import httpx
 import pytest
+from limits import HANG
+from starlette.requests import Request
 
 from vllm_cosmos3.server.app import Listen, make_app
 from vllm_cosmos3.server.jobs.estimates import ThroughputEstimate
@@ -21,7 +23,7 @@ from vllm_cosmos3.server.jobs.live_jobs import LiveJobs
 from vllm_cosmos3.server.jobs.service import Service
 from vllm_cosmos3.server.jobs.video_job import COMPLETED, VideoJob
 from vllm_cosmos3.server.options import Options
-from vllm_cosmos3.server.routes.videos import remixed
+from vllm_cosmos3.server.routes.videos import _accepted, remixed
 from vllm_cosmos3.stage.messages import Status
 
 pytestmark = pytest.mark.anyio
@@ -282,6 +284,22 @@ async def test_a_wait_that_is_too_long(
     error = answer.json()["error"]
     assert (answer.status_code, error["code"]) == (503, "estimated_wait_exceeds_deadline")
     assert (error["param"], int(answer.headers["retry-after"])) == (param, seconds)
+
+
+async def test_nobody_waits_for_a_client_that_went_away(at: Stored) -> None:
+    class Unfinished(LiveJobs):
+        async def wait(self, job: VideoJob, seconds: float) -> VideoJob:
+            await anyio.sleep(min(seconds, HANG))
+            return job
+
+    async def receive() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    at.jobs.__class__ = Unfinished
+    job = VideoJob(id="a", kind="video", model="tiny", prompt="", created=0.0, effective=EFFECTIVE)
+    request = Request({"type": "http", "headers": [(b"prefer", b"wait=3600")]}, receive)
+    with anyio.fail_after(HANG):
+        await _accepted(at, request, job)
 
 
 REQUEST = {"prompt": "a boat", "width": 64, "height": 96, "num_frames": 5, "fps": 12.0}

@@ -20,7 +20,13 @@ from vllm_cosmos3.media import Clip
 from vllm_cosmos3.media_budget import Lease
 from vllm_cosmos3.progress import Preview, Progress
 from vllm_cosmos3.request.plan import Plan
-from vllm_cosmos3.server.http.api_errors import SERVER_FAILED, ApiError, retry_after, slug
+from vllm_cosmos3.server.http.api_errors import (
+    SERVER_FAILED,
+    ApiError,
+    RequestFailed,
+    retry_after,
+    slug,
+)
 from vllm_cosmos3.server.http.metrics import metrics
 from vllm_cosmos3.server.jobs.estimates import ThroughputEstimate
 from vllm_cosmos3.server.jobs.job_files import CLIP, RECORD
@@ -140,13 +146,16 @@ class LiveJobs:
         """The job when it has ended, or as it is after ``seconds``.
 
         Raises:
-            ApiError: it was deleted meanwhile.
+            RequestFailed: it was deleted meanwhile.
         """
         end = time.monotonic() + seconds
         while not job.ended and time.monotonic() < end:
             await asyncio.sleep(0.02)
             if job.id not in self._jobs:
-                job = self.get(job.id)
+                found = self.find(job.id)
+                if found is None:
+                    raise RequestFailed("cancelled", f"{job.id} was deleted while it was made")
+                job = found
         return job
 
     def delete(self, name: str) -> None:

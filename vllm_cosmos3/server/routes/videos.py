@@ -47,6 +47,7 @@ router = APIRouter(route_class=Route, tags=["Cosmos3 videos"])
 VARIANTS = {"video": (CLIP, "video/mp4"), "thumbnail": (THUMBNAIL, "image/webp"), "spritesheet": (SPRITES, "image/webp")}  # fmt: skip
 INPUTS = {"image": "input_reference", "video": "input_reference"}  # where the two are missing
 DEADLINE = "deadline_seconds"
+WATCH_SECONDS = 0.2  # between looks at whether a client that waits is still there
 POLL_SECONDS = 0.1  # between looks at a job whose events are streamed
 HEARTBEAT_SECONDS = 15.0  # of silence until an empty event keeps proxies from closing the stream
 
@@ -84,8 +85,8 @@ async def sync(request: Request) -> Response:
         raise client_request.placed(InvalidRequest("action_mode", mode, possible, "unsupported"))
     limit = service.options.sync_deadline
     deadline = min(limit, client_request.server_fields.get(DEADLINE, limit))
-    wait = service.jobs.estimated_wait()
-    if wait > deadline:
+    wait, key = service.jobs.estimated_wait(), request.headers.get("idempotency-key")
+    if wait > deadline and not (key and service.journal.by_key(key)):
         message = f"about {wait:.0f} seconds of work wait, longer than {deadline:g}"
         raise ApiError(
             "estimated_wait_exceeds_deadline",
@@ -122,14 +123,15 @@ async def result(service: Service, request: Request, job: VideoJob) -> VideoJob:
         ApiError: why there is no result.
     """
     while not job.ended:
-        job = await service.jobs.wait(job, 0.2)
+        job = await service.jobs.wait(job, WATCH_SECONDS)
         if await request.is_disconnected():
             if job.key is None:
                 service.jobs.delete(job.id)
             raise RequestFailed("cancelled", "the client went away")
     if job.status == FAILED:
         assert job.error is not None
-        service.jobs.delete(job.id)
+        with suppress(ApiError):  # another request with this key has done so
+            service.jobs.delete(job.id)
         raise RequestFailed(job.error["code"], job.error["message"])
     return job
 
@@ -336,7 +338,11 @@ async def _accepted(service: Service, request: Request, job: VideoJob) -> Respon
     headers = {}
     seconds = _preferred_wait(request)
     if seconds is not None:
-        job = await service.jobs.wait(job, seconds)
+        end = time.monotonic() + seconds
+        while not job.ended and (left := end - time.monotonic()) > 0:
+            job = await service.jobs.wait(job, min(left, WATCH_SECONDS))
+            if await request.is_disconnected():
+                break
         headers["Preference-Applied"] = f"wait={seconds:g}"
     return JSONResponse(job.public(), headers=headers)
 
