@@ -68,13 +68,35 @@ def test_a_row_that_cannot_be_read_harms_no_other(kind: str, journal: Journal) -
         assert {job.id for job in page} == {"a", "c"}
     assert journal.get("b") is None
     assert journal.holds("b")
-    journal._run("update jobs set owner = 'gone', expires = 1 where id = 'b'")
+    journal._run("update jobs set owner = 'gone' where id = 'b'")
     assert journal.orphans() == []
     assert journal.expire(quota=10**9, record_ttl=10**9) == ["b"]
     assert not journal.folder("b").exists()
     journal.delete("b", ended=True)
     journal.purge("b")
     assert not journal.holds("b")
+
+
+def test_a_key_is_of_one_job_whether_it_can_be_read_or_not(tmp_path: Path) -> None:
+    class Losing(Journal):
+        """Another process deletes a job when it is looked for."""
+
+        def _run(self, sql: str, values: tuple[object, ...] = ()) -> list[Any]:
+            if "key = ?" in sql:
+                super().delete("a", ended=False)
+            return super()._run(sql, values)
+
+    for kind in (Journal, Losing):
+        journal = kind(tmp_path / kind.__name__)
+        assert journal.add(video("a", key="key")) is None
+        changed(journal, "a", UNREADABLE["cut"])
+        if kind is Journal:
+            with pytest.raises(UnreadableRecord, match="'a'"):
+                journal.add(video("b", key="key"))
+        else:
+            assert journal.add(video("b", key="key")) is None
+        assert journal.holds("b") == (kind is Losing)
+        journal.close()
 
 
 @pytest.mark.parametrize("lost", EFFECTIVE)

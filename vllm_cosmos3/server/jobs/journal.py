@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from vllm_cosmos3.errors import Cosmos3Error, DiskFull
-from vllm_cosmos3.server.jobs.video_job import ENDED, VideoJob
+from vllm_cosmos3.server.jobs.video_job import ENDED, UnreadableRecord, VideoJob
 from vllm_cosmos3.server.storage import NAME, SPARE, Storage, StorageLost, bytes_in, unusable
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,11 @@ class Journal:
     # One job.
 
     def add(self, job: VideoJob) -> VideoJob | None:
-        """Write a new job; if its key was used before, the job that has it is given instead."""
+        """Write a new job; if its key was used before, the job that has it is given instead.
+
+        Raises:
+            UnreadableRecord: that one cannot be read.
+        """
         try:
             self._run(
                 "insert into jobs (id, kind, owner, status, created, key, body, document)"
@@ -100,7 +104,13 @@ class Journal:
                 (job.id, job.kind, self.owner, job.status, job.created, job.key, job.body, job.document()),
             )  # fmt: skip
         except sqlite3.IntegrityError:
-            return self._one("key = ?", job.key)
+            rows = self._run(f"{_READ} key = ?", (job.key,))
+            if not rows:  # it was deleted meanwhile
+                return self.add(job)
+            found = self._loaded(rows[0])
+            if found is None:
+                raise UnreadableRecord(rows[0][0]) from None
+            return found
         return None
 
     def save(self, job: VideoJob) -> None:
@@ -209,7 +219,8 @@ class Journal:
             elif status not in ENDED:
                 job = self.get(name)
                 if job is None:
-                    self._run("update jobs set status='failed' where id = ?", (name,))
+                    end = "update jobs set status = 'failed', expires = ? where id = ?"
+                    self._run(end, (time.time(), name))
                 else:
                     jobs.append(job)
         shutil.rmtree(self.storage.inputs / owner, ignore_errors=True)

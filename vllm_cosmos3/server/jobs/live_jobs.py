@@ -135,12 +135,11 @@ class LiveJobs:
     def find(self, name: str) -> VideoJob | None:
         """A job of any process; None if there is none, or no more."""
         job = self._jobs.get(name)
-        if job is not None:
-            stage_job = self._stage_jobs.get(name)
-            if stage_job is not None and job.started is None:
-                self._look_ahead(job)
-        stored = self.journal.get(name)
-        return stored and (job or stored)
+        if job is None:
+            return self.journal.get(name)
+        if name in self._stage_jobs and job.started is None:
+            self._look_ahead(job)
+        return job if self.journal.holds(name) else None  # another process may have deleted it
 
     async def wait(self, job: VideoJob, seconds: float) -> VideoJob:
         """The job when it has ended, or as it is after ``seconds``.
