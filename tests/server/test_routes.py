@@ -15,6 +15,7 @@ import pytest
 from limits import HANG
 from starlette.requests import Request
 
+from vllm_cosmos3.errors import Cosmos3Error
 from vllm_cosmos3.server.app import Listen, make_app
 from vllm_cosmos3.server.jobs.estimates import ThroughputEstimate
 from vllm_cosmos3.server.jobs.job_files import CLIP
@@ -284,6 +285,23 @@ async def test_a_wait_that_is_too_long(
     error = answer.json()["error"]
     assert (answer.status_code, error["code"]) == (503, "estimated_wait_exceeds_deadline")
     assert (error["param"], int(answer.headers["retry-after"])) == (param, seconds)
+
+
+async def test_metrics_go_on_when_the_storage_is_gone(tmp_path: Path) -> None:
+    class Asked(Stored):
+        asked = 0
+
+        def replicas(self) -> list[dict[str, Any]]:
+            self.asked += 1
+            return []
+
+    at, told = Asked(tmp_path / "storage"), []
+    at.when_ready = lambda: told.append("ready")
+    at.journal.close()
+    for _ in range(2):
+        with pytest.raises(Cosmos3Error):
+            at._tick()
+    assert (at.asked, told) == (2, ["ready"])
 
 
 async def test_nobody_waits_for_a_client_that_went_away(at: Stored) -> None:

@@ -189,11 +189,11 @@ class Service:
         return len(self.jobs) + self.admission.upsampling + self.inference.running
 
     def _tick(self) -> None:
-        self.jobs.write_changes()
         self.replicas()
         if self.status().state == "ready":
             self.when_ready, tell = _nothing, self.when_ready
             tell()
+        self.jobs.write_changes()  # last, as it fails on a full disk
 
 
 def _nothing() -> None:
