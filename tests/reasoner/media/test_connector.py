@@ -274,6 +274,7 @@ def test_files_of_the_server_stay_in_their_folder(tmp_path: Path) -> None:
         "%00.png": "image_url is ",
     }.items():
         assert says in refusal("image", f"file://{allowed}/{name}", folder=allowed)
+    assert str(allowed) not in refusal("image", "file:///etc/hostname", folder=allowed)
 
 
 def heic() -> bytes:

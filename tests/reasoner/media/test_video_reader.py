@@ -9,6 +9,7 @@ from contextlib import ExitStack, suppress
 from fractions import Fraction
 from functools import cache
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -327,6 +328,33 @@ def test_memory_is_asked_for_before_it_is_used(monkeypatch: pytest.MonkeyPatch) 
     ) as error:
         VideoReader(clip).decode([3])
     assert error.value.code == "payload_too_large"
+
+
+def test_a_clip_that_grows_holds_no_more_and_looks_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its container tells the size of the first frames, which lie further apart than FFmpeg looks."""
+    size = {"container": "mpegts", "width": 64, "height": 64}
+    large = {"container": "mpegts", "width": 512, "height": 384, "frames": 20}
+    clip = encoded(**size, frames=250) + encoded(**large)
+    reader = VideoReader(clip)
+    assert (reader.width, reader.height, len(reader)) == (64, 64, 270)
+    grown = range(255, 265)
+    (places,) = reader.windows(grown)
+    held = sum(plane.buffer_size for frame in reader._decoded.values() for plane in frame.planes)
+    assert len(places) == 10
+    assert held <= 10 * 3 * 64 * 64
+    expected = [
+        frame.reformat(64, 64, "rgb24", interpolation="BICUBIC").to_ndarray()
+        for frame in islice(av.open(BytesIO(encoded(**large))).decode(video=0), 5, 15)
+    ]
+    assert np.array_equal(np.stack([reader.pixels(number) for number in grown]), expected)
+    planes = [np.stack(reader.planes(number), axis=-1) for number in grown]
+    assert np.array_equal(planes, expected)
+    budget = MediaBudget(per_request=2**20, total=2**30)
+    monkeypatch.setattr(module, "media_budget", lambda: budget)
+    with pytest.raises(InvalidRequest, match="MiB when decoded"):
+        VideoReader(clip).decode(grown)
 
 
 def test_clip_frames_look_like_an_array_and_hold_nothing() -> None:

@@ -145,9 +145,7 @@ class Cosmos3Connector(MediaConnector):
             raise InvalidRequest(field, url, possible)
         path = Path(unquote(parts.netloc + parts.path)).resolve()
         if allowed not in path.parents:
-            raise InvalidRequest(
-                field, url, f"in the folder of --allowed-local-media-path {allowed}"
-            )
+            raise InvalidRequest(field, url, "in the folder of --allowed-local-media-path")
         if not path.is_file():
             raise InvalidRequest(field, url, "a file that exists")
         return path

@@ -111,6 +111,7 @@ class VideoReader:
             if stream.codec_context is None:
                 raise unreadable(data, "its codec is none that FFmpeg has")
             self._size = width, height = stream.width, stream.height
+            self._largest = width * height
             if 0 < most_pixels < width * height:
                 given = f"a video of {width}x{height}"
                 raise InvalidRequest(FIELD, given, f"at most {most_pixels} pixels a frame")
@@ -224,7 +225,7 @@ class VideoReader:
         """Frames ``numbers``, ascending, out of a stream of frames with their numbers."""
         found: dict[int, av.VideoFrame] = {}
         for number, frame in stream if numbers else ():
-            found[number] = frame
+            found[number] = self._fitted(frame)
             if number >= numbers[-1]:
                 break
         damaged = [number for number in numbers if number not in found]
@@ -257,13 +258,28 @@ class VideoReader:
         for index, frame in enumerate(self._play(self._packets(), codec=codec)):
             number = number_at.get(frame.pts) if self._times else index
             while waiting and number is not None and waiting[0] < number:
-                held[waiting.popleft()] = last or frame
+                held[waiting.popleft()] = self._fitted(last or frame)
             if not waiting:
                 return held
             last = frame
         if last is not None:
-            held |= dict.fromkeys(waiting, last)
+            held |= dict.fromkeys(waiting, self._fitted(last))
         return held
+
+    def _fitted(self, frame: av.VideoFrame) -> av.VideoFrame:
+        """A frame in the size of the clip: a few kilobytes may have larger ones after the first.
+
+        Raises:
+            InvalidRequest: the decoder's own ones take more memory than a request may have.
+            Busy: other requests hold that memory.
+        """
+        if (frame.width, frame.height) == self._size:
+            return frame
+        if (area := frame.width * frame.height) > self._largest:
+            more = (area - self._largest) * frame.format.padded_bits_per_pixel // 8
+            self._lease.reserve(more * self._decoder_frames, FIELD)
+            self._largest = area
+        return self._reformatted(frame, "rgb24")
 
     def _play(
         self, packets: list[Any], wanted: Container[int] | None = None, codec: Any = None
@@ -300,10 +316,13 @@ class VideoReader:
     def _as_format(self, number: int, name: str) -> av.VideoFrame:
         """A frame as it is stored, in a pixel format."""
         self.decode([number])
+        return self._reformatted(self._decoded[number], name)
+
+    def _reformatted(self, frame: av.VideoFrame, name: str) -> av.VideoFrame:
         width, height = self._size
         # The filter matters for chroma of odd sizes, and is OpenCV's.
         return _of_thread.reformatter.reformat(
-            self._decoded[number],
+            frame,
             width=width,
             height=height,
             format=name,
