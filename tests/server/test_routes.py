@@ -24,7 +24,7 @@ from vllm_cosmos3.server.jobs.live_jobs import LiveJobs
 from vllm_cosmos3.server.jobs.service import Service
 from vllm_cosmos3.server.jobs.video_job import COMPLETED, VideoJob
 from vllm_cosmos3.server.options import Options
-from vllm_cosmos3.server.routes.videos import _accepted, remixed
+from vllm_cosmos3.server.routes.videos import _accepted, _events, remixed
 from vllm_cosmos3.stage.messages import Status
 
 pytestmark = pytest.mark.anyio
@@ -302,6 +302,25 @@ async def test_metrics_go_on_when_the_storage_is_gone(tmp_path: Path) -> None:
         with pytest.raises(Cosmos3Error):
             at._tick()
     assert (at.asked, told) == (2, ["ready"])
+
+
+async def test_events_go_on_while_the_storage_is_away(at: Stored) -> None:
+    job = VideoJob(id="a", kind="video", model="tiny", prompt="", created=0.0, effective=EFFECTIVE)
+    at.journal.add(job)
+    at.jobs._jobs["a"] = job
+
+    async def receive() -> dict[str, str]:
+        await anyio.sleep(HANG)
+        return {"type": "http.disconnect"}
+
+    with anyio.fail_after(HANG):
+        events = _events(at, Request({"type": "http", "headers": []}, receive), job)
+        assert (await anext(events)).startswith("event: progress\n")
+        at.journal._db.close()
+        job.progress = 50
+        assert '"progress": 50' in await anext(events)
+        job.status = COMPLETED
+        assert (await anext(events)).startswith("event: completed\n")
 
 
 async def test_nobody_waits_for_a_client_that_went_away(at: Stored) -> None:

@@ -90,7 +90,7 @@ def slug(error: Cosmos3Error) -> str:
 
 
 def status_of(code: str) -> int:
-    return 501 if code == "not_implemented" else STATUS.get(code, 400)
+    return STATUS.get(code, 400)
 
 
 def error_body(code: str, message: str, param: str | None = None) -> dict[str, Any]:

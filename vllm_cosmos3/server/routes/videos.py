@@ -42,6 +42,7 @@ from vllm_cosmos3.server.openapi.responses import (
     responses,
 )
 from vllm_cosmos3.server.routes.route import Route, service_of
+from vllm_cosmos3.server.storage import StorageLost
 
 router = APIRouter(route_class=Route, tags=["Cosmos3 videos"])
 VARIANTS = {"video": (CLIP, "video/mp4"), "thumbnail": (THUMBNAIL, "image/webp"), "spritesheet": (SPRITES, "image/webp")}  # fmt: skip
@@ -255,7 +256,7 @@ async def remix(request: Request, video_id: VideoId) -> Response:
     service = service_of(request)
     source = service.jobs.get(video_id)
     body = await read_body(request, service.options)
-    if "input" in str(source.effective.get("mode")) or source.effective.get("mode") != "text2video":
+    if source.effective.get("mode") != "text2video":
         possible = "of a video made from text alone; send its input again to POST /v1/videos"
         raise InvalidRequest("id", video_id, possible, "unsupported")
     client_request = await asyncio.to_thread(translate, body, VIDEO)
@@ -394,6 +395,8 @@ async def _events(service: Service, request: Request, job: VideoJob) -> AsyncIte
             return
         try:
             job = service.jobs.get(job.id)
+        except StorageLost:  # it may be back at the next look, or the job may end without it
+            continue
         except ApiError:
             yield _event("deleted", VideoDeleted(id=job.id).model_dump())
             return
