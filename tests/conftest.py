@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import forked_stages
+import httpx
 import pytest
 import torch
 from hypothesis import settings
+from limits import HANG
 from lora_files import of_reasoner
 from ranks import Ranks
 from s3_server import BUCKET, s3_server
@@ -32,6 +34,10 @@ settings.load_profile("shared")
 if not torch.cuda.is_available():
     # vLLM would compile small functions in every process, which takes ten seconds each.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
+
+# httpx gives up after five seconds, which a server of a busy machine may take.
+for phase in ("connect", "read", "write", "pool"):
+    setattr(httpx._config.DEFAULT_TIMEOUT_CONFIG, phase, HANG)
 
 # Each client of httpx reads the certificates of all authorities, ten times as long as a request takes.
 ssl.create_default_context = cache(ssl.create_default_context)

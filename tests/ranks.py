@@ -25,7 +25,6 @@ from limits import HANG
 
 from vllm_cosmos3.engine_options import ParallelConfig
 
-SECONDS = 300  # until ranks that do not answer are taken for deadlocked
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(
     [
@@ -63,7 +62,7 @@ class Ranks:
             pipe.send_bytes(pickle.dumps((sys.path, parallel, rank, meeting, job)))
         results: dict[Connection, Any] = {}
         while len(results) < len(connections):
-            ready = wait([pipe for pipe in connections if pipe not in results], SECONDS)
+            ready = wait([pipe for pipe in connections if pipe not in results], HANG)
             if not ready:
                 self.stop()
                 raise AssertionError(f"{function.__name__} hangs on {parallel}")

@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from limits import HANG
 from safetensors.torch import save_file
 
 from vllm_cosmos3.checkpoint import hub as hub_module
@@ -63,7 +64,7 @@ class Hub:
             env=base | asked | environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=HANG,
             check=False,
         )
         assert done.returncode == 0, done.stderr

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from limits import HANG
 from ranks import Ranks
 
 from vllm_cosmos3.checkpoint.config import TransformerConfig
@@ -84,14 +86,16 @@ def tensor_parallel_layers(mesh: m.Mesh) -> torch.Tensor:
         return down(up(torch.linspace(-1, 1, 16).view(2, 8))[0])[0]
 
 
-def steps(mesh: m.Mesh) -> list[bool]:
+def steps(mesh: m.Mesh, folder: Path) -> list[bool]:
     """At one place, at two places, and where the last rank comes too late."""
     last, cpu = mesh.world.rank == mesh.world.size - 1, torch.device("cpu")
-    together = m.barrier(1, mesh.world, cpu, 60)
-    apart = m.barrier(2 + last, mesh.world, cpu, 60)
-    if last:
-        time.sleep(1)
-    late = m.barrier(4, mesh.world, cpu, 60 if last else 0.2)
+    together = m.barrier(1, mesh.world, cpu, HANG)
+    apart = m.barrier(2 + last, mesh.world, cpu, HANG)
+    gone = folder / "gone"
+    while last and not gone.exists():
+        time.sleep(0.01)
+    late = m.barrier(4, mesh.world, cpu, HANG if last else 0.2)
+    gone.touch()
     return [together, apart, late]
 
 
@@ -137,8 +141,8 @@ def test_collectives_are_the_identity_at_size_one() -> None:
     assert m.all_gather(x, alone)[0] is x
 
 
-def test_ranks_know_whether_they_are_in_step(ranks: Ranks) -> None:
-    first, last = ranks(parallel(1, 2, 1), steps)
+def test_ranks_know_whether_they_are_in_step(ranks: Ranks, tmp_path: Path) -> None:
+    first, last = ranks(parallel(1, 2, 1), steps, tmp_path)
     assert first == [True, False, False]
     assert last == [True, False, True]
 

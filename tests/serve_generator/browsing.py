@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from limits import HANG
 from playwright.sync_api import (
     Browser,
     BrowserContext,
@@ -24,7 +25,7 @@ MISSING = (
     "of pages out with VLLM_COSMOS3_NO_BROWSER=1"
 )
 READY = "body[data-ready]"
-PATIENCE = 120_000  # milliseconds: far above what a busy machine takes
+PATIENCE = 1000 * HANG  # milliseconds
 expect.set_options(timeout=PATIENCE)
 
 
@@ -35,7 +36,9 @@ def browsing() -> Iterator[Browser]:
     if program is None:
         pytest.fail(MISSING, pytrace=False)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(
+            executable_path=program, args=["--no-sandbox"], timeout=PATIENCE
+        )
         yield browser
         browser.close()
 

@@ -52,7 +52,8 @@ def robot(
     """A robot that is connected until the block ends."""
     headers = {} if authorization is None else {"Authorization": authorization}
     address = url.replace("http", "ws") + path
-    with connect(address, additional_headers=headers, max_size=None) as socket:
+    patience = {"open_timeout": HANG, "ping_timeout": HANG}
+    with connect(address, additional_headers=headers, max_size=None, **patience) as socket:
         yield Robot(socket, _received(socket))
 
 

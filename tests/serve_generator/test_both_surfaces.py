@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import test_catalogue as catalogue
 from browsing import READY, browsing, check_accessibility, visiting
@@ -75,7 +76,7 @@ def test_chat_about_a_generated_video(server: Server) -> None:
     assert answer.usage is not None
     assert answer.usage.completion_tokens > 0
     assert answer.usage.prompt_tokens > 20  # the video is in it
-    assert f"{video.id} completed after" in server.log.read_text()
+    eventually(lambda: f"{video.id} completed after" in server.log.read_text())
 
 
 def test_chat_answers_while_the_generator_sleeps(server: Server) -> None:
@@ -134,18 +135,16 @@ def test_pictures(server: Server) -> None:
 
 
 def test_an_engine_that_stands_still_is_told(server: Server) -> None:
-    names = {path: path.read_text() for path in Path("/proc").glob("[0-9]*/comm") if path.is_file()}
-    group = os.getpgid(server.pid)
     (engine,) = (
-        int(path.parent.name)
-        for path, name in names.items()
-        if name.startswith("VLLM::EngineCor") and os.getpgid(int(path.parent.name)) == group
+        process
+        for process in psutil.Process(server.pid).children(recursive=True)
+        if process.name().startswith("VLLM::EngineCor")
     )
-    os.kill(engine, signal.SIGSTOP)
+    engine.suspend()
     try:
         eventually(lambda: health(server)["reasoner_last_sign_of_life"] > 2)
     finally:
-        os.kill(engine, signal.SIGCONT)
+        engine.resume()
     eventually(lambda: health(server)["reasoner_last_sign_of_life"] < 2)
 
 

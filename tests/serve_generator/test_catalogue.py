@@ -517,7 +517,7 @@ def test_form_fields_and_json_make_the_same_pixels(generator_server: Server) -> 
 def test_pictures_at_urls(form: str, generator_server: Server) -> None:
     """They stay, and are deleted, as videos are."""
     send = image(n=2, response_format="url", output_format=form)["send"]
-    answer = httpx.post(f"{generator_server.url}{IMAGES}", **send, timeout=60).json()
+    answer = httpx.post(f"{generator_server.url}{IMAGES}", **send, timeout=HANG).json()
     urls = [each["url"] for each in answer["data"]]
     assert len(set(urls)) == 2
     for url in urls:

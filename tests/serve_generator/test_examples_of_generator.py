@@ -11,6 +11,7 @@ import av
 import numpy as np
 import pytest
 from generators import PICTURE, SMALL
+from limits import HANG
 from media_files import picture, png
 from PIL import Image
 from servers import Server
@@ -22,7 +23,7 @@ EXAMPLES = ROOT / "examples" / "generator"
 
 def run(folder: Path, *command: str) -> str:
     done = subprocess.run(
-        command, check=False, cwd=folder, capture_output=True, text=True, timeout=120
+        command, check=False, cwd=folder, capture_output=True, text=True, timeout=HANG
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

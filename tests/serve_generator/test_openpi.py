@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from browsing import READY, browsing, check_accessibility, visiting
+from generators import eventually
 from limits import HANG
 from playwright.sync_api import expect
 from robots import KEY, PATH, Refused, Robot, observation, robot
@@ -223,20 +225,28 @@ def test_several_robots_are_served_one_after_the_other(robot_server: Server) -> 
     assert times[1]["queue_ms"] > times[0]["denoise_ms"] / 2  # in turns nobody waits for long
 
 
+def served(arm: Robot) -> list[str]:
+    """Why a robot that has asked, and asks again, was refused until it was served."""
+    codes = []
+    while True:
+        try:
+            assert arm.receive()["actions"].shape == (32, 8)
+            return codes
+        except Refused as error:
+            codes.append(error.error["code"])
+        time.sleep(0.1)
+        arm.send(observation())
+
+
 def test_a_robot_too_many_is_told_and_may_ask_again(robot_server: Server) -> None:
     with ExitStack() as stack:
-        robots = [stack.enter_context(robot(robot_server.url)) for _ in range(6)]
+        robots = [stack.enter_context(robot(robot_server.url)) for _ in range(8)]
         for arm in robots:
             arm.send(observation())
-        refused = {}
-        for arm in robots:
-            try:
-                assert arm.receive()["actions"].shape == (32, 8)
-            except Refused as error:
-                refused[arm] = error.error["code"]
-        assert 1 <= len(refused) <= 4  # one is served and two wait, at least
-        assert set(refused.values()) == {"queue_full"}
-        assert next(iter(refused)).ask(observation())["actions"].shape == (32, 8)
+        with ThreadPoolExecutor(len(robots)) as pool:
+            refusals = list(pool.map(served, robots))
+    assert 1 <= sum(map(bool, refusals)) <= 5  # one is served and two wait, at least
+    assert {code for codes in refusals for code in codes} == {"queue_full"}
 
 
 def test_a_robot_that_goes_away_is_cancelled(robot_server: Server) -> None:
@@ -248,17 +258,14 @@ def test_a_robot_that_goes_away_is_cancelled(robot_server: Server) -> None:
         return float(line.split()[1])
 
     def wait_until_running(count: int) -> None:
-        while value("cosmos3:requests_running") != count:
-            time.sleep(0.05)
+        eventually(lambda: value("cosmos3:requests_running") == count)
 
     wait_until_running(0)  # the last test's request may still be counted when it was answered
     before = value("cosmos3:requests_cancelled_total")
     with robot(robot_server.url) as arm:
         arm.send(observation(sampling_params={"num_inference_steps": 200}))
         wait_until_running(1)
-    end = time.monotonic() + 180
-    while value("cosmos3:requests_cancelled_total") == before and time.monotonic() < end:
-        time.sleep(0.05)
+    eventually(lambda: value("cosmos3:requests_cancelled_total") > before)
     assert value("cosmos3:requests_cancelled_total") == before + 1
     with robot(robot_server.url) as arm:
         assert arm.ask(observation())["actions"].shape == (32, 8)

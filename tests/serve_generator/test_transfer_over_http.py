@@ -84,7 +84,7 @@ def test_the_example(generator_server: Server, tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", str(EXAMPLE), generator_server.url, "oil on canvas"]
     command += ["in.mp4", json.dumps(SHORT | {"blur": True})]
     done = subprocess.run(
-        command, check=False, cwd=tmp_path, capture_output=True, text=True, timeout=120
+        command, check=False, cwd=tmp_path, capture_output=True, text=True, timeout=HANG
     )
     assert done.returncode == 0, done.stdout + done.stderr
     with av.open(str(tmp_path / "repainted.mp4")) as made:

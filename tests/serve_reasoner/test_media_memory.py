@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 from grey_media import grey_clip, grey_picture
+from limits import HANG
 from media_files import data_url, encoded, turned
 from servers import Server
 
@@ -55,7 +56,7 @@ def ask(server: Server, data: bytes) -> int:
         "mm_processor_kwargs": {"fps": 24} if modality == "video" else {},
         "max_tokens": 1,
     }
-    return httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=300).status_code
+    return httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=HANG).status_code
 
 
 def memory(server: Server, name: str) -> int:

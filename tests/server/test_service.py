@@ -118,7 +118,7 @@ def test_a_client_that_goes_while_it_is_accepted_is_cancelled() -> None:
 
     async def go() -> None:
         asking = asyncio.ensure_future(inference.infer({"prompt": "go"}))
-        await asyncio.to_thread(stage.reached.wait, 60)
+        await asyncio.to_thread(stage.reached.wait, HANG)
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking
@@ -127,7 +127,7 @@ def test_a_client_that_goes_while_it_is_accepted_is_cancelled() -> None:
         while not stage.cancelled:
             await asyncio.sleep(0.01)
 
-    asyncio.run(asyncio.wait_for(go(), 60))
+    asyncio.run(asyncio.wait_for(go(), HANG))
     assert inference.running == 0
 
 

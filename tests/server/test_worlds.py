@@ -142,7 +142,8 @@ def test_what_the_server_says_of_a_simulator(client: TestClient) -> None:
 
 
 def test_pictures_events_and_wrong_rows(client: TestClient) -> None:
-    changes = {"condition_inputs": {}, "realtime_output_format": "webp", "max_chunks": 3}
+    chunks = 12  # more than are made until the last event has come
+    changes = {"condition_inputs": {}, "realtime_output_format": "webp", "max_chunks": chunks}
     with client.websocket_connect(PATH) as socket:
         say(socket, **INIT | changes)
         say(socket, type="event", kind="action", payload=[[1.0] * 7], event_id=1)
@@ -164,7 +165,7 @@ def test_pictures_events_and_wrong_rows(client: TestClient) -> None:
     assert "0 beyond the numbers that the embodiment of a row has" in errors[4]
     assert "must be of at most 4194304 bytes beside first_frame" in errors[5]
     sent = [m for m in messages if m["type"] == "frame_batch"]
-    assert len(sent) == 1 + 3 * 8
+    assert len(sent) == 1 + chunks * 8
     assert {m["event_id"] for m in sent} <= {None, 2}
     with Image.open(io.BytesIO(sent[-1]["payload"])) as picture:
         assert (picture.format, picture.size) == ("WEBP", (48, 64))

@@ -69,7 +69,7 @@ class Trainee:
         self.shards = sorted((self.other / "transformer").glob("*.safetensors"))
         engine = EngineConfig(model=self.folder, device="cpu", dtype="float32", tensor_parallel_size=2, weight_transfer="files")  # fmt: skip
         self._model, self._tokenizer = engine.read_model(), load_tokenizer(self.folder)
-        config = StageConfig(engine=engine, stage=f"{__name__}:{Unsteady.__name__}")
+        config = StageConfig(engine=engine, stage=f"{__name__}:{Unsteady.__name__}", grace=HANG)
         self.client = StageClient(config)
         self.client.wait_ready(HANG)
 
