@@ -10,9 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import EndpointConnectionError
+from generators import eventually
 
 from vllm_cosmos3.batch.claims import CLAIMS, RUNS, STALE_SECONDS, Claims, _process
-from vllm_cosmos3.batch.store import Store, store_at
+from vllm_cosmos3.batch.store import LocalStore, Store, store_at
 
 
 @pytest.fixture(params=["file", "memory", "s3"])
@@ -101,6 +103,29 @@ def test_claims_that_are_being_written_are_not_those_of_one_dead_run(store: Stor
     assert run.take("a")  # nobody will write it any more
     now = 2 * STALE_SECONDS - 1
     assert run.take("b")
+
+
+class Outage(LocalStore):
+    """A store that cannot be written to for a while, and says so in words of its own, as s3fs does."""
+
+    broken = False
+
+    def write(self, name: str, data: bytes) -> None:
+        if self.broken:
+            self.broken = False
+            raise EndpointConnectionError(endpoint_url="http://nowhere")
+        super().write(name, data)
+
+
+def test_a_run_lives_on_after_an_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_cosmos3.batch.claims.HEARTBEAT_SECONDS", 0.01)
+    store = Outage(tmp_path)
+    run = claims(store)
+    store.broken = True
+    eventually(lambda: not store.broken)
+    before = store.read(f"{RUNS}/{run.run}.json")
+    eventually(lambda: store.read(f"{RUNS}/{run.run}.json") != before)
+    run.close()
 
 
 def test_a_slow_run_sees_that_it_has_lost_a_record(store: Store) -> None:
