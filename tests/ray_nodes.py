@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+from generators import eventually
 from servers import environment
 
 from ports import free_port
@@ -51,7 +52,7 @@ def join(settings: dict[str, str], patch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def cluster(cache: Path, *flags: object, **variables: str) -> Iterator[dict[str, str]]:
-    """The environment of processes that find a cluster of one node. ``variables`` are its own."""
+    """The environment of processes that find a cluster of one node, once it is up. ``variables`` are its own."""
     port = free_port()
     settings = environment(cache) | {"RAY_ADDRESS": f"127.0.0.1:{port}"} | variables
     # Given here, as by itself Ray asks for a token if an earlier cluster has left one in the home folder.
@@ -61,6 +62,9 @@ def cluster(cache: Path, *flags: object, **variables: str) -> Iterator[dict[str,
     with (
         # Of its own, as Ray remembers the last cluster of a folder, dead or not; with a short name.
         TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder,
-        node(settings, *head, "--temp-dir", folder, *flags),
+        node(settings, *head, "--temp-dir", folder, *flags) as process,
     ):
+        written_last = Path(folder, "ray_current_cluster")
+        eventually(lambda: written_last.exists() or process.poll() is not None)
+        assert process.poll() is None, "the cluster does not start"
         yield settings

@@ -8,11 +8,11 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from generators import eventually
 from limits import HANG
 from ray_nodes import cluster
 
@@ -33,24 +33,20 @@ def finished(out: Path) -> dict[str, int]:
     return {path.parent.name: path.stat().st_mtime_ns for path in found}
 
 
-def wait_for(count: int, out: Path) -> dict[str, int]:
-    end = time.monotonic() + HANG
-    while len(done := finished(out)) < count:
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    return done
+def wait_for(count: int, out: Path) -> None:
+    eventually(lambda: len(finished(out)) >= count)
 
 
-def makers() -> list[int]:
+def makers() -> set[int]:
     """The processes of the actors that make records."""
-    found = []
+    found = set()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             line = path.read_bytes()
         except OSError:
             continue
         if line.startswith(b"ray::") and b"MapBatches(Maker)" in line:
-            found.append(int(path.parent.name))
+            found.add(int(path.parent.name))
     return found
 
 
@@ -70,14 +66,17 @@ def test_a_killed_driver_and_a_killed_actor_lose_nothing(
     command = [sys.executable, "-m", "vllm_cosmos3", "generate", str(tiny_checkpoint)]
     command += ["--input", str(file), "--out", str(out), "--ray", "--keep-going"]
     with subprocess.Popen(command, env=two_processors, start_new_session=True) as driver:
-        wait_for(5, out)
+        wait_for(2, out)
+        orphans = makers()
         driver.send_signal(signal.SIGKILL)
+    eventually(lambda: not orphans & makers())
     first = finished(out)
     assert len(first) < RECORDS
 
     def kill_an_actor() -> None:
         wait_for(len(first) + 5, out)
-        os.kill(makers()[0], signal.SIGKILL)
+        (maker,) = makers()
+        os.kill(maker, signal.SIGKILL)
 
     killer = threading.Thread(target=kill_an_actor, daemon=True)
     killer.start()
