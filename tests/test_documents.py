@@ -18,7 +18,8 @@ from vllm_cosmos3.media import write_video
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-DOCUMENTS += sorted((ROOT / "tools").rglob("*.md")) + sorted((ROOT / "integrations").rglob("*.md"))
+for folder in ("tools", "integrations", "checkpoints", "training"):
+    DOCUMENTS += sorted((ROOT / folder).rglob("*.md"))
 TEXT = {str(path.relative_to(ROOT)): path.read_text() for path in DOCUMENTS}
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
@@ -143,9 +144,21 @@ def test_subcommands_print_help_with_the_flags_that_are_named(
 
 @pytest.mark.parametrize("name", TEXT)
 def test_links_lead_somewhere(name: str) -> None:
-    for link in re.findall(r"\]\(([^)#]+)\)", TEXT[name]):
-        if not link.startswith("http"):
-            assert (ROOT / name).parent.joinpath(link).exists(), link
+    for link in re.findall(r"\]\(([^)]+)\)", TEXT[name]):
+        path, _, anchor = link.partition("#")
+        if link.startswith("http"):
+            continue
+        target = (ROOT / name).parent.joinpath(path).resolve() if path else ROOT / name
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(TEXT[str(target.relative_to(ROOT))]), link
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of the headings of a Markdown text, as GitHub and the site make them."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_the_architecture_has_a_line_for_every_room() -> None:

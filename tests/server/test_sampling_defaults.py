@@ -1,4 +1,4 @@
-"""What videos get from the server whose request does not say it, and where it is shown."""
+"""The server's own defaults for the fields of videos, and where they are shown."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def add_flag(
         group.add_argument(*flags, action="append", metavar="PATH[:SCALE]", help=text)
     else:
         metavar = UNITS.get(spec.unit, metavar or METAVARS.get(spec.kind))
-        metavar = metavar or f"{{{','.join(map(str, spec.choices))}}}"
+        metavar = metavar or f"{{{','.join(str(each) for each in spec.choices if each != '')}}}"
         parse = UNIT_PARSERS.get(spec.unit) or PARSERS.get(spec.kind, str)
         group.add_argument(*flags, type=parse, metavar=metavar, help=text)
 

@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpus",
         type=int,
         metavar="N",
-        help="also say how to divide so many GPUs, for latency and for throughput",
+        help="also say how to divide this many GPUs for latency and for throughput",
     )
     parser.add_argument("--size", metavar="WxH", help="output size (default: of the checkpoint)")  # fmt: skip
     parser.add_argument("--num-frames", type=int, metavar="N", help="number of frames; 1 for an image (default: of the checkpoint)")  # fmt: skip

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("what the generator will make; --num-frames 1 is a picture")
     for name in FIELDS:
         add_flag(output, name, SPECS[name], None)
-    drawn = parser.add_argument_group("how the reasoner draws its answer")
+    drawn = parser.add_argument_group("how the reasoner samples its answer")
     for name, value in SAMPLING.items():
         add_flag(drawn, name, SAMPLING_SPECS[name], value)
     run = parser.add_argument_group("model and device")

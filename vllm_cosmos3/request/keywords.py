@@ -171,7 +171,7 @@ class Keywords(TypedDict, total=False):
     """Timesteps with guidance (default: all; Edge policy 960,1001)."""
 
     preset: Literal["exact", "high", "fast"] | None
-    """Speed for exactness, as a set of other fields, which win if given (default: exact, or the
+    """Less exact is faster: sets other fields that are not given (default: exact, or the
     server's)."""
 
     step_cache: Literal["none", "sea"] | None

@@ -41,17 +41,19 @@ class Question:
         None, "float", "frames of the clip that are looked at, per second", low=0, above=True, high=60
     )  # fmt: skip
     max_new_tokens: int = _field(1024, "int", "longest answer", low=1, high=10**6, unit="tokens")
-    do_sample: bool = _field(False, "bool", "draw the answer at random")  # noqa: FBT003 - a default
-    temperature: float = _field(0.7, "float", "how random, 0 is not", low=0, high=100)
-    top_k: int = _field(20, "int", "likeliest tokens to draw from, 0 is all", low=0, high=2**20)
-    top_p: float = _field(0.8, "float", "probability to draw from", low=0, above=True, high=1)
+    do_sample: bool = _field(False, "bool", "sample the answer, else decode greedily")  # noqa: FBT003 - a default
+    temperature: float = _field(0.7, "float", "sampling temperature (0: greedy)", low=0, high=100)
+    top_k: int = _field(20, "int", "most likely tokens to sample from (0: all)", low=0, high=2**20)
+    top_p: float = _field(
+        0.8, "float", "probability mass to sample from", low=0, above=True, high=1
+    )
     repetition_penalty: float = _field(
-        1.0, "float", "divides what was said before, 1 is none", low=0, above=True, high=100
+        1.0, "float", "penalty on earlier tokens (1: none)", low=0, above=True, high=100
     )
     presence_penalty: float | None = _field(
-        None, "float", "against saying it again, 0 is none", low=-2, high=2
+        None, "float", "penalty on repeated tokens (0: none)", low=-2, high=2
     )
-    seed: int | None = _field(None, "int", "of the draw", low=0, high=MAX_SEED)
+    seed: int | None = _field(None, "int", "seed of the sampling", low=0, high=MAX_SEED)
     schema: Mapping[str, Any] | None = _field(None, "arrays", "JSON schema of the answer")
 
     def __post_init__(self) -> None:

@@ -272,7 +272,7 @@ class GenerateRequest:
     preset: str | None = _field(
         kind="choice",
         choices=PRESETS,
-        help="speed for exactness, as a set of other fields, which win if given (default: exact, or the server's)",
+        help="less exact is faster: sets other fields that are not given (default: exact, or the server's)",
     )
     step_cache: str | None = _field(
         kind="choice",

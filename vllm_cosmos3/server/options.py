@@ -217,15 +217,14 @@ class Options:
         "",
         "generator",
         "text",
-        "devices of the generator, e.g. 1,2,3, which replicas take in this order; again for another "
-        "replica: 0,0 (default: all visible ones)",
+        "devices of the generator, e.g. 1,2,3, given to replicas in this order; 0,0 for two replicas on "
+        "one (default: all visible ones)",
     )
     default_sampling_params: str = _option(
         "",
         "generator",
         "text",
-        "JSON object of fields that videos get whose request does not say them, such as"
-        ' {"num_frames": 121}',
+        'JSON object with defaults for the fields of videos, such as {"num_frames": 121}',
     )
     preset: str = _option(
         "", "generator", "choice", "preset of requests that name none", choices=("", *PRESETS)

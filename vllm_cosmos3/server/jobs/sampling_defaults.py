@@ -1,4 +1,4 @@
-"""Sampling defaults of a server: what videos get whose request does not say it."""
+"""Sampling defaults of a server: its own defaults for the fields of videos."""
 
 from __future__ import annotations
 
