@@ -163,12 +163,30 @@ def test_all_missing_keys_are_named_at_once(
     [
         (TRANSFORMER, {"hidden_size": "64"}, "hidden_size is '64', must be int"),
         (TRANSFORMER, {"hidden_size": True}, "hidden_size is True, must be int"),
+        (TRANSFORMER, {"num_key_value_heads": 0}, "num_key_value_heads is 0, must be at least 1"),
+        (
+            TRANSFORMER,
+            {"rope_scaling": "linear"},
+            "rope_scaling is 'linear', must be a JSON object",
+        ),
         (TRANSFORMER, {"rope_axes_dim": [8, 8]}, "rope_axes_dim is [8, 8]"),
         (TRANSFORMER, {"rope_axes_dim": [6, 5, 6]}, "are 34 and 32, must be equal"),
         (TRANSFORMER, {"num_key_value_heads": 3}, "are 2 and 0, must be equal"),
         (VAE, {"z_dim": 16}, "are 16 and 48, must be equal"),
         (VAE, {"latents_std": [1.0]}, "latents_std are 48 and 1, must be equal"),
         (SOUND, {"hop_size": 960}, "are 960 and 1920, must be equal"),
+        (
+            SCHEDULER,
+            {"fixed_step_sampler_config": [4]},
+            "fixed_step_sampler_config is [4], must be",
+        ),
+        (
+            SCHEDULER,
+            {"t_list": [1.0, 0.5, 0.5]},
+            "t_list is [1.0, 0.5, 0.5], must fall from at most 1",
+        ),
+        (SCHEDULER, {"t_list": [1000, 500]}, "t_list is [1000.0, 500.0], must fall from at most 1"),
+        (SCHEDULER, {"t_list": []}, "t_list is [], must fall from at most 1"),
     ],
 )
 def test_wrong_values_are_named(
@@ -184,6 +202,7 @@ def test_wrong_values_are_named(
     ("file", "changed", "sentence"),
     [
         (TRANSFORMER, {"hidden_act": "gelu"}, "'gelu', this version runs only 'silu' or 'relu2'"),
+        (TRANSFORMER, {"hidden_act": ["silu"]}, "['silu'], this version runs only 'silu' or"),
         (TRANSFORMER, {"hidden_act": "relu2"}, "qk_norm_for_text is True"),
         (TRANSFORMER, {"use_und_k_norm_for_gen": True}, "use_und_k_norm_for_gen is True"),
         (TRANSFORMER, {"backbone_type": "cosmos3_multiview"}, "Transfer-Auto"),

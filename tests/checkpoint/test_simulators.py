@@ -115,6 +115,8 @@ def test_others_are_recognised_and_refused(
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
+        ({BLOCK: [1]}, f"{BLOCK} is .1., must be a JSON object"),
+        ({f"{BLOCK}.conditioning": "action"}, "conditioning is 'action', must be dict"),
         ({f"{BLOCK}.chunk_size": 0}, "chunk_size is 0, must be at least 1"),
         ({f"{BLOCK}.sink_frames": None}, "sink_frames is None, must be int"),
         ({f"{BLOCK}.window_frames": "all"}, "window_frames is 'all', must be int"),
@@ -122,7 +124,7 @@ def test_others_are_recognised_and_refused(
         ({f"{BLOCK}.attention_mode": "two_way"}, "runs only 'three_way'"),
         ({f"{BLOCK}.fixed_step_sampler_config.t_list": [1.0, 1.0]}, "must fall from 1"),
         ({f"{BLOCK}.fixed_step_sampler_config.t_list": [1.0]}, "the scheduler are .* must be equal"),
-        ({f"{BLOCK}.conditioning.schema_version": 4}, "runs only 3 and 5"),
+        ({f"{BLOCK}.conditioning.schema_version": [5]}, "runs only 3 and 5"),
         ({f"{BLOCK}.conditioning.default_embodiment": "cat"}, "must be one of agibotworld"),
         ({f"{BLOCK}.conditioning.embodiments.hand_pose.domain_id": "3"}, "domain_id is '3'"),
     ],

@@ -54,7 +54,7 @@ NEMOTRON = Backbone(
     seen_key_norm="k_norm_und_for_gen",
     rounds_once=True,
 )
-BACKBONES = {backbone.hidden_act: backbone for backbone in (QWEN3, NEMOTRON)}
+BACKBONES = (QWEN3, NEMOTRON)
 
 
 def backbone_of(config: Mapping[str, Any]) -> Backbone | None:
@@ -62,4 +62,5 @@ def backbone_of(config: Mapping[str, Any]) -> Backbone | None:
 
     Older exports have no such key, and are Qwen3's.
     """
-    return BACKBONES.get(config.get("hidden_act", QWEN3.hidden_act))
+    named = config.get("hidden_act", QWEN3.hidden_act)
+    return next((backbone for backbone in BACKBONES if backbone.hidden_act == named), None)

@@ -11,6 +11,7 @@ import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ from vllm_cosmos3.errors import CheckpointError, Unsupported
 
 Config = TypeVar("Config")
 SAMPLE_RATE = 48_000  # of sound, where no model has another
+MAY_BE_ZERO = ("temporal_margin",)  # of the whole numbers, beside what a checkpoint may leave out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,6 +262,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _inner(file: Path, values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """An object in another one; empty where there is none."""
+    value = values.get(key) or {}
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{_short(file)}: {key} is {value!r}, must be a JSON object")
+    return value
+
+
 def _optional(path: Path) -> dict[str, Any]:
     """A JSON object from a file that not every checkpoint has."""
     return read_json(path) if path.exists() else {}
@@ -271,7 +281,7 @@ def _read_transformer(file: Path) -> TransformerConfig:
     if backbone is None:
         raise Unsupported(
             f"{_short(file)}: hidden_act is {values['hidden_act']!r}, "
-            f"this version runs only {' or '.join(map(repr, BACKBONES))}"
+            f"this version runs only {' or '.join(repr(each.hidden_act) for each in BACKBONES)}"
         )
     _require(
         file,
@@ -282,7 +292,7 @@ def _read_transformer(file: Path) -> TransformerConfig:
         unified_3d_mrope_reset_spatial_ids=True,
     )
     # Older exports have no rope_axes_dim; distilled ones leave out what they do not generate.
-    scaling = values.get("rope_scaling") or {}
+    scaling = _inner(file, values, "rope_scaling")
     fallback = {
         "backbone": backbone,
         "rope_axes_dim": scaling.get("mrope_section", [24, 20, 20]),
@@ -338,7 +348,7 @@ def _read_scheduler(folder: Path) -> SchedulerConfig:
     """
     file = folder / "scheduler" / "scheduler_config.json"
     values = read_json(file)
-    fixed = values.get("fixed_step_sampler_config") or {}
+    fixed = _inner(file, values, "fixed_step_sampler_config")
     _require(file, fixed, sample_type="sde")
     sigmas = _optional(folder / "modular_model_index.json").get("distilled_sigmas")
     t_list = fixed.get("t_list") or sigmas
@@ -353,7 +363,14 @@ def _read_scheduler(folder: Path) -> SchedulerConfig:
         "flow_shift": values.get("shift", 1.0),
         "t_list": t_list,
     }
-    return _read(SchedulerConfig, file, values, {}, fallback)
+    config = _read(SchedulerConfig, file, values, {}, fallback)
+    steps = config.t_list or ()
+    falling = all(a > b for a, b in pairwise((*steps, 0.0)))
+    if config.t_list is not None and not (steps and steps[0] <= 1 and falling):
+        raise CheckpointError(
+            f"{_short(file)}: t_list is {list(steps)}, must fall from at most 1 and stay above 0"
+        )
+    return config
 
 
 def _check_agreement(config: ModelConfig) -> None:
@@ -423,6 +440,9 @@ def _read(
             missing.append(key)
             continue
         found[field] = _typed(value, hint, f"{_short(file)}: {key}")
+        least = 0 if field in fallback or field in MAY_BE_ZERO else 1
+        if hint is int and found[field] < least:
+            raise CheckpointError(f"{_short(file)}: {key} is {value}, must be at least {least}")
     if missing:
         raise CheckpointError(f"{file} lacks {', '.join(missing)}")
     return kind(**found)

@@ -86,11 +86,16 @@ def simulator_kind(transformer: Mapping[str, Any], pipeline: Mapping[str, Any]) 
     if "multiview" in transformer or "multiview" in str(transformer.get("backbone_type")):
         return "transfer-auto"
     if BLOCK in transformer:
-        conditioning = transformer[BLOCK].get("conditioning") or {}
+        conditioning = _mapping(_mapping(transformer[BLOCK]).get("conditioning"))
         if "SimTransfer" in name or conditioning.get("mode") == "control_video":
             return "sim-transfer"
         return SERVED[RAW if conditioning.get("schema_version") == RAW else UNIFIED]
     return "sim-legacy" if LEGACY_BLOCK in transformer else None
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """An object, or an empty one in place of anything else, which `read_causal` refuses by name."""
+    return value if isinstance(value, dict) else {}
 
 
 def read_causal(file: Path, values: Mapping[str, Any]) -> CausalConfig | None:
@@ -181,7 +186,7 @@ class _Block:
 
 def _spaces(contract: _Block) -> dict[str, ActionSpace]:
     version = contract.values.get("schema_version")
-    if version not in SERVED:
+    if version not in (RAW, UNIFIED):
         raise Unsupported(
             f"{contract.where}: schema_version is {version!r}, this version runs only "
             f"{RAW} and {UNIFIED}"
