@@ -145,7 +145,7 @@ def flags_table(command: str) -> str:
     rows = []
     for row in FLAGS[command]:
         what = "no effect: " if row.becomes is None and not row.instead else ""
-        what += f"refused: {row.instead}" if row.instead else row.effect
+        what += f"refused: {row.instead.removeprefix('left out: ')}" if row.instead else row.effect
         rows.append(f"| {', '.join(f'`{name}`' for name in row.names)} | {what} |")
     return "\n".join(["| flag | what becomes of it |", "|---|---|", *rows])
 
