@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -346,6 +347,23 @@ def test_a_stage_that_is_killed_while_it_starts_can_be_closed() -> None:
     closing.start()
     closing.join(HANG)
     assert not closing.is_alive()
+
+
+def test_a_stage_that_cannot_be_started_again_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the memory that it has ended for lack of is not there for a new process either."""
+    client = StageClient(stage(1, 1, 1))
+    client.wait_ready(HANG)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(client_module, "start_interpreter", refuse)
+    os.kill(client._process.pid, signal.SIGKILL)
+    eventually(lambda: client.error is not None)
+    with pytest.raises(WorkerDied, match=r"cannot be started again .*Cannot allocate memory"):
+        client.submit(ToyPlan())
+    assert client.status().state == "failed"
+    client.close()
 
 
 def test_who_hears_of_the_end_of_a_closed_stage_may_cancel(

@@ -346,8 +346,7 @@ class StageClient(Stages):
             if self._error is None and not self._closing:
                 if was_up:
                     self._status = Status(state="starting")
-                    self._process = self._start_process()
-                    self.process_restarts += 1
+                    self._start_again()
                 else:
                     self._error = error
             if self._error is not None:
@@ -357,6 +356,13 @@ class StageClient(Stages):
         for job in jobs:
             job.handle(Failure(job.name, error))
         return alive
+
+    def _start_again(self) -> None:
+        try:
+            self._process = self._start_process()
+            self.process_restarts += 1
+        except OSError as error:  # such as no memory for it
+            self._error = WorkerDied(f"the stage process cannot be started again ({error})")
 
 
 def start_interpreter(environment: Mapping[str, str], told: bytes) -> subprocess.Popen[bytes]:
