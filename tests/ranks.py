@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import psutil
 from limits import HANG
 
 from vllm_cosmos3.engine_options import ParallelConfig
@@ -132,6 +133,11 @@ def processes_below(pid: int) -> set[int]:
     while more := {child for child, parent in parents.items() if parent in found} - found:
         found |= more
     return found - {pid}
+
+
+def by_age(pids: set[int]) -> list[int]:
+    """Processes, the oldest first: their numbers begin again where there are no more."""
+    return sorted(pids, key=lambda pid: (psutil.Process(pid).create_time(), pid))
 
 
 def segments_of(pids: set[int]) -> set[Path]:

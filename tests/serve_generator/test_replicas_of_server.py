@@ -17,7 +17,7 @@ import yaml
 from generators import LONG, PICTURE, SMALL, create, eventually, finished, generator
 from limits import HANG
 from prometheus_client.parser import text_string_to_metric_families
-from ranks import processes_below
+from ranks import by_age, processes_below
 from servers import Server
 
 ROOT = Path(__file__).parents[2]
@@ -87,12 +87,12 @@ def test_one_replica_is_killed_and_the_other_serves(two_replicas: Server) -> Non
     queued = create(two_replicas, **QUEUED)
     assert health(two_replicas)["queue"]["waiting"] == 1
 
-    stages = [
+    stages = {
         process
         for process in processes_below(two_replicas.pid)
         if b"vllm_cosmos3.stage.process" in Path(f"/proc/{process}/cmdline").read_bytes()
-    ]
-    os.kill(min(stages), signal.SIGKILL)  # the first one
+    }
+    os.kill(by_age(stages)[0], signal.SIGKILL)  # the first one
     eventually(lambda: health(two_replicas)["status"] == "degraded")
     answer = get(two_replicas, "/health")
     assert answer.status_code == 200

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from limits import HANG
 from PIL import Image
-from ranks import processes_below
+from ranks import by_age, processes_below
 from rollouts import PICTURE
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
@@ -216,7 +216,8 @@ def test_too_many_a_client_that_goes_and_a_rank_that_dies(client: TestClient) ->
             two.close()
             sessions(client, 1)
         service = client.app.state.cosmos3  # type: ignore[attr-defined]
-        os.kill(max(processes_below(service.stage._process.pid)), signal.SIGKILL)
+        rank = by_age(processes_below(service.stage._process.pid))[-1]
+        os.kill(rank, signal.SIGKILL)
         *_, error, end = told(one)
         assert error["code"] in ("worker_lost", "session_lost")
         assert end["code"] == 1011

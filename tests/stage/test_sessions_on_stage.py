@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ranks import processes_below
+from ranks import by_age, processes_below
 from rollouts import PICTURE
 
 from vllm_cosmos3 import Cosmos3
@@ -42,7 +42,7 @@ def test_turns_a_lost_rank_and_a_new_session(tmp_path: Path) -> None:
                 assert np.abs(mine.astype(int) - theirs.astype(int)).max() <= 1
         lost = model.session(**START)
         stage = model._runner._client._process.pid  # type: ignore[union-attr]
-        os.kill(max(processes_below(stage)), signal.SIGKILL)
+        os.kill(by_age(processes_below(stage))[-1], signal.SIGKILL)
         with pytest.raises((SessionLost, WorkerDied)):
             lost.step(ROWS[0])
         with pytest.raises(SessionLost, match="the session is gone"):
