@@ -2,9 +2,10 @@
 
     python benchmarks/batches.py CKPT --records 2000 --kills 2 -- --ray
 
-With ``--kills`` the command is killed with SIGKILL so often on its way, and resumed. What follows ``--`` goes to the command. Prints records an hour with and without the start, and the
-memory of the command's process (the driver, with Ray) while it runs: after a tenth of the records, in
-the middle and at the end. Then the index is compared with the records.
+With ``--kills N`` the command is killed with SIGKILL N times on its way, and resumed. What follows
+``--`` goes to the command. Prints records an hour with and without the start, and the memory of the
+command's process (the driver, with Ray) while it runs: after a tenth of the records, in the middle and
+at the end. Then the index is compared with the records.
 """
 
 from __future__ import annotations

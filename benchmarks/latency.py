@@ -11,8 +11,9 @@ setting of the engine, ``--engine '{"quantization": "fp8"}'``, which the report 
 Phases and steps are timed by events on the device that nothing waits for, the total by the host's
 clock. The tail is what is left of the total: sound, frames to the host, Python. Writing MP4 is not
 in it; ``--save`` times that apart, and ``--mp4`` puts it into the total: the file is written while
-frames are decoded, and a smooth clip takes the place of the noise that random weights make. Every request has prompt tokens of its own, so that no cache of
-texts can answer for them, and the same negative ones, as users have.
+frames are decoded, and a smooth clip takes the place of the noise that random weights make. Every
+request has prompt tokens of its own, so that no cache of texts helps, and the same negative ones, as
+is usual.
 """
 
 from __future__ import annotations

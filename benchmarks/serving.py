@@ -3,8 +3,9 @@
     python benchmarks/serving.py --url http://127.0.0.1:8000 --kind videos --requests 20 \\
         --concurrency 4 --fields '{"size": "320x192", "num_frames": 25}'
 
-Closed loop keeps ``--concurrency`` requests under way; ``--rate`` sends them at that many a second,
-whatever the server does. ``--distinct`` gives each a prompt of its own, whose text nobody has read. ``--kind polls`` makes one long video and asks how far it is. Prints a table; ``--json FILE`` writes the same as JSON.
+A closed loop keeps ``--concurrency`` requests under way; ``--rate`` sends that many a second, whatever
+the server does. ``--distinct`` gives each a prompt of its own, so that no text is cached. ``--kind polls``
+makes one long video and polls its state. Prints a table; ``--json FILE`` writes the same as JSON.
 """
 
 from __future__ import annotations
