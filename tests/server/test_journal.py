@@ -7,10 +7,12 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from generators import eventually
 
 from vllm_cosmos3.errors import DiskFull, InvalidRequest
 from vllm_cosmos3.server import storage as storages
@@ -75,6 +77,22 @@ def test_a_row_that_cannot_be_read_harms_no_other(kind: str, journal: Journal) -
     journal.delete("b", ended=True)
     journal.purge("b")
     assert not journal.holds("b")
+
+
+def test_reading_waits_for_no_write_of_another_process(journal: Journal) -> None:
+    journal.add(video("a"))
+    other = sqlite3.connect(journal.storage.journal_file, isolation_level=None)
+    other.execute("begin immediate")
+    with ThreadPoolExecutor() as pool:
+        written = pool.submit(journal.add, video("b"))
+        eventually(journal._lock.locked)
+        assert journal.get("a") is not None
+        assert journal.page(after=None, limit=9, newest_first=True)
+        assert not written.done()
+        other.execute("commit")
+        assert written.result() is None
+    other.close()
+    assert journal.get("b") is not None
 
 
 def test_a_key_is_of_one_job_whether_it_can_be_read_or_not(tmp_path: Path) -> None:

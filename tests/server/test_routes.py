@@ -316,7 +316,7 @@ async def test_events_go_on_while_the_storage_is_away(at: Stored) -> None:
     with anyio.fail_after(HANG):
         events = _events(at, Request({"type": "http", "headers": []}, receive), job)
         assert (await anext(events)).startswith("event: progress\n")
-        at.journal._db.close()
+        at.journal._reader.close()
         job.progress = 50
         assert '"progress": 50' in await anext(events)
         job.status = COMPLETED

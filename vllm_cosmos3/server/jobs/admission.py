@@ -177,18 +177,18 @@ class Admission:
             upsampled_prompt=caption,
         )
         journal = self._jobs.journal
-        other = journal.add(job)
+        other = await asyncio.to_thread(journal.add, job)
         if other is not None:
             return self._same(other, body)
         try:
             if before is not None:
                 await asyncio.to_thread(continuation.prepare, job, plan, before, journal)
-                journal.save(job)
+                await asyncio.to_thread(journal.save, job)
             show = bool(request.server_fields.get("preview")) and self.shows_previews
             await asyncio.to_thread(self._jobs.submit, job, plan, deadline, pixels, preview=show)
         except Exception:
             with suppress(Cosmos3Error):
-                journal.purge(job.id)
+                await asyncio.to_thread(journal.purge, job.id)
             raise
         return job
 

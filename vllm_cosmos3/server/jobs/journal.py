@@ -66,10 +66,11 @@ class Journal:
         self.storage = Storage(folder)
         self.owner = uuid.uuid4().hex
         self.inputs = self.storage.inputs / self.owner
-        self._lock = threading.Lock()
+        self._lock, self._read_lock = threading.Lock(), threading.Lock()
         self._unreadable: set[str] = set()  # rows that were logged
         try:
             self._db = _opened(self.storage)
+            self._reader = _connected(self.storage.journal_file)
             self._held = self._lock_of(self.owner)
             self.inputs.mkdir()
         except (OSError, sqlite3.Error) as error:
@@ -78,8 +79,9 @@ class Journal:
         assert self._held is not None  # the name is new
 
     def close(self) -> None:
-        with self._lock:
+        with self._lock, self._read_lock:
             self._db.close()
+            self._reader.close()
         shutil.rmtree(self.inputs, ignore_errors=True)
         (self.storage.owners / self.owner).unlink(missing_ok=True)
         if self._held is not None:
@@ -294,9 +296,12 @@ class Journal:
         return job
 
     def _run(self, sql: str, values: tuple[object, ...] = ()) -> list[Any]:
+        """The rows of a statement. Reads wait for no write, which may wait for another process."""
+        reads = sql.startswith("select")
+        database, lock = (self._reader, self._read_lock) if reads else (self._db, self._lock)
         try:
-            with self._lock:
-                return self._db.execute(sql, values).fetchall()
+            with lock:
+                return database.execute(sql, values).fetchall()
         except sqlite3.IntegrityError:
             raise
         except sqlite3.Error as error:
@@ -334,7 +339,7 @@ def _opened(storage: Storage) -> sqlite3.Connection:
     """
     file = storage.journal_file
     _check_whole(storage)
-    database = sqlite3.connect(file, timeout=30, isolation_level=None, check_same_thread=False)
+    database = _connected(file)
     try:
         (found,) = database.execute("pragma quick_check(1)").fetchone()
         if found != "ok":
@@ -355,6 +360,11 @@ def _opened(storage: Storage) -> sqlite3.Connection:
             raise
         raise damaged(file, str(error)) from None
     return database
+
+
+def _connected(file: Path) -> sqlite3.Connection:
+    """A connection for any thread; what it cannot do within 30 seconds is an error."""
+    return sqlite3.connect(file, timeout=30, isolation_level=None, check_same_thread=False)
 
 
 def _check_whole(storage: Storage) -> None:

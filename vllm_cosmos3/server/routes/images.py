@@ -96,7 +96,7 @@ async def _made(service: Service, request: Request, client_request: ClientReques
             await asyncio.to_thread(_encoded, folder / name, form, quality) for name in job.files
         ]
     finally:
-        service.jobs.delete(job.id)
+        await asyncio.to_thread(service.jobs.delete, job.id)
     if shape == "file":
         return _as_file(job.id, pictures, form)
     texts = [base64.b64encode(picture).decode() for picture in pictures]

@@ -114,7 +114,7 @@ async def sync(request: Request) -> Response:
         raise RequestFailed("expired", "the video was deleted to make room") from None
     finally:
         if job.key is None:
-            service.jobs.delete(job.id)
+            await asyncio.to_thread(service.jobs.delete, job.id)
 
 
 async def result(service: Service, request: Request, job: VideoJob) -> VideoJob:
@@ -127,12 +127,12 @@ async def result(service: Service, request: Request, job: VideoJob) -> VideoJob:
         job = await service.jobs.wait(job, WATCH_SECONDS)
         if await request.is_disconnected():
             if job.key is None:
-                service.jobs.delete(job.id)
+                await asyncio.to_thread(service.jobs.delete, job.id)
             raise RequestFailed("cancelled", "the client went away")
     if job.status == FAILED:
         assert job.error is not None
         with suppress(ApiError):  # another request with this key has done so
-            service.jobs.delete(job.id)
+            await asyncio.to_thread(service.jobs.delete, job.id)
         raise RequestFailed(job.error["code"], job.error["message"])
     return job
 
@@ -184,7 +184,7 @@ async def retrieve(request: Request, video_id: VideoId) -> Response:
 )
 async def delete(request: Request, video_id: VideoId) -> Response:
     """Delete a video; if it is not done, stop making it."""
-    service_of(request).jobs.delete(video_id)
+    await asyncio.to_thread(service_of(request).jobs.delete, video_id)
     return JSONResponse(VideoDeleted(id=video_id).model_dump())
 
 
