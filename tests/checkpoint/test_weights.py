@@ -143,9 +143,10 @@ def test_an_absent_shard_is_named(tmp_path: Path, shards: int) -> None:
         load_weights(Small(), NEEDED, tmp_path, SHAPES)
 
 
-def test_an_index_without_map_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("index", ["{}", '{"weight_map": {"proj.weight": 1}}'])
+def test_an_index_without_map_is_named(index: str, tmp_path: Path) -> None:
     write(tmp_path, *halves(tensors()))
-    (tmp_path / f"{STEM}.safetensors.index.json").write_text("{}")
+    (tmp_path / f"{STEM}.safetensors.index.json").write_text(index)
     with pytest.raises(CheckpointError, match="has no weight_map"):
         load_weights(Small(), NEEDED, tmp_path, SHAPES)
 

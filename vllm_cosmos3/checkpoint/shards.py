@@ -57,8 +57,8 @@ def shard_files(folder: Path) -> list[Path]:
     if not index.exists():
         return [folder / f"{STEM}.safetensors"]
     names = read_json(index).get("weight_map")
-    if not isinstance(names, dict):
-        raise CheckpointError(f"{index} has no weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensors to files")
     return [folder / name for name in sorted(set(names.values()))]
 
 
