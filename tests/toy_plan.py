@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,12 +35,31 @@ def stage(
 
 
 @dataclass(frozen=True)
+class Gate:
+    """A moment of a request at which its last rank waits until it may pass. ``folder`` is one of all processes."""
+
+    folder: Path
+
+    def wait(self) -> None:
+        (self.folder / "reached").touch()
+        while not (self.folder / "open").exists():
+            time.sleep(0.01)
+
+    def open(self) -> None:
+        (self.folder / "open").touch()
+
+    @property
+    def reached(self) -> bool:
+        return (self.folder / "reached").exists()
+
+
+@dataclass(frozen=True)
 class ToyPlan:
     """``faults`` maps a moment ("encode", "step 2", "decode", "finish") to what happens then.
 
     A fault is "all" or "one" rank raising before a collective, "invalid", "memory" (on all ranks),
     "memory one", "hang" or "kill" on the last rank, or "crowded" until it is tried a second time.
-    ``gates`` maps a moment to a file, for which the last rank waits there.
+    ``gates`` maps a moment to the gate that is there.
     ``result`` is "broken" if it cannot be pickled after its first MiB, "deadly" if its rank dies
     there, and "unreadable" if it cannot be read again.
     """
@@ -47,7 +67,7 @@ class ToyPlan:
     steps: int = 3
     seconds: float = 0.0
     faults: dict[str, str] = field(default_factory=dict)
-    gates: dict[str, Path] = field(default_factory=dict)
+    gates: dict[str, Gate] = field(default_factory=dict)
     result: str = "sound"
 
 

@@ -142,8 +142,8 @@ class Toy:
     def _moment(self, plan: ToyPlan, name: str) -> None:
         fault, gate = plan.faults.get(name), plan.gates.get(name)
         last = self.mesh.world.rank == self.mesh.world.size - 1
-        while gate is not None and last and not gate.exists():
-            time.sleep(0.01)
+        if gate is not None and last:
+            gate.wait()
         if fault == "all":
             raise RuntimeError(f"all ranks fail, this is {self.mesh.world.rank}")
         if fault == "invalid":

@@ -20,7 +20,7 @@ import pytest
 from generators import eventually
 from limits import HANG
 from ranks import processes_below, remaining, segments_of
-from toy_plan import ToyPlan, stage
+from toy_plan import Gate, ToyPlan, stage
 
 from vllm_cosmos3.errors import (
     Busy,
@@ -148,7 +148,8 @@ def test_requests_of_one_batch_step_together_until_one_is_cancelled(
     client: StageClient, tmp_path: Path
 ) -> None:
     heard: list[Progress] = []
-    plan = ToyPlan(steps=20, gates={"step 3": tmp_path / "gate"})
+    gate = Gate(tmp_path)
+    plan = ToyPlan(steps=20, gates={"step 3": gate})
     with all_at_once(client):
         alike = [client.submit(plan, batch=TOGETHER, report=heard.append)]
         cancelled = client.submit(plan, batch=TOGETHER)
@@ -156,10 +157,10 @@ def test_requests_of_one_batch_step_together_until_one_is_cancelled(
         late = client.submit(ToyPlan(steps=2), batch=TOGETHER)  # the batch is full
         other = client.submit(ToyPlan(steps=6), batch=Batch(key="another", size=4))
         shown = client.submit(ToyPlan(steps=2), batch=TOGETHER, show=lambda _: None)
-    eventually(lambda: cancelled.progress is not None and cancelled.progress.step == 3)
+    eventually(lambda: gate.reached)
     cancelled.cancel()
     client.status()  # by then it knows
-    (tmp_path / "gate").touch()
+    gate.open()
     results = [job.result(HANG) for job in alike]
     with pytest.raises(Cancelled):
         cancelled.result(HANG)
@@ -220,13 +221,14 @@ def test_it_stays_awake_if_requests_do_not_end(client: StageClient) -> None:
 def test_it_sleeps_once_requests_have_ended_however_late(
     client: StageClient, tmp_path: Path
 ) -> None:
-    job = client.submit(ToyPlan(gates={"decode": tmp_path / "gate"}))
-    eventually(lambda: client.status().call == "decode")
+    gate = Gate(tmp_path)
+    job = client.submit(ToyPlan(gates={"decode": gate}))
+    eventually(lambda: gate.reached)
     with ThreadPoolExecutor(1) as pool:
         sleeping = pool.submit(client.maintain, "sleep", patience=0.0)
         eventually(lambda: len(client._jobs) == 2)
         client.status()  # by then it knows
-        (tmp_path / "gate").touch()
+        gate.open()
         assert job.result(HANG).total == 6
         sleeping.result(HANG)
     assert client.status().state == "sleeping"
@@ -284,16 +286,17 @@ def test_a_short_request_overtakes_a_long_one(client: StageClient) -> None:
 
 
 def test_cancel_frees_the_stage_within_one_step(client: StageClient, tmp_path: Path) -> None:
-    plan = ToyPlan(steps=10_000, gates={"step 2": tmp_path / "gate"})
+    gate = Gate(tmp_path)
+    plan = ToyPlan(steps=10_000, gates={"step 2": gate})
     job = client.submit(plan, seconds=LONG)
     waiting = client.submit(ToyPlan(), seconds=LONG)
-    eventually(lambda: job.progress is not None and job.progress.step == 2)
+    eventually(lambda: gate.reached)
     waiting.cancel()
     with pytest.raises(Cancelled):
         waiting.result(HANG)
     job.cancel()
     client.status()  # by then it knows
-    (tmp_path / "gate").touch()
+    gate.open()
     with pytest.raises(Cancelled):
         job.result(HANG)
     assert job.progress is not None
@@ -571,13 +574,14 @@ def test_a_fault_fails_its_request_only(
 def test_a_request_without_room_beside_others_waits_for_them(
     client: StageClient, tmp_path: Path
 ) -> None:
-    plan = ToyPlan(steps=40, gates={"encode": tmp_path / "gate"})
+    gate = Gate(tmp_path)
+    plan = ToyPlan(steps=40, gates={"encode": gate})
     beside = client.submit(plan, seconds=LONG)
     order: list[str] = []
     beside.future.add_done_callback(lambda _: order.append("beside"))
     crowded = client.submit(ToyPlan(steps=1, faults={"encode": "crowded"}), seconds=1.0)
     crowded.future.add_done_callback(lambda _: order.append("crowded"))
-    (tmp_path / "gate").touch()
+    gate.open()
     assert crowded.result(HANG).total == 2
     assert beside.result(HANG).total == 80
     eventually(lambda: len(order) == 2)
@@ -605,12 +609,12 @@ import sys, time
 sys.path[:0] = {paths!r}
 from vllm_cosmos3.imports import end_at_once
 end_at_once()
-from toy_plan import ToyPlan, stage
+from toy_plan import Gate, ToyPlan, stage
 from vllm_cosmos3.stage.client import StageClient
 client = StageClient(stage(1, 2, 1))
 client.wait_ready(600)
 print(client._folder, client._process.pid, flush=True)
-process, gate = client._process, client._folder / "gate"
+process, gate = client._process, Gate(client._folder)
 plan = ToyPlan(gates={{"step 1": gate}})
 jobs = [client.submit(plan, seconds=1000.0) for _ in range(2)]
 while client.status().running == 0:
@@ -658,7 +662,7 @@ def test_sigterm_drains() -> None:
         "    client.submit(ToyPlan())\n"
         "except Exception as error:\n"
         "    print(type(error).__name__)\n"
-        "gate.touch()\n"
+        "gate.open()\n"
         "print([job.result().total for job in jobs])\n"
         "print(process.wait())\n"
     )
