@@ -38,6 +38,7 @@ WITH_REASONING: Json = WITHOUT_REASONING | {
     "top_p": 0.95,
     "presence_penalty": 0.0,
 }
+GREEDY: Json = {"temperature": 0.0}
 REASONING_FORMAT = """
 
 Answer the question using the following format:
@@ -48,9 +49,7 @@ Your reasoning.
 
 Write your final answer immediately after the </think> tag."""
 
-# Four frames a second of the clip, as in the cookbook. The server needs --trust-request-mm-kwargs
-# where vLLM has that option; `vllm-cosmos3 serve` sets it.
-FRAMES: Json = {"fps": 4, "do_sample_frames": True}
+FPS = 4.0  # of a clip that are seen, as in the cookbook
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +68,18 @@ class Reasoner:
     """A connection. ``model`` is asked from the server when it is not given.
 
     ``constrain`` holds answers to the JSON schema where a question has one. ``file_urls`` sends paths
-    as file:// URLs, for a server on this machine that runs with --allowed-local-media-path.
+    as file:// URLs, for a server on this machine that runs with --allowed-local-media-path. ``fps``
+    frames a second of a clip are seen, None being as many as the checkpoint says; the server needs
+    --trust-request-mm-kwargs for it where vLLM has that option, and `vllm-cosmos3 serve` sets it.
+    ``greedy`` takes the likeliest token each time instead of sampling.
     """
 
     base_url: str = "http://127.0.0.1:8000/v1"
     model: str | None = None
     constrain: bool = False
     file_urls: bool = False
+    fps: float | None = FPS
+    greedy: bool = False
     max_tokens: int = 4096
     seed: int = 0
 
@@ -97,6 +101,8 @@ class Reasoner:
         model = self.model or client.models.list().data[0].id
         schema = schema if self.constrain else None
         text = question + (REASONING_FORMAT if reasoning and schema is None else "")
+        sampling = WITH_REASONING if reasoning else WITHOUT_REASONING
+        frames = {"fps": self.fps, "do_sample_frames": True}
         chunks = client.chat.completions.create(
             model=model,
             messages=[message(text, image=image, video=video, file_urls=self.file_urls)],
@@ -105,8 +111,8 @@ class Reasoner:
             stream=True,
             stream_options={"include_usage": True},
             extra_body={
-                **(WITH_REASONING if reasoning else WITHOUT_REASONING),
-                **({"mm_processor_kwargs": FRAMES} if video is not None else {}),
+                **(GREEDY if self.greedy else sampling),
+                **({"mm_processor_kwargs": frames} if video is not None and self.fps else {}),
                 **({"structured_outputs": {"json": schema}} if schema is not None else {}),
             },
         )
@@ -161,6 +167,9 @@ def arguments(
     parser.add_argument("--out", type=Path, default=Path("cosmos3-examples"), help="for pictures")
     parser.add_argument("--constrain", action="store_true", help="hold JSON answers to a schema")
     parser.add_argument("--file-urls", action="store_true", help="send paths instead of the bytes")
+    parser.add_argument(
+        "--greedy", action="store_true", help="no sampling: for the demo checkpoint"
+    )
     parser.add_argument("--max-tokens", type=int, default=4096)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

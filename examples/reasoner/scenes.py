@@ -39,10 +39,10 @@ def media(name: str, folder: str | Path = "cosmos3-examples") -> Path:
 
 
 def write_clip(path: Path, scene: Scene, seconds: float = SECONDS, fps: int = FPS) -> None:
-    """Write the scene as H.264 in MP4, ``seconds * fps`` frames."""
+    """Write the scene as H.264 in MP4, ``seconds * fps`` frames of even width and height."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=fps, options={"crf": "20"})
-        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        (stream.width, stream.height), stream.pix_fmt = scene(0.0).size, "yuv420p"
         count = round(seconds * fps)
         for index in range(count):
             frame = av.VideoFrame.from_image(scene(index / max(1, count - 1)))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 from limits import HANG
+from PIL import Image
 from servers import Server
 
 from client import message
@@ -65,6 +68,28 @@ def test_the_served_clip_is_that_of_python(
         prompts[0].confirmed(served.astype(np.uint8))["all"]
         == prompts[0].confirmed(clips[0])["all"]
     )
+
+
+def test_a_clip_is_made_and_asked_about(server: Server, tmp_path: Path) -> None:
+    """By the example: it prints a line for each question."""
+    script = Path(__file__).parents[2] / "examples" / "make_and_ask.py"
+    command = [sys.executable, str(script), "--url", server.url, "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False)
+    assert done.returncode == 0, done.stderr
+    right = (
+        "A red square pushes a blue circle to the right",
+        "There are two things.",
+        "The circle is blue.",
+        "It is a square.",
+        "Is there a gripper?  No.",
+        "They touch after 0.",
+        "physically plausible?  Yes.",
+        "The blue circle is pushed to the right.",
+        "red square in the first frame",
+    )
+    assert sum(words in done.stdout for words in right) >= 8, done.stdout
+    picture = np.asarray(Image.open(tmp_path / "asked.png"))
+    assert (picture == 255).all(-1).any(), "a box and a point"
 
 
 def test_requests_name_the_checkpoint_as_the_command_did(server: Server) -> None:
