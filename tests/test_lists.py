@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from generators import eventually
 
 from vllm_cosmos3 import Cosmos3
 from vllm_cosmos3.cli import main
@@ -21,6 +23,7 @@ from vllm_cosmos3.generator.output import Output, Progress
 PICTURE: dict[str, Any] = {"size": "96x64", "num_frames": 1, "num_inference_steps": 3}
 LATENTS = PICTURE | {"output_type": "latent"}
 LIMIT = 4
+MAIN = threading.main_thread().ident or 0
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +81,22 @@ def test_a_list_is_cancelled_with_its_step(model: Cosmos3) -> None:
     fields = PICTURE | {"prompt": "a boat", "num_inference_steps": 200}
     with pytest.raises(Cancelled, match="of 200 steps"):
         model._generate([fields] * 6, {}, lambda _: cancelled.set(), cancelled)
+
+
+def test_an_interrupt_of_a_list_that_waits_leaves_room_for_the_next(model: Cosmos3) -> None:
+    def interrupt(_: Progress) -> None:
+        eventually(lambda: not model._slots._free._value)  # the list has all slots but this one
+        signal.pthread_kill(MAIN, signal.SIGINT)
+        raise Cancelled("by the test")
+
+    one = threading.Thread(target=pytest.raises, args=(Cancelled, model.generate, PICTURE),
+                           kwargs={"prompt": "a boat", "progress": interrupt})  # fmt: skip
+    one.start()
+    eventually(lambda: model._slots._free._value == LIMIT - 1)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate([PICTURE] * 2, prompt="a boat")
+    one.join()
+    assert len(model.generate([PICTURE] * 2, prompt="a boat")) == 2
 
 
 def test_without_the_memory_for_a_batch_a_list_is_made_all_the_same(

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
@@ -106,14 +106,11 @@ class _Slots:
 
     @contextmanager
     def taken(self, *, all_of_them: bool) -> Iterator[None]:
-        count = self._count if all_of_them else 1
-        with self._taking:
-            for _ in range(count):
-                self._free.acquire()
-        try:
+        with ExitStack() as slots:
+            with self._taking:
+                for _ in range(self._count if all_of_them else 1):
+                    slots.enter_context(self._free)
             yield
-        finally:
-            self._free.release(count)
 
 
 class Cosmos3(Closing):

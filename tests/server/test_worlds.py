@@ -182,6 +182,7 @@ def test_pictures_events_and_wrong_rows(client: TestClient) -> None:
         ({"realtime_causal_sink_size": -1}, "realtime_causal_sink_size is -1, must be an integer from 0"),
         ({"action_view_point": "x"}, "action_view_point is 'x', must be one of ego_view"),
         ({"realtime_output_format": "webp", "realtime_preview_max_width": -5}, ">= 0 - at `$.realtime_preview_max_width`"),
+        ({"max_chunks": -1}, ">= 0 - at `$.max_chunks`"),
         ({"condition_inputs": {"action_rows": [[]] * 2**23}}, "bytes', must be of at most 4194304 bytes beside first_frame"),
         ({"type": "event"}, "init: "),
         ({"condition_inputs": {"domain_name": "cat"}}, "one of agibotworld"),

@@ -79,7 +79,7 @@ class Init(msgspec.Struct):
     seed: int = 42
     first_frame: msgspec.Raw = msgspec.Raw(b"\xc0")  # bytes or a text
     condition_inputs: Inputs = msgspec.field(default_factory=Inputs)
-    max_chunks: int | None = None
+    max_chunks: Annotated[int, msgspec.Meta(ge=0)] | None = None
     realtime_output_format: Literal["raw", "webp", "jpeg"] = "raw"
     realtime_preview_max_width: Annotated[int, msgspec.Meta(ge=0)] | None = None
     realtime_causal_sink_size: int | None = None
