@@ -64,6 +64,30 @@ def test_an_end_that_cannot_be_written_is_written_later(tmp_path: Path) -> None:
     journal.close()
 
 
+def test_who_has_a_job_from_the_journal_is_told_its_end_though_another_deletes_it(
+    tmp_path: Path,
+) -> None:
+    journal, stage = Journal(tmp_path), HandedOver()
+    jobs = LiveJobs(journal, cast("Any", stage), Options(), ThroughputEstimate(), ranks=1)
+    job = VideoJob(id="a", kind="sync", model="m", prompt="", created=0.0)
+    journal.add(job)
+    found = journal.get("a")  # by its key, while the stage is about to take it
+    assert found is not None
+    with MediaBudget(per_request=100, total=100).lease() as pixels:
+        jobs.submit(job, cast("Any", SimpleNamespace(batch=None)), 60.0, pixels)
+
+    async def wait_while_it_fails() -> VideoJob:
+        waiting = asyncio.ensure_future(jobs.wait(found, HANG))
+        await asyncio.sleep(0.1)  # the other looks earlier
+        stage.future.set_exception(Cosmos3Error("no"))
+        jobs.delete("a")
+        return await waiting
+
+    ended = asyncio.run(wait_while_it_fails())
+    assert (ended.status, ended.error) == (FAILED, {"code": "internal_error", "message": "no"})
+    journal.close()
+
+
 class HandedOver:
     """A stage with one request."""
 

@@ -147,14 +147,17 @@ class LiveJobs:
         Raises:
             RequestFailed: it was deleted meanwhile.
         """
+        deleted = RequestFailed("cancelled", f"{job.id} was deleted while it was made")
         end = time.monotonic() + seconds
         while not job.ended and time.monotonic() < end:
+            # That in memory will know its end, even if it is deleted at once.
+            found = self._jobs.get(job.id) or self.find(job.id)
+            if found is None:
+                raise deleted
+            job = found
             await asyncio.sleep(0.02)
-            if job.id not in self._jobs:
-                found = self.find(job.id)
-                if found is None:
-                    raise RequestFailed("cancelled", f"{job.id} was deleted while it was made")
-                job = found
+        if job.error is not None and job.error["code"] == deleted.code:
+            raise deleted
         return job
 
     def delete(self, name: str) -> None:
