@@ -71,7 +71,7 @@ class Reasoner:
     as file:// URLs, for a server on this machine that runs with --allowed-local-media-path. ``fps``
     frames a second of a clip are seen, None being as many as the checkpoint says; the server needs
     --trust-request-mm-kwargs for it where vLLM has that option, and `vllm-cosmos3 serve` sets it.
-    ``greedy`` takes the likeliest token each time instead of sampling.
+    ``greedy`` takes the most likely token each time instead of sampling.
     """
 
     base_url: str = "http://127.0.0.1:8000/v1"
@@ -167,9 +167,6 @@ def arguments(
     parser.add_argument("--out", type=Path, default=Path("cosmos3-examples"), help="for pictures")
     parser.add_argument("--constrain", action="store_true", help="hold JSON answers to a schema")
     parser.add_argument("--file-urls", action="store_true", help="send paths instead of the bytes")
-    parser.add_argument(
-        "--greedy", action="store_true", help="no sampling: for the demo checkpoint"
-    )
     parser.add_argument("--max-tokens", type=int, default=4096)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -117,7 +117,9 @@ class Outage(LocalStore):
         super().write(name, data)
 
 
-def test_a_run_lives_on_after_an_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_lives_on_after_an_outage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr("vllm_cosmos3.batch.claims.HEARTBEAT_SECONDS", 0.01)
     store = Outage(tmp_path)
     run = claims(store)
@@ -126,6 +128,8 @@ def test_a_run_lives_on_after_an_outage(tmp_path: Path, monkeypatch: pytest.Monk
     before = store.read(f"{RUNS}/{run.run}.json")
     eventually(lambda: store.read(f"{RUNS}/{run.run}.json") != before)
     run.close()
+    assert "the heartbeat of this run was not written" in caplog.text
+    assert "nowhere" in caplog.text
 
 
 def test_a_slow_run_sees_that_it_has_lost_a_record(store: Store) -> None:

@@ -16,6 +16,7 @@ run that was only slow finds that one before it publishes, and drops what it has
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 import time
@@ -26,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_cosmos3.batch.store import Store
+
+logger = logging.getLogger(__name__)
 
 STATE = ".cosmos3"
 CLAIMS, RUNS = f"{STATE}/claims", f"{STATE}/runs"
@@ -165,8 +168,9 @@ class Claims:
                 return
             try:
                 self._beat(beat)
-            except Exception:  # noqa: BLE001 - s3fs has its own
-                continue  # for now; others wait for several beats
+            except Exception as error:  # noqa: BLE001 - s3fs has its own
+                # For now; others wait for several beats.
+                logger.warning("the heartbeat of this run was not written: %s", error)
 
     def _beat(self, number: int) -> None:
         state = {"run": self.run, "share": self._share, **_process(os.getpid()), "beat": number}
