@@ -47,6 +47,7 @@ STAGES = {
     "to the engine": ("transit",),
     "vision tower": ("vision",),
     "language model": ("prefill", "-vision"),
+    "steps without a new request": ("decode step",),
 }
 
 

@@ -23,13 +23,16 @@ from typing import Any
 
 import torch
 
-FRONT = {  # stage: module, class, method
-    "load": ("vllm.multimodal.media.video", "VideoMediaIO", "load_base64"),
-    "decode": ("vllm.multimodal.media.video", "VideoMediaIO", "load_bytes"),
-    "process": ("vllm.multimodal.processing", "BaseMultiModalProcessor", "apply"),
-    "pixels": ("transformers", "Qwen3VLVideoProcessor", "preprocess"),
-    "arrive": ("vllm.v1.engine.core", "EngineCore", "preprocess_add_request"),
-}
+OURS = "vllm_cosmos3.reasoner.media.media_io"
+FRONT = (  # stage, module, class, method
+    ("load", "vllm.multimodal.media.video", "VideoMediaIO", "load_base64"),
+    ("decode", "vllm.multimodal.media.video", "VideoMediaIO", "load_bytes"),
+    ("load", OURS, "ClipIO", "load_base64"),
+    ("decode", OURS, "ClipIO", "load_bytes"),
+    ("process", "vllm.multimodal.processing", "BaseMultiModalProcessor", "apply"),
+    ("pixels", "transformers", "Qwen3VLVideoProcessor", "preprocess"),
+    ("arrive", "vllm.v1.engine.core", "EngineCore", "preprocess_add_request"),
+)
 # The model, in either of vLLM's two runners.
 MODEL = (
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "execute_model"),
@@ -96,7 +99,7 @@ class Stages:
 
 def install(stages: Stages) -> None:
     """Wrap the stages of the front end, and those of the model in the process that gets to hold it."""
-    for stage, (module, owner, method) in FRONT.items():
+    for stage, module, owner, method in FRONT:
         kind = getattr(importlib.import_module(module), owner)
         setattr(kind, method, stages.on_host(stage, getattr(kind, method)))
     wrapper = importlib.import_module("vllm.v1.worker.worker_base").WorkerWrapperBase

@@ -12,6 +12,7 @@ from vllm import ModelRegistry
 from vllm.config import VllmConfig
 from vllm.model_executor.models import config as model_hooks
 from vllm.model_executor.models import qwen3_vl
+from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VisionAttention
 from vllm.model_executor.models.registry import _LazyRegisteredModel
 from vllm.multimodal.processing import BaseMultiModalProcessor
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, Qwen3VLVideoBackend
@@ -22,6 +23,7 @@ from vllm_cosmos3 import compat, plugin
 from vllm_cosmos3.checkpoint.config import read_json
 from vllm_cosmos3.reasoner.required_tensors import expected_tensors
 from vllm_cosmos3.reasoner.startup import ReasonerStartup
+from vllm_cosmos3.reasoner.vision_attention import VisionAttention
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,6 +39,17 @@ def test_moved_names_are_found() -> None:
     assert not compat.has_serve_flag("no-such-flag")
     assert compat.knows_model_type("cosmos3_omni")
     assert not compat.knows_model_type("no_such_model")
+
+
+def test_attention_of_the_vision_tower_is_called_as_ours_is() -> None:
+    assert qwen3_vl.Qwen2_5_VisionAttention is Qwen2_5_VisionAttention
+    ours, theirs = (inspect.signature(kind.forward) for kind in (VisionAttention, Qwen2_5_VisionAttention))  # fmt: skip
+    assert list(ours.parameters) == list(theirs.parameters)
+    for name in ("qkv", "proj", "attn", "num_attention_heads_per_partition"):
+        assert f"self.{name}" in inspect.getsource(Qwen2_5_VisionAttention.__init__)
+    tower = inspect.getsource(qwen3_vl)
+    assert "self.attn = Qwen2_5_VisionAttention(" in tower
+    assert "self.blocks = nn.ModuleList(" in tower
 
 
 def test_module_that_exists_nowhere_is_named() -> None:
