@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,15 +13,7 @@ from botocore.exceptions import EndpointConnectionError
 from generators import eventually
 
 from vllm_cosmos3.batch.claims import CLAIMS, RUNS, STALE_SECONDS, Claims, _process
-from vllm_cosmos3.batch.store import LocalStore, Store, store_at
-
-
-@pytest.fixture(params=["file", "memory", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    if request.param == "file":
-        return store_at(str(tmp_path / "out"))
-    root = "memory:/" if request.param == "memory" else request.getfixturevalue("s3")
-    return store_at(f"{root}/{uuid.uuid4().hex}")
+from vllm_cosmos3.batch.store import LocalStore, Store
 
 
 def claims(store: Store, share: tuple[int, int] = (0, 1)) -> Claims:
@@ -140,6 +131,13 @@ def test_a_slow_run_sees_that_it_has_lost_a_record(store: Store) -> None:
     assert other.take("a")
     assert not slow.holds("a")
     assert other.holds("a")
+    slow.release("a")
+    assert not claims(store).take("a")  # it is the other's to give up
+    assert slow.take("b")
+    store.delete(f"{RUNS}/{slow.run}.json")
+    assert other.take("b")
+    other.release("b")
+    assert not slow.holds("b")  # nobody does
 
 
 def test_runs_of_other_shards_are_no_rivals(store: Store) -> None:

@@ -96,12 +96,17 @@ class Claims:
         if not self._store.exclusive:
             return True
         mine = self._held.get(name)
-        return mine is not None and not self._store.exists(_claim(name, mine + 1))
+        return (
+            mine is not None
+            and self._store.read(_claim(name, mine)) == self.run.encode()
+            and not self._store.exists(_claim(name, mine + 1))
+        )
 
     def release(self, name: str) -> None:
-        """Give a claim up, with the dead ones before it; one that was taken over stays."""
+        """Give a claim up, with the dead ones before it; who has taken it over gives it up instead."""
+        held = self.holds(name)
         generation = self._held.pop(name, None)
-        if generation is not None:
+        if held and generation is not None:
             for earlier in range(generation + 1):
                 self._store.delete(_claim(name, earlier))
 
