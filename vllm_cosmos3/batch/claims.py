@@ -11,6 +11,8 @@ Each run rewrites ``.cosmos3/runs/RUN.json`` every few seconds. The claims of a 
 
 A dead claim is taken over by creating the next one, ``NAME.N+1``, which again one of several gets. A
 run that was only slow finds that one before it publishes, and drops what it has made.
+
+Runs write their common index one after the other by a claim as well, see `Claims.alone`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,7 @@ STATE = ".cosmos3"
 CLAIMS, RUNS = f"{STATE}/claims", f"{STATE}/runs"
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
+WAIT_SECONDS = 0.1  # between tries to be alone
 
 
 class LostClaim(Exception):
@@ -109,6 +113,16 @@ class Claims:
         if held and generation is not None:
             for earlier in range(generation + 1):
                 self._store.delete(_claim(name, earlier))
+
+    @contextmanager
+    def alone(self, name: str) -> Iterator[None]:
+        """Hold a claim, after the living run that has it; on a store without claims nobody waits."""
+        while not self.take(name):
+            time.sleep(WAIT_SECONDS)
+        try:
+            yield
+        finally:
+            self.release(name)
 
     def dead(self, run: str) -> bool:
         """Whether another run has ended without giving up its claims, as far as is known by now."""

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm_cosmos3.batch.claims import Claims
 from vllm_cosmos3.batch.store import Store
 
 SECONDS = 300.0  # after which the file is brought up to date
@@ -70,15 +71,25 @@ class Index:
         """How many have none."""
         return len(self._failed)
 
-    def write(self, store: Store) -> None:
-        """Bring the file in the output up to date."""
+    def write(self, store: Store, claims: Claims) -> None:
+        """Bring the file in the output up to date, while no other run does."""
+        claim = f".{self._file}"
+        written = False
+        while not written:  # again if another run has taken this one for dead meanwhile
+            with claims.alone(claim):
+                part = self._merged(store.read(self._file) or b"")
+                if written := claims.holds(claim):
+                    store.put(part, self._file)
+
+    def _merged(self, before: bytes) -> Path:
+        """A local file with the lines of this run, and of those ``before`` the ones of others."""
         part = self._path.with_suffix(".part")
         with part.open("wb") as file:
-            for line in (store.read(self._file) or b"").splitlines(keepends=True):
+            for line in before.splitlines(keepends=True):
                 if _name_of(line) not in self._names:
                     file.write(line)
             file.writelines(self._lines())
-        store.put(part, self._file)
+        return part
 
     def _lines(self) -> Iterator[bytes]:
         self._spool.seek(0)

@@ -116,7 +116,7 @@ def _run(options: RunOptions, source: Source, cache: Path) -> int:
             raise InvalidRequest("out", store.called, possible, "conflict")
         claims.start(options.part.place)
         stack.callback(claims.close)
-        stack.callback(index.write, store)
+        stack.callback(index.write, store, claims)
         run.serve()
     if options.benchmark and options.speaks:
         write_benchmark(Path(options.location), run.timings)
@@ -393,7 +393,7 @@ class BatchRun:
                 self._pack(at_least=self._options.shard_size or 1)
         if time.monotonic() - self._written >= INDEX_SECONDS:
             self._written = time.monotonic()
-            self._index.write(self._store)
+            self._index.write(self._store, self._claims)
 
     def _pack(self, at_least: int) -> None:
         """Pack what was made, if it is enough for a shard."""
