@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from starlette.requests import Request
 
 from vllm_cosmos3.errors import Cosmos3Error
 from vllm_cosmos3.server.app import Listen, make_app
+from vllm_cosmos3.server.jobs.admission import Submission
 from vllm_cosmos3.server.jobs.estimates import ThroughputEstimate
 from vllm_cosmos3.server.jobs.job_files import CLIP
 from vllm_cosmos3.server.jobs.journal import Journal
@@ -57,11 +59,9 @@ class Stored(Service):
     def status(self, timeout: float = 1.0) -> Status:
         return Status(state="ready")
 
-    def finished(self, name: str) -> VideoJob:
+    def finished(self, name: str, kind: str = "video") -> VideoJob:
         """A completed video."""
-        job = VideoJob(
-            id=name, kind="video", model="tiny", prompt="", created=0.0, status=COMPLETED
-        )
+        job = VideoJob(id=name, kind=kind, model="tiny", prompt="", created=0.0, status=COMPLETED)
         job.effective, job.expires = EFFECTIVE, time.time() + 60
         self.journal.folder(name).mkdir(parents=True)
         (self.journal.folder(name) / CLIP).write_bytes(CONTENT)
@@ -131,6 +131,35 @@ async def test_a_file_that_goes_before_it_is_opened(
         answer = await http.get("/v1/videos/a/content")
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
     assert answer.headers["x-request-id"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"output_format": "jpeg"}, {"response_format": "file"}, {"response_format": "url", "output_format": "webp"}],
+    ids=["png", "jpeg", "file", "url"],
+)  # fmt: skip
+@pytest.mark.parametrize(("known", "status", "code"), [(True, 410, "expired"), (False, 409, "cancelled")])  # fmt: skip
+async def test_pictures_that_go_before_they_are_read(
+    known: bool, status: int, code: str, fields: dict[str, Any], at: Stored
+) -> None:
+    """To make room, or by somebody who deletes them."""
+
+    class Losing:
+        async def create(self, submission: Submission) -> VideoJob:
+            job = at.finished("image_a", kind="image")
+            job.files = ["0.png"]
+            at.journal.storage.remove(job.id)
+            if not known:
+                at.jobs.delete(job.id)
+            return job
+
+    at.admission = cast("Any", Losing())
+    at.options = replace(at.options, storage_quota=90_000)
+    async with client(at) as http:
+        answer = await http.post("/v1/images/generations", json={"prompt": "a boat", **fields})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (status, code)
+    assert ("--storage-quota 90000" in error["message"]) == known
 
 
 async def test_a_download_goes_on_when_its_video_is_deleted(at: Stored) -> None:

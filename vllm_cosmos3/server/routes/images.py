@@ -7,6 +7,7 @@ import base64
 import io
 import re
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +32,7 @@ from vllm_cosmos3.server.openapi.responses import (
     responses,
 )
 from vllm_cosmos3.server.routes.route import Route, service_of
-from vllm_cosmos3.server.routes.videos import result, stored_file, submit
+from vllm_cosmos3.server.routes.videos import deleted, result, stored_file, submit
 from vllm_cosmos3.server.storage import bytes_in
 
 router = APIRouter(route_class=Route, tags=["Cosmos3 images"])
@@ -87,7 +88,10 @@ async def _made(service: Service, request: Request, client_request: ClientReques
     job = await submit(service, client_request, "image", service.options.sync_deadline)
     job = await result(service, request, job)
     if shape == "url":
-        names = await asyncio.to_thread(_kept, service.journal, job, form, quality)
+        try:
+            names = await asyncio.to_thread(_kept, service.journal, job, form, quality)
+        except FileNotFoundError:
+            raise deleted(service, job) from None
         urls = [str(request.url_for("picture", image_id=job.id, name=name)) for name in names]
         return _pictures(job, form, [{"b64_json": None, "url": url} for url in urls])
     folder = service.journal.folder(job.id)
@@ -95,8 +99,11 @@ async def _made(service: Service, request: Request, client_request: ClientReques
         pictures = [
             await asyncio.to_thread(_encoded, folder / name, form, quality) for name in job.files
         ]
+    except FileNotFoundError:
+        raise deleted(service, job) from None
     finally:
-        await asyncio.to_thread(service.jobs.delete, job.id)
+        with suppress(ApiError):  # somebody has done so
+            await asyncio.to_thread(service.jobs.delete, job.id)
     if shape == "file":
         return _as_file(job.id, pictures, form)
     texts = [base64.b64encode(picture).decode() for picture in pictures]
@@ -156,9 +163,10 @@ def _kept(journal: Journal, job: VideoJob, form: Format, quality: int) -> list[s
 
 
 def _encoded(file: Path, form: Format, quality: int) -> bytes:
+    made = file.read_bytes()
     if form == "png":
-        return file.read_bytes()
-    return media.encode_image(media.read_image(file), form, quality=quality)
+        return made
+    return media.encode_image(media.read_image(made), form, quality=quality)
 
 
 def _as_file(name: str, pictures: list[bytes], form: str) -> Response:

@@ -111,10 +111,11 @@ async def sync(request: Request) -> Response:
             service.journal.folder(job.id) / CLIP, media_type="video/mp4", headers=headers
         )
     except FileNotFoundError:
-        raise RequestFailed("expired", "the video was deleted to make room") from None
+        raise deleted(service, job) from None
     finally:
         if job.key is None:
-            await asyncio.to_thread(service.jobs.delete, job.id)
+            with suppress(ApiError):  # somebody has done so
+                await asyncio.to_thread(service.jobs.delete, job.id)
 
 
 async def result(service: Service, request: Request, job: VideoJob) -> VideoJob:
@@ -135,6 +136,18 @@ async def result(service: Service, request: Request, job: VideoJob) -> VideoJob:
             await asyncio.to_thread(service.jobs.delete, job.id)
         raise RequestFailed(job.error["code"], job.error["message"])
     return job
+
+
+def deleted(service: Service, job: VideoJob) -> RequestFailed:
+    """Why a job that was completed has no files to answer with."""
+    if not service.journal.holds(job.id):
+        return RequestFailed("cancelled", f"{job.id} was deleted before it was sent")
+    quota, seconds = service.options.storage_quota, service.options.file_ttl
+    message = (
+        f"the result was deleted before it was sent, as results are kept for --file-ttl {seconds:g} "
+        f"seconds and while all have at most --storage-quota {quota} bytes: make a smaller one or raise these"
+    )
+    return RequestFailed("expired", message)
 
 
 @router.get(
