@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import closing
@@ -175,6 +177,35 @@ def test_a_prompt_that_takes_too_long_is_given_up(server: Server, tmp_path: Path
     for more in ({}, {"input_reference": frame}, transfer, taken):  # it sees what is known
         answer = httpx.post(f"{server.url}/v1/videos", json=body | more, headers=KEY, timeout=HANG)
         assert answer.json()["error"]["code"] == "deadline_exceeded"
+
+
+@pytest.mark.parametrize("path", ["videos/sync", "images/generations"])
+def test_a_prompt_is_given_up_when_its_client_goes_away(path: str, server: Server) -> None:
+    eventually(lambda: vllm_sample(server, "num_requests_running") == 0)
+    before = vllm_sample(server, "request_success")
+    fields = SMALL if path == "videos/sync" else PICTURE
+    body = {"prompt": "a boat", "upsample_prompt": True, **fields}
+
+    async def go_away() -> None:
+        async with httpx.AsyncClient(base_url=server.url, headers=KEY) as client:
+            asking = asyncio.ensure_future(client.post(f"/v1/{path}", json=body))
+            while vllm_sample(server, "num_requests_running") == 0:
+                await asyncio.sleep(0.05)
+            asking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asking
+
+    asyncio.run(go_away())
+    eventually(lambda: vllm_sample(server, "num_requests_running") == 0)
+    assert vllm_sample(server, "request_success") == before  # none that was written to its end
+
+
+def vllm_sample(server: Server, name: str) -> float:
+    """A sum of vLLM's metrics."""
+    page = httpx.get(f"{server.url}/metrics", timeout=HANG).text
+    lines = [line for line in page.splitlines() if re.match(rf"vllm:{name}(_total)?\{{", line)]
+    assert lines
+    return sum(float(line.split()[-1]) for line in lines)
 
 
 def test_health_and_models_tell_of_both(server: Server) -> None:

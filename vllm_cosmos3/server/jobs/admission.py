@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from vllm_cosmos3.request.prompts import Tokenizer
 from vllm_cosmos3.request.request import from_fields
 from vllm_cosmos3.request.upsample import question_about
 from vllm_cosmos3.server.guardrails import Guardrails
-from vllm_cosmos3.server.http.api_errors import ApiError
+from vllm_cosmos3.server.http.api_errors import ApiError, RequestFailed
 from vllm_cosmos3.server.http.control_fields import joined
 from vllm_cosmos3.server.http.request_fields import ClientRequest
 from vllm_cosmos3.server.jobs import continuation, estimates
@@ -41,6 +41,7 @@ from vllm_cosmos3.server.jobs.video_job import VideoJob
 
 REPLAY_SECONDS = 600.0  # in which a client's retry is the same request
 PLANNERS = 4  # requests that are planned at once, which may decode media
+WATCH_SECONDS = 0.2  # between looks at whether a client that waits is still there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +49,8 @@ class Submission:
     """A request as a route hands it in.
 
     ``kind`` is video, sync or image; ``deadline`` the most seconds it may take. ``file_names`` says
-    of the paths of its files what the user calls them, who shall not see the paths.
+    of the paths of its files what the user calls them, who shall not see the paths. ``left`` asks
+    whether the client has gone away, None where it need not stay.
     """
 
     kind: str
@@ -59,6 +61,7 @@ class Submission:
     retried: bool = False
     remixed_from: str | None = None
     file_names: Mapping[str, str] = field(default_factory=dict)
+    left: Callable[[], Awaitable[bool]] | None = None
 
     def digest(self, adapters: Sequence[Adapter] = ()) -> str:
         """What makes two requests the same, for a model with these ``adapters``."""
@@ -149,7 +152,7 @@ class Admission:
         plan = await self._with_prompts(draft, request)
         pixels.reserve(plan.pixel_bytes, "size")  # while its prompt is written, waits and runs
         report = await self.judge(request)
-        caption = await self._caption(request, draft, plan, deadline)
+        caption = await self._caption(request, draft, plan, deadline, submission.left)
         if caption is not None:
             upsampled = replace(request, fields={**request.fields, "prompt": caption})
             draft = replace(draft, request=replace(draft.request, prompt=caption))
@@ -233,9 +236,18 @@ class Admission:
         return with_batch(plan, patch=self._model.transformer.latent_patch_size, limit=limit)
 
     async def _caption(
-        self, request: ClientRequest, draft: Draft, plan: Plan, deadline: float
+        self,
+        request: ClientRequest,
+        draft: Draft,
+        plan: Plan,
+        deadline: float,
+        left: Callable[[], Awaitable[bool]] | None,
     ) -> str | None:
-        """The structured prompt that the reasoner writes; None where the request keeps its own."""
+        """The structured prompt that the reasoner writes; None where the request keeps its own.
+
+        Raises:
+            RequestFailed: the client has ``left``.
+        """
         if not request.server_fields.get("upsample_prompt"):
             return None
         if self._reasoner is None:
@@ -245,9 +257,14 @@ class Admission:
         if question is None:
             return None
         self.upsampling += 1
+        writing = asyncio.ensure_future(self._reasoner.caption(question, deadline))
         try:
-            return await self._reasoner.caption(question, deadline)
+            while not (await asyncio.wait({writing}, timeout=WATCH_SECONDS))[0]:
+                if left is not None and await left():
+                    raise RequestFailed("cancelled", "the client went away")
+            return writing.result()
         finally:
+            writing.cancel()
             self.upsampling -= 1
 
     def _check_model(self, name: str | None) -> None:

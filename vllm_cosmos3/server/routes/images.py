@@ -85,7 +85,8 @@ async def _made(service: Service, request: Request, client_request: ClientReques
     shape = client_request.server_fields.get("response_format", "b64_json")
     form = FORMATS[client_request.server_fields.get("output_format", "png")]
     quality = client_request.server_fields.get("output_compression", 95)
-    job = await submit(service, client_request, "image", service.options.sync_deadline)
+    deadline, left = service.options.sync_deadline, request.is_disconnected
+    job = await submit(service, client_request, "image", deadline, left=left)
     job = await result(service, request, job)
     if shape == "url":
         try:

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from vllm_cosmos3.server.http.body import read_body
 from vllm_cosmos3.server.http.file_response import StoredFile
 from vllm_cosmos3.server.http.media_inputs import FILE_FIELDS, called, local_files, media_files
 from vllm_cosmos3.server.http.request_fields import VIDEO, ClientRequest, translate
-from vllm_cosmos3.server.jobs.admission import Submission
+from vllm_cosmos3.server.jobs.admission import WATCH_SECONDS, Submission
 from vllm_cosmos3.server.jobs.job_files import CLIP, SPRITES, THUMBNAIL
 from vllm_cosmos3.server.jobs.service import Service
 from vllm_cosmos3.server.jobs.value_sources import SPELLINGS
@@ -48,7 +48,6 @@ router = APIRouter(route_class=Route, tags=["Cosmos3 videos"])
 VARIANTS = {"video": (CLIP, "video/mp4"), "thumbnail": (THUMBNAIL, "image/webp"), "spritesheet": (SPRITES, "image/webp")}  # fmt: skip
 INPUTS = {"image": "input_reference", "video": "input_reference"}  # where the two are missing
 DEADLINE = "deadline_seconds"
-WATCH_SECONDS = 0.2  # between looks at whether a client that waits is still there
 POLL_SECONDS = 0.1  # between looks at a job whose events are streamed
 HEARTBEAT_SECONDS = 15.0  # of silence until an empty event keeps proxies from closing the stream
 
@@ -305,20 +304,23 @@ async def _create(
     service: Service, request: Request, client_request: ClientRequest, kind: str, deadline: float,
     remixed_from: str | None = None,
 ) -> VideoJob:  # fmt: skip
+    key = request.headers.get("idempotency-key") or None
     return await submit(
         service,
         client_request,
         kind,
         deadline,
-        key=request.headers.get("idempotency-key") or None,
+        key=key,
         retried=kind == "video" and request.headers.get("x-stainless-retry-count", "0") != "0",
         remixed_from=remixed_from,
+        left=request.is_disconnected if kind == "sync" and key is None else None,
     )
 
 
 async def submit(
     service: Service, client_request: ClientRequest, kind: str, deadline: float, *,
     key: str | None = None, retried: bool = False, remixed_from: str | None = None,
+    left: Callable[[], Awaitable[bool]] | None = None,
 ) -> VideoJob:  # fmt: skip
     """The job of a request, whose media are read."""
     local = local_files(client_request, service.options)
@@ -343,6 +345,7 @@ async def submit(
                 retried=retried,
                 remixed_from=remixed_from,
                 file_names=file_names,
+                left=left,
             )
         )
 
