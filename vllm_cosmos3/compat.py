@@ -7,16 +7,16 @@ imported from here is the same in every supported version.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from http import HTTPStatus
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from vllm_cosmos3.errors import Unsupported
+from vllm_cosmos3.errors import Cosmos3Error, Unsupported
 from vllm_cosmos3.imports import uncollected
 
 if TYPE_CHECKING:
@@ -48,6 +48,30 @@ def has_serve_flag(name: str) -> bool:
     """Whether ``vllm serve`` takes ``--name`` among the flags of its HTTP front end."""
     arguments = first_module(_FRONTEND_ARGS).FrontendArgs
     return name.replace("-", "_") in arguments.__dataclass_fields__
+
+
+def unknown_to_serve(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words that ``vllm serve`` does not know, and the flags that it has.
+
+    Raises:
+        Cosmos3Error: it cannot read the others, in its own words.
+    """
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    unknown: list[str] = []
+
+    class Parser(FlexibleArgumentParser):  # type: ignore[misc, unused-ignore]
+        def parse_known_args(self, *args: Any) -> tuple[Any, list[str]]:
+            found, rest = super().parse_known_args(*args)
+            unknown.extend(rest)
+            return found, []
+
+        def error(self, message: str) -> NoReturn:
+            raise Cosmos3Error(message)
+
+    parser = first_module(_FRONTEND_ARGS).make_arg_parser(Parser())
+    parser.parse_args(list(words))
+    return unknown, [*parser._option_string_actions]
 
 
 def swagger_ui() -> Path:

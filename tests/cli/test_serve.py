@@ -12,9 +12,15 @@ from pathlib import Path
 import pytest
 
 from vllm_cosmos3.cli import main
+from vllm_cosmos3.cli.foreign_flags import dashed
 from vllm_cosmos3.cli.serve import add_arguments, reasons, stock_command
 from vllm_cosmos3.compat import has_serve_flag
-from vllm_cosmos3.reasoner.media.limits import FPS, FRAMES
+
+
+@pytest.fixture(autouse=True)
+def environment_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command becomes vLLM, for which it sets variables."""
+    monkeypatch.setattr("vllm_cosmos3.cli.serve.os.environ", dict(os.environ))
 
 
 def build(*argv: str, folder: Path | None = None) -> list[str]:
@@ -180,9 +186,7 @@ def test_only_the_operator_chooses_how_videos_are_read(
     environment: dict[str, str],
     ours: bool,
 ) -> None:
-    for name in ("VLLM_MEDIA_CONNECTOR", FPS, FRAMES):
-        monkeypatch.setenv(name, "put back at the end")
-        monkeypatch.delenv(name)
+    monkeypatch.delenv("VLLM_MEDIA_CONNECTOR", raising=False)
     for name, text in environment.items():
         monkeypatch.setenv(name, text)
     monkeypatch.setattr("vllm_cosmos3.cli.serve._become", lambda _: 0)
@@ -199,7 +203,6 @@ def test_both_surfaces_load_our_plugin_alone_unless_more_are_named(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("vllm_cosmos3.cli.serve.os.environ", dict(os.environ))
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     if named is not None:
         monkeypatch.setenv("VLLM_PLUGINS", named)
@@ -211,3 +214,61 @@ def test_both_surfaces_load_our_plugin_alone_unless_more_are_named(
 def test_json_flags_are_json(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = (str(tiny_checkpoint), "--port", "0", "--hf-overrides", "{no")
     assert refused(capsys, *arguments) == "--hf-overrides is '{no', must be a JSON object"
+
+
+@pytest.mark.parametrize("surface", ["reasoner", "both"])
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--max-queu 3", "unknown flag --max-queu; did you mean --max-queue?"),
+        ("--max_queu=3", "unknown flag --max-queu; did you mean --max-queue?"),
+        ("--tensor-paralel-size 2", "unknown flag --tensor-paralel-size; did you mean --tensor-parallel-size?"),
+        ("--compilation-confg.mode 3", "unknown flag --compilation-confg; did you mean --compilation-config?"),
+        ("--qqqq", "unknown flag --qqqq"),
+        ("twice", "unexpected argument 'twice'"),
+        ("-tp two", "argument --tensor-parallel-size/-tp: invalid int value: 'two'"),
+    ],
+)  # fmt: skip
+def test_a_flag_of_nobody_is_one_line(
+    flags: str, says: str, surface: str, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(tiny_checkpoint), "--surface", surface, "--port", "0", *flags.split()]
+    assert refused(capsys, *arguments) == says
+
+
+def test_no_weights_are_fetched_for_a_flag_of_nobody(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fetched = lambda *_, **__: pytest.fail("fetched")  # noqa: E731
+    monkeypatch.setattr("vllm_cosmos3.cli.serve.resolve", fetched)
+    line = refused(capsys, "nvidia/Cosmos3-Nano", "--port", "0", "--max-queu", "3")
+    assert line == "unknown flag --max-queu; did you mean --max-queue?"
+
+
+@pytest.mark.parametrize("surface", ["reasoner", "both"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--compilation-config.mode 3 --compilation_config.cudagraph_mode=NONE",
+        '--compilation-config {"mode":3}',
+        "-O3",
+        "-O 2",
+        "-tp 1 --pipeline_parallel_size=1",
+        "--no-enable-prefix-caching",
+        "--max-num-seq 4",  # argparse takes the beginning of a flag
+        "--max-model-len 4k",
+        "--limit-mm-per-prompt.image 2",
+    ],
+)
+def test_flags_of_vllm_are_passed_on(
+    flags: str,
+    surface: str,
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    became: list[list[str]] = []
+    monkeypatch.setattr("vllm_cosmos3.cli.serve._become", lambda words: became.append(words) or 0)
+    arguments = [str(tiny_checkpoint), "--surface", surface, "--port", "0", *flags.split()]
+    assert main(["serve", *arguments]) == 0
+    (command,) = became
+    assert {dashed(word) for word in flags.split()} <= set(command)

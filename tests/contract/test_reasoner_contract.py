@@ -21,6 +21,7 @@ from vllm.transformers_utils.config import get_config, get_config_parser
 
 from vllm_cosmos3 import compat, plugin
 from vllm_cosmos3.checkpoint.config import read_json
+from vllm_cosmos3.errors import Cosmos3Error
 from vllm_cosmos3.reasoner.required_tensors import expected_tensors
 from vllm_cosmos3.reasoner.startup import ReasonerStartup
 from vllm_cosmos3.reasoner.vision_attention import VisionAttention
@@ -50,6 +51,15 @@ def test_attention_of_the_vision_tower_is_called_as_ours_is() -> None:
     tower = inspect.getsource(qwen3_vl)
     assert "self.attn = Qwen2_5_VisionAttention(" in tower
     assert "self.blocks = nn.ModuleList(" in tower
+
+
+def test_command_line_is_read_as_vllm_does() -> None:
+    words = ["x", "-tp", "2", "-O3", "--compilation-config.mode", "3", "--enable_prefix_caching"]
+    unknown, flags = compat.unknown_to_serve([*words, "--max-num-seq", "4", "--no-such", "-1"])
+    assert unknown[0] == "--no-such"
+    assert {"-tp", "--compilation-config", "--api-server-count"} <= set(flags)
+    with pytest.raises(Cosmos3Error, match="--tensor-parallel-size/-tp: invalid int value: 'two'"):
+        compat.unknown_to_serve(["x", "-tp", "two"])
 
 
 def test_module_that_exists_nowhere_is_named() -> None:

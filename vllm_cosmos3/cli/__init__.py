@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
             words = expanded(words, sub)
         args, rest = parser.parse_known_args([*argv[: argv.index(chosen) + 1], *words])
         if rest and not getattr(module, "TAKES_REST", False):
-            raise UnknownFlag(rest[0], sub)
+            raise UnknownFlag(rest[0], sub._option_string_actions)
         args.rest = rest
         status = int(module.run(args))
         sys.stdout.flush()

@@ -48,15 +48,14 @@ class Help(argparse.HelpFormatter):
 class UnknownFlag(Cosmos3Error):
     """A flag, or a word, that a command does not have, with the nearest one that it has."""
 
-    def __init__(self, word: str, parser: argparse.ArgumentParser, of: str = "") -> None:
+    def __init__(self, word: str, flags: Iterable[str]) -> None:
         flag = word.partition("=")[0]
         if not flag.startswith("-"):
-            super().__init__(f"unexpected argument {word!r}{of}")
+            super().__init__(f"unexpected argument {word!r}")
             return
-        flags = [option for action in parser._actions for option in action.option_strings]
         field = did_you_mean(flag.lstrip("-").replace("-", "_"), _fields(flags))
         near = re.sub(r"mean (\w+)", lambda found: f"mean --{found[1].replace('_', '-')}", field)
-        super().__init__(f"unknown flag {flag}{of}{f'; {near}' if near else ''}")
+        super().__init__(f"unknown flag {flag}{f'; {near}' if near else ''}")
 
 
 def _fields(flags: Iterable[str]) -> list[str]:

@@ -21,7 +21,7 @@ from typing import Any
 from vllm_cosmos3.checkpoint.config import read_json
 from vllm_cosmos3.checkpoint.hub import full_name, is_checkpoint, resolve
 from vllm_cosmos3.cli import config_file, foreign_flags, serve_generator
-from vllm_cosmos3.cli.flags import Help, add_server_flag, given
+from vllm_cosmos3.cli.flags import Help, UnknownFlag, add_server_flag, given
 from vllm_cosmos3.cli.versions import check_vllm
 from vllm_cosmos3.errors import CheckpointError, InvalidRequest
 from vllm_cosmos3.fetching import PRIVATE_MEDIA
@@ -163,9 +163,11 @@ def run(args: argparse.Namespace) -> int:
     if folder is not None and _value_of("--load-format", args.rest) != "dummy":
         check_reasoner(folder)
     _check_port_is_free(args.host, args.port)
-    private = bool(values.get("allow_private_media"))  # for chat as well
+    environment = _environment(args, private=bool(values.get("allow_private_media")))
+    os.environ.update(environment)  # VLLM_PLUGINS says what may add flags
+    _check_flags(args)
     if args.surface == "reasoner":
-        values.pop("allow_private_media", None)
+        values.pop("allow_private_media", None)  # for chat as well
     if args.surface == "both":
         if folder is None:
             weights = values.get("generator_load_format") != "dummy"
@@ -178,21 +180,36 @@ def run(args: argparse.Namespace) -> int:
         # vLLM would say that there is no such repository in a traceback.
         resolve(args.checkpoint, _value_of("--revision", args.rest), weights=False)
 
-    environment = (
-        {"VLLM_PLUGINS": os.environ.get("VLLM_PLUGINS", PLUGIN)} if args.surface == "both" else {}
-    )
-    environment |= {PRIVATE_MEDIA: "1"} if private else {}
-    environment |= {FPS: f"{args.max_video_fps:g}", FRAMES: str(args.max_video_frames)}
-    environment[IDLE] = os.environ.get(IDLE, str(KEEP_ALIVE))
     command = stock_command(args, folder)
-    if not _chooses_how_to_read(args.rest):
-        environment["VLLM_MEDIA_CONNECTOR"] = CONNECTOR
     shown = [f"{name}={value}" for name, value in environment.items()]
     print("vllm-cosmos3 serve: running", *shown, shlex.join(without_secrets(command)), flush=True)
     for line in reasons(command, args):
         print("vllm-cosmos3 serve:", line, flush=True)
-    os.environ.update(environment)
     return _become(command)
+
+
+def _environment(args: argparse.Namespace, *, private: bool) -> dict[str, str]:
+    """The variables of vLLM and of our plugin in it, with ``private`` addresses or without."""
+    found = (
+        {"VLLM_PLUGINS": os.environ.get("VLLM_PLUGINS", PLUGIN)} if args.surface == "both" else {}
+    )
+    found |= {PRIVATE_MEDIA: "1"} if private else {}
+    found |= {FPS: f"{args.max_video_fps:g}", FRAMES: str(args.max_video_frames)}
+    found[IDLE] = os.environ.get(IDLE, str(KEEP_ALIVE))
+    if not _chooses_how_to_read(args.rest):
+        found["VLLM_MEDIA_CONNECTOR"] = CONNECTOR
+    return found
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    """Refuse in one sentence what vLLM would answer with the whole of its usage."""
+    from vllm_cosmos3.compat import unknown_to_serve
+
+    unknown, flags = unknown_to_serve([args.checkpoint, *args.rest])
+    if unknown:
+        ours = argparse.ArgumentParser()
+        add_arguments(ours)
+        raise UnknownFlag(unknown[0], [*ours._option_string_actions, *flags])
 
 
 def beside_generator(values: Mapping[str, Any], folder: Path, rest: list[str]) -> list[str]:
