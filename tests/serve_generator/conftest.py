@@ -67,7 +67,7 @@ def guarded_server(
     ]
     folder = tmp_path_factory.mktemp("guarded")
     flags += ["--lora", f"{adapter(folder / 'snow', distilled_checkpoint)}:0.5"]
-    flags += ["--weight-transfer", "files", "--weight-update-timeout", "6"]
+    flags += ["--weight-transfer", "files"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", path)
         with generator(distilled_checkpoint, folder, vllm_cache, *flags) as server:
@@ -81,6 +81,7 @@ def robot_server(vllm_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     write_checkpoint(folder / "tiny", kind="policy-droid")
     flags = ["--api-key", KEY, "--robot-openpi-idle-timeout", "12", "--max-queue", "2"]
     flags += ["--root-path", "/studio"]
+    flags += ["--weight-transfer", "files", "--weight-update-timeout", "1"]
     with generator(folder / "tiny", folder, vllm_cache, *flags) as server:
         yield server
 

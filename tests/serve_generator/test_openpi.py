@@ -271,6 +271,23 @@ def test_a_robot_that_goes_away_is_cancelled(robot_server: Server) -> None:
         assert arm.ask(observation())["actions"].shape == (32, 8)
 
 
+def test_a_robot_is_served_when_a_trainer_goes_away_in_an_update(robot_server: Server) -> None:
+    headers = {"Authorization": f"Bearer {KEY}"}
+    options: dict[str, Any] = {"base_url": robot_server.url, "headers": headers, "timeout": HANG}
+    with httpx.Client(**options) as trainer, robot(robot_server.url) as arm:
+        before = arm.ask(observation(seed=1))["actions"]
+        assert trainer.post("/v1/cosmos3/start_weight_update").status_code == 200
+        after = arm.ask(observation(seed=1))["actions"]  # when the update is given up
+        np.testing.assert_array_equal(after, before)
+        given_up = "cosmos3:weight_updates_given_up 1.0"
+        eventually(lambda: given_up in trainer.get("/metrics").text)
+        assert trainer.get("/health").json()["surfaces"]["generator"] == "ready"
+        body = {"update_info": {"path": f"{robot_server.model}/transformer"}}
+        late = trainer.post("/v1/cosmos3/update_weights", json=body)
+        assert late.status_code == 400
+        assert "given up, with the old weights, after 1 s without a call" in late.text
+
+
 def test_the_load_generator_of_robots(robot_server: Server, tmp_path: Path) -> None:
     fields = {"sampling_params": {"num_inference_steps": 1}}
     command = [sys.executable, str(ROOT / "benchmarks" / "serving.py"), "--kind", "actions"]
