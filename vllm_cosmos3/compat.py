@@ -74,6 +74,18 @@ def unknown_to_serve(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return unknown, [*parser._option_string_actions]
 
 
+def end_engine(client: Any, seconds: float) -> None:
+    """End an offline engine of vLLM, whose process has so many seconds for it, and its ZeroMQ context.
+
+    vLLM leaves the context to the garbage collector, as a thread has yet to close its sockets. An
+    engine in this process has neither.
+    """
+    client.shutdown(timeout=seconds)
+    if hasattr(client, "output_queue_thread"):
+        client.output_queue_thread.join(seconds)
+        client.resources.ctx.destroy(linger=0)
+
+
 def swagger_ui() -> Path:
     """Folder with Swagger UI, which vLLM brings along for its flag --enable-offline-docs."""
     found = find_spec("vllm")  # of a part of it would import vLLM

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import weakref
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
+import zmq
+from limits import HANG
 from vllm import ModelRegistry
 from vllm.config import VllmConfig
 from vllm.model_executor.models import config as model_hooks
@@ -60,6 +64,28 @@ def test_command_line_is_read_as_vllm_does() -> None:
     assert {"-tp", "--compilation-config", "--api-server-count"} <= set(flags)
     with pytest.raises(Cosmos3Error, match="--tensor-parallel-size/-tp: invalid int value: 'two'"):
         compat.unknown_to_serve(["x", "-tp", "two"])
+
+
+def test_an_engine_leaves_no_context_of_zeromq() -> None:
+    """The client of an engine's process, with the sockets and the thread that it has for it."""
+    clients = importlib.import_module("vllm.v1.engine.core_client")
+    assert "self.output_queue_thread = Thread(" in inspect.getsource(clients.SyncMPClient)
+    context, path = zmq.Context(), "inproc://shutdown"
+    receiving = context.socket(zmq.PAIR)
+    receiving.bind(path)
+
+    def receive() -> None:
+        with receiving:
+            receiving.recv()
+
+    client = object.__new__(clients.SyncMPClient)
+    client.resources = clients.BackgroundResources(ctx=context, shutdown_path=path)
+    client.resources.input_socket = context.socket(zmq.ROUTER)
+    client._finalizer = weakref.finalize(client, client.resources)
+    client.output_queue_thread = Thread(target=receive)
+    client.output_queue_thread.start()
+    compat.end_engine(client, HANG)
+    assert context.closed
 
 
 def test_module_that_exists_nowhere_is_named() -> None:

@@ -16,6 +16,7 @@ from vllm_cosmos3 import media
 from vllm_cosmos3.checkpoint.config import read_json
 from vllm_cosmos3.checkpoint.hub import full_name, resolve
 from vllm_cosmos3.closing import Closing
+from vllm_cosmos3.compat import end_engine
 from vllm_cosmos3.errors import Cosmos3Error
 from vllm_cosmos3.imports import uncollected
 from vllm_cosmos3.reasoner.root_config import ARCHITECTURE
@@ -24,6 +25,7 @@ from vllm_cosmos3.request.questions import Question
 if TYPE_CHECKING:
     from vllm import SamplingParams
 
+CLOSE_SECONDS = 30.0
 LENGTH = 32_768  # tokens of question and answer; the model's own limit would need a larger cache
 
 
@@ -116,7 +118,7 @@ class Reasoner(Closing):
         """End vLLM's process and free its memory."""
         llm, self._llm = self._llm, None
         if llm is not None:
-            llm.llm_engine.engine_core.shutdown(timeout=30)
+            end_engine(llm.llm_engine.engine_core, CLOSE_SECONDS)
 
 
 def sampling_params(question: Question) -> SamplingParams:
