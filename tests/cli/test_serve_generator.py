@@ -13,6 +13,7 @@ import pytest
 from vllm_cosmos3.checkpoint.config import read_config
 from vllm_cosmos3.cli import main
 from vllm_cosmos3.cli.deploy_file import deploy_flags
+from vllm_cosmos3.cli.serve import beside_generator
 from vllm_cosmos3.devices import Devices
 from vllm_cosmos3.errors import InvalidRequest, OutOfMemory
 from vllm_cosmos3.generator.memory import MemoryEstimate
@@ -191,13 +192,29 @@ def test_an_unknown_flag(
 
 
 def test_one_api_process(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = (str(tiny_checkpoint), "--port", "0", "--api-server-count", "2")
-    line = refused(capsys, *argv)
-    assert line.startswith("--api-server-count is '2', must be 1, as each API process would start")
-    assert line.endswith("with the same --storage-path")
-    line = refused(capsys, *argv[:3], "--data-parallel-size", "2")
-    assert line.startswith("--data-parallel-size is '2', must be 1 beside a generator")
-    assert "--generator-replicas" in line
+    argv = (str(tiny_checkpoint), "--port", "0")
+    for flag in (["--api-server-count", "2"], ["-asc", "2"], ["-asc=2"]):
+        line = refused(capsys, *argv, *flag)
+        assert line.startswith("--api-server-count is '2', must be 1, as each API process would")
+        assert line.endswith("with the same --storage-path")
+    for flag in (["--data-parallel-size", "2"], ["-dp", "2"]):
+        line = refused(capsys, *argv, *flag)
+        assert line.startswith("--data-parallel-size is '2', must be 1 beside a generator")
+        assert "--generator-replicas" in line
+
+
+def test_short_flags_count_when_memory_is_divided(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = []
+
+    def shared(folder: Path, config: object, options: object, ranks: int) -> None:
+        counted.append(ranks)
+
+    monkeypatch.setattr("vllm_cosmos3.cli.serve.share_beside", shared)
+    for flag in (["--tensor-parallel-size", "2"], ["-tp", "2"], ["-tp=2"]):
+        assert "--additional-config" in beside_generator({}, tiny_checkpoint, flag)
+    assert counted == [2, 2, 2]
 
 
 def test_replicas_by_either_name(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,6 +66,12 @@ _REASONS = {
     "--trust-request-mm-kwargs": "lets requests choose their own mm_processor_kwargs, such as fps; "
     "videos stay within {fps:g} fps and {frames} frames",
 }
+# Flags of vLLM that matter beside a generator, and what they are short for.
+_SHORT = {
+    "-asc": "--api-server-count",
+    "-dp": "--data-parallel-size",
+    "-tp": "--tensor-parallel-size",
+}
 # How flags end whose values nobody else should read, and what is shown instead.
 SECRETS = ("-key", "-token", "-password", "-secret")
 HIDDEN = "****"
@@ -392,10 +398,10 @@ def _given(flag: str, rest: list[str]) -> bool:
 
 
 def _value_of(flag: str, rest: list[str]) -> str | None:
-    """The value the user gave to a flag, None if he did not."""
+    """The value the user gave to a flag, by its long name or its short one, None if he did not."""
     for index, word in enumerate(rest):
         name, equals, value = word.partition("=")
-        if name.replace("_", "-") == flag:
+        if _SHORT.get(name, name.replace("_", "-")) == flag:
             return value if equals else next(iter(rest[index + 1 :]), None)
     return None
 
