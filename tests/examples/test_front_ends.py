@@ -43,7 +43,12 @@ def test_stages_are_milliseconds_a_request_since_the_beginning(tmp_path: Path) -
             ("process", 10.030, 10.050),
             ("pixels", 10.032, 10.044),
         ],
-        "2.jsonl": [("arrive", 10.053, 10.054), ("prefill", 10.1, 10.2), ("vision", 10.1, 10.13)],
+        "2.jsonl": [
+            ("arrive", 10.053, 10.054),
+            ("prefill", 10.1, 10.2),
+            ("vision", 10.1, 10.13),
+            ("decode step", 10.2, 10.216),
+        ],
     }
     for name, found in lines.items():
         text = [json.dumps({"stage": s, "begin": b, "end": e}) for s, b, e in found]
@@ -56,6 +61,7 @@ def test_stages_are_milliseconds_a_request_since_the_beginning(tmp_path: Path) -
         "to the engine": 1.5,
         "vision tower": 15.0,
         "language model": 35.0,
+        "steps without a new request": 8.0,
     }
 
 

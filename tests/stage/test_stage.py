@@ -119,7 +119,9 @@ def test_a_result_that_is_lost_on_its_way_leaves_nothing(
 
 
 def test_asleep_requests_wait_until_it_is_woken(client: StageClient) -> None:
-    running = client.submit(ToyPlan(steps=20, seconds=0.01))
+    begun = threading.Event()
+    running = client.submit(ToyPlan(steps=20, seconds=0.01), report=lambda _: begun.set())
+    assert begun.wait(HANG)  # until then it would wait as well
     client.maintain("sleep")
     assert running.future.done()
     assert running.result(HANG).total == 2 * 20
