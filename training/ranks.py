@@ -30,7 +30,10 @@ def join() -> None:
 
 
 def leave() -> None:
+    """Part from the other ranks, together."""
     if dist.is_initialized():
+        # Meanwhile gloo's threads let go of the last tensors. Once Python ends they cannot, and abort.
+        dist.barrier()
         dist.destroy_process_group()
 
 
