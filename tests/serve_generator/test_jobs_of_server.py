@@ -10,7 +10,8 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
+from http.client import HTTPConnection
 from typing import Any
 
 import httpx
@@ -134,14 +135,23 @@ def test_a_clip_with_a_key_is_made_once(generator_server: Server) -> None:
     idle(generator_server)
     url = f"{generator_server.url}/v1/videos/sync"
     before = sample(generator_server, "cosmos3:requests_completed_total")
+    cancelled = sample(generator_server, "cosmos3:requests_cancelled_total")
     body = {"prompt": "a boat", **SMALL, "num_inference_steps": 60, "size": "128x128"}
     headers = {"Idempotency-Key": "a clip"}
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(url, json=body, headers=headers, timeout=0.3)
+    with closing(HTTPConnection(httpx.URL(generator_server.url).netloc.decode())) as connection:
+        sent = headers | {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/videos/sync", json.dumps(body), sent)
+        eventually(
+            lambda: (
+                sample(generator_server, "cosmos3:requests_running") == 1
+                or sample(generator_server, "cosmos3:requests_completed_total") > before
+            )
+        )
     answers = [httpx.post(url, json=body, headers=headers, timeout=HANG) for _ in range(2)]
     assert {answer.status_code for answer in answers} == {200}
     assert answers[0].content == answers[1].content
     assert sample(generator_server, "cosmos3:requests_completed_total") == before + 1
+    assert sample(generator_server, "cosmos3:requests_cancelled_total") == cancelled
     other = httpx.post(url, json=body | {"seed": 7}, headers=headers, timeout=HANG)
     assert (other.status_code, other.json()["error"]["code"]) == (409, "idempotency_conflict")
 
