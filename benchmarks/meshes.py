@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.generator.pipeline import Pipeline
-from vllm_cosmos3.parallel.mesh import close_mesh, init_mesh
+from vllm_cosmos3.parallel.mesh import Mesh, close_mesh, init_mesh
 
 AXES = ("cfg_parallel_size", "ulysses_degree", "tensor_parallel_size")
 HANG = timedelta(hours=1)  # until processes that do not come are given up
@@ -57,8 +57,13 @@ def on_mesh(
         init_method=f"file://{meeting}" if ranks(mesh) > 1 else None,
     )
     work(Pipeline.load(config, joined, device))
+    leave(joined, device)
+
+
+def leave(mesh: Mesh, device: torch.device) -> None:
+    """Leave nothing on the device."""
     gc.collect()  # layers that point at each other would stay beside the next mesh's
-    close_mesh(joined)
+    close_mesh(mesh)
     if device.type == "cuda":
         torch.cuda.empty_cache()
 

@@ -11,6 +11,9 @@ one device, where ``replicas`` come first. Then the row is made once, or as ofte
 rows ``--measured-steps`` makes a part, as in latency.py, but for layouts that ``--in-full`` names.
 ``--graphs`` makes rows of few tokens a second time on meshes, with CUDA graphs over the collectives.
 
+``--one-rank`` projects what a mesh of more devices than there are would take: one rank does its work on
+one device (one_rank.py), and what it would exchange counts with ``--link-gbs`` and ``--link-us``.
+
 The table is printed beside published records (published.py); ``--table`` prints that of earlier reports.
 """
 
@@ -45,6 +48,7 @@ from floor import Rates, measure_rates, tokens
 from latency import LONG, NAMED, Fields, text_lengths, write_seconds
 from machine import heading, provenance
 from meshes import Meeting, degrees, device_of, on_mesh, ranks
+from one_rank import Exchanges, Link, check_one_rank, on_one_rank
 from vllm_cosmos3.checkpoint.config import ModelConfig, read_config
 from vllm_cosmos3.checkpoint.hub import resolve
 from vllm_cosmos3.checkpoint.layout.sizes import SIZES
@@ -78,8 +82,8 @@ class Rank:
     output: Output
     latents: Mapping[str, Tensor]
 
-    def __init__(self, pipeline: Pipeline, meeting: Meeting) -> None:
-        self._pipeline, self._meeting = pipeline, meeting
+    def __init__(self, pipeline: Pipeline, meeting: Meeting, exchanges: Exchanges) -> None:
+        self._pipeline, self._meeting, self._exchanges = pipeline, meeting, exchanges
         self.device = pipeline.device
 
     def plan(self, fields: Fields) -> Plan:
@@ -118,12 +122,13 @@ class Rank:
 
         def call(method: str, *args: Any) -> Any:
             nonlocal state
-            if method == "encode":
-                state = pipeline.encode(*args)
-                return None
-            if method == "decode":
-                self.latents = dict(state.denoised[-1])
-            return getattr(pipeline, method)(state, *args)
+            with self._exchanges.within(method):
+                if method == "encode":
+                    state = pipeline.encode(*args)
+                    return None
+                if method == "decode":
+                    self.latents = dict(state.denoised[-1])
+                return getattr(pipeline, method)(state, *args)
 
         calls = CallSequence(plan)
         while not calls.advance(call, progress):
@@ -148,12 +153,13 @@ def measure_all(args: argparse.Namespace) -> int:
     """Start a process for each device, which make all layouts; the tables at the end."""
     args.model = resolve(args.model, weights=False)
     config = read_config(args.model)
-    args.layouts = args.layouts or usual_layouts(args.devices, guided=not config.distilled)
+    usual = usual_layouts(args.devices, guided=not config.distilled)
+    args.layouts = args.layouts or (usual[1:] if args.one_rank else usual)
     args.rows = args.rows or (DISTILLED if config.distilled else WHOLE)
     check(args, config)
     with tempfile.TemporaryDirectory() as folder:
         args.folder = Path(folder)
-        processes.spawn(serve, (args,), nprocs=args.devices)
+        processes.spawn(serve, (args,), nprocs=args.processes)
         rows = json.loads((args.folder / "report.json").read_text())["rows"]
     print()
     print_tables(rows)
@@ -173,14 +179,16 @@ def check(args: argparse.Namespace, config: ModelConfig) -> None:
         InvalidRequest: a mesh has another number of ranks than there are devices, or does not suit.
     """
     for layout in args.layouts:
+        if args.one_rank:
+            check_one_rank(layout)
         if layout != REPLICAS:
             if ranks(layout) != args.devices:
                 possible = f"{REPLICAS}, or cfg x ulysses x tp of {args.devices} ranks"
                 raise InvalidRequest("layouts", layout, possible)
             mesh = ParallelConfig(**degrees(layout))
             check_degrees(mesh, config.transformer, guided=not config.distilled)
-    there = torch.cuda.device_count() if args.device == "cuda" else args.devices
-    if args.devices > there:
+    there = torch.cuda.device_count() if args.device == "cuda" else args.processes
+    if args.processes > there:
         raise InvalidRequest("devices", args.devices, f"at most {there}")
 
 
@@ -198,18 +206,22 @@ def serve(rank: int, args: argparse.Namespace) -> None:
         args=args,
         config=config,
         rates=rates,
-        meeting=Meeting(args.folder / "meeting", args.devices),
+        meeting=Meeting(args.folder / "meeting", args.processes),
         report={"machine": facts, "rates": asdict(rates), "refused": [], "rows": []},
     )
     options = {"model": args.model, "dtype": args.dtype, "load_format": args.load_format}
     for layout in args.layouts:
+        work = partial(process.measure_layout, layout)
+        if args.one_rank:
+            on_one_rank(layout, device, process.exchanges, work, **options, **args.engine)
+            continue
         alone = layout == REPLICAS
         on_mesh(
             "1x1x1" if alone else layout,
             0 if alone else rank,
             device,
             args.folder / f"mesh-{layout}",
-            partial(process.measure_layout, layout),
+            work,
             **options,
             **args.engine,
         )
@@ -226,10 +238,12 @@ class Process:
     meeting: Meeting
     report: Json
     written: set[tuple[int, ...]] = field(default_factory=set)  # shapes of clips
+    exchanges: Exchanges = field(default_factory=Exchanges)  # of one rank without the others
 
     def measure_layout(self, layout: str, pipeline: Pipeline) -> None:
         """All rows of one layout; what there is, is written after each of them."""
-        model, lengths = Rank(pipeline, self.meeting), text_lengths(self.args, pipeline.device)
+        model = Rank(pipeline, self.meeting, self.exchanges)
+        lengths = text_lengths(self.args, pipeline.device)
         numbers = count()  # of requests, so that no two of all rows have the same prompt
         wanted = latency.requests(self.args, pipeline.device)
         for place, (name, fields) in enumerate(wanted.items()):
@@ -275,6 +289,10 @@ class Process:
             settings.measured_steps = None
         row = latency.measure(model, self.config, name, fields, self.rates, numbers, settings)
         found["row"] = asdict(row) | {"rate": row.rate}
+        if self.args.one_rank:
+            exchanged = self.exchanges.of_request(row.steps)
+            link = Link(rate=1e9 * self.args.link_gbs, latency=1e-6 * self.args.link_us)
+            found["exchanged"] = asdict(exchanged) | {"seconds": exchanged.seconds(link)}
         if name in self.args.profile and layout != REPLICAS:
             profiles = latency.profiles_of(model, f"{name} on {layout}", fields, numbers)
             found["profiles"] = [asdict(each) for each in profiles]
@@ -290,9 +308,10 @@ class Process:
         (self.args.folder / f"rank-{self.rank}.json").write_text(json.dumps(found))
         self.meeting.wait()
         if self.rank == 0:
-            files = (self.args.folder / f"rank-{rank}.json" for rank in range(self.args.devices))
+            files = (self.args.folder / f"rank-{rank}.json" for rank in range(self.args.processes))
             all_found = [json.loads(file.read_text()) for file in files]
-            row = joined(layout, self.config, all_found) | {"as_published": as_published(self.args)}
+            row = joined(layout, self.config, self.args.devices, all_found)
+            row["as_published"] = as_published(self.args)
             self.report["rows"].append(row)
             self._keep(line(row))
         self.meeting.wait()
@@ -357,11 +376,13 @@ def hand_over_seconds(output: Output) -> float:
         return time.perf_counter() - start
 
 
-def joined(layout: str, config: ModelConfig, found: Sequence[Json]) -> Json:
+def joined(layout: str, config: ModelConfig, devices: int, found: Sequence[Json]) -> Json:
     """A row of the report, from what each process has found."""
     totals = [each["row"]["warm"]["total"] for each in found]
+    if "exchanged" in found[0]:
+        totals[0] += found[0]["exchanged"]["seconds"]
     apart = [each["check"]["apart"] for each in found]
-    alone, devices = layout == REPLICAS, len(found)
+    alone = layout == REPLICAS
     return found[0] | {
         "model": size_of(config),
         "layout": layout,
@@ -415,6 +436,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--graphs", action="store_true", help="CUDA graphs over collectives, too")
     parser.add_argument(
+        "--one-rank", action="store_true", help="of each mesh, on one device: a projection"
+    )
+    parser.add_argument("--link-gbs", type=float, default=300.0, help="to other devices, in GB/s")
+    parser.add_argument("--link-us", type=float, default=20.0, help="of each exchange, at least")
+    parser.add_argument(
         "--profile", nargs="+", choices=NAMED, default=[], metavar="ROW", help="kernels, on meshes"
     )
     parser.add_argument(
@@ -432,4 +458,5 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.repeat < 1:
         parser.error("--repeat is at least 1")
     args.size = None  # of a request that latency.py would make up
+    args.processes = 1 if args.one_rank else args.devices
     return args

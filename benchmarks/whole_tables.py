@@ -19,9 +19,9 @@ HEAD = (
 
 
 def line(found: Json) -> str:
-    """A row of the first table. Extrapolated figures are marked with a tilde."""
-    row = found["row"]
-    warm, about = row["warm"], "~" if row["measured_steps"] else ""
+    """A row of the first table. Figures that were not measured in full are marked with a tilde."""
+    row, about = found["row"], mark(found)
+    warm = row["warm"]
     measured = f" ({row['measured_steps']} measured)" if row["measured_steps"] else ""
     cells = [
         row["name"],
@@ -43,9 +43,15 @@ def line(found: Json) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def mark(found: Json) -> str:
+    """A tilde before figures that were not measured in full."""
+    return "~" if found["row"]["measured_steps"] or "exchanged" in found else ""
+
+
 def layout_of(found: Json) -> str:
     """``4 replicas`` or ``2x2x1``, and whether graphs were recorded or only allowed."""
     name = f"{found['devices']} {REPLICAS}" if found["layout"] == REPLICAS else found["layout"]
+    name = f"one rank of {name}" if "exchanged" in found else name
     if found["recordings"]:
         return f"{name}, graphs"
     return f"{name}, graphs allowed" if found["graphs"] else name
@@ -64,11 +70,29 @@ def beside_it(found: Json) -> tuple[float | None, ...]:
 
 def print_tables(rows: Sequence[Json]) -> None:
     print(HEAD, *map(line, rows), sep="\n")
+    if projected := [row for row in rows if "exchanged" in row]:
+        print("", *exchanges(projected), sep="\n")
     if compared_rows := beside(rows):
         print("", *compared_rows, sep="\n")
     for found in rows:
         for each in found.get("profiles", ()):
             print(Profile(**each).table())
+
+
+def exchanges(rows: Sequence[Json]) -> list[str]:
+    """What one rank did, and what it would have sent to the others."""
+    lines = [
+        "| request | layout | its own s | sent GB | exchanges | for these s | together s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for found in rows:
+        sent = found["exchanged"]
+        own = found["seconds"] - sent["seconds"]
+        lines.append(
+            f"| {found['row']['name']} | {layout_of(found)} | {own:.2f} | {sent['sent'] / 1e9:.2f} "
+            f"| {sent['count']} | {sent['seconds']:.2f} | ~{found['seconds']:.2f} |"
+        )
+    return lines
 
 
 def beside(rows: Sequence[Json]) -> list[str]:
@@ -93,7 +117,7 @@ def beside(rows: Sequence[Json]) -> list[str]:
 
 
 def record_line(record: Record, found: Json) -> str:
-    about = "~" if found["row"]["measured_steps"] else ""
+    about = mark(found)
     cells = [
         record.model,
         record.row,

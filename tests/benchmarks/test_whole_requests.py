@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import Ranks
 
 import whole_requests
 from floor import Rates
 from meshes import Meeting, degrees
+from one_rank import Exchange, Exchanges, Link, first_rank
 from published import ELSEWHERE, NVIDIA, records
 from vllm_cosmos3.checkpoint.config import read_config
 from vllm_cosmos3.engine_options import EngineConfig, ParallelConfig
 from vllm_cosmos3.generator.pipeline import Pipeline
 from vllm_cosmos3.parallel.axis import Axis
 from vllm_cosmos3.parallel.mesh import Mesh
-from whole_requests import Process, usual_layouts
+from whole_requests import Process, Rank, usual_layouts
 from whole_tables import REPLICAS, beside, line, print_tables
 
 ALONE = Mesh(**{name: Axis(name, 1, 0, None) for name in ("cfg", "ulysses", "tp", "world")})
 ROWS = ["t2i-256p", "t2v-256p"]
+FOUR_STEPS = {
+    "prompt": "a boat", "size": "128x96", "num_frames": 9, "num_inference_steps": 4, "seed": 1,
+}  # fmt: skip
 
 
 def both_layouts(mesh: Mesh, folder: Path, shared: Path, argv: list[str]) -> dict[str, Any]:
@@ -83,6 +90,80 @@ def test_two_replicas_and_a_mesh_of_two(
     assert "| equal after 8 steps |" in printed
 
 
+def sent_on(mesh: Mesh, folder: Path, shared: Path) -> Exchange:
+    """What the rank gives to its neighbours for a request of four steps."""
+    asked = list[tuple[float, int]]()
+
+    def counted(name: str, share: Callable[[Any], float]) -> Any:
+        function = getattr(dist, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            asked.append((share(arguments), 1))
+            return function(*arguments, **options)
+
+        return patch.object(dist, name, call)
+
+    with (
+        counted("all_to_all_single", lambda given: given[1].nbytes / 2),
+        counted("all_gather", lambda given: given[1].nbytes),
+        counted("all_reduce", lambda given: given[0].nbytes),
+        counted("batch_isend_irecv", lambda given: given[0][0].tensor.nbytes),  # of one neighbour
+    ):
+        config = EngineConfig(model=folder, dtype="float32", device="cpu", ulysses_degree=2)
+        pipeline = Pipeline.load(config, mesh, "cpu")
+        asked.clear()
+        Rank(pipeline, Meeting(shared / "two", 2), Exchanges()).generate(FOUR_STEPS)
+    return Exchange(sent=sum(sent for sent, _ in asked), count=len(asked))
+
+
+def counted_alone(mesh: Mesh, folder: Path, shared: Path) -> Exchange:
+    """The same of a rank without neighbours, in a request of two steps."""
+    exchanges = Exchanges()
+    parallel = ParallelConfig(ulysses_degree=2)
+    with exchanges.in_place():
+        config = EngineConfig(model=folder, dtype="float32", device="cpu", ulysses_degree=2)
+        pipeline = Pipeline.load(config, first_rank(mesh, parallel), "cpu")
+        model = Rank(pipeline, Meeting(shared / "one", 1), exchanges)
+        output = model.generate({**FOUR_STEPS, "num_inference_steps": 2})
+    assert output.video is not None
+    assert output.video.shape == (9, 96, 128, 3)
+    return exchanges.of_request(4)
+
+
+def test_a_rank_alone_counts_what_it_would_exchange(
+    ranks: Ranks, tiny_checkpoint_fp32: Path, tmp_path: Path
+) -> None:
+    real, _ = ranks(ParallelConfig(ulysses_degree=2), sent_on, tiny_checkpoint_fp32, tmp_path)
+    (alone,) = ranks(ParallelConfig(), counted_alone, tiny_checkpoint_fp32, tmp_path)
+    assert alone == real
+    assert alone.count > 4 * 2 * 2 * 2  # steps, branches, layers, both ways
+    link = Link(rate=alone.sent, latency=0.5)
+    assert alone.seconds(link) == 1 + 0.5 * alone.count
+
+
+def test_one_rank_of_four_on_one_device(
+    tiny_checkpoint_fp32: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "report.json"
+    argv = [str(tiny_checkpoint_fp32), "--device", "cpu", "--devices", "4", "--one-rank"]
+    argv += ["--rows", "t2v-256p", "--frames", "5", "--tokens", "20", "30", "--json", str(file)]
+    argv += ["--num-inference-steps", "3", "--dtype", "float32", "--link-us", "1000"]
+    assert whole_requests.main(argv) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["layout"], row["devices"]) for row in rows] == [("2x2x1", 4), ("1x4x1", 4)]
+    for row in rows:
+        own, sent = row["row"]["warm"]["total"], row["exchanged"]
+        assert sent["seconds"] == pytest.approx(sent["sent"] / 300e9 + sent["count"] / 1000)
+        assert row["seconds"] == own + sent["seconds"]
+        assert row["gpu_seconds"] == 4 * row["seconds"]
+    printed = capfd.readouterr().out
+    assert "| t2v-256p | one rank of 1x4x1 | 3 | ~" in printed
+    assert (
+        "| request | layout | its own s | sent GB | exchanges | for these s | together s |"
+        in printed
+    )
+
+
 def made(layout: str, devices: int, seconds: float, **more: Any) -> dict[str, Any]:
     """A row of a report on Nano."""
     names = ("text", "denoise", "vae_encode", "vae_decode", "tail")
@@ -138,12 +219,15 @@ def test_layouts_of_a_machine() -> None:
     [
         ("2x1x1", "layouts is '2x1x1', must be replicas, or cfg x ulysses x tp of 4 ranks"),
         ("4x1x1", "cfg_parallel_size is 4, must be 1 or 2 (guidance has two branches)"),
+        ("1x1x4 --one-rank", "must be cfg x ulysses x 1 where one rank is asked for"),
+        (f"{REPLICAS} --one-rank", "must be cfg x ulysses x 1 where one rank is asked for"),
     ],
 )
 def test_a_layout_that_cannot_be_is_refused_before_anything_starts(
     tiny_checkpoint_fp32: Path, capsys: pytest.CaptureFixture[str], layout: str, words: str
 ) -> None:
-    argv = [str(tiny_checkpoint_fp32), "--device", "cpu", "--devices", "4", "--layouts", layout]
+    argv = [str(tiny_checkpoint_fp32), "--device", "cpu", "--devices", "4"]
+    argv += ["--layouts", *layout.split()]
     assert whole_requests.main(argv) == 2
     assert words in capsys.readouterr().err
     assert torch.distributed.is_initialized() is False
