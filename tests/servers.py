@@ -8,8 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from http.client import HTTPConnection
 from pathlib import Path
 
 import httpx
@@ -46,6 +47,10 @@ class Server:
         new = OpenAI(base_url=f"{self.url}/v1", api_key="EMPTY", max_retries=0, timeout=HANG)
         self.clients.append(new)
         return new
+
+    def connection(self) -> closing[HTTPConnection]:
+        """One that the client may leave before it has read the answer."""
+        return closing(HTTPConnection(self.url.removeprefix("http://")))
 
     def async_client(self) -> AsyncOpenAI:
         return AsyncOpenAI(base_url=f"{self.url}/v1", api_key="EMPTY", max_retries=0, timeout=HANG)

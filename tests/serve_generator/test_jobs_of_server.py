@@ -10,8 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
-from http.client import HTTPConnection
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import httpx
@@ -138,7 +137,7 @@ def test_a_clip_with_a_key_is_made_once(generator_server: Server) -> None:
     cancelled = sample(generator_server, "cosmos3:requests_cancelled_total")
     body = {"prompt": "a boat", **SMALL, "num_inference_steps": 60, "size": "128x128"}
     headers = {"Idempotency-Key": "a clip"}
-    with closing(HTTPConnection(httpx.URL(generator_server.url).netloc.decode())) as connection:
+    with generator_server.connection() as connection:
         sent = headers | {"Content-Type": "application/json"}
         connection.request("POST", "/v1/videos/sync", json.dumps(body), sent)
         eventually(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import closing
-from http.client import HTTPConnection
 from typing import Any
 
 import httpx
@@ -72,7 +70,7 @@ def test_a_client_that_goes_away_spoils_nothing(reasoner_server: Server, seconds
     part = parts(2010 + round(100 * seconds))["video"]
     content = [part, {"type": "text", "text": "what is shown?"}]
     body = {"model": reasoner_server.model, "messages": [{"role": "user", "content": content}]}
-    with closing(HTTPConnection(httpx.URL(reasoner_server.url).netloc.decode())) as connection:
+    with reasoner_server.connection() as connection:
         connection.request(
             "POST",
             "/v1/chat/completions",
