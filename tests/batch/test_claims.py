@@ -5,21 +5,38 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 from botocore.exceptions import EndpointConnectionError
 from generators import eventually
+from limits import HANG
 
 from vllm_cosmos3.batch.claims import CLAIMS, RUNS, STALE_SECONDS, Claims, _process
 from vllm_cosmos3.batch.store import LocalStore, Store
 
 
-def claims(store: Store, share: tuple[int, int] = (0, 1)) -> Claims:
-    made = Claims(store)
-    made.start(share)
-    return made
+class Begin(Protocol):
+    def __call__(self, store: Store, share: tuple[int, int] = ...) -> Claims: ...
+
+
+@pytest.fixture
+def claims(monkeypatch: pytest.MonkeyPatch) -> Iterator[Begin]:
+    """Begins a run, which has no second heartbeat that would undo what a test does, and ends with the test."""
+    monkeypatch.setattr("vllm_cosmos3.batch.claims.HEARTBEAT_SECONDS", HANG)
+    with ExitStack() as runs:
+
+        def begin(store: Store, share: tuple[int, int] = (0, 1)) -> Claims:
+            made = Claims(store)
+            made.start(share)
+            runs.callback(made.close)
+            return made
+
+        yield begin
 
 
 def left_by(store: Store, name: str, state: dict[str, object]) -> None:
@@ -28,7 +45,7 @@ def left_by(store: Store, name: str, state: dict[str, object]) -> None:
     assert store.create(f"{CLAIMS}/{name}.0", b"old")
 
 
-def test_one_of_two_runs_gets_a_record(store: Store) -> None:
+def test_one_of_two_runs_gets_a_record(store: Store, claims: Begin) -> None:
     first, second = claims(store), claims(store)
     assert first.take("a.b")
     assert not second.take("a.b")
@@ -41,7 +58,7 @@ def test_one_of_two_runs_gets_a_record(store: Store) -> None:
     assert store.names("") == []
 
 
-def test_one_of_many_at_once_gets_a_record(store: Store) -> None:
+def test_one_of_many_at_once_gets_a_record(store: Store, claims: Begin) -> None:
     several = [claims(store) for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:
         taken = list(pool.map(lambda one: [one.take(str(n)) for n in range(8)], several))
@@ -51,7 +68,7 @@ def test_one_of_many_at_once_gets_a_record(store: Store) -> None:
     assert store.names("") == []
 
 
-def test_the_claim_of_a_process_that_ended_is_taken_over(store: Store) -> None:
+def test_the_claim_of_a_process_that_ended_is_taken_over(store: Store, claims: Begin) -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         left_by(store, "a", _process(process.pid))
         run = claims(store)
@@ -109,7 +126,7 @@ class Outage(LocalStore):
 
 
 def test_a_run_lives_on_after_an_outage(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    claims: Begin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("vllm_cosmos3.batch.claims.HEARTBEAT_SECONDS", 0.01)
     store = Outage(tmp_path)
@@ -123,7 +140,7 @@ def test_a_run_lives_on_after_an_outage(
     assert "nowhere" in caplog.text
 
 
-def test_a_slow_run_sees_that_it_has_lost_a_record(store: Store) -> None:
+def test_a_slow_run_sees_that_it_has_lost_a_record(store: Store, claims: Begin) -> None:
     slow = claims(store)
     assert slow.take("a")
     store.delete(f"{RUNS}/{slow.run}.json")  # as if it had been taken for dead
@@ -140,7 +157,7 @@ def test_a_slow_run_sees_that_it_has_lost_a_record(store: Store) -> None:
     assert not slow.holds("b")  # nobody does
 
 
-def test_runs_of_other_shards_are_no_rivals(store: Store) -> None:
+def test_runs_of_other_shards_are_no_rivals(store: Store, claims: Begin) -> None:
     claims(store, (0, 2))
     run = claims(store, (1, 2))
     assert not run.rivals((1, 2))
@@ -149,7 +166,9 @@ def test_runs_of_other_shards_are_no_rivals(store: Store) -> None:
     assert run.rivals((0, 1))
 
 
-def test_a_worker_that_replaces_a_dead_one_of_its_run_takes_its_claim(store: Store) -> None:
+def test_a_worker_that_replaces_a_dead_one_of_its_run_takes_its_claim(
+    store: Store, claims: Begin
+) -> None:
     run = claims(store)
     assert Claims(store, run.run).take("a")
     assert Claims(store, run.run).take("a")
