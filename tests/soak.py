@@ -17,6 +17,7 @@ import signal
 import statistics
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from ranks import processes_below, remaining, segments_of
@@ -26,6 +27,8 @@ from vllm_cosmos3.engine_options import EngineConfig
 from vllm_cosmos3.errors import WorkerDied
 from vllm_cosmos3.stage.client import StageClient
 from vllm_cosmos3.stage.config import StageConfig
+
+SETTLING_SECONDS = 60.0  # until what is more than after the first round counts as left behind
 
 
 def main() -> int:
@@ -46,6 +49,11 @@ def main() -> int:
         segments |= segments_of(stage)
         counts.append((len(stage), open_files(stage)))
         print(f"round {number + 1}: {seconds[-1]:.2f} s, processes and files {counts[-1]}")
+    end = time.monotonic() + SETTLING_SECONDS
+    while counts[-1] > counts[0] and time.monotonic() < end:  # the last ones may be about to go
+        time.sleep(0.1)
+        stage = processes_below(os.getpid())
+        counts[-1] = len(stage), open_files(stage)
     client.close()
     left = remaining(pids, segments)
     print(
@@ -76,7 +84,11 @@ def kill_and_recover(client: StageClient, ranks: int) -> float:
 
 
 def open_files(pids: set[int]) -> int:
-    return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids | {os.getpid()})
+    count = 0
+    for pid in pids | {os.getpid()}:
+        with suppress(FileNotFoundError):  # it has just ended
+            count += len(os.listdir(f"/proc/{pid}/fd"))
+    return count
 
 
 if __name__ == "__main__":

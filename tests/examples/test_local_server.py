@@ -16,10 +16,13 @@ from limits import HANG
 from local_server import ServerFailed, group_members, local_server
 
 SERVER = """
-import argparse, http.server, subprocess, sys
+import argparse, http.server, pathlib, subprocess, sys, time
 parser = argparse.ArgumentParser()
 parser.add_argument("--host"); parser.add_argument("--port", type=int)
+parser.add_argument("--after", type=pathlib.Path)  # there is such a file
 args = parser.parse_args()
+while args.after and not args.after.exists():
+    time.sleep(0.01)
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 print("child", child.pid, flush=True)
 
@@ -33,10 +36,15 @@ http.server.HTTPServer((args.host, args.port), Handler).serve_forever()
 
 
 def test_it_waits_and_stops_the_whole_group(tmp_path: Path) -> None:
-    log = tmp_path / "log"
+    log, answered = tmp_path / "log", tmp_path / "answered"
     waited: list[float] = []
-    command = [sys.executable, "-c", SERVER]
-    with local_server(command, log=log, waiting=waited.append) as server:
+
+    def waiting(seconds: float) -> None:
+        waited.append(seconds)
+        answered.touch()
+
+    command = [sys.executable, "-c", SERVER, "--after", str(answered)]
+    with local_server(command, log=log, waiting=waiting) as server:
         assert urllib.request.urlopen(f"{server.url}/health").status == 200
         assert server.url.startswith("http://127.0.0.1:")
         assert server.memory() > 2**20
@@ -79,10 +87,15 @@ def test_a_server_that_ends_early_is_reported_with_its_error(tmp_path: Path) -> 
 
 
 def test_a_server_that_hangs_is_given_up_and_stopped(tmp_path: Path) -> None:
-    command = ["sh", "-c", "echo still busy; exec sleep 600"]
+    log, command = tmp_path / "log", ["sh", "-c", "echo still busy; exec sleep 600"]
+
+    def waiting(_: float) -> None:
+        while not log.read_text():
+            time.sleep(0.01)
+
     with (
         pytest.raises(ServerFailed, match=r"(?s)not ready after 2 s:\nstill busy"),
-        local_server(command, log=tmp_path / "log", timeout=2),
+        local_server(command, log=log, timeout=2, waiting=waiting),
     ):
         pass
 
