@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 from limits import HANG
 from servers import BIN, Server, running
 
 SMALL = {"size": "64x64", "num_frames": 5, "num_inference_steps": 2, "seed": 1}
 PICTURE = {"size": "64x64", "num_inference_steps": 2, "seed": 1}
-LONG = {"size": "256x256", "num_frames": 21, "num_inference_steps": 200, "seed": 1}
+# Minutes of short steps: it runs for as long as a test wants, and ends soon when it is deleted.
+LONG = {
+    "size": "256x256",
+    "num_frames": 21,
+    "num_inference_steps": 200,
+    "num_chunks": 20,
+    "seed": 1,
+}
+WAIT = {"Prefer": f"wait={HANG:.0f}"}  # for the end
 
 
 @contextmanager
@@ -51,6 +61,60 @@ def finished(server: Server, job: dict[str, Any], seconds: float = HANG) -> dict
             pass
     ended: dict[str, Any] = httpx.get(f"{server.url}/v1/videos/{job['id']}").json()
     return ended
+
+
+def idle(server: Server) -> None:
+    """Wait until nothing waits or runs."""
+
+    def is_idle() -> bool:
+        queue = httpx.get(f"{server.url}/health", timeout=HANG).json()["queue"]
+        return bool(queue["waiting"] == queue["running"] == 0)
+
+    eventually(is_idle)
+
+
+def ranks_of(server: Server) -> list[psutil.Process]:
+    """The processes that compute: children of the stage processes."""
+    commands: dict[psutil.Process, tuple[int, str]] = {}  # with their parents
+    for process in psutil.Process(server.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            commands[process] = process.ppid(), " ".join(process.cmdline())
+    stages = {one.pid for one, (_, words) in commands.items() if "stage.process import" in words}
+    return [
+        one
+        for one, (parent, words) in commands.items()
+        if parent in stages and "resource_tracker" not in words
+    ]
+
+
+@contextmanager
+def suspended(server: Server) -> Iterator[None]:
+    """No request gets further until the block ends, which is to be soon: they would be given up."""
+    ranks = ranks_of(server)
+    for rank in ranks:
+        rank.suspend()
+    try:
+        yield
+    finally:
+        for rank in ranks:
+            rank.resume()
+
+
+@contextmanager
+def held(file: Path) -> Iterator[None]:
+    """Whoever reads this file waits until the block ends, such as a rank that loads a checkpoint."""
+    data, pipe, other = file.read_bytes(), file.with_name("pipe"), file.with_name("other")
+    os.mkfifo(pipe)
+    other.hardlink_to(pipe)
+    other.replace(file)
+    try:
+        yield
+    finally:
+        other.write_bytes(data)
+        other.replace(file)
+        with suppress(OSError), open(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK), "wb") as waiting:
+            waiting.write(data)  # unless nobody waits
+        pipe.unlink()
 
 
 def eventually(what: Callable[[], bool], seconds: float = HANG) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from generators import generator
+from generators import eventually, generator, suspended
 from limits import HANG
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
@@ -45,6 +45,12 @@ def made(server: Server, **fields: Any) -> tuple[list[np.ndarray], dict[str, Any
     return pixels, answer.json()["cosmos3"]
 
 
+def accepted(server: Server) -> int:
+    """Requests that wait or run."""
+    queue = httpx.get(f"{server.url}/health").json()["queue"]
+    return int(queue["waiting"] + queue["running"])
+
+
 def served(server: Server) -> tuple[float, float]:
     """Requests in the histogram of batches, and their sum."""
     page = httpx.get(f"{server.url}/metrics").text
@@ -62,9 +68,12 @@ def check_equal(pixels: list[np.ndarray], expected: list[np.ndarray]) -> None:
 def test_pictures_asked_for_at_once_are_made_together(batching: Server) -> None:
     asked = [{"prompt": f"{at} paper boats", "seed": at} for at in range(CLIENTS)]
     with ThreadPoolExecutor(CLIENTS) as pool:
-        together = list(pool.map(lambda fields: made(batching, **fields), asked))
+        with suspended(batching):  # no step is made before all have come
+            coming = pool.map(lambda fields: made(batching, **fields), asked)
+            eventually(lambda: accepted(batching) == CLIENTS)
+        together = list(coming)
     sizes = [block["batch_size"] for _, block in together]
-    assert max(sizes) > 1
+    assert sizes == [CLIENTS] * CLIENTS
     assert served(batching) == (CLIENTS, sum(sizes))
     for fields, (pixels, block) in zip(asked, together, strict=True):
         expected, alone = made(batching, **fields)

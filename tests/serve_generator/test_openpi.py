@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from browsing import READY, browsing, check_accessibility, visiting
-from generators import eventually
+from generators import eventually, idle, suspended
 from limits import HANG
 from playwright.sync_api import expect
 from robots import KEY, PATH, Refused, Robot, observation, robot
@@ -216,13 +217,24 @@ def test_an_unknown_shape_of_replies(robot_server: Server) -> None:
 
 
 def test_several_robots_are_served_one_after_the_other(robot_server: Server) -> None:
+    idle(robot_server)
+    asked = observation(seed=5, sampling_params={"num_inference_steps": 3})
     with robot(robot_server.url) as one, robot(robot_server.url) as other:
-        for arm in (one, other):
-            arm.send(observation(seed=5, sampling_params={"num_inference_steps": 3}))
+        with suspended(robot_server):  # the first is not done before the second has come
+            one.send(asked)
+            eventually(lambda: queue(robot_server)["running"] == 1)
+            other.send(asked)
+            eventually(lambda: queue(robot_server)["waiting"] == 1)
         first, second = one.receive(), other.receive()
     np.testing.assert_array_equal(first["actions"], second["actions"])
-    times = sorted((x["server_timing"] for x in (first, second)), key=lambda x: x["queue_ms"])
+    times = [answer["server_timing"] for answer in (first, second)]
     assert times[1]["queue_ms"] > times[0]["denoise_ms"] / 2  # in turns nobody waits for long
+
+
+def queue(server: Server) -> dict[str, int]:
+    """How many requests run and wait."""
+    found: dict[str, int] = httpx.get(f"{server.url}/health").json()["queue"]
+    return found
 
 
 def served(arm: Robot) -> list[str]:
@@ -239,14 +251,25 @@ def served(arm: Robot) -> list[str]:
 
 
 def test_a_robot_too_many_is_told_and_may_ask_again(robot_server: Server) -> None:
+    before = queue_full(robot_server)
     with ExitStack() as stack:
         robots = [stack.enter_context(robot(robot_server.url)) for _ in range(8)]
-        for arm in robots:
-            arm.send(observation())
         with ThreadPoolExecutor(len(robots)) as pool:
-            refusals = list(pool.map(served, robots))
+            with suspended(robot_server):  # nobody is served before all places are taken
+                for arm in robots:
+                    arm.send(observation())
+                answers = pool.map(served, robots)
+                eventually(lambda: queue_full(robot_server) > before)
+            refusals = list(answers)
     assert 1 <= sum(map(bool, refusals)) <= 5  # one is served and two wait, at least
     assert {code for codes in refusals for code in codes} == {"queue_full"}
+
+
+def queue_full(server: Server) -> float:
+    """How many were refused for that."""
+    page = httpx.get(f"{server.url}/metrics", headers={"Authorization": f"Bearer {KEY}"}).text
+    (count,) = re.findall(r'requests_rejected_total{reason="queue_full"} (\S+)', page)
+    return float(count)
 
 
 def test_a_robot_that_goes_away_is_cancelled(robot_server: Server) -> None:

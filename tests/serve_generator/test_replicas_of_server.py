@@ -14,7 +14,7 @@ import httpx
 import promql_parser
 import pytest
 import yaml
-from generators import LONG, PICTURE, SMALL, create, eventually, finished, generator
+from generators import LONG, PICTURE, SMALL, create, eventually, finished, generator, held
 from limits import HANG
 from prometheus_client.parser import text_string_to_metric_families
 from ranks import by_age, processes_below
@@ -29,8 +29,6 @@ OF_TARGETS = {
     "le",
 }  # labels that Prometheus adds, and buckets
 pytestmark = pytest.mark.serve
-# By its estimate, which SMALL alone has taught, it is long too: it does not run beside another.
-QUEUED = {"size": "256x256", "num_frames": 21, "num_inference_steps": 40, "guidance_scale": 1}
 
 
 @pytest.fixture(scope="module")
@@ -84,29 +82,32 @@ def test_one_replica_is_killed_and_the_other_serves(two_replicas: Server) -> Non
     first, second = create(two_replicas, **LONG), create(two_replicas, **LONG)
     for job in (first, second):
         eventually(lambda job=job: status_of(two_replicas, job) == "in_progress")
-    queued = create(two_replicas, **QUEUED)
-    assert health(two_replicas)["queue"]["waiting"] == 1
+    queued = create(two_replicas, **LONG)
+    eventually(lambda: health(two_replicas)["queue"]["waiting"] == 1)
 
     stages = {
         process
         for process in processes_below(two_replicas.pid)
         if b"vllm_cosmos3.stage.process" in Path(f"/proc/{process}/cmdline").read_bytes()
     }
-    os.kill(by_age(stages)[0], signal.SIGKILL)  # the first one
-    eventually(lambda: health(two_replicas)["status"] == "degraded")
-    answer = get(two_replicas, "/health")
-    assert answer.status_code == 200
-    assert answer.json()["reason"] == "replica 0 is starting"
-    eventually(lambda: by_replica(two_replicas, "cosmos3:replica_ready") == [0, 1])
-    eventually(lambda: status_of(two_replicas, first) == "failed")
-    error = get(two_replicas, f"/v1/videos/{first['id']}").json()["error"]
-    assert error["code"] == "worker_lost"
-    assert "the stage process ended with status -9" in error["message"]
-    longer = finished(two_replicas, create(two_replicas, **SMALL, continue_from=before["id"]))
-    assert (longer["status"], longer["num_frames"]) == ("completed", 9)
-    assert status_of(two_replicas, second) == "in_progress"
-    httpx.delete(f"{two_replicas.url}/v1/videos/{second['id']}", timeout=HANG)
-    assert finished(two_replicas, queued)["status"] == "completed"
+    with held(Path(two_replicas.model) / "transformer" / "config.json"):  # no new one is ready
+        os.kill(by_age(stages)[0], signal.SIGKILL)  # the first one
+        eventually(lambda: health(two_replicas)["status"] == "degraded")
+        answer = get(two_replicas, "/health")
+        assert answer.status_code == 200
+        assert answer.json()["reason"] == "replica 0 is starting"
+        eventually(lambda: by_replica(two_replicas, "cosmos3:replica_ready") == [0, 1])
+        eventually(lambda: status_of(two_replicas, first) == "failed")
+        error = get(two_replicas, f"/v1/videos/{first['id']}").json()["error"]
+        assert error["code"] == "worker_lost"
+        assert "the stage process ended with status -9" in error["message"]
+        longer = finished(two_replicas, create(two_replicas, **SMALL, continue_from=before["id"]))
+        assert (longer["status"], longer["num_frames"]) == ("completed", 9)
+        assert status_of(two_replicas, second) == "in_progress"
+        assert status_of(two_replicas, queued) == "queued"
+        httpx.delete(f"{two_replicas.url}/v1/videos/{second['id']}", timeout=HANG)
+        eventually(lambda: status_of(two_replicas, queued) == "in_progress")
+        httpx.delete(f"{two_replicas.url}/v1/videos/{queued['id']}", timeout=HANG)
 
     eventually(lambda: health(two_replicas)["status"] == "healthy")
     assert [each["restarts"] for each in health(two_replicas)["replicas"]] == [1, 0]

@@ -87,7 +87,7 @@ def test_what_was_sent_is_not_made_again(reasoner_server: Server) -> None:
     assert send(reasoner_server, "/v1/chat/completions", part, max_tokens=1).status_code == 200
     hits = cache_hits(reasoner_server)
     assert send(reasoner_server, "/v1/chat/completions", part, max_tokens=1).status_code == 200
-    eventually(lambda: cache_hits(reasoner_server) == hits + 1)
+    eventually(lambda: cache_hits(reasoner_server) > hits)
 
 
 def cache_hits(server: Server) -> float:
