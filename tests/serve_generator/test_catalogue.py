@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from generators import PICTURE, create, finished
+from generators import LONG, PICTURE, create, finished
 from jsonschema import Draft202012Validator
 from limits import HANG
 from media_files import animation, clip, data_url, picture, png
@@ -476,7 +476,7 @@ def test_row_78_size_auto(generator_server: Server) -> None:
 
 
 def test_rows_90_93_94_97_a_running_job(generator_server: Server) -> None:
-    long = create(generator_server, size="256x256", num_frames=61, num_inference_steps=200)
+    long = create(generator_server, **LONG)
     url = f"{generator_server.url}{VIDEOS}/{long['id']}"
     answer = httpx.get(f"{url}/content")
     check(answer, "not_ready", None)

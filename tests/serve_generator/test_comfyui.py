@@ -109,5 +109,5 @@ def test_cancelling_in_comfyui_ends_the_job(generator_server: Server, nodes: Mod
     with pytest.raises(RuntimeError, match="cancelled"):
         client.made_video(generator_server.url, {"prompt": "a", **LONG}, progress, pressed.is_set)
     assert told
-    (job, *_) = httpx.get(f"{generator_server.url}/v1/videos?limit=1").json()["data"] or [None]
-    assert job is None or job["status"] != "in_progress"
+    videos = httpx.get(f"{generator_server.url}/v1/videos?limit=100").json()["data"]
+    assert {job["status"] for job in videos} <= {"completed", "failed"}

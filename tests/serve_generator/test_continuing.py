@@ -11,7 +11,7 @@ from typing import Any, cast
 import httpx
 import numpy as np
 import pytest
-from generators import PICTURE, SMALL, create, finished
+from generators import LONG, PICTURE, SMALL, create, finished
 from limits import HANG
 from media_files import clip, data_url, picture, png
 from PIL import Image
@@ -27,7 +27,6 @@ from vllm_cosmos3.server.jobs.journal import Journal
 from vllm_cosmos3.server.jobs.video_job import VideoJob
 
 pytestmark = pytest.mark.serve
-LONG = {"size": "256x256", "num_frames": 61, "num_inference_steps": 200}
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from generators import WAIT
 from limits import HANG
 from media_files import picture, png
 from servers import Server
@@ -51,7 +52,7 @@ def pictures() -> Iterator[str]:
 
 
 def post(server: Server, url: str) -> httpx.Response:
-    headers = {"Authorization": "Bearer other", "Prefer": "wait=60"}
+    headers = {"Authorization": "Bearer other", **WAIT}
     return httpx.post(
         f"{server.url}/v1/videos",
         json={**SMALL, "input_reference": url},

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from generators import eventually
+from generators import WAIT, eventually
 from limits import HANG
 from servers import Server
 
@@ -42,7 +42,7 @@ def client(guarded_server: Server) -> Iterator[httpx.Client]:
 
 def post(client: httpx.Client, **fields: Any) -> httpx.Response:
     body = {name: value for name, value in (SMALL | fields).items() if value is not None}
-    return client.post("/v1/videos", json=body, headers={"Prefer": "wait=60"})
+    return client.post("/v1/videos", json=body, headers=WAIT)
 
 
 @pytest.mark.parametrize(("method", "path"), PATHS)

@@ -120,7 +120,7 @@ def test_a_job_is_watched_in_two_tabs_through_a_reload_and_cancelled(
     context: BrowserContext, generator_server: Server
 ) -> None:
     page, other = opened(context, generator_server), opened(context, generator_server)
-    fill(page, "a long one", size="256x256", frames=21, steps=200)
+    fill(page, "a long one", size="256x256", frames=121, steps=200)
     job = made(page)
     status = page.locator("#stage .status")
     expect(status).to_contain_text("of 200")
@@ -282,4 +282,4 @@ def test_no_previews_unless_they_are_asked_for(generator_server: Server) -> None
     url = f"{generator_server.url}/v1/videos/{job['id']}/events"
     with httpx.stream("GET", url, timeout=HANG) as stream:
         names = {line for line in stream.iter_lines() if line.startswith("event:")}
-    assert names == {"event: progress", "event: completed"}
+    assert names - {"event: progress"} == {"event: completed"}  # which may be all that is left
