@@ -113,11 +113,25 @@ def fail_and_go_on(fault: str, grace: float) -> tuple[Cosmos3Error, bool, bool]:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_reported_and_the_next_request_works(fault: str) -> None:
     kind, words, lives = FAULTS[fault]
-    grace = HANG if lives else 0.5  # for ranks that wait in a collective
+    grace = 0.5 if fault in ("one", "memory one") else HANG  # for ranks that wait in a collective
     error, healthy, same_workers = in_new_process(fail_and_go_on, fault, grace)
     assert type(error) is kind
     assert words in str(error)
     assert healthy == same_workers == lives
+
+
+def death_that_vllm_does_not_notice() -> tuple[Cosmos3Error, bool, bool]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MultiprocExecutor, "start_worker_monitor", lambda _: None)
+        return fail_and_go_on("kill", 0.5)
+
+
+def test_a_death_is_told_from_the_failure_of_its_collective() -> None:
+    """However late vLLM's thread is that looks for deaths: the other rank fails at once."""
+    error, healthy, same_workers = in_new_process(death_that_vllm_does_not_notice)
+    assert (type(error), str(error)) == (WorkerDied, "a worker process ended in step")
+    assert not healthy
+    assert not same_workers
 
 
 def call_after_a_death() -> None:
@@ -246,6 +260,7 @@ def test_the_ray_executor_is_called_like_the_local_one() -> None:
     assert "collective_rpc" not in methods  # inherited, with the queues that are read here
     for attribute in ("response_mqs", "futures_queue", "is_failed"):
         assert f"self.{attribute} =" in ast.unparse(ray), attribute
+    assert "self.run_ref = " in source
     assert list(signature(MultiprocExecutor.collective_rpc).parameters)[:6] == [
         "self",
         "method",

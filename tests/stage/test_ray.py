@@ -41,8 +41,8 @@ def start_second(
     # This process has chosen its platform already, and so has the one from which stages are forked.
     monkeypatch.setattr(current_platform, "ray_device_key", "GPU")
     monkeypatch.setattr("vllm_cosmos3.stage.client.start_interpreter", start_interpreter)
-    noticed_at_once = {"RAY_health_check_period_ms": "300"}
-    with ExitStack() as stack, cluster(vllm_cache, *ONE, **noticed_at_once) as settings:
+    noticed_later = {"RAY_health_check_period_ms": "1000"}  # than by the ranks, but soon
+    with ExitStack() as stack, cluster(vllm_cache, *ONE, **noticed_later) as settings:
         join(settings, monkeypatch)
         second = ("--address", settings["RAY_ADDRESS"], *ONE)
         yield lambda: stack.enter_context(node(settings, *second))

@@ -116,8 +116,14 @@ class StageExecutor:
 
     @property
     def lost(self) -> bool:
-        """Whether a worker process has ended, also while nothing was called."""
-        return bool(getattr(self._executor, "is_failed", False))
+        """Whether a worker process has ended, also while nothing was called.
+
+        vLLM has a thread that notices it, which may be late: ranks whose collective fails with the death
+        of another have answered by then.
+        """
+        if getattr(self._executor, "is_failed", False):
+            return True
+        return any(not worker.proc.is_alive() for worker in getattr(self._executor, "workers", ()))
 
     def call(
         self,
@@ -210,7 +216,7 @@ class StageExecutor:
                 raise
             # Before this call vLLM has noticed that a worker ended: it refuses, or its queues are gone.
             self.healthy = False
-            raise self._death(method) from error
+            raise self._death(method, while_waiting) from error
         if future.done():  # the worker is in this process
             (own,) = future.result()
             return (
@@ -261,7 +267,7 @@ class StageExecutor:
                 failed = True
                 deadline = min(deadline, time.monotonic() + self._grace())
             if self.lost:
-                raise self._death(method)
+                raise self._death(method, while_waiting)
             if time.monotonic() > deadline and len(replies) < len(ranks):
                 if failed:
                     break
@@ -275,10 +281,12 @@ class StageExecutor:
         """Seconds that the other ranks have to answer, or their deaths to be noticed."""
         return self._config.grace if self._places is None else ray_cluster.NOTICE_SECONDS
 
-    def _death(self, method: str) -> WorkerDied:
+    def _death(self, method: str, while_waiting: Callable[[], None] | None) -> WorkerDied:
         """The error of a call in which a worker process has ended, with its host if that is gone."""
-        on_ray = self._places is not None
-        hosts = ray_cluster.lost_hosts(self._executor.ray_worker_handles) if on_ray else ""
+        hosts = ""
+        if self._places is not None:
+            workers = self._executor.ray_worker_handles
+            hosts = ray_cluster.lost_hosts(workers, while_waiting or (lambda: None))
         return WorkerDied(f"a worker process ended in {method}{hosts}")
 
     def _receive(self, queue: Any, seconds: float) -> Reply | None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Iterable
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from vllm_cosmos3.errors import WorkerDied
@@ -21,6 +22,7 @@ PLACEMENT_SECONDS = 600.0
 # Until a cluster has noticed that a host is gone, whose ranks' neighbours know at once.
 NOTICE_SECONDS = 30.0
 LOOK_SECONDS = 10.0  # between lines in the log that say what is waited for
+KNOWN_SECONDS = 0.1  # between looks at what it knows
 
 
 def reserve(ranks: int, *, here: bool) -> Any:
@@ -89,16 +91,44 @@ def give_back(group: Any) -> None:
     remove_placement_group(group)
 
 
-def lost_hosts(workers: Iterable[Any]) -> str:
-    """Which hosts of these workers the cluster has lost, as the end of a sentence; empty if none."""
+def lost_hosts(workers: Sequence[Any], while_waiting: Callable[[], None]) -> str:
+    """Which hosts of these workers the cluster has lost, as the end of a sentence; empty if none.
+
+    Waits until the cluster knows what has become of a worker that cannot be reached, and calls
+    ``while_waiting`` again and again meanwhile.
+    """
+    end = time.monotonic() + NOTICE_SECONDS
+    while not (lost := _lost(workers)) and any(map(_out_of_reach, workers)):
+        if time.monotonic() > end:
+            break
+        while_waiting()
+        time.sleep(KNOWN_SECONDS)
+    return "".join(
+        f": the Ray cluster has lost {host}, the host of rank {rank}" for rank, host in lost.items()
+    )
+
+
+def _lost(workers: Iterable[Any]) -> dict[int, str]:
+    """The addresses of hosts that are known to be gone, by the rank that was on them."""
     import ray
 
     hosts = {node["NodeID"]: node for node in ray.nodes() if not node["Alive"]}
-    lost = {
+    return {
         worker.rank: hosts[worker.node_id]["NodeManagerAddress"]
         for worker in workers
         if worker.node_id in hosts
     }
-    return "".join(
-        f": the Ray cluster has lost {host}, the host of rank {rank}" for rank, host in lost.items()
-    )
+
+
+def _out_of_reach(worker: Any) -> bool:
+    """Whether nothing is heard of a worker, and the cluster does not know yet why."""
+    import ray
+
+    ended, _ = ray.wait([worker.run_ref], timeout=0)
+    try:
+        ray.get(ended)
+    except ray.exceptions.ActorUnavailableError:
+        return True
+    except Exception:  # noqa: BLE001 - whatever it has ended with
+        return False
+    return False
