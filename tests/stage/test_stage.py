@@ -343,7 +343,12 @@ def test_what_the_last_report_raises_is_not_lost(client: StageClient) -> None:
     assert not (client._folder / job.name).exists()
 
 
-def test_a_stage_that_is_killed_while_it_starts_can_be_closed() -> None:
+def test_a_stage_that_is_killed_while_it_starts_can_be_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(  # for ever, however late it is killed
+        client_module, "start_interpreter", lambda *_: subprocess.Popen(["sleep", "infinity"])
+    )
     client = StageClient(stage(1, 1, 1))
     client._process.kill()
     with pytest.raises(WorkerDied):
@@ -372,7 +377,7 @@ def test_a_stage_that_cannot_be_started_again_says_why(monkeypatch: pytest.Monke
 
 
 def test_who_hears_of_the_end_of_a_closed_stage_may_cancel(
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The stage itself does not tell: it is stopped, and killed at once."""
     monkeypatch.setattr("vllm_cosmos3.stage.client.STOP_SECONDS", 0.0)
@@ -385,7 +390,7 @@ def test_who_hears_of_the_end_of_a_closed_stage_may_cancel(
         except BaseException as error:  # noqa: BLE001 - the test looks at it
             raised.append(error)
 
-    job = client.submit(ToyPlan())
+    job = client.submit(ToyPlan(gates={"encode": Gate(tmp_path)}))  # which nobody opens
     job.future.add_done_callback(lambda _: cancel(job))
     os.kill(client._process.pid, signal.SIGSTOP)
     client.close()
@@ -429,6 +434,37 @@ def test_why_it_cannot_start_reaches_a_client_that_is_late_to_connect(
         return connect(client)
 
     monkeypatch.setattr(StageClient, "_connect", late)
+    client = StageClient(stage(model=tmp_path / "none"))
+    with pytest.raises(CheckpointError, match="none is missing"):
+        client.wait_ready(HANG)
+    client.close()
+
+
+def test_why_it_cannot_start_reaches_a_client_that_is_late_to_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where ZeroMQ's own thread had no processor until the stage had ended."""
+    connect = StageClient._connect
+
+    def late(client: StageClient) -> Any:
+        stage, until = connect(client), float("inf")
+        poll = stage.poll
+
+        def delivered_later(milliseconds: int) -> int:
+            nonlocal until
+            until = min(until, time.monotonic() + 0.5)
+            time.sleep(min(milliseconds / 1000, max(0.0, until - time.monotonic())))
+            return poll(milliseconds) if time.monotonic() >= until else 0
+
+        monkeypatch.setattr(stage, "poll", delivered_later)
+        return stage
+
+    def nothing_yet(*_: object) -> set[object]:
+        time.sleep(0.05)
+        return set()
+
+    monkeypatch.setattr(StageClient, "_connect", late)
+    monkeypatch.setattr(StageClient, "_poll", nothing_yet)
     client = StageClient(stage(model=tmp_path / "none"))
     with pytest.raises(CheckpointError, match="none is missing"):
         client.wait_ready(HANG)
@@ -518,17 +554,17 @@ def test_deadlines_are_kept_while_a_rank_hangs(client: StageClient) -> None:
 def test_a_silent_stage_is_noticed_and_refuses(
     who: str, client: StageClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vllm_cosmos3.stage.client.SILENT_SECONDS", 6.0)
     rank = client.submit(ToyPlan(steps=1)).result(HANG).pids[-1]
     stopped = client._process.pid if who == "stage" else rank
-    eventually(lambda: not client.silent)
     os.kill(stopped, signal.SIGSTOP)
+    monkeypatch.setattr("vllm_cosmos3.stage.client.SILENT_SECONDS", 6.0)
     try:
         eventually(lambda: client.silent)
         with pytest.raises(WorkerDied, match="no sign of life"):
             client.submit(ToyPlan())
         assert client.status(HANG).state == "ready"  # as it was last heard, at once
     finally:
+        monkeypatch.undo()
         os.kill(stopped, signal.SIGCONT)
     eventually(lambda: not client.silent)
     assert client.submit(ToyPlan(steps=1)).result(HANG).total == 2

@@ -60,6 +60,8 @@ QUIET = {  # what torch and vLLM would say of an ordinary start
 }
 STOP_SECONDS = 20.0  # until a stage that was told to stop is killed
 ACCEPT_SECONDS = 30.0  # until a request that is not answered is given up
+# Without a message of a stage that has ended by itself, or was killed: until no more are waited for.
+ENDED_SECONDS, KILLED_SECONDS = 5.0, 0.2
 UP = ("ready", "sleeping", "updating")
 SILENT_SECONDS = 10.0  # without a sign of life, after which nothing is expected of the stage
 
@@ -245,10 +247,16 @@ class StageClient(Stages):
     def _drain_messages(self, stage: zmq.Socket[bytes]) -> None:
         """Handle the messages that the process sent before it ended, such as the reason.
 
-        Polls several times, as the I/O thread of ZeroMQ may deliver them late.
+        The I/O thread of ZeroMQ may deliver them late. What was killed may have sent none.
         """
-        while any(stage.poll(20) for _ in range(10)):
+        status = self._process.returncode or 0
+        seconds = KILLED_SECONDS if status < 0 else ENDED_SECONDS
+        while not self._has_told_all(status) and stage.poll(round(1000 * seconds)):
             self._handle(pickle.loads(stage.recv()))
+
+    def _has_told_all(self, status: int) -> bool:
+        """Whether a process that has ended by itself has told why, or has answered all requests."""
+        return (status > 0 and self._error is not None) or (status == 0 and not self._jobs)
 
     def _connect(self) -> zmq.Socket[bytes]:
         stage: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
