@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Protocol
 
 import pytest
 from botocore.exceptions import EndpointConnectionError
+from fsspec.implementations.memory import MemoryFileSystem
 from generators import eventually
 from limits import HANG
 
 from vllm_cosmos3.batch.claims import CLAIMS, RUNS, STALE_SECONDS, Claims, _process
-from vllm_cosmos3.batch.store import LocalStore, Store
+from vllm_cosmos3.batch.store import LocalStore, Store, store_at
 
 
 class Begin(Protocol):
@@ -66,6 +69,42 @@ def test_one_of_many_at_once_gets_a_record(store: Store, claims: Begin) -> None:
     for one in several:
         one.close()
     assert store.names("") == []
+
+
+def test_one_of_two_threads_creates_a_file_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though fsspec looks first and creates then."""
+    store = store_at(f"memory://{uuid.uuid4().hex}")
+    exists, both = MemoryFileSystem.exists, threading.Barrier(2)
+
+    def seen_by_both(system: MemoryFileSystem, path: str, **options: object) -> bool:
+        found: bool = exists(system, path, **options)
+        with suppress(threading.BrokenBarrierError):
+            both.wait(0.5)
+        return found
+
+    monkeypatch.setattr(MemoryFileSystem, "exists", seen_by_both)
+    with ThreadPoolExecutor(2) as pool:
+        assert sorted(pool.map(lambda _: store.create("a", b""), range(2))) == [False, True]
+
+
+@pytest.mark.parametrize("way", ["create", "write"])
+def test_a_folder_that_another_run_removes_as_empty_is_made_again(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removed: list[Path] = []
+    mkdir = Path.mkdir
+
+    def made_and_removed(path: Path, *arguments: object, **options: object) -> None:
+        mkdir(path, *arguments, **options)  # type: ignore[arg-type]
+        if path.name == "claims" and not removed:
+            removed.append(path)
+            path.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", made_and_removed)
+    store = LocalStore(tmp_path)
+    getattr(store, way)(f"{CLAIMS}/a.0", b"run")
+    assert removed
+    assert store.read(f"{CLAIMS}/a.0") == b"run"
 
 
 def test_the_claim_of_a_process_that_ended_is_taken_over(store: Store, claims: Begin) -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Lock
 from typing import Any, Protocol
 
 from vllm_cosmos3.batch.locations import file_system, is_url, reaching, shown
@@ -19,6 +21,8 @@ from vllm_cosmos3.files import replacing
 
 # File systems on which a file can be created that must not be there yet, in one step.
 EXCLUSIVE = ("memory", "s3", "s3a", "gs", "gcs", "abfs", "az")
+CREATING_IN_MEMORY = Lock()  # which fsspec does in two steps
+REMOVALS = 9  # of a folder by other runs that end, while a file is made in it
 OUT = "a folder to write to"
 
 
@@ -101,13 +105,19 @@ class LocalStore:
             return None
 
     def write(self, name: str, data: bytes) -> None:
-        with replacing(self._parent(name)) as part:
-            part.write_bytes(data)
+        def write(path: Path) -> None:
+            with replacing(path) as part:
+                part.write_bytes(data)
+
+        self._in_its_folder(name, write)
 
     def create(self, name: str, data: bytes) -> bool:
-        try:
-            with self._parent(name).open("xb") as file:
+        def create(path: Path) -> None:
+            with path.open("xb") as file:
                 file.write(data)
+
+        try:
+            self._in_its_folder(name, create)
         except FileExistsError:
             return False
         return True
@@ -143,6 +153,13 @@ class LocalStore:
         path.mkdir(parents=True, exist_ok=True)
         return Folder(path, lambda _: None, lambda: None)
 
+    def _in_its_folder(self, name: str, make: Callable[[Path], None]) -> None:
+        """Make a file in its folder, which other runs may remove as empty until then."""
+        for _ in range(REMOVALS):
+            with suppress(FileNotFoundError):
+                return make(self._parent(name))
+        return make(self._parent(name))
+
     def _parent(self, name: str) -> Path:
         path = self._root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,8 +170,11 @@ class UrlStore:
     """A folder of a file system that fsspec reaches."""
 
     def __init__(self, url: str) -> None:
-        self.called = shown(url)
-        self.exclusive = url.partition("://")[0].lower() in EXCLUSIVE
+        self.called, scheme = shown(url), url.partition("://")[0].lower()
+        self.exclusive = scheme in EXCLUSIVE
+        self._creating: AbstractContextManager[object] = (
+            CREATING_IN_MEMORY if scheme == "memory" else nullcontext()
+        )
         with reaching("out", url, OUT):
             system, root = file_system(url)
             system.makedirs(root, exist_ok=True)
@@ -175,7 +195,8 @@ class UrlStore:
     def create(self, name: str, data: bytes) -> bool:
         self._made(name)
         try:
-            self._system.pipe_file(self._at(name), data, mode="create")
+            with self._creating:
+                self._system.pipe_file(self._at(name), data, mode="create")
         except FileExistsError:
             return False
         return True
