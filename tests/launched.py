@@ -263,7 +263,8 @@ def stuck(_: Path, out: Path) -> list[str]:
         executor.close()
         return lines
 
-    return ask(HANG, "none", "all", "none") + ask(0.5, "one", "none")
+    # Those that hear of its end wait for it, and do not come to their own.
+    return ask(HANG, "none", "all", "none") + ask(0.5 if rank() == last() else HANG, "one", "none")
 
 
 def graphs(checkpoint: Path, out: Path) -> list[str]:

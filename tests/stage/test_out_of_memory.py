@@ -49,7 +49,10 @@ def test_in_the_calling_process(tiny_checkpoint: Path, monkeypatch: pytest.Monke
         assert np.array_equal(model.generate(**REQUEST, seed=1).video, before)
 
 
-def test_on_ranks(tiny_checkpoint_fp32: Path) -> None:
+@pytest.mark.parametrize(
+    ("seed", "grace", "restarts"), [(EVERYWHERE, HANG, 0), (LAST_RANK, 0.5, 1)]
+)
+def test_on_ranks(tiny_checkpoint_fp32: Path, seed: int, grace: float, restarts: int) -> None:
     """On all ranks, where they stay in step and go on, and on one, where they are replaced."""
     engine = EngineConfig(
         model=tiny_checkpoint_fp32,
@@ -58,16 +61,16 @@ def test_on_ranks(tiny_checkpoint_fp32: Path) -> None:
         und_residency="host",
         enable_layerwise_offload=True,
     )
-    client = StageClient(StageConfig(engine=engine, stage="short_stage:ShortPipeline"))
+    stage = StageConfig(engine=engine, stage="short_stage:ShortPipeline", grace=grace)
+    client = StageClient(stage)
     try:
         client.wait_ready(HANG)
         before = client.submit(planned(tiny_checkpoint_fp32, 1)).result(HANG).video
-        for seed, restarts in ((EVERYWHERE, 0), (LAST_RANK, 1)):
-            with pytest.raises(OutOfMemory, match=WORDS):
-                client.submit(planned(tiny_checkpoint_fp32, seed)).result(HANG)
-            again = client.submit(planned(tiny_checkpoint_fp32, 1)).result(HANG).video
-            assert np.array_equal(again, before)
-            assert client.status().restarts == restarts
+        with pytest.raises(OutOfMemory, match=WORDS):
+            client.submit(planned(tiny_checkpoint_fp32, seed)).result(HANG)
+        again = client.submit(planned(tiny_checkpoint_fp32, 1)).result(HANG).video
+        assert np.array_equal(again, before)
+        assert client.status().restarts == restarts
     finally:
         client.close()
 

@@ -24,7 +24,7 @@ from vllm_cosmos3.errors import WorkerDied
 from vllm_cosmos3.stage.ray_cluster import reserve
 
 SMALL = {"prompt": "a boat", "size": "64x64", "num_inference_steps": 2, "seed": 1}
-LONG = SMALL | {"size": "256x256", "num_frames": 21, "num_inference_steps": 200}
+LONG = SMALL | {"size": "256x256", "num_frames": 21, "num_inference_steps": 200, "num_chunks": 10}
 FLAGS = ["--surface", "generator", "--data-parallel-size", "2", "--generator-executor-backend", "ray"]  # fmt: skip
 # vLLM takes one platform: here not the one of the tests' other servers.
 PLUGINS = {"VLLM_PLUGINS": "cosmos3,cosmos3_ray_platform"}
