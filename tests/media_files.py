@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import threading
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
@@ -18,9 +18,15 @@ from PIL import Image
 
 
 @contextmanager
-def file_server(folder: Path) -> Iterator[str]:
-    """The address of a server of the files of a folder."""
-    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+def file_server(folder: Path, before: Callable[[str], object] = lambda _: None) -> Iterator[str]:
+    """The address of a server of the files of a folder. ``before`` is called with the path that is asked for."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            before(self.path)
+            super().do_GET()
+
+    handler = partial(Handler, directory=str(folder))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"

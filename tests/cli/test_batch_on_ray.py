@@ -9,11 +9,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from generators import eventually
 from limits import HANG
+from media_files import file_server
+from PIL import Image
 from ray_nodes import cluster
 
 RECORDS = 40
@@ -33,10 +36,6 @@ def finished(out: Path) -> dict[str, int]:
     return {path.parent.name: path.stat().st_mtime_ns for path in found}
 
 
-def wait_for(count: int, out: Path) -> None:
-    eventually(lambda: len(finished(out)) >= count)
-
-
 def makers() -> set[int]:
     """The processes of the actors that make records."""
     found = set()
@@ -50,6 +49,18 @@ def makers() -> set[int]:
     return found
 
 
+@dataclass(frozen=True)
+class Held:
+    """A picture that nobody gets until it is free. Who asks for it is stopped at a known place."""
+
+    asked: threading.Event = field(default_factory=threading.Event)
+    free: threading.Event = field(default_factory=threading.Event)
+
+    def hold(self) -> None:
+        self.asked.set()
+        self.free.wait(HANG)
+
+
 def test_a_killed_driver_and_a_killed_actor_lose_nothing(
     tiny_checkpoint: Path,
     tmp_path: Path,
@@ -61,42 +72,47 @@ def test_a_killed_driver_and_a_killed_actor_lose_nothing(
     records[30] |= chain
     records[35] |= chain | {"continue_from": "r30"}
     records[38] |= {"fps": 0}
-    file.write_text("\n".join(map(json.dumps, records)))
+    # The third of those that an actor is given together, whichever of them come first.
+    held = {f"/{number}.png": Held() for number in (10, 22)}
     # Never in this process: Ray keeps for good how the first cluster of a process is reached.
     command = [sys.executable, "-m", "vllm_cosmos3", "generate", str(tiny_checkpoint)]
     command += ["--input", str(file), "--out", str(out), "--ray", "--keep-going"]
-    with subprocess.Popen(command, env=two_processors, start_new_session=True) as driver:
-        wait_for(2, out)
-        orphans = makers()
-        driver.send_signal(signal.SIGKILL)
-    eventually(lambda: not orphans & makers())
-    first = finished(out)
-    assert len(first) < RECORDS
+    with file_server(tmp_path, lambda path: held[path].hold()) as url:
+        for path in held:
+            Image.new("RGB", (64, 64), "teal").save(tmp_path / Path(path).name)
+            records[int(Path(path).stem)] |= chain | {"vision_path": url + path}
+        file.write_text("\n".join(map(json.dumps, records)))
+        with subprocess.Popen(command, env=two_processors, start_new_session=True) as driver:
+            eventually(lambda: any(one.asked.is_set() for one in held.values()))
+            orphans = makers()
+            driver.send_signal(signal.SIGKILL)
+        eventually(lambda: not orphans & makers())
+        first = finished(out)
+        assert 2 <= len(first) < RECORDS
 
-    def kill_an_actor() -> None:
-        wait_for(len(first) + 5, out)
-        (maker,) = makers()
-        os.kill(maker, signal.SIGKILL)
-
-    killer = threading.Thread(target=kill_an_actor, daemon=True)
-    killer.start()
-    resumed = subprocess.run(
-        [*command, "--resume"],
-        check=False,
-        env=two_processors,
-        capture_output=True,
-        text=True,
-        timeout=HANG,
-    )
-    assert resumed.returncode == 1, resumed.stderr
-    killer.join()
-    assert f"{RECORDS - 1} of {RECORDS} records have their results" in resumed.stdout
-    assert "fps is 0" in resumed.stderr
+        begun, later = held.values()
+        begun.free.set()
+        later.asked.clear()
+        with subprocess.Popen(
+            [*command, "--resume"],
+            env=two_processors,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as resumed:
+            assert later.asked.wait(HANG)
+            (maker,) = makers()
+            os.kill(maker, signal.SIGKILL)
+            later.free.set()
+            printed, said = resumed.communicate(timeout=HANG)
+    assert resumed.returncode == 1, said
+    assert f"{RECORDS - 1} of {RECORDS} records have their results" in printed
+    assert "fps is 0" in said
     lines = [json.loads(line) for line in (out / "index.jsonl").read_text().splitlines()]
     assert sorted(line["name"] for line in lines) == sorted(f"r{n}" for n in range(RECORDS))
     assert [line["name"] for line in lines if line["status"] == "error"] == ["r38"]
     last = finished(out)
-    later = [name for name, at in first.items() if last[name] != at]
-    assert set(later) <= {"r38"}  # nothing is made twice, but what was refused is tried again
+    again = [name for name, at in first.items() if last[name] != at]
+    assert set(again) <= {"r38"}  # nothing is made twice, but what was refused is tried again
     assert not (out / ".cosmos3").exists()
     assert not list(out.rglob("*.part"))
