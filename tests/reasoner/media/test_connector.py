@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 import numpy as np
 import pytest
+from limits import HANG
 from media_files import animation, clip, data_url, encoded, picture, png
 from PIL import Image
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
@@ -27,6 +28,13 @@ from vllm_cosmos3.plugin import register
 from vllm_cosmos3.reasoner.media import connector as module
 from vllm_cosmos3.reasoner.media import media_io, video_reader
 from vllm_cosmos3.reasoner.media.limits import CONNECTOR, FRAMES
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM gives a download of a picture up after five seconds."""
+    for kind in ("IMAGE", "VIDEO", "AUDIO"):
+        monkeypatch.setenv(f"VLLM_{kind}_FETCH_TIMEOUT", f"{HANG:.0f}")
 
 
 def connector(folder: Path | None = None, **media_io_kwargs: Any) -> Any:
