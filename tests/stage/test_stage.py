@@ -490,8 +490,8 @@ def test_a_full_queue_is_busy(client: StageClient) -> None:
 
 def test_a_deadline_ends_waiting_and_running_requests(client: StageClient) -> None:
     slow = ToyPlan(steps=10_000, seconds=0.01)
-    running = client.submit(slow, seconds=LONG, deadline=1.0)
-    waiting = client.submit(slow, seconds=LONG, deadline=0.2)
+    running = client.submit(slow, seconds=LONG, deadline=2.0)
+    waiting = client.submit(slow, seconds=LONG, deadline=1.0)
     for job in (waiting, running):
         with pytest.raises(DeadlineExceeded):
             job.result(HANG)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import torch
+from ranks import in_new_process
 
 from training.pools import draw
 from training.scenes import Canvas
 
 
-def test_drawing_in_this_process_leaves_it_its_threads() -> None:
-    threads = torch.get_num_threads()
+def drawn_in_both_ways() -> tuple[int, int, bool]:
+    """How many are drawn in this process, the threads that it has then, and whether others draw the same."""
     torch.set_num_threads(2)
-    try:
-        drawn = draw(0, 3, Canvas(96, 64, 5), grown=True, workers=1)
-        assert (len(drawn.plain), torch.get_num_threads()) == (3, 2)
-        apart = draw(0, 3, Canvas(96, 64, 5), grown=True, workers=2)
-        assert apart.plain == drawn.plain
-        assert torch.equal(apart.packed.things, drawn.packed.things)
-    finally:
-        torch.set_num_threads(threads)
+    drawn = draw(0, 3, Canvas(96, 64, 5), grown=True, workers=1)
+    threads = torch.get_num_threads()
+    apart = draw(0, 3, Canvas(96, 64, 5), grown=True, workers=2)
+    same = torch.equal(apart.packed.things, drawn.packed.things) and apart.plain == drawn.plain
+    return len(drawn.plain), threads, same
+
+
+def test_drawing_in_this_process_leaves_it_its_threads() -> None:
+    assert in_new_process(drawn_in_both_ways) == (3, 2, True)
