@@ -67,8 +67,9 @@ def idle(server: Server) -> None:
     """Wait until nothing waits or runs."""
 
     def is_idle() -> bool:
-        queue = httpx.get(f"{server.url}/health", timeout=HANG).json()["queue"]
-        return bool(queue["waiting"] == queue["running"] == 0)
+        report = httpx.get(f"{server.url}/health", timeout=HANG).json()
+        fresh = report["last_sign_of_life"] < 1  # else it may be what was heard before
+        return bool(fresh and report["queue"]["waiting"] == report["queue"]["running"] == 0)
 
     eventually(is_idle)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
+import time
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,13 +17,15 @@ from limits import HANG
 from vllm_cosmos3.checkpoint.adapters.adapter import Adapter
 from vllm_cosmos3.errors import Cosmos3Error
 from vllm_cosmos3.media_budget import MediaBudget
+from vllm_cosmos3.progress import Progress, Report
 from vllm_cosmos3.server.http.request_fields import ClientRequest
 from vllm_cosmos3.server.jobs.admission import Submission
 from vllm_cosmos3.server.jobs.estimates import ThroughputEstimate
 from vllm_cosmos3.server.jobs.inference import Inference
+from vllm_cosmos3.server.jobs.job_files import RECORD
 from vllm_cosmos3.server.jobs.journal import Journal
 from vllm_cosmos3.server.jobs.live_jobs import LiveJobs
-from vllm_cosmos3.server.jobs.video_job import FAILED, VideoJob
+from vllm_cosmos3.server.jobs.video_job import COMPLETED, FAILED, VideoJob
 from vllm_cosmos3.server.options import Options
 from vllm_cosmos3.server.storage import StorageLost
 
@@ -94,8 +98,34 @@ class HandedOver:
     def __init__(self) -> None:
         self.future: Future[object] = Future()
 
-    def submit(self, *_: object, **__: object) -> Any:
+    def submit(self, *_: object, report: Report, **__: object) -> Any:
+        self.report = report
         return SimpleNamespace(progress=None, position=0, future=self.future)
+
+
+def test_a_request_took_what_its_phases_took_though_all_of_it_is_told_at_once(
+    tmp_path: Path,
+) -> None:
+    """As to a server that was held up meanwhile."""
+    journal, stage, throughput = Journal(tmp_path), HandedOver(), ThroughputEstimate()
+    jobs = LiveJobs(journal, cast("Any", stage), Options(), throughput, ranks=2)
+    job = VideoJob(id="a", kind="video", model="m", prompt="", created=time.time(), work=10.0)
+    job.effective = {"num_frames": 5, "n": 1, "fps": 24.0}
+    journal.add(job)
+    with MediaBudget(per_request=100, total=100).lease() as pixels:
+        jobs.submit(job, cast("Any", SimpleNamespace(batch=None)), 60.0, pixels)
+    record = {
+        "files": [], "action": None, "peak_memory": 0, "batch_size": 1, "guardrails": {}, "warnings": [],
+        "timings": {"text": 100.0, "denoise": 400.0, "per_step": 40.0},
+    }  # fmt: skip
+    journal.folder("a").mkdir(parents=True)
+    (journal.folder("a") / RECORD).write_text(json.dumps(record))
+    stage.report(Progress(phase="encode", step=0, steps=10, elapsed=0.0, eta=None))
+    stage.future.set_result(None)
+    assert job.status == COMPLETED
+    assert job.usage["gpu_seconds"] == 1000.0
+    assert throughput.seconds(job.work) == 500.0
+    journal.close()
 
 
 class SlowStage:

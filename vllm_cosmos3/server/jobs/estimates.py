@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from vllm_cosmos3.checkpoint.latents import token_count
 from vllm_cosmos3.request.plan import Plan
@@ -60,6 +60,14 @@ class ThroughputEstimate:
             if other.started is not None or (other.position is not None and other.position < place)
         ]
         return round(self.remaining(job) + self.wait(before), 1)
+
+
+def seconds_spent(heard: float, timings: Mapping[str, float]) -> float:
+    """Seconds on the ranks of a request whose begin and end were ``heard`` so far apart.
+
+    They are no fewer than those of its phases: a process that is held up hears both at once.
+    """
+    return max(heard, sum(spent for name, spent in timings.items() if name != "per_step"))
 
 
 def work(plan: Plan, patch: int) -> float:

@@ -16,7 +16,7 @@ from vllm_cosmos3.server.http.api_errors import slug
 from vllm_cosmos3.server.http.metrics import metrics
 from vllm_cosmos3.server.http.request_fields import ClientRequest
 from vllm_cosmos3.server.jobs.admission import Admission
-from vllm_cosmos3.server.jobs.estimates import ThroughputEstimate
+from vllm_cosmos3.server.jobs.estimates import ThroughputEstimate, seconds_spent
 from vllm_cosmos3.server.jobs.live_jobs import LiveJobs, cancel
 from vllm_cosmos3.stage.job import StageJob, Stages
 
@@ -56,7 +56,8 @@ class Inference:
 
             job, work = await self._submit(fields, begin)
             output = await self._result(job)
-            self._throughput.observe(work, time.perf_counter() - begun.result())
+            heard = time.perf_counter() - begun.result()
+            self._throughput.observe(work, seconds_spent(heard, output.timings))
             queue = begun.result() - accepted
             return replace(output, timings={"queue": queue, **output.timings})
         finally:

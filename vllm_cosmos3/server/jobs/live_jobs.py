@@ -28,7 +28,7 @@ from vllm_cosmos3.server.http.api_errors import (
     slug,
 )
 from vllm_cosmos3.server.http.metrics import metrics
-from vllm_cosmos3.server.jobs.estimates import ThroughputEstimate
+from vllm_cosmos3.server.jobs.estimates import ThroughputEstimate, seconds_spent
 from vllm_cosmos3.server.jobs.job_files import CLIP, RECORD
 from vllm_cosmos3.server.jobs.journal import Journal
 from vllm_cosmos3.server.jobs.video_job import (
@@ -322,7 +322,7 @@ class LiveJobs:
     def _complete(self, job: VideoJob, record: Mapping[str, Any]) -> None:
         assert job.completed is not None
         started = job.started or job.created
-        seconds = job.completed - started
+        seconds = seconds_spent(job.completed - started, record["timings"])
         job.phase, job.progress, job.step = "done", 100, job.num_steps
         job.files, job.action = list(record["files"]), record["action"]
         job.timings = {
