@@ -18,6 +18,7 @@ from vllm_cosmos3.checkpoint.adapters.adapter import Adapter
 from vllm_cosmos3.errors import Cosmos3Error
 from vllm_cosmos3.media_budget import MediaBudget
 from vllm_cosmos3.progress import Progress, Report
+from vllm_cosmos3.server.http.metrics import Metrics
 from vllm_cosmos3.server.http.request_fields import ClientRequest
 from vllm_cosmos3.server.jobs.admission import Submission
 from vllm_cosmos3.server.jobs.estimates import ThroughputEstimate
@@ -89,6 +90,23 @@ def test_who_has_a_job_from_the_journal_is_told_its_end_though_another_deletes_i
 
     ended = asyncio.run(wait_while_it_fails())
     assert (ended.status, ended.error) == (FAILED, {"code": "internal_error", "message": "no"})
+    journal.close()
+
+
+def test_who_sees_that_a_job_failed_finds_it_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal, stage = Journal(tmp_path), HandedOver()
+    jobs = LiveJobs(journal, cast("Any", stage), Options(), ThroughputEstimate(), ranks=1)
+    job = VideoJob(id="a", kind="video", model="m", prompt="", created=0.0)
+    journal.add(job)
+    with MediaBudget(per_request=100, total=100).lease() as pixels:
+        jobs.submit(job, cast("Any", SimpleNamespace(batch=None)), 60.0, pixels)
+    counted: list[tuple[str, str]] = []
+    monkeypatch.setattr(Metrics, "failure", lambda _, code: counted.append((code, job.status)))
+    stage.future.set_exception(Cosmos3Error("no"))
+    assert job.status == FAILED
+    assert counted == [("internal_error", "queued")]
     journal.close()
 
 

@@ -278,17 +278,15 @@ class LiveJobs:
             job.completed = time.time()
             job.expires = job.completed + self._options.file_ttl
             job.eta, job.position = None, None
-            if error is not None:
-                self._fail(job, error)
-            elif "error" in record:
-                job.error, job.status = record["error"], FAILED
-            else:
+            job.error = record.get("error") if error is None else self._told(job, error)
+            if job.error is None:
                 self._complete(job, record)
+            else:
+                metrics().failure(job.error["code"])
+                job.status = FAILED
             self._stage_jobs.pop(job.id, None)
             self._previews.pop(job.id, None)
             self._changed.add(job.id)
-        if job.error is not None:
-            metrics().failure(job.error["code"])
         try:
             self._keep(job)
         except Cosmos3Error as problem:  # the clock tries again
@@ -309,15 +307,14 @@ class LiveJobs:
             with self._lock:
                 self._jobs.pop(job.id, None)
 
-    def _fail(self, job: VideoJob, error: BaseException) -> None:
+    def _told(self, job: VideoJob, error: BaseException) -> dict[str, Any]:
+        """What is told of the error that ended a job."""
         if self.closing:  # however the stage ended it
-            job.error = dict(INTERRUPTED)
-        else:
-            if not isinstance(error, Cosmos3Error):
-                logger.error("%s failed", job.id, exc_info=error)
-                error = Cosmos3Error(SERVER_FAILED)
-            job.error = {"code": slug(error), "message": str(error)}
-        job.status = FAILED
+            return dict(INTERRUPTED)
+        if not isinstance(error, Cosmos3Error):
+            logger.error("%s failed", job.id, exc_info=error)
+            error = Cosmos3Error(SERVER_FAILED)
+        return {"code": slug(error), "message": str(error)}
 
     def _complete(self, job: VideoJob, record: Mapping[str, Any]) -> None:
         assert job.completed is not None
