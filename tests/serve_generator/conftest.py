@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,11 +37,12 @@ def generator_server(
     vllm_cache: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Server]:
-    """The generator alone, with small limits."""
+    """The generator alone, with small limits, of a checkpoint of its own: a test holds a file of it."""
     flags = ["--max-queue", "8", "--max-upload", str(4 * 2**20), "--upload-idle", "8"]
     flags += ["--allowed-local-media-path", str(media_folder), "--fetch-seconds", "3"]
     folder = tmp_path_factory.mktemp("generator")
-    with generator(tiny_checkpoint, folder, vllm_cache, *flags) as server:
+    checkpoint = shutil.copytree(tiny_checkpoint, folder / "tiny")
+    with generator(checkpoint, folder, vllm_cache, *flags) as server:
         yield server
 
 

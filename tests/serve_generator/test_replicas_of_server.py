@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,10 +36,11 @@ pytestmark = pytest.mark.serve
 def two_replicas(
     tiny_checkpoint: Path, vllm_cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    """Two replicas of one rank."""
+    """Two replicas of one rank, of a checkpoint of their own: a test holds a file of it."""
     folder = tmp_path_factory.mktemp("replicas")
+    checkpoint = shutil.copytree(tiny_checkpoint, folder / "tiny")
     flags = ["--data-parallel-size", "2"]
-    with generator(tiny_checkpoint, folder, vllm_cache, *flags) as server:
+    with generator(checkpoint, folder, vllm_cache, *flags) as server:
         eventually(lambda: health(server)["status"] == "healthy")
         yield server
 
