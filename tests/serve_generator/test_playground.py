@@ -77,9 +77,8 @@ def test_a_video_is_made_played_and_kept(
     }
     files = [answer for answer in answers if "/v1/" not in answer.url]
     assert sum(len(answer.body()) for answer in files) < HEAVIEST
-    assert (
-        len([one for one in answers if not one.url.endswith("/health")]) <= 25
-    )  # looked at now and then
+    # Health is looked at every now and then, as long as the page is open.
+    assert len([answer for answer in answers if not answer.url.endswith("/health")]) <= 25
     assert "script-src 'self';" in answers[0].headers["content-security-policy"]
     expect(page.locator("#tab-ask")).to_be_hidden()  # nobody would answer
     check_accessibility(page)
