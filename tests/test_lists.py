@@ -83,6 +83,15 @@ def test_a_list_is_cancelled_with_its_step(model: Cosmos3) -> None:
         model._generate([fields] * 6, {}, lambda _: cancelled.set(), cancelled)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as in a terminal; who starts the tests in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_of_a_list_that_waits_leaves_room_for_the_next(model: Cosmos3) -> None:
     def interrupt(_: Progress) -> None:
         eventually(lambda: not model._slots._free._value)  # the list has all slots but this one

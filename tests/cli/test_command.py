@@ -13,6 +13,8 @@ from servers import BIN
 from vllm_cosmos3.cli import COMMANDS, main
 from vllm_cosmos3.version import __version__
 
+pytestmark = pytest.mark.usefixtures("environment_of_its_own")
+
 
 @pytest.mark.parametrize("module", ["vllm_cosmos3", "vllm_cosmos3.cli"])
 def test_the_package_and_its_command_line_run_as_modules(module: str) -> None:

@@ -11,6 +11,8 @@ import pytest
 from vllm_cosmos3.cli import main, subparser, whole_parser
 from vllm_cosmos3.cli.config_file import expanded
 
+pytestmark = pytest.mark.usefixtures("environment_of_its_own")
+
 
 def parser(command: str) -> argparse.ArgumentParser:
     return subparser(whole_parser([command]), command)

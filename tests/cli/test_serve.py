@@ -16,11 +16,7 @@ from vllm_cosmos3.cli.foreign_flags import dashed
 from vllm_cosmos3.cli.serve import add_arguments, reasons, stock_command
 from vllm_cosmos3.compat import has_serve_flag
 
-
-@pytest.fixture(autouse=True)
-def environment_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command becomes vLLM, for which it sets variables."""
-    monkeypatch.setattr("vllm_cosmos3.cli.serve.os.environ", dict(os.environ))
+pytestmark = pytest.mark.usefixtures("environment_of_its_own")
 
 
 def build(*argv: str, folder: Path | None = None) -> list[str]:

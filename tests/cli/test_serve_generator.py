@@ -20,6 +20,8 @@ from vllm_cosmos3.generator.memory import MemoryEstimate
 from vllm_cosmos3.server.memory_split import GIB, Sizing, engine_of, share_of_reasoner, sized
 from vllm_cosmos3.server.options import OPTIONS, Options, from_mapping
 
+pytestmark = pytest.mark.usefixtures("environment_of_its_own")
+
 SURFACES = ("generator", "both")
 
 

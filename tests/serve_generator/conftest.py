@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from generators import generator, idle
+from generators import delete_all, generator, idle
 from limits import HANG
 from lora_files import adapter
 from robots import KEY
@@ -24,10 +24,11 @@ ROOT = HERE.parents[1]
 
 @pytest.fixture(autouse=True)
 def nothing_runs(request: pytest.FixtureRequest) -> None:
-    """What earlier tests have asked of the server that most of them share neither fills its queue nor is
-    counted now."""
+    """The server that most tests share has nothing to do when one begins, even after one that failed."""
     if "generator_server" in request.fixturenames:
-        idle(request.getfixturevalue("generator_server"))
+        server = request.getfixturevalue("generator_server")
+        delete_all(server)
+        idle(server)
 
 
 @pytest.fixture(scope="session")

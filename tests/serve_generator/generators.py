@@ -37,7 +37,9 @@ def generator(
 ) -> Iterator[Server]:
     """``vllm-cosmos3 serve CKPT --surface generator`` until the block ends."""
     command = [str(BIN / "vllm-cosmos3"), "serve", str(checkpoint), "--surface", "generator"]
-    command += ["--storage-path", str(folder / "storage"), "--served-model-name", "tiny", *flags]
+    command += ["--storage-path", str(folder / "storage"), "--served-model-name", "tiny"]
+    # After a short request that a busy machine has held up, one of `LONG` is taken for hours.
+    command += ["--max-queue-gpu-seconds", "1e9", *flags]
     with running(command, folder, cache, while_starting) as server:
         yield server
 
@@ -61,6 +63,14 @@ def finished(server: Server, job: dict[str, Any], seconds: float = HANG) -> dict
             pass
     ended: dict[str, Any] = httpx.get(f"{server.url}/v1/videos/{job['id']}").json()
     return ended
+
+
+def delete_all(server: Server) -> None:
+    """End the videos that wait or run."""
+    url = f"{server.url}/v1/videos"
+    for job in httpx.get(url, params={"limit": 100}, timeout=HANG).json()["data"]:
+        if job["status"] in ("queued", "in_progress"):
+            httpx.delete(f"{url}/{job['id']}", timeout=HANG)
 
 
 def idle(server: Server) -> None:
