@@ -251,12 +251,15 @@ def served(arm: Robot) -> list[str]:
 
 
 def test_a_robot_too_many_is_told_and_may_ask_again(robot_server: Server) -> None:
+    idle(robot_server)
     before = queue_full(robot_server)
     with ExitStack() as stack:
         robots = [stack.enter_context(robot(robot_server.url)) for _ in range(8)]
         with ThreadPoolExecutor(len(robots)) as pool:
             with suspended(robot_server):  # nobody is served before all places are taken
-                for arm in robots:
+                robots[0].send(observation())
+                eventually(lambda: queue(robot_server)["running"] == 1)  # it waits no longer
+                for arm in robots[1:]:
                     arm.send(observation())
                 answers = pool.map(served, robots)
                 eventually(lambda: queue_full(robot_server) > before)
