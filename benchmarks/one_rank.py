@@ -4,6 +4,9 @@ All ranks of a mesh have equal shares of a request, so one of them on a device b
 together, but for what goes from device to device. Here a rank takes its own values for those of the
 others, which is as much work and makes nothing that anyone could look at, and keeps how many
 bytes it would have sent, in how many exchanges. Seconds of these are projected by a rate and a latency.
+
+torch's own fake process group receives memory as it happens to be, from which vLLM would read how
+many hosts there are, and counts nothing.
 """
 
 from __future__ import annotations
