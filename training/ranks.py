@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Sequence
 
@@ -24,16 +25,17 @@ def join() -> None:
     """Meet the other ranks, each on a GPU of its own. After the data are drawn: CUDA starts here."""
     if "WORLD_SIZE" not in os.environ:
         return
+    # Imported later, as by the first step of an optimizer, its defaults would be this group and keep it alive.
+    importlib.import_module("torch.distributed.nn.functional")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
 
 def leave() -> None:
-    """Part from the other ranks, together."""
+    """Part from the other ranks. Gloo's threads end here: one that still let go of a tensor when Python
+    ends would abort the process."""
     if dist.is_initialized():
-        # Meanwhile gloo's threads let go of the last tensors. Once Python ends they cannot, and abort.
-        dist.barrier()
         dist.destroy_process_group()
 
 

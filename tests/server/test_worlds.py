@@ -160,7 +160,8 @@ def test_pictures_events_and_wrong_rows(client: TestClient) -> None:
         while len(errors) < 6 or messages[-1]["type"] != "chunk_stats":  # to the end of a chunk
             messages.append(msgspec.msgpack.decode(socket.receive_bytes()))
             errors = [m["content"] for m in messages if m["type"] == "error"]
-    sessions(client, 0)
+        socket.close()
+        sessions(client, 0)  # the test's client would cancel what is not served to its end
     assert "rows of 59 finite numbers" in errors[0]
     assert "jump" in errors[1]
     assert "one of 2, 3, 15" in errors[2]

@@ -12,6 +12,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import sys, torch
+from pathlib import Path
 from training import ranks
 from training.optimisation import Kind, Plan, train
 ranks.join()
@@ -21,6 +22,8 @@ plan = Plan(seconds=600, steps=300, rate=0.1, warmup=10, decay=0.0, ema=0.9, eve
 train([("weight", weight)], [Kind(lambda: (weight - wanted).square().sum())], plan)
 torch.save(weight.detach(), f"{sys.argv[1]}/{ranks.rank()}.pt")
 ranks.leave()
+threads = [file.read_text() for file in Path("/proc/self/task").glob("*/comm")]
+assert not [name for name in threads if "gloo" in name]
 """
 
 
