@@ -1,9 +1,9 @@
-"""One rank of a mesh without the others: its work is done, and what it would exchange is counted.
+"""One rank of a mesh on a device by itself: its compute is measured, its communication is counted.
 
-All ranks of a mesh have equal shares of a request, so one of them on a device by itself takes as long as all
-together, but for what goes from device to device. Here a rank takes its own values for those of the
-others, which is as much work and makes nothing that anyone could look at, and keeps how many
-bytes it would have sent, in how many exchanges. Seconds of these are projected by a rate and a latency.
+All ranks of a mesh have equal shares of a request, so one of them by itself takes as long as all together,
+but for the communication. Here a rank takes its own values for those of the others, which is
+as much work and makes nothing that anyone could look at, and keeps how many bytes it would
+have sent, in how many calls. Seconds of these are projected by a bandwidth and a latency.
 
 torch's own fake process group receives memory as it happens to be, from which vLLM would read how
 many hosts there are, and counts nothing.
@@ -32,30 +32,30 @@ from vllm_cosmos3.parallel.mesh import Mesh, init_mesh
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """From one device to all others: bytes/s, and seconds that an exchange takes at least.
+    """From one device to all others: bandwidth in bytes/s, and latency of a collective in seconds.
 
-    NVLink of an H100 or H200 has 450 GB/s each way, of which NCCL's exchanges reach two thirds to four fifths.
+    NVLink of an H100 or H200 has 450 GB/s each way, of which NCCL reaches two thirds to four fifths.
     """
 
-    rate: float
+    bandwidth: float
     latency: float
 
 
 @dataclass(slots=True, kw_only=True)
-class Exchange:
-    """What a rank gives to the others: bytes, in so many exchanges."""
+class Communication:
+    """What a rank sends to the others: bytes, in so many calls."""
 
     sent: float = 0.0
     count: int = 0
 
-    def __add__(self, other: Exchange) -> Exchange:
-        return Exchange(sent=self.sent + other.sent, count=self.count + other.count)
+    def __add__(self, other: Communication) -> Communication:
+        return Communication(sent=self.sent + other.sent, count=self.count + other.count)
 
-    def __mul__(self, times: int) -> Exchange:
-        return Exchange(sent=times * self.sent, count=times * self.count)
+    def __mul__(self, times: int) -> Communication:
+        return Communication(sent=times * self.sent, count=times * self.count)
 
     def seconds(self, link: Link) -> float:
-        return self.sent / link.rate + self.count * link.latency
+        return self.sent / link.bandwidth + self.count * link.latency
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,29 +75,29 @@ class Operation(NamedTuple):
 
 
 @dataclass(slots=True)
-class Exchanges:
+class Collectives:
     """The collectives of torch.distributed as far as the generator asks them, for a rank without neighbours.
 
     ``by_call`` has those of the latest first step, and of what comes before and after the steps: later steps
     are alike, and those that CUDA graphs replay do not come here.
     """
 
-    by_call: dict[str, Exchange] = field(default_factory=dict)
-    _now: Exchange = field(default_factory=Exchange)
+    by_call: dict[str, Communication] = field(default_factory=dict)
+    _now: Communication = field(default_factory=Communication)
 
     @contextmanager
     def within(self, call: str) -> Iterator[None]:
-        """Count what a call of the pipeline exchanges, unless it is a later step."""
-        self._now = Exchange()
+        """Count what a call of the pipeline sends, unless it is a later step."""
+        self._now = Communication()
         yield
         if call == "encode":
             self.by_call.clear()
         self.by_call.setdefault(call, self._now)
 
-    def of_request(self, steps: int) -> Exchange:
+    def of_request(self, steps: int) -> Communication:
         """Those of a whole request like the last one, of so many steps."""
         each = {call: one * (steps if call == "step" else 1) for call, one in self.by_call.items()}
-        return sum(each.values(), Exchange())
+        return sum(each.values(), Communication())
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -148,14 +148,14 @@ def check_one_rank(mesh: str) -> None:
 def on_one_rank(
     mesh: str,
     device: torch.device,
-    exchanges: Exchanges,
+    collectives: Collectives,
     work: Callable[[Pipeline], None],
     **options: Any,
 ) -> None:
     """Load a checkpoint as the first rank of a mesh, do its work, and leave nothing on the device."""
     config = EngineConfig(device=str(device), **degrees(mesh), **options)
     alone = init_mesh(ParallelConfig())
-    with exchanges.in_place():
+    with collectives.in_place():
         work(Pipeline.load(config, first_rank(alone, config.parallel), device))
     leave(alone, device)
 

@@ -12,7 +12,7 @@ rows ``--measured-steps`` makes a part, as in latency.py, but for layouts that `
 ``--graphs`` makes rows of few tokens a second time on meshes, with CUDA graphs over the collectives.
 
 ``--one-rank`` projects what a mesh of more devices than there are would take: one rank does its work on
-one device (one_rank.py), and what it would exchange counts with ``--link-gbs`` and ``--link-us``.
+one device (one_rank.py), and its communication counts with ``--link-gbs`` and ``--link-us``.
 
 The table is printed beside published records (published.py); ``--table`` prints that of earlier reports.
 """
@@ -48,7 +48,7 @@ from floor import Rates, measure_rates, tokens
 from latency import LONG, NAMED, Fields, text_lengths, write_seconds
 from machine import heading, provenance
 from meshes import Meeting, degrees, device_of, on_mesh, ranks
-from one_rank import Exchanges, Link, check_one_rank, on_one_rank
+from one_rank import Collectives, Link, check_one_rank, on_one_rank
 from vllm_cosmos3.checkpoint.config import ModelConfig, read_config
 from vllm_cosmos3.checkpoint.hub import resolve
 from vllm_cosmos3.checkpoint.layout.sizes import SIZES
@@ -82,8 +82,8 @@ class Rank:
     output: Output
     latents: Mapping[str, Tensor]
 
-    def __init__(self, pipeline: Pipeline, meeting: Meeting, exchanges: Exchanges) -> None:
-        self._pipeline, self._meeting, self._exchanges = pipeline, meeting, exchanges
+    def __init__(self, pipeline: Pipeline, meeting: Meeting, collectives: Collectives) -> None:
+        self._pipeline, self._meeting, self._collectives = pipeline, meeting, collectives
         self.device = pipeline.device
 
     def plan(self, fields: Fields) -> Plan:
@@ -122,7 +122,7 @@ class Rank:
 
         def call(method: str, *args: Any) -> Any:
             nonlocal state
-            with self._exchanges.within(method):
+            with self._collectives.within(method):
                 if method == "encode":
                     state = pipeline.encode(*args)
                     return None
@@ -213,7 +213,7 @@ def serve(rank: int, args: argparse.Namespace) -> None:
     for layout in args.layouts:
         work = partial(process.measure_layout, layout)
         if args.one_rank:
-            on_one_rank(layout, device, process.exchanges, work, **options, **args.engine)
+            on_one_rank(layout, device, process.collectives, work, **options, **args.engine)
             continue
         alone = layout == REPLICAS
         on_mesh(
@@ -238,11 +238,11 @@ class Process:
     meeting: Meeting
     report: Json
     written: set[tuple[int, ...]] = field(default_factory=set)  # shapes of clips
-    exchanges: Exchanges = field(default_factory=Exchanges)  # of one rank without the others
+    collectives: Collectives = field(default_factory=Collectives)  # of one rank without the others
 
     def measure_layout(self, layout: str, pipeline: Pipeline) -> None:
         """All rows of one layout; what there is, is written after each of them."""
-        model = Rank(pipeline, self.meeting, self.exchanges)
+        model = Rank(pipeline, self.meeting, self.collectives)
         lengths = text_lengths(self.args, pipeline.device)
         numbers = count()  # of requests, so that no two of all rows have the same prompt
         wanted = latency.requests(self.args, pipeline.device)
@@ -290,9 +290,9 @@ class Process:
         row = latency.measure(model, self.config, name, fields, self.rates, numbers, settings)
         found["row"] = asdict(row) | {"rate": row.rate}
         if self.args.one_rank:
-            exchanged = self.exchanges.of_request(row.steps)
-            link = Link(rate=1e9 * self.args.link_gbs, latency=1e-6 * self.args.link_us)
-            found["exchanged"] = asdict(exchanged) | {"seconds": exchanged.seconds(link)}
+            sent = self.collectives.of_request(row.steps)
+            link = Link(bandwidth=1e9 * self.args.link_gbs, latency=1e-6 * self.args.link_us)
+            found["communication"] = asdict(sent) | {"seconds": sent.seconds(link)}
         if name in self.args.profile and layout != REPLICAS:
             profiles = latency.profiles_of(model, f"{name} on {layout}", fields, numbers)
             found["profiles"] = [asdict(each) for each in profiles]
@@ -379,8 +379,8 @@ def hand_over_seconds(output: Output) -> float:
 def joined(layout: str, config: ModelConfig, devices: int, found: Sequence[Json]) -> Json:
     """A row of the report, from what each process has found."""
     totals = [each["row"]["warm"]["total"] for each in found]
-    if "exchanged" in found[0]:
-        totals[0] += found[0]["exchanged"]["seconds"]
+    if "communication" in found[0]:
+        totals[0] += found[0]["communication"]["seconds"]
     apart = [each["check"]["apart"] for each in found]
     alone = layout == REPLICAS
     return found[0] | {
@@ -438,8 +438,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--one-rank", action="store_true", help="of each mesh, on one device: a projection"
     )
-    parser.add_argument("--link-gbs", type=float, default=300.0, help="to other devices, in GB/s")
-    parser.add_argument("--link-us", type=float, default=20.0, help="of each exchange, at least")
+    parser.add_argument(
+        "--link-gbs", type=float, default=300.0, help="bandwidth to other devices, in GB/s"
+    )
+    parser.add_argument(
+        "--link-us", type=float, default=20.0, help="latency of a collective, in microseconds"
+    )
     parser.add_argument(
         "--profile", nargs="+", choices=NAMED, default=[], metavar="ROW", help="kernels, on meshes"
     )

@@ -45,13 +45,13 @@ def line(found: Json) -> str:
 
 def mark(found: Json) -> str:
     """A tilde before figures that were not measured in full."""
-    return "~" if found["row"]["measured_steps"] or "exchanged" in found else ""
+    return "~" if found["row"]["measured_steps"] or "communication" in found else ""
 
 
 def layout_of(found: Json) -> str:
     """``4 replicas`` or ``2x2x1``, and whether graphs were recorded or only allowed."""
     name = f"{found['devices']} {REPLICAS}" if found["layout"] == REPLICAS else found["layout"]
-    name = f"one rank of {name}" if "exchanged" in found else name
+    name = f"one rank of {name}" if "communication" in found else name
     if found["recordings"]:
         return f"{name}, graphs"
     return f"{name}, graphs allowed" if found["graphs"] else name
@@ -70,8 +70,8 @@ def beside_it(found: Json) -> tuple[float | None, ...]:
 
 def print_tables(rows: Sequence[Json]) -> None:
     print(HEAD, *map(line, rows), sep="\n")
-    if projected := [row for row in rows if "exchanged" in row]:
-        print("", *exchanges(projected), sep="\n")
+    if projected := [row for row in rows if "communication" in row]:
+        print("", *communication(projected), sep="\n")
     if compared_rows := beside(rows):
         print("", *compared_rows, sep="\n")
     for found in rows:
@@ -79,17 +79,17 @@ def print_tables(rows: Sequence[Json]) -> None:
             print(Profile(**each).table())
 
 
-def exchanges(rows: Sequence[Json]) -> list[str]:
-    """What one rank did, and what it would have sent to the others."""
+def communication(rows: Sequence[Json]) -> list[str]:
+    """Compute of one rank, and its projected communication with the others."""
     lines = [
-        "| request | layout | its own s | sent GB | exchanges | for these s | together s |",
+        "| request | layout | compute s | sent GB | calls | communication s | total s |",
         "|---|---|---|---|---|---|---|",
     ]
     for found in rows:
-        sent = found["exchanged"]
-        own = found["seconds"] - sent["seconds"]
+        sent = found["communication"]
+        compute = found["seconds"] - sent["seconds"]
         lines.append(
-            f"| {found['row']['name']} | {layout_of(found)} | {own:.2f} | {sent['sent'] / 1e9:.2f} "
+            f"| {found['row']['name']} | {layout_of(found)} | {compute:.2f} | {sent['sent'] / 1e9:.2f} "
             f"| {sent['count']} | {sent['seconds']:.2f} | ~{found['seconds']:.2f} |"
         )
     return lines

@@ -16,7 +16,7 @@ from ranks import Ranks
 import whole_requests
 from floor import Rates
 from meshes import Meeting, degrees
-from one_rank import Exchange, Exchanges, Link, first_rank
+from one_rank import Collectives, Communication, Link, first_rank
 from published import ELSEWHERE, NVIDIA, records
 from vllm_cosmos3.checkpoint.config import read_config
 from vllm_cosmos3.engine_options import EngineConfig, ParallelConfig
@@ -90,7 +90,7 @@ def test_two_replicas_and_a_mesh_of_two(
     assert "| equal after 8 steps |" in printed
 
 
-def sent_on(mesh: Mesh, folder: Path, shared: Path) -> Exchange:
+def sent_on(mesh: Mesh, folder: Path, shared: Path) -> Communication:
     """What the rank gives to its neighbours for a request of four steps."""
     asked = list[tuple[float, int]]()
 
@@ -112,32 +112,32 @@ def sent_on(mesh: Mesh, folder: Path, shared: Path) -> Exchange:
         config = EngineConfig(model=folder, dtype="float32", device="cpu", ulysses_degree=2)
         pipeline = Pipeline.load(config, mesh, "cpu")
         asked.clear()
-        Rank(pipeline, Meeting(shared / "two", 2), Exchanges()).generate(FOUR_STEPS)
-    return Exchange(sent=sum(sent for sent, _ in asked), count=len(asked))
+        Rank(pipeline, Meeting(shared / "two", 2), Collectives()).generate(FOUR_STEPS)
+    return Communication(sent=sum(sent for sent, _ in asked), count=len(asked))
 
 
-def counted_alone(mesh: Mesh, folder: Path, shared: Path) -> Exchange:
+def counted_alone(mesh: Mesh, folder: Path, shared: Path) -> Communication:
     """The same of a rank without neighbours, in a request of two steps."""
-    exchanges = Exchanges()
+    collectives = Collectives()
     parallel = ParallelConfig(ulysses_degree=2)
-    with exchanges.in_place():
+    with collectives.in_place():
         config = EngineConfig(model=folder, dtype="float32", device="cpu", ulysses_degree=2)
         pipeline = Pipeline.load(config, first_rank(mesh, parallel), "cpu")
-        model = Rank(pipeline, Meeting(shared / "one", 1), exchanges)
+        model = Rank(pipeline, Meeting(shared / "one", 1), collectives)
         output = model.generate({**FOUR_STEPS, "num_inference_steps": 2})
     assert output.video is not None
     assert output.video.shape == (9, 96, 128, 3)
-    return exchanges.of_request(4)
+    return collectives.of_request(4)
 
 
-def test_a_rank_alone_counts_what_it_would_exchange(
+def test_a_rank_alone_counts_what_it_would_send(
     ranks: Ranks, tiny_checkpoint_fp32: Path, tmp_path: Path
 ) -> None:
     real, _ = ranks(ParallelConfig(ulysses_degree=2), sent_on, tiny_checkpoint_fp32, tmp_path)
     (alone,) = ranks(ParallelConfig(), counted_alone, tiny_checkpoint_fp32, tmp_path)
     assert alone == real
     assert alone.count > 4 * 2 * 2 * 2  # steps, branches, layers, both ways
-    link = Link(rate=alone.sent, latency=0.5)
+    link = Link(bandwidth=alone.sent, latency=0.5)
     assert alone.seconds(link) == 1 + 0.5 * alone.count
 
 
@@ -152,15 +152,14 @@ def test_one_rank_of_four_on_one_device(
     rows = json.loads(file.read_text())["rows"]
     assert [(row["layout"], row["devices"]) for row in rows] == [("2x2x1", 4), ("1x4x1", 4)]
     for row in rows:
-        own, sent = row["row"]["warm"]["total"], row["exchanged"]
+        own, sent = row["row"]["warm"]["total"], row["communication"]
         assert sent["seconds"] == pytest.approx(sent["sent"] / 300e9 + sent["count"] / 1000)
         assert row["seconds"] == own + sent["seconds"]
         assert row["gpu_seconds"] == 4 * row["seconds"]
     printed = capfd.readouterr().out
     assert "| t2v-256p | one rank of 1x4x1 | 3 | ~" in printed
     assert (
-        "| request | layout | its own s | sent GB | exchanges | for these s | together s |"
-        in printed
+        "| request | layout | compute s | sent GB | calls | communication s | total s |" in printed
     )
 
 
