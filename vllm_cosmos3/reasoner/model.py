@@ -26,7 +26,7 @@ from vllm_cosmos3.reasoner.media.processing import ReasonerProcessingInfo
 from vllm_cosmos3.reasoner.required_tensors import GENERATOR
 from vllm_cosmos3.reasoner.root_config import EDGE_MODEL_TYPE
 from vllm_cosmos3.reasoner.unquantized_vision import UnquantizedVision
-from vllm_cosmos3.reasoner.vision_attention import fuse_rotation
+from vllm_cosmos3.reasoner.vision_attention import rotate_in_place
 
 
 def _info(context: Any) -> Any:
@@ -90,7 +90,7 @@ class Cosmos3ReasonerForConditionalGeneration(
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         model = vllm_config.model_config
         if hasattr(self.visual, "patch_embed"):  # not where the operator left the encoder out
-            fuse_rotation(self.visual)
+            rotate_in_place(self.visual)
             if not uses_reference() and not normalises_on_device(model):
                 normalise_pixels(self.visual.patch_embed, model.model, model.revision)
         self.expect(config)
