@@ -37,10 +37,10 @@ COMMON: dict[str, Any] = {
     "seed": 3,
 }
 REQUESTS: dict[str, dict[str, Any]] = {
+    "image of 320x192": {"size": "320x192", "num_frames": 1},
     "image of 1280x720": {"size": "1280x720", "num_frames": 1},
     "video of 320x192": {"size": "320x192", "num_frames": 189},
-    "video of 832x480": {"size": "832x480", "num_frames": 189},
-    "video of 1280x720": {"size": "1280x720", "num_frames": 93},
+    "video of 832x480": {"size": "832x480", "num_frames": 61},
 }
 MESHES = {  # cfg x ulysses
     "2x2": ParallelConfig(cfg_parallel_size=2, ulysses_degree=2),
@@ -71,10 +71,10 @@ def test_latents_equal_those_of_one_rank(
         one_rank, (parallel, wide_checkpoint, alone, tmp_path), nprocs=parallel.world_size
     )
     met = [json.loads((tmp_path / f"{r}.json").read_text()) for r in range(parallel.world_size)]
-    print("", json.dumps(met[0]), sep="\n")  # noqa: T201 pytest -rP
+    print("", *map(json.dumps, met[0].items()), sep="\n")  # noqa: T201 pytest -rP
     for found in met:
         assert list(found) == list(REQUESTS)
-        assert all(each["equal"] for each in found.values()), found
+        assert all(each["apart"] == 0 for each in found.values()), found
     assert all(each["levels"] < 1 for each in met[0].values())
 
 
@@ -92,10 +92,10 @@ def one_rank(rank: int, parallel: ParallelConfig, checkpoint: Path, alone: Path,
         for name in REQUESTS:
             latents, frames = made(pipeline, name)
             expected = torch.load(alone / f"{name}.pt")
-            found[name] = {"equal": torch.equal(latents, expected)}
+            found[name] = {"apart": float((latents - expected).norm() / expected.norm())}
             if rank == 0:  # the others have no frames
-                apart = np.abs(frames - np.load(alone / f"{name}.npy"))
-                found[name] |= {"levels": float(apart.mean()), "at most": int(apart.max())}
+                levels = np.abs(frames - np.load(alone / f"{name}.npy"))
+                found[name] |= {"levels": float(levels.mean()), "at most": float(levels.max())}
         close_mesh(mesh)
     (out / f"{rank}.json").write_text(json.dumps(found))
 

@@ -110,7 +110,10 @@ def _flash(head_dim: int) -> Attend:
     version = get_flash_attn_version(head_size=head_dim)
     if version is None:
         raise Unsupported("not part of this vLLM build")
-    return partial(_attend_flash, partial(flash_attn_varlen_func, fa_version=version))
+    # Left to itself FlashAttention divides the keys where queries and heads are few, and so adds up
+    # in another order on a rank that has a share of the heads.
+    kernel = partial(flash_attn_varlen_func, fa_version=version, num_splits=1)
+    return partial(_attend_flash, kernel)
 
 
 BACKENDS: dict[str, Callable[[int], Attend]] = dict(
