@@ -72,8 +72,7 @@ class ReasonerStartup(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Check a local checkpoint; make a schema hold from the first token of an answer; let batches overlap."""
-        let_batches_overlap(vllm_config.scheduler_config)
+        """Check a local checkpoint; make a schema hold from the first token of an answer."""
         structured = vllm_config.structured_outputs_config
         if structured.reasoning_parser == REASONING_PARSER:
             # Whether an answer starts with <think> is not known before its first token, and a
@@ -90,16 +89,6 @@ class ReasonerStartup(VerifyAndUpdateConfig):
             needed = _folders(model.multimodal_config)
             expected = expected_tensors(model.hf_config.to_dict())
             check_folder(folder, {n: e for n, e in expected.items() if e.folder in needed})
-
-
-def let_batches_overlap(scheduler: Any) -> None:
-    """Keep the embeddings of pictures and clips of two batches: one that runs, and one that vLLM schedules meanwhile.
-
-    vLLM keeps as many as one batch has tokens, so that every second batch has no place for a clip.
-    Unless the engine has enough tokens without clips the device then waits for the third.
-    """
-    if scheduler.async_scheduling is not False:
-        scheduler.encoder_cache_size = 2 * scheduler.max_num_batched_tokens
 
 
 def _fit_edge(multimodal: Any) -> None:
