@@ -228,7 +228,25 @@ def test_replicas_by_either_name(tiny_checkpoint: Path, capsys: pytest.CaptureFi
 
 def test_a_reasoner_alone_has_no_queue(capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(capsys, "x/y", "--surface", "reasoner", "--port", "0", "--max-queue", "4")
-    assert line.startswith("--max-queue is 'given', must be left out: --surface reasoner")
+    assert line == "--max-queue is 4, must be left out: --surface reasoner has no generator"
+
+
+@pytest.mark.parametrize("surface", ["generator", "both"])
+def test_weights_are_taken_from_nobody_without_a_key(
+    surface: str, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--surface", surface, "--port", "0", "--weight-transfer", "files")
+    line = refused(capsys, str(tiny_checkpoint), *flags)
+    assert line == "--weight-transfer is 'files', must be given with --api-key, or VLLM_API_KEY set"
+
+
+def test_a_share_of_the_memory_is_not_passed_over(
+    tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = (str(tiny_checkpoint), "--surface", "generator", "--port", "0")
+    for name in ("--gpu-memory-utilization", "--generator-gpu-memory-utilization"):
+        line = refused(capsys, *flags, name, "2")
+        assert line == f"{name} is 2.0, must be a number from 0 to 1"
 
 
 def test_options_of_the_stock_form_are_checked(

@@ -201,7 +201,6 @@ FLAGS: Mapping[str, tuple[ForeignFlag, ...]] = {
         _nothing("--enforce-eager", "CUDA graphs are used where they help"),
         _nothing("--trust-remote-code", "nothing of a checkpoint is run"),
         _nothing("--max-num-seqs", "requests take turns; --max-batch-size lets small ones share steps", words=1),
-        _nothing("--gpu-memory-utilization", "--memory-limit is in GiB", words=1),
         _nothing("--distributed-executor-backend", "--generator-executor-backend is its name", words=1),
         _becomes("--quantization", "--generator-quantization"),
     ),

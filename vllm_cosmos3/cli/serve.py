@@ -153,6 +153,7 @@ def run(args: argparse.Namespace) -> int:
     _check_no_launcher()
     values = given(args, OPTIONS)
     _expand(args)
+    _check_trainers_have_a_key(values, args.rest)
     if args.surface == "generator":
         _check_port_is_free(args.host, args.port)
         _local_folder(args.checkpoint)
@@ -180,8 +181,9 @@ def run(args: argparse.Namespace) -> int:
             folder = resolve(args.checkpoint, _value_of("--revision", args.rest), weights=weights)
         args.rest = beside_generator(values, folder, args.rest)
     elif values:
-        flag = f"--{next(iter(values)).replace('_', '-')}"
-        raise InvalidRequest(flag, "given", "left out: --surface reasoner has no generator")
+        name, value = next(iter(values.items()))
+        possible = "left out: --surface reasoner has no generator"
+        raise InvalidRequest(f"--{name.replace('_', '-')}", value, possible, "conflict")
     elif folder is None and not _given("--download-dir", args.rest):
         # vLLM would say that there is no such repository in a traceback.
         resolve(args.checkpoint, _value_of("--revision", args.rest), weights=False)
@@ -374,6 +376,14 @@ def _check_no_launcher() -> None:
     if place is not None and place.world_size > 1:
         possible = "unset: serve starts the ranks of its mesh itself, so start it without torchrun"
         raise InvalidRequest("WORLD_SIZE", place.world_size, possible)
+
+
+def _check_trainers_have_a_key(values: Mapping[str, Any], rest: list[str]) -> None:
+    """Weights are taken from nobody without a key: the routes would refuse every call."""
+    method = values.get("weight_transfer")
+    if method and not (_given("--api-key", rest) or os.environ.get("VLLM_API_KEY")):
+        possible = "given with --api-key, or VLLM_API_KEY set"
+        raise InvalidRequest("--weight-transfer", method, possible, "conflict")
 
 
 def _check_plugin_is_on() -> None:
