@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "vllm_cosmos3"
 
-# A row a room, from the bottom up. A name is a folder with all that is in it, or one module; the longest
+# Layers, from the bottom up. A name is a folder with all that is in it, or one module; the longest
 # name that fits counts. Within a row imports may go both ways, but never in a circle.
 LAYERS = [
     {
