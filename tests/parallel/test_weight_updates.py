@@ -62,6 +62,8 @@ def updated(
     pipeline.abort_weight_update()
     found["aborted"] = made(pipeline)
     pipeline.start_weight_update()
+    with pytest.raises(InvalidRequest, match=f"or a list of {mesh.world.size}, one for each rank"):
+        pipeline.update_weights([{"path": str(shards[0])}] * (mesh.world.size + 1))
     for shard in shards:
         pipeline.update_weights([{"path": str(shard)}] * mesh.world.size)
     pipeline.finish_weight_update("second")

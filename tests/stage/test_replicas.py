@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -198,6 +199,29 @@ def test_what_waits_ends_with_the_replicas(replicas: Replicas) -> None:
             job.result(HANG)
     with pytest.raises(WorkerDied, match="was closed"):
         replicas.submit(ToyPlan())
+
+
+def test_a_replica_is_tried_again_until_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first time its checkpoint is missing, the second time the machine has no memory."""
+    monkeypatch.setattr("vllm_cosmos3.stage.replicas.RETRY_SECONDS", 0.0)
+    start, starts = Replicas._start, []
+
+    def failing(replicas: Replicas, placement: Placement) -> StageClient:
+        if placement.devices == "0":
+            starts.append(placement)
+            if len(starts) == 1:
+                return StageClient(stage(model=tmp_path / "none"), QUEUE)
+            if len(starts) == 2:
+                raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return start(replicas, placement)
+
+    monkeypatch.setattr(Replicas, "_start", failing)
+    replicas = Replicas(stage(), QUEUE, [Placement(devices="0"), Placement(devices="1")])
+    eventually(lambda: [member.can_serve for member in replicas.members] == [True, True])
+    assert len(starts) == 3
+    replicas.close()
 
 
 def test_replicas_that_cannot_start_say_why(

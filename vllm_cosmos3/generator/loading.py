@@ -83,7 +83,7 @@ def load_models(
         part = parts["transformer"]
         receiver = make_receiver(config.weight_transfer, mesh.world, device)
         prepare = _prepare(part, model, device, dummy=False)
-        updates = WeightUpdates(transformer, part, prepare, receiver, copy, mesh.world.rank)
+        updates = WeightUpdates(transformer, part, prepare, receiver, copy, mesh.world)
     return LoadedModels(
         transformer=transformer,
         vae=vae,

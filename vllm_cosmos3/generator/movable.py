@@ -67,8 +67,14 @@ class MovableWeights(ABC):
     @torch.inference_mode()
     def update_weights(self, info: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         """Receive tensors; ``info`` is that of all ranks, or one for each."""
-        rank = self._weight_updates().rank
-        self._weight_updates().update(info if isinstance(info, Mapping) else info[rank])
+        updates = self._weight_updates()
+        if not isinstance(info, Mapping):
+            size = updates.world.size
+            if len(info) != size:
+                possible = f"an object for all ranks, or a list of {size}, one for each rank"
+                raise InvalidRequest("update_info", info, possible)
+            info = info[updates.world.rank]
+        updates.update(info)
 
     @torch.inference_mode()
     def finish_weight_update(self, version: str | None = None) -> None:

@@ -50,9 +50,9 @@ class WeightUpdates:
         prepare: Prepare,
         receiver: Receiver,
         copy: HostCopy,
-        rank: int,
+        world: Axis,
     ) -> None:
-        self.rank = rank  # among those that a trainer counts
+        self.world = world  # the ranks that a trainer counts
         self._transformer, self._part, self._prepare = transformer, part, prepare
         self._receiver, self._copy = receiver, copy
         # Those that rest on the host, and their copies.

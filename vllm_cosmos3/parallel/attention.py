@@ -183,5 +183,6 @@ def _flash_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
     try:
         _flash(head_dim)(token, token, token, causal=False)
     except (ImportError, RuntimeError, Unsupported) as error:
-        return f"cannot take heads of {head_dim} here ({str(error).splitlines()[0]})"
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        return f"cannot take heads of {head_dim} here ({reason})"
     return ""

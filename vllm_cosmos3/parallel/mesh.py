@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from datetime import timedelta
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, TypeVar
 
@@ -59,14 +58,12 @@ def init_mesh(
     rank: int = 0,
     local_rank: int = 0,
     init_method: str | None = None,
-    timeout: timedelta | None = None,
 ) -> Mesh:
     """Join the process groups of this mesh; every rank calls it once. ``close_mesh`` undoes it.
 
     ``init_method`` is a URL of torch.distributed where the ranks meet, preferably a fresh
     ``file://``. One rank alone needs none: it opens neither port nor file. Where torch.distributed
-    is up already (torchrun), its world is taken as it is. A collective that waits longer than
-    ``timeout`` raises; None leaves it to the backend.
+    is up already (torchrun), its world is taken as it is.
     """
     from vllm.config import set_current_vllm_config
     from vllm.distributed import parallel_state
@@ -78,7 +75,7 @@ def init_mesh(
             raise ValueError("several ranks need an init_method to meet at")
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if not dist.is_initialized() and init_method == "env://":
-        _join_launched(backend, timeout)
+        _join_launched(backend)
     meeting = PurePath(init_method or f"pid{os.getpid()}").name
     if init_method == "env://":
         meeting = f"torchrun{os.environ['MASTER_PORT']}"
@@ -87,7 +84,7 @@ def init_mesh(
         os.environ["VLLM_DIST_IDENT"] = meeting
     with set_current_vllm_config(_layer_config(parallel.tensor_parallel_size)):
         parallel_state.init_distributed_environment(
-            parallel.world_size, rank, init_method or "env://", local_rank, backend, timeout
+            parallel.world_size, rank, init_method or "env://", local_rank, backend
         )
         # vLLM lays ranks out as external data parallel x ... x tp: the factor of the world that it
         # is not told of becomes independent tensor-parallel groups.
@@ -109,7 +106,7 @@ def init_mesh(
     )
 
 
-def _join_launched(backend: str, timeout: timedelta | None) -> None:
+def _join_launched(backend: str) -> None:
     """Meet the other ranks in the launcher's store, under a name that no earlier mesh has used.
 
     The addresses of a world stay in that store, and torch.distributed would look for those of the
@@ -117,7 +114,7 @@ def _join_launched(backend: str, timeout: timedelta | None) -> None:
     """
     store, rank, size = next(dist.rendezvous("env://"))
     own = dist.PrefixStore(f"cosmos3/mesh/{next(_launched)}", store)
-    dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=timeout)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=size)
 
 
 def close_mesh(mesh: Mesh) -> None:

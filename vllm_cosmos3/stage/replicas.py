@@ -313,4 +313,8 @@ class Replicas(Stages):
             elif now > self._given_up.setdefault(at, now + RETRY_SECONDS):
                 logger.warning("replica %d is started again: %s", at, member.error)
                 member.close()
-                self._members[at] = self._start(self._placements[at])
+                try:
+                    self._members[at] = self._start(self._placements[at])
+                except OSError as error:  # no process, no folder: a moment later there may be room
+                    logger.warning("replica %d was not started: %s", at, error)
+                    self._given_up[at] = now + RETRY_SECONDS
