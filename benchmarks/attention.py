@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clock import between, mark, synchronize
+from clock import mean_seconds, synchronize
 from machine import heading, provenance
 
 HEADS, KV_HEADS, HEAD = 32, 8, 128
@@ -190,14 +190,6 @@ def rate(call: Callable[[], object], device: torch.device) -> float:
     for count in (2, 1):
         once = mean_seconds(call, device, count)
     return mean_seconds(call, device, min(200, max(3, int(0.5 / once))))
-
-
-def mean_seconds(call: Callable[[], object], device: torch.device, count: int) -> float:
-    synchronize(device)
-    before = mark(device)
-    for _ in range(count):
-        call()
-    return between(before, mark(device)) / count
 
 
 def one_line(error: BaseException) -> str:

@@ -43,6 +43,21 @@ def seconds(call: Callable[[], object], device: torch.device, *, repeat: int, wa
     return statistics.median(between(*pair) for pair in pairs)
 
 
+def mean_seconds(call: Callable[[], object], device: torch.device, count: int) -> float:
+    """Mean of so many calls, one after the other between two marks of the device."""
+    synchronize(device)
+    before = mark(device)
+    for _ in range(count):
+        call()
+    return between(before, mark(device)) / count
+
+
+def now(device: torch.device) -> float:
+    """Seconds of the host's clock, when the device has done what it was given."""
+    synchronize(device)
+    return time.perf_counter()
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the device."""
     if device.type != "cpu":

@@ -218,6 +218,8 @@ def server_kinds(args: argparse.Namespace) -> dict[str, Kind]:
             environment=tuple(found),
         )
         args.servers.append(name)
+    if unknown := set(args.servers) - set(known):
+        sys.exit(f"--servers is {min(unknown)!r}, must be one of {', '.join(known)}")
     return {name: known[name] for name in args.servers}
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
-from clock import between, mark, synchronize
+from clock import mean_seconds
 from machine import heading, provenance
 from vllm_cosmos3.checkpoint.config import TransformerConfig, read_config
 from vllm_cosmos3.compat import fused_qk_norm_rope
@@ -274,7 +274,11 @@ def passes(
     yield "SiLU and multiply, torch", lambda: plain_gate(gates), 3 * length * inner
 
     k, k_text = noise(length, 2 * kv_heads * head), noise(TEXT, 2 * kv_heads * head)
-    yield "join text's keys and values", lambda: torch.cat([k_text, k]), 2 * k.numel()
+    yield (
+        "join text's keys and values",
+        lambda: torch.cat([k_text, k]),
+        2 * (k_text.numel() + k.numel()),
+    )
 
 
 def plain_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -315,14 +319,6 @@ def timed(call: Call, device: torch.device, **what: Any) -> Figure:
     except (RuntimeError, ImportError, NotImplementedError) as error:
         return Figure(**what, seconds=None, obstacle=str(error).strip().split("\n")[0][:120])
     return Figure(**what, seconds=mean_seconds(call, device, min(200, max(3, int(0.3 / once)))))
-
-
-def mean_seconds(call: Call, device: torch.device, count: int) -> float:
-    synchronize(device)
-    before = mark(device)
-    for _ in range(count):
-        call()
-    return between(before, mark(device)) / count
 
 
 def table(kind: str, figures: list[Figure]) -> str:

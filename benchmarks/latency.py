@@ -165,8 +165,8 @@ class Row:
 
     @property
     def rate(self) -> float:
-        """FLOP/s while denoising."""
-        return self.step_flop * self.steps / self.warm["denoise"]
+        """FLOP/s while denoising, of the steps that were computed."""
+        return self.step_flop * (self.steps - self.reused) / self.warm["denoise"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -245,8 +245,10 @@ def measure(
     rates: Rates,
     numbers: Iterator[int],
     args: argparse.Namespace,
+    *,
+    warmed_up: bool = False,
 ) -> Row:
-    """One cold run, the warm ones, and what they should have taken."""
+    """One cold run unless the model is warmed up, the warm ones, and what they should have taken."""
     steps = fields["num_inference_steps"]
     measured = args.measured_steps if name in (*args.measured_rows, CUSTOM) else None
     if measured and measured + WARM_STEPS >= steps:
@@ -264,21 +266,22 @@ def measure(
             save=args.save,
             mp4=args.mp4,
         )
-        for _ in range(1 + args.repeat)
+        for _ in range(args.repeat + (not warmed_up))
     ]
-    warm = runs[1:] or runs
+    warm = runs if warmed_up else runs[1:] or runs
+    reused = max(each.reused for each in warm)
     every_step = [step for each in warm for step in each.steps]
     step, text = step_work(config.transformer, plan), text_work(config.transformer, plan)
     decoded = [decode_work(config, plan.streams[0].shape)] * len(plan.seeds) * plan.decoded
     decode = sum(decoded, Work())
-    denoise_floor = step.floor(rates) * steps
+    denoise_floor = step.floor(rates) * (steps - reused)
     saves = [each.save for each in warm if each.save is not None]
     return Row(
         name=name,
         request=fields | {"num_inference_steps": steps},
         tokens=tokens(plan, config.transformer.latent_patch_size),
         steps=steps,
-        reused=max(each.reused for each in warm),
+        reused=reused,
         measured_steps=measured,
         cold=runs[0].phases,
         warm=medians([each.phases for each in warm]),

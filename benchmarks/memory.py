@@ -13,7 +13,6 @@ import gc
 import hashlib
 import json
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 
+from clock import now
 from machine import heading, provenance
 from vllm_cosmos3.engine_options import EngineConfig, ParallelConfig
 from vllm_cosmos3.errors import OutOfMemory
@@ -264,12 +264,6 @@ def reset_peak(device: torch.device) -> None:
 
 def peak(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-
-
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def table(rows: list[Row]) -> str:

@@ -16,7 +16,6 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ import torch
 import torch.multiprocessing as processes
 
 import whole_requests
+from clock import now
 from meshes import device_of, on_mesh, ranks
 from vllm_cosmos3.generator.pipeline import Pipeline
 from vllm_cosmos3.request.planner import make_plan
@@ -152,12 +152,6 @@ def difference(latents: torch.Tensor, path: Path, mesh: str) -> float | None:
         return None
     reference = torch.load(path).to(latents.device)
     return float((latents - reference).norm() / reference.norm())
-
-
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def append(row: Row, path: Path) -> None:

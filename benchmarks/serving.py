@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -72,6 +73,9 @@ async def _load(
     if args.kind == "polls":
         async with _under_way(client, {"prompt": args.prompt, **LONG, **fields}) as path:
             return await _send_all(args, turn, lambda: _poll(client, path))
+    if args.kind == "chat" and "model" not in fields:
+        listed = _accepted(await client.get("/v1/models"))
+        fields = {"model": listed["data"][0]["id"], **fields}
     send = {"images": _image, "videos": _video, "chat": _chat, "actions": _actions}[args.kind]
     numbers = count(1)
 
@@ -93,7 +97,7 @@ async def _send_all(
                 return await send()
             except Refused as error:
                 return str(error)
-            except (httpx.HTTPError, WebSocketException) as error:
+            except (httpx.HTTPError, WebSocketException, OSError, ValueError) as error:
                 return type(error).__name__
 
     return await asyncio.gather(*map(one, range(args.requests)))
@@ -133,9 +137,6 @@ async def _video(client: httpx.AsyncClient, body: dict[str, Any]) -> Served:
 async def _chat(client: httpx.AsyncClient, body: dict[str, Any]) -> Served:
     message = {"role": "user", "content": body.pop("prompt")}
     start = time.perf_counter()
-    if "model" not in body:
-        listed = _accepted(await client.get("/v1/models"))
-        body["model"] = listed["data"][0]["id"]
     _accepted(await client.post("/v1/chat/completions", json={"messages": [message], **body}))
     return Served(latency=time.perf_counter() - start)
 
@@ -165,6 +166,8 @@ async def _under_way(client: httpx.AsyncClient, body: dict[str, Any]) -> AsyncIt
     path = f"/v1/videos/{job['id']}"
     try:
         while job["cosmos3"]["phase"] != "denoise":
+            if job["status"] not in ("queued", "in_progress"):
+                sys.exit(f"serving: the video was {job['status']} before a look found it denoised")
             await asyncio.sleep(POLL_SECONDS)
             job = _accepted(await client.get(path))
         yield path

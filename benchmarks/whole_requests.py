@@ -23,6 +23,7 @@ import argparse
 import json
 import os
 import pickle
+import re
 import statistics
 import sys
 import tempfile
@@ -178,10 +179,15 @@ def check(args: argparse.Namespace, config: ModelConfig) -> None:
     Raises:
         InvalidRequest: a mesh has another number of ranks than there are devices, or does not suit.
     """
+    unknown = set(args.in_full) - set(args.layouts)
+    if unknown:
+        raise InvalidRequest("in-full", min(unknown), f"one of {', '.join(args.layouts)}")
     for layout in args.layouts:
         if args.one_rank:
             check_one_rank(layout)
         if layout != REPLICAS:
+            if not re.fullmatch(r"\d+x\d+x\d+", layout):
+                raise InvalidRequest("layouts", layout, f"{REPLICAS}, or cfg x ulysses x tp")
             if ranks(layout) != args.devices:
                 possible = f"{REPLICAS}, or cfg x ulysses x tp of {args.devices} ranks"
                 raise InvalidRequest("layouts", layout, possible)
@@ -284,10 +290,11 @@ class Process:
         shape = seen.video.shape if self.rank == 0 and seen.video is not None else None
         save = self.args.save and shape is not None and shape not in self.written
         settings = argparse.Namespace(**vars(self.args) | {"save": save, "mp4": False})
-        settings.repeat -= 1  # latency.py's first run was the check
         if layout in self.args.in_full:
             settings.measured_steps = None
-        row = latency.measure(model, self.config, name, fields, self.rates, numbers, settings)
+        row = latency.measure(
+            model, self.config, name, fields, self.rates, numbers, settings, warmed_up=True
+        )
         found["row"] = asdict(row) | {"rate": row.rate}
         if self.args.one_rank:
             sent = self.collectives.of_request(row.steps)

@@ -50,7 +50,7 @@ def main() -> int:
         counts.append((len(stage), open_files(stage)))
         print(f"round {number + 1}: {seconds[-1]:.2f} s, processes and files {counts[-1]}")
     end = time.monotonic() + SETTLING_SECONDS
-    while counts[-1] > counts[0] and time.monotonic() < end:  # the last ones may be about to go
+    while more(counts) and time.monotonic() < end:  # the last ones may be about to go
         time.sleep(0.1)
         stage = processes_below(os.getpid())
         counts[-1] = len(stage), open_files(stage)
@@ -61,7 +61,12 @@ def main() -> int:
     )
     print(f"average, {max(seconds):.2f} s at most; after the first round {counts[0]} processes and")
     print(f"files, after the last {counts[-1]}; left behind: {left or 'nothing'}")
-    return int(bool(left) or counts[-1] > counts[0])
+    return int(bool(left) or more(counts))
+
+
+def more(counts: list[tuple[int, int]]) -> bool:
+    """Whether there are more processes in the end, or more files."""
+    return any(last > first for first, last in zip(counts[0], counts[-1], strict=True))
 
 
 def kill_and_recover(client: StageClient, ranks: int) -> float:

@@ -62,7 +62,7 @@ class Seen:
         return f"{' and '.join(things) or 'nothing'}, on a {self.tone} background"
 
     def contact(self) -> float | None:
-        """First frame in which the boxes of two things touch, or the gripper holds a thing still.
+        """First frame in which the boxes of two things touch.
 
         None if there are no two things, or they never touch.
         """

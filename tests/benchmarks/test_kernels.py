@@ -52,7 +52,11 @@ def test_plain_passes_compute_what_vllm_does(tiny_checkpoint: Path) -> None:
 
     config = read_config(tiny_checkpoint).transformer
     with torch.inference_mode():
-        calls = {n: call for n, call, _ in kernels.passes(config, 7, CPU, torch.float32)}
+        passes = list(kernels.passes(config, 7, CPU, torch.float32))
+        calls = {name: call for name, call, _ in passes}
+        work = {name: count for name, _, count in passes}
+        name = "join text's keys and values"  # read and written once
+        assert work[name] == 2 * calls[name]().numel()  # type: ignore[attr-defined]
         assert calls["SiLU and multiply"]().shape == (7, config.intermediate_size)  # type: ignore[attr-defined]
         torch.testing.assert_close(
             calls["SiLU and multiply"](), calls["SiLU and multiply, torch"]()

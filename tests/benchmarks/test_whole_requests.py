@@ -58,7 +58,7 @@ def test_two_replicas_and_a_mesh_of_two(
     argv = ["--device", "cpu", "--devices", "2", "--layouts", REPLICAS, "1x2x1", "--rows", *ROWS]
     argv += ["--frames", "5", "--tokens", "20", "30", "--num-inference-steps", "8", "--graphs"]
     argv += ["--measured-steps", "2", "--measured-rows", *ROWS, "--in-full", "1x2x1", "--save"]
-    argv += ["--profile", "t2i-256p"]
+    argv += ["--profile", "t2i-256p", "--repeat", "2"]
     report, other = ranks(
         ParallelConfig(ulysses_degree=2), both_layouts, tiny_checkpoint_fp32, tmp_path, argv
     )
@@ -74,6 +74,7 @@ def test_two_replicas_and_a_mesh_of_two(
         assert (row["model"], row["devices"], len(row["peaks"])) == ("tiny", 2, 2)
         assert row["apart"] == 0 if alone else row["apart"] < 1e-5
         assert row["check"]["steps"] == 8
+        assert len(row["row"]["runs"]) == 2
         assert row["row"]["measured_steps"] == (2 if alone else None)
         assert row["recordings"] == 0  # on a CPU, wherever they are allowed
         assert (
@@ -217,6 +218,8 @@ def test_layouts_of_a_machine() -> None:
     ("layout", "words"),
     [
         ("2x1x1", "layouts is '2x1x1', must be replicas, or cfg x ulysses x tp of 4 ranks"),
+        ("2x2", "layouts is '2x2', must be replicas, or cfg x ulysses x tp"),
+        ("2x2x1 --in-full 1x4x1", "in-full is '1x4x1', must be one of 2x2x1"),
         ("4x1x1", "cfg_parallel_size is 4, must be 1 or 2 (guidance has two branches)"),
         ("1x1x4 --one-rank", "must be cfg x ulysses x 1 where one rank is asked for"),
         (f"{REPLICAS} --one-rank", "must be cfg x ulysses x 1 where one rank is asked for"),

@@ -143,8 +143,13 @@ def test_resume_serves_what_is_new_or_has_changed(
     }
     assert fresh == {"b", "c", "d"}
     assert "1 of 4 records were finished before" in capsys.readouterr().err
-    assert generate(tiny_checkpoint, file, "--resume", "--load-format", "dummy") == 0
-    assert "records were finished before" not in capsys.readouterr().err
+    for flags in (
+        ("--load-format", "dummy"),
+        ("--quantization", "fp8"),
+        ("--vae-parallel", "tile"),
+    ):
+        assert generate(tiny_checkpoint, file, "--resume", *flags) == 0
+        assert "records were finished before" not in capsys.readouterr().err
 
 
 SHORT = {"num_steps": 1, "guidance": 1}

@@ -227,6 +227,8 @@ def _digest(
         str(engine.model), engine.revision, engine.dtype, record.kind, given, record.upsample,
         record.crf, options.crf, record.quality, options.image_quality, options.image_type,
         engine.load_format, engine.checkpoint_kind, engine.lora, engine.lora_alpha,
+        engine.quantization, engine.fp8_first_steps, engine.fp8_last_steps, engine.fp8_text,
+        engine.attention_backend, engine.vae_parallel,
         None if before is None else before.digest,
         {name: _contents(fields[name]) for name in sorted(FILES & fields.keys())},
     ]  # fmt: skip

@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
     modes, prompts = read_modes(args.modes), read_prompts(args.prompts)
     judge = None if args.judge is None else read_judge(args.judge)
     options = EngineOptions(args.model, **given(args, ENGINE))
-    out = sample_folder(args.out.parent, args.out.name)
+    folder = args.out.resolve()  # "." has no name
+    out = sample_folder(folder.parent, folder.name)
     check_vllm()
     with quiet_libraries():
         from vllm_cosmos3.compare.measuring import measure

@@ -81,6 +81,7 @@ def measure(
                     )
                     if index == 0 and pipeline.device.type != "cpu":  # kernels are chosen once
                         _made(pipeline, request)
+                    pipeline.texts.clear()  # which the modes before may have read
                     state, pixels, latents, seconds = _made(pipeline, request)
                     latents_file = Path(kept) / f"{index}.npy"
                     if mode.name == EXACT:

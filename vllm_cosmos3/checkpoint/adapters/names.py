@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-DIALECTS = ("framework", "peft", "diffusers")
-
 # What trainers put around the transformer.
 _WRAPPER = r"(?:base_model|model|net|transformer|language_model|module|_orig_mod)\."
 _LORA = re.compile(
