@@ -21,7 +21,7 @@ SOURCES = ("control", "control_path")
 TRUTH = {"true": True, "false": False}
 
 
-def split(path: str, name: str, value: Any) -> tuple[Any, str, Any]:
+def split(path: str, value: Any) -> tuple[Any, str, Any]:
     """What the validator gets for a control, and where its clip stood, and the clip or None.
 
     Raises:

@@ -264,7 +264,7 @@ class _Translation:
 
     def control(self, path: str, name: str, value: Any) -> None:
         """A control of a transfer, with or without its clip."""
-        parts, place, clip = control_fields.split(path, name, value)
+        parts, place, clip = control_fields.split(path, value)
         if self._wanted == IMAGE and parts is not False:
             possible = "left out: pictures are made from text; POST /v1/videos follows controls"
             raise InvalidRequest(path, "given", possible, "unsupported")
