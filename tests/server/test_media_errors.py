@@ -54,11 +54,11 @@ def make_app() -> FastAPI:
     return app
 
 
-def post(path: str, **body: Any) -> httpx.Response:
+def post(path: str, root: str = "", **body: Any) -> httpx.Response:
     async def send() -> httpx.Response:
-        transport = httpx.ASGITransport(make_app(), raise_app_exceptions=False)
+        transport = httpx.ASGITransport(make_app(), raise_app_exceptions=False, root_path=root)
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-            return await client.post(path, json=body)
+            return await client.post(f"{root}{path}", json=body)
 
     return asyncio.run(send())
 
@@ -77,10 +77,11 @@ BROKEN: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("root", ["", "/studio"])
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize", "/v1/messages"])
 @pytest.mark.parametrize("name", BROKEN)
-def test_unreadable_media_are_the_clients_mistake(path: str, name: str) -> None:
-    reply = post(path, **BROKEN[name])
+def test_unreadable_media_are_the_clients_mistake(path: str, name: str, root: str) -> None:
+    reply = post(path, root, **BROKEN[name])
     assert reply.status_code == HTTPStatus.BAD_REQUEST
     error = reply.json()["error"]
     assert error["type"] == "BadRequestError"

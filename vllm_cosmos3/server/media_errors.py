@@ -17,6 +17,7 @@ from PIL import Image
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_cosmos3.server.flat_urls import FlatUrls
+from vllm_cosmos3.server.http.keys import path_of
 
 PATHS = ("/v1/chat", "/v1/responses", "/v1/messages", "/tokenize")  # whose requests carry media
 UNREADABLE = (
@@ -49,7 +50,7 @@ class MediaErrors:
         self._app = FlatUrls(app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].startswith(PATHS):
+        if scope["type"] != "http" or not path_of(scope).startswith(PATHS):
             await self._app(scope, receive, send)
             return
         started = False
