@@ -179,6 +179,7 @@ def test_pictures_events_and_wrong_rows(client: TestClient) -> None:
     ("change", "reason"),
     [
         ({"size": "50x50"}, "size is '50x50'"),
+        ({"size": "\N{EM DASH}" * 70}, "size is"),
         ({"first_frame": "/etc/passwd"}, "base64"),
         ({"first_frame": [0] * 2**20}, "first_frame is 'unreadable', must be bytes"),
         ({"first_frame": b"x"}, "first_frame is '1 bytes', must be a complete PNG"),
@@ -201,6 +202,8 @@ def test_a_session_that_cannot_begin(client: TestClient, change: dict[str, Any],
         error, end = told(socket)
     assert reason in error["content"]
     assert end["code"] == 1008
+    assert error["content"].startswith(end["reason"])
+    assert len(end["reason"].encode()) <= 123  # more no closing frame may have
     sessions(client, 0)
 
 

@@ -227,10 +227,15 @@ async def _serve(socket: WebSocket, reply: str) -> None:
     service: Service | None = state.cosmos3
     code, reason = _obstacle(service, reply := socket.query_params.get("reply", reply))
     if reason:
-        await socket.close(code, reason[:MAX_REASON])
+        await socket.close(code, closing_reason(reason))
         return
     assert service is not None
     await Connection(socket, service, state.cosmos3_sessions, reply).run()
+
+
+def closing_reason(text: str) -> str:
+    """As much of a text as a closing frame has room for."""
+    return text.encode()[:MAX_REASON].decode(errors="ignore")
 
 
 def _obstacle(service: Service | None, reply: str) -> tuple[int, str]:

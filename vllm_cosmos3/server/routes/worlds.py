@@ -34,9 +34,9 @@ from vllm_cosmos3.server.jobs.worlds import Worlds
 from vllm_cosmos3.server.routes.robots import (
     GOING_AWAY,
     MAX_MESSAGE,
-    MAX_REASON,
     POLICY_VIOLATION,
     TRY_AGAIN_LATER,
+    closing_reason,
 )
 from vllm_cosmos3.server.routes.route import Route
 
@@ -118,7 +118,7 @@ async def generate(socket: WebSocket) -> None:
     service: Service | None = state.cosmos3
     code, reason = _obstacle(service)
     if service is None or service.worlds is None or reason:
-        await socket.close(code, reason[:MAX_REASON])
+        await socket.close(code, closing_reason(reason))
         return
     idle = service.options.session_idle_timeout
     await Connection(socket, service.worlds, idle).run()
@@ -280,7 +280,7 @@ class Connection:
     async def _end(self, code: int, error: Cosmos3Error) -> None:
         with suppress(WebSocketDisconnect, RuntimeError):  # it may have gone meanwhile
             await self._tell(type="error", content=str(error), code=slug(error))
-            await self._socket.close(code, str(error)[:MAX_REASON])
+            await self._socket.close(code, closing_reason(str(error)))
 
 
 def session_fields(init: Init) -> SessionRequest:
