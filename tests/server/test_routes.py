@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from base64 import b64decode
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -24,13 +25,14 @@ from vllm_cosmos3.server.jobs.job_files import CLIP
 from vllm_cosmos3.server.jobs.journal import Journal
 from vllm_cosmos3.server.jobs.live_jobs import LiveJobs
 from vllm_cosmos3.server.jobs.service import Service
-from vllm_cosmos3.server.jobs.video_job import COMPLETED, VideoJob
+from vllm_cosmos3.server.jobs.video_job import COMPLETED, FAILED, VideoJob
 from vllm_cosmos3.server.options import Options
 from vllm_cosmos3.server.routes.videos import _accepted, _events, remixed
 from vllm_cosmos3.stage.messages import Status
 
 pytestmark = pytest.mark.anyio
 EFFECTIVE = {"mode": "text2video", "num_frames": 5, "fps": 24.0, "output_size": "64x64", "seed": 1}
+USAGE = {"frames": 1, "output_seconds": 1.0, "steps": 1, "gpu_seconds": 1.0}
 CONTENT = bytes(range(256)) * 4000  # several chunks
 
 
@@ -160,6 +162,48 @@ async def test_pictures_that_go_before_they_are_read(
     error = answer.json()["error"]
     assert (answer.status_code, error["code"]) == (status, code)
     assert ("--storage-quota 90000" in error["message"]) == known
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "file"),
+    [("videos/sync", "sync", CLIP), ("images/generations", "image", "0.png")],
+)
+async def test_what_is_finished_is_sent_though_it_cannot_be_deleted(
+    path: str, kind: str, file: str, at: Stored, caplog: pytest.LogCaptureFixture
+) -> None:
+    answer = await answer_of_undeletable(at, path, kind, [file])
+    assert answer.status_code == 200, answer.text
+    sent = answer.content if kind == "sync" else b64decode(answer.json()["data"][0]["b64_json"])
+    assert sent == CONTENT
+    assert "a cannot be deleted: the journal of jobs cannot be used now" in caplog.text
+
+
+async def test_why_nothing_was_made_is_told_though_it_cannot_be_deleted(at: Stored) -> None:
+    error = {"code": "out_of_memory", "message": "it needs more"}
+    answer = await answer_of_undeletable(at, "videos/sync", "sync", [], error=error)
+    assert answer.json()["error"]["code"] == "out_of_memory"
+
+
+async def answer_of_undeletable(
+    at: Stored, path: str, kind: str, files: list[str], error: dict[str, str] | None = None
+) -> httpx.Response:
+    """The answer to a request whose job ends while the journal can be read and not written."""
+
+    class Made:
+        async def create(self, submission: Submission) -> VideoJob:
+            job = at.finished("a", kind=kind)
+            job.files, job.error = files, error
+            job.status = FAILED if error else COMPLETED
+            job.timings, job.usage = {"total": 1.0}, USAGE
+            job.effective = EFFECTIVE | {"size": "64x64"}
+            for name in files:
+                (at.journal.folder("a") / name).write_bytes(CONTENT)
+            at.journal._db.close()
+            return job
+
+    at.admission = cast("Any", Made())
+    async with client(at) as http:
+        return await http.post(f"/v1/{path}", json={"prompt": "a boat"})
 
 
 async def test_a_download_goes_on_when_its_video_is_deleted(at: Stored) -> None:
@@ -350,6 +394,25 @@ async def test_events_go_on_while_the_storage_is_away(at: Stored) -> None:
         assert '"progress": 50' in await anext(events)
         job.status = COMPLETED
         assert (await anext(events)).startswith("event: completed\n")
+
+
+async def test_events_end_where_a_record_cannot_be_read_any_more(at: Stored) -> None:
+    job = VideoJob(id="a", kind="video", model="tiny", prompt="", created=0.0, effective=EFFECTIVE)
+    at.journal.add(job)
+
+    async def receive() -> dict[str, str]:
+        await anyio.sleep(HANG)
+        return {"type": "http.disconnect"}
+
+    with anyio.fail_after(HANG):
+        events = _events(at, Request({"type": "http", "headers": []}, receive), job)
+        assert (await anext(events)).startswith("event: progress\n")
+        at.journal._run("update jobs set document = 'x'")
+        told = await anext(events)
+        with pytest.raises(StopAsyncIteration):
+            await anext(events)
+    assert told.startswith("event: error\n")
+    assert "the record of video 'a' cannot be read" in told
 
 
 async def test_nobody_waits_for_a_client_that_went_away(at: Stored) -> None:

@@ -33,7 +33,7 @@ async function stream(id, told) {
     for await (const { name, data } of eventsOf(await send(`v1/videos/${id}/events`))) {
       const value = JSON.parse(data);
       if (name === "preview") told({ preview: `data:image/jpeg;base64,${value.image}`, step: value.step });
-      else if (name === "deleted") return gone(told);
+      else if (name === "deleted" || name === "error") return gone(told);
       else {
         told({ job: value });
         if (ended(value)) return true;

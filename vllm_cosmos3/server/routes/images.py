@@ -7,7 +7,6 @@ import base64
 import io
 import re
 import zipfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +31,7 @@ from vllm_cosmos3.server.openapi.responses import (
     responses,
 )
 from vllm_cosmos3.server.routes.route import Route, service_of
-from vllm_cosmos3.server.routes.videos import deleted, result, stored_file, submit
+from vllm_cosmos3.server.routes.videos import deleted, forget, result, stored_file, submit
 from vllm_cosmos3.server.storage import bytes_in
 
 router = APIRouter(route_class=Route, tags=["Cosmos3 images"])
@@ -103,8 +102,7 @@ async def _made(service: Service, request: Request, client_request: ClientReques
     except FileNotFoundError:
         raise deleted(service, job) from None
     finally:
-        with suppress(ApiError):  # somebody has done so
-            await asyncio.to_thread(service.jobs.delete, job.id)
+        await forget(service, job)
     if shape == "file":
         return _as_file(job.id, pictures, form)
     texts = [base64.b64encode(picture).decode() for picture in pictures]

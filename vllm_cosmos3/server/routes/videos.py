@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
@@ -15,9 +16,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from vllm_cosmos3.errors import InvalidRequest
+from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
 from vllm_cosmos3.progress import Preview
-from vllm_cosmos3.server.http.api_errors import ApiError, RequestFailed, retry_after
+from vllm_cosmos3.server.http.api_errors import ApiError, RequestFailed, envelope, retry_after
 from vllm_cosmos3.server.http.body import read_body
 from vllm_cosmos3.server.http.file_response import StoredFile
 from vllm_cosmos3.server.http.media_inputs import FILE_FIELDS, called, local_files, media_files
@@ -26,7 +27,7 @@ from vllm_cosmos3.server.jobs.admission import WATCH_SECONDS, Submission
 from vllm_cosmos3.server.jobs.job_files import CLIP, SPRITES, THUMBNAIL
 from vllm_cosmos3.server.jobs.service import Service
 from vllm_cosmos3.server.jobs.value_sources import SPELLINGS
-from vllm_cosmos3.server.jobs.video_job import COMPLETED, FAILED, VideoJob
+from vllm_cosmos3.server.jobs.video_job import COMPLETED, FAILED, UnreadableRecord, VideoJob
 from vllm_cosmos3.server.openapi.requests import KEY, PREFER, remix_request, video_request
 from vllm_cosmos3.server.openapi.responses import (
     LIMIT,
@@ -44,6 +45,7 @@ from vllm_cosmos3.server.openapi.responses import (
 from vllm_cosmos3.server.routes.route import Route, service_of
 from vllm_cosmos3.server.storage import StorageLost
 
+logger = logging.getLogger(__name__)
 router = APIRouter(route_class=Route, tags=["Cosmos3 videos"])
 VARIANTS = {"video": (CLIP, "video/mp4"), "thumbnail": (THUMBNAIL, "image/webp"), "spritesheet": (SPRITES, "image/webp")}  # fmt: skip
 INPUTS = {"image": "input_reference", "video": "input_reference"}  # where the two are missing
@@ -113,8 +115,7 @@ async def sync(request: Request) -> Response:
         raise deleted(service, job) from None
     finally:
         if job.key is None:
-            with suppress(ApiError):  # somebody has done so
-                await asyncio.to_thread(service.jobs.delete, job.id)
+            await forget(service, job)
 
 
 async def result(service: Service, request: Request, job: VideoJob) -> VideoJob:
@@ -131,10 +132,19 @@ async def result(service: Service, request: Request, job: VideoJob) -> VideoJob:
             raise RequestFailed("cancelled", "the client went away")
     if job.status == FAILED:
         assert job.error is not None
-        with suppress(ApiError):  # another request with this key has done so
-            await asyncio.to_thread(service.jobs.delete, job.id)
+        await forget(service, job)
         raise RequestFailed(job.error["code"], job.error["message"])
     return job
+
+
+async def forget(service: Service, job: VideoJob) -> None:
+    """Delete a job whose end its client is told. That this fails is no part of the answer."""
+    try:
+        await asyncio.to_thread(service.jobs.delete, job.id)
+    except ApiError:
+        pass  # somebody has done so
+    except Cosmos3Error as error:
+        logger.warning("%s cannot be deleted: %s", job.id, error)
 
 
 def deleted(service: Service, job: VideoJob) -> RequestFailed:
@@ -245,6 +255,9 @@ def stored_file(service: Service, job: VideoJob, name: str, **options: Any) -> R
 )
 async def events(request: Request, video_id: VideoId) -> Response:
     """Server-sent events: ``progress`` with the job whenever it has advanced, then its end.
+
+    That is ``completed`` or ``failed`` with the job, ``deleted``, or ``error`` where its record cannot
+    be read any more.
 
     Of a job with ``preview`` also ``preview``: ``image`` is a JPEG in base64 of what is coming after
     ``step`` steps. They are made as long as they take 2 % of the time at most.
@@ -415,6 +428,9 @@ async def _events(service: Service, request: Request, job: VideoJob) -> AsyncIte
             continue
         except ApiError:
             yield _event("deleted", VideoDeleted(id=job.id).model_dump())
+            return
+        except UnreadableRecord as error:
+            yield _event("error", envelope(error))
             return
 
 
