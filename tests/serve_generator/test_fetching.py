@@ -15,6 +15,7 @@ from limits import HANG
 from media_files import picture, png
 from servers import Server
 
+from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.fetching import is_public
 from vllm_cosmos3.server.http.api_errors import ApiError
 from vllm_cosmos3.server.http.media_inputs import _kind, media_files
@@ -91,14 +92,56 @@ def test_rows_67_and_68(
 def test_a_file_of_the_server(generator_server: Server, media_folder: Path) -> None:
     (media_folder / "allowed.png").write_bytes(png(picture(64, 64)))
     (media_folder / "link.png").symlink_to("/etc/hostname")
+    (media_folder / "circle.png").symlink_to("circle.png")
     for name, status in (
         ("allowed.png", 200),
         ("link.png", 403),
         ("../x.png", 403),
         ("no.png", 400),
+        ("circle.png", 400),
+        ("x" * 300, 400),
     ):
         answer = post(generator_server, f"file://{media_folder}/{name}")
         assert answer.status_code == status, answer.text
+
+
+def reference(name: str, value: str) -> ClientRequest:
+    return ClientRequest(fields={}, server_fields={}, references={name: value}, warnings=())
+
+
+@pytest.mark.parametrize("name", ["edge", "sound_path"])
+@pytest.mark.parametrize(
+    "source",
+    ["clips/a#b?c%20.mp4", "{}/clips/a#b?c%20.mp4", "file:clips/a%23b%3Fc%2520.mp4", "FILE://{}/clips/a%23b%3Fc%2520.mp4"],
+)  # fmt: skip
+def test_a_path_is_taken_as_it_is_and_a_url_is_read(source: str, name: str, tmp_path: Path) -> None:
+    allowed, inputs = tmp_path / "allowed", tmp_path / "inputs"
+    inputs.mkdir()
+    (allowed / "clips").mkdir(parents=True)
+    (allowed / "clips" / "a#b?c%20.mp4").write_bytes(b"a clip")
+    asked = reference(name, source.format(allowed))
+
+    async def read() -> bytes:
+        options = Options(allowed_local_media_path=str(allowed))
+        async with media_files(asked, options, inputs) as (files, _):
+            return files[name].read_bytes()
+
+    assert asyncio.run(read()) == b"a clip"
+
+
+@pytest.mark.parametrize("path", ["proc/self/mem", "x" * 300])
+def test_a_file_that_cannot_be_read_is_the_clients_mistake(path: str, tmp_path: Path) -> None:
+    """That of the memory of a process is there, and reading it from its start fails."""
+
+    async def read() -> None:
+        options = Options(allowed_local_media_path="/")
+        async with media_files(reference("edge", path), options, tmp_path):
+            pass
+
+    with pytest.raises(InvalidRequest, match="must be a file that can be read") as refusal:
+        asyncio.run(read())
+    assert refusal.value.code == "invalid_media"
+    assert refusal.value.field == "edge.control"
 
 
 @pytest.mark.parametrize(
@@ -109,12 +152,7 @@ def test_a_file_of_the_server(generator_server: Server, media_folder: Path) -> N
     ],
 )  # fmt: skip
 def test_no_spelling_of_an_address_is_a_way_round(host: str, tmp_path: Path) -> None:
-    asked = ClientRequest(
-        fields={},
-        server_fields={},
-        references={"input_reference": f"http://{host}:1/"},
-        warnings=(),
-    )
+    asked = reference("input_reference", f"http://{host}:1/")
 
     async def fetch() -> None:
         async with media_files(asked, Options(), tmp_path):

@@ -58,11 +58,13 @@ def test_a_sound_is_uploaded_beside_a_first_frame(
     check_tone(answer.content, 5 / 24)
 
 
-def test_a_sound_is_named(generator_server: Server, sounding: Path) -> None:
-    sent: dict[str, Any] = {"sound_path": {"audio_url": {"url": sounding.as_uri()}}}
+@pytest.mark.parametrize("by", ["url", "path"])
+def test_a_sound_is_named(by: str, generator_server: Server, sounding: Path) -> None:
+    name = sounding.as_uri() if by == "url" else sounding.name
+    sent: dict[str, Any] = {"sound_path": {"audio_url": {"url": name}}}
     job = finished(generator_server, create(generator_server, **SMALL, **sent))
     effective = job["cosmos3"]["effective"]
-    assert (effective["mode"], effective["sound_path"]) == ("text2video", sounding.as_uri())
+    assert (effective["mode"], effective["sound_path"]) == ("text2video", name)
     assert job["cosmos3"]["sources"]["sound_path"] == "request"
 
 

@@ -41,7 +41,8 @@ def content(server: Server, job: dict[str, Any], variant: str) -> bytes:
 def test_one_clip_in_many_ways(
     generator_server: Server, media_folder: Path, tmp_path: Path
 ) -> None:
-    file = clip(media_folder / "depth.mp4", frames=7, fps=12)
+    (media_folder / "clips").mkdir()
+    file = clip(media_folder / "clips" / "depth #1.mp4", frames=7, fps=12)
     data = file.read_bytes()
     source = data_url(data, "video/mp4")
     text = {"prompt": "a boat", **{name: str(value) for name, value in SHORT.items()}}
@@ -49,7 +50,8 @@ def test_one_clip_in_many_ways(
         {"json": text | SHORT | {"depth": source}},
         {"json": {"prompt": "a boat", "extra_params": SHORT | {"depth": {"control_path": str(file)}}}},
         {"data": text | {"depth[control]": source, "depth[control_weight]": "2"}},
-        {"data": text | {"extra_args": json.dumps({"depth": f"file://{file}"})}},
+        {"data": text | {"extra_args": json.dumps({"depth": file.as_uri()})}},
+        {"json": text | SHORT | {"depth": "clips/depth #1.mp4"}},
         {"data": text, "files": {"depth": ("depth.mp4", data)}},
         {"data": text | {"control_type": "depth"}, "files": {"control_reference": ("d.mp4", data)}},
     ]  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import errno
 import shutil
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -17,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 from starlette.datastructures import UploadFile
 
@@ -57,12 +58,12 @@ async def media_files(
             file = Path(folder) / str(index)
             if name in CONTROLS:  # a clip, whatever is in it
                 path = request.paths.get(f"{name}.control", f"{name}.control")
-                await _store(path, _as_url(_only(path, value)), file, options)
+                await _store(path, _only(path, value), file, options, bare=True)
                 files[name] = file
                 continue
             path = request.paths.get(name, name)
             if name == SOUND:  # which is read when it is planned
-                await _store(path, _as_url(_only(path, value)), file, options)
+                await _store(path, _only(path, value), file, options, bare=True)
                 files[name] = file
                 continue
             await _store(path, _only(path, value), file, options)
@@ -102,13 +103,10 @@ def called(reference: Any) -> str:
     return name if len(name) <= SHOWN else f"{name[: SHOWN - 3]}..."
 
 
-def _as_url(source: Any) -> Any:
-    """A control or a sound may be named by its path alone."""
-    bare = isinstance(source, str) and "://" not in source and source[:5].lower() != "data:"
-    return f"file://{source}" if bare else source
-
-
-async def _store(name: str, source: Any, file: Path, options: Options) -> None:
+async def _store(
+    name: str, source: Any, file: Path, options: Options, *, bare: bool = False
+) -> None:
+    """Write an upload, or what a URL leads to, to ``file``. A ``bare`` source may be a path alone."""
     if isinstance(source, UploadFile):
         await source.seek(0)
         with file.open("wb") as target:
@@ -117,14 +115,25 @@ async def _store(name: str, source: Any, file: Path, options: Options) -> None:
     if not isinstance(source, str):
         raise InvalidRequest(name, source, SCHEMES, "invalid_type")
     scheme = source.partition(":")[0].lower()
+    if bare and "://" not in source and scheme != "data":
+        scheme = "file"
     if scheme == "data":
         await asyncio.to_thread(lambda: file.write_bytes(_data(name, source)))
     elif scheme == "file":
-        await asyncio.to_thread(shutil.copyfile, allowed_path(name, source, options), file)
+        await asyncio.to_thread(_copy, name, source, allowed_path(name, source, options), file)
     elif scheme in ("http", "https"):
         await _fetch(name, source, file, options)
     else:
         raise InvalidRequest(name, source, SCHEMES)
+
+
+def _copy(name: str, url: str, path: Path, file: Path) -> None:
+    try:
+        shutil.copyfile(path, file)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # of the storage
+            raise
+        raise _unreadable(name, url) from None
 
 
 def _data(name: str, url: str) -> bytes:
@@ -169,14 +178,27 @@ def allowed_path(name: str, url: str, options: Options) -> Path:
         raise ApiError("unsupported", f"{name}: {message}", param=name)
     allowed = Path(options.allowed_local_media_path).resolve()
     try:
-        path = (allowed / unquote_to_bytes(urlsplit(url).path).decode(errors="replace")).resolve()
-    except ValueError:  # a zero byte, or half a bracket
+        path = (allowed / _path_in(url)).resolve()
+    except (ValueError, RuntimeError):  # a zero byte, half a bracket, or links in a circle
         raise InvalidRequest(name, url, "a path", "invalid_media") from None
     if not path.is_relative_to(allowed):
         raise ApiError("path_not_allowed", f"{name} is outside the allowed folder", param=name)
-    if not path.is_file():
+    try:
+        exists = path.is_file()
+    except OSError:  # its name is too long, or its folder somebody else's
+        raise _unreadable(name, url) from None
+    if not exists:
         raise InvalidRequest(name, url, "a file that exists", "invalid_media")
     return path
+
+
+def _path_in(url: str) -> str:
+    """The path of a file: URL; a text that is none is a path as it is."""
+    return unquote(urlsplit(url).path) if url[:5].lower() == "file:" else url
+
+
+def _unreadable(name: str, url: str) -> InvalidRequest:
+    return InvalidRequest(name, url, "a file that can be read", "invalid_media")
 
 
 async def _fetch(name: str, url: str, file: Path, options: Options) -> None:
