@@ -62,6 +62,43 @@ def test_layouts_of_several_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "nano", "--gpus", "0"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("size", "gpus", "latency", "throughput"),
+    [
+        ("nano", 3, (2, {"cfg_parallel_size": 2}), 3),
+        ("nano", 7, (4, {"cfg_parallel_size": 2, "ulysses_degree": 2}), 7),
+        ("nano", 4096, (4096, {"cfg_parallel_size": 2, "ulysses_degree": 8}), 256),
+        ("super", 7, (4, {"cfg_parallel_size": 2, "tensor_parallel_size": 2}), 6),
+    ],
+)  # fmt: skip
+def test_gpus_may_be_left_over(
+    capsys: pytest.CaptureFixture[str],
+    size: str,
+    gpus: int,
+    latency: tuple[int, dict[str, int]],
+    throughput: int,
+) -> None:
+    words = ["plan", size, "--gpus", str(gpus), "--und-residency", "gpu"]
+    main([*words, "--json"])
+    divided = json.loads(capsys.readouterr().out)["layouts"]
+    used, mesh = latency
+    assert divided["latency"]["gpus"] == used
+    assert divided["latency"]["parallel"].items() >= mesh.items()
+    assert divided["throughput"]["gpus"] == throughput
+    main(words)
+    said = capsys.readouterr().out.splitlines()[-2:]
+    for line, count in zip(said, (used, throughput), strict=True):
+        assert (f"({count} of {gpus} GPUs, " in line) == (count < gpus)
+
+
+def test_the_size_that_is_proposed_is_made_everywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    proposed = "must be multiples of 16, such as 1024x1024\n"
+    for words in (["plan", "nano"], ["generate", "demo", "--prompt", "x", "--dry-run"]):
+        assert main([*words, "--size", "3000x3000"]) == 2
+        assert capsys.readouterr().err.endswith(proposed)
+        assert main([*words, "--size", "1024x1024"]) == 0
+
+
 def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "nano", "--tensor-parallel-size", "3"]) == 2
     assert "--tensor-parallel-size is 3, must be 1, 2, 4 or 8" in capsys.readouterr().err

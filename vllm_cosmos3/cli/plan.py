@@ -167,8 +167,8 @@ def work_of(args: argparse.Namespace, model: ModelConfig) -> Work:
         guidance_scale=args.guidance_scale,
         generate_sound=args.generate_sound,
         step_cache=args.step_cache,
-        allow_untrained_size=True,
     )
+    request = replace(request, allow_untrained_size=True)  # of which no error should propose one
     numbers = resolved_parameters(model, request)
     for warning in numbers.warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -233,9 +233,10 @@ def layout_lines(divided: Mapping[str, Layout], gpus: int, limit: int) -> list[s
     lines = ["", f"{_gpus(gpus)} of {limit / GIB:g} GiB"]
     for purpose, layout in divided.items():
         count, ranks = layout.engine.data_parallel_size, layout.engine.parallel.world_size
+        used = "" if layout.gpus == gpus else f"{layout.gpus} of {_gpus(gpus)}, "
         lines.append(
             f"{PURPOSES[purpose]:42} {count} replica{'s' if count > 1 else ''} of {_gpus(ranks)}: {layout.flags}"
-            f" ({layout.needed / GIB:.2f} GiB each)"
+            f" ({used}{layout.needed / GIB:.2f} GiB each)"
         )
     return lines
 
@@ -245,6 +246,7 @@ def layout_records(divided: Mapping[str, Layout]) -> dict[str, object]:
     return {
         purpose: {
             "replicas": layout.engine.data_parallel_size,
+            "gpus": layout.gpus,
             "parallel": asdict(layout.engine.parallel),
             "flags": layout.flags,
             "needed": layout.needed,

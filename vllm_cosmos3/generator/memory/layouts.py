@@ -1,7 +1,8 @@
 """Layouts of several GPUs: a mesh that makes one request soonest, replicas that make most of many.
 
 A mesh shortens a request and loses a little of each GPU to communication; replicas lose nothing and
-shorten nothing. In between is what the memory of one GPU asks for.
+shorten nothing. In between is what the memory of one GPU asks for. Not every number of GPUs is that
+of a mesh: some may be left over.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from vllm_cosmos3.checkpoint.config import ModelConfig
-from vllm_cosmos3.engine_options import EngineConfig
+from vllm_cosmos3.engine_options import OPTIONS, EngineConfig
 from vllm_cosmos3.errors import InvalidRequest
 from vllm_cosmos3.generator.memory.estimate import Work, estimate
 from vllm_cosmos3.generator.memory.fit import resolve_residency
@@ -27,6 +28,11 @@ class Layout:
     needed: int
 
     @property
+    def gpus(self) -> int:
+        """How many GPUs it uses."""
+        return self.engine.data_parallel_size * self.engine.parallel.world_size
+
+    @property
     def flags(self) -> str:
         """The layout on the command line."""
         names = [name for name in DEGREES if getattr(self.engine, name) > 1]
@@ -37,11 +43,13 @@ class Layout:
 def layouts(
     model: ModelConfig, engine: EngineConfig, work: Work, limit: int, gpus: int
 ) -> dict[str, Layout]:
-    """The layouts of so many GPUs for latency and for throughput; none where ``work`` fits in none.
+    """The layouts of up to so many GPUs for latency and throughput; none where ``work`` fits in none.
 
-    ``limit`` are the bytes of one GPU. What the engine says of everything else is kept.
+    Those of latency are of the largest mesh, those of throughput of the smallest. ``limit`` are the
+    bytes of one GPU. What the engine says of everything else is kept.
     """
-    sizes = [ranks for ranks in range(1, gpus + 1) if gpus % ranks == 0]
+    most = min(gpus, 2 * model.transformer.num_key_value_heads)  # see `check_degrees`
+    sizes = range(1, most + 1)
     found = [made for ranks in sizes if (made := _fitting(model, engine, work, limit, gpus, ranks))]
     return {"latency": found[-1], "throughput": found[0]} if found else {}
 
@@ -49,11 +57,12 @@ def layouts(
 def _fitting(
     model: ModelConfig, engine: EngineConfig, work: Work, limit: int, gpus: int, ranks: int
 ) -> Layout | None:
-    """The best mesh of so many ranks in which the work fits."""
+    """The best mesh of so many ranks in which the work fits, as often as the GPUs suffice for."""
+    replicas = min(gpus // ranks, int(OPTIONS["data_parallel_size"].spec.high))
     for cfg, ulysses, tensor in _meshes(ranks):
         made = replace(
             engine,
-            data_parallel_size=gpus // ranks,
+            data_parallel_size=replicas,
             cfg_parallel_size=cfg,
             ulysses_degree=ulysses,
             tensor_parallel_size=tensor,
