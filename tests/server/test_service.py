@@ -15,12 +15,18 @@ import pytest
 from limits import HANG
 
 from vllm_cosmos3.checkpoint.adapters.adapter import Adapter
+from vllm_cosmos3.checkpoint.config import read_config
 from vllm_cosmos3.errors import Cosmos3Error
 from vllm_cosmos3.media_budget import MediaBudget
 from vllm_cosmos3.progress import Progress, Report
+from vllm_cosmos3.request.presets import PresetRule
+from vllm_cosmos3.request.prompts import load_tokenizer
+from vllm_cosmos3.request.questions import Question
+from vllm_cosmos3.server.guardrails import Guardrails
 from vllm_cosmos3.server.http.metrics import Metrics
 from vllm_cosmos3.server.http.request_fields import ClientRequest
-from vllm_cosmos3.server.jobs.admission import Submission
+from vllm_cosmos3.server.jobs import admission
+from vllm_cosmos3.server.jobs.admission import Admission, Submission
 from vllm_cosmos3.server.jobs.estimates import ThroughputEstimate
 from vllm_cosmos3.server.jobs.inference import Inference
 from vllm_cosmos3.server.jobs.job_files import RECORD
@@ -143,6 +149,60 @@ def test_a_request_took_what_its_phases_took_though_all_of_it_is_told_at_once(
     assert job.status == COMPLETED
     assert job.usage["gpu_seconds"] == 1000.0
     assert throughput.seconds(job.work) == 500.0
+    journal.close()
+
+
+class Clock:
+    """Seconds that pass when they are told to."""
+
+    time = staticmethod(time.time)
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_writing_the_prompt_counts_towards_the_deadline(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, told = Clock(), list[float]()
+    monkeypatch.setattr(admission, "time", clock)
+
+    class Reasoner:
+        async def caption(self, question: Question, seconds: float) -> str:
+            told.append(seconds)
+            clock.now += 40
+            return "a boat at sea"
+
+    class Stage(HandedOver):
+        def submit(self, *given: object, report: Report, deadline: float, **more: object) -> Any:
+            told.append(deadline)
+            return super().submit(*given, report=report, **more)
+
+    options, journal = Options(guardrails="off"), Journal(tmp_path)
+    jobs = LiveJobs(journal, cast("Any", Stage()), options, ThroughputEstimate(), ranks=1)
+    accepting = Admission(
+        jobs,
+        read_config(tiny_checkpoint),
+        load_tokenizer(tiny_checkpoint),
+        ("tiny",),
+        Guardrails(options),
+        cast("Any", Reasoner()),
+        PresetRule.read("", ""),
+        lambda: None,
+        {},
+        lambda **_: 1,
+    )
+    asked = ClientRequest(
+        fields={"prompt": "a boat", "size": "64x64", "num_frames": 5},
+        server_fields={"upsample_prompt": True, "deadline_seconds": 60.0},
+        references={},
+        warnings=(),
+    )
+    job = asyncio.run(accepting.create(Submission(kind="video", request=asked, deadline=600.0)))
+    assert (job.upsampled_prompt, told) == ("a boat at sea", [60.0, 20.0])
     journal.close()
 
 

@@ -140,9 +140,10 @@ class Admission:
 
     async def _accept(self, submission: Submission, body: str, pixels: Lease) -> VideoJob:
         request, media, deadline = submission.request, submission.media, submission.deadline
+        deadline = min(deadline, request.server_fields.get("deadline_seconds", deadline))
+        end = time.monotonic() + deadline
         self._check_model(request.server_fields.get("model"))
         self.check_open()
-        deadline = min(deadline, request.server_fields.get("deadline_seconds", deadline))
         named = {*request.fields, *media}
         request = with_defaults(request, submission.kind, self.defaults)
         before = continuation.source_of(request, self._jobs)
@@ -152,7 +153,7 @@ class Admission:
         plan = await self._with_prompts(draft, request)
         pixels.reserve(plan.pixel_bytes, "size")  # while its prompt is written, waits and runs
         report = await self.judge(request)
-        caption = await self._caption(request, draft, plan, deadline, submission.left)
+        caption = await self._caption(request, draft, plan, end - time.monotonic(), submission.left)
         if caption is not None:
             upsampled = replace(request, fields={**request.fields, "prompt": caption})
             draft = replace(draft, request=replace(draft.request, prompt=caption))
@@ -188,7 +189,9 @@ class Admission:
                 await asyncio.to_thread(continuation.prepare, job, plan, before, journal)
                 await asyncio.to_thread(journal.save, job)
             show = bool(request.server_fields.get("preview")) and self.shows_previews
-            await asyncio.to_thread(self._jobs.submit, job, plan, deadline, pixels, preview=show)
+            await asyncio.to_thread(
+                self._jobs.submit, job, plan, end - time.monotonic(), pixels, preview=show
+            )
         except Exception:
             with suppress(Cosmos3Error):
                 await asyncio.to_thread(journal.purge, job.id)

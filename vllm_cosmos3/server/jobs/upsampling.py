@@ -35,7 +35,7 @@ class EngineReasoner:
         try:
             output = await asyncio.wait_for(self._answer(prompt, question), seconds)
         except TimeoutError:
-            message = f"the reasoner took more than {seconds:g} seconds to write the prompt"
+            message = "the deadline passed while the reasoner wrote the prompt"
             raise DeadlineExceeded(message) from None
         answer = answer_of(output)
         return caption_of(answer.text, complete=answer.complete)
