@@ -64,6 +64,8 @@ def test_cosmos3_takes_the_documented_arguments() -> None:
         ({"memory_limit": 0}, "memory_limit is 0, must be a number above 0"),
         ({"memory_limit": float("nan")}, "memory_limit is nan, must be a number above 0"),
         ({"gpu_memory_utilization": 1.5}, "must be a number above 0 up to 1"),
+        ({"device": "tpu"}, "device is 'tpu', must be cuda, cuda:N, cuda:N,N,... by rank, or cpu"),
+        ({"device": "cuda:0,x"}, "device is 'cuda:0,x', must be cuda, cuda:N"),
         ({"gpu_memory_utilization": 0.5, "memory_limit": 8}, "left out, as memory_limit is given"),
         ({"enable_layerwise_offload": 1}, "enable_layerwise_offload is 1, must be true or false"),
         (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from vllm_cosmos3.request.fields import Spec
 
 GPU_BATCH = 8  # most small samples in one forward; docs/numbers.md has what they gain
 MAX_BATCH_SIZE = 64  # that an operator may choose
+DEVICE = re.compile(r"cuda(:\d+(\s*,\s*\d+)*)?|cpu(:\d+)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,7 +241,7 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         if self.device is not None:
-            object.__setattr__(self, "device", str(self.device))  # of torch, too
+            object.__setattr__(self, "device", checked_device(self.device))
         if self.gpu_memory_utilization is not None and self.memory_limit is not None:
             possible = "left out, as memory_limit is given"
             value = self.gpu_memory_utilization
@@ -313,6 +315,18 @@ class EngineOptions:
         """The same with the folder and the device that were found for them."""
         options = {name: getattr(self, name) for name in OPTIONS}
         return EngineConfig(**{**options, "model": folder, "device": device})
+
+
+def checked_device(device: object) -> str:
+    """The name of a device, or of those of the ranks; one of torch is taken, too.
+
+    Raises:
+        InvalidRequest: nothing here runs on such a device.
+    """
+    name = str(device)
+    if not DEVICE.fullmatch(name):
+        raise InvalidRequest("device", name, "cuda, cuda:N, cuda:N,N,... by rank, or cpu")
+    return name
 
 
 OF_FP8 = {  # options -> fields of `Quantization`

@@ -37,6 +37,8 @@ GENERATE = "generate CKPT --prompt a --out OUT"
         (f"{GENERATE} --mode fly", "--mode is 'fly', must be one of"),
         (f"{GENERATE} --cfg 3", "--cfg is 3, must be an integer from 1 to 2"),
         (f"{GENERATE} --memory-limit 0", "--memory-limit is 0"),
+        (f"{GENERATE} --dry-run --device tpu", "--device is 'tpu', must be cuda, cuda:N"),
+        ("serve CKPT --port 0 --surface generator --device tpu", "--device is 'tpu', must be cuda"),
         (f"{GENERATE} --image-type gif", "--image-type is 'gif', must be one of"),
         (
             f'{GENERATE} --edge {{"weight":1}}',

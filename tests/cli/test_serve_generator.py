@@ -77,6 +77,11 @@ def test_the_port_is_taken(
         (["--generator-tensor-parallel-size", "8"], "4 key-value heads"),
         (["--cfg-parallel-size", "3"], "--cfg-parallel-size is 3, must be an integer from 1 to 2"),
         (["--guardrail-checker", "nope"], "--guardrail-checker is 'nope', must be module:Class"),
+        (
+            ["--generator-devices", "x"],
+            "--generator-devices is 'x', must be devices as in CUDA_VIS",
+        ),
+        (["--generator-devices", "0,,1"], "--generator-devices is '0,,1', must be devices as in"),
         (["--host", "192.0.2.1"], "--host is '192.0.2.1', must be an address of this machine ("),
         (["--host", "no.such.invalid"], "--host is 'no.such.invalid', must be an address of"),
         (["--max-queue", "0"], "--max-queue is 0, must be an integer from 1 to"),
@@ -330,8 +335,9 @@ def test_replicas_share_a_device_beside_a_reasoner_too(
     assert (limited.limit, limited.engine.memory_limit) == (30 * GIB, 30)
     with pytest.raises(InvalidRequest, match=r"memory_limit is 50.*at most 40 GiB, as 2 replicas"):
         sized(tiny_checkpoint, from_mapping(flags | {"memory_limit": 50}), "cuda")
+    ray = {"generator_executor_backend": "ray"}
     with pytest.raises(InvalidRequest, match="must be different devices, such as 1,2,3"):
-        sized(tiny_checkpoint, from_mapping(flags | {"generator_devices": "0,,1"}), "cuda")
+        sized(tiny_checkpoint, from_mapping(flags | ray), "cuda")
     root = json.loads((tiny_checkpoint / "config.json").read_text())
     one, two = (share_of_reasoner(made, root, 1, replicas) for replicas in (1, 2))
     assert one is not None

@@ -12,6 +12,7 @@ from typing import Any
 
 from vllm_cosmos3.checkpoint.hub import resolve
 from vllm_cosmos3.cli.flags import Help, add_engine_flags, add_server_flag, given
+from vllm_cosmos3.engine_options import checked_device
 from vllm_cosmos3.errors import Cosmos3Error, did_you_mean
 from vllm_cosmos3.imports import uncollected
 from vllm_cosmos3.server.options import ENGINE, OPTIONS, SHARED, from_mapping
@@ -58,6 +59,8 @@ def run(checkpoint: str, host: str | None, port: int, values: Mapping[str, Any],
     for ours, value in engine.items():  # the error should name the flag that was given
         OPTIONS[ours].spec.checked(f"--{ENGINE[ours].replace('_', '-')}", value)
     device, revision = shared.pop("device", None), shared.pop("revision", None)
+    if device is not None:
+        checked_device(device)
     options = from_mapping({**values, **engine, **shared})
     folder = resolve(checkpoint, revision)
     keys = args.api_key or [os.environ.get("VLLM_API_KEY", "")]

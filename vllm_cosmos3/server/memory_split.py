@@ -120,7 +120,7 @@ def devices_for(options: Options, device: str) -> tuple[list[str] | None, int | 
     listed = options.generator_devices
     names = parse_devices(listed) if listed else []
     ray = options.engine.get("distributed_executor_backend") == "ray"
-    if not all(names) or (ray and len(set(names)) < len(names)):
+    if ray and len(set(names)) < len(names):
         raise InvalidRequest("generator_devices", listed, "different devices, such as 1,2,3")
     here = devices()
     assert here.count is not None

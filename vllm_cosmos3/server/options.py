@@ -17,6 +17,8 @@ from vllm_cosmos3.request.presets import PresetRule
 from vllm_cosmos3.request.request import PRESETS
 from vllm_cosmos3.server.storage import default_folder
 
+DEVICE = r"\s*(\d+|(GPU|MIG)-[\w/-]+)\s*"  # an index or a UUID, as in CUDA_VISIBLE_DEVICES
+DEVICES = re.compile(rf"{DEVICE}(,{DEVICE})*")
 CALLS = ("load", "encode", "step", "decode", "finish")  # of a stage, which its ranks make together
 
 
@@ -248,6 +250,9 @@ class Options:
             raise InvalidRequest("allowed_local_media_path", path, "a folder")
         if not re.fullmatch(r"\w+(\.\w+)*:\w+", checker):
             raise InvalidRequest("guardrail_checker", checker, "module:Class")
+        if self.generator_devices and not DEVICES.fullmatch(self.generator_devices):
+            possible = "devices as in CUDA_VISIBLE_DEVICES, such as 1,2,3, or 0,0 for two replicas"
+            raise InvalidRequest("generator_devices", self.generator_devices, possible)
         read_call_limits(self.call_limits)
         PresetRule.read(self.preset, self.presets)
 
