@@ -17,7 +17,7 @@ import pytest
 from limits import HANG
 from starlette.requests import Request
 
-from vllm_cosmos3.errors import Cosmos3Error
+from vllm_cosmos3.errors import Cosmos3Error, DiskFull
 from vllm_cosmos3.server.app import Listen, make_app
 from vllm_cosmos3.server.jobs.admission import Submission
 from vllm_cosmos3.server.jobs.estimates import ThroughputEstimate
@@ -28,6 +28,7 @@ from vllm_cosmos3.server.jobs.service import Service
 from vllm_cosmos3.server.jobs.video_job import COMPLETED, FAILED, VideoJob
 from vllm_cosmos3.server.options import Options
 from vllm_cosmos3.server.routes.videos import _accepted, _events, remixed
+from vllm_cosmos3.server.storage import StorageLost
 from vllm_cosmos3.stage.messages import Status
 
 pytestmark = pytest.mark.anyio
@@ -377,7 +378,14 @@ async def test_metrics_go_on_when_the_storage_is_gone(tmp_path: Path) -> None:
     assert (at.asked, told) == (2, ["ready"])
 
 
-async def test_events_go_on_while_the_storage_is_away(at: Stored) -> None:
+@pytest.mark.parametrize("error", [StorageLost, DiskFull])
+async def test_events_go_on_while_the_storage_is_away(
+    error: type[Cosmos3Error], at: Stored
+) -> None:
+    class Away(Journal):
+        def holds(self, name: str) -> bool:
+            raise error("it cannot be read now")
+
     job = VideoJob(id="a", kind="video", model="tiny", prompt="", created=0.0, effective=EFFECTIVE)
     at.journal.add(job)
     at.jobs._jobs["a"] = job
@@ -389,7 +397,7 @@ async def test_events_go_on_while_the_storage_is_away(at: Stored) -> None:
     with anyio.fail_after(HANG):
         events = _events(at, Request({"type": "http", "headers": []}, receive), job)
         assert (await anext(events)).startswith("event: progress\n")
-        at.journal._reader.close()
+        at.journal.__class__ = Away
         job.progress = 50
         assert '"progress": 50' in await anext(events)
         job.status = COMPLETED

@@ -16,7 +16,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest
+from vllm_cosmos3.errors import Cosmos3Error, DiskFull, InvalidRequest
 from vllm_cosmos3.progress import Preview
 from vllm_cosmos3.server.http.api_errors import ApiError, RequestFailed, envelope, retry_after
 from vllm_cosmos3.server.http.body import read_body
@@ -424,7 +424,7 @@ async def _events(service: Service, request: Request, job: VideoJob) -> AsyncIte
             return
         try:
             job = service.jobs.get(job.id)
-        except StorageLost:  # it may be back at the next look, or the job may end without it
+        except (StorageLost, DiskFull):  # for a while, or the job may end without it
             continue
         except ApiError:
             yield _event("deleted", VideoDeleted(id=job.id).model_dump())
