@@ -220,8 +220,6 @@ def test_layouts_of_a_machine() -> None:
         ("2x1x1", "layouts is '2x1x1', must be replicas, or cfg x ulysses x tp of 4 ranks"),
         ("2x2", "layouts is '2x2', must be replicas, or cfg x ulysses x tp"),
         ("2x2x1 --in-full 1x4x1", "in-full is '1x4x1', must be one of 2x2x1"),
-        ("2x2", "layouts is '2x2', must be replicas, or cfg x ulysses x tp"),
-        ("2x2x1 --in-full 1x4x1", "in-full is '1x4x1', must be one of 2x2x1"),
         ("4x1x1", "cfg_parallel_size is 4, must be 1 or 2 (guidance has two branches)"),
         ("1x1x4 --one-rank", "must be cfg x ulysses x 1 where one rank is asked for"),
         (f"{REPLICAS} --one-rank", "must be cfg x ulysses x 1 where one rank is asked for"),
