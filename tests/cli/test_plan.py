@@ -62,6 +62,35 @@ def test_layouts_of_several_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "nano", "--gpus", "0"]) == 2
 
 
+def test_a_request_that_fits_in_a_layout_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "super", "--gpus", "8", "--gpu-memory", "70", "--und-residency", "gpu"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "does not fit in 70 GiB" in said
+    assert "would fit with --tensor-parallel-size 2:" in said
+    assert "ask for fewer frames" not in said
+    assert main([*words, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["fits"], bool(record["would_fit_with"])) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "refused"),
+    [
+        ("base", ["--history", "5"], "--history is 5, must be left out: "),
+        ("base", ["--sessions", "3"], "--sessions is 3, must be left out: "),
+        ("sim-bimanual", ["--num-frames", "5"], "--num-frames is 5, must be left out: "),
+        ("sim-bimanual", ["--step-cache", "sea"], "--step-cache is 'sea', must be left out: "),
+    ],
+)
+def test_flags_that_have_no_effect_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, flags: list[str], refused: str
+) -> None:
+    write_checkpoint(tmp_path / "tiny", kind=kind, weights=False)
+    assert main(["plan", str(tmp_path / "tiny"), *flags]) == 2
+    assert refused in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("size", "gpus", "latency", "throughput"),
     [

@@ -60,6 +60,10 @@ GPU_MEMORY = Spec(
 )
 SESSIONS = Spec(kind="int", low=1, high=10_000, help="sessions at once")
 GPUS = Spec(kind="int", low=1, high=4096, help="in all")
+OF_REQUESTS = {  # with their defaults: of checkpoints that are no simulators
+    "num_frames": None, "guidance_scale": None, "generate_sound": False, "step_cache": "none",
+}  # fmt: skip
+OF_SESSIONS = {"history": None, "sessions": 1}  # of simulators
 PURPOSES = {
     "latency": "latency: one request is done soonest",
     "throughput": "throughput: most requests an hour",
@@ -111,17 +115,16 @@ def run(args: argparse.Namespace) -> int:
     divided = {} if gpus is None else layouts(model, engine, work, limit, gpus)
     engine = resolve_residency(model, engine, work, limit)
     memory = estimate(model, engine, work)
-    fits = bool(divided) or memory.needed <= limit
-    advice = [] if fits else suggestions(model, engine, work, limit)
+    advice = [] if memory.needed <= limit else suggestions(model, engine, work, limit)
     if args.json:
         said = record(memory, engine, work, limit, advice)
         print(json.dumps(said | {"layouts": layout_records(divided)}, indent=2))
     else:
         print("\n".join(table(args.model, memory, engine, work, model)))
-        print("\n".join(verdict(memory.needed, limit, advice)))
+        print("\n".join(verdict(memory.needed, limit, advice, divides=bool(divided))))
         if gpus is not None:
             print("\n".join(layout_lines(divided, gpus, limit)))
-    return 0 if fits else 1
+    return 0 if divided or memory.needed <= limit else 1
 
 
 def known_model(name: str, revision: str | None = None, kind: str | None = None) -> ModelConfig:
@@ -153,6 +156,7 @@ def known_model(name: str, revision: str | None = None, kind: str | None = None)
 def work_of(args: argparse.Namespace, model: ModelConfig) -> Work:
     """The sizes of a request with these flags, checked as a request is; warnings go to stderr."""
     length = LENGTH.checked("text_tokens", args.text_tokens)
+    _check_suits(args, simulator=model.causal is not None)
     if model.causal is not None:
         fields = {"size": args.size, "history": args.history}
         asked = session_request(
@@ -174,6 +178,15 @@ def work_of(args: argparse.Namespace, model: ModelConfig) -> Work:
         print(f"warning: {warning}", file=sys.stderr)
     work = work_with(numbers, model)
     return replace(work, text=(length,) * len(work.text))
+
+
+def _check_suits(args: argparse.Namespace, *, simulator: bool) -> None:
+    """Refuse what this checkpoint has no use for."""
+    values = vars(args)
+    for name, default in OF_REQUESTS.items() if simulator else OF_SESSIONS.items():
+        if values[name] != default:
+            kind = "is a simulator" if simulator else "is no simulator"
+            raise InvalidRequest(name, values[name], f"left out: {args.model} {kind}", "conflict")
 
 
 def table(
@@ -217,13 +230,15 @@ def table(
     ]
 
 
-def verdict(needed: int, limit: int, advice: list[tuple[str, int]]) -> list[str]:
-    """Whether it fits, and what to change."""
+def verdict(
+    needed: int, limit: int, advice: list[tuple[str, int]], *, divides: bool = False
+) -> list[str]:
+    """Whether it fits, and what to change unless it fits in a layout of several GPUs."""
     if needed <= limit:
         return [f"fits in {limit / GIB:g} GiB"]
     lines = [f"does not fit in {limit / GIB:g} GiB: needs {needed / GIB:.2f} GiB"]
     lines += [f"would fit with {flags}: {size / GIB:.2f} GiB" for flags, size in advice]
-    return lines if advice else [*lines, "ask for fewer frames or a smaller size"]
+    return lines if advice or divides else [*lines, "ask for fewer frames or a smaller size"]
 
 
 def layout_lines(divided: Mapping[str, Layout], gpus: int, limit: int) -> list[str]:
