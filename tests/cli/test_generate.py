@@ -288,7 +288,7 @@ def test_examples_of_the_help(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "model is missing"),
+        ([], "MODEL is missing"),
         (["CKPT"], "out is missing"),
         (["CKPT", "--out", "OUT"], "prompt is missing"),
         (["CKPT", "--out", "OUT", "--prompt", "a", "--height", "abc"], "height is 'abc'"),

@@ -220,7 +220,7 @@ def test_json_flags_are_json(tiny_checkpoint: Path, capsys: pytest.CaptureFixtur
         ("--max_queu=3", "unknown flag --max-queu; did you mean --max-queue?"),
         ("--tensor-paralel-size 2", "unknown flag --tensor-paralel-size; did you mean --tensor-parallel-size?"),
         ("--compilation-confg.mode 3", "unknown flag --compilation-confg; did you mean --compilation-config?"),
-        ("--qqqq", "unknown flag --qqqq"),
+        ("--qqqq", "unknown flag --qqqq; --help lists all"),
         ("twice", "unexpected argument 'twice'"),
         ("-tp two", "argument --tensor-parallel-size/-tp: invalid int value: 'two'"),
     ],

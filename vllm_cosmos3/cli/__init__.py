@@ -17,11 +17,13 @@ from typing import Any
 
 from vllm_cosmos3.cli import foreign_flags
 from vllm_cosmos3.cli.config_file import expanded
-from vllm_cosmos3.cli.flags import Help, UnknownFlag
+from vllm_cosmos3.cli.flags import UNIT_EXAMPLES, Help, Parser, UnknownFlag
 from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest, did_you_mean
 from vllm_cosmos3.imports import end_at_once
 from vllm_cosmos3.version import __version__
 
+# A field in a sentence, no part of a file's name, with the sign before its value.
+NAME = re.compile(r"(?<![\w./-])([a-z]+(?:_[a-z0-9]+)+)(?![\w/]|\.\w)(=True\b|=)?")
 COMMANDS = {
     "serve": "start an OpenAI-compatible server (chat, images, videos)",
     "generate": "make images and videos from a prompt, offline",
@@ -41,7 +43,9 @@ def whole_parser(chosen: Iterable[str]) -> argparse.ArgumentParser:
         prog="vllm-cosmos3", description="Serve NVIDIA Cosmos 3 on stock vLLM."
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, parser_class=Parser
+    )
     for name, summary in COMMANDS.items():
         sub = commands.add_parser(
             name,
@@ -116,22 +120,37 @@ def subparser(parser: argparse.ArgumentParser, command: str) -> argparse.Argumen
 def with_flags(
     error: InvalidRequest, parser: argparse.ArgumentParser, argv: Sequence[str]
 ) -> InvalidRequest:
-    """The same error with flags for fields, as they were typed or else as they are in the help."""
+    """The same error with flags for fields, as they were typed or else as they are in the help.
+
+    In what is possible these are names with an underscore: others may be words of a sentence. Where a
+    text was given, the units that the flag reads are possible, too.
+    """
     if not re.fullmatch(r"[\w.\[\] ]+", error.field):  # it says where it is itself
         return error
     typed = {word.split("=", 1)[0] for word in argv}
-    flags = {}
+    flags, examples = {}, ""
     for action in parser._actions:
         long = [option for option in action.option_strings if option.startswith("--")]
-        if long:
-            flags[action.dest] = next((option for option in long if option in typed), long[0])
+        long = long or re.findall(r"^\w+", str(action.metavar or action.dest))  # of an argument
+        chosen = next((option for option in long if option in typed), None)
+        if chosen or action.dest not in flags:  # which several flags may stand for
+            flags[action.dest] = chosen or long[0]
+        if action.dest == error.field and isinstance(error.value, str):
+            examples = UNIT_EXAMPLES.get(action.type, "")
 
     def flag(word: re.Match[str]) -> str:
         same = f"--{word[0].replace('_', '-')}"
         return flags.get(word[0], same if same in typed else word[0])
 
+    def told(name: re.Match[str]) -> str:
+        if name[1] not in flags:
+            return name[0]
+        return flags[name[1]] + (" " if name[2] == "=" else "")
+
     field = re.sub(r"^\w+|(?<= )\w+", flag, error.field)
-    return InvalidRequest(field, error.value, error.possible, error.code)
+    possible = re.sub(NAME, told, error.possible)
+    possible = f"{examples}, or {possible}" if examples else possible
+    return InvalidRequest(field, error.value, possible, error.code)
 
 
 def _failed(command: str, message: object, status: int) -> int:

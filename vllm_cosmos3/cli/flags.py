@@ -14,7 +14,7 @@ from typing import Any
 
 from vllm_cosmos3.cli.units import bytes_of, gib_of, seconds_of, shown_bytes, shown_seconds
 from vllm_cosmos3.engine_options import DEFAULTS, OPTIONS
-from vllm_cosmos3.errors import Cosmos3Error, did_you_mean
+from vllm_cosmos3.errors import Cosmos3Error, InvalidRequest, did_you_mean
 from vllm_cosmos3.request.fields import Spec
 
 WIDTH = 100  # columns of the help, and no more on wider terminals
@@ -23,6 +23,15 @@ METAVARS = {
     "numbers": "X,Y,...", "rows": "JSON", "image": "FILE", "video": "FILE",
     "sound": "FILE", "arrays": "FILE.safetensors",
 }  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that refuses a choice as every field refuses one: InvalidRequest, without the usage."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            possible = f"one of {', '.join(map(str, action.choices))}"
+            raise InvalidRequest(action.dest, value, possible)
 
 
 class Help(argparse.HelpFormatter):
@@ -55,7 +64,7 @@ class UnknownFlag(Cosmos3Error):
             return
         field = did_you_mean(flag.lstrip("-").replace("-", "_"), _fields(flags))
         near = re.sub(r"mean (\w+)", lambda found: f"mean --{found[1].replace('_', '-')}", field)
-        super().__init__(f"unknown flag {flag}{f'; {near}' if near else ''}")
+        super().__init__(f"unknown flag {flag}; {near or '--help lists all'}")
 
 
 def _fields(flags: Iterable[str]) -> list[str]:
@@ -146,7 +155,8 @@ def integer(text: str) -> int | str:
         return text
 
 
-def _number(text: str) -> float | str:
+def number(text: str) -> float | str:
+    """The same with a fraction."""
     try:
         return float(text)
     except ValueError:
@@ -165,7 +175,7 @@ def _rows(text: str) -> object:
 
 
 def _numbers(text: str) -> list[float | str]:
-    return [_number(part) for part in text.split(",")]
+    return [number(part) for part in text.split(",")]
 
 
 def _control(text: str) -> Any:
@@ -175,7 +185,7 @@ def _control(text: str) -> Any:
 
 PARSERS: dict[str, Callable[[str], Any]] = {
     "int": integer,
-    "float": _number,
+    "float": number,
     "ints": _integers,
     "pair": _numbers,
     "numbers": _numbers,
@@ -186,4 +196,9 @@ UNIT_PARSERS: dict[str, Callable[[str], Any]] = {
     "bytes": bytes_of,
     "GiB": gib_of,
     "seconds": seconds_of,
+}
+UNIT_EXAMPLES: dict[object, str] = {  # what the texts are that these read, for errors
+    bytes_of: "a size such as 512MiB or 100GiB",
+    gib_of: "a size such as 512MiB or 40GiB",
+    seconds_of: "a time such as 90s, 10m or 2d",
 }

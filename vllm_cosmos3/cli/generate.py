@@ -30,6 +30,7 @@ from vllm_cosmos3.cli.terminal import progress_shown, quiet_libraries
 from vllm_cosmos3.cli.versions import check_vllm
 from vllm_cosmos3.engine_options import OPTIONS, EngineOptions
 from vllm_cosmos3.errors import InvalidRequest, Unsupported
+from vllm_cosmos3.request.fields import Spec
 from vllm_cosmos3.request.request import SPECS, GenerateRequest, from_fields
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ SPELLINGS = {
     "action_mode": ("--mode",),
     "action_path": ("--action-file",),
 }
+SHARD_SIZE = Spec(kind="int", low=1, high=1_000_000, help="records in a shard")
 KARRAS = {"true": "karras", "false": "diffusers"}
 # Headings of the help, each with the first of its fields, which are in this order in the request.
 HEADINGS = {
@@ -293,11 +295,9 @@ def _shard_size(args: argparse.Namespace) -> int | None:
         return None
     if not args.input:
         raise InvalidRequest("format", args.format, "files without --input", "conflict")
-    if args.shard_size < 1:
-        raise InvalidRequest("shard_size", args.shard_size, "at least 1")
+    size: int = SHARD_SIZE.checked("shard_size", args.shard_size)
     if find_spec("webdataset") is None:
         raise Unsupported("webdataset is not installed: pip install 'vllm-cosmos3[webdataset]'")
-    size: int = args.shard_size
     return size
 
 

@@ -19,7 +19,8 @@ from vllm_cosmos3.checkpoint.hub import resolve
 from vllm_cosmos3.checkpoint.latents import pixel_frames
 from vllm_cosmos3.checkpoint.layout.files import published_files
 from vllm_cosmos3.checkpoint.layout.sizes import SIZES
-from vllm_cosmos3.cli.flags import add_engine_flags, given
+from vllm_cosmos3.cli.flags import add_engine_flags, given, integer, number
+from vllm_cosmos3.cli.units import gib_of
 from vllm_cosmos3.engine_options import OPTIONS, EngineConfig, EngineOptions
 from vllm_cosmos3.errors import InvalidRequest, did_you_mean
 from vllm_cosmos3.generator.memory import (
@@ -81,21 +82,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_engine_flags(parser, [name for name in OPTIONS if name not in WITHOUT_MEMORY])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cuda, or cpu for what torch allocates there (default: cuda)")  # fmt: skip
-    parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="memory of one GPU (default: 80)")  # fmt: skip
+    parser.add_argument("--gpu-memory", type=gib_of, default=80.0, metavar="GIB", help="memory of one GPU (default: 80)")  # fmt: skip
     parser.add_argument(
         "--gpus",
-        type=int,
+        type=integer,
         metavar="N",
         help="also say how to divide this many GPUs for latency and for throughput",
     )
     parser.add_argument("--size", metavar="WxH", help="output size (default: of the checkpoint)")  # fmt: skip
-    parser.add_argument("--num-frames", type=int, metavar="N", help="number of frames; 1 for an image (default: of the checkpoint)")  # fmt: skip
-    parser.add_argument("--guidance-scale", type=float, metavar="X", help="guidance scale; 1: no negative prompt (default: of the checkpoint)")  # fmt: skip
+    parser.add_argument("--num-frames", type=integer, metavar="N", help="number of frames; 1 for an image (default: of the checkpoint)")  # fmt: skip
+    parser.add_argument("--guidance-scale", type=number, metavar="X", help="guidance scale; 1: no negative prompt (default: of the checkpoint)")  # fmt: skip
     parser.add_argument("--generate-sound", action="store_true", help="include a sound track")
     parser.add_argument("--step-cache", choices=SPECS["step_cache"].choices, default="none", help="sea: keep what SeaCache reuses (default: none)")  # fmt: skip
-    parser.add_argument("--text-tokens", type=int, default=TEXT_TOKENS, metavar="N", help=f"length of each prompt in tokens (default: {TEXT_TOKENS:,})")  # fmt: skip
-    parser.add_argument("--history", type=int, metavar="N", help="of a simulator: latent frames that a session remembers (default: 226)")  # fmt: skip
-    parser.add_argument("--sessions", type=int, default=1, metavar="N", help="of a simulator: sessions at once (default: 1)")  # fmt: skip
+    parser.add_argument("--text-tokens", type=integer, default=TEXT_TOKENS, metavar="N", help=f"length of each prompt in tokens (default: {TEXT_TOKENS:,})")  # fmt: skip
+    parser.add_argument("--history", type=integer, metavar="N", help="of a simulator: latent frames that a session remembers (default: 226)")  # fmt: skip
+    parser.add_argument("--sessions", type=integer, default=1, metavar="N", help="of a simulator: sessions at once (default: 1)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes")
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from vllm_cosmos3.checkpoint.config import read_json
 from vllm_cosmos3.checkpoint.hub import full_name, is_checkpoint, resolve
 from vllm_cosmos3.cli import config_file, foreign_flags, serve_generator
-from vllm_cosmos3.cli.flags import Help, UnknownFlag, add_server_flag, given
+from vllm_cosmos3.cli.flags import Help, UnknownFlag, add_server_flag, given, integer, number
 from vllm_cosmos3.cli.versions import check_vllm
 from vllm_cosmos3.errors import CheckpointError, InvalidRequest
 from vllm_cosmos3.fetching import PRIVATE_MEDIA
@@ -35,6 +35,7 @@ from vllm_cosmos3.reasoner.media.limits import (
 )
 from vllm_cosmos3.reasoner.required_tensors import check_folder, expected_tensors
 from vllm_cosmos3.reasoner.root_config import ARCHITECTURE
+from vllm_cosmos3.request.fields import Spec
 from vllm_cosmos3.server.command import share_beside
 from vllm_cosmos3.server.options import (
     KEEP_ALIVE,
@@ -50,6 +51,7 @@ TAKES_REST = TAKES_CONFIG = True
 
 PLUGIN = "cosmos3"  # name of our entry points, which VLLM_PLUGINS can switch off
 DEFAULT_PORT = 8000  # vLLM's
+PORT = Spec(kind="int", low=0, high=65535, help="port to listen on; 0: any free one")
 # 400 for what cannot be fetched; what the generator's routes bring along where it is served as well.
 IDLE = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
 MEDIA_ERRORS = "vllm_cosmos3.server.media_errors.MediaErrors"
@@ -111,19 +113,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--host", metavar="ADDRESS", help="address to listen on (default: all of this machine)"
     )
     parser.add_argument(
-        "--port", type=int, default=DEFAULT_PORT, help="port to listen on (default: %(default)s)"
+        "--port",
+        type=integer,
+        default=DEFAULT_PORT,
+        help="port to listen on (default: %(default)s)",
     )
     reasoner = parser.add_argument_group("reasoner")
     reasoner.add_argument(
         "--max-video-fps",
-        type=float,
+        type=number,
         default=DEFAULT_FPS,
         metavar="N",
         help="highest fps a request may sample a video at (default: %(default)g)",
     )
     reasoner.add_argument(
         "--max-video-frames",
-        type=int,
+        type=integer,
         default=DEFAULT_FRAMES,
         metavar="N",
         help="most frames decoded of one video; longer videos are subsampled evenly (default: %(default)s)",
@@ -153,6 +158,7 @@ def run(args: argparse.Namespace) -> int:
     _check_no_launcher()
     values = given(args, OPTIONS)
     _expand(args)
+    PORT.checked("port", args.port)
     _check_trainers_have_a_key(values, args.rest)
     if args.surface == "generator":
         _check_port_is_free(args.host, args.port)
@@ -164,7 +170,7 @@ def run(args: argparse.Namespace) -> int:
         ("--max-video-fps", args.max_video_fps),
         ("--max-video-frames", args.max_video_frames),
     ):
-        if not 1 <= value < math.inf:
+        if isinstance(value, str) or not 1 <= value < math.inf:
             raise InvalidRequest(flag, value, "a number of at least 1")
     folder = _local_folder(args.checkpoint)
     if folder is not None and _value_of("--load-format", args.rest) != "dummy":
@@ -361,10 +367,9 @@ def _check_port_is_free(host: str | None, port: int) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host or "", port))
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            absent = isinstance(error, OSError) and error.errno == errno.EADDRNOTAVAIL
-            if absent or isinstance(error, socket.gaierror):
+        except OSError as error:
+            reason = error.strerror or str(error)
+            if error.errno == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror):
                 possible = f"an address of this machine ({reason.lower()})"
                 raise InvalidRequest("--host", host, possible) from None
             raise InvalidRequest("--port", port, f"a free port ({reason.lower()})") from None

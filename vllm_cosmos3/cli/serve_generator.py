@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_cosmos3.checkpoint.hub import resolve
-from vllm_cosmos3.cli.flags import Help, add_engine_flags, add_server_flag, given
+from vllm_cosmos3.cli.flags import Help, Parser, add_engine_flags, add_server_flag, given
 from vllm_cosmos3.engine_options import checked_device
 from vllm_cosmos3.errors import Cosmos3Error, did_you_mean
 from vllm_cosmos3.imports import uncollected
@@ -27,7 +27,7 @@ VLLM_NAMES = (
 
 def web_parser() -> argparse.ArgumentParser:
     """The flags that vLLM has too, for a server without a reasoner."""
-    out = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, add_help=False)
+    out = Parser(usage=argparse.SUPPRESS, allow_abbrev=False, add_help=False)
     out.formatter_class = Help
     web = out.add_argument_group("flags of vLLM that --surface generator takes as well")
     web.add_argument("--served-model-name", nargs="+", default=[], metavar="NAME", help="names that requests may use (default: CKPT)")  # fmt: skip
