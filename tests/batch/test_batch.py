@@ -312,15 +312,28 @@ def test_mistakes_name_file_record_and_field(
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("x.jsonl", '{"prompt": ', "line 1 is 'not JSON: Expecting value at line 1 column 12'"),
+        (
+            "x.jsonl",
+            '{"prompt": ',
+            """line 1 is '{"prompt":', must be a JSON object (Expecting value at column 11)""",
+        ),
+        (
+            "x.json",
+            '[\n{"seed": 1',
+            "must be a JSON object (Expecting ',' delimiter at line 2 column 11)",
+        ),
         ("x.json", "3", "x.json is 3, must be an object"),
-        ("x.jsonl", f'{{"seed": {"1" * 5000}}}', "line 1 is 'not JSON: Exceeds the limit"),
-        ("x.yaml", f"seed: {'1' * 5000}", "x.yaml is 'not YAML: Exceeds the limit"),
-        ("x.yaml", "seed: 2020-13-45", "x.yaml is 'not YAML: month must be in 1..12"),
-        ("x.yaml", "[" * 99_999, "x.yaml is 'not YAML: nested too deeply"),
-        ("x.json", "[" * 99_999, "x.json is 'not JSON"),
+        ("x.jsonl", f'{{"seed": {"1" * 5000}}}', "..., must be a JSON object (Exceeds the limit"),
+        ("x.yaml", f"seed: {'1' * 5000}", "..., must be a YAML object (Exceeds the limit"),
+        (
+            "x.yaml",
+            "seed: 2020-13-45",
+            "x.yaml is 'seed: 2020-13-45', must be a YAML object (month must be in 1..12",
+        ),
+        ("x.yaml", "[" * 99_999, "..., must be a YAML object (nested too deeply)"),
+        ("x.json", "[" * 99_999, "..., must be a JSON object (nested too deeply)"),
         ("x.json", '[{"prompt": "a"}, 7]', "x.json record 2 is 7, must be an object"),
-        ("x.yaml", "a: [", "not YAML: while parsing"),
+        ("x.yaml", "a: [", "x.yaml is 'a: [', must be a YAML object (while parsing"),
         ("x.toml", "", ", must be a file of type .json, .jsonl, .yaml, .yml"),
     ],
 )

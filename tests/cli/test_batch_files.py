@@ -207,10 +207,10 @@ def test_nothing_starts_while_a_record_is_invalid(
     assert generate(tiny_checkpoint, file) == 2
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(": ", 2)[1].rsplit("/", 1)[1] for line in lines] == [
-        f"batch.jsonl line {number}" for number in (4, 2, 3, 5, 6)
+        f"batch.jsonl line {number}" for number in range(2, 7)
     ]
     for line, words in zip(
-        lines, ("unknown field fsp; did you mean fps?", "num_steps is 999", "vision_path is ", "enable_sound is 'yes'", "top_p is 7.0"), strict=True,
+        lines, ("num_steps is 999", "vision_path is ", "unknown field fsp; did you mean fps?", "enable_sound is 'yes'", "top_p is 7.0"), strict=True,
     ):  # fmt: skip
         assert words in line
     refused = [f"batch_{index}" for index in range(1, 6)]
@@ -564,6 +564,24 @@ def test_pictures_of_questions_are_read_before_the_reasoner_starts(
     assert "line 1: vision_path is" in picture
     assert "must be a complete PNG" in picture
     assert "line 2: vision_path is" in video
+
+
+def test_a_dry_run_says_what_is_wrong_in_the_order_of_lines(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = {"prompt": "a", "size": "64x64", "num_frames": 1}
+    lines = [{**odd, "fps": -1}, {**odd, "size": "4096x4096"}] * 5 + [{**odd, "seed": "x"}]
+    assert generate(tiny_checkpoint, batch(tmp_path, *lines), "--dry-run") == 2
+    printed = capsys.readouterr()
+    found = [
+        int(line.split(" line ")[1].split()[0].rstrip(":")) for line in printed.err.splitlines()
+    ]
+    assert found == list(range(1, 12))
+    assert printed.out == ""
+    assert generate(tiny_checkpoint, tmp_path / "none.jsonl", "--dry-run") == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert f": --input is '{tmp_path}/none.jsonl', must be a file that can be read" in printed.err
 
 
 def test_no_frame_is_shown_that_is_not_made_yet(tiny_checkpoint: Path, tmp_path: Path) -> None:

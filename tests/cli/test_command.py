@@ -82,6 +82,12 @@ GENERATE = "generate CKPT --prompt a --out OUT"
             "--storage-quota is '100XB', must be a size such as 512MiB or 100GiB, or an integer",
         ),
         ("merge-lora CKPT /none OUT", "ADAPTER is '/none', must be PATH or PATH:SCALE"),
+        (f"{GENERATE} --edge", "--edge.control is missing, must be given, or a video given, from"),
+        (
+            f'{GENERATE} --depth {{"control":"no.mp4"',
+            """--depth is '{"control":"no.mp4"', must be a file or a JSON object (Expecting ',' """
+            "delimiter at column 20)",
+        ),
         (f"{GENERATE} --schedule x", "--schedule is 'x', must be one of"),
         (
             f"{GENERATE} --seconds 100 --size 1280x720",

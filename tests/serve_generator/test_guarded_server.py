@@ -169,12 +169,15 @@ def test_row_75_a_mode_that_the_checkpoint_was_not_made_for(client: httpx.Client
         client.post("/v1/images/generations", json={"prompt": "a boat", "size": "64x64"}),
         client.post("/v1/videos", json=TEXT | {"seg": PICTURE}),
     ]
-    for answer, mode in zip(answers, ("text2video", "text2image", "transfer"), strict=True):
+    served = "image2video (an image), as the kind of this checkpoint is distilled-i2v"
+    messages = [
+        "image is missing, must be given, as the kind of this checkpoint is distilled-i2v",
+        *(f"mode is '{mode}', must be {served}" for mode in ("text2image", "transfer")),
+    ]
+    for answer, message in zip(answers, messages, strict=True):
         error = answer.json()["error"]
         assert (answer.status_code, error["code"]) == (400, "unsupported_by_model")
-        assert error["message"] == (
-            f"mode is '{mode}', must be image2video (an image), as the kind of this checkpoint is distilled-i2v"
-        )
+        assert error["message"] == message
     block = client.get("/v1/cosmos3/models").json()["data"][0]["cosmos3"]
     assert (block["checkpoint_kind"], block["modes"]) == ("distilled-i2v", ["image2video"])
     assert list(block["defaults"]) == ["image2video"]

@@ -33,11 +33,12 @@ from vllm_cosmos3.batch.records import (
     Refused,
     folder_of,
     make_record,
-    parse_json,
     placed,
+    read_json,
 )
 from vllm_cosmos3.errors import InvalidRequest
 
+INPUT = "--input"  # which names the files, for errors: the command line alone reads them
 # A prompt file may stand for its record; the caption of a picture implies one frame.
 CAPTIONS: dict[str, dict[str, Any]] = {
     "temporal_caption": {},
@@ -55,6 +56,15 @@ class InputFile:
     path: Path
     called: str
     folder: Path | str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unreadable:
+    """A text that is not in the format of its file, and why."""
+
+    text: str
+    format: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,7 +206,7 @@ def input_files(patterns: Sequence[str], cache: Path) -> list[InputFile | Invali
             continue
         found |= dict.fromkeys(matches)
         if not matches:
-            found[InvalidRequest("input", shown(pattern), "a pattern that matches a file")] = None
+            found[InvalidRequest(INPUT, shown(pattern), "a pattern that matches a file")] = None
     return [
         x if isinstance(x, InvalidRequest) else _local(x, cache, n) for n, x in enumerate(found)
     ]
@@ -211,7 +221,7 @@ def _matches(pattern: str) -> list[str]:
         return [pattern] if exists else sorted(glob.glob(pattern, recursive=True))
     if scheme_of(pattern) in HTTP:  # whose questions begin with a mark of patterns
         return [pattern]
-    with reaching("input", pattern, "a pattern of files that can be read"):
+    with reaching(INPUT, pattern, "a pattern of files that can be read"):
         system, place = file_system(pattern)
         return sorted(system.unstrip_protocol(match) for match in system.glob(place))
 
@@ -225,7 +235,7 @@ def _local(location: str, cache: Path, number: int) -> InputFile | InvalidReques
     path = cache / str(number) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        fetch("input", location, path)
+        fetch(INPUT, location, path)
     except InvalidRequest as error:
         return error
     return InputFile(path=path, called=shown(location), folder=parent_of(location))
@@ -245,6 +255,8 @@ def _check_names(record: Record, places: Mapping[str, tuple[str, str]]) -> None:
 def _entry(file: InputFile, where: str, name: str, value: Any) -> Entry | Refused:
     if not isinstance(value, Mapping):
         possible = "an object with the fields of a record"
+        if isinstance(value, Unreadable):
+            value, possible = value.text, f"a {value.format} object ({value.reason})"
         error = InvalidRequest(where, value, possible, "invalid_type")
         named = Entry(where=where, folder=file.folder, name=name, values={})
         return Refused(name=folder_of(named), values={}, error=error)
@@ -267,27 +279,32 @@ def _lines(file: InputFile) -> Iterator[tuple[str, str, Any]]:
             text = _decoded(file, line, offset)
             offset += len(line)
             if text.strip():
-                yield f"{file.called} line {number}", f"{file.path.stem}_{index}", parse_json(text)
+                yield f"{file.called} line {number}", f"{file.path.stem}_{index}", _json_of(text)
                 index += 1
 
 
 def _json(file: InputFile) -> Iterator[tuple[str, str, Any]]:
-    return _one_or_list(file, parse_json(_text(file)))
+    return _one_or_list(file, _json_of(_text(file)))
+
+
+def _json_of(text: str) -> Any:
+    try:
+        return read_json(text.rstrip())
+    except ValueError as error:
+        return Unreadable(text=text.strip(), format="JSON", reason=str(error))
 
 
 def _yaml(file: InputFile) -> Iterator[tuple[str, str, Any]]:
     import yaml
 
+    text = _text(file)
     try:
-        value = yaml.safe_load(_text(file))
-    except yaml.YAMLError as error:
-        value = f"not YAML: {' '.join(str(error).split())}"
-    except InvalidRequest:
-        raise
-    except ValueError as error:  # of a date that is none, or a number with thousands of digits
-        value = f"not YAML: {error}"
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # of a date that is none, or thousands of digits
+        reason = " ".join(str(error).split())
+        value = Unreadable(text=text.strip(), format="YAML", reason=reason)
     except RecursionError:
-        value = "not YAML: nested too deeply"
+        value = Unreadable(text=text.strip(), format="YAML", reason="nested too deeply")
     return _one_or_list(file, value)
 
 
@@ -311,7 +328,7 @@ def _reading(file: InputFile) -> Iterator[None]:
         yield
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise InvalidRequest("input", file.called, f"a file that can be read ({reason})") from None
+        raise InvalidRequest(INPUT, file.called, f"a file that can be read ({reason})") from None
 
 
 def _decoded(file: InputFile, data: bytes, offset: int) -> str:
@@ -320,7 +337,7 @@ def _decoded(file: InputFile, data: bytes, offset: int) -> str:
         return data.decode("utf-8" if offset else "utf-8-sig")
     except UnicodeDecodeError as error:
         possible = f"UTF-8, which it is not at byte {offset + error.start}"
-        raise InvalidRequest("input", file.called, possible) from None
+        raise InvalidRequest(INPUT, file.called, possible) from None
 
 
 Parser = Callable[[InputFile], Iterator[tuple[str, str, Any]]]
@@ -335,5 +352,5 @@ _PARSERS: dict[str, Parser] = {
 def _parser_of(file: InputFile) -> Parser:
     parse = _PARSERS.get(file.path.suffix.lower())
     if parse is None:
-        raise InvalidRequest("input", file.called, f"a file of type {', '.join(_PARSERS)}")
+        raise InvalidRequest(INPUT, file.called, f"a file of type {', '.join(_PARSERS)}")
     return parse

@@ -163,16 +163,27 @@ def make_record(
     return _sorted(entry, mode, fields, names, warnings)
 
 
-def parse_json(text: str) -> Any:
-    """The value of a JSON text, or what is wrong as a sentence: callers want objects."""
+def read_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is none, with the reason.
+    """
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        return f"not JSON: {error.msg} at line {error.lineno} column {error.colno}"
-    except ValueError as error:  # of a number with thousands of digits
-        return f"not JSON: {error}"
+        line = f"line {error.lineno} " if "\n" in text.strip() else ""
+        raise ValueError(f"{error.msg} at {line}column {error.colno}") from None
     except RecursionError:
-        return "not JSON: nested too deeply"
+        raise ValueError("nested too deeply") from None
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text, or what is wrong as a sentence: callers want objects."""
+    try:
+        return read_json(text)
+    except ValueError as error:  # also of a number with thousands of digits
+        return f"not JSON: {error}"
 
 
 def folder_of(entry: Entry) -> str | None:

@@ -128,7 +128,11 @@ def base_kind(kind: str) -> str:
 
 def check_mode(kind: str, mode: str) -> None:
     """Refuse a mode that a checkpoint of ``kind`` was not made for."""
-    if mode not in KINDS[kind].modes:
-        served = " or ".join(f"{name} ({ASKED_BY[name]})" for name in KINDS[kind].modes)
+    modes = KINDS[kind].modes
+    if mode == "text2video" and mode not in modes and "image2video" in modes:
+        possible = f"given, as the kind of this checkpoint is {kind}"
+        raise InvalidRequest("image", None, possible, "unsupported_by_model")
+    if mode not in modes:
+        served = " or ".join(f"{name} ({ASKED_BY[name]})" for name in modes)
         possible = f"{served}, as the kind of this checkpoint is {kind}"
         raise InvalidRequest("mode", mode, possible, "unsupported_by_model")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import time
 from collections import deque
@@ -22,7 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm_cosmos3.batch.claims import Claims
-from vllm_cosmos3.batch.files import Contents, Source, Unit, input_files
+from vllm_cosmos3.batch.files import INPUT, Contents, Source, Unit, input_files
 from vllm_cosmos3.batch.index import SECONDS as INDEX_SECONDS
 from vllm_cosmos3.batch.index import Index
 from vllm_cosmos3.batch.locations import redacted
@@ -88,7 +89,7 @@ def _run(options: RunOptions, source: Source, cache: Path) -> int:
     problems = [*(contents.refused if options.speaks else ()), *found]
     _say(problems)
     if not contents.names and not contents.refused:
-        raise InvalidRequest("input", " ".join(options.inputs), "files with at least one record")
+        raise InvalidRequest(INPUT, " ".join(options.inputs), "files with at least one record")
     check_vllm()
     _check_ways(options, contents)
     store = store_at(options.location)
@@ -188,14 +189,24 @@ def _dry_run(source: Source, contents: Contents, checker: Checker) -> int:
             print("[" if first else ",")
             print(json.dumps(dict(sample.effective), indent=2), end="")
             first = False
-    print("[]" if first else "\n]")
+    if not first:
+        print("\n]")
     _say(problems)
     return 2 if problems else 0
 
 
 def _say(problems: Iterable[Refused]) -> None:
-    for problem in problems:
+    """Print what is wrong, in the order of files and lines."""
+    for problem in sorted(problems, key=_place):
         print(f"vllm-cosmos3 generate: {redacted(str(problem.error))}", file=sys.stderr)
+
+
+def _place(problem: Refused) -> list[tuple[int, str]]:
+    """Where a record is, with its numbers as such: line 10 comes after line 9."""
+    place = problem.error.field.partition(": ")[0]
+    return [
+        (int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", place)
+    ]
 
 
 class BatchRun:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_cosmos3.batch.downloads import local_files, urls_of
 from vllm_cosmos3.batch.locations import is_url, shown
+from vllm_cosmos3.batch.records import read_json
 from vllm_cosmos3.cli import batch, config_file, phyai
 from vllm_cosmos3.cli.benchmark_file import write_benchmark
 from vllm_cosmos3.cli.defaults_table import defaults_table
@@ -30,6 +31,7 @@ from vllm_cosmos3.cli.terminal import progress_shown, quiet_libraries
 from vllm_cosmos3.cli.versions import check_vllm
 from vllm_cosmos3.engine_options import OPTIONS, EngineOptions
 from vllm_cosmos3.errors import InvalidRequest, Unsupported
+from vllm_cosmos3.request.controls import CONTROLS
 from vllm_cosmos3.request.fields import Spec
 from vllm_cosmos3.request.request import SPECS, GenerateRequest, from_fields
 
@@ -318,9 +320,20 @@ def fields_of(args: argparse.Namespace) -> dict[str, Any]:
     found = given(args, SPECS)
     if args.no_prompt_metadata:
         found |= {"use_duration_template": False, "use_resolution_template": False}
+    for name in found.keys() & CONTROLS:
+        _check_object(name, found[name])
     if "latents" in found:
         found["latents"] = _read_latents(found["latents"])
     return found
+
+
+def _check_object(name: str, value: object) -> None:
+    """Refuse an object of a control that is not JSON: it is no name of a file either."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            read_json(value)
+        except ValueError as error:
+            raise InvalidRequest(name, value, f"a file or a JSON object ({error})") from None
 
 
 def _formats(args: argparse.Namespace) -> dict[str, Any]:

@@ -637,7 +637,8 @@ def _check_transfer(request: GenerateRequest) -> None:
         raise InvalidRequest(name, getattr(request, name), possible, "unsupported_combination")
     for name, control in controls.items():
         if control.clip is None and request.video is None:
-            possible = f"a clip, or video given, of which the {name} is computed"
+            computed = "edges are" if name == "edge" else "blur is"
+            possible = f"given, or a video given, from which the {computed} computed"
             raise InvalidRequest(f"{name}.control", None, possible, "missing_required")
     if sum(control.weight for control in controls.values()) == 0:
         name = f"{next(iter(controls))}.control_weight"
