@@ -171,7 +171,7 @@ def test_row_75_a_mode_that_the_checkpoint_was_not_made_for(client: httpx.Client
     ]
     served = "image2video (an image), as the kind of this checkpoint is distilled-i2v"
     messages = [
-        "image is missing, must be given, as the kind of this checkpoint is distilled-i2v",
+        "input_reference is missing, must be given, as the kind of this checkpoint is distilled-i2v",
         *(f"mode is '{mode}', must be {served}" for mode in ("text2image", "transfer")),
     ]
     for answer, message in zip(answers, messages, strict=True):
