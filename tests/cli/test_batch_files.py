@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -579,7 +580,7 @@ def test_a_dry_run_says_what_is_wrong_in_the_order_of_lines(
     assert generate(tiny_checkpoint, tmp_path / "none.jsonl", "--dry-run") == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert f": --input is '{tmp_path}/none.jsonl', must be a file that can be read" in printed.err
+    assert re.search(r": --input is '/.*, must be a file that can be read", printed.err)
 
 
 def test_no_frame_is_shown_that_is_not_made_yet(tiny_checkpoint: Path, tmp_path: Path) -> None:

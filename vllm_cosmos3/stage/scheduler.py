@@ -158,9 +158,10 @@ class Scheduler:
         mates = [self._resident(mate) for mate in self.mates(name)]
         return batch is not None and self._may_join(batch, mates)
 
-    def turn(self) -> str | None:
-        """The resident whose turn it is, of a stage's own scheduler, which has one replica."""
-        return min(self.resident, key=lambda entry: entry.served).name if self.resident else None
+    def turn(self, replica: int = 0) -> str | None:
+        """The resident of a replica whose turn it is."""
+        here = self.residents(replica)
+        return min(here, key=lambda entry: entry.served).name if here else None
 
     def charge(self, name: str, seconds: float) -> None:
         """A turn of ``name`` took ``seconds``."""
